@@ -1,0 +1,1 @@
+"""The way of a claim: producer -> broker -> gpu_worker -> broker -> collector."""

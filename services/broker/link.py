@@ -1,0 +1,269 @@
+"""A connection to the broker that one thread owns, opens, and opens again when it is lost."""
+
+import contextlib
+import random
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import pika
+import structlog
+from pika.adapters.select_connection import IOLoop
+from pika.adapters.utils.connection_workflow import (
+    AMQPConnectionWorkflowFailed,
+    AMQPConnectorPhaseErrorBase,
+)
+from pika.channel import Channel
+from pika.exceptions import (
+    AMQPConnectionError,
+    AuthenticationError,
+    ChannelClosedByBroker,
+    ConnectionClosedByBroker,
+    ProbableAccessDeniedError,
+    ProbableAuthenticationError,
+)
+
+from services.broker.address import BrokerAddress
+from services.broker.topology import declare
+from services.contracts.errors import (
+    BrokerError,
+    BrokerRefused,
+    BrokerUnreachable,
+    TopologyMismatch,
+)
+
+_FIRST_DELAY_SECONDS = 0.25
+_LONGEST_DELAY_SECONDS = 15.0
+_ACCESS_REFUSED, _PRECONDITION_FAILED, _NOT_ALLOWED = 403, 406, 530
+
+log = structlog.get_logger(__name__)
+
+
+class Link:
+    """What `Publisher` and `Consumer` share: a connection, its channel, and their one thread.
+
+    Only the owning thread touches pika; other threads reach it through `_call_soon`. A lost
+    connection or channel is opened again with exponential backoff and full jitter, for ever, once
+    the first one was opened. The `_on_…` hooks run on the owning thread.
+    """
+
+    def __init__(self, address: BrokerAddress, name: str, context_ids: Sequence[str] = ()) -> None:
+        self._address = address
+        self._name = name
+        self._context_ids = tuple(context_ids)
+        self._loop = IOLoop()
+        self._connection: pika.SelectConnection | None = None
+        self._channel: Channel | None = None
+        self._failures = 0
+        self._was_open = False
+        self._closing = False
+        self._error: BrokerError | None = None
+        self._opened_or_failed = threading.Event()
+        self._thread = threading.Thread(target=self._own, name=f"link-{name}", daemon=True)
+
+    def open(self, timeout_seconds: float) -> Self:
+        """Connect and declare the topology.
+
+        Raises BrokerRefused or TopologyMismatch at once, BrokerUnreachable after the time-out.
+        """
+        self._thread.start()
+        if not self._opened_or_failed.wait(timeout_seconds) or not self._was_open:
+            error = self._error or BrokerUnreachable(
+                f"nothing answered at {self._address} for {timeout_seconds:g} s"
+            )
+            self.close()
+            raise error
+        return self
+
+    def close(self, timeout_seconds: float = 5.0) -> None:
+        """Close the connection and end the thread. What is not confirmed by then may be lost."""
+        if self._thread.is_alive():
+            self._call_soon(self._begin_close)
+            self._thread.join(timeout_seconds)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def connected(self) -> bool:
+        return self._channel is not None
+
+    # Hooks for the two kinds of link.
+
+    def _on_channel_ready(self, channel: Channel) -> None:
+        """The topology is declared on a new channel."""
+        raise NotImplementedError
+
+    def _on_channel_lost(self) -> None:
+        """Nothing that belonged to the old channel counts any more."""
+        raise NotImplementedError
+
+    # The owning thread.
+
+    def _call_soon(self, callback: Callable[[], None]) -> None:
+        self._loop.add_callback_threadsafe(callback)
+
+    def _raise_if_dead(self) -> None:
+        """A thread that waits for this link must not wait for ever."""
+        if not self._thread.is_alive():
+            raise self._error or BrokerUnreachable(f"the link {self._name} is closed")
+
+    def _own(self) -> None:
+        self._call_soon(self._connect)
+        try:
+            self._loop.start()
+        except Exception as error:
+            log.exception("broker.link_died", link=self._name)
+            self._error = BrokerError(f"the link {self._name} died: {error!r}; this is a bug")
+            raise
+        finally:
+            self._channel = None
+            self._opened_or_failed.set()
+
+    def _connect(self) -> None:
+        self._connection = pika.SelectConnection(
+            self._address.parameters(f"keepwarm {self._name}"),
+            on_open_callback=self._on_connection_open,
+            on_open_error_callback=self._on_connection_lost,
+            on_close_callback=self._on_connection_lost,
+            custom_ioloop=self._loop,
+        )
+
+    def _on_connection_open(self, connection: Any) -> None:
+        connection.add_on_connection_blocked_callback(
+            lambda _, frame: log.warning(
+                "broker.blocked", link=self._name, reason=str(frame.method.reason)
+            )
+        )
+        connection.add_on_connection_unblocked_callback(
+            lambda *_: log.info("broker.unblocked", link=self._name)
+        )
+        connection.channel(on_open_callback=self._on_channel_open)
+
+    def _on_channel_open(self, channel: Channel) -> None:
+        channel.add_on_close_callback(self._on_channel_closed)
+        assert self._connection is not None and self._connection.server_properties is not None
+        declare(
+            channel,
+            str(self._connection.server_properties["version"]),
+            self._context_ids,
+            lambda: self._on_declared(channel),
+        )
+
+    def _on_declared(self, channel: Channel) -> None:
+        self._channel = channel
+        self._failures = 0
+        self._on_channel_ready(channel)
+        log.info("broker.connected", link=self._name, broker=str(self._address))
+        self._was_open = True
+        self._opened_or_failed.set()
+
+    def _on_channel_closed(self, _: Channel, reason: BaseException) -> None:
+        self._forget_channel()
+        if isinstance(reason, ChannelClosedByBroker):
+            log.warning("broker.channel_closed", link=self._name, reason=str(reason))
+            if (
+                reason.reply_code == _PRECONDITION_FAILED
+                and "inequivalent arg" in reason.reply_text
+            ):
+                self._fail_if_first(
+                    TopologyMismatch(
+                        f"{self._address} has a queue that Keepwarm would declare otherwise: "
+                        f"{reason.reply_text}. Drain and delete that queue, or use a virtual host "
+                        "of its own"
+                    )
+                )
+            elif reason.reply_code == _ACCESS_REFUSED:
+                self._fail_if_first(self._refused(reason.reply_text))
+        self._restart_connection()
+
+    def _restart_connection(self) -> None:
+        # One way back from every fault: a new connection, with a new channel on it.
+        if self._connection is not None and self._connection.is_open:
+            self._connection.close(reply_text="channel lost")
+
+    def _on_connection_lost(self, _: Any, reason: BaseException | str) -> None:
+        self._forget_channel()
+        self._connection = None
+        if self._closing:
+            self._loop.stop()
+            return
+        error = self._explain(reason)
+        if isinstance(error, BrokerRefused):
+            self._fail_if_first(error)
+        if not self._was_open:
+            self._error = self._error or error
+            if isinstance(self._error, BrokerUnreachable):
+                self._error = error
+        delay = random.uniform(0, _FIRST_DELAY_SECONDS * 2 ** min(self._failures, 10))
+        delay = min(delay, _LONGEST_DELAY_SECONDS)
+        self._failures += 1
+        log.warning(
+            "broker.waiting", link=self._name, reason=str(error), again_in_seconds=round(delay, 2)
+        )
+        self._loop.call_later(delay, self._reconnect)
+
+    def _reconnect(self) -> None:
+        if self._closing:
+            self._loop.stop()
+        else:
+            self._connect()
+
+    def _forget_channel(self) -> None:
+        if self._channel is not None:
+            self._channel = None
+            self._on_channel_lost()
+
+    def _begin_close(self) -> None:
+        self._closing = True
+        if self._connection is None:
+            self._loop.stop()
+            return
+        with contextlib.suppress(pika.exceptions.ConnectionWrongStateError):
+            self._connection.close()
+
+    def _fail_if_first(self, error: BrokerError) -> None:
+        """What no waiting will change ends `open`; later it is one more thing to outlast."""
+        if not self._was_open:
+            self._error = error
+            self._opened_or_failed.set()
+
+    def _refused(self, why: str) -> BrokerRefused:
+        return BrokerRefused(
+            f"the broker at {self._address} refused us: {why}. Check the user, the password "
+            "(KEEPWARM_BROKER_PASSWORD or …_PASSWORD_FILE), the virtual host and its permissions"
+        )
+
+    def _explain(self, reason: BaseException | str) -> BrokerError:
+        cause = _root(reason)
+        refused = isinstance(
+            cause, AuthenticationError | ProbableAuthenticationError | ProbableAccessDeniedError
+        ) or (
+            isinstance(cause, ConnectionClosedByBroker)
+            and cause.reply_code in (_ACCESS_REFUSED, _NOT_ALLOWED)
+        )
+        if refused:
+            return self._refused(str(cause))
+        return BrokerUnreachable(
+            f"no connection to the broker at {self._address}: {cause}. Is it running, and is "
+            "the address right?"
+        )
+
+
+def _root(reason: BaseException | str) -> BaseException | str:
+    """Pika wraps the first cause of a failed connection two or three times."""
+    inner: Any = reason
+    while True:
+        if isinstance(inner, AMQPConnectionWorkflowFailed):
+            inner = inner.exceptions[-1]
+        elif isinstance(inner, AMQPConnectorPhaseErrorBase):
+            inner = inner.exception
+        elif isinstance(inner, AMQPConnectionError) and isinstance(
+            next(iter(inner.args), None), BaseException
+        ):
+            inner = inner.args[0]
+        else:
+            return inner  # type: ignore[no-any-return]

@@ -1,0 +1,166 @@
+"""A RabbitMQ node of our own, from the installed server: no root, no open door, gone with us."""
+
+import os
+import secrets
+import shutil
+import socket
+import time
+from pathlib import Path
+from typing import Self
+
+import structlog
+
+from services.contracts.errors import BrokerError
+from services.leash import Leashed
+
+_START_TIMEOUT_SECONDS = 120.0
+_STOP_SECONDS = 20.0
+# Debian's /usr/sbin/rabbitmq-server is a wrapper that insists on root or the user rabbitmq.
+_PLACES = ("/usr/lib/rabbitmq/bin/rabbitmq-server", "/opt/rabbitmq/sbin/rabbitmq-server")
+
+log = structlog.get_logger(__name__)
+
+
+class PrivateNode:
+    """A node that listens on loopback only, on ports that were free, with a random password.
+
+    Its data lives in `directory`, which is made for the owner alone. Use it as a context manager;
+    it is taken down at the end, and by its leash when this process is killed.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._password = secrets.token_urlsafe(24)
+        self.port, self._distribution_port, self._mapper_port = _free_ports(3)
+        self._node: Leashed | None = None
+
+    @property
+    def url(self) -> str:
+        """The URL, without the password."""
+        return f"amqp://keepwarm@127.0.0.1:{self.port}/"
+
+    @property
+    def password(self) -> str:
+        return self._password
+
+    @property
+    def log_file(self) -> Path:
+        return self._directory / "rabbitmq.log"
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start it and wait until it listens. Raises BrokerError with its last log lines."""
+        server = _find_server()
+        self._write_configuration()
+        with self.log_file.open("ab") as output:
+            self._node = Leashed(
+                [str(server)],
+                environment=self._environment(server),
+                grace_seconds=_STOP_SECONDS,
+                output=output,
+                directory=self._directory,
+            )
+        deadline = time.monotonic() + _START_TIMEOUT_SECONDS
+        while not _listens(self.port):
+            code = self._node.exit_code()
+            if code is not None or time.monotonic() > deadline:
+                self.stop()
+                tail = "\n".join(self.log_file.read_text(errors="replace").splitlines()[-15:])
+                raise BrokerError(
+                    f"the private RabbitMQ node did not start (exit code {code}); its log, "
+                    f"{self.log_file}, ends with:\n{tail}"
+                )
+            time.sleep(0.05)
+        log.info("node.ready", port=self.port)
+
+    def stop(self) -> None:
+        if self._node is not None:
+            self._node.stop()
+            self._node = None
+
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        if self._node is not None:
+            self._node.kill()
+            self._node = None
+
+    def _write_configuration(self) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._directory.chmod(0o700)
+        configuration = self._directory / "rabbitmq.conf"
+        configuration.touch(mode=0o600)
+        configuration.write_text(
+            f"listeners.tcp.1 = 127.0.0.1:{self.port}\n"
+            "default_user = keepwarm\n"
+            f"default_pass = {self._password}\n"
+            "log.console = true\n"
+            "log.console.level = warning\n"
+            "log.file = false\n"
+            # A desk has other uses for its memory and disk; below these the node blocks publishers.
+            "vm_memory_high_watermark.relative = 0.4\n"
+            "disk_free_limit.absolute = 256MB\n",
+            encoding="utf-8",
+        )
+        (self._directory / "enabled_plugins").write_text("[].\n", encoding="utf-8")
+
+    def _environment(self, server: Path) -> dict[str, str]:
+        here = self._directory
+        return {
+            "PATH": f"{server.parent}:{os.environ.get('PATH', os.defpath)}",
+            "LANG": "C.UTF-8",
+            # The Erlang cookie is made here, not in the user's home.
+            "HOME": str(here),
+            "ERL_EPMD_PORT": str(self._mapper_port),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODENAME": f"keepwarm-{self.port}@localhost",
+            "RABBITMQ_DIST_PORT": str(self._distribution_port),
+            "RABBITMQ_MNESIA_BASE": str(here / "data"),
+            "RABBITMQ_LOG_BASE": str(here / "log"),
+            "RABBITMQ_GENERATED_CONFIG_DIR": str(here / "generated"),
+            "RABBITMQ_CONFIG_FILE": str(here / "rabbitmq.conf"),
+            "RABBITMQ_CONF_ENV_FILE": "/dev/null",
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(here / "enabled_plugins"),
+            "RABBITMQ_PID_FILE": str(here / "pid"),
+            # Makes the script replace itself by the node, so that signals reach it.
+            "RABBITMQ_ALLOW_INPUT": "1",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": (
+                "-noinput -kernel inet_dist_use_interface {127,0,0,1}"
+            ),
+        }
+
+
+def _find_server() -> Path:
+    for place in _PLACES:
+        if os.access(place, os.X_OK):
+            return Path(place)
+    found = shutil.which("rabbitmq-server")
+    if found:
+        return Path(found)
+    raise BrokerError(
+        "rabbitmq-server is not installed: as root run `apt-get install rabbitmq-server`, or name "
+        "a broker that runs already with --broker or KEEPWARM_BROKER_URL"
+    )
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that were free a moment ago; held together, so that they differ."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    try:
+        return [held.getsockname()[1] for held in sockets]
+    finally:
+        for held in sockets:
+            held.close()
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True

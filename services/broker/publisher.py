@@ -1,0 +1,173 @@
+"""Publishing with confirms: nothing is forgotten until the broker says that it has it."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pika
+import structlog
+from pika.channel import Channel
+from pika.spec import Basic
+
+from services.broker.address import BrokerAddress
+from services.broker.link import Link
+from services.contracts.errors import BrokerUnreachable
+from services.contracts.wire import CONTENT_TYPE
+
+_RESEND_DELAY_SECONDS = 0.5
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A message on its way to the broker."""
+
+    exchange: str
+    routing_key: str
+    body: bytes
+    message_id: str
+    headers: Mapping[str, Any] = field(default_factory=dict)
+    on_confirmed: Callable[[], None] | None = None
+
+
+class Publisher(Link):
+    """Sends persistent messages and keeps each until it is confirmed.
+
+    At most `window` messages are unconfirmed; then `publish` waits, so that a slow or blocked
+    broker slows the caller down and memory stays bounded. After a lost connection everything
+    unconfirmed is sent again with the same `message_id`: a message may arrive twice, never not.
+    """
+
+    def __init__(
+        self,
+        address: BrokerAddress,
+        name: str,
+        *,
+        window: int,
+        context_ids: Sequence[str] = (),
+    ) -> None:
+        super().__init__(address, name, context_ids)
+        self._free = threading.Semaphore(window)
+        self._pending = 0
+        self._idle = threading.Condition()
+        self._outbox: deque[Outgoing] = deque()
+        self._wake_requested = False
+        # Owned by the link's thread:
+        self._unconfirmed: dict[int, Outgoing] = {}
+        self._returned: set[str] = set()
+        self._last_tag = 0
+
+    def publish(self, message: Outgoing) -> None:
+        """Hand a message over; waits while the window is full. Any thread but the link's own.
+
+        `on_confirmed` is called on the link's thread once the broker has the message for good.
+        Raises BrokerUnreachable when the link was closed.
+        """
+        while not self._free.acquire(timeout=1.0):
+            self._raise_if_dead()
+        with self._idle:
+            self._pending += 1
+        self._outbox.append(message)
+        if not self._wake_requested:
+            self._wake_requested = True
+            self._call_soon(self._send_outbox)
+
+    @property
+    def pending(self) -> int:
+        """Messages handed over and not yet confirmed."""
+        return self._pending
+
+    def flush(self, timeout_seconds: float | None = None) -> None:
+        """Wait until everything is confirmed. Raises BrokerUnreachable when the time is over."""
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        with self._idle:
+            while self._pending:
+                self._raise_if_dead()
+                if deadline is not None and time.monotonic() > deadline:
+                    raise BrokerUnreachable(
+                        f"{self._pending} messages were not confirmed by {self._address} within "
+                        f"{timeout_seconds:g} s; send them again"
+                    )
+                self._idle.wait(0.5)
+
+    # The owning thread.
+
+    def _on_channel_ready(self, channel: Channel) -> None:
+        self._last_tag = 0
+        channel.add_on_return_callback(self._on_returned)
+        channel.confirm_delivery(self._on_confirm)
+        self._send_outbox()
+
+    def _on_channel_lost(self) -> None:
+        self._outbox.extendleft(reversed(self._unconfirmed.values()))
+        self._unconfirmed.clear()
+        self._returned.clear()
+
+    def _send_outbox(self) -> None:
+        self._wake_requested = False
+        while self._outbox and self._channel is not None:
+            message = self._outbox.popleft()
+            self._last_tag += 1
+            self._unconfirmed[self._last_tag] = message
+            self._channel.basic_publish(
+                message.exchange,
+                message.routing_key,
+                message.body,
+                pika.BasicProperties(
+                    content_type=CONTENT_TYPE,
+                    delivery_mode=pika.DeliveryMode.Persistent,
+                    message_id=message.message_id,
+                    headers=dict(message.headers),
+                ),
+                mandatory=True,
+            )
+
+    def _on_confirm(self, frame: Any) -> None:
+        tag, multiple = frame.method.delivery_tag, frame.method.multiple
+        # Tags are handed out in order, and a dict keeps its order.
+        tags = [tag]
+        if multiple:
+            tags = []
+            for known in self._unconfirmed:
+                if known > tag:
+                    break
+                tags.append(known)
+        settled = [self._unconfirmed.pop(known) for known in tags if known in self._unconfirmed]
+        if isinstance(frame.method, Basic.Nack):
+            log.warning("broker.nacked", link=self._name, messages=len(settled))
+            self._send_later(settled)
+            return
+        unroutable = [message for message in settled if message.message_id in self._returned]
+        if unroutable:
+            # The queue is gone. A new connection declares it again, then they are sent again.
+            self._returned.clear()
+            log.warning("broker.unroutable", link=self._name, messages=len(unroutable))
+            self._outbox.extendleft(reversed(unroutable))
+            self._restart_connection()
+            settled = [message for message in settled if message not in unroutable]
+        self._confirm(settled)
+
+    def _confirm(self, messages: Sequence[Outgoing]) -> None:
+        for message in messages:
+            if message.on_confirmed is not None:
+                message.on_confirmed()
+        if messages:
+            self._free.release(len(messages))
+            with self._idle:
+                self._pending -= len(messages)
+                self._idle.notify_all()
+
+    def _send_later(self, messages: Sequence[Outgoing]) -> None:
+        def again() -> None:
+            self._outbox.extendleft(reversed(messages))
+            self._send_outbox()
+
+        self._loop.call_later(_RESEND_DELAY_SECONDS, again)
+
+    def _on_returned(self, _: Channel, method: Any, properties: Any, __: bytes) -> None:
+        # The broker confirms a returned message right after; `_on_confirm` then knows better.
+        self._returned.add(properties.message_id)

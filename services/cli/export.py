@@ -1,0 +1,31 @@
+"""`keepwarm export`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from services.cli.options import StoreOption
+from services.cli.report import RunArgument
+from services.collector import ExportFormat, Store, export_run, find_run
+from services.contracts import load_settings
+
+_SUFFIXES = {"jsonl": ".jsonl", "csv": ".csv", "parquet": ".parquet", "fever": ".fever.jsonl"}
+
+
+def export(
+    run: RunArgument,
+    format: Annotated[ExportFormat, typer.Option(help="fever: as the FEVER scorer takes it.")],
+    store: StoreOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The file; RUN.FORMAT otherwise.", show_default=False),
+    ] = None,
+) -> None:
+    """Write the outcomes of a run to a file, one row a claim, in the order of the input."""
+    database = Store.open(load_settings(store_url=store), create=False)
+    known = find_run(database, run)
+    path = out or Path(known.run_id + _SUFFIXES[format])
+    count = export_run(database, known, format, path)
+    print(f"{count:,} rows in {path}", file=sys.stderr)

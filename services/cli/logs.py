@@ -1,0 +1,36 @@
+"""Logs: one event name and key-value fields, for people or as JSON, on standard error or a file."""
+
+import logging
+import sys
+from typing import TextIO
+
+import structlog
+
+from services.contracts import Settings
+
+
+def configure_logs(settings: Settings, stream: TextIO | None = None) -> None:
+    """Send all events to `stream` (standard error by default), from the set level upwards."""
+    target = stream or sys.stderr
+    renderer: structlog.typing.Processor = (
+        structlog.processors.JSONRenderer()
+        if settings.log_format == "json"
+        else structlog.dev.ConsoleRenderer(colors=target.isatty())
+    )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info
+            if settings.log_format == "json"
+            else structlog.processors.StackInfoRenderer(),
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(
+            logging.getLevelNamesMapping()[settings.log_level]
+        ),
+        logger_factory=structlog.PrintLoggerFactory(target),
+    )
+    # pika tells in ERROR what Keepwarm tells in an event of its own.
+    logging.getLogger("pika").setLevel(logging.CRITICAL)

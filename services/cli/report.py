@@ -1,0 +1,27 @@
+"""`keepwarm report`."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from services.cli.options import StoreOption
+from services.cli.screen import print_report
+from services.collector import Store, build_report, find_run
+from services.contracts import load_settings
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's id, or its beginning.")]
+
+
+def report(
+    run: RunArgument,
+    store: StoreOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Report a run: accuracy with its 95 % interval, macro-F1, confusion matrix, speed, workers."""
+    database = Store.open(load_settings(store_url=store), create=False)
+    result = build_report(database, find_run(database, run))
+    if as_json:
+        print(result.model_dump_json(indent=2))
+    else:
+        print_report(Console(), result)

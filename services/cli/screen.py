@@ -1,0 +1,145 @@
+"""What a person sees: tables, progress and the report, drawn by rich."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from services.collector import Report, RunStatus
+
+
+@contextmanager
+def line_progress(
+    console: Console, what: str, total: int | None
+) -> Iterator[Callable[[int], None]]:
+    """A bar (or a count, when the total is unknown) that is moved by calling what is yielded."""
+    progress = Progress(
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("lines"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+    with progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done: progress.update(task, completed=done)
+
+
+def duration(seconds: float | None) -> str:
+    """A time span for people: 42 s, 3 min 05 s, 2 h 10 min."""
+    if seconds is None:
+        return "unknown"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def status_table(runs: Sequence[RunStatus]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("run", no_wrap=True)
+    table.add_column("source", overflow="ellipsis", max_width=32, no_wrap=True)
+    for name in ("total", "done", "dead", "rejected", "claims/s", "ETA", "workers"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for run in runs:
+        table.add_row(
+            run.run_id,
+            run.source or "not announced",
+            "?" if run.total is None else f"{run.total:,}",
+            f"{run.done:,}",
+            f"{run.dead:,}",
+            "?" if run.rejected is None else f"{run.rejected:,}",
+            f"{run.claims_per_second:,.1f}",
+            "" if run.complete else duration(run.eta_seconds),
+            str(run.workers_seen),
+            "complete" if run.complete else "running",
+        )
+    if not runs:
+        table.add_row("no run is in this store yet")
+    return table
+
+
+def print_report(console: Console, report: Report) -> None:
+    """The report as a few small tables."""
+    status = report.status
+    console.print(f"[bold]{status.run_id}[/bold]  {status.source}", highlight=False)
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("model", status.model or "?")
+    facts.add_row("prompt", status.prompt or "?")
+    facts.add_row("claims", _claims_line(report))
+    facts.add_row("verdicts", ", ".join(f"{k} {v:,}" for k, v in report.verdicts.items()))
+    if report.dead:
+        facts.add_row("dead", ", ".join(f"{k} {v:,}" for k, v in report.dead.items()))
+    if report.quality is not None:
+        quality = report.quality
+        low, high = quality.accuracy_interval
+        facts.add_row(
+            "accuracy",
+            f"{quality.accuracy:.3f} (95 % interval {low:.3f} to {high:.3f}; "
+            f"{quality.correct:,} of {quality.labelled:,})",
+        )
+        facts.add_row("macro-F1", f"{quality.macro_f1:.3f}")
+    if report.speed is not None:
+        speed = report.speed
+        facts.add_row(
+            "speed",
+            f"{speed.claims_per_second:,.1f} claims/s, {speed.tokens_per_second:,.0f} prompt "
+            f"tokens/s over {duration(speed.wall_seconds)}",
+        )
+    facts.add_row(
+        "duplicates",
+        f"{status.duplicates:,} verdicts came twice and were ignored; "
+        f"{report.redelivered_batches:,} batches were delivered again",
+    )
+    console.print(facts, highlight=False)
+    if report.quality is not None:
+        console.print(_confusion_table(report), highlight=False)
+    if report.workers:
+        console.print(_workers_table(report), highlight=False)
+
+
+def _claims_line(report: Report) -> str:
+    status = report.status
+    if status.total is None or report.lines is None:
+        return f"{status.done:,} done; the producer has not sent all of them yet"
+    return (
+        f"{status.total:,} of {report.lines:,} lines ({status.repeated or 0:,} repeated, "
+        f"{status.rejected or 0:,} rejected); {status.done:,} verdicts, {status.dead:,} dead"
+    )
+
+
+def _confusion_table(report: Report) -> Table:
+    assert report.quality is not None
+    table = Table(title="gold (rows) and verdict (columns)", title_justify="left", box=None)
+    table.add_column("")
+    rows = report.quality.confusion
+    for name in next(iter(rows.values())):
+        table.add_column(name, justify="right")
+    for gold, counts in rows.items():
+        table.add_row(gold, *(f"{count:,}" for count in counts.values()))
+    return table
+
+
+def _workers_table(report: Report) -> Table:
+    table = Table(title="workers", title_justify="left", box=None)
+    for name in ("worker", "device"):
+        table.add_column(name, overflow="fold")
+    for name in ("verdicts", "duplicates", "tokens", "engine s"):
+        table.add_column(name, justify="right")
+    for share in report.workers:
+        table.add_row(
+            share.worker_id,
+            share.device,
+            f"{share.verdicts:,}",
+            f"{share.duplicates:,}",
+            f"{share.prompt_tokens:,}",
+            f"{share.engine_seconds:,.1f}",
+        )
+    return table

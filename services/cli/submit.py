@@ -1,0 +1,117 @@
+"""`keepwarm submit`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from services.broker import BrokerAddress, Publisher
+from services.cli.finished import finished_in, nothing_finished
+from services.cli.logs import configure_logs
+from services.cli.options import (
+    BatchSizeOption,
+    BrokerOption,
+    ColumnOption,
+    DTypeOption,
+    EngineArgumentOption,
+    LimitOption,
+    MaxTokensOption,
+    ModelOption,
+    PromptOption,
+    RevisionOption,
+    SeedOption,
+    StoreOption,
+    check_seed,
+    columns_from_flags,
+    context_from_flags,
+    prompt_from_flag,
+)
+from services.cli.screen import line_progress
+from services.collector import Store
+from services.contracts import load_settings
+from services.producer import Format, RejectedFile, Source, Submission
+
+
+def submit(
+    file: Annotated[
+        str, typer.Argument(help="JSONL or CSV, one claim a line; - for standard input.")
+    ],
+    model: ModelOption = None,
+    prompt: PromptOption = None,
+    limit: LimitOption = None,
+    seed: SeedOption = None,
+    batch_size: BatchSizeOption = None,
+    broker: BrokerOption = None,
+    store: StoreOption = None,
+    format: Annotated[
+        Format | None, typer.Option(help="By the file's name otherwise.", show_default=False)
+    ] = None,
+    column: ColumnOption = None,
+    rejected: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where lines that are no claims go; rejected-RUN.jsonl otherwise.",
+            show_default=False,
+        ),
+    ] = None,
+    revision: RevisionOption = None,
+    dtype: DTypeOption = "bfloat16",
+    max_model_tokens: MaxTokensOption = 1024,
+    engine_argument: EngineArgumentOption = None,
+) -> None:
+    """Publish a file of claims for workers to answer, and print the run's id.
+
+    The same file with the same prompt and model is the same run: publishing it again completes it
+    and doubles nothing. Where a store is named, claims with an outcome are not sent again.
+    """
+    check_seed(limit, seed)
+    settings = load_settings(broker_url=broker, store_url=store, batch_size=batch_size)
+    configure_logs(settings)
+    console = Console(stderr=True)
+    prompt_spec = prompt_from_flag(prompt)
+    context = context_from_flags(
+        settings, model, revision, dtype, max_model_tokens, engine_argument
+    )
+    with Source.open(file, format) as source:
+        with line_progress(console, "reading", None) as reading:
+            survey = source.survey(reading)
+        submission = Submission(
+            source,
+            survey,
+            context=context,
+            prompt=prompt_spec,
+            columns=columns_from_flags(column),
+            limit=limit,
+            seed=seed,
+        )
+        run_id = submission.run.run_id
+        named = settings.store_url is not None
+        finished = finished_in(Store.open(settings), run_id) if named else nothing_finished
+        rejected_path = rejected or Path(f"rejected-{run_id}.jsonl")
+        with (
+            Publisher(
+                BrokerAddress.from_settings(settings),
+                "producer",
+                window=settings.publish_window,
+                context_ids=[context.context_id],
+            ).open(settings.broker_connect_timeout_seconds) as publisher,
+            RejectedFile(rejected_path) as rejected_file,
+            line_progress(console, "publishing", submission.lines) as publishing,
+        ):
+            totals = submission.publish(
+                publisher,
+                rejected_file,
+                batch_size=settings.batch_size,
+                finished=finished,
+                on_progress=lambda progress: publishing(progress.lines),
+            )
+    console.print(
+        f"{totals.claims:,} claims of {totals.lines:,} lines are with the broker "
+        f"({totals.repeated:,} repeated, {totals.rejected:,} rejected) for workers of "
+        f"{context.context_id}",
+        highlight=False,
+    )
+    if totals.rejected:
+        console.print(f"The rejected lines are in {rejected_path}", highlight=False)
+    print(run_id)

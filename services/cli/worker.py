@@ -1,0 +1,38 @@
+"""`keepwarm worker`."""
+
+from services.cli.logs import configure_logs
+from services.cli.options import (
+    BrokerOption,
+    DTypeOption,
+    EngineArgumentOption,
+    MaxTokensOption,
+    ModelOption,
+    RevisionOption,
+    context_from_flags,
+)
+from services.cli.signals import on_stop_signal
+from services.contracts import load_settings
+from services.gpu_worker import Worker, find_device
+
+
+def worker(
+    model: ModelOption = None,
+    broker: BrokerOption = None,
+    revision: RevisionOption = None,
+    dtype: DTypeOption = "bfloat16",
+    max_model_tokens: MaxTokensOption = 1024,
+    engine_argument: EngineArgumentOption = None,
+) -> None:
+    """Keep a model warm and answer the claims that want it, until told to stop.
+
+    SIGTERM drains: what is finished is published, the rest returned, within
+    KEEPWARM_GRACE_SECONDS; the exit code is then 0. A second SIGTERM ends at once.
+    """
+    settings = load_settings(broker_url=broker)
+    configure_logs(settings)
+    context = context_from_flags(
+        settings, model, revision, dtype, max_model_tokens, engine_argument
+    )
+    service = Worker(context, find_device(), settings)
+    on_stop_signal(lambda _: service.stop())
+    service.run()

@@ -1,0 +1,183 @@
+"""The workers of `keepwarm run`: processes on leashes, watched, replaced when they are lost."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import structlog
+
+from services.contracts import ContextSpec, Settings
+from services.contracts.errors import EngineError, RunIncomplete
+from services.gpu_worker import Device
+from services.leash import Leashed
+
+_SHOWN_LINES = 40
+_MOST_LOSSES_IN_A_ROW = 5
+_LONGEST_PAUSE_SECONDS = 30.0
+
+_STATES = {
+    "worker.starting": "connecting",
+    "engine.starting": "starting the engine",
+    "engine.ready": "warm",
+    "worker.taking": "warm",
+    "engine.died": "engine died",
+    "engine.start_failed": "engine did not start",
+    "worker.draining": "draining",
+    "worker.stopped": "stopped",
+    "broker.waiting": "waiting for the broker",
+    "broker.connected": "connected",
+}
+
+log = structlog.get_logger(__name__)
+
+
+class WorkerProcess:
+    """One worker slot. `state` says in a few words what its worker does."""
+
+    def __init__(
+        self,
+        number: int,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log_file: Path,
+        grace_seconds: float,
+    ) -> None:
+        self._command = command
+        self._environment = environment
+        self._log_file = log_file
+        self._grace_seconds = grace_seconds
+        self.number = number
+        self.state = "not started"
+        self._warm = False
+        self._losses = 0
+        self._again_at = 0.0
+        self._last_lines: deque[str] = deque(maxlen=_SHOWN_LINES)
+        self._process: Leashed | None = None
+
+    def start(self) -> None:
+        self.state = "starting"
+        self._last_lines.clear()
+        self._process = Leashed(
+            self._command,
+            environment=self._environment,
+            # The worker drains by itself within its grace period; the leash comes after it.
+            grace_seconds=self._grace_seconds + 10,
+            output=subprocess.PIPE,
+        )
+        threading.Thread(
+            target=self._read, args=(self._process,), name=f"worker-{self.number}", daemon=True
+        ).start()
+
+    def look_after(self) -> None:
+        """Replace a worker that was lost, with growing pauses.
+
+        Raises EngineError with what it said when it gave up on its engine, RunIncomplete when
+        workers are lost again and again.
+        """
+        if self._process is None:
+            if time.monotonic() >= self._again_at:
+                self.start()
+            return
+        code = self._process.exit_code()
+        if code is None:
+            if self._warm:
+                self._losses = 0
+            return
+        said = "\n".join(self._last_lines)
+        if code == EngineError.exit_code:
+            raise EngineError(said.removeprefix("keepwarm: ") or f"see {self._log_file}")
+        self._losses += 1
+        if self._losses >= _MOST_LOSSES_IN_A_ROW:
+            raise RunIncomplete(
+                f"worker {self.number} was lost {self._losses} times in a row (last exit code "
+                f"{code}); its log is {self._log_file}, and it said last:\n{said}"
+            )
+        pause = min(_LONGEST_PAUSE_SECONDS, 0.5 * 2.0**self._losses)
+        log.warning("worker.lost", worker=self.number, exit_code=code, again_in_seconds=pause)
+        self.state = f"lost (exit code {code}), replaced in {pause:g} s"
+        self._process.stop()
+        self._process, self._warm = None, False
+        self._again_at = time.monotonic() + pause
+
+    def terminate(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+
+    def stop(self) -> None:
+        """Drain it, and return when it is gone."""
+        if self._process is not None:
+            self._process.stop()
+            self._process = None
+
+    def _read(self, process: Leashed) -> None:
+        assert process.output is not None
+        with self._log_file.open("ab") as file, process.output as lines:
+            for line in lines:
+                file.write(line)
+                file.flush()
+                self._note(line.decode(errors="replace").rstrip())
+
+    def _note(self, line: str) -> None:
+        try:
+            event = json.loads(line)
+            name = event["event"]
+        except (ValueError, KeyError, TypeError):
+            self._last_lines.append(line)
+            return
+        if name == "engine.loading":
+            self.state = f"loading the model, {event.get('seconds')} s"
+        elif name in _STATES and not (name == "broker.connected" and self._warm):
+            self.state = _STATES[name]
+            self._warm = name == "worker.taking" or (self._warm and name == "engine.ready")
+
+
+def worker_processes(
+    count: int,
+    context: ContextSpec,
+    device: Device,
+    settings: Settings,
+    directory: Path,
+    broker_environment: Mapping[str, str],
+) -> list[WorkerProcess]:
+    """`count` slots for workers of one context, each with its share of the node's devices."""
+    command = [
+        *(sys.executable, "-m", "services.cli.main", "worker"),
+        *("--model", context.model, "--dtype", context.dtype),
+        *("--max-model-tokens", str(context.max_model_tokens)),
+        *(() if context.revision is None else ("--revision", context.revision)),
+        *(f"--engine-argument={argument}" for argument in context.engine_arguments),
+    ]
+    directory.mkdir(parents=True, exist_ok=True)
+    return [
+        WorkerProcess(
+            number,
+            command,
+            {
+                **os.environ,
+                **broker_environment,
+                **_device_share(number, count, device),
+                "KEEPWARM_LOG_FORMAT": "json",
+            },
+            directory / f"worker-{number}.log",
+            settings.grace_seconds,
+        )
+        for number in range(count)
+    ]
+
+
+def _device_share(number: int, count: int, device: Device) -> dict[str, str]:
+    """A GPU each, or a share of the cores: two engines on one core only wait for each other."""
+    if count == 1:
+        return {}
+    if device.kind == "cuda":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        names = visible.split(",") if visible else [str(index) for index in range(count)]
+        return {"CUDA_VISIBLE_DEVICES": names[number % len(names)]}
+    cores = device.cores[number::count] or device.cores
+    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}

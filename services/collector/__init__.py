@@ -1,0 +1,21 @@
+"""Verdicts -> store -> report."""
+
+from services.collector.collector import Collector
+from services.collector.export import ExportFormat, export_run
+from services.collector.report import Report, build_report
+from services.collector.status import RunStatus, find_run, run_status, run_statuses
+from services.collector.store import Incoming, Store
+
+__all__ = [
+    "Collector",
+    "ExportFormat",
+    "Incoming",
+    "Report",
+    "RunStatus",
+    "Store",
+    "build_report",
+    "export_run",
+    "find_run",
+    "run_status",
+    "run_statuses",
+]

@@ -1,0 +1,201 @@
+"""Outcomes as files, in the order of the input."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from sqlalchemy import select
+
+from services.collector.schema import deliveries, outcomes
+from services.collector.status import KnownRun
+from services.collector.store import Store
+from services.contracts import INVALID
+from services.contracts.errors import StoreError
+
+ExportFormat = Literal["jsonl", "csv", "parquet", "fever"]
+
+_CHUNK_ROWS = 10_000
+
+COLUMNS = (
+    "position",
+    "claim_id",
+    "claim",
+    "label",
+    "probabilities",
+    "gold",
+    "mass",
+    "raw_text",
+    "prompt_tokens",
+    "dead_reason",
+    "dead_detail",
+    "worker_id",
+    "device",
+    "attempt",
+    "engine_seconds",
+)
+
+
+def export_run(store: Store, known: KnownRun, format: ExportFormat, path: Path) -> int:
+    """Write the outcomes of a run to `path`, whole or not at all; how many there were.
+
+    One row a claim, in input order. `probabilities` are by label (columns `p:LABEL` in CSV); a
+    dead claim has no label but a `dead_reason`. `fever` is what the FEVER scorer takes:
+    `predicted_label` and an empty `predicted_evidence`, one row for each line of the input up to
+    the last claim's, for the scorer joins by position.
+    Raises StoreError when the file cannot be written.
+    """
+    labels = known.run.prompt.label_names if known.run else ()
+    rows = _rows(store, known.run_key, labels)
+    write = {
+        "jsonl": _write_jsonl,
+        "csv": _write_csv,
+        "parquet": _write_parquet,
+        "fever": _write_fever,
+    }[format]
+    try:
+        with _replacing(path) as file:
+            return write(file, rows, labels)
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be written: {error.strerror}; make room, or name another place"
+        ) from error
+
+
+def _rows(store: Store, run_key: int, labels: Sequence[str]) -> Iterator[dict[str, Any]]:
+    query = (
+        select(
+            outcomes,
+            deliveries.c.worker_id,
+            deliveries.c.device,
+            deliveries.c.attempt,
+            deliveries.c.engine_seconds,
+        )
+        .outerjoin(deliveries, outcomes.c.delivery_key == deliveries.c.delivery_key)
+        .where(outcomes.c.run_key == run_key)
+        .order_by(outcomes.c.position)
+        .execution_options(yield_per=_CHUNK_ROWS)
+    )
+    with store.transaction() as connection:
+        for row in connection.execute(query):
+            scores = json.loads(row.probabilities) if row.probabilities else []
+            yield {
+                "position": row.position,
+                "claim_id": row.claim_id,
+                "claim": row.claim,
+                "label": row.label,
+                "probabilities": dict(zip(labels, scores, strict=True)) if scores else None,
+                "gold": row.gold,
+                "mass": row.mass,
+                "raw_text": row.raw_text,
+                "prompt_tokens": row.prompt_tokens,
+                "dead_reason": row.reason,
+                "dead_detail": row.detail,
+                "worker_id": row.worker_id,
+                "device": row.device,
+                "attempt": row.attempt,
+                "engine_seconds": row.engine_seconds,
+            }
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes its place when it is whole; a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+Rows = Iterator[dict[str, Any]]
+
+
+def _write_jsonl(file: IO[bytes], rows: Rows, _: Sequence[str]) -> int:
+    count = 0
+    for row in rows:
+        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        count += 1
+    return count
+
+
+def _write_fever(file: IO[bytes], rows: Rows, _: Sequence[str]) -> int:
+    # The scorer joins by position and counts any label but the gold one as wrong: what has no
+    # verdict (a dead claim, a rejected line) keeps its place as INVALID.
+    def line(claim_id: str | None, label: str | None) -> bytes:
+        prediction: dict[str, Any] = {
+            "id": claim_id,
+            "predicted_label": label or INVALID,
+            "predicted_evidence": [],
+        }
+        return json.dumps(prediction, ensure_ascii=False).encode() + b"\n"
+
+    count = 0
+    for row in rows:
+        for _gap in range(count, row["position"]):
+            file.write(line(None, None))
+        file.write(line(row["claim_id"], row["label"]))
+        count = row["position"] + 1
+    return count
+
+
+def _flat(row: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+    """Probabilities as columns of their own."""
+    scores = row["probabilities"] or {}
+    flat = {name: row[name] for name in COLUMNS if name != "probabilities"}
+    return flat | {f"p:{label}": scores.get(label) for label in labels}
+
+
+def _write_csv(file: IO[bytes], rows: Rows, labels: Sequence[str]) -> int:
+
+    names = [name for name in COLUMNS if name != "probabilities"]
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    writer = csv.DictWriter(text, [*names, *(f"p:{label}" for label in labels)])
+    writer.writeheader()
+    count = 0
+    for row in rows:
+        writer.writerow(_flat(row, labels))
+        count += 1
+    text.flush()
+    text.detach()
+    return count
+
+
+def _write_parquet(file: IO[bytes], rows: Rows, labels: Sequence[str]) -> int:
+    # A third of a second of imports, needed here alone.
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types = {
+        "position": pa.int64(),
+        "mass": pa.float64(),
+        "prompt_tokens": pa.int32(),
+        "attempt": pa.int32(),
+        "engine_seconds": pa.float64(),
+    }
+    schema = pa.schema(
+        [
+            *((name, types.get(name, pa.string())) for name in COLUMNS if name != "probabilities"),
+            *((f"p:{label}", pa.float64()) for label in labels),
+        ]
+    )
+    count = 0
+    with pq.ParquetWriter(file, schema) as writer:
+        chunk: list[dict[str, Any]] = []
+        for row in rows:
+            chunk.append(_flat(row, labels))
+            count += 1
+            if len(chunk) == _CHUNK_ROWS:
+                writer.write_table(pa.Table.from_pylist(chunk, schema))
+                chunk = []
+        writer.write_table(pa.Table.from_pylist(chunk, schema))
+    return count

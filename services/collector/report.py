@@ -1,0 +1,182 @@
+"""The report of a run: how right, how fast, by whom."""
+
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import Connection, Row, func, select
+
+from services.collector.schema import deliveries, outcomes
+from services.collector.status import KnownRun, RunStatus, run_status
+from services.collector.store import Store
+from services.contracts import INVALID, Run
+from services.contracts.errors import StoreError
+
+_CONFIDENCE = 0.95
+
+
+class Quality(BaseModel):
+    """How right the verdicts are, over the `labelled` claims that have a verdict and a gold label.
+
+    A verdict INVALID counts as wrong. `accuracy_interval` is Wilson's, at 95 % (Wilson 1927).
+    `macro_f1` is the unweighted mean of F1 over the gold labels that occur. `confusion` maps gold
+    label -> verdict -> claims; its columns are the prompt's labels and INVALID.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    labelled: int
+    correct: int
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    macro_f1: float
+    confusion: dict[str, dict[str, int]]
+
+
+class Speed(BaseModel):
+    """From the first request to an engine to the last verdict in the store, pauses included."""
+
+    model_config = ConfigDict(frozen=True)
+
+    wall_seconds: float
+    claims_per_second: float
+    prompt_tokens: int
+    tokens_per_second: float
+
+
+class WorkerShare(BaseModel):
+    """What one worker did. Its requests overlap: `engine_seconds` may exceed the wall time."""
+
+    model_config = ConfigDict(frozen=True)
+
+    worker_id: str
+    device: str
+    verdicts: int
+    duplicates: int
+    prompt_tokens: int
+    engine_seconds: float
+
+
+class Report(BaseModel):
+    """All that is published of a run. `verdicts` counts by label, `dead` by reason."""
+
+    model_config = ConfigDict(frozen=True)
+
+    status: RunStatus
+    run: Run | None
+    lines: int | None
+    verdicts: dict[str, int]
+    dead: dict[str, int]
+    redelivered_batches: int
+    quality: Quality | None
+    """None when no claim with a verdict has a gold label."""
+    speed: Speed | None
+    """None while there is no verdict."""
+    workers: tuple[WorkerShare, ...]
+
+
+def build_report(store: Store, known: KnownRun) -> Report:
+    """Raises StoreError when the run is not in the store."""
+    status = run_status(store, known.run_id)
+    if status is None:
+        raise StoreError(f"the store has no run {known.run_id}")
+    labels = known.run.prompt.label_names if known.run else ()
+    key = known.run_key
+    with store.transaction() as connection:
+        pairs = connection.execute(
+            select(outcomes.c.gold, outcomes.c.label, func.count().label("claims"))
+            .where(outcomes.c.run_key == key, outcomes.c.label.is_not(None))
+            .group_by(outcomes.c.gold, outcomes.c.label)
+        ).all()
+        verdicts = dict.fromkeys((*labels, INVALID), 0)
+        for pair in pairs:
+            verdicts[pair.label] = verdicts.get(pair.label, 0) + pair.claims
+        dead = connection.execute(
+            select(outcomes.c.reason, func.count())
+            .where(outcomes.c.run_key == key, outcomes.c.reason.is_not(None))
+            .group_by(outcomes.c.reason)
+        ).all()
+        redelivered = connection.execute(
+            select(func.count()).where(deliveries.c.run_key == key, deliveries.c.attempt > 1)
+        ).scalar_one()
+        return Report(
+            status=status,
+            run=known.run,
+            lines=None
+            if status.total is None
+            else status.total + (status.rejected or 0) + (status.repeated or 0),
+            verdicts=verdicts,
+            dead=dict(row._tuple() for row in dead),
+            redelivered_batches=redelivered,
+            quality=_quality([pair for pair in pairs if pair.gold is not None], labels),
+            speed=_speed(connection, key),
+            workers=_workers(connection, key),
+        )
+
+
+def _quality(pairs: Sequence[Row[tuple[object, ...]]], labels: Sequence[str]) -> Quality | None:
+    if not pairs:
+        return None
+    # Half a second of imports, needed here alone.
+    from scipy.stats import binomtest
+    from sklearn.metrics import f1_score
+
+    gold = [pair.gold for pair in pairs]
+    said = [pair.label for pair in pairs]
+    weights = [pair.claims for pair in pairs]
+    labelled = sum(weights)
+    correct = sum(pair.claims for pair in pairs if pair.gold == pair.label)
+    interval = binomtest(correct, labelled).proportion_ci(_CONFIDENCE, method="wilson")
+    columns = [*labels, *sorted({*said, *gold} - {*labels, INVALID}), INVALID]
+    present = [label for label in columns if label in gold]
+    confusion = {label: dict.fromkeys(columns, 0) for label in present}
+    for pair in pairs:
+        confusion[pair.gold][pair.label] = pair.claims
+    return Quality(
+        labelled=labelled,
+        correct=correct,
+        accuracy=correct / labelled,
+        accuracy_interval=(float(interval.low), float(interval.high)),
+        macro_f1=float(
+            f1_score(
+                gold, said, labels=present, sample_weight=weights, average="macro", zero_division=0
+            )
+        ),
+        confusion=confusion,
+    )
+
+
+def _speed(connection: Connection, run_key: int) -> Speed | None:
+    start, end, fresh, tokens = connection.execute(
+        select(
+            func.min(deliveries.c.received_at - deliveries.c.engine_seconds),
+            func.max(deliveries.c.received_at),
+            func.sum(deliveries.c.fresh),
+            func.sum(deliveries.c.prompt_tokens),
+        ).where(deliveries.c.run_key == run_key)
+    ).one()
+    if start is None:
+        return None
+    seconds = end - start
+    return Speed(
+        wall_seconds=seconds,
+        claims_per_second=float(fresh) / seconds if seconds > 0 else 0.0,
+        prompt_tokens=int(tokens),
+        tokens_per_second=float(tokens) / seconds if seconds > 0 else 0.0,
+    )
+
+
+def _workers(connection: Connection, run_key: int) -> tuple[WorkerShare, ...]:
+    rows = connection.execute(
+        select(
+            deliveries.c.worker_id,
+            deliveries.c.device,
+            func.sum(deliveries.c.fresh).label("verdicts"),
+            func.sum(deliveries.c.duplicates).label("duplicates"),
+            func.sum(deliveries.c.prompt_tokens).label("prompt_tokens"),
+            func.sum(deliveries.c.engine_seconds).label("engine_seconds"),
+        )
+        .where(deliveries.c.run_key == run_key)
+        .group_by(deliveries.c.worker_id, deliveries.c.device)
+        .order_by(func.sum(deliveries.c.fresh).desc())
+    )
+    return tuple(WorkerShare.model_validate(row._mapping) for row in rows)

@@ -1,0 +1,77 @@
+"""The store's tables. `outcomes` holds each claim of a run once: its key is the promise."""
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Float,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+SCHEMA_VERSION = 1
+
+metadata = MetaData()
+
+schema_info = Table("keepwarm_schema", metadata, Column("version", Integer, primary_key=True))
+
+# SQLite gives an INTEGER PRIMARY KEY by itself, and only to that very type.
+_Key = BigInteger().with_variant(Integer, "sqlite")
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("run_key", _Key, primary_key=True, autoincrement=True),
+    Column("run_id", String(256), nullable=False),
+    # The Run as JSON; NULL while verdicts have come but the announcement has not.
+    Column("run", Text),
+    # Totals, once the producer has sent everything.
+    Column("lines", BigInteger),
+    Column("claims", BigInteger),
+    Column("repeated", BigInteger),
+    Column("rejected", BigInteger),
+    Column("first_seen", Float, nullable=False),
+    UniqueConstraint("run_id"),
+)
+
+# One row a message of verdicts that came, redelivered ones included: who computed what, and when.
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("delivery_key", BigInteger, primary_key=True, autoincrement=False),
+    Column("run_key", BigInteger, nullable=False, index=True),
+    Column("batch_id", String(256), nullable=False),
+    Column("worker_id", String(512), nullable=False),
+    Column("device", String(512), nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("engine_seconds", Float, nullable=False),
+    # Claims that had no outcome before, and claims that had.
+    Column("fresh", Integer, nullable=False),
+    Column("duplicates", Integer, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("received_at", Float, nullable=False),
+)
+
+# A verdict (label) or a dead claim (reason).
+outcomes = Table(
+    "outcomes",
+    metadata,
+    Column("run_key", BigInteger, primary_key=True, autoincrement=False),
+    Column("claim_id", String(256), primary_key=True),
+    Column("position", BigInteger, nullable=False),
+    Column("claim", Text, nullable=False),
+    Column("gold", String(64)),
+    Column("label", String(64)),
+    Column("probabilities", Text),
+    Column("mass", Float),
+    Column("raw_text", Text),
+    Column("prompt_tokens", Integer),
+    Column("delivery_key", BigInteger),
+    Column("reason", String(64)),
+    Column("detail", Text),
+    Column("evidence", Text),
+    sqlite_with_rowid=False,
+)

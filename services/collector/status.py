@@ -1,0 +1,128 @@
+"""How far every run is."""
+
+import json
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import Connection, Row, case, func, select
+
+from services.collector.schema import deliveries, outcomes, runs
+from services.collector.store import Store
+from services.contracts import Run
+from services.contracts.errors import StoreError
+
+_RATE_WINDOW_SECONDS = 60.0
+
+
+class RunStatus(BaseModel):
+    """A run's progress. `total` and `eta_seconds` are None until the producer has sent it all.
+
+    `claims_per_second` is over the last minute in which verdicts came.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    run_id: str
+    source: str | None
+    model: str | None
+    prompt: str | None
+    total: int | None
+    done: int
+    dead: int
+    rejected: int | None
+    repeated: int | None
+    duplicates: int
+    claims_per_second: float
+    eta_seconds: float | None
+    workers_seen: int
+    complete: bool
+
+
+@dataclass(frozen=True)
+class KnownRun:
+    """A run as the store knows it; `run` is None until it was announced."""
+
+    run_key: int
+    run_id: str
+    run: Run | None
+
+
+def run_statuses(store: Store) -> list[RunStatus]:
+    """Every run in the store, the latest first."""
+    with store.transaction() as connection:
+        rows = connection.execute(select(runs).order_by(runs.c.first_seen.desc())).all()
+        return [_status(connection, row) for row in rows]
+
+
+def run_status(store: Store, run_id: str) -> RunStatus | None:
+    """One run, or None where the store has not heard of it."""
+    with store.transaction() as connection:
+        row = connection.execute(select(runs).where(runs.c.run_id == run_id)).one_or_none()
+        return None if row is None else _status(connection, row)
+
+
+def find_run(store: Store, wanted: str) -> KnownRun:
+    """The run whose id is, or begins with, `wanted`. Raises StoreError that lists what there is."""
+    with store.transaction() as connection:
+        known = [
+            KnownRun(row.run_key, row.run_id, Run.model_validate_json(row.run) if row.run else None)
+            for row in connection.execute(select(runs).order_by(runs.c.first_seen.desc()))
+        ]
+    matching = [run for run in known if run.run_id == wanted] or [
+        run for run in known if run.run_id.startswith((wanted, f"run-{wanted}"))
+    ]
+    if len(matching) != 1:
+        listed = ", ".join(run.run_id for run in matching or known[:10]) or "none at all"
+        what = "several runs begin" if matching else "no run begins"
+        raise StoreError(f"{what} with {wanted!r}; the store has {listed}")
+    return matching[0]
+
+
+def _status(connection: Connection, row: Row[tuple[object, ...]]) -> RunStatus:
+    key = row.run_key
+    done, duplicates, workers, last = connection.execute(
+        select(
+            func.coalesce(func.sum(deliveries.c.fresh), 0),
+            func.coalesce(func.sum(deliveries.c.duplicates), 0),
+            func.count(func.distinct(deliveries.c.worker_id)),
+            func.max(deliveries.c.received_at),
+        ).where(deliveries.c.run_key == key)
+    ).one()
+    dead = connection.execute(
+        select(func.count()).where(outcomes.c.run_key == key, outcomes.c.reason.is_not(None))
+    ).scalar_one()
+    rate = _recent_rate(connection, key, last) if last is not None else 0.0
+    left = None if row.claims is None else row.claims - done - dead
+    run = json.loads(row.run) if row.run else None
+    return RunStatus(
+        run_id=row.run_id,
+        source=run and run["source"],
+        model=run and run["context"]["model"],
+        prompt=run and run["prompt"]["name"],
+        total=row.claims,
+        done=int(done),
+        dead=dead,
+        rejected=row.rejected,
+        repeated=row.repeated,
+        duplicates=int(duplicates),
+        claims_per_second=round(rate, 2),
+        eta_seconds=None if left is None or rate == 0 else round(left / rate, 1),
+        workers_seen=workers,
+        complete=left is not None and left <= 0,
+    )
+
+
+def _recent_rate(connection: Connection, run_key: int, last: float) -> float:
+    """Claims a second in the last window. The first message's claims took its engine's time too."""
+    first, engine_seconds, fresh = connection.execute(
+        select(
+            func.min(deliveries.c.received_at),
+            func.max(case((deliveries.c.fresh > 0, deliveries.c.engine_seconds), else_=0.0)),
+            func.sum(deliveries.c.fresh),
+        ).where(
+            deliveries.c.run_key == run_key,
+            deliveries.c.received_at > last - _RATE_WINDOW_SECONDS,
+        )
+    ).one()
+    seconds = last - first + engine_seconds
+    return float(fresh) / seconds if seconds > 0 else 0.0

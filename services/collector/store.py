@@ -1,0 +1,283 @@
+"""The store: opened with care, written in transactions, each claim of a run once."""
+
+import getpass
+import json
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import (
+    URL,
+    Connection,
+    Engine,
+    bindparam,
+    create_engine,
+    event,
+    insert,
+    make_url,
+    select,
+    update,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from services.collector.schema import (
+    SCHEMA_VERSION,
+    deliveries,
+    metadata,
+    outcomes,
+    runs,
+    schema_info,
+)
+from services.contracts import DeadClaim, RunAnnouncement, Settings, VerdictBatch
+from services.contracts.errors import StoreError, UsageError
+
+_SQLITE_CACHE_KIB = 16_384
+_BUSY_SECONDS = 30
+_MOST_PARAMETERS = 500
+
+_OUTCOME_COLUMNS = [column.name for column in outcomes.columns]
+
+
+@dataclass
+class Incoming:
+    """What is to be written in one transaction."""
+
+    announcements: list[RunAnnouncement] = field(default_factory=list)
+    verdicts: list[VerdictBatch] = field(default_factory=list)
+    dead: list[DeadClaim] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        """Claims, not messages."""
+        return sum(len(batch.verdicts) for batch in self.verdicts) + len(self.dead)
+
+
+class Store:
+    """A database of runs and their outcomes.
+
+    Every method raises StoreError, with the next step, when the database cannot do its part.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        dialect = postgresql if engine.dialect.name == "postgresql" else sqlite
+        self._insert_outcomes = (
+            dialect.insert(outcomes)
+            .values({name: bindparam(name) for name in _OUTCOME_COLUMNS})
+            .on_conflict_do_nothing()
+        )
+        self._insert_run = dialect.insert(runs).on_conflict_do_nothing(index_elements=["run_id"])
+        self._run_keys: dict[str, int] = {}
+        # Wall-clock time that cannot jump while this process lives.
+        self._clock_offset = time.time() - time.monotonic()
+
+    @classmethod
+    def open(cls, settings: Settings, *, create: bool = True) -> "Store":
+        """Open the store, and make its tables where there are none.
+
+        Raises StoreError when it cannot be used, UsageError when the URL is not one.
+        """
+        url = _checked_url(settings)
+        if url.get_backend_name() == "sqlite":
+            _prepare_sqlite_file(url, create=create)
+        engine = create_engine(url, connect_args=_connect_arguments(url), pool_pre_ping=True)
+        if url.get_backend_name() == "sqlite":
+            event.listen(engine, "connect", _set_up_sqlite)
+        store = cls(engine)
+        with store.transaction() as connection:
+            metadata.create_all(connection)
+            version = connection.execute(select(schema_info.c.version)).scalar()
+            if version is None:
+                connection.execute(insert(schema_info).values(version=SCHEMA_VERSION))
+            elif version != SCHEMA_VERSION:
+                raise StoreError(
+                    f"the store {url!r} has schema version {version}; this Keepwarm knows "
+                    f"{SCHEMA_VERSION}. Use another store, or the Keepwarm that made this one"
+                )
+        return store
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except SQLAlchemyError as error:
+            cause = getattr(error, "orig", None) or error
+            raise StoreError(
+                f"the store {self._engine.url!r} failed: {str(cause).strip()}. Check that it is "
+                "there, that this user may write to it, and that its disk is not full"
+            ) from error
+
+    def write(self, incoming: Incoming) -> None:
+        """Write it all or nothing. Claims that have an outcome keep it; they are counted."""
+        now = self._clock_offset + time.monotonic()
+        with self.transaction() as connection:
+            for announcement in incoming.announcements:
+                self._write_announcement(connection, announcement, now)
+            rows = [self._write_verdicts(connection, batch, now) for batch in incoming.verdicts]
+            if rows:
+                connection.execute(insert(deliveries), rows)
+            if incoming.dead:
+                dead = [self._dead_row(connection, claim, now) for claim in incoming.dead]
+                connection.execute(self._insert_outcomes, dead)
+
+    def finished(self, run_id: str, claim_ids: Sequence[str]) -> set[str]:
+        """Those of the ids that have an outcome in the run."""
+        found: set[str] = set()
+        with self.transaction() as connection:
+            key = self._find_run_key(connection, run_id)
+            if key is None:
+                return found
+            for start in range(0, len(claim_ids), _MOST_PARAMETERS):
+                query = select(outcomes.c.claim_id).where(
+                    outcomes.c.run_key == key,
+                    outcomes.c.claim_id.in_(claim_ids[start : start + _MOST_PARAMETERS]),
+                )
+                found.update(connection.execute(query).scalars())
+        return found
+
+    def _write_announcement(
+        self, connection: Connection, announcement: RunAnnouncement, now: float
+    ) -> None:
+        key = self._run_key(connection, announcement.run.run_id, now)
+        totals = announcement.totals.model_dump() if announcement.totals else {}
+        connection.execute(
+            update(runs)
+            .where(runs.c.run_key == key)
+            .values(run=announcement.run.model_dump_json(), **totals)
+        )
+
+    def _write_verdicts(
+        self, connection: Connection, batch: VerdictBatch, now: float
+    ) -> dict[str, Any]:
+        key = self._run_key(connection, batch.run_id, now)
+        delivery = secrets.randbits(62)
+        rows = [
+            {
+                "run_key": key,
+                "claim_id": verdict.claim_id,
+                "position": verdict.position,
+                "claim": verdict.text,
+                "gold": verdict.gold,
+                "label": verdict.label,
+                "probabilities": json.dumps(verdict.probabilities),
+                "mass": verdict.mass,
+                "raw_text": verdict.raw_text,
+                "prompt_tokens": verdict.prompt_tokens,
+                "delivery_key": delivery,
+                "reason": None,
+                "detail": None,
+                "evidence": None,
+            }
+            for verdict in batch.verdicts
+        ]
+        fresh = connection.execute(self._insert_outcomes, rows).rowcount
+        return {
+            "delivery_key": delivery,
+            "run_key": key,
+            "batch_id": batch.batch_id,
+            "worker_id": batch.worker_id,
+            "device": batch.device,
+            "attempt": batch.attempt,
+            "engine_seconds": batch.engine_seconds,
+            "fresh": fresh,
+            "duplicates": len(rows) - fresh,
+            "prompt_tokens": sum(verdict.prompt_tokens for verdict in batch.verdicts),
+            "received_at": now,
+        }
+
+    def _dead_row(self, connection: Connection, dead: DeadClaim, now: float) -> dict[str, Any]:
+        return dict.fromkeys(_OUTCOME_COLUMNS) | {
+            "run_key": self._run_key(connection, dead.run_id, now),
+            "claim_id": dead.claim.claim_id,
+            "position": dead.claim.position,
+            "claim": dead.claim.text,
+            "gold": dead.claim.gold,
+            "reason": dead.reason.value,
+            "detail": dead.detail,
+            "evidence": dead.claim.evidence,
+        }
+
+    def _run_key(self, connection: Connection, run_id: str, now: float) -> int:
+        key = self._find_run_key(connection, run_id)
+        if key is None:
+            connection.execute(self._insert_run.values(run_id=run_id, first_seen=now))
+            key = connection.execute(select(runs.c.run_key).where(runs.c.run_id == run_id)).scalar()
+            assert key is not None
+            # Not kept in `_run_keys` before the commit: a rollback would leave a key of nothing.
+        return key
+
+    def _find_run_key(self, connection: Connection, run_id: str) -> int | None:
+        key = self._run_keys.get(run_id)
+        if key is None:
+            key = connection.execute(select(runs.c.run_key).where(runs.c.run_id == run_id)).scalar()
+        return key
+
+
+def _checked_url(settings: Settings) -> URL:
+    text = settings.store
+    if "://" not in text:
+        text = f"sqlite:///{text}"
+    try:
+        url = make_url(text)
+    except ArgumentError as error:
+        raise UsageError(
+            "the store's URL is unusable; write a file's path, sqlite:///FILE, or "
+            "postgresql://user@host/database"
+        ) from error
+    if url.get_backend_name() == "sqlite":
+        return url
+    if url.get_backend_name() != "postgresql":
+        raise UsageError(
+            f"the store must be SQLite or PostgreSQL, not {url.get_backend_name()}; see "
+            "docs/settings.md"
+        )
+    password = settings.secret("store") or url.password
+    return url.set(drivername="postgresql+psycopg", password=password)
+
+
+def _connect_arguments(url: URL) -> dict[str, Any]:
+    if url.get_backend_name() == "sqlite":
+        return {"timeout": _BUSY_SECONDS}
+    return {"connect_timeout": _BUSY_SECONDS, "application_name": "keepwarm"}
+
+
+def _prepare_sqlite_file(url: URL, *, create: bool) -> None:
+    if not url.database or url.database == ":memory:":
+        raise UsageError("the store needs a file: sqlite:///FILE; memory would forget it all")
+    path = Path(url.database)
+    try:
+        if not path.exists():
+            if not create:
+                raise StoreError(
+                    f"there is no store at {path}; name the one that you mean with --store or "
+                    "KEEPWARM_STORE_URL (after `keepwarm run` it is keepwarm.sqlite in its "
+                    "output directory)"
+                )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)
+        with path.open("r+b"):
+            pass
+    except OSError as error:
+        raise StoreError(
+            f"the store {path} cannot be written by {getpass.getuser()}: {error.strerror}; mend "
+            "its permissions, or name another with --store"
+        ) from error
+
+
+def _set_up_sqlite(connection: Any, _: Any) -> None:
+    # A write-ahead log lets `status` read while the collector writes. FULL: what is committed
+    # survives a power cut, for it is acknowledged to the broker right after.
+    for pragma in (
+        "journal_mode = WAL",
+        "synchronous = FULL",
+        f"cache_size = -{_SQLITE_CACHE_KIB}",
+    ):
+        connection.execute(f"PRAGMA {pragma}")

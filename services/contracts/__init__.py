@@ -1,0 +1,31 @@
+"""What services say to each other: messages, identities, names on the broker, settings, errors."""
+
+from services.contracts.claims import Claim, ClaimBatch
+from services.contracts.contexts import ContextSpec
+from services.contracts.errors import KeepwarmError
+from services.contracts.prompts import INVALID, Label, PromptSpec
+from services.contracts.runs import Run, RunAnnouncement, Totals
+from services.contracts.settings import Settings, load_settings
+from services.contracts.verdicts import DeadClaim, DeadReason, Verdict, VerdictBatch
+from services.contracts.wire import decode, encode
+
+__all__ = [
+    "INVALID",
+    "Claim",
+    "ClaimBatch",
+    "ContextSpec",
+    "DeadClaim",
+    "DeadReason",
+    "KeepwarmError",
+    "Label",
+    "PromptSpec",
+    "Run",
+    "RunAnnouncement",
+    "Settings",
+    "Totals",
+    "Verdict",
+    "VerdictBatch",
+    "decode",
+    "encode",
+    "load_settings",
+]

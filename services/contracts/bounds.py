@@ -1,0 +1,39 @@
+"""How large anything may be: every text, list and message that crosses an edge is bounded here."""
+
+from typing import Annotated
+
+from pydantic import StringConstraints
+
+MAX_CLAIM_CHARS = 8_192
+MAX_EVIDENCE_CHARS = 65_536
+MAX_ID_CHARS = 256
+MAX_NAME_CHARS = 512
+MAX_PROMPT_CHARS = 65_536
+MAX_RAW_TEXT_CHARS = 1_024
+MAX_DETAIL_CHARS = 16_384
+MAX_LABELS = 32
+MAX_EXAMPLES = 64
+MAX_ENGINE_ARGUMENTS = 128
+
+MAX_BATCH_CLAIMS = 1_024
+# RabbitMQ 4 refuses messages over 16 MiB. The producer closes a batch at half of ours, so that
+# its verdicts, which carry the claims back, stay under the limit as well.
+MAX_MESSAGE_BYTES = 8 * 1024 * 1024
+MAX_BATCH_BYTES = MAX_MESSAGE_BYTES // 2
+MAX_LINE_BYTES = 1024 * 1024
+
+# PostgreSQL cannot store NUL in text, so no text may hold one.
+_NO_NUL = r"^[^\x00]*$"
+_NO_NUL_NOT_BLANK = r"^[^\x00]*[^\x00\s][^\x00]*$"
+
+Identity = Annotated[
+    str, StringConstraints(min_length=1, max_length=MAX_ID_CHARS, pattern=_NO_NUL_NOT_BLANK)
+]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARS, pattern=_NO_NUL)]
+ClaimText = Annotated[
+    str, StringConstraints(min_length=1, max_length=MAX_CLAIM_CHARS, pattern=_NO_NUL_NOT_BLANK)
+]
+EvidenceText = Annotated[str, StringConstraints(max_length=MAX_EVIDENCE_CHARS, pattern=_NO_NUL)]
+PromptText = Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARS, pattern=_NO_NUL)]
+RawText = Annotated[str, StringConstraints(max_length=MAX_RAW_TEXT_CHARS, pattern=_NO_NUL)]
+Detail = Annotated[str, StringConstraints(max_length=MAX_DETAIL_CHARS, pattern=_NO_NUL)]

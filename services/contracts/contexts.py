@@ -1,0 +1,31 @@
+"""The context: what is expensive to set up before the first inference, and its identity."""
+
+from functools import cached_property
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from services.contracts.bounds import MAX_ENGINE_ARGUMENTS, Name
+from services.contracts.values import Value, content_id
+
+DType = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+class ContextSpec(Value):
+    """A model as an engine must hold it. Equal specs are one context, on whatever device.
+
+    `revision` pins the weights: a hub commit, or the fingerprint of a local directory, so that a
+    model changed in place is another context. `engine_arguments` are command-line arguments of the
+    engine that change what it computes; what merely suits a device is chosen by the worker and is
+    not part of the identity.
+    """
+
+    model: Name
+    revision: Name | None = None
+    dtype: DType = "bfloat16"
+    max_model_tokens: Annotated[int, Field(ge=16, le=10_000_000)] = 1024
+    engine_arguments: Annotated[tuple[Name, ...], Field(max_length=MAX_ENGINE_ARGUMENTS)] = ()
+
+    @cached_property
+    def context_id(self) -> str:
+        return content_id("ctx", self.model_dump(mode="json"))

@@ -1,0 +1,132 @@
+"""The prompt: instructions, examples and label words. Prompts are not contexts; many share one."""
+
+from functools import cached_property
+from string import Formatter
+from typing import Annotated, Self
+
+from pydantic import Field, StringConstraints, field_validator, model_validator
+
+from services.contracts.bounds import (
+    MAX_EXAMPLES,
+    MAX_LABELS,
+    ClaimText,
+    EvidenceText,
+    Name,
+    PromptText,
+)
+from services.contracts.values import Value, content_id
+
+INVALID = "INVALID"
+"""The label of a verdict whose answer could not be read; no prompt may use it."""
+
+LabelName = Annotated[
+    str,
+    StringConstraints(strip_whitespace=True, min_length=1, max_length=64, pattern=r"^[^\x00]*$"),
+]
+
+
+def _key(spelling: str) -> str:
+    return " ".join(spelling.replace("_", " ").replace("-", " ").upper().split())
+
+
+class Label(Value):
+    """One answer: its name in results, the word the model says for it, other spellings in files."""
+
+    name: LabelName
+    word: LabelName
+    aliases: Annotated[tuple[LabelName, ...], Field(max_length=16)] = ()
+
+
+class Example(Value):
+    """A solved claim shown to the model before the one it is asked about."""
+
+    claim: ClaimText
+    evidence: EvidenceText | None = None
+    label: LabelName
+
+
+FEVER_LABELS = (
+    Label(name="SUPPORTS", word="True", aliases=("SUPPORT", "SUPPORTED", "ENTAILMENT")),
+    Label(
+        name="REFUTES", word="False", aliases=("REFUTE", "REFUTED", "CONTRADICT", "CONTRADICTION")
+    ),
+    Label(
+        name="NOT ENOUGH INFO", word="Unknown", aliases=("NEI", "NEUTRAL", "NOT ENOUGH EVIDENCE")
+    ),
+)
+
+
+class PromptSpec(Value):
+    """How a claim is put to the model and how the answer is read.
+
+    The constant part (instructions, examples) comes first, so that an engine's prefix cache holds
+    it once. `template` is filled per claim; it knows `{claim}` and `{evidence}` only. With `chat`
+    the text becomes a user's turn in the model's own chat template, where it has one.
+
+    The verdict is the label whose word's first token is the likeliest of all label words; it is
+    INVALID when the label words together hold less than `minimum_mass` of the probability, for
+    then the model did not answer the question.
+    """
+
+    name: Name = "fever"
+    instructions: PromptText = (
+        "Decide whether the evidence supports the claim. Answer with one word: True if the "
+        "evidence supports the claim, False if it contradicts it, Unknown if it does not decide."
+    )
+    examples: Annotated[tuple[Example, ...], Field(max_length=MAX_EXAMPLES)] = ()
+    template: PromptText = "Evidence: {evidence}\nClaim: {claim}\nAnswer:"
+    no_evidence: EvidenceText = "none"
+    labels: Annotated[tuple[Label, ...], Field(min_length=2, max_length=MAX_LABELS)] = FEVER_LABELS
+    chat: bool = True
+    minimum_mass: Annotated[float, Field(ge=0, le=1)] = 0.01
+
+    @field_validator("template")
+    @classmethod
+    def _knows_its_fields(cls, template: str) -> str:
+        try:
+            fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
+        except ValueError as error:
+            raise ValueError(f"braces do not pair up ({error}); write {{{{ for a brace") from error
+        unknown = sorted(set(fields) - {"claim", "evidence"})
+        if unknown:
+            raise ValueError(f"unknown fields {unknown}; only {{claim}} and {{evidence}} are known")
+        if "claim" not in fields:
+            raise ValueError("it must contain {claim}")
+        return template
+
+    @model_validator(mode="after")
+    def _labels_are_distinct(self) -> Self:
+        spellings: dict[str, str] = {}
+        for label in self.labels:
+            if _key(label.name) == INVALID:
+                raise ValueError(f"{INVALID} is kept for answers that cannot be read")
+            for spelling in {_key(text) for text in (label.name, *label.aliases)}:
+                if spelling in spellings:
+                    raise ValueError(
+                        f"{spelling!r} names both {spellings[spelling]!r} and {label.name!r}"
+                    )
+                spellings[spelling] = label.name
+        for example in self.examples:
+            if self.label_of(example.label) is None:
+                raise ValueError(
+                    f"an example has the label {example.label!r}, which is not declared"
+                )
+        return self
+
+    @cached_property
+    def _names_by_spelling(self) -> dict[str, str]:
+        return {
+            _key(text): label.name for label in self.labels for text in (label.name, *label.aliases)
+        }
+
+    def label_of(self, spelling: str) -> str | None:
+        """The label that a file means by `spelling` (case, `_` and `-` do not matter), or None."""
+        return self._names_by_spelling.get(_key(spelling))
+
+    @cached_property
+    def label_names(self) -> tuple[str, ...]:
+        return tuple(label.name for label in self.labels)
+
+    @cached_property
+    def prompt_id(self) -> str:
+        return content_id("prm", self.model_dump(mode="json"))

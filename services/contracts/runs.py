@@ -1,0 +1,68 @@
+"""The run: claims x prompt x context, and what is known of its size."""
+
+from functools import cached_property
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from services.contracts.bounds import Identity, Name
+from services.contracts.contexts import ContextSpec
+from services.contracts.prompts import PromptSpec
+from services.contracts.values import Value, content_id
+from services.contracts.wire import Message
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class Run(Value):
+    """One file of claims, put to one prompt on one context.
+
+    `run_id` is made of content alone: the same lines, read in the same way, with the same prompt
+    and context are the same run, wherever the file lies and however often it is submitted.
+    `source` (the file's name) is for people and not part of the identity.
+    """
+
+    source: Name
+    source_digest: Identity
+    context: ContextSpec
+    prompt: PromptSpec
+    limit: Annotated[int, Field(ge=1)] | None = None
+    seed: int | None = None
+
+    @cached_property
+    def run_id(self) -> str:
+        return content_id(
+            "run",
+            {
+                "source_digest": self.source_digest,
+                "context": self.context.context_id,
+                "prompt": self.prompt.prompt_id,
+                "limit": self.limit,
+                "seed": self.seed,
+            },
+        )
+
+
+class Totals(Value):
+    """What the producer made of the lines it read: `lines = claims + repeated + rejected`.
+
+    A repeated line has the id and the content of an earlier one; it is counted once, as a claim.
+    """
+
+    lines: Count
+    claims: Count
+    repeated: Count
+    rejected: Count
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        if self.lines != self.claims + self.repeated + self.rejected:
+            raise ValueError("lines must equal claims + repeated + rejected")
+        return self
+
+
+class RunAnnouncement(Message):
+    """The producer's word on a run: that it begins (no totals yet), or that all of it is sent."""
+
+    run: Run
+    totals: Totals | None = None

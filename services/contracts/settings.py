@@ -1,0 +1,145 @@
+"""Every setting, once: a field here, `KEEPWARM_<FIELD>` outside, a line in docs/settings.md.
+
+Secrets are given as `KEEPWARM_BROKER_PASSWORD` / `KEEPWARM_STORE_PASSWORD`, or as files named by
+`…_PASSWORD_FILE`; never on a command line, where every user of the machine can read them.
+"""
+
+import getpass
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AmqpDsn, Field, SecretStr, TypeAdapter, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from services.contracts.bounds import MAX_BATCH_CLAIMS
+from services.contracts.errors import UsageError
+from services.contracts.wire import first_fault
+
+Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
+
+
+def _runtime_directory() -> Path:
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(base) / "keepwarm" if base else _private_tmp()
+
+
+def _private_tmp() -> Path:
+    # Short on purpose: a unix socket's path may have 107 bytes.
+    return Path(tempfile.gettempdir()) / f"keepwarm-{getpass.getuser()}"
+
+
+def _state_directory() -> Path:
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "keepwarm"
+
+
+class Settings(BaseSettings):
+    """What an operator may set. Defaults suit the demo and are safe in production."""
+
+    model_config = SettingsConfigDict(env_prefix="KEEPWARM_", frozen=True, extra="ignore")
+
+    broker_url: str | None = None
+    """`amqp[s]://user@host[:port]/vhost`. No default: `keepwarm run` starts a private node."""
+    broker_password: SecretStr | None = None
+    broker_password_file: Path | None = None
+    broker_ca_file: Path | None = None
+    """PEM bundle that signs the broker's certificate, for `amqps://`; the system's otherwise."""
+    broker_connect_timeout_seconds: Seconds = 30
+    """How long a command waits for a broker that is not there before it gives up."""
+    broker_heartbeat_seconds: Annotated[int, Field(ge=5, le=600)] = 30
+    publish_window: Annotated[int, Field(ge=1, le=10_000)] = 128
+    """Messages that may await the broker's confirmation before a publisher has to wait."""
+
+    store_url: str | None = None
+    """An SQLAlchemy URL or an SQLite file; `~/.local/state/keepwarm/keepwarm.sqlite` otherwise."""
+    store_password: SecretStr | None = None
+    store_password_file: Path | None = None
+    store_commit_verdicts: Annotated[int, Field(ge=1, le=1_000_000)] = 20_000
+    store_commit_seconds: Seconds = 0.5
+    """A transaction is committed at whichever comes first."""
+
+    model: str | None = None
+    """A directory or a hub name; the demo model where neither this nor --model is given."""
+    batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH_CLAIMS)] = 64
+    """Claims a message."""
+
+    batches_in_flight: Annotated[int, Field(ge=1, le=256)] = 3
+    """Batches a worker has at its engine at once; also its prefetch."""
+    grace_seconds: Seconds = 20
+    """From SIGTERM to the worker's end."""
+    engine_python: Path = Path(sys.executable)
+    """The interpreter that has vLLM; another than the worker's, where they must not share one."""
+    engine_arguments: str = ""
+    """Further arguments for the engine, as in a shell; they win over what the worker chooses."""
+    engine_start_timeout_seconds: Seconds = 1_800
+    engine_request_timeout_seconds: Seconds = 600
+    engine_trust_remote_code: bool = False
+    """Let a model repository's own Python code run. Off: it is code from strangers."""
+
+    runtime_dir: Path = Field(default_factory=_runtime_directory)
+    """Sockets and engine logs; made for the owner alone."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["console", "json"] = "console"
+
+    @model_validator(mode="after")
+    def _one_source_per_secret(self) -> Self:
+        for service in ("broker", "store"):
+            if getattr(self, f"{service}_password") and getattr(self, f"{service}_password_file"):
+                raise ValueError(
+                    f"KEEPWARM_{service.upper()}_PASSWORD and "
+                    f"KEEPWARM_{service.upper()}_PASSWORD_FILE are both set; unset one"
+                )
+        return self
+
+    @property
+    def store(self) -> str:
+        """The store's URL, with the default filled in."""
+        return self.store_url or f"sqlite:///{_state_directory() / 'keepwarm.sqlite'}"
+
+    def secret(self, service: Literal["broker", "store"]) -> str | None:
+        """The password for a service, from the environment or its file.
+
+        Raises UsageError when the file cannot be read.
+        """
+        password: SecretStr | None = getattr(self, f"{service}_password")
+        file: Path | None = getattr(self, f"{service}_password_file")
+        if password is not None:
+            return password.get_secret_value()
+        if file is None:
+            return None
+        try:
+            return file.read_text(encoding="utf-8").rstrip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"KEEPWARM_{service.upper()}_PASSWORD_FILE: cannot read {file}: {error}"
+            ) from error
+
+
+def load_settings(**overrides: object) -> Settings:
+    """The settings from the environment, with `overrides` (flags) on top where they are not None.
+
+    Raises UsageError that names the variable at fault.
+    """
+    try:
+        return Settings(**{key: value for key, value in overrides.items() if value is not None})  # type: ignore[arg-type]
+    except ValidationError as error:
+        fault = first_fault(error)
+        field, _, what = fault.partition(": ")
+        name = f"KEEPWARM_{field.upper()}" if what else "settings"
+        raise UsageError(
+            f"{name}: {what or fault}. Every setting is described in docs/settings.md."
+        ) from error
+
+
+def check_broker_url(url: str) -> AmqpDsn:
+    """`url` as a checked AMQP URL. Raises UsageError with an example of the right form."""
+    try:
+        return TypeAdapter(AmqpDsn).validate_python(url)
+    except ValidationError as error:
+        raise UsageError(
+            f"the broker's URL is unusable ({first_fault(error)}); "
+            "write it like amqps://worker@broker.example.org:5671/keepwarm"
+        ) from error

@@ -1,0 +1,22 @@
+"""What all contract models share: frozen, closed to unknown fields, with an identity by content."""
+
+import hashlib
+import json
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Value(BaseModel):
+    """A frozen value. Unknown fields are refused: a newer message is not half understood."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def content_id(prefix: str, value: object, *, hex_digits: int = 16) -> str:
+    """An identity that depends on content alone: `prefix-` and 4 x `hex_digits` bits of BLAKE2b.
+
+    `value` is anything that JSON can hold; keys are sorted, so that field order does not matter.
+    """
+    canonical = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    digest = hashlib.blake2b(canonical.encode(), digest_size=hex_digits // 2).hexdigest()
+    return f"{prefix}-{digest}"

@@ -1,0 +1,74 @@
+"""Verdicts, and claims given up on, on their way to the store."""
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field
+
+from services.contracts.bounds import (
+    MAX_BATCH_CLAIMS,
+    MAX_LABELS,
+    ClaimText,
+    Detail,
+    Identity,
+    Name,
+    RawText,
+)
+from services.contracts.claims import Claim
+from services.contracts.prompts import LabelName
+from services.contracts.values import Value
+from services.contracts.wire import Message
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class Verdict(Value):
+    """What the model says of one claim.
+
+    `probabilities` are over the label words alone (they sum to 1), in the order of the batch's
+    `labels`; empty where no answer could be read. `mass` is the share of the model's whole
+    next-token probability that the label words held. `raw_text` is what the model would have said.
+    The claim's text, position and gold label come along, so that the store needs no other source.
+    """
+
+    claim_id: Identity
+    position: Annotated[int, Field(ge=0)]
+    text: ClaimText
+    gold: LabelName | None = None
+    label: LabelName
+    probabilities: Annotated[tuple[Probability, ...], Field(max_length=MAX_LABELS)]
+    mass: Probability
+    raw_text: RawText
+    prompt_tokens: Annotated[int, Field(ge=0)]
+
+
+class VerdictBatch(Message):
+    """The verdicts of one batch of claims, by one worker, from one request to its engine."""
+
+    run_id: Identity
+    batch_id: Identity
+    labels: Annotated[tuple[LabelName, ...], Field(min_length=2, max_length=MAX_LABELS)]
+    verdicts: Annotated[tuple[Verdict, ...], Field(min_length=1, max_length=MAX_BATCH_CLAIMS)]
+    worker_id: Name
+    device: Name
+    attempt: Annotated[int, Field(ge=1)]
+    engine_seconds: Annotated[float, Field(ge=0)]
+
+
+class DeadReason(StrEnum):
+    """Why a claim was given up on."""
+
+    TOO_LONG = "too-long"
+    PROMPT_UNUSABLE = "prompt-unusable"
+    ENGINE_REFUSED = "engine-refused"
+
+
+class DeadClaim(Message):
+    """A claim given up on, with its reason: the outcome of a claim that can have no verdict."""
+
+    run_id: Identity
+    claim: Claim
+    reason: DeadReason
+    detail: Detail
+    worker_id: Name
+    attempt: Annotated[int, Field(ge=1)]

@@ -1,0 +1,112 @@
+"""Where a model's files are, and which weights exactly are meant."""
+
+import hashlib
+from pathlib import Path
+
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
+
+from services.contracts import ContextSpec
+from services.contracts.errors import ModelError
+
+_WHOLE_FILE_BYTES = 4 * 1024 * 1024
+_SAMPLE_BYTES = 1024 * 1024
+_UNREACHABLE = (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
+
+
+def is_local(model: str) -> bool:
+    """Whether `--model` means a directory of this machine and not a name on the hub."""
+    return model.startswith((".", "/", "~")) or Path(model).is_dir()
+
+
+def pin_model(spec: ContextSpec) -> ContextSpec:
+    """`spec` with an absolute path or a hub name, and the revision that it stands for now.
+
+    A local directory is pinned by a fingerprint of its files, a hub name by its commit, so that
+    answers of a model that changed in place are never taken for the old one's.
+    Raises ModelError.
+    """
+    if not is_local(spec.model):
+        return spec.model_copy(update={"revision": _hub_commit(spec.model, spec.revision)})
+    directory = Path(spec.model).expanduser().resolve()
+    if not (directory / "config.json").is_file():
+        raise ModelError(
+            f"there is no model at {directory}: it must be a directory with config.json, the "
+            "weights and tokenizer.json. `make demo` makes one in .models/; a name like "
+            "HuggingFaceTB/SmolLM2-135M-Instruct is fetched from the hub"
+        )
+    fingerprint = _fingerprint(directory)
+    if spec.revision not in (None, fingerprint):
+        raise ModelError(
+            f"the model at {directory} is {fingerprint}, but {spec.revision} is wanted: its files "
+            "changed, or this is another model. Put the right files there, or submit the claims "
+            "anew for this one"
+        )
+    return spec.model_copy(update={"model": str(directory), "revision": fingerprint})
+
+
+def model_file(spec: ContextSpec, name: str) -> Path | None:
+    """The path of one small file of the model, fetched if need be; None when it has none such.
+
+    Raises ModelError when the hub cannot be asked.
+    """
+    if is_local(spec.model):
+        path = Path(spec.model) / name
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(spec.model, name, revision=spec.revision))
+    except LocalEntryNotFoundError as error:
+        raise _unreachable(spec.model, error) from error
+    except EntryNotFoundError:
+        return None
+    except (HfHubHTTPError, HFValidationError, *_UNREACHABLE) as error:
+        raise _unreachable(spec.model, error) from error
+
+
+def _fingerprint(directory: Path) -> str:
+    """Names, sizes and contents; of files over 4 MiB the first and last MiB: weights are large."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        if any(part.startswith(".") for part in path.relative_to(directory).parts):
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(directory)}\0{size}\0".encode())
+        with path.open("rb") as file:
+            if size <= _WHOLE_FILE_BYTES:
+                digest.update(file.read())
+            else:
+                digest.update(file.read(_SAMPLE_BYTES))
+                file.seek(-_SAMPLE_BYTES, 2)
+                digest.update(file.read())
+    return f"files-{digest.hexdigest()}"
+
+
+def _hub_commit(model: str, revision: str | None) -> str:
+    try:
+        return str(HfApi().model_info(model, revision=revision, timeout=10).sha)
+    except HfHubHTTPError as error:
+        raise _unreachable(model, error) from error
+    except HFValidationError as error:
+        raise ModelError(
+            f"{model!r} is neither a directory nor a name on the hub: {error}"
+        ) from error
+    except Exception as error:
+        # Offline: what an earlier download left in the cache knows its commit.
+        cached = try_to_load_from_cache(model, "config.json", revision=revision)
+        if isinstance(cached, str):
+            return Path(cached).parent.name
+        raise _unreachable(model, error) from error
+
+
+def _unreachable(model: str, error: Exception) -> ModelError:
+    summary = str(error).strip().partition("\n")[0] or type(error).__name__
+    return ModelError(
+        f"cannot get the model {model!r} from the hub: {summary}. Check the name and the network, "
+        "log in for a gated model (HF_TOKEN), or give a directory with --model PATH"
+    )

@@ -1,0 +1,129 @@
+"""Text to token ids, such that a claim's text can never act as a special token."""
+
+import json
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from services.contracts import ContextSpec
+from services.contracts.errors import ModelError
+from services.gpu_worker.model_files import model_file
+
+_CONTENT = "KEEPWARM CONTENT GOES HERE"
+
+
+class ModelTokenizer:
+    """A model's tokenizer, twice: for trusted text (chat mark-up) and for text from claims.
+
+    In trusted text `<|im_end|>` is one special token; in a claim it is ten characters.
+    """
+
+    def __init__(
+        self, definition: bytes, configuration: dict[str, Any], chat_template: str | None
+    ) -> None:
+        self._trusted = Tokenizer.from_buffer(definition)
+        self._plain = Tokenizer.from_buffer(_without_mark_up(definition))
+        self._plain.encode_special_tokens = True
+        for tokenizer in (self._trusted, self._plain):
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+        self._configuration = configuration
+        self._chat_template = chat_template
+
+    @classmethod
+    def load(cls, spec: ContextSpec) -> "ModelTokenizer":
+        """Raises ModelError when the model has no fast tokenizer or it cannot be read."""
+        definition = model_file(spec, "tokenizer.json")
+        if definition is None:
+            raise ModelError(
+                f"{spec.model} has no tokenizer.json; convert its tokenizer with transformers "
+                "(AutoTokenizer.from_pretrained(…, use_fast=True).save_pretrained(…))"
+            )
+        configuration_file = model_file(spec, "tokenizer_config.json")
+        template_file = model_file(spec, "chat_template.jinja")
+        try:
+            configuration = (
+                json.loads(configuration_file.read_bytes()) if configuration_file else {}
+            )
+            template = (
+                template_file.read_text(encoding="utf-8")
+                if template_file
+                else _named_default(configuration.get("chat_template"))
+            )
+            return cls(definition.read_bytes(), configuration, template)
+        except Exception as error:  # tokenizers raises plain Exception
+            raise ModelError(f"the tokenizer of {spec.model} cannot be read: {error}") from error
+
+    def encode_trusted(self, text: str, *, begin: bool = False) -> list[int]:
+        """Our own text; special tokens act. `begin` adds what the model wants at a text's start."""
+        return list(self._trusted.encode(text, add_special_tokens=begin).ids)
+
+    def encode_plain(self, texts: list[str]) -> list[list[int]]:
+        """Anyone's text: nothing in it acts as a special token. Uses all cores for many texts."""
+        encodings = self._plain.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def token_text(self, token_id: int) -> str:
+        return str(self._trusted.decode([token_id], skip_special_tokens=False))
+
+    def chat_frame(self) -> tuple[str, str] | None:
+        """What the model's chat template puts before and after a user's turn, up to where the
+        assistant speaks; None when the model has no chat template.
+
+        Raises ModelError when the template cannot be used so.
+        """
+        if self._chat_template is None:
+            return None
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        )
+        environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = lambda _format: ""  # a prompt must not change daily
+        environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+        try:
+            text = environment.from_string(self._chat_template).render(
+                messages=[{"role": "user", "content": _CONTENT}],
+                add_generation_prompt=True,
+                bos_token=self._special("bos_token"),
+                eos_token=self._special("eos_token"),
+            )
+        except TemplateError as error:
+            raise ModelError(
+                f"the model's chat template cannot be rendered ({error}); set `chat: false` in the "
+                "prompt file"
+            ) from error
+        before, found, after = text.partition(_CONTENT)
+        if not found or _CONTENT in after:
+            raise ModelError(
+                "the model's chat template does not show a user's turn exactly once; set "
+                "`chat: false` in the prompt file"
+            )
+        return before, after
+
+    def _special(self, name: str) -> str:
+        token = self._configuration.get(name) or ""
+        return str(token["content"]) if isinstance(token, dict) else str(token)
+
+
+def _without_mark_up(definition: bytes) -> bytes:
+    """The tokenizer with every added token marked special, so that `encode_special_tokens` covers
+    the likes of `<tool_call>` too; added runs of white space are ordinary vocabulary and stay.
+    """
+    tokenizer = json.loads(definition)
+    for token in tokenizer.get("added_tokens", ()):
+        if token["content"].strip():
+            token["special"] = True
+    return json.dumps(tokenizer).encode()
+
+
+def _named_default(template: Any) -> str | None:
+    if isinstance(template, list):  # some models have several, by name
+        return next((t["template"] for t in template if t.get("name") == "default"), None)
+    return template if isinstance(template, str) else None
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)

@@ -1,0 +1,186 @@
+"""A child process that cannot outlive its owner, and leaves no process of its own behind.
+
+`python -m services.leash --grace 10 -- COMMAND…` runs COMMAND in a session of its own and holds the
+other end of a pipe. When the owner ends, even by SIGKILL, the pipe closes; then, or on SIGTERM, the
+command gets SIGTERM, `--grace` seconds, and SIGKILL. When the command has ended, everything it ever
+started is killed, daemons that left its session included: the leash is their subreaper (prctl(2)).
+
+A broker node brings a port mapper that makes itself a daemon; an engine brings processes that hold
+GPU memory. Neither may stay. The leash imports the standard library and psutil only, and owns
+nothing that could fail.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import selectors
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Leashed:
+    """A command on a leash, as its owner sees it."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        environment: Mapping[str, str],
+        grace_seconds: float,
+        output: IO[bytes] | int,
+        directory: Path | None = None,
+    ) -> None:
+        """Start it. Standard output and error go to `output`; `environment` is all that it gets."""
+        package_root = str(Path(__file__).resolve().parent.parent)
+        self._grace_seconds = grace_seconds
+        self._process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "services.leash", "--grace", str(grace_seconds)),
+                *(() if directory is None else ("--directory", str(directory))),
+                *("--", *command),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            # The leash itself starts where `services` can be imported from.
+            cwd=package_root,
+            start_new_session=True,
+            # Sockets and files that it makes are for this user alone.
+            umask=0o077,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def output(self) -> IO[bytes] | None:
+        """The reading end, where `output` was `subprocess.PIPE`."""
+        return self._process.stdout
+
+    def exit_code(self) -> int | None:
+        """None while it runs; negative when a signal ended the command."""
+        code = self._process.poll()
+        return None if code is None else _from_shell(code)
+
+    def wait(self, timeout_seconds: float | None = None) -> int | None:
+        """The exit code, or None when the time is over."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout_seconds)
+        return self.exit_code()
+
+    def terminate(self) -> None:
+        """Ask it to stop, and return at once."""
+        if self._process.poll() is None:
+            self._process.terminate()
+
+    def stop(self) -> int:
+        """Ask it to stop; SIGKILL after the grace period. Returns when all of it is gone."""
+        self.terminate()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            return _from_shell(self._process.wait(self._grace_seconds + 10))
+        except subprocess.TimeoutExpired:
+            _kill_all(psutil.Process(self._process.pid))
+            self._process.kill()
+            return _from_shell(self._process.wait())
+
+    def kill(self) -> None:
+        """SIGKILL to the command and all that it started, at once."""
+        _kill_all(psutil.Process(self._process.pid))
+        self._process.wait(10)
+
+
+def _from_shell(code: int) -> int:
+    """The leash reports a command's death by signal N as 128 + N, as shells do."""
+    return code if code <= 128 else 128 - code
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return list(process.children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _kill_all(ancestor: psutil.Process) -> None:
+    """SIGKILL until nothing is left: a process may fork while it is being looked at."""
+    for _ in range(50):
+        remaining = _descendants(ancestor)
+        if not remaining:
+            return
+        for process in remaining:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(remaining, timeout=0.2)
+
+
+def _die_with_parent() -> None:
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _hold(command: Sequence[str], directory: Path | None, grace_seconds: float) -> int:
+    _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    wake_reader, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    stop_signals: list[int] = []
+    signal.set_wakeup_fd(wake_writer)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda received, _: stop_signals.append(received))
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        cwd=directory,
+        start_new_session=True,
+        preexec_fn=_die_with_parent,
+    )
+    with selectors.DefaultSelector() as selector:
+        selector.register(sys.stdin.buffer, selectors.EVENT_READ, "owner")
+        selector.register(wake_reader, selectors.EVENT_READ, "signal")
+        while child.poll() is None and not stop_signals:
+            for key, _ in selector.select():
+                # Nobody writes to the pipe: readable means that the owner is gone.
+                if key.data == "owner":
+                    stop_signals.append(signal.SIGTERM)
+                else:
+                    os.read(wake_reader, 512)
+    if child.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(grace_seconds)
+    _kill_all(psutil.Process())
+    code = child.wait()
+    return code if code >= 0 else 128 - code
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--grace", type=float, default=10.0, help="seconds from SIGTERM to SIGKILL")
+    parser.add_argument("--directory", type=Path, help="where the command starts")
+    parser.add_argument("command", nargs="+")
+    arguments = parser.parse_args()
+    try:
+        return _hold(arguments.command, arguments.directory, arguments.grace)
+    except OSError as error:
+        sys.stderr.write(f"cannot start {arguments.command[0]}: {error}\n")
+        return 127
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""`rejected.jsonl`: made only when there is something to say."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from services.contracts.errors import StoreError
+from services.producer.parse import Rejection
+
+
+class RejectedFile:
+    """Writes rejections, one JSON object a line. A file of an earlier time is replaced."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> Self:
+        self.path.unlink(missing_ok=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def write(self, rejection: Rejection) -> None:
+        """Raises StoreError when it cannot be written: no line is rejected silently."""
+        try:
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("w", encoding="utf-8")
+            self._file.write(rejection.model_dump_json() + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise StoreError(
+                f"{self.path} cannot be written: {error.strerror}; make room, or name another place"
+            ) from error

@@ -1,0 +1,195 @@
+"""The producer's work: a file's lines become batches on the broker, and totals that add up."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
+
+import structlog
+
+from services.broker import Outgoing, Publisher
+from services.contracts import (
+    Claim,
+    ClaimBatch,
+    ContextSpec,
+    PromptSpec,
+    Run,
+    RunAnnouncement,
+    Totals,
+    encode,
+    topology,
+)
+from services.contracts.bounds import MAX_BATCH_BYTES
+from services.contracts.errors import InputError
+from services.contracts.values import content_id
+from services.producer.parse import Parser, Rejection
+from services.producer.sample import chosen
+from services.producer.seen import SeenIds, Sighting
+from services.producer.source import Source, Survey
+
+_CHUNK_LINES = 1_024
+# In bytes: what a claim's field names and numbers add to its texts.
+_CLAIM_OVERHEAD_BYTES = 100
+
+log = structlog.get_logger(__name__)
+
+Finished = Callable[[Sequence[Claim]], Collection[str]]
+"""Which of these claims have an outcome already: their ids."""
+
+
+class RejectionSink(Protocol):
+    def write(self, rejection: Rejection) -> None: ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a submission is. `published` counts claims handed to the broker."""
+
+    lines: int
+    published: int
+    rejected: int
+
+
+class Submission:
+    """One file as one run: surveyed when made, published by `publish`.
+
+    Publishing again publishes the same batches; a store that has some of their claims ignores
+    them, and with `finished` they are not even sent.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        survey: Survey,
+        *,
+        context: ContextSpec,
+        prompt: PromptSpec,
+        columns: Mapping[str, str] | None = None,
+        limit: int | None = None,
+        seed: int | None = None,
+    ) -> None:
+        """Raises InputError when the columns do not fit the file."""
+        self._source = source
+        self._survey = survey
+        self._parser = Parser(source, prompt, columns)
+        self.lines = survey.lines if limit is None else min(limit, survey.lines)
+        self.run = Run(
+            source=source.name,
+            source_digest=content_id(
+                "src",
+                {"bytes": survey.digest, "format": source.format, "columns": dict(columns or {})},
+            ),
+            context=context,
+            prompt=prompt,
+            limit=limit,
+            seed=seed,
+        )
+        if self._parser.ignored_columns:
+            log.warning("columns.ignored", columns=self._parser.ignored_columns)
+
+    def publish(
+        self,
+        publisher: Publisher,
+        rejections: RejectionSink,
+        *,
+        batch_size: int,
+        finished: Finished = lambda _: (),
+        on_progress: Callable[[Progress], None] = lambda _: None,
+    ) -> Totals:
+        """Send every claim, wait until the broker has them all, and say how many there were.
+
+        The run is announced before the first batch and again, with its totals, after the last.
+        Raises InputError when not one line is a claim.
+        """
+        self._announce(publisher, None)
+        counts = dict.fromkeys(("lines", "claims", "repeated", "rejected"), 0)
+        published = 0
+
+        def waiting() -> Iterator[Claim]:
+            nonlocal published
+            for claims in self._distinct_claims(counts, rejections):
+                done = finished(claims)
+                for claim in claims:
+                    if claim.claim_id not in done:
+                        published += 1
+                        yield claim
+                on_progress(Progress(counts["lines"], published, counts["rejected"]))
+
+        for number, claims in enumerate(_batches(waiting(), batch_size)):
+            batch = ClaimBatch.model_construct(
+                run=self.run, batch_id=f"{number:08d}-{claims[0].position}", claims=tuple(claims)
+            )
+            publisher.publish(
+                Outgoing(
+                    topology.CLAIMS_EXCHANGE,
+                    topology.claims_queue(self.run.context.context_id),
+                    encode(batch),
+                    message_id=f"{self.run.run_id}/{batch.batch_id}",
+                )
+            )
+        totals = Totals(**counts)
+        if totals.claims == 0:
+            raise InputError(
+                f"{self._source.name}: none of its {totals.lines:,} lines is a claim; the rejected "
+                "lines' reasons say why"
+            )
+        publisher.flush()
+        self._announce(publisher, totals)
+        return totals
+
+    def _distinct_claims(
+        self, counts: dict[str, int], rejections: RejectionSink
+    ) -> Iterator[list[Claim]]:
+        """The claims in chunks, without the repeated and the contradicted; the rest is counted."""
+        seen = SeenIds()
+        lines = chosen(self._source.lines(), self._survey.lines, self.run.limit, self.run.seed)
+        try:
+            while chunk := list(islice(lines, _CHUNK_LINES)):
+                counts["lines"] += len(chunk)
+                parsed = [(line, self._parser.parse(line)) for line in chunk]
+                claims: list[Claim] = []
+                sightings = iter(seen.look([c for _, c in parsed if isinstance(c, Claim)]))
+                for line, result in parsed:
+                    if isinstance(result, Claim):
+                        sighting = next(sightings)
+                        if sighting is Sighting.NEW:
+                            claims.append(result)
+                            continue
+                        if sighting is Sighting.REPEATED:
+                            counts["repeated"] += 1
+                            continue
+                        result = self._parser.contradicted(line, result)
+                    counts["rejected"] += 1
+                    rejections.write(result)
+                counts["claims"] += len(claims)
+                yield claims
+        finally:
+            seen.close()
+
+    def _announce(self, publisher: Publisher, totals: Totals | None) -> None:
+        publisher.publish(
+            Outgoing(
+                topology.RUNS_EXCHANGE,
+                topology.RUNS_QUEUE,
+                encode(RunAnnouncement(run=self.run, totals=totals)),
+                message_id=f"{self.run.run_id}/{'begun' if totals is None else 'sent'}",
+            )
+        )
+        publisher.flush()
+
+
+def _batches(claims: Iterable[Claim], batch_size: int) -> Iterator[list[Claim]]:
+    """Lists of at most `batch_size` claims and about `MAX_BATCH_BYTES`."""
+    batch: list[Claim] = []
+    size = 0
+    for claim in claims:
+        # An upper bound: JSON may write a character as six bytes.
+        longest = 6 * (len(claim.text) + len(claim.evidence or "") + len(claim.claim_id))
+        longest += _CLAIM_OVERHEAD_BYTES
+        if batch and (len(batch) == batch_size or size + longest > MAX_BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(claim)
+        size += longest
+    if batch:
+        yield batch
