@@ -14,10 +14,12 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -45,10 +47,11 @@ console = Console(width=110)
 
 @dataclass
 class Finished:
-    """A command that ended: its seconds, and its own peak memory (children not included)."""
+    """What a part took: wall seconds, processor seconds (of its own process) and peak memory."""
 
     seconds: float
-    peak_mib: float
+    cpu_seconds: float = 0.0
+    peak_mib: float = 0.0
 
 
 class Command:
@@ -63,6 +66,9 @@ class Command:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE if arguments[0] == "worker" else subprocess.DEVNULL,
         )
+        self._seen = psutil.Process(self._process.pid)
+        self._peak_bytes = 0
+        threading.Thread(target=self._watch_memory, daemon=True).start()
 
     def wait_for_line(self, text: bytes) -> None:
         for line in self._process.stderr:
@@ -74,11 +80,24 @@ class Command:
                 return
         raise SystemExit("the worker ended; run it by hand to see why")
 
+    def _watch_memory(self) -> None:
+        # ru_maxrss would do, were it not inherited from this process at the fork.
+        while True:
+            try:
+                self._peak_bytes = max(self._peak_bytes, self._seen.memory_info().rss)
+            except psutil.Error:
+                return
+            time.sleep(0.05)
+
     def wait(self) -> Finished:
         _, status, usage = os.wait4(self._process.pid, 0)
         if status:
             raise SystemExit(f"a command failed: {self._process.args}")
-        return Finished(time.monotonic() - self._started, usage.ru_maxrss / 1024)
+        return Finished(
+            time.monotonic() - self._started,
+            usage.ru_utime + usage.ru_stime,
+            self._peak_bytes / 2**20,
+        )
 
     def terminate(self) -> Finished:
         self._process.terminate()
@@ -181,10 +200,10 @@ def measure(count: int, batch_size: int) -> dict[str, Finished]:
         bodies = take_all(address, queue, context, -(-count // batch_size))
 
         seconds = publish_all(address, topology.CLAIMS_EXCHANGE, queue, bodies)
-        results["broker alone, claims in"] = Finished(seconds, 0)
+        results["broker alone, claims in"] = Finished(seconds)
         started = time.monotonic()
         take_all(address, queue, context, len(bodies))
-        results["broker alone, claims out"] = Finished(time.monotonic() - started, 0)
+        results["broker alone, claims out"] = Finished(time.monotonic() - started)
 
         verdicts = [as_verdicts(body) for body in bodies]
         totals = Totals(lines=count, claims=count, repeated=0, rejected=0)
@@ -208,7 +227,7 @@ def measure(count: int, batch_size: int) -> dict[str, Finished]:
         submit = Command(without_store, "submit", str(claims))
         results["  its producer"] = submit.wait()
         results["  its collector"] = collect.wait()
-        results["end to end"] = Finished(time.monotonic() - started, 0)
+        results["end to end"] = Finished(time.monotonic() - started)
         results["  its worker"] = worker.terminate()
         return results
 
@@ -227,12 +246,14 @@ def main() -> None:
     table.add_column("part")
     for count in by_size:
         table.add_column(f"claims/s at {count:,}", justify="right")
+        table.add_column("CPU µs a claim", justify="right")
         table.add_column("peak MiB", justify="right")
     for part in next(iter(by_size.values())):
         cells = []
         for count, results in by_size.items():
             found = results[part]
             cells.append("" if part.startswith("  ") else f"{count / found.seconds:,.0f}")
+            cells.append(f"{found.cpu_seconds / count * 1e6:,.0f}" if found.cpu_seconds else "")
             cells.append(f"{found.peak_mib:,.0f}" if found.peak_mib else "")
         table.add_row(part, *cells)
     console.print(table)

@@ -1,7 +1,6 @@
 """The store: opened with care, written in transactions, each claim of a run once."""
 
 import getpass
-import json
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_json
 from sqlalchemy import (
     URL,
     Connection,
@@ -51,6 +51,13 @@ class Incoming:
     verdicts: list[VerdictBatch] = field(default_factory=list)
     dead: list[DeadClaim] = field(default_factory=list)
 
+    def run_ids(self) -> set[str]:
+        return {
+            *(announcement.run.run_id for announcement in self.announcements),
+            *(batch.run_id for batch in self.verdicts),
+            *(claim.run_id for claim in self.dead),
+        }
+
     def __len__(self) -> int:
         """Claims, not messages."""
         return sum(len(batch.verdicts) for batch in self.verdicts) + len(self.dead)
@@ -65,13 +72,15 @@ class Store:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         dialect = postgresql if engine.dialect.name == "postgresql" else sqlite
-        self._insert_outcomes = (
+        # As SQL, once: SQLAlchemy's handling of parameters would cost more than the database's
+        # own work, and these rows hold nothing that needs it.
+        self._insert_outcomes = str(
             dialect.insert(outcomes)
             .values({name: bindparam(name) for name in _OUTCOME_COLUMNS})
             .on_conflict_do_nothing()
+            .compile(dialect=engine.dialect)
         )
         self._insert_run = dialect.insert(runs).on_conflict_do_nothing(index_elements=["run_id"])
-        self._run_keys: dict[str, int] = {}
         # Wall-clock time that cannot jump while this process lives.
         self._clock_offset = time.time() - time.monotonic()
 
@@ -84,9 +93,15 @@ class Store:
         url = _checked_url(settings)
         if url.get_backend_name() == "sqlite":
             _prepare_sqlite_file(url, create=create)
-        engine = create_engine(url, connect_args=_connect_arguments(url), pool_pre_ping=True)
         if url.get_backend_name() == "sqlite":
+            engine = create_engine(url, connect_args={"timeout": _BUSY_SECONDS}, paramstyle="named")
             event.listen(engine, "connect", _set_up_sqlite)
+        else:
+            engine = create_engine(
+                url,
+                connect_args={"connect_timeout": _BUSY_SECONDS, "application_name": "keepwarm"},
+                pool_pre_ping=True,
+            )
         store = cls(engine)
         with store.transaction() as connection:
             metadata.create_all(connection)
@@ -119,20 +134,24 @@ class Store:
         """Write it all or nothing. Claims that have an outcome keep it; they are counted."""
         now = self._clock_offset + time.monotonic()
         with self.transaction() as connection:
+            keys = {run: self._run_key(connection, run, now) for run in incoming.run_ids()}
             for announcement in incoming.announcements:
-                self._write_announcement(connection, announcement, now)
-            rows = [self._write_verdicts(connection, batch, now) for batch in incoming.verdicts]
+                _write_announcement(connection, keys[announcement.run.run_id], announcement)
+            rows = [
+                self._write_verdicts(connection, keys[batch.run_id], batch, now)
+                for batch in incoming.verdicts
+            ]
             if rows:
                 connection.execute(insert(deliveries), rows)
             if incoming.dead:
-                dead = [self._dead_row(connection, claim, now) for claim in incoming.dead]
-                connection.execute(self._insert_outcomes, dead)
+                dead = [_dead_row(keys[claim.run_id], claim) for claim in incoming.dead]
+                connection.exec_driver_sql(self._insert_outcomes, dead)
 
     def finished(self, run_id: str, claim_ids: Sequence[str]) -> set[str]:
         """Those of the ids that have an outcome in the run."""
         found: set[str] = set()
         with self.transaction() as connection:
-            key = self._find_run_key(connection, run_id)
+            key = _find_run_key(connection, run_id)
             if key is None:
                 return found
             for start in range(0, len(claim_ids), _MOST_PARAMETERS):
@@ -143,21 +162,9 @@ class Store:
                 found.update(connection.execute(query).scalars())
         return found
 
-    def _write_announcement(
-        self, connection: Connection, announcement: RunAnnouncement, now: float
-    ) -> None:
-        key = self._run_key(connection, announcement.run.run_id, now)
-        totals = announcement.totals.model_dump() if announcement.totals else {}
-        connection.execute(
-            update(runs)
-            .where(runs.c.run_key == key)
-            .values(run=announcement.run.model_dump_json(), **totals)
-        )
-
     def _write_verdicts(
-        self, connection: Connection, batch: VerdictBatch, now: float
+        self, connection: Connection, key: int, batch: VerdictBatch, now: float
     ) -> dict[str, Any]:
-        key = self._run_key(connection, batch.run_id, now)
         delivery = secrets.randbits(62)
         rows = [
             {
@@ -167,7 +174,7 @@ class Store:
                 "claim": verdict.text,
                 "gold": verdict.gold,
                 "label": verdict.label,
-                "probabilities": json.dumps(verdict.probabilities),
+                "probabilities": to_json(verdict.probabilities).decode(),
                 "mass": verdict.mass,
                 "raw_text": verdict.raw_text,
                 "prompt_tokens": verdict.prompt_tokens,
@@ -178,7 +185,7 @@ class Store:
             }
             for verdict in batch.verdicts
         ]
-        fresh = connection.execute(self._insert_outcomes, rows).rowcount
+        fresh = connection.exec_driver_sql(self._insert_outcomes, rows).rowcount
         return {
             "delivery_key": delivery,
             "run_key": key,
@@ -193,32 +200,40 @@ class Store:
             "received_at": now,
         }
 
-    def _dead_row(self, connection: Connection, dead: DeadClaim, now: float) -> dict[str, Any]:
-        return dict.fromkeys(_OUTCOME_COLUMNS) | {
-            "run_key": self._run_key(connection, dead.run_id, now),
-            "claim_id": dead.claim.claim_id,
-            "position": dead.claim.position,
-            "claim": dead.claim.text,
-            "gold": dead.claim.gold,
-            "reason": dead.reason.value,
-            "detail": dead.detail,
-            "evidence": dead.claim.evidence,
-        }
-
     def _run_key(self, connection: Connection, run_id: str, now: float) -> int:
-        key = self._find_run_key(connection, run_id)
+        """The run's key; a new one for a run that was not heard of before."""
+        key = _find_run_key(connection, run_id)
         if key is None:
             connection.execute(self._insert_run.values(run_id=run_id, first_seen=now))
-            key = connection.execute(select(runs.c.run_key).where(runs.c.run_id == run_id)).scalar()
+            key = _find_run_key(connection, run_id)
             assert key is not None
-            # Not kept in `_run_keys` before the commit: a rollback would leave a key of nothing.
         return key
 
-    def _find_run_key(self, connection: Connection, run_id: str) -> int | None:
-        key = self._run_keys.get(run_id)
-        if key is None:
-            key = connection.execute(select(runs.c.run_key).where(runs.c.run_id == run_id)).scalar()
-        return key
+
+def _find_run_key(connection: Connection, run_id: str) -> int | None:
+    return connection.execute(select(runs.c.run_key).where(runs.c.run_id == run_id)).scalar()
+
+
+def _write_announcement(connection: Connection, key: int, announcement: RunAnnouncement) -> None:
+    totals = announcement.totals.model_dump() if announcement.totals else {}
+    connection.execute(
+        update(runs)
+        .where(runs.c.run_key == key)
+        .values(run=announcement.run.model_dump_json(), **totals)
+    )
+
+
+def _dead_row(key: int, dead: DeadClaim) -> dict[str, Any]:
+    return dict.fromkeys(_OUTCOME_COLUMNS) | {
+        "run_key": key,
+        "claim_id": dead.claim.claim_id,
+        "position": dead.claim.position,
+        "claim": dead.claim.text,
+        "gold": dead.claim.gold,
+        "reason": dead.reason.value,
+        "detail": dead.detail,
+        "evidence": dead.claim.evidence,
+    }
 
 
 def _checked_url(settings: Settings) -> URL:
@@ -241,12 +256,6 @@ def _checked_url(settings: Settings) -> URL:
         )
     password = settings.secret("store") or url.password
     return url.set(drivername="postgresql+psycopg", password=password)
-
-
-def _connect_arguments(url: URL) -> dict[str, Any]:
-    if url.get_backend_name() == "sqlite":
-        return {"timeout": _BUSY_SECONDS}
-    return {"connect_timeout": _BUSY_SECONDS, "application_name": "keepwarm"}
 
 
 def _prepare_sqlite_file(url: URL, *, create: bool) -> None:

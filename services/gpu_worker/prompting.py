@@ -21,29 +21,35 @@ class CompiledPrompt:
         self._tokenizer = tokenizer
         frame = tokenizer.chat_frame() if spec.chat else None
         before, after = frame or ("", "")
-        constant, self._template = _split(spec)
+        preamble, lead, template = _split(spec)
         # A frame from a chat template already holds the begin-of-text token, where there is one.
         self._head = tokenizer.encode_trusted(before, begin=frame is None)
         self._tail = tokenizer.encode_trusted(after)
-        self._constant = constant
-        if self._boundary_is_clean():
-            self._head += tokenizer.encode_plain([constant])[0] if constant else []
-            self._constant = ""
+        # Where white space belongs differs by tokenizer: to what follows (GPT-2), or to the full
+        # stop before it (Llama 3). Where neither cut is clean, all is encoded for every claim.
+        text = preamble + lead
+        self._template = _escaped(text) + template
+        for constant in (text, text.rstrip()):
+            rest = _escaped(text[len(constant) :]) + template
+            if constant and self._cuts_cleanly(constant, rest):
+                self._head += tokenizer.encode_plain([constant])[0]
+                self._template = rest
+                break
         self.label_tokens = self._first_tokens(after)
 
     def encode(self, claims: Sequence[Claim]) -> list[list[int]]:
         """One list of token ids per claim, in order."""
-        texts = [self._constant + self._fill(claim.text, claim.evidence) for claim in claims]
+        texts = [self._fill(self._template, claim.text, claim.evidence) for claim in claims]
         return [self._head + middle + self._tail for middle in self._tokenizer.encode_plain(texts)]
 
-    def _fill(self, claim: str, evidence: str | None) -> str:
-        return self._template.format(claim=claim, evidence=evidence or self.spec.no_evidence)
+    def _fill(self, template: str, claim: str, evidence: str | None) -> str:
+        return template.format(claim=claim, evidence=evidence or self.spec.no_evidence)
 
-    def _boundary_is_clean(self) -> bool:
+    def _cuts_cleanly(self, constant: str, template: str) -> bool:
         """Whether encoding in two pieces is encoding the whole; some tokenizers prepend a space."""
-        variable = self._fill("A claim.", "Evidence.")
+        variable = self._fill(template, "A claim.", "Evidence.")
         together, first, second = self._tokenizer.encode_plain(
-            [self._constant + variable, self._constant, variable]
+            [constant + variable, constant, variable]
         )
         return together == first + second
 
@@ -76,10 +82,9 @@ class CompiledPrompt:
         return tuple(tokens)
 
 
-def _split(spec: PromptSpec) -> tuple[str, str]:
-    """The constant text, and the template of what follows it.
-
-    Cut after the last line that no claim can change: a line's end is a token boundary.
+def _split(spec: PromptSpec) -> tuple[str, str, str]:
+    """The instructions and examples; what the template begins with on lines that no claim can
+    change (both as plain text); and the rest of the template.
     """
     shown = [
         spec.template.format(claim=e.claim, evidence=e.evidence or spec.no_evidence)
@@ -88,9 +93,11 @@ def _split(spec: PromptSpec) -> tuple[str, str]:
         for e in spec.examples
     ]
     preamble = "".join(f"{part}\n\n" for part in (spec.instructions, *shown) if part)
-    literal, field, _, _ = next(iter(Formatter().parse(spec.template)))
-    cut = literal.rfind("\n") + 1 if field is not None else 0
-    constant = preamble + literal[:cut]
-    # `literal` is unescaped; in the template a brace counts twice.
-    escaped_cut = len(literal[:cut].replace("{", "{{").replace("}", "}}"))
-    return constant, spec.template[escaped_cut:]
+    literal, _, _, _ = next(iter(Formatter().parse(spec.template)))
+    lead = literal[: literal.rfind("\n") + 1]
+    return preamble, lead, spec.template[len(_escaped(lead)) :]
+
+
+def _escaped(text: str) -> str:
+    """Text as part of a template, where a brace counts twice."""
+    return text.replace("{", "{{").replace("}", "}}")

@@ -132,8 +132,7 @@ class Parser:
                     f"the prompt {self._prompt.name!r} knows {known}; correct the label, or add it "
                     "as an alias in the prompt file",
                 )
-        # The fields were checked as they were read; they need not be checked again.
-        return Claim.model_construct(
+        return Claim(
             claim_id=record.id or _id_by_content(record.claim, record.evidence),
             position=line.position,
             text=record.claim,

@@ -116,7 +116,7 @@ class Submission:
                 on_progress(Progress(counts["lines"], published, counts["rejected"]))
 
         for number, claims in enumerate(_batches(waiting(), batch_size)):
-            batch = ClaimBatch.model_construct(
+            batch = ClaimBatch(
                 run=self.run, batch_id=f"{number:08d}-{claims[0].position}", claims=tuple(claims)
             )
             publisher.publish(
