@@ -74,9 +74,7 @@ class Command:
         for line in self._process.stderr:
             if text in line:
                 # Keep the pipe empty from now on.
-                subprocess.Popen(
-                    ["cat"], stdin=self._process.stderr, stdout=subprocess.DEVNULL
-                )
+                subprocess.Popen(["cat"], stdin=self._process.stderr, stdout=subprocess.DEVNULL)
                 return
         raise SystemExit("the worker ended; run it by hand to see why")
 
@@ -192,9 +190,7 @@ def measure(count: int, batch_size: int) -> dict[str, Finished]:
         results: dict[str, Finished] = {}
 
         results["submit alone"] = Command(environment, "submit", str(claims)).wait()
-        run = decode(
-            RunAnnouncement, take_all(address, topology.RUNS_QUEUE, "ctx-none", 2)[0]
-        ).run
+        run = decode(RunAnnouncement, take_all(address, topology.RUNS_QUEUE, "ctx-none", 2)[0]).run
         context = run.context.context_id
         queue = topology.claims_queue(context)
         bodies = take_all(address, queue, context, -(-count // batch_size))

@@ -121,6 +121,8 @@ class Link:
             raise
         finally:
             self._channel = None
+            # Other threads may still call `_call_soon`; on a closed loop it does nothing.
+            self._loop.close()
             self._opened_or_failed.set()
 
     def _connect(self) -> None:

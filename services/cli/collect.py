@@ -5,6 +5,7 @@ from typing import Annotated
 import structlog
 import typer
 
+from services.cli.garbage import expect_many_small_objects
 from services.cli.logs import configure_logs
 from services.cli.options import BrokerOption, StoreOption
 from services.cli.signals import on_stop_signal
@@ -23,6 +24,7 @@ def collect(
     ] = None,
 ) -> None:
     """Move verdicts from the broker into the store, until told to stop."""
+    expect_many_small_objects()
     settings = load_settings(broker_url=broker, store_url=store)
     configure_logs(settings)
     database = Store.open(settings)

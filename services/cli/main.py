@@ -1,6 +1,5 @@
 """The command's front door: verbs, and what every one of them does with an error."""
 
-import gc
 import sys
 
 import typer
@@ -36,9 +35,6 @@ app.command("export")(export.export)
 
 
 def main() -> None:
-    # Messages become tens of thousands of small objects without cycles; the collector of cycles
-    # would walk them again and again (measured: half of a batch's decoding time).
-    gc.set_threshold(200_000)
     try:
         app()
     except KeepwarmError as error:

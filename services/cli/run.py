@@ -14,6 +14,7 @@ from rich.console import Console
 
 from services.broker import BrokerAddress, PrivateNode, Publisher
 from services.cli.finished import finished_in
+from services.cli.garbage import expect_many_small_objects
 from services.cli.live_view import LiveView
 from services.cli.logs import configure_logs
 from services.cli.options import (
@@ -88,6 +89,7 @@ def run(
     OUT/report.json and OUT/rejected.jsonl. Stopped half-way, the same command goes on where it was.
     """
     check_seed(limit, seed)
+    expect_many_small_objects()
     settings = load_settings(broker_url=broker, store_url=store, batch_size=batch_size)
     console = Console(stderr=True)
     prompt_spec = prompt_from_flag(prompt)

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from services.broker import BrokerAddress, Publisher
 from services.cli.finished import finished_in, nothing_finished
+from services.cli.garbage import expect_many_small_objects
 from services.cli.logs import configure_logs
 from services.cli.options import (
     BatchSizeOption,
@@ -66,6 +67,7 @@ def submit(
     and doubles nothing. Where a store is named, claims with an outcome are not sent again.
     """
     check_seed(limit, seed)
+    expect_many_small_objects()
     settings = load_settings(broker_url=broker, store_url=store, batch_size=batch_size)
     configure_logs(settings)
     console = Console(stderr=True)

@@ -85,8 +85,12 @@ class Engine:
         self._socket.unlink(missing_ok=True)
 
     def close(self) -> None:
+        """Stop it for good. Its log stays only where it tells why the engine failed."""
+        well = self.alive
         self.stop()
         self.client.close()
+        if well:
+            self.log_file.unlink(missing_ok=True)
 
     def _spawn(self) -> None:
         self.stop()

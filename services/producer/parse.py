@@ -1,6 +1,7 @@
 """A line becomes a claim, or a rejection that says what is wrong and what to do."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -12,6 +13,8 @@ from services.contracts.errors import InputError
 from services.producer.source import Line, Source
 
 _SHOWN_CHARS = 500
+# The JSON parser sees one line of the file and counts it as its first.
+_WHERE_IN_LINE = re.compile(r"at line 1 column")
 
 _NAMES = {
     "id": ("id", "unique_id", "claim_id"),
@@ -152,8 +155,8 @@ class Parser:
     def _record(self, content: bytes | Mapping[str, str]) -> _Record:
         if isinstance(content, bytes):
             if not self._columns:
-                return _Record.model_validate_json(content)
-            fields: Any = _Any.model_validate_json(content).model_dump()
+                return _Record.model_validate_json(content.rstrip())
+            fields: Any = _Any.model_validate_json(content.rstrip()).model_dump()
         else:
             fields = content
         renamed = {name: fields[name] for name in fields if name not in self._columns}
@@ -165,8 +168,10 @@ class Parser:
         field = str(fault["loc"][0]) if fault["loc"] else None
         next_step = _NEXT_STEPS.get(fault["type"], "correct it, or leave the line out")
         message = fault["msg"]
-        if fault["type"] == "json_invalid" and "utf-8" in message.lower():
-            message, next_step = "the line is not UTF-8", _NEXT_STEPS["string_unicode"]
+        if fault["type"] == "json_invalid":
+            message = _WHERE_IN_LINE.sub("at column", message)
+            if not _is_utf8(line.content):
+                message, next_step = "the line is not UTF-8", _NEXT_STEPS["string_unicode"]
         if fault["type"] == "string_pattern_mismatch":
             message = (
                 "it contains a NUL character"
@@ -193,6 +198,13 @@ class Parser:
 
 class _Any(BaseModel):
     model_config = ConfigDict(extra="allow")
+
+
+def _is_utf8(content: bytes | Mapping[str, str]) -> bool:
+    try:
+        return isinstance(content, Mapping) or bool(content.decode())
+    except UnicodeDecodeError:
+        return False
 
 
 def _id_by_content(claim: str, evidence: str | None) -> str:

@@ -1,0 +1,40 @@
+# Everything works from a fresh clone; each target does only what is not done yet.
+ENGINE ?= auto
+PYTHON ?= python3
+ARGS   ?=
+export PYTHON
+MODEL  := .models/SmolLM2-135M-Instruct
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lock clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## system packages, .venv with an engine (ENGINE=cpu|cuda|auto), the demo model
+	@setup/system.sh
+	@setup/python.sh $(ENGINE)
+	@.venv/bin/python setup/demo_model.py
+
+demo: setup ## verify the sample claims with a real broker and a real engine
+	.venv/bin/keepwarm run samples/claims.jsonl --model $(MODEL) --prompt samples/prompt.yaml --out results/demo
+
+test: ## all tests, with a real broker, engine and PostgreSQL (ARGS='-k drain')
+	@setup/system.sh --with-postgres
+	@setup/python.sh $(ENGINE)
+	@.venv/bin/python setup/demo_model.py
+	.venv/bin/pytest tests $(ARGS)
+
+check: ## lint, types and unit tests, in seconds and without an engine
+	@setup/python.sh services
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy --strict services
+	.venv/bin/pytest tests/unit -q $(ARGS)
+
+lock: ## rewrite setup/requirements/*.lock (ARGS=--upgrade for newer versions)
+	@setup/lock.sh $(ARGS)
+
+clean: ## remove .venv, the demo model and caches; results stay
+	rm -rf .venv .models .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

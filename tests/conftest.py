@@ -1,0 +1,47 @@
+"""What all tests share: where things are, and a model directory small enough to make on the spot."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DEMO_MODEL = REPOSITORY / ".models" / "SmolLM2-135M-Instruct"
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def sample_lines() -> list[dict[str, str]]:
+    text = (REPOSITORY / "samples" / "claims.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with what a worker reads of a model: configuration, tokenizer, chat template.
+
+    The tokenizer is a byte-level BPE, trained on the samples; there are no weights.
+    """
+    directory = tmp_path_factory.mktemp("small-model")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2_000,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [f"{line['claim']} {line['evidence']} True False Unknown" for line in sample_lines()]
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "config.json").write_text('{"model_type": "small"}')
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|im_end|>", "chat_template": CHAT_TEMPLATE})
+    )
+    return directory

@@ -1,0 +1,182 @@
+"""A real RabbitMQ node, and the real commands as processes, with the tests' engine behind them."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pika
+import psutil
+import pytest
+
+from services.broker import BrokerAddress, PrivateNode
+from services.broker.link import Link
+from services.contracts import Settings, load_settings, topology
+from tests.conftest import REPOSITORY
+
+PATIENCE_SECONDS = 60.0
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE_SECONDS):
+    """Poll until `condition` is true; what it returned."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        result = condition()
+        if result:
+            return result
+        time.sleep(0.05)
+    raise AssertionError(f"after {seconds:g} s still not: {what}")
+
+
+class Command:
+    """A `keepwarm` command as a process of its own, its output at hand."""
+
+    def __init__(self, environment: dict[str, str], *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "services.cli.main", *arguments],
+            env=environment,
+            cwd=REPOSITORY,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        with self.process.stdout as lines:
+            for line in lines:
+                self.lines.append(line)
+
+    @property
+    def output(self) -> str:
+        return "".join(self.lines)
+
+    def said(self, text: str, times: int = 1) -> None:
+        def has_said() -> bool:
+            if self.output.count(text) >= times:
+                return True
+            assert self.process.poll() is None, self.output
+            return False
+
+        wait_until(has_said, f"{text!r} in the output")
+
+    def wait(self, seconds: float = PATIENCE_SECONDS) -> int:
+        code = self.process.wait(seconds)
+        self._reader.join(10)
+        return code
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            left = self.descendants()
+            self.process.kill()
+            self.process.wait(10)
+            for process in left:
+                if process.is_running():
+                    process.kill()
+        self._reader.join(10)
+
+
+@pytest.fixture(scope="session")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateNode]:
+    with PrivateNode(tmp_path_factory.mktemp("broker") / "node") as running:
+        yield running
+
+
+@pytest.fixture
+def broker(node: PrivateNode) -> Iterator[Settings]:
+    """Settings for the node, whose queues are empty."""
+    settings = load_settings(
+        broker_url=node.url, broker_password=node.password, broker_heartbeat_seconds=5
+    )
+    delete_queues(node)
+    yield settings
+    delete_queues(node)
+
+
+def plain_connection(node: PrivateNode) -> pika.BlockingConnection:
+    """A connection that does not go through the code under test."""
+    return pika.BlockingConnection(
+        pika.ConnectionParameters(
+            "127.0.0.1", node.port, credentials=pika.PlainCredentials("keepwarm", node.password)
+        )
+    )
+
+
+def delete_queues(node: PrivateNode, *names: str) -> None:
+    connection = plain_connection(node)
+    channel = connection.channel()
+    for name in names or (
+        topology.VERDICTS_QUEUE,
+        topology.RUNS_QUEUE,
+        topology.DEAD_CLAIMS_QUEUE,
+        topology.DEAD_MESSAGES_QUEUE,
+        topology.claims_queue("ctx-test"),
+    ):
+        channel.queue_delete(name)
+    connection.close()
+
+
+def cut(link: Link) -> None:
+    """End a link's TCP connection under it, as a failed switch would."""
+    link._connection._transport._sock.shutdown(socket.SHUT_RDWR)
+
+
+def messages_in(node: PrivateNode, queue: str) -> int:
+    """How many messages wait in a queue, unacknowledged ones not counted."""
+    connection = plain_connection(node)
+    try:
+        return connection.channel().queue_declare(queue, passive=True).method.message_count
+    finally:
+        connection.close()
+
+
+@pytest.fixture
+def address(broker: Settings) -> BrokerAddress:
+    return BrokerAddress.from_settings(broker)
+
+
+@pytest.fixture
+def environment(
+    node: PrivateNode, broker: Settings, small_model: Path, tmp_path: Path
+) -> dict[str, str]:
+    """What a command needs to find the node, the small model and the tests' engine."""
+    return {
+        **{k: v for k, v in os.environ.items() if not k.startswith("KEEPWARM_")},
+        "PYTHONPATH": str(REPOSITORY / "tests" / "doubles"),
+        "KEEPWARM_BROKER_URL": node.url,
+        "KEEPWARM_BROKER_PASSWORD": node.password,
+        "KEEPWARM_STORE_URL": str(tmp_path / "store.sqlite"),
+        "KEEPWARM_MODEL": str(small_model),
+        "KEEPWARM_RUNTIME_DIR": str(tmp_path / "run"),
+        "KEEPWARM_GRACE_SECONDS": "6",
+        "KEEPWARM_LOG_FORMAT": "json",
+    }
+
+
+@pytest.fixture
+def command(environment: dict[str, str]) -> Iterator[Callable[..., Command]]:
+    """Start commands; whatever happens, they and all they started are gone at the end."""
+    started: list[Command] = []
+
+    def start(*arguments: str, **variables: str) -> Command:
+        running = Command({**environment, **variables}, *arguments)
+        started.append(running)
+        return running
+
+    yield start
+    for running in started:
+        running.end()

@@ -1,0 +1,127 @@
+"""The consumer, against a real node."""
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from services.broker import BrokerAddress, Consumer, Outgoing, PrivateNode, Publisher
+from services.contracts import topology
+from tests.integration.conftest import cut, delete_queues, messages_in, wait_until
+
+QUEUE = topology.claims_queue("ctx-test")
+
+
+def publish(address: BrokerAddress, count: int) -> None:
+    with Publisher(address, "test", window=50, context_ids=["ctx-test"]).open(10) as publisher:
+        for number in range(count):
+            publisher.publish(
+                Outgoing(topology.CLAIMS_EXCHANGE, QUEUE, b"%d" % number, message_id=str(number))
+            )
+        publisher.flush(10)
+
+
+def new_consumer(address: BrokerAddress, prefetch: int) -> Consumer:
+    return Consumer(
+        address, "test", queues=[QUEUE], prefetch=prefetch, context_ids=["ctx-test"]
+    ).open(10)
+
+
+@pytest.fixture
+def consumer(address: BrokerAddress) -> Iterator[Consumer]:
+    with new_consumer(address, 2) as opened:
+        yield opened
+
+
+def test_no_more_than_the_prefetch_is_taken(
+    node: PrivateNode, address: BrokerAddress, consumer: Consumer
+) -> None:
+    publish(address, 5)
+    first, second = consumer.take(5), consumer.take(5)
+    assert first and second and consumer.take(0.5) is None
+    assert messages_in(node, QUEUE) == 3
+    consumer.acknowledge([first])
+    assert consumer.take(5)
+
+
+def test_heartbeats_go_on_while_a_batch_takes_long(
+    address: BrokerAddress, consumer: Consumer
+) -> None:
+    publish(address, 1)
+    delivery = consumer.take(5)
+    assert delivery
+    time.sleep(16)  # over three heartbeats of 5 s: the broker would have hung up
+    assert consumer.connected
+    consumer.acknowledge([delivery])
+    consumer.close()
+    with new_consumer(address, 1) as again:
+        assert again.take(0.5) is None
+
+
+def test_what_is_given_back_comes_again_with_its_attempt_counted(
+    address: BrokerAddress, consumer: Consumer
+) -> None:
+    publish(address, 1)
+    for attempt in range(1, 30):  # more often than the delivery limit of RabbitMQ 4
+        delivery = consumer.take(5)
+        assert delivery and delivery.attempt == attempt
+        consumer.give_back([delivery])
+
+
+def test_what_is_refused_lands_among_the_dead_messages(
+    node: PrivateNode, address: BrokerAddress, consumer: Consumer
+) -> None:
+    publish(address, 1)
+    delivery = consumer.take(5)
+    assert delivery
+    consumer.refuse([delivery])
+    wait_until(lambda: messages_in(node, topology.DEAD_MESSAGES_QUEUE) == 1, "a dead message", 20)
+
+
+def test_stop_taking_gives_back_what_nobody_took_and_lets_the_rest_be_settled(
+    node: PrivateNode, address: BrokerAddress, consumer: Consumer
+) -> None:
+    publish(address, 4)
+    taken = consumer.take(5)
+    assert taken
+    consumer.stop_taking(5)
+    wait_until(lambda: messages_in(node, QUEUE) == 3, "three messages given back")
+    consumer.acknowledge([taken])
+    consumer.close()
+    assert messages_in(node, QUEUE) == 3
+
+
+def test_a_consumer_that_dies_loses_nothing(node: PrivateNode, address: BrokerAddress) -> None:
+    publish(address, 2)
+    dying = new_consumer(address, 2)
+    assert dying.take(5) and dying.take(5)
+    cut(dying)
+    with new_consumer(address, 2) as heir:
+        deliveries = [heir.take(10), heir.take(10)]
+        # Either may have reconnected first; what the dying one took again is given back now.
+        dying.close()
+        deliveries = [d for d in deliveries if d] + [d for d in [heir.take(2)] if d]
+        assert {d.body for d in deliveries} == {b"0", b"1"}
+        assert all(d.redelivered for d in deliveries)
+
+
+def test_an_acknowledgement_from_before_a_lost_connection_is_void(
+    address: BrokerAddress, consumer: Consumer
+) -> None:
+    publish(address, 1)
+    before = consumer.take(5)
+    assert before
+    cut(consumer)
+    after = consumer.take(10)
+    assert after and after.body == before.body and after.redelivered
+    consumer.acknowledge([before])  # has the same tag as `after`: must not acknowledge it
+    consumer.give_back([after])
+    assert consumer.take(5)
+
+
+def test_a_deleted_queue_is_declared_again(
+    node: PrivateNode, address: BrokerAddress, consumer: Consumer
+) -> None:
+    delete_queues(node, QUEUE)
+    publish(address, 1)
+    assert consumer.take(10)

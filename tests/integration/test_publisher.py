@@ -1,0 +1,158 @@
+"""The confirmed publisher, against a real node."""
+
+import threading
+
+import pytest
+
+from services.broker import BrokerAddress, Consumer, Outgoing, PrivateNode, Publisher
+from services.contracts import Settings, topology
+from services.contracts.errors import (
+    BrokerRefused,
+    BrokerUnreachable,
+    TopologyMismatch,
+)
+from tests.integration.conftest import (
+    cut,
+    delete_queues,
+    messages_in,
+    plain_connection,
+    wait_until,
+)
+
+QUEUE = topology.claims_queue("ctx-test")
+
+
+def outgoing(number: int, confirmed: list[int] | None = None) -> Outgoing:
+    return Outgoing(
+        topology.CLAIMS_EXCHANGE,
+        QUEUE,
+        f"message {number}".encode(),
+        message_id=str(number),
+        on_confirmed=None if confirmed is None else lambda: confirmed.append(number),
+    )
+
+
+def take_all(address: BrokerAddress, count: int) -> list[bytes]:
+    with Consumer(address, "test", queues=[QUEUE], prefetch=100, context_ids=["ctx-test"]).open(
+        10
+    ) as consumer:
+        bodies = []
+        while len(bodies) < count and (delivery := consumer.take(5)) is not None:
+            bodies.append(delivery.body)
+            consumer.acknowledge([delivery])
+        return bodies
+
+
+def test_every_message_is_confirmed_once_and_arrives_in_order(address: BrokerAddress) -> None:
+    confirmed: list[int] = []
+    with Publisher(address, "test", window=7, context_ids=["ctx-test"]).open(10) as publisher:
+        for number in range(500):
+            publisher.publish(outgoing(number, confirmed))
+        publisher.flush(30)
+        assert publisher.pending == 0
+    assert confirmed == list(range(500))
+    assert take_all(address, 500) == [f"message {number}".encode() for number in range(500)]
+
+
+def test_publish_waits_while_the_window_is_full(node: PrivateNode, address: BrokerAddress) -> None:
+    # A publisher that was never opened confirms nothing: the window is all that it takes.
+    publisher = Publisher(address, "test", window=3, context_ids=["ctx-test"])
+    sent: list[int] = []
+
+    def send() -> None:
+        for number in range(5):
+            publisher.publish(outgoing(number))
+            sent.append(number)
+
+    publisher._raise_if_dead = lambda: None  # type: ignore[method-assign]
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    wait_until(lambda: len(sent) == 3, "three messages handed over")
+    thread.join(0.5)
+    assert sent == [0, 1, 2]
+    with publisher.open(10):
+        thread.join(10)
+        publisher.flush(10)
+    assert sent == [0, 1, 2, 3, 4]
+    assert len(take_all(address, 5)) == 5
+
+
+def test_what_was_unconfirmed_is_sent_again_after_the_connection_was_lost(
+    node: PrivateNode, address: BrokerAddress
+) -> None:
+    with Publisher(address, "test", window=50, context_ids=["ctx-test"]).open(10) as publisher:
+        for number in range(300):
+            publisher.publish(outgoing(number))
+            if number % 100 == 50:
+                cut(publisher)
+        publisher.flush(30)
+    bodies = take_all(address, 10_000)
+    assert set(bodies) == {f"message {number}".encode() for number in range(300)}
+
+
+def test_a_queue_that_was_deleted_is_declared_again_and_nothing_is_lost(
+    node: PrivateNode, address: BrokerAddress
+) -> None:
+    with Publisher(address, "test", window=50, context_ids=["ctx-test"]).open(10) as publisher:
+        publisher.publish(outgoing(1))
+        publisher.flush(10)
+        delete_queues(node, QUEUE)
+        publisher.publish(outgoing(2))
+        publisher.flush(30)
+    assert take_all(address, 1) == [b"message 2"]
+
+
+def test_a_wrong_password_is_refused_at_once_with_the_next_step(broker: Settings) -> None:
+    wrong = broker.model_copy(update={"broker_password": type(broker.broker_password)("wrong")})
+    with pytest.raises(BrokerRefused, match="KEEPWARM_BROKER_PASSWORD"):
+        Publisher(BrokerAddress.from_settings(wrong), "test", window=1).open(30)
+
+
+def test_an_unknown_virtual_host_is_refused(broker: Settings) -> None:
+    elsewhere = broker.model_copy(update={"broker_url": f"{broker.broker_url}elsewhere"})
+    with pytest.raises(BrokerRefused, match="elsewhere"):
+        Publisher(BrokerAddress.from_settings(elsewhere), "test", window=1).open(30)
+
+
+def test_a_broker_that_is_not_there_is_named_after_the_time_out(broker: Settings) -> None:
+    nowhere = broker.model_copy(update={"broker_url": "amqp://keepwarm@127.0.0.1:9/"})
+    with pytest.raises(BrokerUnreachable, match=r"127\.0\.0\.1:9"):
+        Publisher(BrokerAddress.from_settings(nowhere), "test", window=1).open(1)
+
+
+def test_a_queue_with_other_arguments_is_a_mismatch_with_the_remedy(
+    node: PrivateNode, address: BrokerAddress
+) -> None:
+    connection = plain_connection(node)
+    connection.channel().queue_declare(QUEUE, durable=True)  # a classic queue
+    connection.close()
+    with pytest.raises(TopologyMismatch, match="delete that queue"):
+        Publisher(address, "test", window=1, context_ids=["ctx-test"]).open(10)
+
+
+def test_publishing_on_a_closed_link_says_so(address: BrokerAddress) -> None:
+    publisher = Publisher(address, "test", window=1, context_ids=["ctx-test"]).open(10)
+    publisher.close()
+    publisher.publish(outgoing(1))  # fills the window
+    with pytest.raises(BrokerUnreachable, match="closed"):
+        publisher.publish(outgoing(2))
+
+
+def test_messages_outlive_the_node(tmp_path, broker: Settings) -> None:
+    with PrivateNode(tmp_path / "node") as own:
+        settings = broker.model_copy(
+            update={
+                "broker_url": own.url,
+                "broker_password": type(broker.broker_password)(own.password),
+            }
+        )
+        address = BrokerAddress.from_settings(settings)
+        with Publisher(address, "test", window=50, context_ids=["ctx-test"]).open(10) as publisher:
+            for number in range(20):
+                publisher.publish(outgoing(number))
+            publisher.flush(10)
+            own.kill()
+            publisher.publish(outgoing(20))
+            own.start()
+            publisher.flush(60)
+        assert messages_in(own, QUEUE) == 21
