@@ -17,6 +17,7 @@ setup: ## system packages, .venv with an engine (ENGINE=cpu|cuda|auto), the demo
 	@.venv/bin/python setup/demo_model.py
 
 demo: setup ## verify the sample claims with a real broker and a real engine
+	@rm -rf results/demo # a finished run would only be reported again
 	.venv/bin/keepwarm run samples/claims.jsonl --model $(MODEL) --prompt samples/prompt.yaml --out results/demo
 
 test: ## all tests, with a real broker, engine and PostgreSQL (ARGS='-k drain')

@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import ssl
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -249,10 +250,10 @@ class Link:
         )
         if refused:
             return self._refused(str(cause))
-        return BrokerUnreachable(
-            f"no connection to the broker at {self._address}: {cause}. Is it running, and is "
-            "the address right?"
-        )
+        hint = "Is it running, and is the address right?"
+        if isinstance(cause, ssl.SSLError):
+            hint = "KEEPWARM_BROKER_CA_FILE names the authority that signed its certificate"
+        return BrokerUnreachable(f"no connection to the broker at {self._address}: {cause}. {hint}")
 
 
 def _root(reason: BaseException | str) -> BaseException | str:

@@ -28,8 +28,9 @@ class PrivateNode:
     it is taken down at the end, and by its leash when this process is killed.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, log_file: Path | None = None) -> None:
         self._directory = directory
+        self.log_file = log_file or directory / "rabbitmq.log"
         self._password = secrets.token_urlsafe(24)
         self.port, self._distribution_port, self._mapper_port = _free_ports(3)
         self._node: Leashed | None = None
@@ -44,8 +45,8 @@ class PrivateNode:
         return self._password
 
     @property
-    def log_file(self) -> Path:
-        return self._directory / "rabbitmq.log"
+    def alive(self) -> bool:
+        return self._node is not None and self._node.exit_code() is None
 
     def __enter__(self) -> Self:
         self.start()
@@ -82,12 +83,6 @@ class PrivateNode:
     def stop(self) -> None:
         if self._node is not None:
             self._node.stop()
-            self._node = None
-
-    def kill(self) -> None:
-        """End it as a power cut would."""
-        if self._node is not None:
-            self._node.kill()
             self._node = None
 
     def _write_configuration(self) -> None:

@@ -65,7 +65,7 @@ class Publisher(Link):
         """Hand a message over; waits while the window is full. Any thread but the link's own.
 
         `on_confirmed` is called on the link's thread once the broker has the message for good.
-        Raises BrokerUnreachable when the link was closed.
+        Raises BrokerUnreachable when the window is full and the link was closed.
         """
         while not self._free.acquire(timeout=1.0):
             self._raise_if_dead()

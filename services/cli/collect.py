@@ -39,6 +39,9 @@ def collect(
                 collector.stop()
 
     try:
+        status = None if until is None else run_status(database, until)
+        if status is not None and status.complete:
+            return
         collector.run(after_commit)
     finally:
         database.close()

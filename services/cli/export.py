@@ -20,7 +20,9 @@ def export(
     store: StoreOption = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="The file; RUN.FORMAT otherwise.", show_default=False),
+        typer.Option(
+            "--out", "-o", help="The file; RUN with a suffix otherwise.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Write the outcomes of a run to a file, one row a claim, in the order of the input."""

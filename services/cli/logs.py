@@ -1,12 +1,28 @@
 """Logs: one event name and key-value fields, for people or as JSON, on standard error or a file."""
 
+import contextlib
 import logging
 import sys
-from typing import TextIO
+from typing import TextIO, cast
 
 import structlog
 
 from services.contracts import Settings
+
+
+class _Sink:
+    """A stream that a full disk cannot turn against us: a lost log line is no reason to stop."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
 
 
 def configure_logs(settings: Settings, stream: TextIO | None = None) -> None:
@@ -19,7 +35,6 @@ def configure_logs(settings: Settings, stream: TextIO | None = None) -> None:
     )
     structlog.configure(
         processors=[
-            structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info
@@ -30,7 +45,7 @@ def configure_logs(settings: Settings, stream: TextIO | None = None) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(
             logging.getLevelNamesMapping()[settings.log_level]
         ),
-        logger_factory=structlog.PrintLoggerFactory(target),
+        logger_factory=structlog.PrintLoggerFactory(cast(TextIO, _Sink(target))),
     )
     # pika tells in ERROR what Keepwarm tells in an event of its own.
     logging.getLogger("pika").setLevel(logging.CRITICAL)

@@ -1,11 +1,15 @@
 """The command's front door: verbs, and what every one of them does with an error."""
 
+import importlib
 import sys
+from collections.abc import Callable
 
 import typer
 
-from services.cli import collect, export, report, run, status, submit, worker
 from services.contracts import KeepwarmError
+from services.contracts.errors import UsageError
+
+_VERBS = ("run", "submit", "worker", "collect", "status", "report", "export")
 
 app = typer.Typer(
     name="keepwarm",
@@ -21,17 +25,35 @@ app = typer.Typer(
         "[bold]export[/bold] read the store.\n\n"
         "Settings come from KEEPWARM_… variables (docs/settings.md); flags win. Exit codes: "
         "0 well, 1 a bug, 2 a bad flag or setting, 3 a bad file of claims or prompt, 4 no engine, "
-        "5 no broker, 6 no store or output, 7 some claims have no outcome yet, 130 and 143 stopped "
-        "by Ctrl-C and SIGTERM."
+        "5 no broker, 6 no store or output, 7 some claims have no outcome yet; [bold]run[/bold] "
+        "ends with 130 or 143 when Ctrl-C or SIGTERM stopped it half-way."
     ),
 )
-app.command("run")(run.run)
-app.command("submit")(submit.submit)
-app.command("worker")(worker.worker)
-app.command("collect")(collect.collect)
-app.command("status")(status.status)
-app.command("report")(report.report)
-app.command("export")(export.export)
+
+
+def _verb(name: str) -> Callable[..., None]:
+    """The function behind a verb. A machine has the extras that it needs, and not all of them."""
+    try:
+        module = importlib.import_module(f"services.cli.{name}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("services"):
+            raise
+        missing = error.name
+
+        def unavailable() -> None:
+            raise UsageError(
+                f"`keepwarm {name}` needs {missing}, which is not installed here; install "
+                "the extra of the service that it belongs to, for example keepwarm[collector]"
+            )
+
+        unavailable.__doc__ = f"Not installed here: needs {missing}."
+        return unavailable
+    function: Callable[..., None] = getattr(module, name)
+    return function
+
+
+for _name in _VERBS:
+    app.command(_name)(_verb(_name))
 
 
 def main() -> None:
@@ -40,12 +62,6 @@ def main() -> None:
     except KeepwarmError as error:
         print(f"keepwarm: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader of our output, `head` for instance, has had enough.
-        sys.stderr.close()
-        sys.exit(0)
 
 
 if __name__ == "__main__":

@@ -10,33 +10,38 @@ from pathlib import Path
 from typing import Annotated, TextIO
 
 import typer
+from pydantic import SecretStr
 from rich.console import Console
 
 from services.broker import BrokerAddress, PrivateNode, Publisher
+from services.cli.claims_options import (
+    BatchSizeOption,
+    ColumnOption,
+    LimitOption,
+    PromptOption,
+    SeedOption,
+    check_seed,
+    columns_from_flags,
+    prompt_from_flag,
+)
+from services.cli.context_options import (
+    DTypeOption,
+    EngineArgumentOption,
+    MaxTokensOption,
+    ModelOption,
+    RevisionOption,
+    context_from_flags,
+)
 from services.cli.finished import finished_in
 from services.cli.garbage import expect_many_small_objects
 from services.cli.live_view import LiveView
 from services.cli.logs import configure_logs
 from services.cli.options import (
-    BatchSizeOption,
     BrokerOption,
-    ColumnOption,
-    DTypeOption,
-    EngineArgumentOption,
-    LimitOption,
-    MaxTokensOption,
-    ModelOption,
-    PromptOption,
-    RevisionOption,
-    SeedOption,
     StoreOption,
-    check_seed,
-    columns_from_flags,
-    context_from_flags,
-    prompt_from_flag,
 )
 from services.cli.output_dir import held_output_dir
-from services.cli.screen import line_progress, print_report
+from services.cli.screen import line_progress, print_report, say_ignored_columns
 from services.cli.signals import on_stop_signal
 from services.cli.worker_processes import WorkerProcess, worker_processes
 from services.collector import (
@@ -48,7 +53,7 @@ from services.collector import (
     run_status,
 )
 from services.contracts import Settings, load_settings
-from services.contracts.errors import StoreError
+from services.contracts.errors import BrokerError, StoreError
 from services.gpu_worker import CompiledPrompt, ModelTokenizer, find_device
 from services.producer import Format, Progress, RejectedFile, Source, Submission
 
@@ -93,14 +98,13 @@ def run(
     settings = load_settings(broker_url=broker, store_url=store, batch_size=batch_size)
     console = Console(stderr=True)
     prompt_spec = prompt_from_flag(prompt)
-    context = context_from_flags(
-        settings, model, revision, dtype, max_model_tokens, engine_argument
-    )
-    # Words that one token cannot tell apart: known now, not after the model is loaded.
-    CompiledPrompt(prompt_spec, ModelTokenizer.load(context))
-
     with ExitStack() as held:
         source = held.enter_context(Source.open(file, format))
+        context = context_from_flags(
+            settings, model, revision, dtype, max_model_tokens, engine_argument
+        )
+        # Words that one token cannot tell apart: known now, not after the model is loaded.
+        CompiledPrompt(prompt_spec, ModelTokenizer.load(context))
         with line_progress(console, "reading", None) as reading:
             survey = source.survey(reading)
         submission = Submission(
@@ -112,6 +116,7 @@ def run(
             limit=limit,
             seed=seed,
         )
+        say_ignored_columns(console, submission)
         stem = "stdin" if file == "-" else Path(file).stem
         directory = out or Path("results") / f"{stem}-{submission.run.run_id.removeprefix('run-')}"
         held.enter_context(held_output_dir(directory))
@@ -152,6 +157,7 @@ class _Desk:
         self._stopped_by: int | None = None
         self._failure: BaseException | None = None
         self._progress = Progress(0, 0, 0)
+        self._node: PrivateNode | None = None
 
     def work(self) -> int | None:
         """Go on until every claim has an outcome. The signal that ended it sooner, if one did.
@@ -209,7 +215,7 @@ class _Desk:
     def _stop(self, signal_number: int) -> None:
         self._stopped_by = signal_number
 
-    def _broker(self, parts: ExitStack) -> tuple[Settings, dict[str, str]]:
+    def _broker(self, parts: ExitStack) -> tuple[Settings, dict[str, str | None]]:
         """The settings with a broker in them, and what workers need in their environment for it."""
         if self._settings.broker_url is not None:
             # Refused or not there: known before an engine is started.
@@ -217,20 +223,33 @@ class _Desk:
             Publisher(address, "check", window=1).open(
                 self._settings.broker_connect_timeout_seconds
             ).close()
+            self._console.print(
+                f"This run's collector takes the verdicts of every run at {address}, into "
+                f"{self._directory}; give such a broker to one `keepwarm run` at a time.",
+                highlight=False,
+            )
             return self._settings, {"KEEPWARM_BROKER_URL": self._settings.broker_url}
         directory = self._directory / ".broker"
         shutil.rmtree(directory, ignore_errors=True)
         parts.callback(shutil.rmtree, directory, ignore_errors=True)
         with self._console.status("starting a private RabbitMQ node"):
-            node = parts.enter_context(PrivateNode(directory.resolve()))
-        environment = {"KEEPWARM_BROKER_URL": node.url, "KEEPWARM_BROKER_PASSWORD": node.password}
-        settings = load_settings(
-            broker_url=node.url,
-            broker_password=node.password,
-            store_url=self._settings.store_url,
-            batch_size=self._settings.batch_size,
+            log_file = self._directory.resolve() / "logs" / "rabbitmq.log"
+            self._node = parts.enter_context(PrivateNode(directory.resolve(), log_file))
+        # The node has a password of its own and no certificate, whatever the environment says.
+        settings = self._settings.model_copy(
+            update={
+                "broker_url": self._node.url,
+                "broker_password": SecretStr(self._node.password),
+                "broker_password_file": None,
+                "broker_ca_file": None,
+            }
         )
-        return settings, environment
+        return settings, {
+            "KEEPWARM_BROKER_URL": self._node.url,
+            "KEEPWARM_BROKER_PASSWORD": self._node.password,
+            "KEEPWARM_BROKER_PASSWORD_FILE": None,
+            "KEEPWARM_BROKER_CA_FILE": None,
+        }
 
     def _thread(self, name: str, work: Callable[[], None]) -> threading.Thread:
         def guarded() -> None:
@@ -272,6 +291,11 @@ class _Desk:
                 view.show(status, self._progress, [slot.state for slot in slots])
                 if status is not None and status.complete and not publishing.is_alive():
                     return
+                if self._node is not None and not self._node.alive:
+                    raise BrokerError(
+                        f"the private RabbitMQ node ended; its log is {self._node.log_file}. The "
+                        "same command goes on where this one ended"
+                    )
                 for slot in slots:
                     slot.look_after()
                 time.sleep(_LOOK_SECONDS)

@@ -8,6 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from services.collector import Report, RunStatus
+from services.producer import Submission
 
 
 @contextmanager
@@ -30,6 +31,15 @@ def line_progress(
         yield lambda done: progress.update(task, completed=done)
 
 
+def say_ignored_columns(console: Console, submission: Submission) -> None:
+    if submission.ignored_columns:
+        listed = ", ".join(submission.ignored_columns)
+        console.print(
+            f"Ignored columns: {listed}. Name a column's field with --column, like claim=text",
+            highlight=False,
+        )
+
+
 def duration(seconds: float | None) -> str:
     """A time span for people: 42 s, 3 min 05 s, 2 h 10 min."""
     if seconds is None:
@@ -45,7 +55,7 @@ def duration(seconds: float | None) -> str:
 def status_table(runs: Sequence[RunStatus]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("run", no_wrap=True)
-    table.add_column("source", overflow="ellipsis", max_width=32, no_wrap=True)
+    table.add_column("source", overflow="fold", max_width=32)
     for name in ("total", "done", "dead", "rejected", "claims/s", "ETA", "workers"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)

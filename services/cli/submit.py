@@ -7,30 +7,35 @@ import typer
 from rich.console import Console
 
 from services.broker import BrokerAddress, Publisher
+from services.cli.claims_options import (
+    BatchSizeOption,
+    ColumnOption,
+    LimitOption,
+    PromptOption,
+    SeedOption,
+    check_seed,
+    columns_from_flags,
+    prompt_from_flag,
+)
+from services.cli.context_options import (
+    DTypeOption,
+    EngineArgumentOption,
+    MaxTokensOption,
+    ModelOption,
+    RevisionOption,
+    context_from_flags,
+)
 from services.cli.finished import finished_in, nothing_finished
 from services.cli.garbage import expect_many_small_objects
 from services.cli.logs import configure_logs
 from services.cli.options import (
-    BatchSizeOption,
     BrokerOption,
-    ColumnOption,
-    DTypeOption,
-    EngineArgumentOption,
-    LimitOption,
-    MaxTokensOption,
-    ModelOption,
-    PromptOption,
-    RevisionOption,
-    SeedOption,
     StoreOption,
-    check_seed,
-    columns_from_flags,
-    context_from_flags,
-    prompt_from_flag,
 )
-from services.cli.screen import line_progress
+from services.cli.screen import line_progress, say_ignored_columns
 from services.collector import Store
 from services.contracts import load_settings
+from services.gpu_worker import CompiledPrompt, ModelTokenizer
 from services.producer import Format, RejectedFile, Source, Submission
 
 
@@ -75,6 +80,8 @@ def submit(
     context = context_from_flags(
         settings, model, revision, dtype, max_model_tokens, engine_argument
     )
+    # Words that one token cannot tell apart: known now, not when all claims are dead.
+    CompiledPrompt(prompt_spec, ModelTokenizer.load(context))
     with Source.open(file, format) as source:
         with line_progress(console, "reading", None) as reading:
             survey = source.survey(reading)
@@ -87,6 +94,7 @@ def submit(
             limit=limit,
             seed=seed,
         )
+        say_ignored_columns(console, submission)
         run_id = submission.run.run_id
         named = settings.store_url is not None
         finished = finished_in(Store.open(settings), run_id) if named else nothing_finished

@@ -1,14 +1,16 @@
 """`keepwarm worker`."""
 
-from services.cli.logs import configure_logs
-from services.cli.options import (
-    BrokerOption,
+from services.cli.context_options import (
     DTypeOption,
     EngineArgumentOption,
     MaxTokensOption,
     ModelOption,
     RevisionOption,
     context_from_flags,
+)
+from services.cli.logs import configure_logs
+from services.cli.options import (
+    BrokerOption,
 )
 from services.cli.signals import on_stop_signal
 from services.contracts import load_settings

@@ -1,5 +1,6 @@
 """The workers of `keepwarm run`: processes on leashes, watched, replaced when they are lost."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -13,8 +14,8 @@ from pathlib import Path
 import structlog
 
 from services.contracts import ContextSpec, Settings
-from services.contracts.errors import EngineError, RunIncomplete
-from services.gpu_worker import Device
+from services.contracts.errors import EngineError, RunIncomplete, UsageError
+from services.gpu_worker import Device, visible_gpus
 from services.leash import Leashed
 
 _SHOWN_LINES = 40
@@ -119,8 +120,9 @@ class WorkerProcess:
         assert process.output is not None
         with self._log_file.open("ab") as file, process.output as lines:
             for line in lines:
-                file.write(line)
-                file.flush()
+                with contextlib.suppress(OSError):  # a full disk must not stop the worker
+                    file.write(line)
+                    file.flush()
                 self._note(line.decode(errors="replace").rstrip())
 
     def _note(self, line: str) -> None:
@@ -143,7 +145,7 @@ def worker_processes(
     device: Device,
     settings: Settings,
     directory: Path,
-    broker_environment: Mapping[str, str],
+    broker_environment: Mapping[str, str | None],
 ) -> list[WorkerProcess]:
     """`count` slots for workers of one context, each with its share of the node's devices."""
     command = [
@@ -158,12 +160,15 @@ def worker_processes(
         WorkerProcess(
             number,
             command,
-            {
-                **os.environ,
-                **broker_environment,
-                **_device_share(number, count, device),
-                "KEEPWARM_LOG_FORMAT": "json",
-            },
+            _environment(
+                {
+                    **broker_environment,
+                    **_device_share(number, count, device),
+                    "KEEPWARM_LOG_FORMAT": "json",
+                    # What the workers' states are read from.
+                    "KEEPWARM_LOG_LEVEL": "DEBUG" if settings.log_level == "DEBUG" else "INFO",
+                }
+            ),
             directory / f"worker-{number}.log",
             settings.grace_seconds,
         )
@@ -171,13 +176,22 @@ def worker_processes(
     ]
 
 
+def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:
+    """Ours, with changes; None takes a variable away."""
+    merged = {**os.environ, **changes}
+    return {name: value for name, value in merged.items() if value is not None}
+
+
 def _device_share(number: int, count: int, device: Device) -> dict[str, str]:
     """A GPU each, or a share of the cores: two engines on one core only wait for each other."""
     if count == 1:
         return {}
     if device.kind == "cuda":
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        names = visible.split(",") if visible else [str(index) for index in range(count)]
-        return {"CUDA_VISIBLE_DEVICES": names[number % len(names)]}
+        gpus = visible_gpus()
+        if len(gpus) < count:
+            raise UsageError(
+                f"--workers {count}: this process may use {len(gpus)} GPUs; each worker needs one"
+            )
+        return {"CUDA_VISIBLE_DEVICES": gpus[number]}
     cores = device.cores[number::count] or device.cores
     return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}

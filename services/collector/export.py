@@ -50,7 +50,7 @@ def export_run(store: Store, known: KnownRun, format: ExportFormat, path: Path) 
     Raises StoreError when the file cannot be written.
     """
     labels = known.run.prompt.label_names if known.run else ()
-    rows = _rows(store, known.run_key, labels)
+    rows = _rows(store, known.run_key)
     write = {
         "jsonl": _write_jsonl,
         "csv": _write_csv,
@@ -66,7 +66,7 @@ def export_run(store: Store, known: KnownRun, format: ExportFormat, path: Path) 
         ) from error
 
 
-def _rows(store: Store, run_key: int, labels: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _rows(store: Store, run_key: int) -> Iterator[dict[str, Any]]:
     query = (
         select(
             outcomes,
@@ -82,13 +82,12 @@ def _rows(store: Store, run_key: int, labels: Sequence[str]) -> Iterator[dict[st
     )
     with store.transaction() as connection:
         for row in connection.execute(query):
-            scores = json.loads(row.probabilities) if row.probabilities else []
             yield {
                 "position": row.position,
                 "claim_id": row.claim_id,
                 "claim": row.claim,
                 "label": row.label,
-                "probabilities": dict(zip(labels, scores, strict=True)) if scores else None,
+                "probabilities": json.loads(row.probabilities) if row.probabilities else None,
                 "gold": row.gold,
                 "mass": row.mass,
                 "raw_text": row.raw_text,

@@ -1,6 +1,6 @@
 """The store: opened with care, written in transactions, each claim of a run once."""
 
-import getpass
+import os
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -174,7 +174,7 @@ class Store:
                 "claim": verdict.text,
                 "gold": verdict.gold,
                 "label": verdict.label,
-                "probabilities": to_json(verdict.probabilities).decode(),
+                "probabilities": _by_label(batch.labels, verdict.probabilities),
                 "mass": verdict.mass,
                 "raw_text": verdict.raw_text,
                 "prompt_tokens": verdict.prompt_tokens,
@@ -221,6 +221,13 @@ def _write_announcement(connection: Connection, key: int, announcement: RunAnnou
         .where(runs.c.run_key == key)
         .values(run=announcement.run.model_dump_json(), **totals)
     )
+
+
+def _by_label(labels: Sequence[str], probabilities: Sequence[float]) -> str | None:
+    """JSON, label -> probability; None where no answer could be read."""
+    if not probabilities:
+        return None
+    return to_json(dict(zip(labels, probabilities, strict=True))).decode()
 
 
 def _dead_row(key: int, dead: DeadClaim) -> dict[str, Any]:
@@ -276,7 +283,7 @@ def _prepare_sqlite_file(url: URL, *, create: bool) -> None:
             pass
     except OSError as error:
         raise StoreError(
-            f"the store {path} cannot be written by {getpass.getuser()}: {error.strerror}; mend "
+            f"the store {path} cannot be written by user {os.geteuid()}: {error.strerror}; mend "
             "its permissions, or name another with --store"
         ) from error
 

@@ -84,10 +84,13 @@ class PromptSpec(Value):
     @classmethod
     def _knows_its_fields(cls, template: str) -> str:
         try:
-            fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
+            parts = [part for part in Formatter().parse(template) if part[1] is not None]
         except ValueError as error:
             raise ValueError(f"braces do not pair up ({error}); write {{{{ for a brace") from error
-        unknown = sorted(set(fields) - {"claim", "evidence"})
+        fields = [field for _, field, _, _ in parts]
+        if any(specification or conversion for _, _, specification, conversion in parts):
+            raise ValueError("fields are written {claim} and {evidence}, without `!` or `:`")
+        unknown = sorted({str(field) for field in fields} - {"claim", "evidence"})
         if unknown:
             raise ValueError(f"unknown fields {unknown}; only {{claim}} and {{evidence}} are known")
         if "claim" not in fields:

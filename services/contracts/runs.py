@@ -18,7 +18,8 @@ class Run(Value):
     """One file of claims, put to one prompt on one context.
 
     `run_id` is made of content alone: the same lines, read in the same way, with the same prompt
-    and context are the same run, wherever the file lies and however often it is submitted.
+    and context are the same run, wherever the file lies and however often it is submitted. (A
+    local model's directory is part of its context: workers look for it there.)
     `source` (the file's name) is for people and not part of the identity.
     """
 

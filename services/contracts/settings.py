@@ -4,14 +4,22 @@ Secrets are given as `KEEPWARM_BROKER_PASSWORD` / `KEEPWARM_STORE_PASSWORD`, or 
 `…_PASSWORD_FILE`; never on a command line, where every user of the machine can read them.
 """
 
-import getpass
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AmqpDsn, Field, SecretStr, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AmqpDsn,
+    Field,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from services.contracts.bounds import MAX_BATCH_CLAIMS
@@ -28,7 +36,7 @@ def _runtime_directory() -> Path:
 
 def _private_tmp() -> Path:
     # Short on purpose: a unix socket's path may have 107 bytes.
-    return Path(tempfile.gettempdir()) / f"keepwarm-{getpass.getuser()}"
+    return Path(tempfile.gettempdir()) / f"keepwarm-{os.geteuid()}"
 
 
 def _state_directory() -> Path:
@@ -83,6 +91,20 @@ class Settings(BaseSettings):
     """Sockets and engine logs; made for the owner alone."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["console", "json"] = "console"
+
+    @field_validator("broker_password_file", "broker_ca_file", "store_password_file", "runtime_dir")
+    @classmethod
+    def _absolute(cls, path: Path | None) -> Path | None:
+        # Processes that inherit the environment start in other directories.
+        return None if path is None else path.expanduser().absolute()
+
+    @field_validator("engine_python")
+    @classmethod
+    def _absolute_command(cls, path: Path) -> Path:
+        found = shutil.which(path.expanduser())
+        if found is None:
+            raise ValueError(f"{path} is not a program that this user may run")
+        return Path(found).absolute()
 
     @model_validator(mode="after")
     def _one_source_per_secret(self) -> Self:

@@ -8,6 +8,8 @@ from typing import Literal
 import psutil
 import pynvml
 
+from services.contracts.errors import EngineStartError
+
 
 @dataclass(frozen=True)
 class Device:
@@ -22,20 +24,38 @@ class Device:
 
 
 def find_device() -> Device:
-    """The first visible NVIDIA GPU, or else the processors."""
+    """The first visible NVIDIA GPU, or else the processors.
+
+    Raises EngineStartError when CUDA_VISIBLE_DEVICES names a GPU that is not there.
+    """
     cores = tuple(sorted(os.sched_getaffinity(0)))
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") != "":
-        try:
-            return _first_gpu(cores)
-        except pynvml.NVMLError:
-            pass  # no driver, or no GPU that we may use
+    gpus = visible_gpus()
+    if gpus:
+        return _gpu(gpus[0], cores)
     return Device("cpu", _processor_name(), psutil.virtual_memory().available, cores)
 
 
-def _first_gpu(cores: tuple[int, ...]) -> Device:
-    pynvml.nvmlInit()
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: indexes or UUIDs."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip()]
     try:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []  # no driver: no GPU
+    try:
+        return [str(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _gpu(visible: str, cores: tuple[int, ...]) -> Device:
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        raise EngineStartError(_no_gpu(visible, error)) from error
+    try:
         handle = (
             pynvml.nvmlDeviceGetHandleByIndex(int(visible))
             if visible.isdecimal()
@@ -48,8 +68,17 @@ def _first_gpu(cores: tuple[int, ...]) -> Device:
             memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).free),
             cores=cores,
         )
+    except pynvml.NVMLError as error:
+        raise EngineStartError(_no_gpu(visible, error)) from error
     finally:
         pynvml.nvmlShutdown()
+
+
+def _no_gpu(visible: str, error: pynvml.NVMLError) -> str:
+    return (
+        f"there is no GPU {visible!r} here ({error}); correct CUDA_VISIBLE_DEVICES, or set it to "
+        "nothing to use the processors"
+    )
 
 
 def _processor_name() -> str:

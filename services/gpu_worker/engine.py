@@ -17,7 +17,6 @@ from services.leash import Leashed
 
 _POLL_SECONDS = 0.2
 _REPORT_SECONDS = 5.0
-_STOP_SECONDS = 5.0
 _SHOWN_LOG_LINES = 25
 _TAIL_BYTES = 64 * 1024
 
@@ -99,7 +98,7 @@ class Engine:
             self._process = Leashed(
                 engine_command(self._spec, self._device, self._socket, self._settings),
                 environment=engine_environment(self._spec, self._device),
-                grace_seconds=_STOP_SECONDS,
+                grace_seconds=0.2 * self._settings.grace_seconds,
                 output=output,
             )
 

@@ -41,7 +41,13 @@ def pin_model(spec: ContextSpec) -> ContextSpec:
             "weights and tokenizer.json. `make demo` makes one in .models/; a name like "
             "HuggingFaceTB/SmolLM2-135M-Instruct is fetched from the hub"
         )
-    fingerprint = _fingerprint(directory)
+    try:
+        fingerprint = _fingerprint(directory)
+    except OSError as error:
+        raise ModelError(
+            f"the model at {directory} cannot be read: {error.filename}: {error.strerror}; mend "
+            "its permissions"
+        ) from error
     if spec.revision not in (None, fingerprint):
         raise ModelError(
             f"the model at {directory} is {fingerprint}, but {spec.revision} is wanted: its files "

@@ -11,7 +11,12 @@ import structlog
 
 from services.broker import BrokerAddress, Consumer, Delivery, Outgoing, Publisher
 from services.contracts import ClaimBatch, ContextSpec, Settings, decode, encode, topology
-from services.contracts.errors import EngineRequestError, EngineStartError, MessageInvalid
+from services.contracts.errors import (
+    BrokerUnreachable,
+    EngineRequestError,
+    EngineStartError,
+    MessageInvalid,
+)
 from services.gpu_worker.device import Device
 from services.gpu_worker.engine import Engine
 from services.gpu_worker.inference import Inference, Outcome
@@ -197,13 +202,17 @@ class Worker:
         self, jobs: dict[Future[None], _Job], consumer: Consumer, publisher: Publisher
     ) -> None:
         """Finish what can be finished in the grace period; give the rest back."""
-        # The other parts are for the confirmations and for the engine's own end.
-        deadline = time.monotonic() + 0.6 * self._settings.grace_seconds
+        # A sixth is for the confirmations, a fifth for the engine's own end.
+        deadline = time.monotonic() + 0.5 * self._settings.grace_seconds
         log.info("worker.draining", batches_in_hand=len(jobs))
         consumer.stop_taking(timeout_seconds=2.0)
         if self._engine.alive:
             wait(jobs, timeout=max(0.0, deadline - time.monotonic()))
         abandoned = [job.delivery for job in jobs.values() if job.ends()]
         consumer.give_back(abandoned)
-        publisher.flush(timeout_seconds=max(1.0, 0.2 * self._settings.grace_seconds))
+        try:
+            publisher.flush(timeout_seconds=0.15 * self._settings.grace_seconds)
+        except BrokerUnreachable as error:
+            # Their batches were not acknowledged: someone else will answer them again.
+            log.warning("verdicts.unconfirmed", reason=str(error))
         log.info("worker.drained", batches_returned=len(abandoned))

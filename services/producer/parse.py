@@ -100,6 +100,11 @@ class Parser:
             self._check_header(source.columns())
 
     def _check_header(self, header: list[str]) -> None:
+        doubled = next((name for name in header if header.count(name) > 1), None)
+        if doubled is not None:
+            raise InputError(
+                f"{self._source_name}, line 1: two columns are called {doubled!r}; rename one"
+            )
         listed = ", ".join(repr(name) for name in header[:20]) or "none"
         for field, column in self._columns.items():
             if column not in header:

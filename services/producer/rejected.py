@@ -16,7 +16,10 @@ class RejectedFile:
         self._file: IO[str] | None = None
 
     def __enter__(self) -> Self:
-        self.path.unlink(missing_ok=True)
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from error
         return self
 
     def __exit__(
@@ -34,6 +37,9 @@ class RejectedFile:
             self._file.write(rejection.model_dump_json() + "\n")
             self._file.flush()
         except OSError as error:
-            raise StoreError(
-                f"{self.path} cannot be written: {error.strerror}; make room, or name another place"
-            ) from error
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> StoreError:
+        return StoreError(
+            f"{self.path} cannot be written: {error.strerror}; make room, or name another place"
+        )

@@ -59,7 +59,8 @@ class Source:
     def open(cls, path: str, format: Format | None = None) -> Self:
         """Raises InputError that names the file and the next step."""
         if path == STANDARD_INPUT:
-            return cls(_spooled(sys.stdin.buffer), "standard input", format or "jsonl")
+            name = "standard input"
+            return cls(_spooled(sys.stdin.buffer, name), name, format or "jsonl")
         try:
             file: IO[bytes] = Path(path).open("rb")  # noqa: SIM115  (closed by __exit__)
         except IsADirectoryError as error:
@@ -73,7 +74,8 @@ class Source:
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
         if not file.seekable():
-            file = _spooled(file)
+            with file as stream:
+                file = _spooled(stream, path)
         guessed: Format = "csv" if Path(path).suffix.lower() == ".csv" else "jsonl"
         return cls(file, path, format or guessed)
 
@@ -128,7 +130,7 @@ class Source:
             yield Line(number, position, dict(zip(header, row, strict=False)), fault)
 
 
-def _spooled(stream: IO[bytes]) -> IO[bytes]:
+def _spooled(stream: IO[bytes], name: str) -> IO[bytes]:
     """All of a stream in a temporary file that has no name and so cannot stay behind."""
     spool = tempfile.TemporaryFile()  # noqa: SIM115  (the caller closes it)
     try:
@@ -136,7 +138,7 @@ def _spooled(stream: IO[bytes]) -> IO[bytes]:
     except OSError as error:
         spool.close()
         raise InputError(
-            f"standard input cannot be kept in {tempfile.gettempdir()}: {error.strerror}; make "
+            f"{name} cannot be kept in {tempfile.gettempdir()}: {error.strerror}; make "
             "room, or set TMPDIR to a directory with more"
         ) from error
     return spool

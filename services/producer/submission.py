@@ -3,9 +3,6 @@
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
-
-import structlog
 
 from services.broker import Outgoing, Publisher
 from services.contracts import (
@@ -19,10 +16,11 @@ from services.contracts import (
     encode,
     topology,
 )
-from services.contracts.bounds import MAX_BATCH_BYTES
+from services.contracts.bounds import MAX_BATCH_BYTES, MAX_NAME_CHARS
 from services.contracts.errors import InputError
 from services.contracts.values import content_id
-from services.producer.parse import Parser, Rejection
+from services.producer.parse import Parser
+from services.producer.rejected import RejectedFile
 from services.producer.sample import chosen
 from services.producer.seen import SeenIds, Sighting
 from services.producer.source import Source, Survey
@@ -31,14 +29,8 @@ _CHUNK_LINES = 1_024
 # In bytes: what a claim's field names and numbers add to its texts.
 _CLAIM_OVERHEAD_BYTES = 100
 
-log = structlog.get_logger(__name__)
-
 Finished = Callable[[Sequence[Claim]], Collection[str]]
 """Which of these claims have an outcome already: their ids."""
-
-
-class RejectionSink(Protocol):
-    def write(self, rejection: Rejection) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -74,7 +66,8 @@ class Submission:
         self._parser = Parser(source, prompt, columns)
         self.lines = survey.lines if limit is None else min(limit, survey.lines)
         self.run = Run(
-            source=source.name,
+            # For people only: what a message cannot hold is cut or replaced.
+            source=source.name.encode(errors="replace").decode()[-MAX_NAME_CHARS:],
             source_digest=content_id(
                 "src",
                 {"bytes": survey.digest, "format": source.format, "columns": dict(columns or {})},
@@ -84,13 +77,16 @@ class Submission:
             limit=limit,
             seed=seed,
         )
-        if self._parser.ignored_columns:
-            log.warning("columns.ignored", columns=self._parser.ignored_columns)
+
+    @property
+    def ignored_columns(self) -> tuple[str, ...]:
+        """Columns of a CSV file that are no field of a claim."""
+        return self._parser.ignored_columns
 
     def publish(
         self,
         publisher: Publisher,
-        rejections: RejectionSink,
+        rejections: RejectedFile,
         *,
         batch_size: int,
         finished: Finished = lambda _: (),
@@ -128,17 +124,17 @@ class Submission:
                 )
             )
         totals = Totals(**counts)
-        if totals.claims == 0:
-            raise InputError(
-                f"{self._source.name}: none of its {totals.lines:,} lines is a claim; the rejected "
-                "lines' reasons say why"
-            )
         publisher.flush()
         self._announce(publisher, totals)
+        if totals.claims == 0:
+            raise InputError(
+                f"{self._source.name}: none of its {totals.lines:,} lines is a claim; "
+                f"{rejections.path} says why"
+            )
         return totals
 
     def _distinct_claims(
-        self, counts: dict[str, int], rejections: RejectionSink
+        self, counts: dict[str, int], rejections: RejectedFile
     ) -> Iterator[list[Claim]]:
         """The claims in chunks, without the repeated and the contradicted; the rest is counted."""
         seen = SeenIds()

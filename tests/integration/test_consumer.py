@@ -122,6 +122,11 @@ def test_an_acknowledgement_from_before_a_lost_connection_is_void(
 def test_a_deleted_queue_is_declared_again(
     node: PrivateNode, address: BrokerAddress, consumer: Consumer
 ) -> None:
+    # The broker tells a consumer that its queue is gone only once it knows the consumer.
+    publish(address, 1)
+    delivery = consumer.take(10)
+    assert delivery
+    consumer.acknowledge([delivery])
     delete_queues(node, QUEUE)
     publish(address, 1)
     assert consumer.take(10)

@@ -1,0 +1,76 @@
+"""The flags that name a context, and the context that they stand for."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+
+from services.contracts import ContextSpec, Settings
+from services.contracts.contexts import DType
+from services.contracts.errors import UsageError
+from services.contracts.wire import first_fault
+from services.gpu_worker import pin_model
+
+DEMO_MODEL = Path(".models/SmolLM2-135M-Instruct")
+DEMO_MODEL_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="A model's directory, or its name on the hub; the demo model otherwise. "
+        "[dim]\\[env: KEEPWARM_MODEL][/dim]",
+        show_default=False,
+    ),
+]
+RevisionOption = Annotated[
+    str | None,
+    typer.Option(help="The model's revision; the present one otherwise.", show_default=False),
+]
+DTypeOption = Annotated[DType, typer.Option(help="The type of the model's weights.")]
+MaxTokensOption = Annotated[
+    int,
+    typer.Option(
+        "--max-model-tokens",
+        min=16,
+        help="The longest prompt and its answer, in tokens; longer claims become dead claims.",
+    ),
+]
+EngineArgumentOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--engine-argument",
+        help="An argument for the engine that is part of the context, like --quantization=fp8. "
+        "May be given several times.",
+        show_default=False,
+    ),
+]
+
+
+def context_from_flags(
+    settings: Settings,
+    model: str | None,
+    revision: str | None,
+    dtype: DType,
+    max_model_tokens: int,
+    engine_arguments: list[str] | None,
+) -> ContextSpec:
+    """The context that the flags mean, pinned to the weights that are there now.
+
+    Raises ModelError when there is no such model, UsageError when a flag is out of bounds.
+    """
+    demo = str(DEMO_MODEL) if DEMO_MODEL.is_dir() else DEMO_MODEL_ON_HUB
+    try:
+        spec = ContextSpec(
+            model=model or settings.model or demo,
+            revision=revision,
+            dtype=dtype,
+            max_model_tokens=max_model_tokens,
+            engine_arguments=tuple(engine_arguments or ()),
+        )
+    except ValidationError as error:
+        flag = first_fault(error).replace("_", "-")
+        raise UsageError(f"--{flag}; see `keepwarm worker --help`") from error
+    return pin_model(spec)

@@ -1,0 +1,315 @@
+"""The worker as a process, with the tests' engine: verdicts, faults and every way to die."""
+
+import json
+import os
+import signal
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from sqlalchemy import create_engine, text
+
+from services.broker import BrokerAddress, Consumer, Delivery, PrivateNode
+from services.contracts import (
+    DeadClaim,
+    VerdictBatch,
+    decode,
+    topology,
+)
+from tests.conftest import REPOSITORY, sample_lines
+from tests.integration.conftest import Command, messages_in, wait_until
+
+Start = Callable[..., Command]
+CLAIMS = str(REPOSITORY / "samples" / "claims.jsonl")
+
+
+def submit(command: Start, *arguments: str) -> str:
+    """Publish the samples in batches of 16; the run's id."""
+    submitting = command("submit", *(arguments or (CLAIMS,)), "--batch-size", "16")
+    assert submitting.wait() == 0, submitting.output
+    return submitting.lines[-1].strip()
+
+
+def take(address: BrokerAddress, queue: str, count: int) -> list[Delivery]:
+    """`count` messages from a queue, acknowledged."""
+    with Consumer(address, "test", queues=[queue], prefetch=50).open(10) as consumer:
+        deliveries = []
+        while len(deliveries) < count and (delivery := consumer.take(20)) is not None:
+            deliveries.append(delivery)
+            consumer.acknowledge([delivery])
+        return deliveries
+
+
+def outcomes(environment: dict[str, str]) -> list[tuple[str, str | None, str | None]]:
+    """Claim id, label and reason of every outcome in the store."""
+    engine = create_engine(f"sqlite:///{environment['KEEPWARM_STORE_URL']}")
+    with engine.connect() as connection:
+        rows = connection.execute(text("SELECT claim_id, label, reason FROM outcomes")).all()
+    engine.dispose()
+    return [tuple(row) for row in rows]
+
+
+def assert_complete(environment: dict[str, str]) -> None:
+    found = outcomes(environment)
+    assert sorted(claim_id for claim_id, _, _ in found) == [row["id"] for row in sample_lines()]
+    assert all(label for _, label, _ in found)
+
+
+def collect(command: Start, run_id: str) -> Command:
+    return command("collect", "--until", run_id)
+
+
+def test_every_claim_of_a_batch_gets_a_verdict_that_tells_all(
+    command: Start, address: BrokerAddress
+) -> None:
+    run_id = submit(command, CLAIMS, "--limit", "20")
+    worker = command("worker")
+    batches = [decode(VerdictBatch, delivery.body) for delivery in take(address, "verdicts", 2)]
+    verdicts = [verdict for batch in batches for verdict in batch.verdicts]
+    lines = sample_lines()[:20]
+    by_id = {verdict.claim_id: verdict for verdict in verdicts}
+    assert sorted(by_id) == sorted(line["id"] for line in lines)
+    for position, line in enumerate(lines):
+        verdict = by_id[line["id"]]
+        assert (verdict.position, verdict.text, verdict.gold) == (
+            position,
+            line["claim"],
+            line["label"],
+        )
+        assert verdict.label in batches[0].labels
+        assert sum(verdict.probabilities) == pytest.approx(1, abs=1e-5)
+        assert (
+            max(verdict.probabilities)
+            == verdict.probabilities[batches[0].labels.index(verdict.label)]
+        )
+        assert verdict.raw_text.startswith("word") and verdict.prompt_tokens > 10
+    assert {batch.run_id for batch in batches} == {run_id}
+    assert batches[0].attempt == 1 and batches[0].worker_id and batches[0].device
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0, worker.output
+
+
+def test_the_engines_socket_and_log_are_closed_to_other_users(
+    command: Start, environment: dict[str, str]
+) -> None:
+    worker = command("worker")
+    worker.said("worker.taking")
+    runtime = Path(environment["KEEPWARM_RUNTIME_DIR"])
+    assert stat.S_IMODE(runtime.stat().st_mode) == 0o700
+    sockets, logs = list(runtime.glob("*.sock")), list(runtime.glob("*.log"))
+    assert len(sockets) == len(logs) == 1
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in sockets + logs)
+
+
+def test_the_engine_gets_none_of_our_secrets(command: Start, node: PrivateNode) -> None:
+    worker = command("worker")
+    worker.said("worker.taking")
+    for process in worker.descendants():
+        assert node.password not in json.dumps(process.environ())
+        assert node.password not in " ".join(process.cmdline())
+
+
+def test_sigterm_drains_and_another_worker_completes_the_run(
+    command: Start, environment: dict[str, str], node: PrivateNode
+) -> None:
+    run_id = submit(command)
+    collecting = collect(command, run_id)
+    worker = command("worker", TEST_ENGINE_CLAIM_SECONDS="0.02")
+    wait_until(
+        lambda: Path(environment["KEEPWARM_STORE_URL"]).exists() and outcomes(environment),
+        "the first verdicts",
+    )
+    left = worker.descendants()
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0, worker.output
+    assert not any(process.is_running() for process in left)
+    assert 0 < len(outcomes(environment)) < 240
+    other = command("worker")
+    assert collecting.wait() == 0
+    assert_complete(environment)
+    other.signal(signal.SIGTERM)
+    assert other.wait() == 0
+
+
+def test_a_second_sigterm_ends_at_once(command: Start) -> None:
+    submit(command)
+    worker = command("worker", TEST_ENGINE_CLAIM_SECONDS="60", KEEPWARM_GRACE_SECONDS="100")
+    worker.said("worker.taking")
+    left = worker.descendants()
+    worker.signal(signal.SIGTERM)
+    worker.said("worker.draining")
+    worker.signal(signal.SIGTERM)
+    assert worker.wait(20) == 128 + signal.SIGTERM
+    wait_until(lambda: not any(process.is_running() for process in left), "the engine gone")
+
+
+def test_what_cannot_be_finished_in_the_grace_period_is_returned(
+    command: Start, node: PrivateNode, address: BrokerAddress
+) -> None:
+    run_id = submit(command)
+    worker = command("worker", TEST_ENGINE_CLAIM_SECONDS="60", KEEPWARM_GRACE_SECONDS="3")
+    worker.said("worker.taking")
+    queue = json.loads(worker.lines[0])["context"]
+    wait_until(lambda: messages_in(node, topology.claims_queue(queue)) == 12, "three taken")
+    worker.signal(signal.SIGTERM)
+    assert worker.wait(30) == 0, worker.output
+    assert messages_in(node, topology.claims_queue(queue)) == 15
+    assert run_id and messages_in(node, topology.VERDICTS_QUEUE) == 0
+
+
+def test_sigkill_loses_nothing_doubles_nothing_and_leaves_no_engine(
+    command: Start, environment: dict[str, str]
+) -> None:
+    run_id = submit(command)
+    collecting = collect(command, run_id)
+    worker = command("worker", TEST_ENGINE_CLAIM_SECONDS="0.02")
+    wait_until(
+        lambda: Path(environment["KEEPWARM_STORE_URL"]).exists() and outcomes(environment),
+        "the first verdicts",
+    )
+    left = worker.descendants()
+    assert left
+    os.killpg(worker.process.pid, signal.SIGKILL)
+    worker.wait()
+    wait_until(lambda: not any(process.is_running() for process in left), "the engine gone")
+    other = command("worker")
+    assert collecting.wait() == 0
+    assert_complete(environment)
+    other.signal(signal.SIGTERM)
+    assert other.wait() == 0
+
+
+def test_a_leash_that_is_killed_takes_its_engine_with_it(command: Start) -> None:
+    worker = command("worker")
+    worker.said("worker.taking")
+    leash = next(p for p in worker.descendants() if "services.leash" in p.cmdline())
+    engine = leash.children()[0]
+    leash.kill()
+    wait_until(lambda: not engine.is_running(), "the engine gone")
+    worker.said("engine.ready", times=2)  # the worker lives, and starts another
+
+
+def test_an_engine_that_crashes_is_started_again_and_its_batch_answered(
+    command: Start, environment: dict[str, str]
+) -> None:
+    run_id = submit(command)
+    collecting = collect(command, run_id)
+    worker = command("worker", TEST_ENGINE_FAULT="crash-once")
+    assert collecting.wait() == 0
+    assert_complete(environment)
+    worker.said("engine.died")
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0
+
+
+def test_an_engine_that_cannot_start_is_explained_with_its_last_words(
+    command: Start, environment: dict[str, str]
+) -> None:
+    worker = command("worker", TEST_ENGINE_FAULT="no-start")
+    assert worker.wait() == 4
+    assert "RuntimeError: out of memory, says the test engine" in worker.output
+    log = next(Path(environment["KEEPWARM_RUNTIME_DIR"]).glob("*.log"))
+    assert str(log) in worker.output
+
+
+def test_an_engine_that_is_silent_for_too_long_is_given_up_on(command: Start) -> None:
+    worker = command(
+        "worker", TEST_ENGINE_START_SECONDS="600", KEEPWARM_ENGINE_START_TIMEOUT_SECONDS="2"
+    )
+    assert worker.wait() == 4
+    assert "did not answer within 2 s" in worker.output
+
+
+def test_a_worker_can_be_stopped_while_its_engine_starts(command: Start) -> None:
+    worker = command("worker", TEST_ENGINE_START_SECONDS="600")
+    worker.said("engine.starting")
+    left = worker.descendants()
+    worker.signal(signal.SIGTERM)
+    assert worker.wait(30) == 0
+    assert not any(process.is_running() for process in left)
+
+
+def test_aborted_requests_that_look_successful_are_returned_not_believed(
+    command: Start, node: PrivateNode
+) -> None:
+    submit(command)
+    worker = command("worker", TEST_ENGINE_FAULT="abort")
+    worker.said("a request ended with 'abort'", times=3)
+    assert messages_in(node, topology.VERDICTS_QUEUE) == 0
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0
+
+
+def test_a_claim_without_all_scores_is_invalid(command: Start, address: BrokerAddress) -> None:
+    submit(command, CLAIMS, "--limit", "3")
+    command("worker", TEST_ENGINE_FAULT="unscored")
+    (delivery,) = take(address, topology.VERDICTS_QUEUE, 1)
+    for verdict in decode(VerdictBatch, delivery.body).verdicts:
+        assert (verdict.label, verdict.probabilities, verdict.mass) == ("INVALID", (), 0)
+
+
+def test_a_claim_that_the_engine_refuses_is_found_and_harms_no_other(
+    command: Start, address: BrokerAddress, tmp_path: Path
+) -> None:
+    file = tmp_path / "claims.jsonl"
+    lines = [{"id": str(number), "claim": f"Claim {number}."} for number in range(16)]
+    lines[11]["evidence"] = "many different words " * 60
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    submit(command, str(file))
+    command("worker", TEST_ENGINE_FAULT="refuse-long")
+    (dead,) = take(address, topology.DEAD_CLAIMS_QUEUE, 1)
+    claim = decode(DeadClaim, dead.body)
+    assert (claim.claim.claim_id, claim.reason) == ("11", "engine-refused")
+    (rest,) = take(address, topology.VERDICTS_QUEUE, 1)
+    ids = {verdict.claim_id for verdict in decode(VerdictBatch, rest.body).verdicts}
+    assert ids == {str(number) for number in range(16)} - {"11"}
+
+
+def test_a_claim_that_is_too_long_for_the_context_dies_with_the_reason(
+    command: Start, address: BrokerAddress, tmp_path: Path
+) -> None:
+    file = tmp_path / "claims.jsonl"
+    lines = [{"claim": "Short."}, {"claim": "Long.", "evidence": "words and words " * 2_000}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    submit(command, str(file))
+    command("worker")
+    (dead,) = take(address, topology.DEAD_CLAIMS_QUEUE, 1)
+    claim = decode(DeadClaim, dead.body)
+    assert (claim.claim.text, claim.reason) == ("Long.", "too-long")
+    assert "--max-model-tokens" in claim.detail
+    assert len(take(address, topology.VERDICTS_QUEUE, 1)) == 1
+
+
+def test_a_message_that_is_not_ours_goes_to_the_dead_messages(
+    command: Start, node: PrivateNode, broker
+) -> None:
+    from tests.integration.conftest import plain_connection
+
+    worker = command("worker")
+    worker.said("worker.taking")
+    context = json.loads(worker.lines[0])["context"]
+    connection = plain_connection(node)
+    connection.channel().basic_publish(
+        topology.CLAIMS_EXCHANGE, topology.claims_queue(context), b'{"schema_version": 99}'
+    )
+    connection.close()
+    wait_until(lambda: messages_in(node, topology.DEAD_MESSAGES_QUEUE) == 1, "a dead message")
+    worker.said("batch.refused")
+    assert worker.process.poll() is None
+
+
+def test_a_worker_outlives_the_end_of_its_connections(
+    command: Start, environment: dict[str, str], node: PrivateNode
+) -> None:
+    run_id = submit(command)
+    worker = command("worker", TEST_ENGINE_CLAIM_SECONDS="0.02")
+    worker.said("worker.taking")
+    for connection in psutil.Process(worker.process.pid).net_connections(kind="tcp"):
+        os.system(  # noqa: S605
+            f"ss -K dst 127.0.0.1 dport = {node.port} sport = {connection.laddr.port} >/dev/null"
+        )
+    collecting = collect(command, run_id)
+    assert collecting.wait() == 0
+    assert_complete(environment)

@@ -1,0 +1,90 @@
+import stat
+from pathlib import Path
+
+import pytest
+
+from services.broker import PrivateNode, private_node
+from services.contracts.errors import BrokerError
+
+
+@pytest.fixture
+def server_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    server = tmp_path / "rabbitmq-server"
+    server.write_text("#!/bin/sh\necho starting\necho 'no room for a node'\nexit 5\n")
+    server.chmod(0o755)
+    monkeypatch.setattr(private_node, "_PLACES", (str(server),))
+    return server
+
+
+def test_without_a_server_the_user_is_told_how_to_get_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(private_node, "_PLACES", ())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BrokerError, match="apt-get install rabbitmq-server"):
+        PrivateNode(tmp_path / "node").start()
+
+
+def test_a_server_elsewhere_on_the_path_is_found(
+    server_that_fails: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(private_node, "_PLACES", ())
+    monkeypatch.setenv("PATH", f"{server_that_fails.parent}:/usr/bin:/bin")
+    with pytest.raises(BrokerError, match="no room for a node"):
+        PrivateNode(tmp_path / "node").start()
+
+
+@pytest.mark.usefixtures("server_that_fails")
+def test_a_node_that_does_not_start_is_told_with_its_last_words(tmp_path: Path) -> None:
+    node = PrivateNode(tmp_path / "node")
+    with pytest.raises(BrokerError) as failed:
+        node.start()
+    assert "exit code 5" in str(failed.value)
+    assert str(node.log_file) in str(failed.value)
+    assert "no room for a node" in str(failed.value)
+
+
+@pytest.mark.usefixtures("server_that_fails")
+def test_the_nodes_directory_and_password_are_for_its_owner_alone(tmp_path: Path) -> None:
+    node = PrivateNode(tmp_path / "node")
+    with pytest.raises(BrokerError):
+        node.start()
+    configuration = tmp_path / "node" / "rabbitmq.conf"
+    assert stat.S_IMODE((tmp_path / "node").stat().st_mode) == 0o700
+    assert stat.S_IMODE(configuration.stat().st_mode) == 0o600
+    assert node.password in configuration.read_text()
+
+
+@pytest.mark.usefixtures("server_that_fails")
+def test_a_node_listens_on_loopback_only(tmp_path: Path) -> None:
+    node = PrivateNode(tmp_path / "node")
+    with pytest.raises(BrokerError):
+        node.start()
+    listeners = [
+        line
+        for line in (tmp_path / "node" / "rabbitmq.conf").read_text().splitlines()
+        if line.startswith("listeners.")
+    ]
+    assert listeners == [f"listeners.tcp.1 = 127.0.0.1:{node.port}"]
+
+
+@pytest.mark.usefixtures("server_that_fails")
+def test_a_nodes_log_may_lie_where_it_outlives_the_node(tmp_path: Path) -> None:
+    log_file = tmp_path / "rabbitmq.log"
+    with pytest.raises(BrokerError, match="no room for a node"):
+        PrivateNode(tmp_path / "node", log_file).start()
+    assert log_file.read_text() == "starting\nno room for a node\n"
+
+
+def test_every_node_has_a_password_and_ports_of_its_own(tmp_path: Path) -> None:
+    one, other = PrivateNode(tmp_path / "a"), PrivateNode(tmp_path / "b")
+    assert one.password != other.password
+    assert len(one.password) >= 32
+    assert one.password not in one.url
+    assert one.password not in repr(one)
+
+
+def test_stopping_what_was_never_started_is_quiet(tmp_path: Path) -> None:
+    node = PrivateNode(tmp_path / "node")
+    node.stop()
+    assert not node.alive

@@ -1,0 +1,73 @@
+"""What the unit tests share: no settings from outside, a run, and a way to be nobody in particular."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+from services.contracts import ContextSpec, PromptSpec, Run
+
+# The same examples every time: a green tree stays green. HYPOTHESIS_PROFILE=search looks further.
+hypothesis.settings.register_profile("unit", max_examples=50, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("search", max_examples=2_000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "unit"))
+
+_NOBODY = 65534
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.upper().startswith("KEEPWARM_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def context() -> ContextSpec:
+    return ContextSpec(model="models/small", revision="files-0011223344556677")
+
+
+@pytest.fixture(scope="session")
+def prompt() -> PromptSpec:
+    return PromptSpec()
+
+
+@pytest.fixture(scope="session")
+def run(context: ContextSpec, prompt: PromptSpec) -> Run:
+    return Run(source="claims.jsonl", source_digest="src-00", context=context, prompt=prompt)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def open_dir() -> Iterator[Path]:
+    """A directory that every user may look into, unlike `tmp_path`."""
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name)
+        path.chmod(0o755)
+        yield path
+
+
+@pytest.fixture
+def unprivileged() -> Callable[[], AbstractContextManager[None]]:
+    """`with unprivileged():` permissions count, for root as well."""
+
+    @contextmanager
+    def without_privileges() -> Iterator[None]:
+        if os.geteuid() != 0:
+            yield
+            return
+        os.seteuid(_NOBODY)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+
+    return without_privileges

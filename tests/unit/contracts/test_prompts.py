@@ -1,0 +1,178 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from services.contracts import INVALID, Label, PromptSpec
+from services.contracts.prompts import FEVER_LABELS, Example
+
+YES_NO = (Label(name="YES", word="yes"), Label(name="NO", word="no"))
+PROMPT = PromptSpec(
+    name="p",
+    instructions="Judge.",
+    examples=(Example(claim="c", evidence="e", label="YES"),),
+    template="{evidence} {claim}",
+    no_evidence="-",
+    labels=YES_NO,
+    chat=False,
+    minimum_mass=0.5,
+)
+OTHERWISE = {
+    "name": "q",
+    "instructions": "Judge again.",
+    "examples": (),
+    "template": "{claim}",
+    "no_evidence": "none",
+    "labels": (Label(name="YES", word="yes"), Label(name="NO", word="No")),
+    "chat": True,
+    "minimum_mass": 0.25,
+}
+
+
+def test_a_prompt_id_is_what_it_was_when_the_first_results_were_stored() -> None:
+    assert PromptSpec().prompt_id == "prm-4cdf195523d233c9"
+
+
+def test_every_field_of_a_prompt_is_part_of_its_identity() -> None:
+    assert OTHERWISE.keys() == PromptSpec.model_fields.keys()
+    ids = {
+        PromptSpec.model_validate({**PROMPT.model_dump(), field: value}).prompt_id
+        for field, value in OTHERWISE.items()
+    }
+    assert len(ids | {PROMPT.prompt_id}) == len(OTHERWISE) + 1
+
+
+def test_the_order_in_which_fields_are_given_does_not_matter() -> None:
+    turned = dict(reversed(PROMPT.model_dump().items()))
+    assert PromptSpec.model_validate(turned).prompt_id == PROMPT.prompt_id
+
+
+def test_a_whole_number_means_the_same_as_its_decimal_spelling() -> None:
+    assert PromptSpec(minimum_mass=0).prompt_id == PromptSpec(minimum_mass=0.0).prompt_id
+
+
+@pytest.mark.parametrize("template", ["{claim}", "{{}} {evidence}: {claim}", "{claim}\n{claim}"])
+def test_a_template_with_the_claim_and_literal_braces_is_taken(template: str) -> None:
+    assert PromptSpec(template=template).template == template
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("", "must contain {claim}"),
+        ("{evidence}", "must contain {claim}"),
+        ("{{claim}}", "must contain {claim}"),
+        ("{claim} {source}", "unknown fields ['source']"),
+        ("{claim} {}", "unknown fields ['']"),
+        ("{claim} {0}", "unknown fields ['0']"),
+        ("{claim.__class__}", "unknown fields ['claim.__class__']"),
+        ("{claim[0]}", "unknown fields ['claim[0]']"),
+        ("{claim", "braces do not pair up"),
+        ("claim}", "braces do not pair up"),
+        ("{claim} { }", "unknown fields [' ']"),
+    ],
+)
+def test_a_template_that_cannot_be_filled_is_refused_with_the_reason(
+    template: str, says: str
+) -> None:
+    with pytest.raises(ValidationError) as refused:
+        PromptSpec(template=template)
+    assert says in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{claim!x}", "{claim:d}", "{claim:{nope}}", "{claim:{evidence}}", "{claim:>99999999}"],
+)
+def test_a_template_whose_conversion_or_format_would_fail_or_blow_up_is_refused(
+    template: str,
+) -> None:
+    with pytest.raises(ValidationError, match="template"):
+        PromptSpec(template=template)
+
+
+PIECES = ("{claim}", "{evidence}", "{{", "}}", "{", "}", "{claim!r}", "{claim!x}", "{claim:>4}")
+MORE_PIECES = ("{claim:d}", "{claim:{evidence}}", "{}", "{other}", "{claim.x}", "text", "\n", "!")
+
+
+@given(st.lists(st.sampled_from(PIECES + MORE_PIECES), max_size=6).map("".join))
+def test_every_template_that_is_taken_can_be_filled(template: str) -> None:
+    try:
+        prompt = PromptSpec(template=template)
+    except ValidationError:
+        return
+    assert "a {claim}" in prompt.template.format(claim="a {claim}", evidence="an {evidence}")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"name": "YES"}, {"name": "yes"}),
+        ({"name": "NOT ENOUGH INFO"}, {"name": "not_enough-info"}),
+        ({"name": "YES", "aliases": ("Y",)}, {"name": "NO", "aliases": ("y",)}),
+        ({"name": "YES", "aliases": ("no",)}, {"name": "NO"}),
+    ],
+)
+def test_one_spelling_cannot_mean_two_labels(one: dict, other: dict) -> None:
+    with pytest.raises(ValidationError, match="names both"):
+        PromptSpec(labels=(Label(word="a", **one), Label(word="b", **other)))
+
+
+def test_a_label_may_repeat_its_own_name_as_an_alias() -> None:
+    label = Label(name="YES", word="yes", aliases=("yes", "Yes", "y"))
+    assert PromptSpec(labels=(label, YES_NO[1])).label_of("y") == "YES"
+
+
+@pytest.mark.parametrize("name", [INVALID, "invalid", " Invalid "])
+def test_invalid_is_not_a_label_that_a_prompt_may_use(name: str) -> None:
+    with pytest.raises(ValidationError, match="kept for answers that cannot be read"):
+        PromptSpec(labels=(Label(name=name, word="a"), YES_NO[0]))
+
+
+def test_an_example_with_a_label_that_is_not_declared_is_refused() -> None:
+    with pytest.raises(ValidationError, match="'MAYBE', which is not declared"):
+        PromptSpec(examples=(Example(claim="c", label="MAYBE"),))
+
+
+def test_an_example_may_spell_its_label_by_an_alias() -> None:
+    assert PromptSpec(examples=(Example(claim="c", label="entailment"),)).examples
+
+
+@pytest.mark.parametrize("labels", [(), (Label(name="YES", word="yes"),)])
+def test_fewer_than_two_labels_are_no_question(labels: tuple[Label, ...]) -> None:
+    with pytest.raises(ValidationError, match="labels"):
+        PromptSpec(labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("spelling", "label"),
+    [
+        ("SUPPORTS", "SUPPORTS"),
+        ("supports", "SUPPORTS"),
+        (" Supported ", "SUPPORTS"),
+        ("entailment", "SUPPORTS"),
+        ("REFUTED", "REFUTES"),
+        ("contradiction", "REFUTES"),
+        ("NOT ENOUGH INFO", "NOT ENOUGH INFO"),
+        ("NOT_ENOUGH_INFO", "NOT ENOUGH INFO"),
+        ("not-enough-info", "NOT ENOUGH INFO"),
+        ("Not  Enough\tInfo", "NOT ENOUGH INFO"),
+        ("NEI", "NOT ENOUGH INFO"),
+        ("neutral", "NOT ENOUGH INFO"),
+        ("True", None),
+        ("", None),
+        ("NOTENOUGHINFO", None),
+        (INVALID, None),
+    ],
+)
+def test_a_label_is_known_by_its_spellings(spelling: str, label: str | None) -> None:
+    assert PromptSpec().label_of(spelling) == label
+
+
+def test_label_names_keep_the_order_of_the_labels() -> None:
+    assert PromptSpec().label_names == tuple(label.name for label in FEVER_LABELS)
+    assert PromptSpec(labels=FEVER_LABELS[::-1]).label_names == PromptSpec().label_names[::-1]
+
+
+def test_white_space_around_a_label_is_not_part_of_it() -> None:
+    assert Label(name=" YES\n", word=" yes ") == Label(name="YES", word="yes")

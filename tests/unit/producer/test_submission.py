@@ -1,0 +1,357 @@
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.broker import Outgoing
+from services.contracts import (
+    Claim,
+    ClaimBatch,
+    ContextSpec,
+    PromptSpec,
+    RunAnnouncement,
+    Totals,
+    decode,
+    topology,
+)
+from services.contracts.bounds import MAX_BATCH_BYTES, MAX_MESSAGE_BYTES
+from services.contracts.errors import InputError
+from services.producer import Progress, RejectedFile, Rejection, Source, Submission
+
+
+class RecordingPublisher:
+    """Takes what a broker would take, and remembers when everything had to be confirmed."""
+
+    def __init__(self) -> None:
+        self.messages: list[Outgoing] = []
+        self.flushed_after: list[int] = []
+
+    def publish(self, message: Outgoing) -> None:
+        assert len(message.body) <= MAX_MESSAGE_BYTES
+        self.messages.append(message)
+
+    def flush(self) -> None:
+        self.flushed_after.append(len(self.messages))
+
+    @property
+    def announcements(self) -> list[RunAnnouncement]:
+        return [
+            decode(RunAnnouncement, message.body)
+            for message in self.messages
+            if message.exchange == topology.RUNS_EXCHANGE
+        ]
+
+    @property
+    def batches(self) -> list[ClaimBatch]:
+        return [
+            decode(ClaimBatch, message.body)
+            for message in self.messages
+            if message.exchange == topology.CLAIMS_EXCHANGE
+        ]
+
+    @property
+    def claim_ids(self) -> list[str]:
+        return [claim.claim_id for batch in self.batches for claim in batch.claims]
+
+
+class Desk:
+    """A file, submitted as often as a test likes."""
+
+    def __init__(self, directory: Path, context: ContextSpec, prompt: PromptSpec) -> None:
+        self._directory = directory
+        self._context = context
+        self._prompt = prompt
+        self.submission: Submission
+        self.publisher: RecordingPublisher
+        self.rejected = directory / "rejected.jsonl"
+
+    def write(self, rows: Iterable[dict[str, Any] | str], name: str = "claims.jsonl") -> Path:
+        path = self._directory / name
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return path
+
+    @property
+    def rejections(self) -> list[Rejection]:
+        lines = self.rejected.read_bytes().splitlines() if self.rejected.exists() else []
+        return [Rejection.model_validate_json(line) for line in lines]
+
+    def submit(self, path: Path, *, batch_size: int = 4, **how: Any) -> Totals:
+        made = {key: how.pop(key) for key in ("limit", "seed", "columns") if key in how}
+        self.publisher = RecordingPublisher()
+        with Source.open(str(path)) as source, RejectedFile(self.rejected) as rejections:
+            self.submission = Submission(
+                source, source.survey(), context=self._context, prompt=self._prompt, **made
+            )
+            return self.submission.publish(
+                self.publisher,  # type: ignore[arg-type]
+                rejections,
+                batch_size=batch_size,
+                **how,
+            )
+
+
+@pytest.fixture
+def desk(tmp_path: Path, context: ContextSpec, prompt: PromptSpec) -> Desk:
+    return Desk(tmp_path, context, prompt)
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    return [{"id": f"c{n}", "claim": f"Claim {n}."} for n in range(count)]
+
+
+def test_batches_hold_the_wanted_number_of_claims_in_the_files_order(desk: Desk) -> None:
+    totals = desk.submit(desk.write(rows(10)), batch_size=4)
+    assert [len(batch.claims) for batch in desk.publisher.batches] == [4, 4, 2]
+    assert desk.publisher.claim_ids == [f"c{n}" for n in range(10)]
+    assert totals == Totals(lines=10, claims=10, repeated=0, rejected=0)
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(1, [1]), (4, [4]), (5, [4, 1]), (8, [4, 4])])
+def test_the_last_batch_holds_what_is_left(count: int, sizes: list[int], desk: Desk) -> None:
+    desk.submit(desk.write(rows(count)), batch_size=4)
+    assert [len(batch.claims) for batch in desk.publisher.batches] == sizes
+
+
+def test_a_message_carries_all_that_a_worker_needs(desk: Desk, context: ContextSpec) -> None:
+    desk.submit(desk.write([{"id": "a", "claim": "C.", "evidence": "E.", "label": "NEI"}]))
+    (batch,) = desk.publisher.batches
+    assert batch.run == desk.submission.run
+    assert batch.run.context == context
+    assert batch.claims == (
+        Claim(claim_id="a", position=0, text="C.", evidence="E.", gold="NOT ENOUGH INFO"),
+    )
+
+
+def test_claims_go_to_the_queue_of_their_context(desk: Desk, context: ContextSpec) -> None:
+    desk.submit(desk.write(rows(5)))
+    routes = {
+        (message.exchange, message.routing_key)
+        for message in desk.publisher.messages
+        if message.exchange != topology.RUNS_EXCHANGE
+    }
+    assert routes == {(topology.CLAIMS_EXCHANGE, topology.claims_queue(context.context_id))}
+
+
+def test_the_run_is_announced_first_and_with_its_totals_last(desk: Desk) -> None:
+    totals = desk.submit(desk.write(rows(5)))
+    exchanges = [message.exchange for message in desk.publisher.messages]
+    assert exchanges == [
+        topology.RUNS_EXCHANGE,
+        topology.CLAIMS_EXCHANGE,
+        topology.CLAIMS_EXCHANGE,
+        topology.RUNS_EXCHANGE,
+    ]
+    begun, sent = desk.publisher.announcements
+    assert (begun.run, begun.totals) == (desk.submission.run, None)
+    assert (sent.run, sent.totals) == (desk.submission.run, totals)
+
+
+def test_totals_are_announced_only_after_the_broker_has_every_claim(desk: Desk) -> None:
+    desk.submit(desk.write(rows(5)))
+    # After the first announcement, after the last batch, after the last announcement.
+    assert desk.publisher.flushed_after == [1, 3, 4]
+
+
+def test_totals_add_up_whatever_is_in_the_file(desk: Desk) -> None:
+    path = desk.write(
+        [
+            {"id": "a", "claim": "One."},
+            "",
+            "nonsense",
+            {"id": "a", "claim": "One."},
+            {"id": "a", "claim": "Other."},
+            {"claim": "No id."},
+            {"claim": "No id."},
+            {"id": "b", "claim": ""},
+            {"id": "c", "claim": "Two.", "label": "MAYBE"},
+            {"id": "d", "claim": "Two.", "label": "NEI"},
+        ]
+    )
+    totals = desk.submit(path)
+    assert totals == Totals(lines=9, claims=3, repeated=2, rejected=4)
+    assert [(r.line, r.field) for r in desk.rejections] == [
+        (3, None),
+        (5, "id"),
+        (8, "claim"),
+        (9, "label"),
+    ]
+    assert [c.position for b in desk.publisher.batches for c in b.claims] == [0, 4, 8]
+
+
+def test_a_repetition_far_down_the_file_is_found(desk: Desk) -> None:
+    totals = desk.submit(desk.write([*rows(3_000), *rows(3_000)]), batch_size=1_000)
+    assert totals == Totals(lines=6_000, claims=3_000, repeated=3_000, rejected=0)
+    assert len(set(desk.publisher.claim_ids)) == 3_000
+
+
+def test_publishing_again_publishes_the_same_messages(desk: Desk) -> None:
+    path = desk.write([*rows(9), "nonsense"])
+    desk.submit(path)
+    first = desk.publisher.messages
+    desk.submit(path)
+    assert desk.publisher.messages == first
+    assert len({message.message_id for message in first}) == len(first)
+
+
+def test_the_same_content_under_another_name_is_the_same_run(desk: Desk) -> None:
+    desk.submit(desk.write(rows(3), "a.jsonl"))
+    run_id = desk.submission.run.run_id
+    desk.submit(desk.write(rows(3), "b.jsonl"))
+    assert desk.submission.run.run_id == run_id
+    desk.submit(desk.write(rows(4), "a.jsonl"))
+    assert desk.submission.run.run_id != run_id
+
+
+def test_the_way_of_reading_is_part_of_the_run(desk: Desk) -> None:
+    path = desk.write([{"claim": "C.", "text": "T."}, {"claim": "D.", "text": "U."}])
+    run_ids = set()
+    for how in ({}, {"columns": {"claim": "text"}}, {"limit": 1}, {"limit": 1, "seed": 1}):
+        desk.submit(path, **how)
+        run_ids.add(desk.submission.run.run_id)
+    assert len(run_ids) == 4
+
+
+def test_finished_claims_are_counted_but_not_sent(desk: Desk) -> None:
+    asked: list[str] = []
+
+    def finished(claims: Sequence[Claim]) -> set[str]:
+        asked.extend(claim.claim_id for claim in claims)
+        return {"c0", "c3", "c9", "unknown"}
+
+    totals = desk.submit(desk.write(rows(10)), batch_size=3, finished=finished)
+    assert totals == Totals(lines=10, claims=10, repeated=0, rejected=0)
+    assert desk.publisher.claim_ids == ["c1", "c2", "c4", "c5", "c6", "c7", "c8"]
+    assert asked == [f"c{n}" for n in range(10)]
+
+
+def test_when_all_is_finished_only_the_announcements_are_sent(desk: Desk) -> None:
+    totals = desk.submit(
+        desk.write(rows(5)), finished=lambda claims: [claim.claim_id for claim in claims]
+    )
+    assert desk.publisher.batches == []
+    assert [a.totals for a in desk.publisher.announcements] == [None, totals]
+
+
+def test_progress_is_told_and_ends_with_the_totals(desk: Desk) -> None:
+    heard: list[Progress] = []
+    desk.submit(desk.write([*rows(3_000), "nonsense"]), on_progress=heard.append)
+    assert len(heard) > 1
+    assert heard == sorted(heard, key=lambda progress: progress.lines)
+    assert heard[-1] == Progress(lines=3_001, published=3_000, rejected=1)
+
+
+def test_a_limit_takes_the_first_lines_and_counts_no_others(desk: Desk) -> None:
+    totals = desk.submit(desk.write(["nonsense", *rows(9)]), limit=4)
+    assert totals == Totals(lines=4, claims=3, repeated=0, rejected=1)
+    assert desk.submission.lines == 4
+
+
+def test_a_seeded_limit_takes_a_sample_in_the_files_order(desk: Desk) -> None:
+    totals = desk.submit(desk.write(rows(100)), limit=20, seed=1)
+    numbers = [int(claim_id[1:]) for claim_id in desk.publisher.claim_ids]
+    assert totals.claims == 20
+    assert numbers == sorted(numbers)
+    assert numbers != list(range(20))
+
+
+def test_a_limit_beyond_the_file_takes_it_all(desk: Desk) -> None:
+    assert desk.submit(desk.write(rows(3)), limit=99).lines == 3
+    assert desk.submission.lines == 3
+
+
+def test_a_file_without_a_single_claim_is_an_input_error(desk: Desk) -> None:
+    path = desk.write(["nonsense", "more of it"])
+    with pytest.raises(InputError, match="none of its 2 lines is a claim.*rejected"):
+        desk.submit(path)
+    assert len(desk.rejections) == 2
+
+
+def test_a_run_of_which_every_line_was_rejected_is_announced_as_ended(desk: Desk) -> None:
+    # A run always ends: whoever waits for this one must hear that nothing will come.
+    path = desk.write(["nonsense"])
+    with pytest.raises(InputError):
+        desk.submit(path)
+    announced = desk.publisher.announcements
+    assert announced == [] or announced[-1].totals == Totals(
+        lines=1, claims=0, repeated=0, rejected=1
+    )
+
+
+def test_columns_that_do_not_fit_the_file_are_told_before_anything_is_sent(desk: Desk) -> None:
+    path = desk.write(["id,statement", "1,C."], "claims.csv")
+    with pytest.raises(InputError, match="no column is called 'claim'"):
+        desk.submit(path)
+
+
+def test_columns_that_nobody_asked_for_are_told(desk: Desk) -> None:
+    desk.submit(desk.write(["id,claim,author", "1,C.,Me"], "claims.csv"))
+    assert desk.submission.ignored_columns == ("author",)
+
+
+def test_a_file_with_a_very_long_path_can_be_submitted(desk: Desk, tmp_path: Path) -> None:
+    deep = tmp_path / ("a" * 200) / ("b" * 200) / ("c" * 200)
+    deep.mkdir(parents=True)
+    path = desk.write(rows(1)).rename(deep / "claims.jsonl")
+    assert desk.submit(path).claims == 1
+    assert str(path).endswith(desk.publisher.batches[0].run.source)
+
+
+def test_a_file_whose_name_is_not_utf_8_can_be_submitted(desk: Desk, tmp_path: Path) -> None:
+    path = desk.write(rows(1)).rename(tmp_path / "caf\udce9.jsonl")
+    assert desk.submit(path).claims == 1
+
+
+@pytest.mark.parametrize(
+    "character",
+    ["a", '"', "\\", "\n", "\x01", "\x7f", "é", "漢", "😀"],
+    ids=["ascii", "quote", "backslash", "newline", "control", "delete", "2", "3", "4 bytes"],
+)
+def test_a_batch_stays_under_its_bound_in_bytes_whatever_its_texts_are_made_of(
+    character: str, desk: Desk
+) -> None:
+    path = desk.write(
+        {"id": f"{n}", "claim": f"x{character * 8_000}", "evidence": character * 60_000}
+        for n in range(30)
+    )
+    desk.submit(path, batch_size=1_024)
+    claims = 0
+    for batch in desk.publisher.batches:
+        size = sum(len(claim.model_dump_json().encode()) + 1 for claim in batch.claims)
+        assert size <= MAX_BATCH_BYTES
+        claims += len(batch.claims)
+    assert claims == 30
+
+
+TEXT = st.text(
+    st.sampled_from('a"\\\n\x01é漢😀'),  # 1, 2, 2, 2, 6, 2, 3 and 4 bytes in JSON
+    min_size=1,
+    max_size=3,
+).filter(str.strip)
+
+
+@given(
+    st.lists(st.tuples(TEXT, st.none() | TEXT, st.integers(1, 2_000)), min_size=1, max_size=12),
+    st.integers(1, 20),
+)
+def test_no_claim_is_lost_doubled_or_moved_by_batching(
+    texts: list[tuple[str, str | None, int]], batch_size: int
+) -> None:
+    from services.producer.submission import _batches
+
+    claims = [
+        Claim(
+            claim_id=str(n),
+            position=n,
+            text=text,
+            evidence=None if evidence is None else evidence * times,
+        )
+        for n, (text, evidence, times) in enumerate(texts)
+    ]
+    batches = list(_batches(claims, batch_size))
+    assert [claim for batch in batches for claim in batch] == claims
+    assert all(1 <= len(batch) <= batch_size for batch in batches)
