@@ -90,8 +90,7 @@ class Leashed:
     def stop(self) -> int:
         """Ask it to stop; SIGKILL after the grace period. Returns when all of it is gone."""
         self.terminate()
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        self._release()
         try:
             return _from_shell(self._process.wait(self._grace_seconds + 10))
         except subprocess.TimeoutExpired:
@@ -99,9 +98,15 @@ class Leashed:
             self._process.kill()
             return _from_shell(self._process.wait())
 
+    def _release(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
     def kill(self) -> None:
         """SIGKILL to the command and all that it started, at once."""
-        _kill_all(psutil.Process(self._process.pid))
+        with contextlib.suppress(psutil.NoSuchProcess):
+            _kill_all(psutil.Process(self._process.pid))
+        self._release()
         self._process.wait(10)
 
 

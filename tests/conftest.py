@@ -1,4 +1,4 @@
-"""What all tests share: where things are, and a model directory small enough to make on the spot."""
+"""What all tests share: where things are, and a model directory made on the spot."""
 
 import json
 from pathlib import Path

@@ -15,10 +15,19 @@ import pytest
 
 from services.broker import BrokerAddress, PrivateNode
 from services.broker.link import Link
-from services.contracts import Settings, load_settings, topology
+from services.contracts import ContextSpec, Settings, load_settings, topology
+from services.gpu_worker import pin_model
 from tests.conftest import REPOSITORY
 
 PATIENCE_SECONDS = 60.0
+
+ALL_QUEUES = (
+    topology.VERDICTS_QUEUE,
+    topology.RUNS_QUEUE,
+    topology.DEAD_CLAIMS_QUEUE,
+    topology.DEAD_MESSAGES_QUEUE,
+    topology.claims_queue("ctx-test"),
+)
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE_SECONDS):
@@ -97,14 +106,14 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateNode]:
 
 
 @pytest.fixture
-def broker(node: PrivateNode) -> Iterator[Settings]:
+def broker(node: PrivateNode, small_model: Path) -> Iterator[Settings]:
     """Settings for the node, whose queues are empty."""
+    context = pin_model(ContextSpec(model=str(small_model))).context_id
     settings = load_settings(
         broker_url=node.url, broker_password=node.password, broker_heartbeat_seconds=5
     )
-    delete_queues(node)
+    delete_queues(node, *ALL_QUEUES, topology.claims_queue(context))
     yield settings
-    delete_queues(node)
 
 
 def plain_connection(node: PrivateNode) -> pika.BlockingConnection:
@@ -119,13 +128,7 @@ def plain_connection(node: PrivateNode) -> pika.BlockingConnection:
 def delete_queues(node: PrivateNode, *names: str) -> None:
     connection = plain_connection(node)
     channel = connection.channel()
-    for name in names or (
-        topology.VERDICTS_QUEUE,
-        topology.RUNS_QUEUE,
-        topology.DEAD_CLAIMS_QUEUE,
-        topology.DEAD_MESSAGES_QUEUE,
-        topology.claims_queue("ctx-test"),
-    ):
+    for name in names:
         channel.queue_delete(name)
     connection.close()
 

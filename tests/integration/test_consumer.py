@@ -122,11 +122,13 @@ def test_an_acknowledgement_from_before_a_lost_connection_is_void(
 def test_a_deleted_queue_is_declared_again(
     node: PrivateNode, address: BrokerAddress, consumer: Consumer
 ) -> None:
-    # The broker tells a consumer that its queue is gone only once it knows the consumer.
     publish(address, 1)
     delivery = consumer.take(10)
     assert delivery
     consumer.acknowledge([delivery])
+    before = consumer._epoch
     delete_queues(node, QUEUE)
+    # RabbitMQ 3.10 does not tell the consumer when the queue is there again within milliseconds.
+    wait_until(lambda: consumer._epoch > before + 1, "a new channel")
     publish(address, 1)
     assert consumer.take(10)

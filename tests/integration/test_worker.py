@@ -307,7 +307,7 @@ def test_a_worker_outlives_the_end_of_its_connections(
     worker = command("worker", TEST_ENGINE_CLAIM_SECONDS="0.02")
     worker.said("worker.taking")
     for connection in psutil.Process(worker.process.pid).net_connections(kind="tcp"):
-        os.system(  # noqa: S605
+        os.system(
             f"ss -K dst 127.0.0.1 dport = {node.port} sport = {connection.laddr.port} >/dev/null"
         )
     collecting = collect(command, run_id)

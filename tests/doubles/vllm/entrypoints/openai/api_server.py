@@ -84,7 +84,7 @@ async def main() -> None:
                 if head.startswith("POST"):
                     request = from_json(body)
                     crash_once(arguments, request)
-                    if CLAIM_SECONDS:
+                    if CLAIM_SECONDS and len(request["prompt"][0]) > 3:  # not the worker's probe
                         async with turn:
                             await asyncio.sleep(CLAIM_SECONDS * len(request["prompt"]))
                     status, reply = answer(request)

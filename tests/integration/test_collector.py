@@ -1,0 +1,135 @@
+"""The collector as a process: commits before it acknowledges, on SQLite and on PostgreSQL."""
+
+import json
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from services.broker import PrivateNode
+from services.contracts import topology
+from tests.conftest import REPOSITORY
+from tests.integration.conftest import Command, messages_in, wait_until
+
+Start = Callable[..., Command]
+CLAIMS = str(REPOSITORY / "samples" / "claims.jsonl")
+
+
+@pytest.fixture
+def answered(command: Start, node: PrivateNode, broker) -> str:
+    """A run whose verdicts all wait at the broker."""
+    submitting = command("submit", CLAIMS, "--batch-size", "8", KEEPWARM_STORE_URL="")
+    assert submitting.wait() == 0, submitting.output
+    worker = command("worker")
+    wait_until(lambda: messages_in(node, topology.VERDICTS_QUEUE) == 30, "30 batches of verdicts")
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0
+    return submitting.lines[-1].strip()
+
+
+def the_run(command: Start, **variables: str) -> dict:
+    status = command("status", "--json", **variables)
+    assert status.wait() == 0, status.output
+    (run,) = json.loads(status.output)
+    return run
+
+
+def test_a_collector_that_is_killed_loses_and_doubles_nothing(
+    command: Start, answered: str, node: PrivateNode, environment: dict[str, str]
+) -> None:
+    # A transaction is committed every two verdicts: the kill lands among them.
+    killed = command("collect", KEEPWARM_STORE_COMMIT_VERDICTS="2")
+    killed.said("store.committed")
+    killed.signal(signal.SIGKILL)
+    killed.wait()
+    collecting = command("collect", "--until", answered)
+    assert collecting.wait() == 0
+    run = the_run(command)
+    assert (run["total"], run["done"], run["complete"]) == (240, 240, True)
+    wait_until(lambda: messages_in(node, topology.VERDICTS_QUEUE) == 0, "all acknowledged")
+
+
+def test_until_ends_at_once_when_the_run_is_complete(command: Start, answered: str) -> None:
+    assert command("collect", "--until", answered).wait() == 0
+    assert command("collect", "--until", answered).wait() == 0
+
+
+def test_a_store_that_cannot_be_written_is_named(command: Start, tmp_path: Path) -> None:
+    (tmp_path / "store.sqlite").mkdir()
+    collecting = command("collect")
+    assert collecting.wait() == 6
+    assert str(tmp_path / "store.sqlite") in collecting.output
+
+
+def test_a_locked_store_is_waited_for_and_nothing_is_lost(
+    command: Start, answered: str, node: PrivateNode, environment: dict[str, str]
+) -> None:
+    import sqlite3
+
+    first = command("collect", KEEPWARM_STORE_COMMIT_VERDICTS="2")
+    first.said("store.committed")
+    first.signal(signal.SIGTERM)
+    assert first.wait() == 0
+    with sqlite3.connect(environment["KEEPWARM_STORE_URL"]) as other:
+        other.execute("BEGIN IMMEDIATE")
+        collecting = command("collect", "--until", answered)
+        collecting.said("broker.connected")
+        assert collecting.process.poll() is None
+        other.rollback()
+    other.close()
+    assert collecting.wait() == 0
+    assert the_run(command)["done"] == 240
+
+
+@pytest.fixture(scope="module")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a PostgreSQL server of the test's own, on a socket in a directory of its own."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not programs:
+        pytest.skip("PostgreSQL's server is not installed; `setup/system.sh --with-postgres` does")
+    bin_directory = programs[-1].parent
+    directory = tmp_path_factory.mktemp("pg")
+    become: list[str] = []
+    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+        user = pwd.getpwnam("postgres")
+        os.chown(directory, user.pw_uid, user.pw_gid)
+        for parent in directory.parents[:2]:
+            parent.chmod(0o755)
+        become = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+    data = directory / "data"
+
+    def run(*command: str) -> None:
+        subprocess.run([*become, *command], check=True, capture_output=True, cwd=directory)
+
+    run(str(bin_directory / "initdb"), "-D", str(data), "-U", "keepwarm", "--auth=trust")
+    pg_ctl = str(bin_directory / "pg_ctl")
+    options = f"-k {directory} -c listen_addresses='' -c fsync=off"
+    run(pg_ctl, "-D", str(data), "-w", "-l", str(directory / "log"), "-o", options, "start")
+    yield f"postgresql://keepwarm@/postgres?host={directory}"
+    run(pg_ctl, "-D", str(data), "-m", "immediate", "stop")
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def test_postgresql_holds_a_run_as_sqlite_does(
+    command: Start, answered: str, postgresql: str
+) -> None:
+    variables = {"KEEPWARM_STORE_URL": postgresql}
+    collecting = command("collect", "--until", answered, **variables)
+    assert collecting.wait() == 0, collecting.output
+    run = the_run(command, **variables)
+    assert (run["run_id"], run["total"], run["done"], run["complete"]) == (
+        answered,
+        240,
+        240,
+        True,
+    )
+    report = command("report", answered, "--json", **variables)
+    assert report.wait() == 0, report.output
+    assert json.loads(report.output)["quality"]["labelled"] == 240
+    again = command("submit", CLAIMS, **variables)
+    assert again.wait() == 0, again.output

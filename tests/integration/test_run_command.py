@@ -1,0 +1,332 @@
+"""`keepwarm run`, `submit`, `collect`, `status`, `report`, `export`: as a person calls them."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from services.broker import PrivateNode
+from tests.conftest import REPOSITORY, SHARED_DATA, sample_lines
+from tests.integration.conftest import Command, wait_until
+
+Start = Callable[..., Command]
+CLAIMS = str(REPOSITORY / "samples" / "claims.jsonl")
+
+
+@pytest.fixture
+def environment(environment: dict[str, str]) -> dict[str, str]:
+    """No broker and no store named: `run` brings its own."""
+    for name in ("BROKER_URL", "BROKER_PASSWORD", "STORE_URL"):
+        del environment[f"KEEPWARM_{name}"]
+    return environment
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def assert_one_row_a_claim(out: Path) -> None:
+    found = rows(out / "verdicts.jsonl")
+    expected = sample_lines()
+    assert [row["claim_id"] for row in found] == [line["id"] for line in expected]
+    assert [row["claim"] for row in found] == [line["claim"] for line in expected]
+    assert [row["gold"] for row in found] == [line["label"] for line in expected]
+    assert all(row["label"] and row["probabilities"][row["label"]] for row in found)
+
+
+def strangers(out: Path) -> list[psutil.Process]:
+    """Processes that work in the output directory or that a run there started."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            home = process.environ().get("HOME", "")
+            if str(out) in home or str(out) in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_run_answers_every_claim_and_leaves_results_and_nothing_else(
+    command: Start, out: Path
+) -> None:
+    running = command("run", CLAIMS, "--out", str(out))
+    assert running.wait() == 0, running.output
+    assert_one_row_a_claim(out)
+    report = json.loads((out / "report.json").read_text())
+    assert report["status"]["complete"] and report["lines"] == 240
+    assert report["quality"]["labelled"] == 240
+    assert sum(report["verdicts"].values()) == 240
+    assert "accuracy" in running.output and "macro-F1" in running.output
+    assert not (out / "rejected.jsonl").exists() and not (out / ".broker").exists()
+    assert not strangers(out)
+
+
+def test_run_on_a_finished_run_only_reports(command: Start, out: Path) -> None:
+    assert command("run", CLAIMS, "--out", str(out)).wait() == 0
+    before = (out / "verdicts.jsonl").read_bytes()
+    again = command("run", CLAIMS, "--out", str(out), TEST_ENGINE_FAULT="no-start")
+    assert again.wait() == 0, again.output
+    assert "Every claim has an outcome already" in again.output
+    assert (out / "verdicts.jsonl").read_bytes() == before
+
+
+def test_bad_lines_are_rejected_with_reasons_and_the_good_ones_go_on(
+    command: Start, out: Path
+) -> None:
+    bad = str(REPOSITORY / "samples" / "bad_lines.jsonl")
+    running = command("run", bad, "--out", str(out))
+    assert running.wait() == 0, running.output
+    assert len(rows(out / "verdicts.jsonl")) == 4
+    rejected = rows(out / "rejected.jsonl")
+    assert [row["line"] for row in rejected] == [2, 3, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15, 17]
+    assert all(row["reason"] and row["next_step"] for row in rejected)
+    report = json.loads((out / "report.json").read_text())
+    assert report["lines"] == 18 and report["status"]["repeated"] == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_a_run_that_the_same_command_completes(
+    command: Start, out: Path, number: int
+) -> None:
+    arguments = ("run", CLAIMS, "--out", str(out), "--batch-size", "8")
+    running = command(*arguments, TEST_ENGINE_CLAIM_SECONDS="0.02")
+    wait_until(
+        lambda: running.output.count("engine: warm"), "a warm engine, shown without a terminal"
+    )
+    left = running.descendants()
+    running.signal(number)
+    assert running.wait() == 128 + number, running.output
+    assert "The same command goes on" in running.output
+    wait_until(lambda: not any(process.is_running() for process in left), "all of it gone")
+    assert not strangers(out)
+    again = command(*arguments)
+    assert again.wait() == 0, again.output
+    assert_one_row_a_claim(out)
+
+
+def test_sigkill_leaves_no_process_behind_and_the_same_command_completes(
+    command: Start, out: Path
+) -> None:
+    arguments = ("run", CLAIMS, "--out", str(out), "--batch-size", "8")
+    running = command(*arguments, TEST_ENGINE_CLAIM_SECONDS="0.02")
+    wait_until(lambda: running.output.count("engine: warm"), "a warm engine")
+    left = running.descendants()
+    assert len(left) > 4
+    os.kill(running.process.pid, signal.SIGKILL)
+    running.wait()
+    wait_until(lambda: not any(process.is_running() for process in left), "all of it gone")
+    again = command(*arguments)
+    assert again.wait() == 0, again.output
+    assert_one_row_a_claim(out)
+
+
+def test_a_worker_that_is_killed_is_replaced(command: Start, out: Path) -> None:
+    running = command(
+        "run", CLAIMS, "--out", str(out), "--batch-size", "8", TEST_ENGINE_CLAIM_SECONDS="0.02"
+    )
+    wait_until(lambda: running.output.count("engine: warm"), "a warm engine")
+    worker = next(
+        process
+        for process in running.descendants()
+        if process.cmdline()[2:4] == ["services.cli.main", "worker"]
+    )
+    worker.kill()
+    assert running.wait() == 0, running.output
+    assert_one_row_a_claim(out)
+    report = json.loads((out / "report.json").read_text())
+    assert len(report["workers"]) == 2
+
+
+def test_two_workers_share_a_run(command: Start, out: Path) -> None:
+    running = command(
+        *("run", CLAIMS, "--out", str(out), "--batch-size", "4", "--workers", "2"),
+        TEST_ENGINE_CLAIM_SECONDS="0.01",
+    )
+    assert running.wait() == 0, running.output
+    assert_one_row_a_claim(out)
+    report = json.loads((out / "report.json").read_text())
+    assert len(report["workers"]) == 2
+
+
+def test_an_engine_that_cannot_start_ends_the_run_with_its_last_words(
+    command: Start, out: Path
+) -> None:
+    running = command("run", CLAIMS, "--out", str(out), TEST_ENGINE_FAULT="no-start")
+    assert running.wait() == 4
+    assert "RuntimeError: out of memory, says the test engine" in running.output
+    assert not strangers(out)
+
+
+def test_a_second_run_in_the_same_directory_is_refused(command: Start, out: Path) -> None:
+    running = command("run", CLAIMS, "--out", str(out), TEST_ENGINE_START_SECONDS="600")
+    running.said("engine: starting")
+    second = command("run", CLAIMS, "--out", str(out))
+    assert second.wait() == 6
+    assert "another `keepwarm run` works in" in second.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["/no/such/file.jsonl"], 3, "does not exist"),
+        (["/tmp"], 3, "is a directory"),
+        ([CLAIMS, "--model", "/no/such/model"], 4, "there is no model at /no/such/model"),
+        ([CLAIMS, "--prompt", "/no/such/prompt.yaml"], 3, "prompt file /no/such/prompt.yaml"),
+        ([CLAIMS, "--broker", "amqp://me:secret@host/"], 2, "command line"),
+        ([CLAIMS, "--broker", "http://host/"], 2, "URL is unusable"),
+        ([CLAIMS, "--broker", "amqp://keepwarm@127.0.0.1:9/"], 5, "127.0.0.1:9"),
+        ([CLAIMS, "--store", "mysql://host/db"], 2, "SQLite or PostgreSQL"),
+        ([CLAIMS, "--seed", "1"], 2, "--limit"),
+        ([CLAIMS, "--batch-size", "100000"], 2, "KEEPWARM_BATCH_SIZE"),
+        ([CLAIMS, "--out", "/proc/no/such"], 6, "--out"),
+    ],
+)
+def test_bad_flags_and_files_are_named_with_the_next_step(
+    command: Start, tmp_path: Path, arguments: list[str], code: int, says: str
+) -> None:
+    if "--out" not in arguments:
+        arguments = [*arguments, "--out", str(tmp_path / "out")]
+    running = command("run", *arguments, KEEPWARM_BROKER_CONNECT_TIMEOUT_SECONDS="1")
+    assert running.wait() == code, running.output
+    flat = " ".join(running.output.replace("│", " ").split())
+    assert says in flat
+    assert (
+        "Traceback" not in running.output
+        and "secret" not in running.output.replace("secret@host", "")
+    ) or code == 2
+
+
+def test_label_words_with_a_common_first_token_are_refused_before_anything_starts(
+    command: Start, tmp_path: Path
+) -> None:
+    prompt = tmp_path / "prompt.yaml"
+    prompt.write_text("labels: [{name: A, word: 'Zq1'}, {name: B, word: 'Zq2'}]")
+    running = command("run", CLAIMS, "--prompt", str(prompt), "--out", str(tmp_path / "out"))
+    assert running.wait() == 4
+    assert "same token" in running.output and "'Zq1'" in running.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_standard_input_is_a_file_too(environment: dict[str, str], out: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "services.cli.main", "run", "-", "--out", str(out)],
+        input=Path(CLAIMS).read_bytes(),
+        env=environment,
+        cwd=REPOSITORY,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_one_row_a_claim(out)
+
+
+def test_csv_columns_are_named_on_the_command_line(
+    command: Start, out: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "claims.csv"
+    with file.open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["text", "proof", "truth", "comment"])
+        for line in sample_lines()[:10]:
+            writer.writerow([line["claim"], line["evidence"], line["label"].lower(), "x"])
+    named = ["--column", "claim=text", "--column", "evidence=proof", "--column", "label=truth"]
+    running = command("run", str(file), *named, "--out", str(out))
+    assert running.wait() == 0, running.output
+    assert "Ignored columns: comment" in running.output
+    found = rows(out / "verdicts.jsonl")
+    assert [row["claim"] for row in found] == [line["claim"] for line in sample_lines()[:10]]
+    assert [row["gold"] for row in found] == [line["label"] for line in sample_lines()[:10]]
+
+
+def test_status_report_and_export_tell_of_a_run(command: Start, out: Path, tmp_path: Path) -> None:
+    assert command("run", CLAIMS, "--out", str(out)).wait() == 0
+    store = ("--store", str(out / "keepwarm.sqlite"))
+    status = command("status", "--json", *store)
+    assert status.wait() == 0
+    (run,) = json.loads(status.output)
+    assert (run["total"], run["done"], run["dead"], run["complete"]) == (240, 240, 0, True)
+    assert run["workers_seen"] == 1
+    table = command("status", *store)
+    assert table.wait() == 0 and run["run_id"] in table.output
+    report = command("report", run["run_id"][:10], "--json", *store)
+    assert report.wait() == 0
+    assert json.loads(report.output) == json.loads((out / "report.json").read_text())
+    for format, read in {
+        "jsonl": rows,
+        "fever": rows,
+        "csv": lambda path: list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())),
+        "parquet": lambda path: pq.read_table(path).to_pylist(),
+    }.items():
+        path = tmp_path / f"export.{format}"
+        export = command("export", run["run_id"], "--format", format, "-o", str(path), *store)
+        assert export.wait() == 0, export.output
+        found = read(path)
+        assert len(found) == 240
+        ids = [row.get("claim_id") or row.get("id") for row in found]
+        assert ids == [line["id"] for line in sample_lines()]
+    labels = {row["predicted_label"] for row in rows(tmp_path / "export.fever")}
+    assert labels <= {"SUPPORTS", "REFUTES", "NOT ENOUGH INFO"}
+    unknown = command("report", "run-nope", *store)
+    assert unknown.wait() == 6 and run["run_id"] in unknown.output
+
+
+def test_submitting_twice_completes_and_doubles_nothing(
+    command: Start, node: PrivateNode, broker, tmp_path: Path
+) -> None:
+    shared = {
+        "KEEPWARM_BROKER_URL": node.url,
+        "KEEPWARM_BROKER_PASSWORD": node.password,
+    }
+    stored = {**shared, "KEEPWARM_STORE_URL": str(tmp_path / "store.sqlite")}
+    first = command("submit", CLAIMS, **shared)
+    assert first.wait() == 0, first.output
+    second = command("submit", CLAIMS, **shared)
+    assert second.wait() == 0
+    run_id = first.lines[-1]
+    assert second.lines[-1] == run_id
+    command("worker", **shared)
+    collecting = command("collect", **stored)
+
+    def counted() -> dict:
+        status = command("status", "--json", **stored)
+        if status.wait() != 0:
+            return {}
+        runs = json.loads(status.lines[-1])
+        return runs[0] if runs and runs[0]["duplicates"] == 240 else {}
+
+    run = wait_until(counted, "every claim counted once and every duplicate ignored")
+    assert (run["total"], run["done"], run["complete"]) == (240, 240, True)
+    # With the store at hand nothing is sent again.
+    third = command("submit", CLAIMS, **stored)
+    assert third.wait() == 0 and third.lines[-1] == run_id
+    collecting.signal(signal.SIGTERM)
+    assert collecting.wait() == 0
+    assert counted()["done"] == 240
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the FEVER claims are not at hand")
+def test_all_of_fever_dev_ends_with_one_verdict_a_claim(command: Start, out: Path) -> None:
+    file = SHARED_DATA / "fever_labelled_dev.jsonl"
+    running = command("run", str(file), "--out", str(out))
+    assert running.wait(120) == 0, running.output
+    expected = rows(file)
+    found = rows(out / "verdicts.jsonl")
+    assert [row["claim_id"] for row in found] == [str(row["id"]) for row in expected]
+    assert [row["gold"] for row in found] == [row["label"] for row in expected]
+    report = json.loads((out / "report.json").read_text())
+    assert report["quality"]["labelled"] == 19_998

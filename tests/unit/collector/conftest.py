@@ -1,0 +1,134 @@
+"""A store in a file, and messages for it."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from services.collector import Incoming, Store
+from services.contracts import (
+    Claim,
+    ContextSpec,
+    DeadClaim,
+    DeadReason,
+    Label,
+    PromptSpec,
+    Run,
+    RunAnnouncement,
+    Totals,
+    Verdict,
+    VerdictBatch,
+    load_settings,
+)
+
+
+@pytest.fixture(scope="session")
+def prompt() -> PromptSpec:
+    return PromptSpec(
+        name="abc",
+        labels=(
+            Label(name="A", word="one"),
+            Label(name="B B", word="two"),
+            Label(name="C", word="three"),
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def other_run(context: ContextSpec, prompt: PromptSpec) -> Run:
+    return Run(source="other.jsonl", source_digest="src-01", context=context, prompt=prompt)
+
+
+@pytest.fixture
+def open_store(tmp_path: Path) -> Iterator[Callable[..., Store]]:
+    """Opens stores and closes them after the test."""
+    opened: list[Store] = []
+
+    def open_one(place: str | Path = tmp_path / "store.sqlite", *, create: bool = True) -> Store:
+        opened.append(Store.open(load_settings(store_url=str(place)), create=create))
+        return opened[-1]
+
+    yield open_one
+    for store in opened:
+        store.close()
+
+
+@pytest.fixture
+def store(open_store: Callable[..., Store]) -> Store:
+    return open_store()
+
+
+@pytest.fixture(scope="session")
+def make(run: Run) -> SimpleNamespace:
+    """`make.verdict(3, "A")`, `make.batch(…)`, `make.dead(4)`, `make.announced(claims=5)`."""
+
+    def verdict(number: int, label: str = "A", **changes: Any) -> Verdict:
+        fields: dict[str, Any] = {
+            "claim_id": f"c{number}",
+            "position": number,
+            "text": f"Claim {number}, Łódź.",
+            "label": label,
+            "probabilities": (0.5, 0.25, 0.25),
+            "mass": 0.75,
+            "raw_text": " one",
+            "prompt_tokens": 10,
+        }
+        return Verdict(**{**fields, **changes})
+
+    def batch(*verdicts: Verdict, of: Run = run, **changes: Any) -> VerdictBatch:
+        fields: dict[str, Any] = {
+            "run_id": of.run_id,
+            "batch_id": "00000000-0",
+            "labels": of.prompt.label_names,
+            "verdicts": verdicts,
+            "worker_id": "node-1",
+            "device": "Tesla T4",
+            "attempt": 1,
+            "engine_seconds": 2.0,
+        }
+        return VerdictBatch(**{**fields, **changes})
+
+    def dead(number: int, of: Run = run, **changes: Any) -> DeadClaim:
+        claim = Claim(
+            claim_id=f"c{number}",
+            position=number,
+            text=f"Claim {number}, Łódź.",
+            evidence="Long.",
+            gold="B B",
+        )
+        fields: dict[str, Any] = {
+            "run_id": of.run_id,
+            "claim": claim,
+            "reason": DeadReason.TOO_LONG,
+            "detail": "it has 9,999 tokens",
+            "worker_id": "node-1",
+            "attempt": 1,
+        }
+        return DeadClaim(**{**fields, **changes})
+
+    def announced(
+        claims: int | None = None, repeated: int = 0, rejected: int = 0, of: Run = run
+    ) -> RunAnnouncement:
+        totals = None
+        if claims is not None:
+            lines = claims + repeated + rejected
+            totals = Totals(lines=lines, claims=claims, repeated=repeated, rejected=rejected)
+        return RunAnnouncement(run=of, totals=totals)
+
+    def incoming(*messages: RunAnnouncement | VerdictBatch | DeadClaim) -> Incoming:
+        gathered = Incoming()
+        for message in messages:
+            match message:
+                case RunAnnouncement():
+                    gathered.announcements.append(message)
+                case VerdictBatch():
+                    gathered.verdicts.append(message)
+                case DeadClaim():
+                    gathered.dead.append(message)
+        return gathered
+
+    return SimpleNamespace(
+        verdict=verdict, batch=batch, dead=dead, announced=announced, incoming=incoming
+    )

@@ -1,0 +1,389 @@
+import sqlite3
+import stat
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import select
+
+from services.collector import Incoming, Store, run_status
+from services.collector.schema import SCHEMA_VERSION, outcomes, runs
+from services.contracts import DeadReason, Run, load_settings
+from services.contracts.errors import StoreError, UsageError
+
+Opener = Callable[..., Store]
+
+
+def outcome(store: Store, claim_id: str) -> tuple[str | None, str | None]:
+    """The label and the reason of a claim."""
+    with store.transaction() as connection:
+        query = select(outcomes.c.label, outcomes.c.reason).where(outcomes.c.claim_id == claim_id)
+        label, reason = connection.execute(query).one()
+        return label, reason
+
+
+def counted(store: Store, run: Run) -> tuple[int, int, int]:
+    """Verdicts, dead claims and duplicates."""
+    status = run_status(store, run.run_id)
+    assert status is not None
+    return status.done, status.dead, status.duplicates
+
+
+# Writing.
+
+
+def test_a_verdict_is_stored_with_all_that_it_says(store: Store, make: SimpleNamespace) -> None:
+    store.write(make.incoming(make.batch(make.verdict(3, "B B", gold="A"))))
+    with store.transaction() as connection:
+        row = connection.execute(select(outcomes)).mappings().one()
+    assert row["claim_id"] == "c3"
+    assert row["position"] == 3
+    assert row["claim"] == "Claim 3, Łódź."
+    assert (row["gold"], row["label"]) == ("A", "B B")
+    assert (row["mass"], row["raw_text"], row["prompt_tokens"]) == (0.75, " one", 10)
+    assert row["reason"] is None
+
+
+def test_a_dead_claim_is_stored_with_its_reason_and_its_evidence(
+    store: Store, make: SimpleNamespace
+) -> None:
+    store.write(make.incoming(make.dead(3)))
+    with store.transaction() as connection:
+        row = connection.execute(select(outcomes)).mappings().one()
+    assert (row["reason"], row["detail"]) == ("too-long", "it has 9,999 tokens")
+    assert (row["claim"], row["evidence"], row["gold"]) == ("Claim 3, Łódź.", "Long.", "B B")
+    assert row["label"] is None
+
+
+def test_a_message_that_comes_twice_counts_once(
+    store: Store, make: SimpleNamespace, run: Run
+) -> None:
+    message = make.batch(*(make.verdict(n) for n in range(5)))
+    store.write(make.incoming(message))
+    assert counted(store, run) == (5, 0, 0)
+    store.write(make.incoming(message))
+    assert counted(store, run) == (5, 0, 5)
+
+
+def test_a_message_that_comes_twice_in_one_transaction_counts_once(
+    store: Store, make: SimpleNamespace, run: Run
+) -> None:
+    message = make.batch(make.verdict(1), make.verdict(2))
+    store.write(make.incoming(message, message))
+    assert counted(store, run) == (2, 0, 2)
+
+
+def test_of_two_batches_that_overlap_only_the_new_claims_count(
+    store: Store, make: SimpleNamespace, run: Run
+) -> None:
+    store.write(make.incoming(make.batch(make.verdict(1), make.verdict(2))))
+    store.write(make.incoming(make.batch(make.verdict(2), make.verdict(3), batch_id="b2")))
+    assert counted(store, run) == (3, 0, 1)
+
+
+def test_a_claim_keeps_its_first_verdict(store: Store, make: SimpleNamespace) -> None:
+    store.write(make.incoming(make.batch(make.verdict(1, "A"))))
+    store.write(make.incoming(make.batch(make.verdict(1, "C"))))
+    assert outcome(store, "c1") == ("A", None)
+
+
+def test_a_dead_claim_stays_dead_when_a_verdict_comes_later(
+    store: Store, make: SimpleNamespace, run: Run
+) -> None:
+    store.write(make.incoming(make.dead(1)))
+    store.write(make.incoming(make.batch(make.verdict(1), make.verdict(2))))
+    assert outcome(store, "c1") == (None, "too-long")
+    assert counted(store, run) == (1, 1, 1)
+
+
+def test_a_verdict_stays_when_the_claim_is_called_dead_later(
+    store: Store, make: SimpleNamespace, run: Run
+) -> None:
+    store.write(make.incoming(make.batch(make.verdict(1, "C"))))
+    store.write(make.incoming(make.dead(1)))
+    assert outcome(store, "c1") == ("C", None)
+    assert counted(store, run) == (1, 0, 0)
+
+
+def test_a_claim_dies_once_of_its_first_reason(
+    store: Store, make: SimpleNamespace, run: Run
+) -> None:
+    store.write(make.incoming(make.dead(1), make.dead(1)))
+    store.write(make.incoming(make.dead(1, reason=DeadReason.ENGINE_REFUSED)))
+    assert outcome(store, "c1") == (None, "too-long")
+    assert counted(store, run) == (0, 1, 0)
+
+
+def test_two_runs_do_not_share_their_claims(
+    store: Store, make: SimpleNamespace, run: Run, other_run: Run
+) -> None:
+    store.write(
+        make.incoming(
+            make.batch(make.verdict(1), make.verdict(2)),
+            make.batch(make.verdict(1), of=other_run),
+            make.dead(2, of=other_run),
+        )
+    )
+    assert counted(store, run) == (2, 0, 0)
+    assert counted(store, other_run) == (1, 1, 0)
+
+
+def test_an_announcement_without_totals_does_not_undo_one_with_totals(
+    store: Store, make: SimpleNamespace, run: Run
+) -> None:
+    store.write(make.incoming(make.announced(claims=5, rejected=1)))
+    store.write(make.incoming(make.announced()))
+    status = run_status(store, run.run_id)
+    assert status is not None
+    assert (status.total, status.rejected) == (5, 1)
+
+
+def test_a_run_may_be_announced_after_its_verdicts(
+    store: Store, make: SimpleNamespace, run: Run
+) -> None:
+    store.write(make.incoming(make.batch(make.verdict(1))))
+    store.write(make.incoming(make.announced(claims=1)))
+    with store.transaction() as connection:
+        (row,) = connection.execute(select(runs)).all()
+    assert Run.model_validate_json(row.run) == run
+    assert (row.lines, row.claims) == (1, 1)
+
+
+def test_nothing_to_write_is_written(store: Store) -> None:
+    store.write(Incoming())
+    assert len(Incoming()) == 0
+
+
+def test_incoming_counts_claims_and_not_messages(make: SimpleNamespace) -> None:
+    gathered = make.incoming(
+        make.announced(), make.batch(make.verdict(1), make.verdict(2)), make.dead(3)
+    )
+    assert len(gathered) == 3
+
+
+def test_a_large_transaction_is_counted_right(
+    store: Store, make: SimpleNamespace, run: Run
+) -> None:
+    batches = [
+        make.batch(*(make.verdict(n) for n in range(s, s + 1_000)), batch_id=f"b{s}")
+        for s in range(0, 3_000, 1_000)
+    ]
+    store.write(make.incoming(*batches, batches[0]))
+    assert counted(store, run) == (3_000, 0, 1_000)
+
+
+@given(arrivals=st.lists(st.tuples(st.booleans(), st.integers(0, 5)), max_size=12))
+def test_whatever_comes_in_whatever_order_each_claim_has_its_first_outcome(
+    arrivals: list[tuple[bool, int]],
+    run: Run,
+    make: SimpleNamespace,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    place = tmp_path_factory.mktemp("store") / "s.sqlite"
+    store = Store.open(load_settings(store_url=str(place)))
+    first: dict[int, bool] = {}
+    duplicates = 0
+    for is_dead, number in arrivals:
+        if number in first:
+            duplicates += not is_dead
+        first.setdefault(number, is_dead)
+        message = make.dead(number) if is_dead else make.batch(make.verdict(number))
+        store.write(make.incoming(message))
+    dead = sum(first.values())
+    if first:
+        assert counted(store, run) == (len(first) - dead, dead, duplicates)
+    store.close()
+
+
+# All or nothing.
+
+
+def test_a_transaction_that_fails_half_way_leaves_nothing(
+    store: Store, make: SimpleNamespace, tmp_path: Path, run: Run
+) -> None:
+    with closing(sqlite3.connect(tmp_path / "store.sqlite")) as database:
+        database.execute(
+            "CREATE TRIGGER no_dead BEFORE INSERT ON outcomes WHEN NEW.reason IS NOT NULL "
+            "BEGIN SELECT RAISE(ABORT, 'no dead claims today'); END"
+        )
+    with pytest.raises(StoreError, match="no dead claims today"):
+        store.write(make.incoming(make.announced(), make.batch(make.verdict(1)), make.dead(2)))
+    assert run_status(store, run.run_id) is None
+    assert store.finished(run.run_id, ["c1", "c2"]) == set()
+    store.write(make.incoming(make.batch(make.verdict(1))))
+    assert counted(store, run) == (1, 0, 0)
+
+
+def test_an_error_inside_a_transaction_undoes_it(
+    store: Store, make: SimpleNamespace, run: Run
+) -> None:
+    store.write(make.incoming(make.batch(make.verdict(1))))
+    with pytest.raises(RuntimeError), store.transaction() as connection:
+        connection.execute(outcomes.delete())
+        raise RuntimeError("power cut")
+    assert store.finished(run.run_id, ["c1"]) == {"c1"}
+
+
+# Which claims are finished.
+
+
+def test_finished_are_the_claims_with_any_outcome_in_that_run(
+    store: Store, make: SimpleNamespace, run: Run, other_run: Run
+) -> None:
+    store.write(
+        make.incoming(
+            make.batch(make.verdict(1)), make.dead(2), make.batch(make.verdict(3), of=other_run)
+        )
+    )
+    assert store.finished(run.run_id, ["c1", "c2", "c3", "c4"]) == {"c1", "c2"}
+    assert store.finished(other_run.run_id, ["c1", "c3"]) == {"c3"}
+
+
+def test_of_an_unknown_run_nothing_is_finished(store: Store) -> None:
+    assert store.finished("run-none", ["c1"]) == set()
+
+
+def test_more_claims_may_be_asked_about_than_a_statement_has_parameters(
+    store: Store, make: SimpleNamespace, run: Run
+) -> None:
+    store.write(make.incoming(make.batch(*(make.verdict(n) for n in range(0, 1_000, 2)))))
+    asked = [f"c{n}" for n in range(40_000)]
+    assert store.finished(run.run_id, asked) == {f"c{n}" for n in range(0, 1_000, 2)}
+    assert store.finished(run.run_id, []) == set()
+
+
+# Opening.
+
+
+def test_a_store_is_a_file_for_its_owner_alone(tmp_path: Path, open_store: Opener) -> None:
+    open_store(tmp_path / "deep" / "er" / "s.sqlite")
+    mode = (tmp_path / "deep" / "er" / "s.sqlite").stat().st_mode
+    assert stat.S_IMODE(mode) == 0o600
+
+
+@pytest.mark.parametrize("form", ["{}", "sqlite:///{}"])
+def test_a_store_may_be_named_by_its_file_or_by_a_url(
+    form: str, tmp_path: Path, open_store: Opener
+) -> None:
+    open_store(form.format(tmp_path / "s.sqlite"))
+    assert (tmp_path / "s.sqlite").is_file()
+
+
+@pytest.mark.parametrize(
+    "name", ["a b.sqlite", "é.sqlite", "a#b.sqlite", "a%20b.sqlite", "a?b.sqlite", "a@b:c.sqlite"]
+)
+def test_a_stores_file_may_have_any_name(name: str, tmp_path: Path, open_store: Opener) -> None:
+    open_store(tmp_path / name)
+    assert (tmp_path / name).is_file()
+
+
+def test_what_is_stored_outlives_the_process(
+    open_store: Opener, make: SimpleNamespace, run: Run
+) -> None:
+    first = open_store()
+    first.write(make.incoming(make.batch(make.verdict(1))))
+    first.close()
+    assert counted(open_store(create=False), run) == (1, 0, 0)
+
+
+def test_a_commit_survives_a_power_cut_and_readers_do_not_wait(store: Store) -> None:
+    with store.transaction() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
+
+
+def test_two_may_write_to_one_store(open_store: Opener, make: SimpleNamespace, run: Run) -> None:
+    one, other = open_store(), open_store()
+    one.write(make.incoming(make.batch(make.verdict(1))))
+    other.write(make.incoming(make.batch(make.verdict(1), make.verdict(2))))
+    assert counted(one, run) == counted(other, run) == (2, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("sqlite://", "the store needs a file"),
+        ("sqlite:///:memory:", "the store needs a file"),
+        ("mysql://u@h/d", "must be SQLite or PostgreSQL, not mysql"),
+        ("://x", "the store's URL is unusable"),
+        ("postgresql://h:port/d", "the store's URL is unusable"),
+    ],
+)
+def test_what_can_be_no_store_is_told(url: str, says: str, open_store: Opener) -> None:
+    with pytest.raises(UsageError, match=says):
+        open_store(url)
+
+
+def test_a_store_that_is_not_there_is_not_made_to_be_read(
+    tmp_path: Path, open_store: Opener
+) -> None:
+    with pytest.raises(StoreError, match="there is no store at .*none.* --store"):
+        open_store(tmp_path / "none.sqlite", create=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_is_no_store(tmp_path: Path, open_store: Opener) -> None:
+    with pytest.raises(StoreError, match="cannot be written by .*: Is a directory"):
+        open_store(tmp_path)
+
+
+def test_a_path_through_a_file_is_no_store(tmp_path: Path, open_store: Opener) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot be written by"):
+        open_store(tmp_path / "file" / "s.sqlite")
+
+
+def test_a_file_of_another_kind_is_no_store(tmp_path: Path, open_store: Opener) -> None:
+    (tmp_path / "claims.jsonl").write_text('{"claim": "C."}\n' * 100)
+    with pytest.raises(StoreError, match="file is not a database"):
+        open_store(tmp_path / "claims.jsonl")
+
+
+def test_a_read_only_file_is_told(
+    open_dir: Path, unprivileged: Callable[[], AbstractContextManager[None]]
+) -> None:
+    settings = load_settings(store_url=str(open_dir / "s.sqlite"))
+    Store.open(settings).close()
+    (open_dir / "s.sqlite").chmod(0o444)
+    with (
+        unprivileged(),
+        pytest.raises(StoreError, match="cannot be written by .*: Permission denied; mend"),
+    ):
+        Store.open(settings)
+
+
+def test_a_store_that_goes_away_is_told_with_the_next_step(
+    store: Store, make: SimpleNamespace, tmp_path: Path
+) -> None:
+    with closing(sqlite3.connect(tmp_path / "store.sqlite")) as database:
+        database.execute("DROP TABLE outcomes")
+    with pytest.raises(StoreError, match="no such table: outcomes. Check that it is there"):
+        store.write(make.incoming(make.batch(make.verdict(1))))
+
+
+@pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, 0])
+def test_a_store_of_another_schema_version_is_refused(
+    version: int, open_store: Opener, tmp_path: Path
+) -> None:
+    open_store().close()
+    with closing(sqlite3.connect(tmp_path / "store.sqlite")) as database, database:
+        database.execute("UPDATE keepwarm_schema SET version = ?", (version,))
+    with pytest.raises(StoreError, match=f"has schema version {version}; this Keepwarm knows"):
+        open_store()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u:hunter2@127.0.0.1:1/d",
+        "postgresql://u@127.0.0.1:1/d?password=hunter2",
+    ],
+)
+def test_a_stores_password_is_in_no_error(url: str, open_store: Opener) -> None:
+    with pytest.raises(StoreError) as failed:
+        open_store(url)
+    assert "hunter2" not in str(failed.value)

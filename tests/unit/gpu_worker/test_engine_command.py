@@ -1,0 +1,153 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from services.contracts import ContextSpec, load_settings
+from services.contracts.errors import UsageError
+from services.gpu_worker import Device
+from services.gpu_worker.engine_command import engine_command, engine_environment
+
+GIB = 1024**3
+CPU = Device("cpu", "Xeon", 40 * GIB, (0, 1, 5))
+GPU = Device("cuda", "Tesla T4", 15 * GIB, (0, 1))
+SPEC = ContextSpec(model="org/model", revision="abc", dtype="float16", max_model_tokens=2048)
+SOCKET = Path("/run/kw/e.sock")
+
+
+def command(spec: ContextSpec = SPEC, device: Device = CPU, **settings: object) -> list[str]:
+    return engine_command(spec, device, SOCKET, load_settings(**settings))
+
+
+def value_of(arguments: list[str], flag: str) -> str | None:
+    """The last value of a flag: that is the one that counts."""
+    values = [arguments[index + 1] for index, word in enumerate(arguments) if word == flag]
+    return values[-1] if values else None
+
+
+def test_the_engine_is_vllms_server_for_the_context_on_the_socket() -> None:
+    arguments = command()
+    assert arguments[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    for flag, value in {
+        "--model": "org/model",
+        "--revision": "abc",
+        "--served-model-name": SPEC.context_id,
+        "--uds": "/run/kw/e.sock",
+        "--dtype": "float16",
+        "--max-model-len": "2048",
+        "--generation-config": "vllm",
+    }.items():
+        assert value_of(arguments, flag) == value
+
+
+def test_the_engine_may_run_under_another_interpreter(tmp_path: Path) -> None:
+    other = tmp_path / "python"
+    other.symlink_to(sys.executable)
+    assert command(engine_python=other)[0] == str(other)
+
+
+def test_a_local_models_fingerprint_is_not_a_revision_of_the_engines(tmp_path: Path) -> None:
+    spec = ContextSpec(model=str(tmp_path), revision="files-00")
+    assert "--revision" not in command(spec)
+
+
+def test_a_hub_model_without_a_revision_asks_for_none() -> None:
+    assert "--revision" not in command(ContextSpec(model="org/model"))
+
+
+def test_each_device_has_arguments_of_its_own() -> None:
+    assert "--enforce-eager" in command(device=CPU)
+    assert value_of(command(device=CPU), "--distributed-executor-backend") == "uni"
+    assert "--enforce-eager" not in command(device=GPU)
+    cpu, gpu = (value_of(command(device=device), "--max-num-seqs") for device in (CPU, GPU))
+    assert int(cpu or 0) < int(gpu or 0)
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=["cpu", "cuda"])
+def test_the_contexts_arguments_come_after_ours_and_the_operators_last(device: Device) -> None:
+    spec = ContextSpec(model="org/model", engine_arguments=("--max-num-seqs=7", "--dtype=half"))
+    arguments = command(spec, device, engine_arguments="--max-num-seqs 9 --served 'a b'")
+    assert arguments[-6:] == [
+        "--max-num-seqs=7",
+        "--dtype=half",
+        "--max-num-seqs",
+        "9",
+        "--served",
+        "a b",
+    ]
+
+
+def test_an_operators_arguments_that_do_not_parse_are_told() -> None:
+    with pytest.raises(UsageError, match="KEEPWARM_ENGINE_ARGUMENTS does not parse: No closing"):
+        command(engine_arguments="--x 'open")
+
+
+def test_a_models_own_code_is_not_trusted_unless_asked_for() -> None:
+    assert "--trust-remote-code" not in command()
+    assert "--trust-remote-code" in command(engine_trust_remote_code=True)
+
+
+# The environment.
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=["cpu", "cuda"])
+def test_the_engine_gets_none_of_our_secrets(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEEPWARM_BROKER_PASSWORD", "hunter2")
+    monkeypatch.setenv("KEEPWARM_STORE_URL", "postgresql://u:hunter2@h/d")
+    environment = engine_environment(SPEC, device)
+    assert not any(name.startswith("KEEPWARM_") for name in environment)
+    assert "hunter2" not in environment.values()
+
+
+def test_secrets_in_lower_case_are_secrets_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Settings are read from variables in any case.
+    monkeypatch.setenv("keepwarm_broker_password", "hunter2")
+    assert load_settings().secret("broker") == "hunter2"
+    assert "hunter2" not in engine_environment(SPEC, CPU).values()
+
+
+def test_the_rest_of_the_environment_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "a-token")
+    environment = engine_environment(SPEC, CPU)
+    assert environment["HF_TOKEN"] == "a-token"
+    assert environment["PATH"] == os.environ["PATH"]
+
+
+def test_the_engine_reports_to_nobody() -> None:
+    assert engine_environment(SPEC, GPU)["VLLM_NO_USAGE_STATS"] == "1"
+    assert engine_environment(SPEC, GPU)["DO_NOT_TRACK"] == "1"
+
+
+def test_a_local_model_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    local = engine_environment(ContextSpec(model=str(tmp_path)), CPU)
+    assert local["HF_HUB_OFFLINE"] == "1"
+    assert "HF_HUB_OFFLINE" not in engine_environment(SPEC, CPU)
+
+
+@pytest.mark.parametrize(
+    ("memory_gib", "cache_gib"), [(0.5, "1"), (8, "1"), (16, "2"), (40, "5"), (512, "8")]
+)
+def test_a_cpu_engine_takes_a_share_of_the_memory_within_bounds(
+    memory_gib: float, cache_gib: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    device = Device("cpu", "Xeon", int(memory_gib * GIB), (0,))
+    assert engine_environment(SPEC, device)["VLLM_CPU_KVCACHE_SPACE"] == cache_gib
+
+
+def test_a_cpu_engine_uses_every_core_that_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    assert engine_environment(SPEC, CPU)["VLLM_CPU_OMP_THREADS_BIND"] == "0,1,5"
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in engine_environment(SPEC, GPU)
+
+
+def test_what_the_operator_set_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "77")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    environment = engine_environment(ContextSpec(model="/models/x"), CPU)
+    assert environment["VLLM_CPU_KVCACHE_SPACE"] == "77"
+    assert environment["HF_HUB_OFFLINE"] == "0"

@@ -1,0 +1,229 @@
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+from services.contracts import ContextSpec
+from services.contracts.errors import ModelError
+from services.gpu_worker import model_files, pin_model
+from services.gpu_worker.model_files import is_local, model_file
+
+MIB = 1024**2
+
+
+def fingerprint(directory: Path) -> str | None:
+    return pin_model(ContextSpec(model=str(directory))).revision
+
+
+@pytest.mark.parametrize(
+    ("model", "local"),
+    [
+        ("./model", True),
+        ("../model", True),
+        ("/models/m", True),
+        ("~/model", True),
+        ("here", True),
+        ("org/model", False),
+        ("gpt2", False),
+    ],
+)
+def test_a_directory_and_a_name_on_the_hub_are_told_apart(
+    model: str, local: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert is_local(model) is local
+
+
+def test_a_local_model_is_pinned_by_its_path_and_its_files(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model_dir.parent)
+    pinned = pin_model(ContextSpec(model="./model", dtype="float32"))
+    assert pinned.model == str(model_dir)
+    assert pinned.revision == fingerprint(model_dir)
+    assert pinned.dtype == "float32"
+
+
+def test_a_model_in_the_home_directory_is_found(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(model_dir.parent))
+    assert pin_model(ContextSpec(model="~/model")).model == str(model_dir)
+
+
+def test_pinning_again_changes_nothing(model_dir: Path) -> None:
+    pinned = pin_model(ContextSpec(model=str(model_dir)))
+    assert pin_model(pinned) == pinned
+
+
+def test_the_same_files_have_the_same_fingerprint_wherever_they_lie(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    before = fingerprint(model_dir)
+    assert before is not None
+    assert before.startswith("files-")
+    assert fingerprint(model_dir.rename(tmp_path / "moved")) == before
+
+
+def change(directory: Path) -> None:
+    (directory / "config.json").write_text('{"model_type": "Llama"}')
+
+
+def add(directory: Path) -> None:
+    (directory / "more.json").write_text("{}")
+
+
+def add_below(directory: Path) -> None:
+    (directory / "below").mkdir()
+    (directory / "below" / "more.json").write_text("{}")
+
+
+def remove(directory: Path) -> None:
+    (directory / "chat_template.jinja").unlink()
+
+
+def rename(directory: Path) -> None:
+    (directory / "chat_template.jinja").rename(directory / "chat_template.bak")
+
+
+@pytest.mark.parametrize("changed", [change, add, add_below, remove, rename])
+def test_another_content_has_another_fingerprint(
+    changed: Callable[[Path], None], model_dir: Path
+) -> None:
+    before = fingerprint(model_dir)
+    changed(model_dir)
+    assert fingerprint(model_dir) != before
+
+
+@pytest.mark.parametrize("position", [0, MIB - 1, 5 * MIB - MIB, 5 * MIB - 1])
+def test_of_large_files_both_ends_count(position: int, model_dir: Path) -> None:
+    weights = model_dir / "model.safetensors"
+    with weights.open("wb") as file:
+        file.truncate(5 * MIB)
+    before = fingerprint(model_dir)
+    with weights.open("r+b") as file:
+        file.seek(position)
+        file.write(b"x")
+    assert fingerprint(model_dir) != before
+
+
+def test_the_size_of_a_large_file_counts(model_dir: Path) -> None:
+    weights = model_dir / "model.safetensors"
+    prints = set()
+    for size in (5 * MIB, 5 * MIB + 1):
+        with weights.open("wb") as file:
+            file.truncate(size)
+        prints.add(fingerprint(model_dir))
+    assert len(prints) == 2
+
+
+def test_hidden_files_do_not_count(model_dir: Path) -> None:
+    before = fingerprint(model_dir)
+    (model_dir / ".cache").mkdir()
+    (model_dir / ".cache" / "lock").write_text("x")
+    (model_dir / ".gitattributes").write_text("x")
+    assert fingerprint(model_dir) == before
+
+
+def test_a_model_whose_files_changed_is_not_taken_for_the_old_one(model_dir: Path) -> None:
+    pinned = pin_model(ContextSpec(model=str(model_dir)))
+    change(model_dir)
+    with pytest.raises(ModelError, match=f"but {pinned.revision} is wanted: its files changed"):
+        pin_model(pinned)
+
+
+@pytest.mark.parametrize("make", [lambda _: None, Path.mkdir, Path.touch])
+def test_what_is_no_models_directory_is_told_with_the_next_step(
+    make: Callable[[Path], None], tmp_path: Path
+) -> None:
+    make(tmp_path / "model")
+    with pytest.raises(ModelError, match=r"there is no model at .*/model: .* `make demo`"):
+        pin_model(ContextSpec(model=str(tmp_path / "model")))
+
+
+def test_the_home_of_an_unknown_user_holds_no_model() -> None:
+    with pytest.raises(ModelError, match="no-such-user"):
+        pin_model(ContextSpec(model="~no-such-user/model"))
+
+
+def test_a_model_that_this_user_may_not_read_is_told(
+    open_dir: Path, unprivileged: Callable[[], AbstractContextManager[None]]
+) -> None:
+    (open_dir / "config.json").write_text("{}")
+    (open_dir / "model.safetensors").write_bytes(b"weights")
+    (open_dir / "model.safetensors").chmod(0)
+    with unprivileged(), pytest.raises(ModelError, match=r"cannot be read: .*model\.safetensors"):
+        pin_model(ContextSpec(model=str(open_dir)))
+
+
+# The hub, which is not there.
+
+
+def test_a_hub_model_is_pinned_by_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def model_info(_: HfApi, model: str, *, revision: str | None, timeout: float) -> object:
+        asked.append((model, revision))
+        return SimpleNamespace(sha="c0ffee")
+
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+    pinned = pin_model(ContextSpec(model="org/model", revision="main"))
+    assert (pinned.model, pinned.revision) == ("org/model", "c0ffee")
+    assert asked == [("org/model", "main")]
+
+
+def offline(*_: object, **__: object) -> object:
+    raise ConnectionError("the network is down\nwith details")
+
+
+def test_offline_the_cache_knows_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / "snapshots" / "c0ffee" / "config.json"
+    monkeypatch.setattr(HfApi, "model_info", offline)
+    monkeypatch.setattr(model_files, "try_to_load_from_cache", lambda *_, **__: str(cached))
+    assert pin_model(ContextSpec(model="org/model")).revision == "c0ffee"
+
+
+def test_offline_without_a_cache_the_model_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HfApi, "model_info", offline)
+    monkeypatch.setattr(model_files, "try_to_load_from_cache", lambda *_, **__: None)
+    with pytest.raises(ModelError, match="cannot get the model 'org/model' from the hub") as failed:
+        pin_model(ContextSpec(model="org/model"))
+    assert "the network is down. Check the name and the network" in str(failed.value)
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "a b", "-x", "a..b"])
+def test_what_can_be_no_name_on_the_hub_is_told_without_asking_it(name: str) -> None:
+    with pytest.raises(ModelError, match="is neither a directory nor a name on the hub"):
+        pin_model(ContextSpec(model=name))
+
+
+def test_a_local_models_file_is_found_or_not(model_dir: Path) -> None:
+    spec = ContextSpec(model=str(model_dir))
+    assert model_file(spec, "config.json") == model_dir / "config.json"
+    assert model_file(spec, "none.json") is None
+
+
+@pytest.mark.parametrize(
+    ("error", "found"),
+    [(EntryNotFoundError("no such file"), True), (LocalEntryNotFoundError("offline"), False)],
+)
+def test_a_hub_models_file_that_is_not_there_is_none_and_offline_is_an_error(
+    error: Exception, found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr(model_files, "hf_hub_download", download)
+    spec = ContextSpec(model="org/model", revision="c0ffee")
+    if found:
+        assert model_file(spec, "chat_template.jinja") is None
+    else:
+        with pytest.raises(ModelError, match="cannot get the model"):
+            model_file(spec, "chat_template.jinja")

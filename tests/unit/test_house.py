@@ -1,0 +1,87 @@
+"""The rules of the house, read from the source: who may import whom."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOMS = {
+    "contracts": set(),
+    "broker": {"contracts", "leash"},
+    "producer": {"contracts", "broker"},
+    "gpu_worker": {"contracts", "broker", "leash"},
+    "collector": {"contracts", "broker"},
+    "cli": {"contracts", "broker", "producer", "gpu_worker", "collector", "leash"},
+}
+
+
+def imported(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: an import path is a file path"
+            assert node.module is not None
+            # `from services import leash` names a room as well.
+            yield node.module
+            if node.module == "services":
+                yield from (f"services.{alias.name}" for alias in node.names)
+
+
+def files(repository: Path, room: str) -> list[Path]:
+    found = sorted((repository / "services" / room).rglob("*.py"))
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_opens_only_to_the_rooms_that_it_may_know(room: str, repository: Path) -> None:
+    for file in files(repository, room):
+        known = {name.split(".")[1] for name in imported(file) if name.startswith("services.")}
+        assert known <= ROOMS[room] | {room}, file
+
+
+def test_the_leash_knows_nothing_of_the_house(repository: Path) -> None:
+    names = {name.partition(".")[0] for name in imported(repository / "services" / "leash.py")}
+    assert names <= sys.stdlib_module_names | {"psutil"}
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS.keys() - {"broker"}))
+def test_only_the_broker_room_knows_amqp(room: str, repository: Path) -> None:
+    for file in files(repository, room):
+        assert "pika" not in {name.partition(".")[0] for name in imported(file)}, file
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_an_init_hands_names_on_and_defines_nothing(room: str, repository: Path) -> None:
+    tree = ast.parse((repository / "services" / room / "__init__.py").read_text(encoding="utf-8"))
+    for node in tree.body:
+        docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        names = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+        assert docstring or names or isinstance(node, ast.Import | ast.ImportFrom)
+
+
+def modules_after(statement: str, repository: Path) -> set[str]:
+    code = f"import sys; {statement}; print(*(name for name in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_the_worker_loads_neither_an_engine_nor_torch(repository: Path) -> None:
+    loaded = modules_after("import services.gpu_worker", repository)
+    assert not loaded & {"torch", "vllm", "transformers", "sqlalchemy"}
+
+
+def test_the_contracts_load_no_service(repository: Path) -> None:
+    loaded = modules_after("import services.contracts", repository)
+    assert not loaded & {"pika", "httpx", "sqlalchemy", "tokenizers", "typer"}
+
+
+def test_the_producer_loads_nothing_of_the_other_services(repository: Path) -> None:
+    loaded = modules_after("import services.producer", repository)
+    assert not loaded & {"sqlalchemy", "tokenizers", "httpx", "typer"}
