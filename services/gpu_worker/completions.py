@@ -1,6 +1,7 @@
 """The engine's protocol: OpenAI completions over a unix socket, one token, scored over labels."""
 
 import math
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,7 @@ class CompletionClient:
     """Asks one engine. Safe to use from several threads at once."""
 
     def __init__(self, socket_path: Path, model_name: str, timeout_seconds: float) -> None:
+        self._socket_path = socket_path
         self._model_name = model_name
         self._http = httpx.Client(
             transport=httpx.HTTPTransport(
@@ -67,10 +69,21 @@ class CompletionClient:
 
     def healthy(self) -> bool:
         """Whether the engine answers and has not failed. A hung engine may still say yes."""
+        if not self._someone_listens():
+            return False
         try:
             return self._http.get("/health", timeout=5.0).status_code == httpx.codes.OK
         except httpx.HTTPError:
             return False
+
+    def _someone_listens(self) -> bool:
+        """Asked first, since httpcore leaves its socket open where nobody does."""
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(self._socket_path))
+            except OSError:
+                return False
+        return True
 
     def score(self, prompts: Sequence[Sequence[int]], tokens: Sequence[int]) -> list[Answer]:
         """An answer per prompt, in order.

@@ -1,4 +1,4 @@
-"""What the unit tests share: no settings from outside, a run, and a way to be nobody in particular."""
+"""What the unit tests share: no settings from outside, a run, and a way to be nobody."""
 
 import os
 import tempfile

@@ -36,6 +36,12 @@ def prompt() -> PromptSpec:
     )
 
 
+# Fixtures of the whole session are made once: a run of this prompt needs to be this folder's own.
+@pytest.fixture(scope="session")
+def run(context: ContextSpec, prompt: PromptSpec) -> Run:
+    return Run(source="claims.jsonl", source_digest="src-00", context=context, prompt=prompt)
+
+
 @pytest.fixture(scope="session")
 def other_run(context: ContextSpec, prompt: PromptSpec) -> Run:
     return Run(source="other.jsonl", source_digest="src-01", context=context, prompt=prompt)

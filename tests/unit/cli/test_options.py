@@ -1,0 +1,111 @@
+from pathlib import Path
+
+import pytest
+
+from services.cli.claims_options import check_seed, columns_from_flags, prompt_from_flag
+from services.cli.context_options import context_from_flags
+from services.contracts import ContextSpec, PromptSpec, load_settings
+from services.contracts.errors import InputError, ModelError, UsageError
+
+
+@pytest.mark.parametrize(
+    ("flags", "columns"),
+    [
+        (None, {}),
+        ([], {}),
+        (["claim=text"], {"claim": "text"}),
+        (["claim=text", "id=nr"], {"claim": "text", "id": "nr"}),
+        (["claim=a=b"], {"claim": "a=b"}),
+        (["label=the truth"], {"label": "the truth"}),
+    ],
+)
+def test_columns_are_pairs(flags: list[str] | None, columns: dict[str, str]) -> None:
+    assert columns_from_flags(flags) == columns
+
+
+@pytest.mark.parametrize("flag", ["", "claim", "claim=", "=text", "="])
+def test_what_is_no_pair_is_refused_with_an_example(flag: str) -> None:
+    with pytest.raises(UsageError, match=f"--column {flag}: write it like claim=text"):
+        columns_from_flags(["id=nr", flag])
+
+
+@pytest.mark.parametrize(("limit", "seed"), [(None, None), (5, None), (5, 0), (5, -3)])
+def test_a_seed_may_come_with_a_limit(limit: int | None, seed: int | None) -> None:
+    check_seed(limit, seed)
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_seed_needs_a_limit(seed: int) -> None:
+    with pytest.raises(UsageError, match="give --limit as well"):
+        check_seed(None, seed)
+
+
+def test_without_a_prompt_file_the_prompt_is_fevers() -> None:
+    assert prompt_from_flag(None) == PromptSpec()
+
+
+def test_a_prompt_file_is_read(repository: Path) -> None:
+    assert prompt_from_flag(repository / "samples" / "prompt.yaml").name == "fever-3way"
+    with pytest.raises(InputError):
+        prompt_from_flag(repository / "none.yaml")
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    for name in ("a", "b", ".models/SmolLM2-135M-Instruct"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text(f'{{"name": "{name}"}}')
+    return tmp_path
+
+
+def context(model: str | None = None, **changes: object) -> ContextSpec:
+    flags = {
+        "revision": None,
+        "dtype": "bfloat16",
+        "max_model_tokens": 1024,
+        "engine_arguments": None,
+    }
+    return context_from_flags(load_settings(), model, **{**flags, **changes})  # type: ignore[arg-type]
+
+
+def test_a_flag_names_the_model_or_else_the_environment_or_else_it_is_the_demos(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert context().model == str(models / ".models" / "SmolLM2-135M-Instruct")
+    monkeypatch.setenv("KEEPWARM_MODEL", "./b")
+    assert context().model == str(models / "b")
+    assert context("./a").model == str(models / "a")
+
+
+@pytest.mark.usefixtures("models")
+def test_a_context_is_pinned_and_keeps_what_the_flags_say() -> None:
+    found = context(
+        "./a", dtype="float32", max_model_tokens=77, engine_arguments=["--seed=1", "--x=2"]
+    )
+    assert found.revision is not None
+    assert found.revision.startswith("files-")
+    assert (found.dtype, found.max_model_tokens) == ("float32", 77)
+    assert found.engine_arguments == ("--seed=1", "--x=2")
+
+
+@pytest.mark.usefixtures("models")
+def test_a_revision_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ModelError, match="files-00 is wanted"):
+        context("./a", revision="files-00")
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"max_model_tokens": 10**8}, "--max-model-tokens"),
+        ({"revision": ""}, "--revision"),
+        ({"revision": "r" * 600}, "--revision"),
+        ({"engine_arguments": ["--x"] * 200}, "--engine-argument"),
+        ({"engine_arguments": ["x" * 600]}, "--engine-argument"),
+    ],
+)
+def test_a_flag_out_of_bounds_is_told_by_its_name(changes: dict[str, object], flag: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        context("./a", **changes)
+    words = str(refused.value).replace(":", " ").replace(".", " ").split()
+    assert words[0] == flag

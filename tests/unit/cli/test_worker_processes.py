@@ -1,0 +1,228 @@
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from services.cli import worker_processes as module
+from services.cli.worker_processes import WorkerProcess, worker_processes
+from services.contracts import ContextSpec, load_settings
+from services.contracts.errors import EngineError, RunIncomplete, UsageError
+from services.gpu_worker import Device
+
+GENEROUS_SECONDS = 60.0
+SLEEP = "import time; time.sleep(600)"
+
+Starter = Callable[..., WorkerProcess]
+
+
+@pytest.fixture
+def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Starter]:
+    """A slot whose worker is a few lines of Python."""
+    monkeypatch.setattr(module, "_LONGEST_PAUSE_SECONDS", 0.0)
+    slots: list[WorkerProcess] = []
+
+    def make(code: str) -> WorkerProcess:
+        slot = WorkerProcess(
+            len(slots), [sys.executable, "-c", code], dict(os.environ), tmp_path / "worker.log", 1.0
+        )
+        slots.append(slot)
+        slot.start()
+        return slot
+
+    yield make
+    for slot in slots:
+        slot.stop()
+
+
+def says(*events: object, then: str = SLEEP) -> str:
+    lines = [event if isinstance(event, str) else json.dumps(event) for event in events]
+    return f"print({chr(10).join(lines)!r}, flush=True)\n{then}"
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + GENEROUS_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to be"
+        time.sleep(0.01)
+
+
+def look_after_until_it_raises(slot: WorkerProcess) -> None:
+    deadline = time.monotonic() + GENEROUS_SECONDS
+    while time.monotonic() < deadline:
+        slot.look_after()
+
+
+@pytest.mark.parametrize(
+    ("events", "state"),
+    [
+        ([{"event": "worker.starting"}], "connecting"),
+        ([{"event": "engine.starting"}], "starting the engine"),
+        ([{"event": "engine.loading", "seconds": 12}], "loading the model, 12 s"),
+        ([{"event": "engine.ready"}], "warm"),
+        ([{"event": "worker.taking"}, {"event": "broker.connected"}], "warm"),
+        ([{"event": "broker.connected"}], "connected"),
+        ([{"event": "worker.taking"}, {"event": "engine.died"}], "engine died"),
+        ([{"event": "worker.taking"}, {"event": "batch.done"}], "warm"),
+        ([{"event": "worker.draining"}, "not JSON", "5", "[]", "{}"], "draining"),
+    ],
+)
+def test_the_state_is_what_the_worker_said_last(
+    events: list[object], state: str, worker: Starter
+) -> None:
+    slot = worker(says(*events))
+    wait_for(lambda: slot.state == state)
+    slot.look_after()
+    assert slot.state == state
+
+
+def test_all_that_a_worker_says_is_in_its_log(worker: Starter, tmp_path: Path) -> None:
+    slot = worker(says({"event": "worker.taking"}, "and some words"))
+    log = tmp_path / "worker.log"
+    wait_for(lambda: slot.state == "warm" and "words" in log.read_text())
+    assert log.read_text() == '{"event": "worker.taking"}\nand some words\n'
+
+
+def test_a_lost_worker_is_replaced(worker: Starter, tmp_path: Path) -> None:
+    marker = tmp_path / "was-here"
+    slot = worker(
+        f"import os, pathlib, signal\n"
+        f"marker = pathlib.Path({str(marker)!r})\n"
+        "if not marker.exists():\n"
+        "    marker.touch()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n" + says({"event": "worker.taking"})
+    )
+
+    def warm() -> bool:
+        slot.look_after()
+        return slot.state == "warm"
+
+    wait_for(warm)
+    assert marker.exists()
+
+
+def test_workers_that_are_lost_again_and_again_end_the_run(worker: Starter, tmp_path: Path) -> None:
+    slot = worker(says("oh dear", then="raise SystemExit(9)"))
+    with pytest.raises(RunIncomplete) as ended:
+        look_after_until_it_raises(slot)
+    assert "worker 0 was lost 5 times in a row (last exit code 9)" in str(ended.value)
+    assert str(tmp_path / "worker.log") in str(ended.value)
+
+
+def test_a_worker_that_gave_up_on_its_engine_ends_the_run_with_its_words(
+    worker: Starter,
+) -> None:
+    slot = worker(says("keepwarm: no engine for this model", then="raise SystemExit(4)"))
+    with pytest.raises(EngineError, match="^no engine for this model$"):
+        look_after_until_it_raises(slot)
+
+
+def test_the_words_of_a_worker_that_gave_up_are_read_to_their_end(worker: Starter) -> None:
+    # It ends while much of what it said is still in the pipe.
+    code = (
+        "print('x\\n' * 30_000 + 'keepwarm: the reason comes last', flush=True)\n"
+        "raise SystemExit(4)"
+    )
+    with pytest.raises(EngineError, match="the reason comes last$"):
+        look_after_until_it_raises(worker(code))
+
+
+def test_stopping_ends_the_worker(worker: Starter) -> None:
+    slot = worker(says({"event": "worker.taking"}))
+    wait_for(lambda: slot.state == "warm")
+    slot.terminate()
+    slot.stop()
+    slot.stop()
+    slot.terminate()
+
+
+# Their commands and environments.
+
+CPU = Device("cpu", "Xeon", 2**34, (0, 1, 2, 3, 4))
+GPU = Device("cuda", "H100", 2**36, (0, 1))
+
+
+def environments(
+    count: int, device: Device, directory: Path, broker: dict[str, str | None] | None = None
+) -> list[dict[str, str]]:
+    slots = worker_processes(
+        count, ContextSpec(model="/m"), device, load_settings(), directory / "logs", broker or {}
+    )
+    return [dict(slot._environment) for slot in slots]
+
+
+def test_a_worker_serves_the_very_context_of_the_run(tmp_path: Path) -> None:
+    context = ContextSpec(
+        model="/models/m",
+        revision="files-00",
+        dtype="float32",
+        max_model_tokens=77,
+        engine_arguments=("--seed=1", "--x y"),
+    )
+    (slot,) = worker_processes(1, context, CPU, load_settings(), tmp_path / "logs", {})
+    assert list(slot._command) == [
+        *(sys.executable, "-m", "services.cli.main", "worker"),
+        *("--model", "/models/m", "--dtype", "float32", "--max-model-tokens", "77"),
+        *("--revision", "files-00", "--engine-argument=--seed=1", "--engine-argument=--x y"),
+    ]
+
+
+def test_one_worker_has_the_whole_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    (environment,) = environments(1, CPU, tmp_path)
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in environment
+
+
+def test_several_workers_share_the_cores(tmp_path: Path) -> None:
+    shares = [e["VLLM_CPU_OMP_THREADS_BIND"] for e in environments(2, CPU, tmp_path)]
+    assert shares == ["0,2,4", "1,3"]
+
+
+def test_more_workers_than_cores_share_them_all(tmp_path: Path) -> None:
+    device = Device("cpu", "Xeon", 2**34, (0, 1))
+    shares = [e["VLLM_CPU_OMP_THREADS_BIND"] for e in environments(3, device, tmp_path)]
+    assert shares == ["0", "1", "0,1"]
+
+
+def test_each_worker_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b,GPU-c")
+    gpus = [e["CUDA_VISIBLE_DEVICES"] for e in environments(2, GPU, tmp_path)]
+    assert gpus == ["GPU-a", "GPU-b"]
+
+
+def test_more_workers_than_gpus_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(UsageError, match="--workers 2: this process may use 1 GPUs"):
+        environments(2, GPU, tmp_path)
+
+
+def test_the_runs_own_broker_replaces_what_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEEPWARM_BROKER_PASSWORD_FILE", "/run/secrets/other")
+    monkeypatch.setenv("KEEPWARM_GRACE_SECONDS", "7")
+    (environment,) = environments(
+        1,
+        CPU,
+        tmp_path,
+        {"KEEPWARM_BROKER_URL": "amqp://h", "KEEPWARM_BROKER_PASSWORD_FILE": None},
+    )
+    assert environment["KEEPWARM_BROKER_URL"] == "amqp://h"
+    assert "KEEPWARM_BROKER_PASSWORD_FILE" not in environment
+    assert environment["KEEPWARM_GRACE_SECONDS"] == "7"
+
+
+@pytest.mark.parametrize(("level", "workers"), [("ERROR", "INFO"), ("DEBUG", "DEBUG")])
+def test_a_workers_log_is_what_its_state_is_read_from(
+    level: str, workers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEEPWARM_LOG_LEVEL", level)
+    monkeypatch.setenv("KEEPWARM_LOG_FORMAT", "console")
+    (environment,) = environments(1, CPU, tmp_path)
+    assert environment["KEEPWARM_LOG_FORMAT"] == "json"
+    assert environment["KEEPWARM_LOG_LEVEL"] == workers
