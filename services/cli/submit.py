@@ -13,8 +13,6 @@ from services.cli.claims_options import (
     LimitOption,
     PromptOption,
     SeedOption,
-    check_seed,
-    columns_from_flags,
     prompt_from_flag,
 )
 from services.cli.context_options import (
@@ -32,11 +30,11 @@ from services.cli.options import (
     BrokerOption,
     StoreOption,
 )
-from services.cli.screen import line_progress, say_ignored_columns
+from services.cli.prepare import prepared_submission
+from services.cli.screen import line_progress
 from services.collector import Store
 from services.contracts import load_settings
-from services.gpu_worker import CompiledPrompt, ModelTokenizer
-from services.producer import Format, RejectedFile, Source, Submission
+from services.producer import Format, RejectedFile
 
 
 def submit(
@@ -71,7 +69,6 @@ def submit(
     The same file with the same prompt and model is the same run: publishing it again completes it
     and doubles nothing. Where a store is named, claims with an outcome are not sent again.
     """
-    check_seed(limit, seed)
     expect_many_small_objects()
     settings = load_settings(broker_url=broker, store_url=store, batch_size=batch_size)
     configure_logs(settings)
@@ -80,21 +77,16 @@ def submit(
     context = context_from_flags(
         settings, model, revision, dtype, max_model_tokens, engine_argument
     )
-    # Words that one token cannot tell apart: known now, not when all claims are dead.
-    CompiledPrompt(prompt_spec, ModelTokenizer.load(context))
-    with Source.open(file, format) as source:
-        with line_progress(console, "reading", None) as reading:
-            survey = source.survey(reading)
-        submission = Submission(
-            source,
-            survey,
-            context=context,
-            prompt=prompt_spec,
-            columns=columns_from_flags(column),
-            limit=limit,
-            seed=seed,
-        )
-        say_ignored_columns(console, submission)
+    with prepared_submission(
+        console,
+        file,
+        format,
+        context=context,
+        prompt=prompt_spec,
+        column=column,
+        limit=limit,
+        seed=seed,
+    ) as submission:
         run_id = submission.run.run_id
         named = settings.store_url is not None
         finished = finished_in(Store.open(settings), run_id) if named else nothing_finished

@@ -38,10 +38,15 @@ class Collector:
         self._store = store
         self._settings = settings
         self._stop = threading.Event()
+        self._finish = threading.Event()
 
     def stop(self) -> None:
         """End after the next commit. Safe to call from a signal handler."""
         self._stop.set()
+
+    def finish(self) -> None:
+        """End once the broker has nothing more for the moment."""
+        self._finish.set()
 
     def run(self, on_commit: Callable[[Incoming], None] = lambda _: None) -> None:
         """Collect until `stop`. `on_commit` hears of every transaction after it is committed.
@@ -56,10 +61,13 @@ class Collector:
             prefetch=_PREFETCH,
         ).open(self._settings.broker_connect_timeout_seconds) as consumer:
             while not self._stop.is_set():
-                self._collect_once(consumer, on_commit)
+                took = self._collect_once(consumer, on_commit)
+                if self._finish.is_set() and not took:
+                    break
             consumer.stop_taking(timeout_seconds=2.0)
 
-    def _collect_once(self, consumer: Consumer, on_commit: Callable[[Incoming], None]) -> None:
+    def _collect_once(self, consumer: Consumer, on_commit: Callable[[Incoming], None]) -> bool:
+        """One transaction of what has come. False when nothing had."""
         incoming = Incoming()
         taken: list[Delivery] = []
         claims = 0
@@ -84,6 +92,7 @@ class Collector:
         if taken and self._write(incoming):
             consumer.acknowledge(taken)
             on_commit(incoming)
+        return bool(taken)
 
     def _write(self, incoming: Incoming) -> bool:
         """Commit, however long it takes. False when told to stop before that was possible."""

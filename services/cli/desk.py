@@ -1,0 +1,201 @@
+"""All the parts of one run on one machine: started together, watched, and ended in order."""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from pydantic import SecretStr
+from rich.console import Console
+
+from services.broker import BrokerAddress, PrivateNode, Publisher
+from services.cli.finished import finished_in
+from services.cli.live_view import LiveView
+from services.cli.screen import print_report
+from services.cli.signals import on_stop_signal
+from services.cli.worker_processes import WorkerProcess, worker_processes
+from services.collector import Collector, Store, build_report, export_run, find_run, run_status
+from services.contracts import Settings
+from services.contracts.errors import BrokerError, StoreError
+from services.gpu_worker import find_device
+from services.producer import Progress, RejectedFile, Submission
+
+_LOOK_SECONDS = 0.25
+_COLLECT_SECONDS = 30.0
+
+
+class Desk:
+    """All the parts of one run on one machine, and their end."""
+
+    def __init__(
+        self,
+        submission: Submission,
+        settings: Settings,
+        database: Store,
+        directory: Path,
+        console: Console,
+        workers: int,
+    ) -> None:
+        self._submission = submission
+        self._run_id = submission.run.run_id
+        self._settings = settings
+        self._database = database
+        self._directory = directory
+        self._console = console
+        self._workers = workers
+        self._stopped_by: int | None = None
+        self._failure: BaseException | None = None
+        self._progress = Progress(0, 0, 0)
+        self._node: PrivateNode | None = None
+
+    def work(self) -> int | None:
+        """Go on until every claim has an outcome. The signal that ended it sooner, if one did.
+
+        Raises what stopped a part that the run cannot do without.
+        """
+        on_stop_signal(self._stop)
+        status = run_status(self._database, self._run_id)
+        if status is not None and status.complete:
+            self._console.print("Every claim has an outcome already.")
+            return None
+        with ExitStack() as parts:
+            settings, environment = self._broker(parts)
+            collector = Collector(self._database, settings)
+            collecting = self._thread("collector", collector.run)
+            # Undone from the last to the first: workers publish what they have finished, the
+            # collector takes it, and then the node may go.
+            parts.callback(collecting.join, _COLLECT_SECONDS)
+            parts.callback(collector.finish)
+            publishing = self._thread("producer", lambda: self._publish(settings))
+            slots = worker_processes(
+                self._workers,
+                self._submission.run.context,
+                find_device(),
+                settings,
+                self._directory / "logs",
+                environment,
+            )
+            parts.callback(self._drain, slots)
+            for slot in slots:
+                slot.start()
+            self._watch(slots, publishing)
+        if self._failure is not None:
+            raise self._failure
+        return self._stopped_by
+
+    def write_results(self) -> None:
+        """`verdicts.jsonl`, `report.json`, and the report on the screen."""
+        try:
+            known = find_run(self._database, self._run_id)
+        except StoreError:
+            return  # stopped before anything was known
+        report = build_report(self._database, known)
+        export_run(self._database, known, "jsonl", self._directory / "verdicts.jsonl")
+        try:
+            (self._directory / "report.json").write_text(
+                report.model_dump_json(indent=2) + "\n", encoding="utf-8"
+            )
+        except OSError as error:
+            raise StoreError(
+                f"{self._directory}/report.json cannot be written: {error.strerror}; make room"
+            ) from error
+        print_report(Console(), report)
+        self._console.print(f"Results are in {self._directory}/", highlight=False)
+
+    def _stop(self, signal_number: int) -> None:
+        self._stopped_by = signal_number
+
+    def _broker(self, parts: ExitStack) -> tuple[Settings, dict[str, str | None]]:
+        """The settings with a broker in them, and what workers need in their environment for it."""
+        if self._settings.broker_url is not None:
+            # Refused or not there: known before an engine is started.
+            address = BrokerAddress.from_settings(self._settings)
+            Publisher(address, "check", window=1).open(
+                self._settings.broker_connect_timeout_seconds
+            ).close()
+            self._console.print(
+                f"This run's collector takes the verdicts of every run at {address}, into "
+                f"{self._directory}; give such a broker to one `keepwarm run` at a time.",
+                highlight=False,
+            )
+            return self._settings, {"KEEPWARM_BROKER_URL": self._settings.broker_url}
+        directory = self._directory / ".broker"
+        shutil.rmtree(directory, ignore_errors=True)
+        parts.callback(shutil.rmtree, directory, ignore_errors=True)
+        with self._console.status("starting a private RabbitMQ node"):
+            log_file = self._directory.resolve() / "logs" / "rabbitmq.log"
+            self._node = parts.enter_context(PrivateNode(directory.resolve(), log_file))
+        # The node has a password of its own and no certificate, whatever the environment says.
+        settings = self._settings.model_copy(
+            update={
+                "broker_url": self._node.url,
+                "broker_password": SecretStr(self._node.password),
+                "broker_password_file": None,
+                "broker_ca_file": None,
+            }
+        )
+        return settings, {
+            "KEEPWARM_BROKER_URL": self._node.url,
+            "KEEPWARM_BROKER_PASSWORD": self._node.password,
+            "KEEPWARM_BROKER_PASSWORD_FILE": None,
+            "KEEPWARM_BROKER_CA_FILE": None,
+        }
+
+    def _thread(self, name: str, work: Callable[[], None]) -> threading.Thread:
+        def guarded() -> None:
+            try:
+                work()
+            except BaseException as error:
+                self._failure = self._failure or error
+
+        thread = threading.Thread(target=guarded, name=name, daemon=True)
+        thread.start()
+        return thread
+
+    def _publish(self, settings: Settings) -> None:
+        context_ids = [self._submission.run.context.context_id]
+        with (
+            Publisher(
+                BrokerAddress.from_settings(settings),
+                "producer",
+                window=settings.publish_window,
+                context_ids=context_ids,
+            ).open(settings.broker_connect_timeout_seconds) as publisher,
+            RejectedFile(self._directory / "rejected.jsonl") as rejections,
+        ):
+            self._submission.publish(
+                publisher,
+                rejections,
+                batch_size=settings.batch_size,
+                finished=finished_in(self._database, self._run_id),
+                on_progress=self._note_progress,
+            )
+
+    def _note_progress(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def _watch(self, slots: list[WorkerProcess], publishing: threading.Thread) -> None:
+        with LiveView(self._console, self._submission.lines) as view:
+            while self._failure is None and self._stopped_by is None:
+                status = run_status(self._database, self._run_id)
+                view.show(status, self._progress, [slot.state for slot in slots])
+                if status is not None and status.complete and not publishing.is_alive():
+                    return
+                if self._node is not None and not self._node.alive:
+                    raise BrokerError(
+                        f"the private RabbitMQ node ended; its log is {self._node.log_file}. The "
+                        "same command goes on where this one ended"
+                    )
+                for slot in slots:
+                    slot.look_after()
+                time.sleep(_LOOK_SECONDS)
+
+    def _drain(self, slots: list[WorkerProcess]) -> None:
+        if self._stopped_by is not None:
+            self._console.print("Stopping: workers publish what they have finished …")
+        for slot in slots:
+            slot.terminate()
+        for slot in slots:
+            slot.stop()
