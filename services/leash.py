@@ -42,13 +42,16 @@ class Leashed:
         output: IO[bytes] | int,
         directory: Path | None = None,
     ) -> None:
-        """Start it. Standard output and error go to `output`; `environment` is all that it gets."""
+        """Start it, in `directory` or else where its owner is.
+
+        Standard output and error go to `output`; `environment` is all that it gets.
+        """
         package_root = str(Path(__file__).resolve().parent.parent)
         self._grace_seconds = grace_seconds
         self._process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "services.leash", "--grace", str(grace_seconds)),
-                *(() if directory is None else ("--directory", str(directory))),
+                *("--directory", str(directory or Path.cwd())),
                 *("--", *command),
             ],
             stdin=subprocess.PIPE,
@@ -112,7 +115,7 @@ class Leashed:
 
 def _from_shell(code: int) -> int:
     """The leash reports a command's death by signal N as 128 + N, as shells do."""
-    return code if code <= 128 else 128 - code
+    return 128 - code if code - 128 in signal.valid_signals() else code
 
 
 def _descendants(process: psutil.Process) -> list[psutil.Process]:
@@ -134,6 +137,12 @@ def _kill_all(ancestor: psutil.Process) -> None:
         psutil.wait_procs(remaining, timeout=0.2)
 
 
+def _given_environment() -> dict[bytes, bytes]:
+    """Ours as the kernel got it: Python adds LC_CTYPE to its own where no locale is named."""
+    entries = Path("/proc/self/environ").read_bytes().split(b"\0")
+    return dict(entry.split(b"=", 1) for entry in entries if b"=" in entry)
+
+
 def _die_with_parent() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -151,6 +160,7 @@ def _hold(command: Sequence[str], directory: Path | None, grace_seconds: float) 
         command,
         stdin=subprocess.DEVNULL,
         cwd=directory,
+        env=_given_environment(),
         start_new_session=True,
         preexec_fn=_die_with_parent,
     )
@@ -169,6 +179,8 @@ def _hold(command: Sequence[str], directory: Path | None, grace_seconds: float) 
             os.killpg(child.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(grace_seconds)
+        child.kill()
+        child.wait()
     _kill_all(psutil.Process())
     code = child.wait()
     return code if code >= 0 else 128 - code

@@ -48,7 +48,7 @@ class BrokerAddress:
                 "use amqps:// or unset it"
             )
         return cls(
-            host=url.host or "localhost",
+            host=(url.host or "localhost").strip("[]"),
             port=url.port or (5671 if secure else 5672),
             virtual_host=unquote((url.path or "").removeprefix("/")) or "/",
             user=unquote(url.username or "guest"),

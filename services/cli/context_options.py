@@ -71,6 +71,8 @@ def context_from_flags(
             engine_arguments=tuple(engine_arguments or ()),
         )
     except ValidationError as error:
-        flag = first_fault(error).replace("_", "-")
-        raise UsageError(f"--{flag}; see `keepwarm worker --help`") from error
+        field = str(error.errors()[0]["loc"][0]).replace("_", "-")
+        flag = "engine-argument" if field == "engine-arguments" else field
+        what = first_fault(error).partition(": ")[2]
+        raise UsageError(f"--{flag}: {what}; see `keepwarm worker --help`") from error
     return pin_model(spec)

@@ -53,7 +53,12 @@ def _verb(name: str) -> Callable[..., None]:
 
 
 for _name in _VERBS:
-    app.command(_name)(_verb(_name))
+    _function = _verb(_name)
+    # What is not installed knows no flags, and takes any to say so.
+    _any = {"ignore_unknown_options": True, "allow_extra_args": True}
+    app.command(_name, context_settings=_any if _function.__name__ == "unavailable" else None)(
+        _function
+    )
 
 
 def main() -> None:

@@ -1,13 +1,17 @@
 """The flags of every verb that talks to the broker or the store."""
 
 from typing import Annotated
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import typer
 
 
 def _without_password(url: str | None) -> str | None:
-    if url and "://" in url and urlsplit(url).password:
+    try:
+        parts = urlsplit(url or "")
+    except ValueError as error:
+        raise typer.BadParameter(f"it is not a URL: {error}") from error
+    if parts.netloc and (parts.password or "password" in parse_qs(parts.query)):
         raise typer.BadParameter(
             "a password on a command line can be read by every user of this machine; set "
             "KEEPWARM_BROKER_PASSWORD or KEEPWARM_STORE_PASSWORD, or name a file in …_PASSWORD_FILE"

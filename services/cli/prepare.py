@@ -1,6 +1,6 @@
 """From flags to a submission: what `run` and `submit` do alike before anything is sent."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -18,7 +18,7 @@ def prepared_submission(
     file: str,
     format: Format | None,
     *,
-    context: ContextSpec,
+    context: Callable[[], ContextSpec],
     prompt: PromptSpec,
     column: list[str] | None,
     limit: int | None,
@@ -32,13 +32,15 @@ def prepared_submission(
     check_seed(limit, seed)
     columns = columns_from_flags(column)
     with Source.open(file, format) as source:
-        CompiledPrompt(prompt, ModelTokenizer.load(context))
+        # Asked only now: a name on the hub takes time, a missing file is known at once.
+        pinned = context()
+        CompiledPrompt(prompt, ModelTokenizer.load(pinned))
         with line_progress(console, "reading", None) as reading:
             survey = source.survey(reading)
         submission = Submission(
             source,
             survey,
-            context=context,
+            context=pinned,
             prompt=prompt,
             columns=columns,
             limit=limit,

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, TextIO
 
@@ -79,8 +80,8 @@ def run(
     settings = load_settings(broker_url=broker, store_url=store, batch_size=batch_size)
     console = Console(stderr=True)
     prompt_spec = prompt_from_flag(prompt)
-    context = context_from_flags(
-        settings, model, revision, dtype, max_model_tokens, engine_argument
+    context = partial(
+        context_from_flags, settings, model, revision, dtype, max_model_tokens, engine_argument
     )
     with ExitStack() as held:
         submission = held.enter_context(

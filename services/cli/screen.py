@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from services.collector import Report, RunStatus
 from services.producer import Submission
@@ -35,7 +37,7 @@ def say_ignored_columns(console: Console, submission: Submission) -> None:
     if submission.ignored_columns:
         listed = ", ".join(submission.ignored_columns)
         console.print(
-            f"Ignored columns: {listed}. Name a column's field with --column, like claim=text",
+            f"Ignored columns: {escape(listed)}. Name a field's column with --column claim=NAME",
             highlight=False,
         )
 
@@ -62,7 +64,7 @@ def status_table(runs: Sequence[RunStatus]) -> Table:
     for run in runs:
         table.add_row(
             run.run_id,
-            run.source or "not announced",
+            Text(run.source or "not announced"),
             "?" if run.total is None else f"{run.total:,}",
             f"{run.done:,}",
             f"{run.dead:,}",
@@ -80,10 +82,10 @@ def status_table(runs: Sequence[RunStatus]) -> Table:
 def print_report(console: Console, report: Report) -> None:
     """The report as a few small tables."""
     status = report.status
-    console.print(f"[bold]{status.run_id}[/bold]  {status.source}", highlight=False)
+    console.print(f"[bold]{status.run_id}[/bold]  {escape(status.source or '')}", highlight=False)
     facts = Table.grid(padding=(0, 2))
-    facts.add_row("model", status.model or "?")
-    facts.add_row("prompt", status.prompt or "?")
+    facts.add_row("model", Text(status.model or "?"))
+    facts.add_row("prompt", Text(status.prompt or "?"))
     facts.add_row("claims", _claims_line(report))
     facts.add_row("verdicts", ", ".join(f"{k} {v:,}" for k, v in report.verdicts.items()))
     if report.dead:
@@ -134,7 +136,7 @@ def _confusion_table(report: Report) -> Table:
     for name in next(iter(rows.values())):
         table.add_column(name, justify="right")
     for gold, counts in rows.items():
-        table.add_row(gold, *(f"{count:,}" for count in counts.values()))
+        table.add_row(Text(gold), *(f"{count:,}" for count in counts.values()))
     return table
 
 
@@ -146,8 +148,8 @@ def _workers_table(report: Report) -> Table:
         table.add_column(name, justify="right")
     for share in report.workers:
         table.add_row(
-            share.worker_id,
-            share.device,
+            Text(share.worker_id),
+            Text(share.device),
             f"{share.verdicts:,}",
             f"{share.duplicates:,}",
             f"{share.prompt_tokens:,}",

@@ -1,5 +1,6 @@
 """`keepwarm submit`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -74,8 +75,8 @@ def submit(
     configure_logs(settings)
     console = Console(stderr=True)
     prompt_spec = prompt_from_flag(prompt)
-    context = context_from_flags(
-        settings, model, revision, dtype, max_model_tokens, engine_argument
+    context = partial(
+        context_from_flags, settings, model, revision, dtype, max_model_tokens, engine_argument
     )
     with prepared_submission(
         console,
@@ -96,7 +97,7 @@ def submit(
                 BrokerAddress.from_settings(settings),
                 "producer",
                 window=settings.publish_window,
-                context_ids=[context.context_id],
+                context_ids=[submission.run.context.context_id],
             ).open(settings.broker_connect_timeout_seconds) as publisher,
             RejectedFile(rejected_path) as rejected_file,
             line_progress(console, "publishing", submission.lines) as publishing,
@@ -111,7 +112,7 @@ def submit(
     console.print(
         f"{totals.claims:,} claims of {totals.lines:,} lines are with the broker "
         f"({totals.repeated:,} repeated, {totals.rejected:,} rejected) for workers of "
-        f"{context.context_id}",
+        f"{submission.run.context.context_id}",
         highlight=False,
     )
     if totals.rejected:

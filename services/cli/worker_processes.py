@@ -19,6 +19,7 @@ from services.gpu_worker import Device, visible_gpus
 from services.leash import Leashed
 
 _SHOWN_LINES = 40
+_LAST_WORDS_SECONDS = 5.0
 _MOST_LOSSES_IN_A_ROW = 5
 _LONGEST_PAUSE_SECONDS = 30.0
 
@@ -60,6 +61,7 @@ class WorkerProcess:
         self._again_at = 0.0
         self._last_lines: deque[str] = deque(maxlen=_SHOWN_LINES)
         self._process: Leashed | None = None
+        self._reader: threading.Thread | None = None
 
     def start(self) -> None:
         self.state = "starting"
@@ -71,9 +73,10 @@ class WorkerProcess:
             grace_seconds=self._grace_seconds + 10,
             output=subprocess.PIPE,
         )
-        threading.Thread(
+        self._reader = threading.Thread(
             target=self._read, args=(self._process,), name=f"worker-{self.number}", daemon=True
-        ).start()
+        )
+        self._reader.start()
 
     def look_after(self) -> None:
         """Replace a worker that was lost, with growing pauses.
@@ -90,6 +93,8 @@ class WorkerProcess:
             if self._warm:
                 self._losses = 0
             return
+        if self._reader is not None:
+            self._reader.join(_LAST_WORDS_SECONDS)
         said = "\n".join(self._last_lines)
         if code == EngineError.exit_code:
             raise EngineError(said.removeprefix("keepwarm: ") or f"see {self._log_file}")

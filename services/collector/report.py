@@ -105,7 +105,7 @@ def build_report(store: Store, known: KnownRun) -> Report:
             if status.total is None
             else status.total + (status.rejected or 0) + (status.repeated or 0),
             verdicts=verdicts,
-            dead=dict(row._tuple() for row in dead),
+            dead=dict(dead),
             redelivered_batches=redelivered,
             quality=_quality([pair for pair in pairs if pair.gold is not None], labels),
             speed=_speed(connection, key),

@@ -110,7 +110,7 @@ class Store:
                 connection.execute(insert(schema_info).values(version=SCHEMA_VERSION))
             elif version != SCHEMA_VERSION:
                 raise StoreError(
-                    f"the store {url!r} has schema version {version}; this Keepwarm knows "
+                    f"the store {_shown(url)} has schema version {version}; this Keepwarm knows "
                     f"{SCHEMA_VERSION}. Use another store, or the Keepwarm that made this one"
                 )
         return store
@@ -126,8 +126,8 @@ class Store:
         except SQLAlchemyError as error:
             cause = getattr(error, "orig", None) or error
             raise StoreError(
-                f"the store {self._engine.url!r} failed: {str(cause).strip()}. Check that it is "
-                "there, that this user may write to it, and that its disk is not full"
+                f"the store {_shown(self._engine.url)} failed: {str(cause).strip()}. Check that it "
+                "is there, that this user may write to it, and that its disk is not full"
             ) from error
 
     def write(self, incoming: Incoming) -> None:
@@ -246,10 +246,10 @@ def _dead_row(key: int, dead: DeadClaim) -> dict[str, Any]:
 def _checked_url(settings: Settings) -> URL:
     text = settings.store
     if "://" not in text:
-        text = f"sqlite:///{text}"
+        return URL.create("sqlite", database=text)
     try:
         url = make_url(text)
-    except ArgumentError as error:
+    except (ArgumentError, ValueError) as error:
         raise UsageError(
             "the store's URL is unusable; write a file's path, sqlite:///FILE, or "
             "postgresql://user@host/database"
@@ -263,6 +263,11 @@ def _checked_url(settings: Settings) -> URL:
         )
     password = settings.secret("store") or url.password
     return url.set(drivername="postgresql+psycopg", password=password)
+
+
+def _shown(url: URL) -> str:
+    """Without a password, wherever in the URL it stands."""
+    return url.set(query={}).render_as_string(hide_password=True)
 
 
 def _prepare_sqlite_file(url: URL, *, create: bool) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import StringConstraints
+from pydantic import Field, StringConstraints
 
 MAX_CLAIM_CHARS = 8_192
 MAX_EVIDENCE_CHARS = 65_536
@@ -21,6 +21,10 @@ MAX_BATCH_CLAIMS = 1_024
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 MAX_BATCH_BYTES = MAX_MESSAGE_BYTES // 2
 MAX_LINE_BYTES = 1024 * 1024
+
+# What a store's columns hold.
+Int31 = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Int63 = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
 # PostgreSQL cannot store NUL in text, so no text may hold one.
 _NO_NUL = r"^[^\x00]*$"

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from services.contracts.bounds import MAX_BATCH_CLAIMS, ClaimText, EvidenceText, Identity
+from services.contracts.bounds import MAX_BATCH_CLAIMS, ClaimText, EvidenceText, Identity, Int63
 from services.contracts.prompts import LabelName
 from services.contracts.runs import Run
 from services.contracts.values import Value
@@ -15,7 +15,7 @@ class Claim(Value):
     """A statement to verify. `position` is its place in the input, from 0: results keep it."""
 
     claim_id: Identity
-    position: Annotated[int, Field(ge=0)]
+    position: Int63
     text: ClaimText
     evidence: EvidenceText | None = None
     gold: LabelName | None = None

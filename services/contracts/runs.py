@@ -5,13 +5,11 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from services.contracts.bounds import Identity, Name
+from services.contracts.bounds import Identity, Int63, Name
 from services.contracts.contexts import ContextSpec
 from services.contracts.prompts import PromptSpec
 from services.contracts.values import Value, content_id
 from services.contracts.wire import Message
-
-Count = Annotated[int, Field(ge=0)]
 
 
 class Run(Value):
@@ -50,10 +48,10 @@ class Totals(Value):
     A repeated line has the id and the content of an earlier one; it is counted once, as a claim.
     """
 
-    lines: Count
-    claims: Count
-    repeated: Count
-    rejected: Count
+    lines: Int63
+    claims: Int63
+    repeated: Int63
+    rejected: Int63
 
     @model_validator(mode="after")
     def _adds_up(self) -> Self:

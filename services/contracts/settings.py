@@ -39,6 +39,13 @@ def _private_tmp() -> Path:
     return Path(tempfile.gettempdir()) / f"keepwarm-{os.geteuid()}"
 
 
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: there is no such user") from error
+
+
 def _state_directory() -> Path:
     base = os.environ.get("XDG_STATE_HOME")
     return (Path(base) if base else Path.home() / ".local" / "state") / "keepwarm"
@@ -49,7 +56,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="KEEPWARM_", frozen=True, extra="ignore")
 
-    broker_url: str | None = None
+    broker_url: Annotated[str | None, Field(repr=False)] = None
     """`amqp[s]://user@host[:port]/vhost`. No default: `keepwarm run` starts a private node."""
     broker_password: SecretStr | None = None
     broker_password_file: Path | None = None
@@ -61,7 +68,7 @@ class Settings(BaseSettings):
     publish_window: Annotated[int, Field(ge=1, le=10_000)] = 128
     """Messages that may await the broker's confirmation before a publisher has to wait."""
 
-    store_url: str | None = None
+    store_url: Annotated[str | None, Field(repr=False)] = None
     """An SQLAlchemy URL or an SQLite file; `~/.local/state/keepwarm/keepwarm.sqlite` otherwise."""
     store_password: SecretStr | None = None
     store_password_file: Path | None = None
@@ -96,12 +103,12 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         # Processes that inherit the environment start in other directories.
-        return None if path is None else path.expanduser().absolute()
+        return None if path is None else _expanded(path).absolute()
 
     @field_validator("engine_python")
     @classmethod
     def _absolute_command(cls, path: Path) -> Path:
-        found = shutil.which(path.expanduser())
+        found = shutil.which(_expanded(path))
         if found is None:
             raise ValueError(f"{path} is not a program that this user may run")
         return Path(found).absolute()

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -10,6 +12,13 @@ class Value(BaseModel):
     """A frozen value. Unknown fields are refused: a newer message is not half understood."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A changed copy, checked like any other value, and with an identity of its own: pydantic
+        would copy what was cached for the old one.
+        """
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self)(**{**fields, **(update or {})})
 
 
 def content_id(prefix: str, value: object, *, hex_digits: int = 16) -> str:

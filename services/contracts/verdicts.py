@@ -1,9 +1,9 @@
 """Verdicts, and claims given up on, on their way to the store."""
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from services.contracts.bounds import (
     MAX_BATCH_CLAIMS,
@@ -11,6 +11,8 @@ from services.contracts.bounds import (
     ClaimText,
     Detail,
     Identity,
+    Int31,
+    Int63,
     Name,
     RawText,
 )
@@ -20,6 +22,7 @@ from services.contracts.values import Value
 from services.contracts.wire import Message
 
 Probability = Annotated[float, Field(ge=0, le=1)]
+Attempt = Annotated[Int31, Field(ge=1)]
 
 
 class Verdict(Value):
@@ -32,14 +35,14 @@ class Verdict(Value):
     """
 
     claim_id: Identity
-    position: Annotated[int, Field(ge=0)]
+    position: Int63
     text: ClaimText
     gold: LabelName | None = None
     label: LabelName
     probabilities: Annotated[tuple[Probability, ...], Field(max_length=MAX_LABELS)]
     mass: Probability
     raw_text: RawText
-    prompt_tokens: Annotated[int, Field(ge=0)]
+    prompt_tokens: Int31
 
 
 class VerdictBatch(Message):
@@ -51,8 +54,15 @@ class VerdictBatch(Message):
     verdicts: Annotated[tuple[Verdict, ...], Field(min_length=1, max_length=MAX_BATCH_CLAIMS)]
     worker_id: Name
     device: Name
-    attempt: Annotated[int, Field(ge=1)]
+    attempt: Attempt
     engine_seconds: Annotated[float, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _scores_fit_the_labels(self) -> Self:
+        sizes = {len(verdict.probabilities) for verdict in self.verdicts}
+        if not sizes <= {0, len(self.labels)}:
+            raise ValueError("a verdict's probabilities must be one for each label, or none at all")
+        return self
 
 
 class DeadReason(StrEnum):
@@ -71,4 +81,4 @@ class DeadClaim(Message):
     reason: DeadReason
     detail: Detail
     worker_id: Name
-    attempt: Annotated[int, Field(ge=1)]
+    attempt: Attempt

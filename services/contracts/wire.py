@@ -8,6 +8,8 @@ from services.contracts.bounds import MAX_MESSAGE_BYTES
 from services.contracts.errors import MessageInvalid
 from services.contracts.values import Value
 
+_SHOWN_CHARS = 120
+
 CONTENT_TYPE = "application/json"
 
 
@@ -47,5 +49,5 @@ def decode(kind: type[M], body: bytes) -> M:
 def first_fault(error: ValidationError) -> str:
     """One line for the first of a model's faults: where, and what; never the value itself."""
     fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    where = ".".join(str(part) for part in fault["loc"])
+    where = ".".join(str(part) for part in fault["loc"])[:_SHOWN_CHARS]
     return f"{where}: {fault['msg']}" if where else str(fault["msg"])

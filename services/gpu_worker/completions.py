@@ -127,8 +127,10 @@ def _answers(body: bytes, prompts: int, tokens: Sequence[int]) -> list[Answer]:
     except ValidationError as error:
         raise EngineRequestError(f"not a completion: {first_fault(error)}") from error
     by_index = {choice.index: choice for choice in completion.choices}
-    if by_index.keys() != set(range(prompts)):
-        raise EngineRequestError(f"{len(by_index)} choices came for {prompts} prompts")
+    if len(completion.choices) != prompts or by_index.keys() != set(range(prompts)):
+        raise EngineRequestError(
+            f"{len(completion.choices)} choices came for {prompts} prompts, or not one for each"
+        )
     keys = [f"{_TOKEN}{token}" for token in tokens]
     answers = []
     for index in range(prompts):

@@ -3,6 +3,7 @@
 import os
 import platform
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal
 
 import psutil
@@ -39,7 +40,8 @@ def visible_gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: indexes or UUIDs."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
-        return [name.strip() for name in named.split(",") if name.strip()]
+        # As CUDA reads it: what follows the first name of nothing (-1, NoDevFiles) is hidden too.
+        return list(takewhile(_names_a_gpu, (name.strip() for name in named.split(","))))
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
@@ -48,6 +50,10 @@ def visible_gpus() -> list[str]:
         return [str(index) for index in range(pynvml.nvmlDeviceGetCount())]
     finally:
         pynvml.nvmlShutdown()
+
+
+def _names_a_gpu(name: str) -> bool:
+    return name.isdecimal() or name.startswith(("GPU-", "MIG-"))
 
 
 def _gpu(visible: str, cores: tuple[int, ...]) -> Device:

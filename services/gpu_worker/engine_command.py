@@ -61,7 +61,9 @@ def engine_environment(spec: ContextSpec, device: Device) -> dict[str, str]:
     What the operator has set (`VLLM_…`) wins.
     """
     environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("KEEPWARM_")
+        name: value
+        for name, value in os.environ.items()
+        if not name.upper().startswith("KEEPWARM_")
     }
     chosen = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
     if is_local(spec.model):

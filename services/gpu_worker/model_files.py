@@ -34,7 +34,10 @@ def pin_model(spec: ContextSpec) -> ContextSpec:
     """
     if not is_local(spec.model):
         return spec.model_copy(update={"revision": _hub_commit(spec.model, spec.revision)})
-    directory = Path(spec.model).expanduser().resolve()
+    try:
+        directory = Path(spec.model).expanduser().resolve()
+    except RuntimeError as error:
+        raise ModelError(f"there is no model at {spec.model}: {error}") from error
     if not (directory / "config.json").is_file():
         raise ModelError(
             f"there is no model at {directory}: it must be a directory with config.json, the "

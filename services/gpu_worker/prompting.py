@@ -47,11 +47,13 @@ class CompiledPrompt:
 
     def _cuts_cleanly(self, constant: str, template: str) -> bool:
         """Whether encoding in two pieces is encoding the whole; some tokenizers prepend a space."""
-        variable = self._fill(template, "A claim.", "Evidence.")
-        together, first, second = self._tokenizer.encode_plain(
-            [constant + variable, constant, variable]
-        )
-        return together == first + second
+        (first,) = self._tokenizer.encode_plain([constant])
+        for start in ("", " ", "\n", "\n\n\n"):  # a claim may begin with any of these
+            variable = self._fill(template, f"{start}A claim.", f"{start}Evidence.")
+            together, second = self._tokenizer.encode_plain([constant + variable, variable])
+            if together != first + second:
+                return False
+        return True
 
     def _first_tokens(self, after: str) -> tuple[int, ...]:
         if after:

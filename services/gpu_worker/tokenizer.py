@@ -1,6 +1,7 @@
 """Text to token ids, such that a claim's text can never act as a special token."""
 
 import json
+import re
 from typing import Any
 
 from jinja2 import TemplateError
@@ -30,6 +31,21 @@ class ModelTokenizer:
         for tokenizer in (self._trusted, self._plain):
             tokenizer.no_padding()
             tokenizer.no_truncation()
+        mark_up = {
+            number: added.content
+            for number, added in self._plain.get_added_tokens_decoder().items()
+            if added.special
+        }
+        self._special_ids = frozenset(mark_up)
+        # Matches the empty place after the first character of any mark-up.
+        self._inside_mark_up = re.compile(
+            "|".join(
+                f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})"
+                for text in mark_up.values()
+                if len(text) > 1
+            )
+            or r"(?!)"
+        )
         self._configuration = configuration
         self._chat_template = chat_template
 
@@ -64,7 +80,23 @@ class ModelTokenizer:
     def encode_plain(self, texts: list[str]) -> list[list[int]]:
         """Anyone's text: nothing in it acts as a special token. Uses all cores for many texts."""
         encodings = self._plain.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return [
+            ids if self._special_ids.isdisjoint(ids := encoding.ids) else self._encode_apart(text)
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
+
+    def _encode_apart(self, text: str) -> list[int]:
+        """For vocabularies that know mark-up as an ordinary piece (`</s>` in a unigram model): its
+        first character is encoded apart from the rest, and what is still special is left out.
+        """
+        pieces = [piece for piece in self._inside_mark_up.split(text) if piece]
+        encodings = self._plain.encode_batch_fast(pieces, add_special_tokens=False)
+        return [
+            token
+            for encoding in encodings
+            for token in encoding.ids
+            if token not in self._special_ids
+        ]
 
     def token_text(self, token_id: int) -> str:
         return str(self._trusted.decode([token_id], skip_special_tokens=False))
@@ -90,7 +122,7 @@ class ModelTokenizer:
                 bos_token=self._special("bos_token"),
                 eos_token=self._special("eos_token"),
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program, and may fail like one
             raise ModelError(
                 f"the model's chat template cannot be rendered ({error}); set `chat: false` in the "
                 "prompt file"

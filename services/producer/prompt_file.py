@@ -22,7 +22,7 @@ def read_prompt(path: Path) -> PromptSpec:
         raise InputError(f"the prompt file {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"the prompt file {path} is not UTF-8; save it as UTF-8") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"the prompt file {path} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"the prompt file {path} must be a mapping, as in samples/prompt.yaml")

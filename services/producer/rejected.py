@@ -25,8 +25,13 @@ class RejectedFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        if self._file is not None:
+        if self._file is None:
+            return
+        try:
             self._file.close()
+        except OSError as unwritten:
+            if error is None:
+                raise self._unwritable(unwritten) from unwritten
 
     def write(self, rejection: Rejection) -> None:
         """Raises StoreError when it cannot be written: no line is rejected silently."""

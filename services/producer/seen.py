@@ -48,7 +48,8 @@ class SeenIds:
 
     @staticmethod
     def _look(execute: Callable[..., sqlite3.Cursor], claim: Claim) -> Sighting:
-        row = (_digest(claim.claim_id), _digest(f"{claim.text}\0{claim.evidence}\0{claim.gold}"))
+        content = f"{claim.text}\0{claim.evidence or ''}\0{claim.gold or ''}"
+        row = (_digest(claim.claim_id), _digest(content))
         if execute("INSERT INTO seen VALUES (?, ?) ON CONFLICT DO NOTHING", row).rowcount:
             return Sighting.NEW
         (content,) = execute("SELECT content FROM seen WHERE id = ?", row[:1]).fetchone()

@@ -106,12 +106,10 @@ class Source:
 
     def lines(self) -> Iterator[Line]:
         """Every record, in order. Blank lines are not records."""
-        self._file.seek(0)
         return self._csv_lines() if self.format == "csv" else self._json_lines()
 
     def columns(self) -> list[str]:
         """The header of a CSV file."""
-        self._file.seek(0)
         return next(_rows(self._file), (0, [], None))[1]
 
     def _json_lines(self) -> Iterator[Line]:
@@ -146,11 +144,12 @@ def _spooled(stream: IO[bytes], name: str) -> IO[bytes]:
 
 def _bounded_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes, str | None]]:
     """Lines with their numbers; a line over the bound is skipped without being held in memory."""
+    file.seek(0)
+    if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:  # spreadsheets and Windows write one
+        file.seek(0)
     number = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)  # as spreadsheets and Windows write it
         if len(line) <= MAX_LINE_BYTES or line.endswith(b"\n"):
             yield number, line, None
             continue
@@ -168,11 +167,13 @@ def _rows(file: IO[bytes]) -> Iterator[tuple[int, list[str], str | None]]:
         for number, content, fault in _bounded_lines(file):
             if fault is not None:
                 bad_lines.append(f"line {number}: {fault}")
+                # Cut anywhere, it must not open a quote that swallows the lines after it.
+                content = content.translate(None, b'"\r\n') + b"\n"
             # What is not UTF-8 becomes lone surrogates; the parser of claims refuses them.
             yield content.decode("utf-8", errors="surrogateescape")
 
     csv.field_size_limit(MAX_LINE_BYTES)
-    reader = csv.reader(texts())
+    reader = csv.reader(texts(), strict=True)
     while True:
         try:
             row = next(reader)

@@ -168,15 +168,19 @@ def test_another_runs_claims_are_not_exported(
 
 
 def test_more_rows_than_are_held_at_once_are_exported_whole(
-    store: Store, make: SimpleNamespace, run: Run, tmp_path: Path
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for start in range(0, 12_000, 1_000):
-        verdicts = [make.verdict(n) for n in range(start, start + 1_000)]
-        store.write(make.incoming(make.batch(*verdicts, batch_id=f"b{start}")))
-    store.write(make.incoming(make.announced(claims=12_000)))
-    assert export(store, run, "parquet", tmp_path / "out.parquet") == 12_000
-    positions = pq.read_table(tmp_path / "out.parquet", columns=["position"])["position"]
-    assert positions.to_pylist() == list(range(12_000))
+    monkeypatch.setattr("services.collector.export._CHUNK_ROWS", 100)
+    for count in (200, 250):
+        verdicts = [make.verdict(n) for n in range(count)]
+        store.write(make.incoming(make.announced(claims=count), make.batch(*verdicts)))
+        assert export(store, run, "parquet", tmp_path / "out.parquet") == count
+        positions = pq.read_table(tmp_path / "out.parquet", columns=["position"])["position"]
+        assert positions.to_pylist() == list(range(count))
 
 
 # Whole or not at all.
@@ -199,13 +203,10 @@ def test_an_export_takes_the_place_of_the_old_file(
 def test_when_rows_fail_half_way_the_old_file_stays(
     format: str, store: Store, make: SimpleNamespace, run: Run, tmp_path: Path
 ) -> None:
-    # Rows come 10,000 at a time: by the broken one some are written.
-    for start in range(0, 11_000, 1_000):
-        verdicts = [make.verdict(n) for n in range(start, start + 1_000)]
-        store.write(make.incoming(make.batch(*verdicts, batch_id=f"b{start}")))
-    store.write(make.incoming(make.announced(claims=11_000)))
+    verdicts = [make.verdict(n) for n in range(300)]
+    store.write(make.incoming(make.announced(claims=300), make.batch(*verdicts)))
     with closing(sqlite3.connect(tmp_path / "store.sqlite")) as database, database:
-        database.execute("UPDATE outcomes SET probabilities = '{broken' WHERE position = 10500")
+        database.execute("UPDATE outcomes SET probabilities = '{broken' WHERE position = 250")
     path = tmp_path / "out"
     path.write_text("old")
     with pytest.raises(ValueError, match="Expecting property name"):

@@ -27,7 +27,7 @@ TEXTS = [
     f"{PromptSpec().instructions}\n\nEvidence: none\nClaim: The quick brown fox.\nAnswer: {word}"
     for word in ("True", "False", "Unknown", "True", "False", "Unknown")
 ] + [
-    "one\n\n\ntwo\n\n\n\nthree  four   five\n\n\n\n\nsix. Seven.\n\n\nEight.\n\n\n\nNine.\n\nTen.\n",
+    "one\n\n\ntwo\n\n\n\nthree  four\n\n\n\n\nsix. Seven.\n\n\nEight.\n\n\n\nNine.\n\nTen.\n",
     "True\nFalse\nUnknown\n",
 ] * 5
 
