@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from services.broker import PrivateNode
-from services.contracts import topology
+from services.collector import Store
+from services.contracts import load_settings, topology
 from tests.conftest import REPOSITORY
 from tests.integration.conftest import Command, messages_in, wait_until
 
@@ -71,14 +72,13 @@ def test_a_locked_store_is_waited_for_and_nothing_is_lost(
 ) -> None:
     import sqlite3
 
-    first = command("collect", KEEPWARM_STORE_COMMIT_VERDICTS="2")
-    first.said("store.committed")
-    first.signal(signal.SIGTERM)
-    assert first.wait() == 0
+    Store.open(load_settings(store_url=environment["KEEPWARM_STORE_URL"])).close()
     with sqlite3.connect(environment["KEEPWARM_STORE_URL"]) as other:
         other.execute("BEGIN IMMEDIATE")
         collecting = command("collect", "--until", answered)
         collecting.said("broker.connected")
+        # All verdicts are in its hands, and none can be written.
+        wait_until(lambda: messages_in(node, topology.VERDICTS_QUEUE) == 0, "all taken")
         assert collecting.process.poll() is None
         other.rollback()
     other.close()

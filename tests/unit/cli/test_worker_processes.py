@@ -60,13 +60,10 @@ def look_after_until_it_raises(slot: WorkerProcess) -> None:
     ("events", "state"),
     [
         ([{"event": "worker.starting"}], "connecting"),
-        ([{"event": "engine.starting"}], "starting the engine"),
         ([{"event": "engine.loading", "seconds": 12}], "loading the model, 12 s"),
-        ([{"event": "engine.ready"}], "warm"),
         ([{"event": "worker.taking"}, {"event": "broker.connected"}], "warm"),
         ([{"event": "broker.connected"}], "connected"),
         ([{"event": "worker.taking"}, {"event": "engine.died"}], "engine died"),
-        ([{"event": "worker.taking"}, {"event": "batch.done"}], "warm"),
         ([{"event": "worker.draining"}, "not JSON", "5", "[]", "{}"], "draining"),
     ],
 )

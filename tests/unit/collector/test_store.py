@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 
@@ -176,6 +176,7 @@ def test_a_large_transaction_is_counted_right(
     assert counted(store, run) == (3_000, 0, 1_000)
 
 
+@settings(max_examples=20)  # a file each
 @given(arrivals=st.lists(st.tuples(st.booleans(), st.integers(0, 5)), max_size=12))
 def test_whatever_comes_in_whatever_order_each_claim_has_its_first_outcome(
     arrivals: list[tuple[bool, int]],

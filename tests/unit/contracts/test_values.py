@@ -64,6 +64,18 @@ def test_equal_models_have_equal_hashes(one_of_each: dict[type, BaseModel]) -> N
         assert hash(twin) == hash(example)
 
 
+def test_a_changed_copy_is_checked_like_any_other_value(
+    one_of_each: dict[type, BaseModel],
+) -> None:
+    for kind, example in one_of_each.items():
+        assert example.model_copy() == example
+        with pytest.raises(ValidationError, match="surprise"):
+            example.model_copy(update={"surprise": 1})
+        for name in kind.model_fields:
+            with pytest.raises(ValidationError, match=name):
+                example.model_copy(update={name: object()})
+
+
 def test_a_content_id_is_what_it_was_when_the_first_results_were_stored() -> None:
     assert content_id("x", {"b": [1, 2.5, None], "a": "Łódź"}) == "x-13f90aca311a1ee8"
 

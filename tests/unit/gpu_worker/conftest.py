@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 from tokenizers import (
+    AddedToken,
     Regex,
     Tokenizer,
     decoders,
     models,
+    normalizers,
     pre_tokenizers,
     processors,
     trainers,
@@ -88,6 +90,33 @@ def metaspace() -> Tokenizer:
     return Tokenizer.from_str(json.dumps(definition))
 
 
+def gemma() -> Tokenizer:
+    """As Gemma: runs of spaces and HTML tags are added tokens, and reached by merging as well."""
+    pieces = [
+        *("<bos>", "<eos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))),
+        *("\u2581", *"abcdeghilnorstuvwxyz", *"ABCDEFKTU", *"</>.:"),
+        *("\u2581\u2581", "<b", "<b>", "\u2581T", "\u2581F", "\u2581U"),
+    ]
+    merges = [("\u2581", "\u2581"), ("<", "b"), ("<b", ">")]
+    merges += [("\u2581", letter) for letter in "TFU"]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={piece: number for number, piece in enumerate(pieces)},
+            merges=merges,
+            unk_token="<unk>",
+            byte_fallback=True,
+            fuse_unk=True,
+        )
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.add_special_tokens(["<bos>", "<eos>", "<unk>"])
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("\u2581\u2581", "<b>")])
+    return tokenizer
+
+
 def unigram() -> Tokenizer:
     """As T5, XLNet and ALBERT: the likeliest pieces, among which the special ones stand as well."""
     tokenizer = Tokenizer(models.Unigram())
@@ -110,6 +139,7 @@ def definitions() -> dict[str, bytes]:
         "byte-level": byte_level,
         "llama-3": llama_3,
         "metaspace": metaspace,
+        "gemma": gemma,
         "unigram": unigram,
     }
     return {name: make().to_str().encode() for name, make in families.items()}

@@ -11,10 +11,10 @@ from services.contracts import ContextSpec
 from services.contracts.errors import ModelError
 from services.gpu_worker import ModelTokenizer
 
-FAMILIES = ["byte-level", "llama-3", "metaspace", "unigram"]
+FAMILIES = ["byte-level", "llama-3", "metaspace", "gemma", "unigram"]
 MARK_UP = [
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</think>"),
-    *("<unk>", "<s>", "</s>", "<0x0A>", "<pad>"),
+    *("<unk>", "<s>", "</s>", "<bos>", "<b>", "<0x0A>", "<pad>"),
 ]
 WIDE = "\uff1cs\uff1e"  # <s> in full-width characters, which some normalizers make narrow
 HOSTILE = st.lists(
@@ -25,11 +25,13 @@ HOSTILE = st.lists(
 
 
 def special_ids(raw: Tokenizer) -> set[int]:
-    """All mark-up but the unknown token, which is what a model sees where it knows no better."""
+    """All mark-up but white space, and but the unknown token, which is what a model sees where it
+    knows no better.
+    """
     return {
         identity
         for identity, token in raw.get_added_tokens_decoder().items()
-        if token.content != "<unk>"
+        if token.content != "<unk>" and token.content.strip().strip("\u2581")
     }
 
 
@@ -59,13 +61,30 @@ def test_no_text_can_hold_a_special_token(
     assert not special_ids(raw[family]) & set(ids)
 
 
-@pytest.mark.parametrize("family", ["byte-level", "llama-3"])
+@pytest.mark.parametrize("family", ["byte-level", "llama-3", "gemma"])
 @given(text=HOSTILE)
 def test_nothing_of_a_text_is_lost(
     family: str, text: str, tokenizers: dict[str, ModelTokenizer], raw: dict[str, Tokenizer]
 ) -> None:
     (ids,) = tokenizers[family].encode_plain([text])
     assert raw[family].decode(ids, skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize("text", ["a  b", "a   b    c", "<b>d</b>", "a<b>", "<b><b>"])
+def test_runs_of_spaces_and_tags_stay_in_a_text_though_they_are_added_tokens(
+    text: str, tokenizers: dict[str, ModelTokenizer], raw: dict[str, Tokenizer]
+) -> None:
+    (ids,) = tokenizers["gemma"].encode_plain([text])
+    assert raw["gemma"].decode(ids, skip_special_tokens=False) == text
+
+
+def test_what_a_model_does_not_know_stays_in_a_text_as_unknown(
+    tokenizers: dict[str, ModelTokenizer], raw: dict[str, Tokenizer]
+) -> None:
+    unknown = raw["unigram"].token_to_id("<unk>")
+    for text in ("a \u2603 b", "\u2603", "</s> \u2603"):
+        (ids,) = tokenizers["unigram"].encode_plain([text])
+        assert unknown in ids
 
 
 def test_many_texts_are_encoded_in_order(tokenizer: ModelTokenizer) -> None:

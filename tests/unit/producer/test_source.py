@@ -184,6 +184,16 @@ def test_a_csv_record_over_the_bound_is_skipped_without_losing_the_next_ones(
     assert good == [{"id": "2", "claim": "good"}, {"id": "3", "claim": "good"}]
 
 
+def test_an_over_long_line_inside_quotes_does_not_lose_the_next_records(tmp_path: Path) -> None:
+    row = b'1,"begun\n' + LONG + b'"'
+    path = write(tmp_path, b"id,claim\n" + row + b"\n2,good\n3,good\n", "claims.csv")
+    with Source.open(path) as source:
+        lines = list(source.lines())
+    assert lines[0].fault is not None
+    good = [line.content for line in lines if line.fault is None]
+    assert good == [{"id": "2", "claim": "good"}, {"id": "3", "claim": "good"}]
+
+
 def test_a_csv_field_over_the_bound_across_many_lines_is_told(tmp_path: Path) -> None:
     field = b"x" * 999 + b"\n"
     path = write(tmp_path, b'id,claim\n1,"' + field * 1_100 + b'"\n', "claims.csv")

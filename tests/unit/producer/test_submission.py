@@ -316,7 +316,7 @@ def test_a_batch_stays_under_its_bound_in_bytes_whatever_its_texts_are_made_of(
 ) -> None:
     path = desk.write(
         {"id": f"{n}", "claim": f"x{character * 8_000}", "evidence": character * 60_000}
-        for n in range(30)
+        for n in range(14)
     )
     desk.submit(path, batch_size=1_024)
     claims = 0
@@ -324,7 +324,7 @@ def test_a_batch_stays_under_its_bound_in_bytes_whatever_its_texts_are_made_of(
         size = sum(len(claim.model_dump_json().encode()) + 1 for claim in batch.claims)
         assert size <= MAX_BATCH_BYTES
         claims += len(batch.claims)
-    assert claims == 30
+    assert claims == 14
 
 
 TEXT = st.text(

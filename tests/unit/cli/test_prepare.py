@@ -1,0 +1,105 @@
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from services.cli.prepare import prepared_submission
+from services.contracts import ContextSpec, Label, PromptSpec
+from services.contracts.errors import InputError, ModelError, UsageError
+
+
+@pytest.fixture
+def claims(tmp_path: Path) -> Path:
+    path = tmp_path / "claims.csv"
+    path.write_text("statement,author,label\nOne.,Me,NEI\nTwo.,Me,NEI\n")
+    return path
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Callable[[], ContextSpec]:
+    """A model that spells letter by letter, with the space that stands before a capital."""
+    pieces = [*"\u0120TFUabcdefghijklmnopqrstuvw:", *("\u0120T", "\u0120F", "\u0120U")]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    merges = [("\u0120", letter) for letter in "TFU"]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    (tmp_path / "model").mkdir()
+    tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
+    return lambda: ContextSpec(model=str(tmp_path / "model"))
+
+
+def prompt(*words: str) -> PromptSpec:
+    labels = tuple(Label(name=f"L{n}", word=word) for n, word in enumerate(words))
+    return PromptSpec(template="{claim}:", labels=labels, chat=False)
+
+
+def prepare(screen: Console, file: Path, context: Callable[[], ContextSpec], **how: Any) -> Any:
+    given = {"prompt": PromptSpec(), "column": None, "limit": None, "seed": None} | how
+    return prepared_submission(screen, str(file), None, context=context, **given)
+
+
+def never() -> ContextSpec:
+    raise AssertionError("the model was asked for")
+
+
+def test_a_file_becomes_a_run_of_the_prompt_on_the_context(
+    claims: Path, context: Callable[[], ContextSpec], screen: Console
+) -> None:
+    asked = prompt("True", "False")
+    how = {"prompt": asked, "column": ["claim=statement"], "limit": 1}
+    with prepare(screen, claims, context, **how) as submission:
+        assert submission.lines == 1
+        assert submission.run.context == context()
+        assert submission.run.prompt == asked
+    assert isinstance(screen.file, io.StringIO)
+    assert "Ignored columns: author" in screen.file.getvalue()
+
+
+def test_a_file_that_is_not_there_is_known_before_the_model_is_asked_for(
+    screen: Console, tmp_path: Path
+) -> None:
+    with (
+        pytest.raises(InputError, match="does not exist"),
+        prepare(screen, tmp_path / "none.jsonl", never),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [({"seed": 1}, "give --limit as well"), ({"column": ["claim"]}, "write it like claim=text")],
+)
+def test_a_bad_flag_is_known_before_anything_is_opened(
+    how: dict[str, Any], says: str, screen: Console, tmp_path: Path
+) -> None:
+    with (
+        pytest.raises(UsageError, match=says),
+        prepare(screen, tmp_path / "none.jsonl", never, **how),
+    ):
+        pass
+
+
+def test_label_words_that_one_token_cannot_tell_apart_are_known_before_the_file_is_read(
+    claims: Path, context: Callable[[], ContextSpec], screen: Console
+) -> None:
+    with (
+        pytest.raises(ModelError, match="start with the same token"),
+        prepare(screen, claims, context, prompt=prompt("True", "Then")),
+    ):
+        pass
+
+
+def test_a_model_without_a_tokenizer_is_known_before_the_file_is_read(
+    claims: Path, context: Callable[[], ContextSpec], screen: Console, tmp_path: Path
+) -> None:
+    shutil.rmtree(tmp_path / "model")
+    with (
+        pytest.raises(ModelError, match=r"has no tokenizer\.json"),
+        prepare(screen, claims, context),
+    ):
+        pass
