@@ -76,7 +76,7 @@ class Link:
             raise error
         return self
 
-    def close(self, timeout_seconds: float = 5.0) -> None:
+    def close(self, timeout_seconds: float = 1.0) -> None:
         """Close the connection and end the thread. What is not confirmed by then may be lost."""
         if self._thread.is_alive():
             self._call_soon(self._begin_close)

@@ -15,7 +15,7 @@ from services.cli.finished import finished_in
 from services.cli.live_view import LiveView
 from services.cli.screen import print_report
 from services.cli.signals import on_stop_signal
-from services.cli.worker_processes import WorkerProcess, worker_processes
+from services.cli.worker_processes import WorkerProcess, device_shares, worker_processes
 from services.collector import Collector, Store, build_report, export_run, find_run, run_status
 from services.contracts import Settings
 from services.contracts.errors import BrokerError, StoreError
@@ -57,9 +57,10 @@ class Desk:
         """
         on_stop_signal(self._stop)
         status = run_status(self._database, self._run_id)
-        if status is not None and status.complete:
+        if status is not None and status.complete and status.total:
             self._console.print("Every claim has an outcome already.")
             return None
+        shares = device_shares(self._workers, find_device())
         with ExitStack() as parts:
             settings, environment = self._broker(parts)
             collector = Collector(self._database, settings)
@@ -70,9 +71,8 @@ class Desk:
             parts.callback(collector.finish)
             publishing = self._thread("producer", lambda: self._publish(settings))
             slots = worker_processes(
-                self._workers,
+                shares,
                 self._submission.run.context,
-                find_device(),
                 settings,
                 self._directory / "logs",
                 environment,
@@ -102,7 +102,7 @@ class Desk:
                 f"{self._directory}/report.json cannot be written: {error.strerror}; make room"
             ) from error
         print_report(Console(), report)
-        self._console.print(f"Results are in {self._directory}/", highlight=False)
+        self._console.print(f"Results are in {self._directory}/", highlight=False, markup=False)
 
     def _stop(self, signal_number: int) -> None:
         self._stopped_by = signal_number
@@ -119,6 +119,7 @@ class Desk:
                 f"This run's collector takes the verdicts of every run at {address}, into "
                 f"{self._directory}; give such a broker to one `keepwarm run` at a time.",
                 highlight=False,
+                markup=False,
             )
             return self._settings, {"KEEPWARM_BROKER_URL": self._settings.broker_url}
         directory = self._directory / ".broker"

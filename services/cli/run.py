@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, TextIO
@@ -121,5 +121,8 @@ def _log_file(directory: Path) -> Iterator[TextIO]:
         file = path.open("a", encoding="utf-8", buffering=1)
     except OSError as error:
         raise StoreError(f"{path} cannot be written: {error.strerror}") from error
-    with file:
+    try:
         yield file
+    finally:
+        with suppress(OSError):  # a full disk: the results say so, the log need not
+            file.close()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -9,8 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from services.collector import Report, RunStatus
-from services.producer import Submission
+if TYPE_CHECKING:  # a machine that only submits, or only reports, has not both
+    from services.collector import Report, RunStatus
+    from services.producer import Submission
 
 
 @contextmanager
@@ -33,7 +35,7 @@ def line_progress(
         yield lambda done: progress.update(task, completed=done)
 
 
-def say_ignored_columns(console: Console, submission: Submission) -> None:
+def say_ignored_columns(console: Console, submission: "Submission") -> None:
     if submission.ignored_columns:
         listed = ", ".join(submission.ignored_columns)
         console.print(
@@ -54,7 +56,7 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def status_table(runs: Sequence[RunStatus]) -> Table:
+def status_table(runs: "Sequence[RunStatus]") -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("run", no_wrap=True)
     table.add_column("source", overflow="fold", max_width=32)
@@ -79,7 +81,7 @@ def status_table(runs: Sequence[RunStatus]) -> Table:
     return table
 
 
-def print_report(console: Console, report: Report) -> None:
+def print_report(console: Console, report: "Report") -> None:
     """The report as a few small tables."""
     status = report.status
     console.print(f"[bold]{status.run_id}[/bold]  {escape(status.source or '')}", highlight=False)
@@ -118,7 +120,7 @@ def print_report(console: Console, report: Report) -> None:
         console.print(_workers_table(report), highlight=False)
 
 
-def _claims_line(report: Report) -> str:
+def _claims_line(report: "Report") -> str:
     status = report.status
     if status.total is None or report.lines is None:
         return f"{status.done:,} done; the producer has not sent all of them yet"
@@ -128,7 +130,7 @@ def _claims_line(report: Report) -> str:
     )
 
 
-def _confusion_table(report: Report) -> Table:
+def _confusion_table(report: "Report") -> Table:
     assert report.quality is not None
     table = Table(title="gold (rows) and verdict (columns)", title_justify="left", box=None)
     table.add_column("")
@@ -140,7 +142,7 @@ def _confusion_table(report: Report) -> Table:
     return table
 
 
-def _workers_table(report: Report) -> Table:
+def _workers_table(report: "Report") -> Table:
     table = Table(title="workers", title_justify="left", box=None)
     for name in ("worker", "device"):
         table.add_column(name, overflow="fold")

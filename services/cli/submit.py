@@ -33,9 +33,9 @@ from services.cli.options import (
 )
 from services.cli.prepare import prepared_submission
 from services.cli.screen import line_progress
-from services.collector import Store
 from services.contracts import load_settings
 from services.producer import Format, RejectedFile
+from services.producer.submission import Finished
 
 
 def submit(
@@ -89,8 +89,11 @@ def submit(
         seed=seed,
     ) as submission:
         run_id = submission.run.run_id
-        named = settings.store_url is not None
-        finished = finished_in(Store.open(settings), run_id) if named else nothing_finished
+        finished: Finished = nothing_finished
+        if settings.store_url is not None:
+            from services.collector import Store  # its extra, only where a store is named
+
+            finished = finished_in(Store.open(settings), run_id)
         rejected_path = rejected or Path(f"rejected-{run_id}.jsonl")
         with (
             Publisher(
@@ -116,5 +119,5 @@ def submit(
         highlight=False,
     )
     if totals.rejected:
-        console.print(f"The rejected lines are in {rejected_path}", highlight=False)
+        console.print(f"The rejected lines are in {rejected_path}", highlight=False, markup=False)
     print(run_id)

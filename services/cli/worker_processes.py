@@ -144,15 +144,35 @@ class WorkerProcess:
             self._warm = name == "worker.taking" or (self._warm and name == "engine.ready")
 
 
+def device_shares(workers: int, device: Device) -> list[dict[str, str]]:
+    """For each worker the variables that give it its share of the node's devices: a GPU of its own,
+    or some of the cores, for two engines on one core only wait for each other.
+
+    Raises UsageError when there are fewer GPUs than workers.
+    """
+    if workers == 1:
+        return [{}]
+    if device.kind == "cuda":
+        gpus = visible_gpus()
+        if len(gpus) < workers:
+            raise UsageError(
+                f"--workers {workers}: this process may use {len(gpus)} GPUs; each worker needs one"
+            )
+        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:workers]]
+    return [
+        {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}
+        for cores in (device.cores[n::workers] or device.cores for n in range(workers))
+    ]
+
+
 def worker_processes(
-    count: int,
+    shares: Sequence[Mapping[str, str]],
     context: ContextSpec,
-    device: Device,
     settings: Settings,
     directory: Path,
     broker_environment: Mapping[str, str | None],
 ) -> list[WorkerProcess]:
-    """`count` slots for workers of one context, each with its share of the node's devices."""
+    """A slot for each share of the node's devices, for workers of one context."""
     command = [
         *(sys.executable, "-m", "services.cli.main", "worker"),
         *("--model", context.model, "--dtype", context.dtype),
@@ -168,7 +188,7 @@ def worker_processes(
             _environment(
                 {
                     **broker_environment,
-                    **_device_share(number, count, device),
+                    **share,
                     "KEEPWARM_LOG_FORMAT": "json",
                     # What the workers' states are read from.
                     "KEEPWARM_LOG_LEVEL": "DEBUG" if settings.log_level == "DEBUG" else "INFO",
@@ -177,7 +197,7 @@ def worker_processes(
             directory / f"worker-{number}.log",
             settings.grace_seconds,
         )
-        for number in range(count)
+        for number, share in enumerate(shares)
     ]
 
 
@@ -185,18 +205,3 @@ def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:
     """Ours, with changes; None takes a variable away."""
     merged = {**os.environ, **changes}
     return {name: value for name, value in merged.items() if value is not None}
-
-
-def _device_share(number: int, count: int, device: Device) -> dict[str, str]:
-    """A GPU each, or a share of the cores: two engines on one core only wait for each other."""
-    if count == 1:
-        return {}
-    if device.kind == "cuda":
-        gpus = visible_gpus()
-        if len(gpus) < count:
-            raise UsageError(
-                f"--workers {count}: this process may use {len(gpus)} GPUs; each worker needs one"
-            )
-        return {"CUDA_VISIBLE_DEVICES": gpus[number]}
-    cores = device.cores[number::count] or device.cores
-    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}

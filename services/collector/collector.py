@@ -22,6 +22,7 @@ _PREFETCH = 512
 # Half of the prefetch: the broker sends the other half while these are being committed.
 _COMMIT_MESSAGES = _PREFETCH // 2
 _TAKE_SECONDS = 0.1
+_LULL_SECONDS = 0.02
 _LONGEST_PAUSE_SECONDS = 15.0
 
 log = structlog.get_logger(__name__)
@@ -49,7 +50,7 @@ class Collector:
         self._finish.set()
 
     def run(self, on_commit: Callable[[Incoming], None] = lambda _: None) -> None:
-        """Collect until `stop`. `on_commit` hears of every transaction after it is committed.
+        """Collect until `stop` or `finish`. `on_commit` hears of every transaction once committed.
 
         Raises BrokerError when the broker cannot be used at the start. A store that fails later is
         waited for: nothing is acknowledged meanwhile, so nothing is lost.
@@ -72,15 +73,15 @@ class Collector:
         taken: list[Delivery] = []
         claims = 0
         deadline: float | None = None
-        while claims < self._settings.store_commit_verdicts and len(taken) < _COMMIT_MESSAGES:
-            wait = _TAKE_SECONDS if deadline is None else deadline - time.monotonic()
-            if wait <= 0 or self._stop.is_set():
-                break
-            delivery = consumer.take(min(wait, _TAKE_SECONDS))
+        while (
+            claims < self._settings.store_commit_verdicts
+            and len(taken) < _COMMIT_MESSAGES
+            and (deadline is None or time.monotonic() < deadline)
+        ):
+            # Under load the next message is there already; a lull is the moment to commit.
+            delivery = consumer.take(_TAKE_SECONDS if deadline is None else _LULL_SECONDS)
             if delivery is None:
-                if deadline is None:
-                    break
-                continue
+                break
             deadline = deadline or time.monotonic() + self._settings.store_commit_seconds
             try:
                 claims += _add(incoming, delivery)

@@ -74,7 +74,8 @@ class Settings(BaseSettings):
     store_password_file: Path | None = None
     store_commit_verdicts: Annotated[int, Field(ge=1, le=1_000_000)] = 20_000
     store_commit_seconds: Seconds = 0.5
-    """A transaction is committed at whichever comes first."""
+    """A transaction is committed at whichever comes first: this many verdicts, this long after its
+    first, or a lull."""
 
     model: str | None = None
     """A directory or a hub name; the demo model where neither this nor --model is given."""
@@ -84,7 +85,7 @@ class Settings(BaseSettings):
     batches_in_flight: Annotated[int, Field(ge=1, le=256)] = 3
     """Batches a worker has at its engine at once; also its prefetch."""
     grace_seconds: Seconds = 20
-    """From SIGTERM to the worker's end."""
+    """From SIGTERM to the worker's end, give or take a second for its connections."""
     engine_python: Path = Path(sys.executable)
     """The interpreter that has vLLM; another than the worker's, where they must not share one."""
     engine_arguments: str = ""

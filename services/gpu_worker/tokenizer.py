@@ -31,10 +31,12 @@ class ModelTokenizer:
         for tokenizer in (self._trusted, self._plain):
             tokenizer.no_padding()
             tokenizer.no_truncation()
+        unknown = _unknown_token(json.loads(definition))
         mark_up = {
             number: added.content
-            for number, added in self._plain.get_added_tokens_decoder().items()
-            if added.special
+            for number, added in self._trusted.get_added_tokens_decoder().items()
+            # What a vocabulary does not know becomes this one, whatever the text.
+            if added.special and added.content != unknown
         }
         self._special_ids = frozenset(mark_up)
         # Matches the empty place after the first character of any mark-up.
@@ -149,6 +151,15 @@ def _without_mark_up(definition: bytes) -> bytes:
         if token["content"].strip():
             token["special"] = True
     return json.dumps(tokenizer).encode()
+
+
+def _unknown_token(definition: dict[str, Any]) -> str | None:
+    """What stands for all that the model does not know: by name, or by place in a vocabulary."""
+    model = definition["model"]
+    if model.get("unk_id") is not None:
+        return str(model["vocab"][model["unk_id"]][0])
+    name: str | None = model.get("unk_token")
+    return name
 
 
 def _named_default(template: Any) -> str | None:

@@ -202,7 +202,7 @@ class Worker:
         self, jobs: dict[Future[None], _Job], consumer: Consumer, publisher: Publisher
     ) -> None:
         """Finish what can be finished in the grace period; give the rest back."""
-        # A sixth is for the confirmations, a fifth for the engine's own end.
+        # The other half is for the confirmations and for the engine's own end.
         deadline = time.monotonic() + 0.5 * self._settings.grace_seconds
         log.info("worker.draining", batches_in_hand=len(jobs))
         consumer.stop_taking(timeout_seconds=2.0)

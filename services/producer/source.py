@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal, Self
+from typing import IO, Literal, NamedTuple, Self
 
 from services.contracts.bounds import MAX_LINE_BYTES
 from services.contracts.errors import InputError
@@ -73,11 +73,13 @@ class Source:
             ) from error
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        # A name that is not UTF-8 can be opened, but not written into a message.
+        name = path.encode(errors="replace").decode()
         if not file.seekable():
             with file as stream:
-                file = _spooled(stream, path)
+                file = _spooled(stream, name)
         guessed: Format = "csv" if Path(path).suffix.lower() == ".csv" else "jsonl"
-        return cls(file, path, format or guessed)
+        return cls(file, name, format or guessed)
 
     def __enter__(self) -> Self:
         return self
@@ -86,7 +88,7 @@ class Source:
         self._file.close()
 
     def survey(self, on_lines: Callable[[int], None] = lambda _: None) -> Survey:
-        """Read it all once. `on_lines` hears how many records were read so far.
+        """Read it through. `on_lines` hears how many records were read so far.
 
         Raises InputError when there is nothing in it.
         """
@@ -114,7 +116,7 @@ class Source:
 
     def _json_lines(self) -> Iterator[Line]:
         position = 0
-        for number, content, fault in _bounded_lines(self._file):
+        for number, content, fault, _ in _bounded_lines(self._file):
             if fault is not None or not content.isspace():
                 yield Line(number, position, content, fault)
                 position += 1
@@ -142,7 +144,16 @@ def _spooled(stream: IO[bytes], name: str) -> IO[bytes]:
     return spool
 
 
-def _bounded_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes, str | None]]:
+class _Physical(NamedTuple):
+    """A line as it stands in the file; `quotes` are counted only in one over the bound."""
+
+    number: int
+    content: bytes
+    fault: str | None = None
+    quotes: int = 0
+
+
+def _bounded_lines(file: IO[bytes]) -> Iterator[_Physical]:
     """Lines with their numbers; a line over the bound is skipped without being held in memory."""
     file.seek(0)
     if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:  # spreadsheets and Windows write one
@@ -151,12 +162,14 @@ def _bounded_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes, str | None]]:
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
         if len(line) <= MAX_LINE_BYTES or line.endswith(b"\n"):
-            yield number, line, None
+            yield _Physical(number, line)
             continue
-        start = line[:1_000]
+        start, quotes = line[:1_000], line.count(b'"')
         while line and not line.endswith(b"\n"):
             line = file.readline(MAX_LINE_BYTES)
-        yield number, start, f"the line is longer than {MAX_LINE_BYTES:,} bytes"
+            quotes += line.count(b'"')
+        fault = f"the line is longer than {MAX_LINE_BYTES:,} bytes"
+        yield _Physical(number, start, fault, quotes)
 
 
 def _rows(file: IO[bytes]) -> Iterator[tuple[int, list[str], str | None]]:
@@ -164,11 +177,11 @@ def _rows(file: IO[bytes]) -> Iterator[tuple[int, list[str], str | None]]:
     bad_lines: list[str] = []
 
     def texts() -> Iterator[str]:
-        for number, content, fault in _bounded_lines(file):
+        for number, content, fault, quotes in _bounded_lines(file):
             if fault is not None:
                 bad_lines.append(f"line {number}: {fault}")
-                # Cut anywhere, it must not open a quote that swallows the lines after it.
-                content = content.translate(None, b'"\r\n') + b"\n"
+                # In its place a field of the same kind: it opens or closes a quote, or neither.
+                content = b'"\n' if quotes % 2 else b"x\n"
             # What is not UTF-8 becomes lone surrogates; the parser of claims refuses them.
             yield content.decode("utf-8", errors="surrogateescape")
 

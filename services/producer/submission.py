@@ -66,8 +66,7 @@ class Submission:
         self._parser = Parser(source, prompt, columns)
         self.lines = survey.lines if limit is None else min(limit, survey.lines)
         self.run = Run(
-            # For people only: what a message cannot hold is cut or replaced.
-            source=source.name.encode(errors="replace").decode()[-MAX_NAME_CHARS:],
+            source=source.name[-MAX_NAME_CHARS:],
             source_digest=content_id(
                 "src",
                 {"bytes": survey.digest, "format": source.format, "columns": dict(columns or {})},

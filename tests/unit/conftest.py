@@ -12,7 +12,7 @@ import pytest
 from services.contracts import ContextSpec, PromptSpec, Run
 
 # The same examples every time: a green tree stays green. HYPOTHESIS_PROFILE=search looks further.
-hypothesis.settings.register_profile("unit", max_examples=50, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("unit", max_examples=40, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("search", max_examples=2_000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "unit"))
 

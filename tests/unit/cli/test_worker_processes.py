@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from services.cli import worker_processes as module
-from services.cli.worker_processes import WorkerProcess, worker_processes
+from services.cli.worker_processes import WorkerProcess, device_shares, worker_processes
 from services.contracts import ContextSpec, load_settings
 from services.contracts.errors import EngineError, RunIncomplete, UsageError
 from services.gpu_worker import Device
@@ -136,19 +136,53 @@ def test_stopping_ends_the_worker(worker: Starter) -> None:
     slot.terminate()
 
 
-# Their commands and environments.
+# Their shares, commands and environments.
 
 CPU = Device("cpu", "Xeon", 2**34, (0, 1, 2, 3, 4))
 GPU = Device("cuda", "H100", 2**36, (0, 1))
 
 
-def environments(
-    count: int, device: Device, directory: Path, broker: dict[str, str | None] | None = None
-) -> list[dict[str, str]]:
-    slots = worker_processes(
-        count, ContextSpec(model="/m"), device, load_settings(), directory / "logs", broker or {}
+@pytest.mark.parametrize("device", [CPU, GPU], ids=["cpu", "cuda"])
+def test_one_worker_has_the_whole_node(device: Device) -> None:
+    assert device_shares(1, device) == [{}]
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "shares"),
+    [
+        ((0, 1, 2, 3, 4), 2, ["0,2,4", "1,3"]),
+        ((4, 7), 2, ["4", "7"]),
+        ((0, 1), 3, ["0", "1", "0,1"]),
+    ],
+)
+def test_several_workers_share_the_cores(
+    cores: tuple[int, ...], workers: int, shares: list[str]
+) -> None:
+    found = device_shares(workers, Device("cpu", "Xeon", 2**34, cores))
+    assert found == [{"VLLM_CPU_OMP_THREADS_BIND": share} for share in shares]
+
+
+def test_each_worker_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b,GPU-c")
+    found = device_shares(2, GPU)
+    assert found == [{"CUDA_VISIBLE_DEVICES": "GPU-a"}, {"CUDA_VISIBLE_DEVICES": "GPU-b"}]
+
+
+def test_more_workers_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(UsageError, match="--workers 2: this process may use 1 GPUs"):
+        device_shares(2, GPU)
+
+
+def environment(
+    directory: Path,
+    share: dict[str, str] | None = None,
+    broker: dict[str, str | None] | None = None,
+) -> dict[str, str]:
+    (slot,) = worker_processes(
+        [share or {}], ContextSpec(model="/m"), load_settings(), directory / "logs", broker or {}
     )
-    return [dict(slot._environment) for slot in slots]
+    return dict(slot._environment)
 
 
 def test_a_worker_serves_the_very_context_of_the_run(tmp_path: Path) -> None:
@@ -159,7 +193,7 @@ def test_a_worker_serves_the_very_context_of_the_run(tmp_path: Path) -> None:
         max_model_tokens=77,
         engine_arguments=("--seed=1", "--x y"),
     )
-    (slot,) = worker_processes(1, context, CPU, load_settings(), tmp_path / "logs", {})
+    (slot,) = worker_processes([{}], context, load_settings(), tmp_path / "logs", {})
     assert list(slot._command) == [
         *(sys.executable, "-m", "services.cli.main", "worker"),
         *("--model", "/models/m", "--dtype", "float32", "--max-model-tokens", "77"),
@@ -167,35 +201,14 @@ def test_a_worker_serves_the_very_context_of_the_run(tmp_path: Path) -> None:
     ]
 
 
-def test_one_worker_has_the_whole_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
-    (environment,) = environments(1, CPU, tmp_path)
-    assert "VLLM_CPU_OMP_THREADS_BIND" not in environment
-
-
-def test_several_workers_share_the_cores(tmp_path: Path) -> None:
-    shares = [e["VLLM_CPU_OMP_THREADS_BIND"] for e in environments(2, CPU, tmp_path)]
-    assert shares == ["0,2,4", "1,3"]
-
-
-def test_more_workers_than_cores_share_them_all(tmp_path: Path) -> None:
-    device = Device("cpu", "Xeon", 2**34, (0, 1))
-    shares = [e["VLLM_CPU_OMP_THREADS_BIND"] for e in environments(3, device, tmp_path)]
-    assert shares == ["0", "1", "0,1"]
-
-
-def test_each_worker_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b,GPU-c")
-    gpus = [e["CUDA_VISIBLE_DEVICES"] for e in environments(2, GPU, tmp_path)]
-    assert gpus == ["GPU-a", "GPU-b"]
-
-
-def test_more_workers_than_gpus_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    with pytest.raises(UsageError, match="--workers 2: this process may use 1 GPUs"):
-        environments(2, GPU, tmp_path)
+def test_there_is_a_worker_for_each_share(tmp_path: Path) -> None:
+    shares = [{"CUDA_VISIBLE_DEVICES": str(n)} for n in range(3)]
+    slots = worker_processes(
+        shares, ContextSpec(model="/m"), load_settings(), tmp_path / "logs", {}
+    )
+    assert [slot.number for slot in slots] == [0, 1, 2]
+    assert [slot._environment["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["0", "1", "2"]
+    assert len({slot._log_file for slot in slots}) == 3
 
 
 def test_the_runs_own_broker_replaces_what_the_environment_says(
@@ -203,15 +216,11 @@ def test_the_runs_own_broker_replaces_what_the_environment_says(
 ) -> None:
     monkeypatch.setenv("KEEPWARM_BROKER_PASSWORD_FILE", "/run/secrets/other")
     monkeypatch.setenv("KEEPWARM_GRACE_SECONDS", "7")
-    (environment,) = environments(
-        1,
-        CPU,
-        tmp_path,
-        {"KEEPWARM_BROKER_URL": "amqp://h", "KEEPWARM_BROKER_PASSWORD_FILE": None},
-    )
-    assert environment["KEEPWARM_BROKER_URL"] == "amqp://h"
-    assert "KEEPWARM_BROKER_PASSWORD_FILE" not in environment
-    assert environment["KEEPWARM_GRACE_SECONDS"] == "7"
+    broker = {"KEEPWARM_BROKER_URL": "amqp://h", "KEEPWARM_BROKER_PASSWORD_FILE": None}
+    found = environment(tmp_path, broker=broker)
+    assert found["KEEPWARM_BROKER_URL"] == "amqp://h"
+    assert "KEEPWARM_BROKER_PASSWORD_FILE" not in found
+    assert found["KEEPWARM_GRACE_SECONDS"] == "7"
 
 
 @pytest.mark.parametrize(("level", "workers"), [("ERROR", "INFO"), ("DEBUG", "DEBUG")])
@@ -220,6 +229,6 @@ def test_a_workers_log_is_what_its_state_is_read_from(
 ) -> None:
     monkeypatch.setenv("KEEPWARM_LOG_LEVEL", level)
     monkeypatch.setenv("KEEPWARM_LOG_FORMAT", "console")
-    (environment,) = environments(1, CPU, tmp_path)
-    assert environment["KEEPWARM_LOG_FORMAT"] == "json"
-    assert environment["KEEPWARM_LOG_LEVEL"] == workers
+    found = environment(tmp_path)
+    assert found["KEEPWARM_LOG_FORMAT"] == "json"
+    assert found["KEEPWARM_LOG_LEVEL"] == workers

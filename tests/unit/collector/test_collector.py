@@ -1,5 +1,6 @@
 """What the collector does with deliveries; that they come is shown on a real broker."""
 
+import json
 import sqlite3
 from collections.abc import Callable, Iterable
 from contextlib import closing
@@ -94,6 +95,14 @@ def test_when_nothing_came_nothing_is_committed(store: Store) -> None:
     assert (heard, consumer.acknowledged) == ([], [])
 
 
+def test_whether_anything_came_is_told(store: Store, make: SimpleNamespace) -> None:
+    collector = Collector(store, load_settings(store_commit_seconds=0.01))
+    consumer = Deliveries(make.announced())
+    heard: list[Incoming] = []
+    took = [collector._collect_once(consumer, heard.append) for _ in range(2)]  # type: ignore[arg-type]
+    assert took == [True, False]
+
+
 @pytest.mark.parametrize("queue", QUEUES.values())
 @pytest.mark.parametrize("body", [b"", b"nonsense", b"{}"])
 def test_what_is_no_message_is_refused_and_the_rest_is_stored(
@@ -137,17 +146,11 @@ def test_no_message_that_decodes_can_stop_the_collector(
     good = make.batch(make.verdict(0))
     body = make.batch(make.verdict(1)).model_dump(mode="json")
     body["verdicts"][0].update(poison)
-    bad = (topology.VERDICTS_QUEUE, _json(body))
+    bad = (topology.VERDICTS_QUEUE, json.dumps(body).encode())
     consumer = Deliveries(good, bad)
     collect(store, consumer)
     assert 1 in consumer.acknowledged
     assert store.finished(run.run_id, ["c0"]) == {"c0"}
-
-
-def _json(body: object) -> bytes:
-    import json
-
-    return json.dumps(body).encode()
 
 
 def test_a_store_that_fails_is_waited_for_and_nothing_is_acknowledged_meanwhile(

@@ -64,6 +64,23 @@ def test_each_device_has_arguments_of_its_own() -> None:
     assert int(cpu or 0) < int(gpu or 0)
 
 
+@pytest.mark.parametrize(
+    ("device", "max_model_tokens", "step"),
+    [
+        (CPU, 1_024, "4096"),
+        (CPU, 32_768, "32768"),
+        (GPU, 1_024, "8192"),
+        (Device("cuda", "H100", 75 * GIB, (0,)), 1_024, "16384"),
+        (Device("cuda", "H100", 75 * GIB, (0,)), 131_072, "131072"),
+    ],
+)
+def test_a_step_is_large_and_never_smaller_than_the_longest_prompt(
+    device: Device, max_model_tokens: int, step: str
+) -> None:
+    spec = ContextSpec(model="org/model", max_model_tokens=max_model_tokens)
+    assert value_of(command(spec, device), "--max-num-batched-tokens") == step
+
+
 @pytest.mark.parametrize("device", [CPU, GPU], ids=["cpu", "cuda"])
 def test_the_contexts_arguments_come_after_ours_and_the_operators_last(device: Device) -> None:
     spec = ContextSpec(model="org/model", engine_arguments=("--max-num-seqs=7", "--dtype=half"))

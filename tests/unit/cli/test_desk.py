@@ -1,0 +1,160 @@
+"""What a desk does before its parts start and after they ended; the rest is shown end to end."""
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from services.cli.desk import Desk
+from services.collector import Incoming, Store
+from services.contracts import (
+    ContextSpec,
+    PromptSpec,
+    RunAnnouncement,
+    Totals,
+    Verdict,
+    VerdictBatch,
+    load_settings,
+)
+from services.contracts.errors import StoreError, UsageError
+from services.gpu_worker import Device
+from services.producer import Source, Submission
+
+Maker = Callable[..., Desk]
+
+
+@pytest.fixture
+def submission(tmp_path: Path, context: ContextSpec, prompt: PromptSpec) -> Iterator[Submission]:
+    path = tmp_path / "claims.jsonl"
+    path.write_text('{"id": "a", "claim": "One."}\n{"id": "b", "claim": "Two."}\n')
+    with Source.open(str(path)) as source:
+        yield Submission(source, source.survey(), context=context, prompt=prompt)
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Store]:
+    store = Store.open(load_settings(store_url=str(tmp_path / "store.sqlite")))
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def desk(submission: Submission, database: Store, tmp_path: Path, screen: Console) -> Maker:
+    def make(directory: Path = tmp_path / "out", *, workers: int = 1, **settings: object) -> Desk:
+        directory.mkdir(exist_ok=True)
+        return Desk(
+            submission, load_settings(**settings), database, directory, screen, workers=workers
+        )
+
+    return make
+
+
+def store_outcomes(database: Store, submission: Submission, count: int) -> None:
+    run = submission.run
+    verdicts = tuple(
+        Verdict(
+            claim_id="ab"[n],
+            position=n,
+            text="C.",
+            label="SUPPORTS",
+            probabilities=(1.0, 0.0, 0.0),
+            mass=1.0,
+            raw_text="True",
+            prompt_tokens=1,
+        )
+        for n in range(count)
+    )
+    batch = VerdictBatch(
+        run_id=run.run_id,
+        batch_id="b",
+        labels=run.prompt.label_names,
+        verdicts=verdicts,
+        worker_id="w",
+        device="d",
+        attempt=1,
+        engine_seconds=1.0,
+    )
+    totals = Totals(lines=2, claims=2, repeated=0, rejected=0)
+    database.write(Incoming([RunAnnouncement(run=run, totals=totals)], [batch], []))
+
+
+def seen(screen: Console) -> str:
+    assert isinstance(screen.file, io.StringIO)
+    return screen.file.getvalue()
+
+
+def test_a_run_that_is_complete_already_starts_nothing(
+    desk: Maker, database: Store, submission: Submission, tmp_path: Path, screen: Console
+) -> None:
+    store_outcomes(database, submission, 2)
+    assert desk().work() is None
+    assert "Every claim has an outcome already." in seen(screen)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_run_of_no_claims_at_all_is_not_taken_for_done(
+    desk: Maker, database: Store, submission: Submission
+) -> None:
+    # It goes on to the broker, and would be told again what is wrong with its lines.
+    totals = Totals(lines=2, claims=0, repeated=0, rejected=2)
+    database.write(Incoming([RunAnnouncement(run=submission.run, totals=totals)], [], []))
+    with pytest.raises(UsageError, match="the broker's URL is unusable"):
+        desk(broker_url="http://nowhere").work()
+
+
+def test_more_workers_than_gpus_are_refused_before_anything_is_started(
+    desk: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = Device("cuda", "H100", 2**36, (0, 1))
+    monkeypatch.setattr("services.cli.desk.find_device", lambda: gpu)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(UsageError, match="--workers 2"):
+        desk(workers=2).work()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_results_are_rows_and_a_report(
+    desk: Maker, database: Store, submission: Submission, tmp_path: Path, screen: Console
+) -> None:
+    store_outcomes(database, submission, 1)
+    desk().write_results()
+    rows = (tmp_path / "out" / "verdicts.jsonl").read_text().splitlines()
+    assert [json.loads(row)["claim_id"] for row in rows] == ["a"]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["status"]["run_id"] == submission.run.run_id
+    assert report["status"]["done"] == 1
+    assert "Results are in" in seen(screen)
+
+
+def test_where_nothing_is_known_there_are_no_results(desk: Maker, tmp_path: Path) -> None:
+    desk().write_results()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_report_that_cannot_be_written_is_a_store_error(
+    desk: Maker, database: Store, submission: Submission, tmp_path: Path
+) -> None:
+    store_outcomes(database, submission, 1)
+    (tmp_path / "out" / "report.json").mkdir(parents=True)
+    with pytest.raises(StoreError, match=r"report\.json cannot be written: Is a directory"):
+        desk().write_results()
+
+
+@pytest.mark.parametrize("name", ["claims[final]-1", "a[bold]b", "x[/y]"])
+def test_the_place_of_the_results_is_shown_as_it_is(
+    name: str,
+    desk: Maker,
+    database: Store,
+    submission: Submission,
+    tmp_path: Path,
+    screen: Console,
+) -> None:
+    store_outcomes(database, submission, 1)
+    directory = tmp_path / name
+    directory.parent.mkdir(exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    desk(directory).write_results()
+    assert f"/{name}/" in seen(screen).replace("\n", "")
