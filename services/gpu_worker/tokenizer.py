@@ -13,6 +13,7 @@ from services.contracts import ContextSpec
 from services.contracts.errors import ModelError
 from services.gpu_worker.model_files import model_file
 
+_SENTENCEPIECE_SPACE = "\u2581"
 _CONTENT = "KEEPWARM CONTENT GOES HERE"
 
 
@@ -34,7 +35,7 @@ class ModelTokenizer:
         unknown = _unknown_token(json.loads(definition))
         mark_up = {
             number: added.content
-            for number, added in self._trusted.get_added_tokens_decoder().items()
+            for number, added in self._plain.get_added_tokens_decoder().items()
             # What a vocabulary does not know becomes this one, whatever the text.
             if added.special and added.content != unknown
         }
@@ -148,7 +149,7 @@ def _without_mark_up(definition: bytes) -> bytes:
     """
     tokenizer = json.loads(definition)
     for token in tokenizer.get("added_tokens", ()):
-        if token["content"].strip():
+        if token["content"].replace(_SENTENCEPIECE_SPACE, " ").strip():
             token["special"] = True
     return json.dumps(tokenizer).encode()
 
