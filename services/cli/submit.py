@@ -34,7 +34,7 @@ from services.cli.options import (
 from services.cli.prepare import prepared_submission
 from services.cli.screen import line_progress
 from services.contracts import load_settings
-from services.producer import Format, RejectedFile
+from services.producer import Format, Progress, RejectedFile
 from services.producer.submission import Finished
 
 
@@ -105,16 +105,23 @@ def submit(
             RejectedFile(rejected_path) as rejected_file,
             line_progress(console, "publishing", submission.lines) as publishing,
         ):
+            sent = 0
+
+            def show(progress: Progress) -> None:
+                nonlocal sent
+                sent = progress.published
+                publishing(progress.lines)
+
             totals = submission.publish(
                 publisher,
                 rejected_file,
                 batch_size=settings.batch_size,
                 finished=finished,
-                on_progress=lambda progress: publishing(progress.lines),
+                on_progress=show,
             )
     console.print(
-        f"{totals.claims:,} claims of {totals.lines:,} lines are with the broker "
-        f"({totals.repeated:,} repeated, {totals.rejected:,} rejected) for workers of "
+        f"{totals.lines:,} lines: {totals.claims:,} claims, {totals.repeated:,} repeated, "
+        f"{totals.rejected:,} rejected. {sent:,} claims are with the broker, for workers of "
         f"{submission.run.context.context_id}",
         highlight=False,
     )

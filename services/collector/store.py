@@ -18,6 +18,7 @@ from sqlalchemy import (
     create_engine,
     event,
     insert,
+    inspect,
     make_url,
     select,
     update,
@@ -39,6 +40,10 @@ from services.contracts.errors import StoreError, UsageError
 _SQLITE_CACHE_KIB = 16_384
 _BUSY_SECONDS = 30
 _MOST_PARAMETERS = 500
+_ONE_AT_A_TIME = {
+    "sqlite": "BEGIN IMMEDIATE",
+    "postgresql": "SELECT pg_advisory_xact_lock(75357110)",
+}
 
 _OUTCOME_COLUMNS = [column.name for column in outcomes.columns]
 
@@ -104,7 +109,10 @@ class Store:
             )
         store = cls(engine)
         with store.transaction() as connection:
-            metadata.create_all(connection)
+            if not inspect(connection).has_table(schema_info.name):
+                # Two services may open a new store at the same moment; one makes its tables.
+                connection.exec_driver_sql(_ONE_AT_A_TIME[url.get_backend_name()])
+                metadata.create_all(connection)
             version = connection.execute(select(schema_info.c.version)).scalar()
             if version is None:
                 connection.execute(insert(schema_info).values(version=SCHEMA_VERSION))

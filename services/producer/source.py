@@ -193,6 +193,7 @@ def _rows(file: IO[bytes]) -> Iterator[tuple[int, list[str], str | None]]:
         except StopIteration:
             return
         except csv.Error as error:
+            bad_lines.clear()
             yield reader.line_num, [], str(error)
             continue
         if row:

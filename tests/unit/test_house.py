@@ -80,8 +80,3 @@ def test_the_worker_loads_neither_an_engine_nor_torch(repository: Path) -> None:
 def test_the_contracts_load_no_service(repository: Path) -> None:
     loaded = modules_after("import services.contracts", repository)
     assert not loaded & {"pika", "httpx", "sqlalchemy", "tokenizers", "typer"}
-
-
-def test_the_producer_loads_nothing_of_the_other_services(repository: Path) -> None:
-    loaded = modules_after("import services.producer", repository)
-    assert not loaded & {"sqlalchemy", "tokenizers", "httpx", "typer"}

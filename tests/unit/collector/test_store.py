@@ -1,6 +1,8 @@
+import secrets
 import sqlite3
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -176,28 +178,29 @@ def test_a_large_transaction_is_counted_right(
     assert counted(store, run) == (3_000, 0, 1_000)
 
 
-@settings(max_examples=20)  # a file each
-@given(arrivals=st.lists(st.tuples(st.booleans(), st.integers(0, 5)), max_size=12))
+@pytest.fixture(scope="module")
+def long_lived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    store = Store.open(load_settings(store_url=str(tmp_path_factory.mktemp("s") / "s.sqlite")))
+    yield store
+    store.close()
+
+
+@settings(max_examples=20)  # each commit waits for the disk
+@given(arrivals=st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=1, max_size=8))
 def test_whatever_comes_in_whatever_order_each_claim_has_its_first_outcome(
-    arrivals: list[tuple[bool, int]],
-    run: Run,
-    make: SimpleNamespace,
-    tmp_path_factory: pytest.TempPathFactory,
+    arrivals: list[tuple[bool, int]], long_lived: Store, run: Run, make: SimpleNamespace
 ) -> None:
-    place = tmp_path_factory.mktemp("store") / "s.sqlite"
-    store = Store.open(load_settings(store_url=str(place)))
+    of = run.model_copy(update={"source_digest": secrets.token_hex(8)})
     first: dict[int, bool] = {}
     duplicates = 0
     for is_dead, number in arrivals:
         if number in first:
             duplicates += not is_dead
         first.setdefault(number, is_dead)
-        message = make.dead(number) if is_dead else make.batch(make.verdict(number))
-        store.write(make.incoming(message))
+        message = make.dead(number, of=of) if is_dead else make.batch(make.verdict(number), of=of)
+        long_lived.write(make.incoming(message))
     dead = sum(first.values())
-    if first:
-        assert counted(store, run) == (len(first) - dead, dead, duplicates)
-    store.close()
+    assert counted(long_lived, of) == (len(first) - dead, dead, duplicates)
 
 
 # All or nothing.
@@ -388,3 +391,10 @@ def test_a_stores_password_is_in_no_error(url: str, open_store: Opener) -> None:
     with pytest.raises(StoreError) as failed:
         open_store(url)
     assert "hunter2" not in str(failed.value)
+
+
+def test_services_that_open_a_new_store_at_the_same_moment_make_it_once(tmp_path: Path) -> None:
+    settings = load_settings(store_url=str(tmp_path / "store.sqlite"))
+    with ThreadPoolExecutor(8) as pool:
+        for store in pool.map(lambda _: Store.open(settings), range(8)):
+            store.close()

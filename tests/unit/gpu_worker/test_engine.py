@@ -64,7 +64,7 @@ def test_an_engine_that_started_answers_behind_a_socket_of_its_owners(
     assert len(running.client.score([[1, 2], [3]], [7, 8])) == 2
 
 
-def test_a_stopped_engine_leaves_no_process_and_no_socket(
+def test_an_engine_that_ended_well_leaves_no_process_no_socket_and_no_log(
     engine: Callable[..., Engine], tmp_path: Path
 ) -> None:
     running = engine()
@@ -72,10 +72,10 @@ def test_a_stopped_engine_leaves_no_process_and_no_socket(
     running.start(NEVER)
     started = set(psutil.Process().children(recursive=True)) - before
     assert started
-    running.stop()
+    running.close()
     assert not any(process.is_running() for process in started)
     assert not running.alive
-    assert sockets(tmp_path) == []
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_an_engine_can_be_started_again(engine: Callable[..., Engine]) -> None:
@@ -99,6 +99,7 @@ def test_an_engine_that_dies_is_told_with_its_exit_code_and_the_end_of_its_log(
     assert "no engine for models/small on Xeon: it ended (exit code 3)" in message
     assert f"its log, {failing.log_file}:" in message
     assert "  | RuntimeError: out of memory, says the test engine" in message
+    failing.close()
     assert failing.log_file.exists()
 
 
@@ -147,15 +148,6 @@ def test_being_told_to_stop_ends_the_wait_and_the_engine(
     stop.set()
     assert not waiting.start(stop)
     assert not waiting.alive
-
-
-def test_the_log_stays_only_where_it_tells_why_an_engine_failed(
-    engine: Callable[..., Engine],
-) -> None:
-    well = engine()
-    well.start(NEVER)
-    well.close()
-    assert not well.log_file.exists()
 
 
 def test_the_leftover_socket_of_an_earlier_engine_is_no_obstacle(

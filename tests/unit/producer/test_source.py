@@ -184,8 +184,19 @@ def test_a_csv_record_over_the_bound_is_skipped_without_losing_the_next_ones(
     assert good == [{"id": "2", "claim": "good"}, {"id": "3", "claim": "good"}]
 
 
-def test_an_over_long_line_inside_quotes_does_not_lose_the_next_records(tmp_path: Path) -> None:
-    row = b'1,"begun\n' + LONG + b'"'
+@pytest.mark.parametrize(
+    "row",
+    [
+        b'1,"begun\n' + LONG + b'"',
+        b'1,"begun\n' + LONG + b'\nended"',
+        b'1,"' + LONG + b'\nended"',
+        b'1,"begun\n' + LONG + b'\nended" badly',
+    ],
+    ids=["ends it", "is in its middle", "begins it", "is in a broken one"],
+)
+def test_an_over_long_line_inside_quotes_does_not_lose_the_next_records(
+    row: bytes, tmp_path: Path
+) -> None:
     path = write(tmp_path, b"id,claim\n" + row + b"\n2,good\n3,good\n", "claims.csv")
     with Source.open(path) as source:
         lines = list(source.lines())
