@@ -3,10 +3,10 @@
     .venv/bin/python benchmarks/engine_overhead.py
 
 Both hold the same model with the same arguments, warm, in one run; they take turns, so that a
-machine whose speed drifts treats them alike. "Alone" is vLLM's own `LLM.generate` on ready token
-ids, in a process of its own, nothing else around it. "Keepwarm" is everything from the first line
-of the file to the last verdict in the store. Prefix caching is off in both: the same claims come
-again every round. Prints claims/s per round and the median of the ratios.
+machine whose speed drifts treats them alike, and who waits is suspended. "Alone" is vLLM's own
+`LLM.generate` on ready token ids, in a process of its own, nothing else around it. "Keepwarm" is
+everything from the first line of the file to the last verdict in the store. Prefix caching is off in
+both: the same claims come again every round. Prints claims/s per round and the median of the ratios.
 """
 
 import argparse
@@ -18,8 +18,11 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -162,6 +165,10 @@ class Keepwarm:
                 if status is not None and status.complete:
                     return time.monotonic() - started
 
+    @property
+    def worker_pid(self) -> int:
+        return self._worker.pid
+
     def close(self) -> None:
         self._worker.terminate()
         self._worker.wait()
@@ -169,6 +176,22 @@ class Keepwarm:
         self._thread.join()
         self._store.close()
         self._node.stop()
+
+
+@contextmanager
+def suspended(pid: int) -> Iterator[None]:
+    """Hold a process and all that it started: idle, an engine's threads still spin, and on few
+    cores they would take their turns from the engine that is measured.
+    """
+    owner = psutil.Process(pid)
+    processes = [owner, *owner.children(recursive=True)]
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
 
 
 def main() -> None:
@@ -201,9 +224,11 @@ def main() -> None:
             assert alone.stdout.readline() == "ready\n", "vLLM alone did not start"
             rounds = []
             for number in range(arguments.rounds + 1):
-                alone.stdin.write("go\n")
-                alone_seconds = float(alone.stdout.readline())
-                keepwarm_seconds = keepwarm.run(file, count, f"round {number}")
+                with suspended(keepwarm.worker_pid):
+                    alone.stdin.write("go\n")
+                    alone_seconds = float(alone.stdout.readline())
+                with suspended(alone.pid):
+                    keepwarm_seconds = keepwarm.run(file, count, f"round {number}")
                 if number:  # the first round warms both up
                     rounds.append((count / alone_seconds, count / keepwarm_seconds))
         finally:
