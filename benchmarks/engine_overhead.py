@@ -5,8 +5,8 @@
 Both hold the same model with the same arguments, warm, in one run; they take turns, so that a
 machine whose speed drifts treats them alike, and who waits is suspended. "Alone" is vLLM's own
 `LLM.generate` on ready token ids, in a process of its own, nothing else around it. "Keepwarm" is
-everything from the first line of the file to the last verdict in the store. Prefix caching is off in
-both: the same claims come again every round. Prints claims/s per round and the median of the ratios.
+everything from the first line of the file to the last verdict in the store. Prefix caching is off,
+for the same claims come again every round. Prints claims/s per round and the median of the ratios.
 """
 
 import argparse

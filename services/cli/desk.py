@@ -80,7 +80,7 @@ class Desk:
             parts.callback(self._drain, slots)
             for slot in slots:
                 slot.start()
-            self._watch(slots, publishing)
+            self._watch(slots, publishing, collector)
         if self._failure is not None:
             raise self._failure
         return self._stopped_by
@@ -177,11 +177,18 @@ class Desk:
     def _note_progress(self, progress: Progress) -> None:
         self._progress = progress
 
-    def _watch(self, slots: list[WorkerProcess], publishing: threading.Thread) -> None:
+    def _watch(
+        self, slots: list[WorkerProcess], publishing: threading.Thread, collector: Collector
+    ) -> None:
         with LiveView(self._console, self._submission.lines) as view:
             while self._failure is None and self._stopped_by is None:
                 status = run_status(self._database, self._run_id)
-                view.show(status, self._progress, [slot.state for slot in slots])
+                view.show(
+                    status,
+                    self._progress,
+                    [slot.state for slot in slots],
+                    waiting_for=collector.waiting_for,
+                )
                 if status is not None and status.complete and not publishing.is_alive():
                     return
                 if self._node is not None and not self._node.alive:

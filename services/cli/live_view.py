@@ -22,6 +22,7 @@ class LiveView:
         self._lines = lines
         self._printed_at = 0.0
         self._last_line = ""
+        self._told: str | None = None
         self._bar = Progress(
             TextColumn("verdicts"),
             BarColumn(),
@@ -41,8 +42,17 @@ class LiveView:
         self._bar.stop()
 
     def show(
-        self, status: RunStatus | None, published: Published, worker_states: Sequence[str]
+        self,
+        status: RunStatus | None,
+        published: Published,
+        worker_states: Sequence[str],
+        *,
+        waiting_for: str | None = None,
     ) -> None:
+        """Draw the present state; say once what the collector has to wait for, if it has to."""
+        if waiting_for is not None and waiting_for != self._told:
+            self._console.print(f"waiting: {waiting_for}", highlight=False, markup=False)
+        self._told = waiting_for
         done = 0 if status is None else status.done + status.dead
         # Until all is sent, the lines read are the best guess of how many claims there are.
         total = self._lines - published.rejected

@@ -40,6 +40,8 @@ class Collector:
         self._settings = settings
         self._stop = threading.Event()
         self._finish = threading.Event()
+        self.waiting_for: str | None = None
+        """What keeps it from committing, in words, while something does."""
 
     def stop(self) -> None:
         """End after the next commit. Safe to call from a signal handler."""
@@ -100,11 +102,13 @@ class Collector:
         for failures in range(1_000_000):
             try:
                 self._store.write(incoming)
+                self.waiting_for = None
                 return True
             except StoreError as error:
                 pause = min(_LONGEST_PAUSE_SECONDS, 0.2 * 2 ** min(failures, 10))
+                self.waiting_for = str(error)
                 log.error("store.waiting", reason=str(error), again_in_seconds=pause)
-                if self._stop.wait(pause):
+                if self._finish.is_set() or self._stop.wait(pause):
                     return False
         return False
 
