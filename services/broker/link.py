@@ -58,6 +58,8 @@ class Link:
         self._failures = 0
         self._was_open = False
         self._closing = False
+        self.blocked_by: str | None = None
+        """The broker's alarm (memory, disk) that blocks publishing here, while it lasts."""
         self._error: BrokerError | None = None
         self._opened_or_failed = threading.Event()
         self._thread = threading.Thread(target=self._own, name=f"link-{name}", daemon=True)
@@ -136,15 +138,17 @@ class Link:
         )
 
     def _on_connection_open(self, connection: Any) -> None:
-        connection.add_on_connection_blocked_callback(
-            lambda _, frame: log.warning(
-                "broker.blocked", link=self._name, reason=str(frame.method.reason)
-            )
-        )
-        connection.add_on_connection_unblocked_callback(
-            lambda *_: log.info("broker.unblocked", link=self._name)
-        )
+        connection.add_on_connection_blocked_callback(self._on_blocked)
+        connection.add_on_connection_unblocked_callback(self._on_unblocked)
         connection.channel(on_open_callback=self._on_channel_open)
+
+    def _on_blocked(self, _: Any, frame: Any) -> None:
+        self.blocked_by = str(frame.method.reason)
+        log.warning("broker.blocked", link=self._name, reason=self.blocked_by)
+
+    def _on_unblocked(self, *_: Any) -> None:
+        self.blocked_by = None
+        log.info("broker.unblocked", link=self._name)
 
     def _on_channel_open(self, channel: Channel) -> None:
         channel.add_on_close_callback(self._on_channel_closed)
@@ -190,7 +194,7 @@ class Link:
 
     def _on_connection_lost(self, _: Any, reason: BaseException | str) -> None:
         self._forget_channel()
-        self._connection = None
+        self._connection, self.blocked_by = None, None
         if self._closing:
             self._loop.stop()
             return

@@ -49,6 +49,7 @@ class Desk:
         self._failure: BaseException | None = None
         self._progress = Progress(0, 0, 0)
         self._node: PrivateNode | None = None
+        self._publisher: Publisher | None = None
 
     def work(self) -> int | None:
         """Go on until every claim has an outcome. The signal that ended it sooner, if one did.
@@ -166,6 +167,7 @@ class Desk:
             ).open(settings.broker_connect_timeout_seconds) as publisher,
             RejectedFile(self._directory / "rejected.jsonl") as rejections,
         ):
+            self._publisher = publisher
             self._submission.publish(
                 publisher,
                 rejections,
@@ -173,6 +175,11 @@ class Desk:
                 finished=finished_in(self._database, self._run_id),
                 on_progress=self._note_progress,
             )
+
+    def _blocked(self) -> str | None:
+        if self._publisher is None or self._publisher.blocked_by is None:
+            return None
+        return f"the broker takes no claims at the moment: {self._publisher.blocked_by}"
 
     def _note_progress(self, progress: Progress) -> None:
         self._progress = progress
@@ -187,7 +194,7 @@ class Desk:
                     status,
                     self._progress,
                     [slot.state for slot in slots],
-                    waiting_for=collector.waiting_for,
+                    waiting_for=collector.waiting_for or self._blocked(),
                 )
                 if status is not None and status.complete and not publishing.is_alive():
                     return

@@ -69,5 +69,5 @@ class LiveView:
     def _print_line(self, text: str) -> None:
         now = time.monotonic()
         if text != self._last_line and now - self._printed_at >= _LINE_SECONDS:
-            self._console.print(text, highlight=False)
+            self._console.print(text, highlight=False, soft_wrap=True)
             self._printed_at, self._last_line = now, text

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from services.contracts.errors import StoreError
 
-_LEAST_FREE_BYTES = 64 * 1024 * 1024
+# A private node blocks publishers when its disk has less than 256 MB left.
+_LEAST_FREE_BYTES = 512 * 1024 * 1024
 
 
 @contextmanager

@@ -33,6 +33,8 @@ _STATES = {
     "worker.draining": "draining",
     "worker.stopped": "stopped",
     "broker.waiting": "waiting for the broker",
+    "broker.blocked": "blocked by the broker's alarm",
+    "broker.unblocked": "warm",
     "broker.connected": "connected",
 }
 
