@@ -58,7 +58,7 @@ def test_a_full_disk_is_told_before_anything_costs_time(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5 * 2**20))
     with (
-        pytest.raises(StoreError, match="has 5 MiB left, and at least 64 MiB are needed"),
+        pytest.raises(StoreError, match="has 5 MiB left, and at least 512 MiB are needed"),
         held_output_dir(tmp_path),
     ):
         pass
