@@ -60,9 +60,8 @@ def status_table(runs: "Sequence[RunStatus]") -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("run", no_wrap=True)
     table.add_column("source", overflow="fold", max_width=32)
-    for name in ("total", "done", "dead", "rejected", "claims/s", "ETA", "workers"):
+    for name in ("total", "done", "dead", "rejected", "claims/s", "workers", "left"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("state", no_wrap=True)
     for run in runs:
         table.add_row(
             run.run_id,
@@ -72,9 +71,8 @@ def status_table(runs: "Sequence[RunStatus]") -> Table:
             f"{run.dead:,}",
             "?" if run.rejected is None else f"{run.rejected:,}",
             f"{run.claims_per_second:,.1f}",
-            "" if run.complete else duration(run.eta_seconds),
             str(run.workers_seen),
-            "complete" if run.complete else "running",
+            "complete" if run.complete else duration(run.eta_seconds),
         )
     if not runs:
         table.add_row("no run is in this store yet")

@@ -184,7 +184,7 @@ def test_status_tells_of_every_run(
 ) -> None:
     assert keepwarm("status", "--store", str(stored)) == 0
     shown = capsys.readouterr().out
-    assert all(part in shown for part in (run.run_id, "claims.jsonl", "running"))
+    assert all(part in shown for part in (run.run_id, "claims.jsonl", "left"))
 
 
 def test_status_is_json_where_it_is_asked_for(

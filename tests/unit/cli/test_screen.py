@@ -103,10 +103,9 @@ def test_the_status_table_has_a_row_a_run(screen: Console, seen: Seen) -> None:
     screen.print(status_table([STATUS, but(run_id="run-2", complete=True)]))
     header, first, second = seen().splitlines()
     assert header.split() == [
-        *("run", "source", "total", "done", "dead", "rejected", "claims/s", "ETA", "workers"),
-        "state",
+        *("run", "source", "total", "done", "dead", "rejected", "claims/s", "workers", "left")
     ]
-    for part in (STATUS.run_id, "claims.jsonl", "12,000", "3,456", "12.3", "3 min 05 s", "running"):
+    for part in (STATUS.run_id, "claims.jsonl", "12,000", "3,456", "12.3", "3 min 05 s"):
         assert part in first
     assert second.split()[-1] == "complete"
     assert "3 min" not in second
