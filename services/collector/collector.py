@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from itertools import count
 
 import structlog
 
@@ -99,7 +100,7 @@ class Collector:
 
     def _write(self, incoming: Incoming) -> bool:
         """Commit, however long it takes. False when told to stop before that was possible."""
-        for failures in range(1_000_000):
+        for failures in count():
             try:
                 self._store.write(incoming)
                 self.waiting_for = None
@@ -109,7 +110,7 @@ class Collector:
                 self.waiting_for = str(error)
                 log.error("store.waiting", reason=str(error), again_in_seconds=pause)
                 if self._finish.is_set() or self._stop.wait(pause):
-                    return False
+                    break
         return False
 
 
