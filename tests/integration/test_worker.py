@@ -51,6 +51,11 @@ def outcomes(environment: dict[str, str]) -> list[tuple[str, str | None, str | N
     return [tuple(row) for row in rows]
 
 
+def wait_for_the_first_verdicts(collecting: Command, environment: dict[str, str]) -> None:
+    collecting.said("broker.connected")  # by then it has made the store's tables
+    wait_until(lambda: outcomes(environment), "the first verdicts")
+
+
 def assert_complete(environment: dict[str, str]) -> None:
     found = outcomes(environment)
     assert sorted(claim_id for claim_id, _, _ in found) == [row["id"] for row in sample_lines()]
@@ -117,10 +122,7 @@ def test_sigterm_drains_and_another_worker_completes_the_run(
     run_id = submit(command)
     collecting = collect(command, run_id)
     worker = command("worker", TEST_ENGINE_CLAIM_SECONDS="0.02")
-    wait_until(
-        lambda: Path(environment["KEEPWARM_STORE_URL"]).exists() and outcomes(environment),
-        "the first verdicts",
-    )
+    wait_for_the_first_verdicts(collecting, environment)
     left = worker.descendants()
     worker.signal(signal.SIGTERM)
     assert worker.wait() == 0, worker.output
@@ -165,10 +167,7 @@ def test_sigkill_loses_nothing_doubles_nothing_and_leaves_no_engine(
     run_id = submit(command)
     collecting = collect(command, run_id)
     worker = command("worker", TEST_ENGINE_CLAIM_SECONDS="0.02")
-    wait_until(
-        lambda: Path(environment["KEEPWARM_STORE_URL"]).exists() and outcomes(environment),
-        "the first verdicts",
-    )
+    wait_for_the_first_verdicts(collecting, environment)
     left = worker.descendants()
     assert left
     os.killpg(worker.process.pid, signal.SIGKILL)
