@@ -132,7 +132,7 @@ class Keepwarm:
 
     def run(self, claims_file: Path, limit: int, name: str) -> float:
         """Seconds from the opening of the file to the last verdict in the store."""
-        from services.broker import BrokerAddress, Publisher
+        from services.broker import BrokerAddress, Declares, Publisher
         from services.collector import run_status
         from services.contracts import ContextSpec, PromptSpec
         from services.gpu_worker import pin_model
@@ -144,7 +144,7 @@ class Keepwarm:
                 BrokerAddress.from_settings(self._settings),
                 "benchmark",
                 window=128,
-                context_ids=[spec.context_id],
+                declares=Declares("always", (spec.context_id,)),
             ).open(10) as publisher,
             RejectedFile(Path(tempfile.gettempdir()) / "keepwarm-rejected.jsonl") as rejected,
         ):

@@ -26,7 +26,14 @@ from rich.table import Table
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from services.broker import BrokerAddress, Consumer, Outgoing, PrivateNode, Publisher  # noqa: E402
+from services.broker import (  # noqa: E402
+    BrokerAddress,
+    Consumer,
+    Declares,
+    Outgoing,
+    PrivateNode,
+    Publisher,
+)
 from services.contracts import (  # noqa: E402
     ClaimBatch,
     RunAnnouncement,
@@ -38,6 +45,7 @@ from services.contracts import (  # noqa: E402
     load_settings,
     topology,
 )
+from services.contracts.wire import Message  # noqa: E402
 
 MODEL = REPOSITORY / ".models" / "SmolLM2-135M-Instruct"
 FEVER = REPOSITORY.parent / "shared" / "data" / "fever_labelled_dev.jsonl"
@@ -113,7 +121,8 @@ def write_claims(path: Path, count: int) -> None:
 
 
 def take_all(address: BrokerAddress, queue: str, context: str, messages: int) -> list[bytes]:
-    with Consumer(address, "drain", queues=[queue], prefetch=500, context_ids=[context]).open(
+    declares = Declares("if-missing", (context,))
+    with Consumer(address, "drain", queues=[queue], prefetch=500, declares=declares).open(
         10
     ) as consumer:
         bodies = []
@@ -155,12 +164,14 @@ def as_verdicts(body: bytes) -> bytes:
     )
 
 
-def publish_all(address: BrokerAddress, exchange: str, key: str, bodies: list[bytes]) -> float:
+def publish_all(
+    address: BrokerAddress, exchange: str, key: str, kind: type[Message], bodies: list[bytes]
+) -> float:
     """Seconds until the broker has confirmed all."""
     with Publisher(address, "fill", window=128).open(10) as publisher:
         started = time.monotonic()
         for number, body in enumerate(bodies):
-            publisher.publish(Outgoing(exchange, key, body, str(number)))
+            publisher.publish(Outgoing(exchange, key, body, str(number), kind.__name__))
         publisher.flush()
         return time.monotonic() - started
 
@@ -195,7 +206,7 @@ def measure(count: int, batch_size: int) -> dict[str, Finished]:
         queue = topology.claims_queue(context)
         bodies = take_all(address, queue, context, -(-count // batch_size))
 
-        seconds = publish_all(address, topology.CLAIMS_EXCHANGE, queue, bodies)
+        seconds = publish_all(address, topology.CLAIMS_EXCHANGE, queue, ClaimBatch, bodies)
         results["broker alone, claims in"] = Finished(seconds)
         started = time.monotonic()
         take_all(address, queue, context, len(bodies))
@@ -203,12 +214,15 @@ def measure(count: int, batch_size: int) -> dict[str, Finished]:
 
         verdicts = [as_verdicts(body) for body in bodies]
         totals = Totals(lines=count, claims=count, repeated=0, rejected=0)
-        publish_all(address, topology.VERDICTS_EXCHANGE, topology.VERDICTS_QUEUE, verdicts)
+        publish_all(
+            address, topology.VERDICTS_EXCHANGE, topology.VERDICTS_QUEUE, VerdictBatch, verdicts
+        )
         publish_all(
             address,
             topology.RUNS_EXCHANGE,
             topology.RUNS_QUEUE,
-            [encode(RunAnnouncement(run=run, totals=totals))],
+            RunAnnouncement,
+            [encode(RunAnnouncement(run=run, submission_id="benchmark", totals=totals))],
         )
         alone = {**environment, "KEEPWARM_STORE_URL": str(directory / "alone.sqlite")}
         results["collect alone"] = Command(alone, "collect", "--until", run.run_id).wait()

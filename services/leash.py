@@ -4,6 +4,8 @@
 other end of a pipe. When the owner ends, even by SIGKILL, the pipe closes; then, or on SIGTERM, the
 command gets SIGTERM, `--grace` seconds, and SIGKILL. When the command has ended, everything it ever
 started is killed, daemons that left its session included: the leash is their subreaper (prctl(2)).
+A leash is two processes, a guard and its holder, of which each ends the command when the other is
+killed: whichever process dies first, and even if its owner dies at the same moment, nothing stays.
 
 A broker node brings a port mapper that makes itself a daemon; an engine brings processes that hold
 GPU memory. Neither may stay. The leash imports the standard library and psutil only, and owns
@@ -26,6 +28,7 @@ import psutil
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -73,6 +76,13 @@ class Leashed:
     def output(self) -> IO[bytes] | None:
         """The reading end, where `output` was `subprocess.PIPE`."""
         return self._process.stdout
+
+    def command(self) -> psutil.Process | None:
+        """The process that is held, while it lives."""
+        with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+            holder = psutil.Process(self._process.pid).children()[0]
+            return holder.children()[0]
+        return None
 
     def exit_code(self) -> int | None:
         """None while it runs; negative when a signal ended the command."""
@@ -143,16 +153,33 @@ def _given_environment() -> dict[bytes, bytes]:
     return dict(entry.split(b"=", 1) for entry in entries if b"=" in entry)
 
 
-def _die_with_parent() -> None:
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _die_with_parent(number: int = signal.SIGKILL) -> None:
+    _libc.prctl(_PR_SET_PDEATHSIG, number)
+
+
+def _guard(holder: int) -> int:
+    """Wait for the holder, pass signals on to it, and end what it could not end."""
+    for number in _STOP_SIGNALS:
+        signal.signal(number, lambda received, _: os.kill(holder, received))
+    _, status = os.waitpid(holder, 0)
+    # Killed, it left its orphans to the next subreaper: that is us.
+    _kill_all(psutil.Process())
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
 
 
 def _hold(command: Sequence[str], directory: Path | None, grace_seconds: float) -> int:
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    guard = os.getpid()
+    holder = os.fork()
+    if holder:
+        return _guard(holder)
+    _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    _die_with_parent(signal.SIGTERM)
+    stop_signals: list[int] = [] if os.getppid() == guard else [signal.SIGTERM]
     wake_reader, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    stop_signals: list[int] = []
     signal.set_wakeup_fd(wake_writer)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in _STOP_SIGNALS:
         signal.signal(number, lambda received, _: stop_signals.append(received))
     signal.signal(signal.SIGCHLD, lambda *_: None)
 

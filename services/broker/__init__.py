@@ -4,5 +4,14 @@ from services.broker.address import BrokerAddress
 from services.broker.consumer import Consumer, Delivery
 from services.broker.private_node import PrivateNode
 from services.broker.publisher import Outgoing, Publisher
+from services.broker.topology import Declares
 
-__all__ = ["BrokerAddress", "Consumer", "Delivery", "Outgoing", "PrivateNode", "Publisher"]
+__all__ = [
+    "BrokerAddress",
+    "Consumer",
+    "Declares",
+    "Delivery",
+    "Outgoing",
+    "PrivateNode",
+    "Publisher",
+]

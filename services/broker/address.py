@@ -53,7 +53,7 @@ class BrokerAddress:
             virtual_host=unquote((url.path or "").removeprefix("/")) or "/",
             user=unquote(url.username or "guest"),
             _password=settings.secret("broker") or unquote(url.password or "guest"),
-            tls=_tls(settings.broker_ca_file) if secure else None,
+            tls=tls_context(settings.broker_ca_file) if secure else None,
             heartbeat_seconds=settings.broker_heartbeat_seconds,
         )
 
@@ -72,7 +72,8 @@ class BrokerAddress:
         )
 
 
-def _tls(ca_file: Path | None) -> ssl.SSLContext:
+def tls_context(ca_file: Path | None) -> ssl.SSLContext:
+    """Checks certificate and name. Raises UsageError for a file that is no PEM bundle."""
     try:
         return ssl.create_default_context(cafile=ca_file)
     except (OSError, ssl.SSLError) as error:

@@ -2,17 +2,26 @@
 
 import queue
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 from pika.channel import Channel
 
 from services.broker.address import BrokerAddress
 from services.broker.link import Link
+from services.broker.publisher import Outgoing
+from services.broker.topology import Declares, listen_to_notices, run_in_order
+from services.contracts import topology
+from services.contracts.errors import MessageInvalid
+from services.contracts.wire import CONTENT_TYPE, Message, decode
 
 _DELIVERY_COUNT = "x-delivery-count"
+_LOOK_SECONDS = 15.0
+_MOST_REASON_CHARS = 1_000
+
+M = TypeVar("M", bound=Message)
 
 log = structlog.get_logger(__name__)
 
@@ -28,20 +37,57 @@ class Delivery:
     redelivered: bool
     tag: int
     epoch: int
+    content_type: str = CONTENT_TYPE
+    kind: str = ""
 
     @property
     def attempt(self) -> int:
-        """1 for the first delivery; quorum queues count the earlier ones."""
-        return int(self.headers.get(_DELIVERY_COUNT, 0)) + 1
+        """1 for the first delivery; quorum queues count the earlier ones. It is only reported, so
+        a count that is none is no reason to refuse the message.
+        """
+        count = self.headers.get(_DELIVERY_COUNT, 0)
+        return count + 1 if isinstance(count, int) and 0 <= count < 2**31 - 1 else 1
+
+    def message(self, kind: type[M]) -> M:
+        """The message that it holds. Raises MessageInvalid, naming what is wrong with it."""
+        if self.content_type != CONTENT_TYPE:
+            raise MessageInvalid(f"its content type is {self.content_type!r}, not {CONTENT_TYPE}")
+        if self.kind != kind.__name__:
+            raise MessageInvalid(f"its type is {self.kind!r}, not {kind.__name__}")
+        return decode(kind, self.body)
+
+    @property
+    def failures(self) -> int:
+        """Failures of an engine that its claims were part of. Raises MessageInvalid."""
+        count = self.headers.get(topology.FAILURES_HEADER, 0)
+        if not isinstance(count, int) or not 0 <= count < 2**31:
+            raise MessageInvalid(f"its header {topology.FAILURES_HEADER} is no count")
+        return count
+
+    def refused(self, reason: str, on_confirmed: Callable[[], None]) -> Outgoing:
+        """The message as one for `dead-messages`, with the reason beside it."""
+        return Outgoing(
+            topology.DEAD_EXCHANGE,
+            topology.DEAD_MESSAGES_QUEUE,
+            self.body,
+            message_id=self.message_id,
+            kind=self.kind,
+            headers={
+                topology.REASON_HEADER: reason[:_MOST_REASON_CHARS],
+                topology.ORIGIN_HEADER: self.queue,
+            },
+            on_confirmed=on_confirmed,
+        )
 
 
 class Consumer(Link):
     """Takes messages from `queues`, at most `prefetch` unsettled ones from each.
 
     Deliveries wait in memory until `take`; whoever took one settles it from any thread with
-    `acknowledge`, `give_back` or `refuse`, minutes later if need be: the link's own thread keeps
-    the heartbeats going. A delivery from before a lost connection is settled in vain, on purpose:
-    the broker has already given it to someone.
+    `acknowledge` or `give_back`, minutes later if need be: the link's own thread keeps the
+    heartbeats going. A delivery from before a lost connection is settled in vain, on purpose: the
+    broker has already given it to someone. `on_notice` hears the bodies of notices, on the link's
+    thread.
     """
 
     def __init__(
@@ -51,15 +97,21 @@ class Consumer(Link):
         *,
         queues: Sequence[str],
         prefetch: int,
-        context_ids: Sequence[str] = (),
+        declares: Declares = Declares(),  # noqa: B008  (frozen)
+        on_notice: Callable[[bytes], None] | None = None,
+        listener: str = "",
     ) -> None:
-        super().__init__(address, name, context_ids)
+        super().__init__(address, name, declares)
         self._queues = tuple(queues)
         self._prefetch = prefetch
+        self._on_notice = on_notice
+        self._listener = listener
         self._inbox: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self._taking = True
         self._stopped_taking = threading.Event()
         self._epoch = 0
+        self._came_since_the_look = False
+        self._unsettled = 0
 
     def take(self, timeout_seconds: float) -> Delivery | None:
         """The next message, or None when none came in time. Raises BrokerError on a dead link."""
@@ -80,10 +132,6 @@ class Consumer(Link):
         """Return them unharmed, for someone else: `basic.nack`, which never counts as a failure."""
         self._settle(list(deliveries), lambda channel, tag: channel.basic_nack(tag, requeue=True))
 
-    def refuse(self, deliveries: Iterable[Delivery]) -> None:
-        """They are not messages that anyone can use: to the dead-letter queue."""
-        self._settle(list(deliveries), lambda channel, tag: channel.basic_nack(tag, requeue=False))
-
     def stop_taking(self, timeout_seconds: float) -> None:
         """Take no more, and give back what nobody took. What was taken can still be settled."""
         self._call_soon(self._cancel)
@@ -99,6 +147,7 @@ class Consumer(Link):
         def now() -> None:
             for delivery in deliveries:
                 if self._channel is not None and delivery.epoch == self._epoch:
+                    self._unsettled -= 1
                     settle(self._channel, delivery.tag)
 
         if deliveries:
@@ -106,19 +155,64 @@ class Consumer(Link):
 
     def _on_channel_ready(self, channel: Channel) -> None:
         self._epoch += 1
+        self._unsettled = 0
         if not self._taking:
+            self._in_service()
             return
         channel.add_on_cancel_callback(self._on_cancelled_by_broker)
         channel.basic_qos(prefetch_count=self._prefetch)
-        for name in self._queues:
-            # The consumer's tag is the queue's name, so that a delivery tells where it is from.
-            channel.basic_consume(name, self._on_message, consumer_tag=name)
+        steps = [*map(self._consume, self._queues)]
+        if self._on_notice is not None:
+            steps += [*listen_to_notices(self._listener), self._consume_notices]
+        run_in_order(channel, iter(steps), self._in_service)
+        self._look_later(self._epoch)
+
+    def _consume(self, name: str) -> Any:
+        # The consumer's tag is the queue's name, so that a delivery tells where it is from.
+        return lambda channel, done: channel.basic_consume(
+            name, self._on_message, consumer_tag=name, callback=done
+        )
+
+    def _consume_notices(self, channel: Channel, done: Callable[[Any], None]) -> None:
+        assert self._on_notice is not None
+        hear = self._on_notice
+        channel.basic_consume(
+            topology.notices_queue(self._listener),
+            lambda _channel, _method, _properties, body: hear(body),
+            auto_ack=True,
+            callback=done,
+        )
 
     def _on_channel_lost(self) -> None:
         # An epoch without a channel: whatever is in hand is the broker's again.
         self._epoch += 1
 
+    def _look_later(self, epoch: int) -> None:
+        self._loop.call_later(_LOOK_SECONDS, lambda: self._look(epoch))
+
+    def _look(self, epoch: int) -> None:
+        """A consumer can be forgotten without a word (a queue that was deleted and made again):
+        messages wait, our hands are empty, and nothing comes.
+        """
+        if epoch != self._epoch or not self._taking or self._channel is None:
+            return
+        idle = not self._came_since_the_look and self._unsettled == 0
+        self._came_since_the_look = False
+
+        def looked(frame: Any) -> None:
+            # What came while we asked shows that all is well.
+            if frame.method.message_count and not self._came_since_the_look:
+                self._lost_because = f"messages wait in {frame.method.queue} and none comes"
+                self._restart_connection()
+
+        if idle:
+            for name in self._queues:
+                self._channel.queue_declare(name, passive=True, callback=looked)
+        self._look_later(epoch)
+
     def _on_message(self, _: Channel, method: Any, properties: Any, body: bytes) -> None:
+        self._came_since_the_look = True
+        self._unsettled += 1
         self._inbox.put(
             Delivery(
                 queue=method.consumer_tag,
@@ -128,12 +222,15 @@ class Consumer(Link):
                 redelivered=method.redelivered,
                 tag=method.delivery_tag,
                 epoch=self._epoch,
+                content_type=properties.content_type or "",
+                kind=properties.type or "",
             )
         )
 
     def _on_cancelled_by_broker(self, frame: Any) -> None:
         # A deleted queue leaves a connection that is open and silent.
         log.warning("broker.cancelled", link=self._name, queue=frame.method.consumer_tag)
+        self._lost_because = "the broker cancelled our consumer: its queue was deleted"
         self._restart_connection()
 
     def _cancel(self) -> None:

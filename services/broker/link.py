@@ -1,10 +1,9 @@
 """A connection to the broker that one thread owns, opens, and opens again when it is lost."""
 
 import contextlib
-import random
 import ssl
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Self
 
 import pika
@@ -25,7 +24,8 @@ from pika.exceptions import (
 )
 
 from services.broker.address import BrokerAddress
-from services.broker.topology import declare
+from services.broker.topology import Declares, declare
+from services.contracts.backoff import growing_pause
 from services.contracts.errors import (
     BrokerError,
     BrokerRefused,
@@ -35,7 +35,7 @@ from services.contracts.errors import (
 
 _FIRST_DELAY_SECONDS = 0.25
 _LONGEST_DELAY_SECONDS = 15.0
-_ACCESS_REFUSED, _PRECONDITION_FAILED, _NOT_ALLOWED = 403, 406, 530
+_ACCESS_REFUSED, _NOT_FOUND, _PRECONDITION_FAILED, _NOT_ALLOWED = 403, 404, 406, 530
 
 log = structlog.get_logger(__name__)
 
@@ -48,14 +48,16 @@ class Link:
     the first one was opened. The `_on_…` hooks run on the owning thread.
     """
 
-    def __init__(self, address: BrokerAddress, name: str, context_ids: Sequence[str] = ()) -> None:
+    def __init__(self, address: BrokerAddress, name: str, declares: Declares) -> None:
         self._address = address
         self._name = name
-        self._context_ids = tuple(context_ids)
+        self._declares = declares
+        self._house_is_missing = False
         self._loop = IOLoop()
         self._connection: pika.SelectConnection | None = None
         self._channel: Channel | None = None
         self._failures = 0
+        self._lost_because = ""
         self._was_open = False
         self._closing = False
         self.blocked_by: str | None = None
@@ -65,7 +67,7 @@ class Link:
         self._thread = threading.Thread(target=self._own, name=f"link-{name}", daemon=True)
 
     def open(self, timeout_seconds: float) -> Self:
-        """Connect and declare the topology.
+        """Connect, and declare what is ours to declare.
 
         Raises BrokerRefused or TopologyMismatch at once, BrokerUnreachable after the time-out.
         """
@@ -97,7 +99,7 @@ class Link:
     # Hooks for the two kinds of link.
 
     def _on_channel_ready(self, channel: Channel) -> None:
-        """The topology is declared on a new channel."""
+        """All is declared on a new channel. Calls `_in_service` once it can do its work."""
         raise NotImplementedError
 
     def _on_channel_lost(self) -> None:
@@ -156,22 +158,29 @@ class Link:
         declare(
             channel,
             str(self._connection.server_properties["version"]),
-            self._context_ids,
+            self._declares,
             lambda: self._on_declared(channel),
+            house_is_missing=self._house_is_missing,
         )
 
     def _on_declared(self, channel: Channel) -> None:
         self._channel = channel
-        self._failures = 0
+        self._house_is_missing = False
         self._on_channel_ready(channel)
+
+    def _in_service(self) -> None:
+        self._failures = 0
         log.info("broker.connected", link=self._name, broker=str(self._address))
+        self._reached()
+
+    def _reached(self) -> None:
         self._was_open = True
         self._opened_or_failed.set()
 
     def _on_channel_closed(self, _: Channel, reason: BaseException) -> None:
         self._forget_channel()
         if isinstance(reason, ChannelClosedByBroker):
-            log.warning("broker.channel_closed", link=self._name, reason=str(reason))
+            self._lost_because = f"{reason.reply_text} ({reason.reply_code})"
             if (
                 reason.reply_code == _PRECONDITION_FAILED
                 and "inequivalent arg" in reason.reply_text
@@ -185,7 +194,16 @@ class Link:
                 )
             elif reason.reply_code == _ACCESS_REFUSED:
                 self._fail_if_first(self._refused(reason.reply_text))
+            elif reason.reply_code == _NOT_FOUND:
+                self._on_not_found(reason.reply_text)
         self._restart_connection()
+
+    def _on_not_found(self, what: str) -> None:
+        """An exchange or a queue is not there. Whoever may declare it does so next time."""
+        self._house_is_missing = True
+        if self._declares.house == "never":
+            self._lost_because = f"{what}; waiting for a producer and a collector to make it"
+            self._reached()  # the broker is there and takes us: waiting is all that is left to do
 
     def _restart_connection(self) -> None:
         # One way back from every fault: a new connection, with a new channel on it.
@@ -205,12 +223,19 @@ class Link:
             self._error = self._error or error
             if isinstance(self._error, BrokerUnreachable):
                 self._error = error
-        delay = random.uniform(0, _FIRST_DELAY_SECONDS * 2 ** min(self._failures, 10))
-        delay = min(delay, _LONGEST_DELAY_SECONDS)
         self._failures += 1
-        log.warning(
-            "broker.waiting", link=self._name, reason=str(error), again_in_seconds=round(delay, 2)
+        delay = growing_pause(
+            self._failures,
+            first_seconds=_FIRST_DELAY_SECONDS,
+            longest_seconds=_LONGEST_DELAY_SECONDS,
         )
+        log.warning(
+            "broker.waiting",
+            link=self._name,
+            reason=self._lost_because or str(error),
+            again_in_seconds=round(delay, 2),
+        )
+        self._lost_because = ""
         self._loop.call_later(delay, self._reconnect)
 
     def _reconnect(self) -> None:

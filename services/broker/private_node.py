@@ -4,10 +4,13 @@ import os
 import secrets
 import shutil
 import socket
+import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
+import psutil
 import structlog
 
 from services.contracts.errors import BrokerError
@@ -25,14 +28,18 @@ class PrivateNode:
     """A node that listens on loopback only, on ports that were free, with a random password.
 
     Its data lives in `directory`, which is made for the owner alone. Use it as a context manager;
-    it is taken down at the end, and by its leash when this process is killed.
+    it is taken down at the end, and by its leash when this process is killed. Without `plugins` it
+    has none; rabbitmq_management listens on `management_port`.
     """
 
-    def __init__(self, directory: Path, log_file: Path | None = None) -> None:
+    def __init__(
+        self, directory: Path, log_file: Path | None = None, *, plugins: Sequence[str] = ()
+    ) -> None:
         self._directory = directory
         self.log_file = log_file or directory / "rabbitmq.log"
         self._password = secrets.token_urlsafe(24)
-        self.port, self._distribution_port, self._mapper_port = _free_ports(3)
+        self._plugins = tuple(plugins)
+        self.port, self._distribution_port, self._mapper_port, self.management_port = _free_ports(4)
         self._node: Leashed | None = None
 
     @property
@@ -80,6 +87,26 @@ class PrivateNode:
             time.sleep(0.05)
         log.info("node.ready", port=self.port)
 
+    def process(self) -> psutil.Process | None:
+        """The node's own process, while it lives."""
+        return None if self._node is None else self._node.command()
+
+    def control(self, *command: str) -> str:
+        """What `rabbitmqctl` says to a command. Raises BrokerError when it fails."""
+        server = _find_server()
+        done = subprocess.run(
+            [str(server.parent / "rabbitmqctl"), "-q", *command],
+            env=self._environment(server),
+            cwd=self._directory,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_START_TIMEOUT_SECONDS,
+        )
+        if done.returncode:
+            raise BrokerError(f"rabbitmqctl {command[0]} failed: {done.stderr.strip()}")
+        return done.stdout
+
     def stop(self) -> None:
         if self._node is not None:
             self._node.stop()
@@ -99,10 +126,18 @@ class PrivateNode:
             "log.file = false\n"
             # A desk has other uses for its memory and disk; below these the node blocks publishers.
             "vm_memory_high_watermark.relative = 0.4\n"
-            "disk_free_limit.absolute = 256MB\n",
+            "disk_free_limit.absolute = 256MB\n" + self._management(),
             encoding="utf-8",
         )
-        (self._directory / "enabled_plugins").write_text("[].\n", encoding="utf-8")
+        (self._directory / "enabled_plugins").write_text(
+            f"[{','.join(self._plugins)}].\n", encoding="utf-8"
+        )
+
+    def _management(self) -> str:
+        # The node refuses settings of a plug-in that is off.
+        if "rabbitmq_management" not in self._plugins:
+            return ""
+        return f"management.tcp.ip = 127.0.0.1\nmanagement.tcp.port = {self.management_port}\n"
 
     def _environment(self, server: Path) -> dict[str, str]:
         here = self._directory

@@ -4,8 +4,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import pika
 import structlog
@@ -14,8 +14,9 @@ from pika.spec import Basic
 
 from services.broker.address import BrokerAddress
 from services.broker.link import Link
+from services.broker.topology import Declares
 from services.contracts.errors import BrokerUnreachable
-from services.contracts.wire import CONTENT_TYPE
+from services.contracts.wire import CONTENT_TYPE, Message, encode
 
 _RESEND_DELAY_SECONDS = 0.5
 
@@ -24,14 +25,24 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """A message on its way to the broker."""
+    """A message on its way to the broker. `kind` is the name of the contract that it keeps.
+
+    One that nobody takes is sent again, unless it is a notice, which is for those who listen now.
+    """
 
     exchange: str
     routing_key: str
     body: bytes
-    message_id: str
+    message_id: str = ""
+    kind: str = ""
     headers: Mapping[str, Any] = field(default_factory=dict)
     on_confirmed: Callable[[], None] | None = None
+    notice: bool = False
+
+    @classmethod
+    def of(cls, message: Message, exchange: str, routing_key: str, **rest: Any) -> Self:
+        """One that carries `message`. Raises MessageInvalid when it is too large."""
+        return cls(exchange, routing_key, encode(message), kind=type(message).__name__, **rest)
 
 
 class Publisher(Link):
@@ -48,9 +59,9 @@ class Publisher(Link):
         name: str,
         *,
         window: int,
-        context_ids: Sequence[str] = (),
+        declares: Declares = Declares(),  # noqa: B008  (frozen)
     ) -> None:
-        super().__init__(address, name, context_ids)
+        super().__init__(address, name, declares)
         self._free = threading.Semaphore(window)
         self._pending = 0
         self._idle = threading.Condition()
@@ -60,6 +71,12 @@ class Publisher(Link):
         self._unconfirmed: dict[int, Outgoing] = {}
         self._returned: set[str] = set()
         self._last_tag = 0
+
+    def also_declare(self, context_id: str) -> None:
+        """Make the context's claims queue as well, should it be missing."""
+        if context_id not in self._declares.context_ids:
+            known = (*self._declares.context_ids, context_id)
+            self._declares = replace(self._declares, context_ids=known)
 
     def publish(self, message: Outgoing) -> None:
         """Hand a message over; waits while the window is full. Any thread but the link's own.
@@ -100,6 +117,7 @@ class Publisher(Link):
         self._last_tag = 0
         channel.add_on_return_callback(self._on_returned)
         channel.confirm_delivery(self._on_confirm)
+        self._in_service()
         self._send_outbox()
 
     def _on_channel_lost(self) -> None:
@@ -119,11 +137,14 @@ class Publisher(Link):
                 message.body,
                 pika.BasicProperties(
                     content_type=CONTENT_TYPE,
-                    delivery_mode=pika.DeliveryMode.Persistent,
+                    type=message.kind,
+                    delivery_mode=pika.DeliveryMode.Transient
+                    if message.notice
+                    else pika.DeliveryMode.Persistent,
                     message_id=message.message_id,
                     headers=dict(message.headers),
                 ),
-                mandatory=True,
+                mandatory=not message.notice,
             )
 
     def _on_confirm(self, frame: Any) -> None:
@@ -143,13 +164,24 @@ class Publisher(Link):
             return
         unroutable = [message for message in settled if message.message_id in self._returned]
         if unroutable:
-            # The queue is gone. A new connection declares it again, then they are sent again.
             self._returned.clear()
-            log.warning("broker.unroutable", link=self._name, messages=len(unroutable))
-            self._outbox.extendleft(reversed(unroutable))
-            self._restart_connection()
+            self._on_unroutable(unroutable)
             settled = [message for message in settled if message not in unroutable]
         self._confirm(settled)
+
+    def _on_unroutable(self, messages: Sequence[Outgoing]) -> None:
+        """The queue is gone. Whoever may declare it does so on a new connection, and sends again;
+        others wait until someone did.
+        """
+        keys = sorted({message.routing_key for message in messages})
+        log.warning("broker.unroutable", link=self._name, messages=len(messages), keys=keys)
+        if self._declares.house == "never":
+            self._send_later(messages)
+            return
+        self._house_is_missing = True
+        self._lost_because = f"no queue takes {', '.join(keys)}"
+        self._outbox.extendleft(reversed(messages))
+        self._restart_connection()
 
     def _confirm(self, messages: Sequence[Outgoing]) -> None:
         for message in messages:

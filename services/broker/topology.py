@@ -1,13 +1,25 @@
-"""Exchanges and queues, declared idempotently by whoever comes first."""
+"""Exchanges and queues, declared idempotently by those who have the right to."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from pika.channel import Channel
 
 from services.contracts import topology as names
 
 Step = Callable[[Channel, Callable[[Any], None]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Declares:
+    """What a service declares on every new channel. Least privilege: a worker declares nothing.
+
+    `house` are the exchanges and the queues that always are, `context_ids` the claims queues.
+    """
+
+    house: Literal["always", "if-missing", "never"] = "never"
+    context_ids: tuple[str, ...] = ()
 
 
 def quorum_arguments(server_version: str, *, dead_letters: bool) -> dict[str, Any]:
@@ -31,46 +43,73 @@ def quorum_arguments(server_version: str, *, dead_letters: bool) -> dict[str, An
     return arguments
 
 
-def _steps(server_version: str, context_ids: Sequence[str]) -> Iterator[Step]:
-    def exchange(name: str) -> Step:
-        return lambda channel, done: channel.exchange_declare(
-            name, exchange_type="direct", durable=True, callback=done
-        )
+def _exchange(name: str, kind: str = "direct") -> Step:
+    return lambda channel, done: channel.exchange_declare(
+        name, exchange_type=kind, durable=True, callback=done
+    )
 
-    def queue(name: str, exchange_name: str, *, dead_letters: bool = True) -> Iterator[Step]:
-        yield lambda channel, done: channel.queue_declare(
-            name,
-            durable=True,
-            arguments=quorum_arguments(server_version, dead_letters=dead_letters),
-            callback=done,
-        )
-        yield lambda channel, done: channel.queue_bind(
-            name, exchange_name, routing_key=name, callback=done
-        )
 
+def _queue(
+    server_version: str, name: str, exchange_name: str, *, dead_letters: bool = True
+) -> Iterator[Step]:
+    yield lambda channel, done: channel.queue_declare(
+        name,
+        durable=True,
+        arguments=quorum_arguments(server_version, dead_letters=dead_letters),
+        callback=done,
+    )
+    yield lambda channel, done: channel.queue_bind(
+        name, exchange_name, routing_key=name, callback=done
+    )
+
+
+def _house(version: str) -> Iterator[Step]:
     for name in (
         names.CLAIMS_EXCHANGE,
+        names.RETURNS_EXCHANGE,
         names.VERDICTS_EXCHANGE,
         names.RUNS_EXCHANGE,
         names.DEAD_EXCHANGE,
     ):
-        yield exchange(name)
-    yield from queue(names.DEAD_MESSAGES_QUEUE, names.DEAD_EXCHANGE, dead_letters=False)
-    yield from queue(names.DEAD_CLAIMS_QUEUE, names.DEAD_EXCHANGE)
-    yield from queue(names.VERDICTS_QUEUE, names.VERDICTS_EXCHANGE)
-    yield from queue(names.RUNS_QUEUE, names.RUNS_EXCHANGE)
-    for context_id in context_ids:
-        yield from queue(names.claims_queue(context_id), names.CLAIMS_EXCHANGE)
+        yield _exchange(name)
+    yield from _queue(version, names.DEAD_MESSAGES_QUEUE, names.DEAD_EXCHANGE, dead_letters=False)
+    yield from _queue(version, names.DEAD_CLAIMS_QUEUE, names.DEAD_EXCHANGE)
+    yield from _queue(version, names.RETURNS_QUEUE, names.RETURNS_EXCHANGE)
+    yield from _queue(version, names.VERDICTS_QUEUE, names.VERDICTS_EXCHANGE)
+    yield from _queue(version, names.RUNS_QUEUE, names.RUNS_EXCHANGE)
+    # The last one: where it is, all the others are.
+    yield _exchange(names.NOTICES_EXCHANGE, "fanout")
+
+
+def _steps(server_version: str, declares: Declares, house_is_missing: bool) -> Iterator[Step]:
+    if declares.house == "always" or (declares.house == "if-missing" and house_is_missing):
+        yield from _house(server_version)
+    elif declares.house == "if-missing":
+        # Where it is missing, the broker closes the channel with 404.
+        yield lambda channel, done: channel.exchange_declare(
+            names.NOTICES_EXCHANGE, passive=True, callback=done
+        )
+    for context_id in declares.context_ids:
+        yield from _queue(server_version, names.claims_queue(context_id), names.CLAIMS_EXCHANGE)
 
 
 def declare(
-    channel: Channel, server_version: str, context_ids: Sequence[str], done: Callable[[], None]
+    channel: Channel,
+    server_version: str,
+    declares: Declares,
+    done: Callable[[], None],
+    *,
+    house_is_missing: bool,
 ) -> None:
-    """Declare all that Keepwarm needs, with a claims queue for each context, then call `done`.
+    """Declare it all, one after the other, then call `done`.
 
     A queue that exists with other arguments makes the broker close the channel with 406.
     """
-    steps = _steps(server_version, context_ids)
+    run_in_order(channel, _steps(server_version, declares, house_is_missing), done)
+
+
+def run_in_order(channel: Channel, steps: Iterator[Step], done: Callable[[], None]) -> None:
+    """Take each step when the broker has answered the one before, then call `done`."""
 
     def advance(_: Any = None) -> None:
         step = next(steps, None)
@@ -80,3 +119,12 @@ def declare(
             step(channel, advance)
 
     advance()
+
+
+def listen_to_notices(listener: str) -> Sequence[Step]:
+    """Steps that give a listener its own queue of notices, which goes when its connection does."""
+    queue = names.notices_queue(listener)
+    return (
+        lambda channel, done: channel.queue_declare(queue, exclusive=True, callback=done),
+        lambda channel, done: channel.queue_bind(queue, names.NOTICES_EXCHANGE, callback=done),
+    )

@@ -9,8 +9,9 @@ from services.cli.garbage import expect_many_small_objects
 from services.cli.logs import configure_logs
 from services.cli.options import BrokerOption, StoreOption
 from services.cli.signals import on_stop_signal
-from services.collector import Collector, Incoming, Store, run_status
+from services.collector import Collector, Incoming, RunStatus, Store, run_status
 from services.contracts import load_settings
+from services.contracts.errors import RunIncomplete
 
 log = structlog.get_logger(__name__)
 
@@ -20,10 +21,15 @@ def collect(
     store: StoreOption = None,
     until: Annotated[
         str | None,
-        typer.Option(metavar="RUN", help="End when this run is complete.", show_default=False),
+        typer.Option(
+            metavar="RUN", help="End when this run is complete or cancelled.", show_default=False
+        ),
     ] = None,
 ) -> None:
-    """Move verdicts from the broker into the store, until told to stop."""
+    """Move verdicts from the broker into the store, until told to stop.
+
+    It also puts the claims that workers give back before other workers again.
+    """
     expect_many_small_objects()
     settings = load_settings(broker_url=broker, store_url=store)
     configure_logs(settings)
@@ -31,17 +37,22 @@ def collect(
     collector = Collector(database, settings)
     on_stop_signal(lambda _: collector.stop())
 
-    def after_commit(incoming: Incoming) -> None:
-        log.info("store.committed", claims=len(incoming), messages=len(incoming.verdicts))
-        if until is not None:
-            status = run_status(database, until)
-            if status is not None and status.complete:
-                collector.stop()
+    def status() -> RunStatus | None:
+        return None if until is None else run_status(database, until)
+
+    def ended() -> bool:
+        now = status()
+        return now is not None and (now.complete or now.cancelled)
 
     try:
-        status = None if until is None else run_status(database, until)
-        if status is not None and status.complete:
-            return
-        collector.run(after_commit)
+        if not ended():
+            collector.run(_log_commit, ended)
+        last = status()
     finally:
         database.close()
+    if last is not None and last.cancelled and not last.complete:
+        raise RunIncomplete(f"{last.run_id} was cancelled; submitting it again goes on with it")
+
+
+def _log_commit(incoming: Incoming) -> None:
+    log.info("store.committed", claims=len(incoming), messages=len(incoming.verdicts))

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import SecretStr
 from rich.console import Console
 
-from services.broker import BrokerAddress, PrivateNode, Publisher
+from services.broker import BrokerAddress, Declares, PrivateNode, Publisher
 from services.cli.finished import finished_in
 from services.cli.live_view import LiveView
 from services.cli.screen import print_report
@@ -18,12 +18,13 @@ from services.cli.signals import on_stop_signal
 from services.cli.worker_processes import WorkerProcess, device_shares, worker_processes
 from services.collector import Collector, Store, build_report, export_run, find_run, run_status
 from services.contracts import Settings
-from services.contracts.errors import BrokerError, StoreError
+from services.contracts.errors import BrokerError, RunIncomplete, StoreError
 from services.gpu_worker import find_device
 from services.producer import Progress, RejectedFile, Submission
 
 _LOOK_SECONDS = 0.25
 _COLLECT_SECONDS = 30.0
+_MOST_NODE_STARTS = 5
 
 
 class Desk:
@@ -49,6 +50,7 @@ class Desk:
         self._failure: BaseException | None = None
         self._progress = Progress(0, 0, 0)
         self._node: PrivateNode | None = None
+        self._node_starts = 0
         self._publisher: Publisher | None = None
 
     def work(self) -> int | None:
@@ -157,13 +159,12 @@ class Desk:
         return thread
 
     def _publish(self, settings: Settings) -> None:
-        context_ids = [self._submission.run.context.context_id]
         with (
             Publisher(
                 BrokerAddress.from_settings(settings),
                 "producer",
                 window=settings.publish_window,
-                context_ids=context_ids,
+                declares=Declares("if-missing", (self._submission.run.context.context_id,)),
             ).open(settings.broker_connect_timeout_seconds) as publisher,
             RejectedFile(self._directory / "rejected.jsonl") as rejections,
         ):
@@ -196,16 +197,28 @@ class Desk:
                     [slot.state for slot in slots],
                     waiting_for=collector.waiting_for or self._blocked(),
                 )
+                if self._database.wants(self._submission.submission_id) is False:
+                    raise RunIncomplete(
+                        f"{self._run_id} was cancelled; the same command goes on with it"
+                    )
                 if status is not None and status.complete and not publishing.is_alive():
                     return
                 if self._node is not None and not self._node.alive:
-                    raise BrokerError(
-                        f"the private RabbitMQ node ended; its log is {self._node.log_file}. The "
-                        "same command goes on where this one ended"
-                    )
+                    self._start_again(self._node)
                 for slot in slots:
                     slot.look_after()
                 time.sleep(_LOOK_SECONDS)
+
+    def _start_again(self, node: PrivateNode) -> None:
+        """The node was killed: its queues are on its disk, and everybody is waiting for it."""
+        self._node_starts += 1
+        if self._node_starts > _MOST_NODE_STARTS:
+            raise BrokerError(
+                f"the private RabbitMQ node ended again and again; its log is {node.log_file}. The "
+                "same command goes on where this one ended"
+            )
+        self._console.print("The private RabbitMQ node ended; starting it again.")
+        node.start()
 
     def _drain(self, slots: list[WorkerProcess]) -> None:
         if self._stopped_by is not None:

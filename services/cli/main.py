@@ -9,7 +9,11 @@ import typer
 from services.contracts import KeepwarmError
 from services.contracts.errors import UsageError
 
-_VERBS = ("run", "submit", "worker", "collect", "status", "report", "export")
+_VERBS = (
+    *("run", "submit", "worker", "collect", "status", "report", "export", "cancel"),
+    *("dead list", "dead show", "dead retry", "dead drop"),
+    "broker setup",
+)
 
 app = typer.Typer(
     name="keepwarm",
@@ -22,7 +26,7 @@ app = typer.Typer(
         "[bold]keepwarm run FILE[/bold] does it all on one machine. The other verbs are its parts: "
         "[bold]submit[/bold] publishes claims, [bold]worker[/bold] answers them, "
         "[bold]collect[/bold] stores the verdicts; [bold]status[/bold], [bold]report[/bold] and "
-        "[bold]export[/bold] read the store.\n\n"
+        "[bold]export[/bold] read the store. [bold]broker setup[/bold] prepares a broker.\n\n"
         "Settings come from KEEPWARM_… variables (docs/settings.md); flags win. Exit codes: "
         "0 well, 1 a bug, 2 a bad flag or setting, 3 a bad file of claims or prompt, 4 no engine, "
         "5 no broker, 6 no store or output, 7 some claims have no outcome yet; [bold]run[/bold] "
@@ -30,11 +34,21 @@ app = typer.Typer(
     ),
 )
 
+_broker = typer.Typer(no_args_is_help=True, help="Prepare a broker for a team.")
+app.add_typer(_broker, name="broker")
+_dead = typer.Typer(
+    no_args_is_help=True,
+    help="Claims that were given up on, and messages that nobody could use.",
+)
+app.add_typer(_dead, name="dead")
+_GROUPS = {"": app, "broker": _broker, "dead": _dead}
+
 
 def _verb(name: str) -> Callable[..., None]:
     """The function behind a verb. A machine has the extras that it needs, and not all of them."""
+    words = name.split()
     try:
-        module = importlib.import_module(f"services.cli.{name}")
+        module = importlib.import_module(f"services.cli.{words[0]}")
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("services"):
             raise
@@ -48,7 +62,7 @@ def _verb(name: str) -> Callable[..., None]:
 
         unavailable.__doc__ = f"Not installed here: needs {missing}."
         return unavailable
-    function: Callable[..., None] = getattr(module, name)
+    function: Callable[..., None] = getattr(module, words[-1])
     return function
 
 
@@ -56,9 +70,10 @@ for _name in _VERBS:
     _function = _verb(_name)
     # What is not installed knows no flags, and takes any to say so.
     _any = {"ignore_unknown_options": True, "allow_extra_args": True}
-    app.command(_name, context_settings=_any if _function.__name__ == "unavailable" else None)(
-        _function
-    )
+    _group, _, _last = _name.rpartition(" ")
+    _GROUPS[_group].command(
+        _last, context_settings=_any if _function.__name__ == "unavailable" else None
+    )(_function)
 
 
 def main() -> None:

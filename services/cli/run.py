@@ -10,6 +10,7 @@ from typing import Annotated, TextIO
 import typer
 from rich.console import Console
 
+from services.cli.changed import refuse_changed_file
 from services.cli.claims_options import (
     BatchSizeOption,
     ColumnOption,
@@ -105,6 +106,7 @@ def run(
         configure_logs(settings, held.enter_context(_log_file(directory)))
         database = Store.open(settings)
         held.callback(database.close)
+        refuse_changed_file(submission, database)
         desk = Desk(submission, settings, database, directory, console, workers)
         stopped_by = desk.work()
         desk.write_results()

@@ -72,11 +72,17 @@ def status_table(runs: "Sequence[RunStatus]") -> Table:
             "?" if run.rejected is None else f"{run.rejected:,}",
             f"{run.claims_per_second:,.1f}",
             str(run.workers_seen),
-            "complete" if run.complete else duration(run.eta_seconds),
+            _left(run),
         )
     if not runs:
         table.add_row("no run is in this store yet")
     return table
+
+
+def _left(run: "RunStatus") -> str:
+    if run.complete:
+        return "complete"
+    return "cancelled" if run.cancelled else duration(run.eta_seconds)
 
 
 def print_report(console: Console, report: "Report") -> None:
@@ -110,6 +116,11 @@ def print_report(console: Console, report: "Report") -> None:
         "duplicates",
         f"{status.duplicates:,} verdicts came twice and were ignored; "
         f"{report.redelivered_batches:,} batches were delivered again",
+    )
+    facts.add_row(
+        "preemption",
+        f"{status.returned:,} claims were returned unfinished; at most {status.lost_work:,} were "
+        "computed again",
     )
     console.print(facts, highlight=False)
     if report.quality is not None:

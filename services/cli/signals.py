@@ -1,24 +1,28 @@
-"""The first SIGTERM or Ctrl-C asks for an orderly end; the second ends at once."""
+"""The first signal asks for an orderly end; a second SIGTERM or Ctrl-C ends at once."""
 
 import os
 import signal
 from collections.abc import Callable
 from types import FrameType
 
-DRAIN_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Slurm's and others' early warning (`--signal=B:USR1@60`). SIGTERM comes after it in any case, and
+# is then the first of its kind.
+_WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 def on_stop_signal(stop: Callable[[int], None]) -> None:
     """Call `stop` with the signal's number at the first one. Engines and nodes are on leashes, so
-    that nothing stays behind when the second one ends this process on the spot.
+    that nothing stays behind when a second SIGTERM or Ctrl-C ends this process on the spot.
     """
     came: list[int] = []
 
     def handle(number: int, _: FrameType | None) -> None:
-        if came:
+        if number in _STOP_SIGNALS and any(earlier in _STOP_SIGNALS for earlier in came):
             os._exit(128 + number)
         came.append(number)
-        stop(number)
+        if len(came) == 1:
+            stop(number)
 
-    for number in DRAIN_SIGNALS:
+    for number in (*_STOP_SIGNALS, *_WARNINGS):
         signal.signal(number, handle)

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from services.broker import BrokerAddress, Publisher
+from services.broker import BrokerAddress, Declares, Publisher
+from services.cli.changed import refuse_changed_file
 from services.cli.claims_options import (
     BatchSizeOption,
     ColumnOption,
@@ -93,14 +94,16 @@ def submit(
         if settings.store_url is not None:
             from services.collector import Store  # its extra, only where a store is named
 
-            finished = finished_in(Store.open(settings), run_id)
+            database = Store.open(settings)
+            refuse_changed_file(submission, database)
+            finished = finished_in(database, run_id)
         rejected_path = rejected or Path(f"rejected-{run_id}.jsonl")
         with (
             Publisher(
                 BrokerAddress.from_settings(settings),
                 "producer",
                 window=settings.publish_window,
-                context_ids=[submission.run.context.context_id],
+                declares=Declares("if-missing", (submission.run.context.context_id,)),
             ).open(settings.broker_connect_timeout_seconds) as publisher,
             RejectedFile(rejected_path) as rejected_file,
             line_progress(console, "publishing", submission.lines) as publishing,

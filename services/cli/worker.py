@@ -1,5 +1,9 @@
 """`keepwarm worker`."""
 
+import threading
+
+import structlog
+
 from services.cli.context_options import (
     DTypeOption,
     EngineArgumentOption,
@@ -14,7 +18,9 @@ from services.cli.options import (
 )
 from services.cli.signals import on_stop_signal
 from services.contracts import load_settings
-from services.gpu_worker import Worker, find_device
+from services.gpu_worker import Worker, find_device, seconds_until_drain
+
+log = structlog.get_logger(__name__)
 
 
 def worker(
@@ -28,7 +34,8 @@ def worker(
     """Keep a model warm and answer the claims that want it, until told to stop.
 
     SIGTERM drains: what is finished is published, the rest returned, within
-    KEEPWARM_GRACE_SECONDS; the exit code is then 0. A second SIGTERM ends at once.
+    KEEPWARM_GRACE_SECONDS; the exit code is then 0. SIGUSR1, SIGUSR2 and the end of the walltime
+    (SLURM_JOB_END_TIME or KEEPWARM_WALLTIME_SECONDS) drain too. A second SIGTERM ends at once.
     """
     settings = load_settings(broker_url=broker)
     configure_logs(settings)
@@ -37,4 +44,19 @@ def worker(
     )
     service = Worker(context, find_device(), settings)
     on_stop_signal(lambda _: service.stop())
+    _drain_before_the_walltime_ends(service, seconds_until_drain(settings))
     service.run()
+
+
+def _drain_before_the_walltime_ends(service: Worker, seconds: float | None) -> None:
+    if seconds is None:
+        return
+
+    def drain() -> None:
+        log.info("walltime.ending")
+        service.stop()
+
+    log.info("walltime.known", drains_in_seconds=round(seconds))
+    timer = threading.Timer(seconds, drain)
+    timer.daemon = True
+    timer.start()

@@ -14,6 +14,7 @@ from pathlib import Path
 import structlog
 
 from services.contracts import ContextSpec, Settings
+from services.contracts.backoff import growing_pause
 from services.contracts.errors import EngineError, RunIncomplete, UsageError
 from services.gpu_worker import Device, visible_gpus
 from services.leash import Leashed
@@ -106,9 +107,13 @@ class WorkerProcess:
                 f"worker {self.number} was lost {self._losses} times in a row (last exit code "
                 f"{code}); its log is {self._log_file}, and it said last:\n{said}"
             )
-        pause = min(_LONGEST_PAUSE_SECONDS, 0.5 * 2.0**self._losses)
-        log.warning("worker.lost", worker=self.number, exit_code=code, again_in_seconds=pause)
-        self.state = f"lost (exit code {code}), replaced in {pause:g} s"
+        pause = growing_pause(
+            self._losses, first_seconds=1.0, longest_seconds=_LONGEST_PAUSE_SECONDS
+        )
+        log.warning(
+            "worker.lost", worker=self.number, exit_code=code, again_in_seconds=round(pause, 1)
+        )
+        self.state = f"lost (exit code {code}), replaced in {pause:.1f} s"
         self._process.stop()
         self._process, self._warm = None, False
         self._again_at = time.monotonic() + pause

@@ -1,6 +1,7 @@
 """Verdicts -> store -> report."""
 
 from services.collector.collector import Collector
+from services.collector.dead import DeadRow, dead_claims, drop_dead, reopen_dead
 from services.collector.export import ExportFormat, export_run
 from services.collector.report import Report, build_report
 from services.collector.status import RunStatus, find_run, run_status, run_statuses
@@ -8,14 +9,18 @@ from services.collector.store import Incoming, Store
 
 __all__ = [
     "Collector",
+    "DeadRow",
     "ExportFormat",
     "Incoming",
     "Report",
     "RunStatus",
     "Store",
     "build_report",
+    "dead_claims",
+    "drop_dead",
     "export_run",
     "find_run",
+    "reopen_dead",
     "run_status",
     "run_statuses",
 ]

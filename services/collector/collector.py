@@ -7,30 +7,45 @@ from itertools import count
 
 import structlog
 
-from services.broker import BrokerAddress, Consumer, Delivery
+from services.broker import BrokerAddress, Consumer, Declares, Delivery, Outgoing, Publisher
+from services.collector.returns import send_on
 from services.collector.store import Incoming, Store
 from services.contracts import (
+    ClaimBatch,
     DeadClaim,
+    Notice,
     RunAnnouncement,
     Settings,
     VerdictBatch,
-    decode,
     topology,
 )
-from services.contracts.errors import MessageInvalid, StoreError
+from services.contracts.backoff import growing_pause
+from services.contracts.errors import BrokerUnreachable, MessageInvalid, StoreError
 
+_QUEUES = (
+    topology.RUNS_QUEUE,
+    topology.VERDICTS_QUEUE,
+    topology.DEAD_CLAIMS_QUEUE,
+    topology.RETURNS_QUEUE,
+)
 _PREFETCH = 512
 # Half of the prefetch: the broker sends the other half while these are being committed.
 _COMMIT_MESSAGES = _PREFETCH // 2
+# What it publishes are messages that it holds unacknowledged, and one notice at a time: with this
+# window it never waits for a broker that takes nothing for the moment, and goes on collecting.
+_WINDOW = _PREFETCH * len(_QUEUES) + 1
 _TAKE_SECONDS = 0.1
 _LULL_SECONDS = 0.02
-_LONGEST_PAUSE_SECONDS = 15.0
+_NOTICE_SECONDS = 2.0
+_FLUSH_SECONDS = 2.0
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.2, 15.0
 
 log = structlog.get_logger(__name__)
 
 
 class Collector:
-    """Moves what workers and producers say from the broker into the store.
+    """Moves what workers and producers say from the broker into the store, and puts the claims that
+    workers give back onto their queue again.
 
     A message is acknowledged after the transaction that holds it is committed; when this process
     dies in between it comes again, and the store ignores and counts it.
@@ -41,6 +56,8 @@ class Collector:
         self._settings = settings
         self._stop = threading.Event()
         self._finish = threading.Event()
+        self._notice_due = 0.0
+        self._noticed: tuple[str, ...] = ()
         self.waiting_for: str | None = None
         """What keeps it from committing, in words, while something does."""
 
@@ -52,30 +69,49 @@ class Collector:
         """End once the broker has nothing more for the moment."""
         self._finish.set()
 
-    def run(self, on_commit: Callable[[Incoming], None] = lambda _: None) -> None:
-        """Collect until `stop` or `finish`. `on_commit` hears of every transaction once committed.
+    def run(
+        self,
+        on_commit: Callable[[Incoming], None] = lambda _: None,
+        until: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Collect until `stop`, `finish`, or `until` says so, which is asked after each commit and
+        every two seconds. `on_commit` hears of every transaction once committed.
 
         Raises BrokerError when the broker cannot be used at the start. A store that fails later is
         waited for: nothing is acknowledged meanwhile, so nothing is lost.
         """
-        with Consumer(
-            BrokerAddress.from_settings(self._settings),
-            "collector",
-            queues=[topology.RUNS_QUEUE, topology.VERDICTS_QUEUE, topology.DEAD_CLAIMS_QUEUE],
-            prefetch=_PREFETCH,
-        ).open(self._settings.broker_connect_timeout_seconds) as consumer:
+        address = BrokerAddress.from_settings(self._settings)
+        timeout = self._settings.broker_connect_timeout_seconds
+        declares = Declares("always")
+        with (
+            Publisher(address, "collector-claims", window=_WINDOW, declares=declares).open(
+                timeout
+            ) as publisher,
+            Consumer(
+                address, "collector", queues=_QUEUES, prefetch=_PREFETCH, declares=declares
+            ).open(timeout) as consumer,
+        ):
             while not self._stop.is_set():
-                took = self._collect_once(consumer, on_commit)
+                took = self._collect_once(consumer, publisher, on_commit)
                 if self._finish.is_set() and not took:
                     break
+                if (self._give_notice(publisher) or took) and _says_so(until):
+                    break
             consumer.stop_taking(timeout_seconds=2.0)
+            try:
+                publisher.flush(_FLUSH_SECONDS)
+            except BrokerUnreachable as error:
+                log.warning("claims.unconfirmed", reason=str(error))  # they come again
 
-    def _collect_once(self, consumer: Consumer, on_commit: Callable[[Incoming], None]) -> bool:
+    def _collect_once(
+        self, consumer: Consumer, publisher: Publisher, on_commit: Callable[[Incoming], None]
+    ) -> bool:
         """One transaction of what has come. False when nothing had."""
         incoming = Incoming()
         taken: list[Delivery] = []
-        claims = 0
+        returned: list[tuple[ClaimBatch, Delivery]] = []
         deadline: float | None = None
+        claims = 0
         while (
             claims < self._settings.store_commit_verdicts
             and len(taken) < _COMMIT_MESSAGES
@@ -87,41 +123,94 @@ class Collector:
                 break
             deadline = deadline or time.monotonic() + self._settings.store_commit_seconds
             try:
-                claims += _add(incoming, delivery)
+                if delivery.queue == topology.RETURNS_QUEUE:
+                    batch = delivery.message(ClaimBatch)
+                    incoming.returned.append(batch)
+                    returned.append((batch, delivery))
+                else:
+                    claims += _add(incoming, delivery)
+                    taken.append(delivery)
             except MessageInvalid as error:
-                log.error("message.refused", queue=delivery.queue, reason=str(error))
-                consumer.refuse([delivery])
-            else:
-                taken.append(delivery)
-        if taken and self._write(incoming):
+                _refuse(delivery, error, consumer, publisher)
+        if (taken or returned) and self._write(incoming):
             consumer.acknowledge(taken)
             on_commit(incoming)
-        return bool(taken)
+            for batch, delivery in returned:
+                self._send_on(batch, delivery, consumer, publisher)
+        return bool(taken or returned)
+
+    def _send_on(
+        self, batch: ClaimBatch, delivery: Delivery, consumer: Consumer, publisher: Publisher
+    ) -> None:
+        try:
+            send_on(batch, delivery, self._store, consumer, publisher)
+        except MessageInvalid as error:
+            _refuse(delivery, error, consumer, publisher)
+        except StoreError as error:
+            log.error("store.waiting", reason=str(error))
+            consumer.give_back([delivery])
 
     def _write(self, incoming: Incoming) -> bool:
         """Commit, however long it takes. False when told to stop before that was possible."""
-        for failures in count():
+        for failures in count(1):
             try:
                 self._store.write(incoming)
                 self.waiting_for = None
                 return True
             except StoreError as error:
-                pause = min(_LONGEST_PAUSE_SECONDS, 0.2 * 2 ** min(failures, 10))
+                pause = growing_pause(
+                    failures,
+                    first_seconds=_FIRST_PAUSE_SECONDS,
+                    longest_seconds=_LONGEST_PAUSE_SECONDS,
+                )
                 self.waiting_for = str(error)
-                log.error("store.waiting", reason=str(error), again_in_seconds=pause)
+                log.error("store.waiting", reason=str(error), again_in_seconds=round(pause, 1))
                 if self._finish.is_set() or self._stop.wait(pause):
                     break
         return False
+
+    def _give_notice(self, publisher: Publisher) -> bool:
+        """Now and then tell every worker which submissions are cancelled; one may be new.
+
+        False when it is not the time.
+        """
+        now = time.monotonic()
+        if now < self._notice_due or publisher.pending:
+            return False
+        self._notice_due = now + _NOTICE_SECONDS
+        try:
+            cancelled = self._store.cancelled_submissions()
+        except StoreError:
+            return False  # whoever commits says so
+        if cancelled or self._noticed:
+            notice = Notice(cancelled=cancelled)
+            publisher.publish(Outgoing.of(notice, topology.NOTICES_EXCHANGE, "", notice=True))
+        self._noticed = cancelled
+        return True
+
+
+def _says_so(until: Callable[[], bool]) -> bool:
+    try:
+        return until()
+    except StoreError:
+        return False  # asked again
 
 
 def _add(incoming: Incoming, delivery: Delivery) -> int:
     """Decode a message into `incoming`; how many claims it has. Raises MessageInvalid."""
     if delivery.queue == topology.VERDICTS_QUEUE:
-        batch = decode(VerdictBatch, delivery.body)
+        batch = delivery.message(VerdictBatch)
         incoming.verdicts.append(batch)
         return len(batch.verdicts)
     if delivery.queue == topology.RUNS_QUEUE:
-        incoming.announcements.append(decode(RunAnnouncement, delivery.body))
+        incoming.announcements.append(delivery.message(RunAnnouncement))
         return 0
-    incoming.dead.append(decode(DeadClaim, delivery.body))
+    incoming.dead.append(delivery.message(DeadClaim))
     return 1
+
+
+def _refuse(
+    delivery: Delivery, error: MessageInvalid, consumer: Consumer, publisher: Publisher
+) -> None:
+    log.error("message.refused", queue=delivery.queue, reason=str(error))
+    publisher.publish(delivery.refused(str(error), lambda: consumer.acknowledge([delivery])))

@@ -2,6 +2,7 @@
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     Float,
     Integer,
@@ -10,9 +11,10 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 metadata = MetaData()
 
@@ -33,8 +35,20 @@ runs = Table(
     Column("claims", BigInteger),
     Column("repeated", BigInteger),
     Column("rejected", BigInteger),
+    # Claims that workers gave back unfinished.
+    Column("returned", BigInteger, nullable=False, server_default="0"),
     Column("first_seen", Float, nullable=False),
     UniqueConstraint("run_id"),
+)
+
+# Each sending of a run. What is cancelled are the sendings that there were: the run may be sent
+# again, and then its claims are wanted, while those of before are not.
+submissions = Table(
+    "submissions",
+    metadata,
+    Column("submission_id", String(256), primary_key=True),
+    Column("run_key", BigInteger, nullable=False, index=True),
+    Column("cancelled_at", Float),
 )
 
 # One row a message of verdicts that came, redelivered ones included: who computed what, and when.
@@ -55,7 +69,7 @@ deliveries = Table(
     Column("received_at", Float, nullable=False),
 )
 
-# A verdict (label) or a dead claim (reason).
+# A verdict (label) or a dead claim (reason). A dead claim gives way to a later outcome.
 outcomes = Table(
     "outcomes",
     metadata,
@@ -73,5 +87,8 @@ outcomes = Table(
     Column("reason", String(64)),
     Column("detail", Text),
     Column("evidence", Text),
+    # Of a dead claim: how often an engine failed with it, and whether a person has let it go.
+    Column("failures", Integer),
+    Column("dropped", Boolean, nullable=False, server_default=false()),
     sqlite_with_rowid=False,
 )

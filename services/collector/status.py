@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection, Row, case, func, select
 
-from services.collector.schema import deliveries, outcomes, runs
+from services.collector.schema import deliveries, outcomes, runs, submissions
 from services.collector.store import Store
 from services.contracts import Run
 from services.contracts.errors import StoreError
@@ -32,10 +32,18 @@ class RunStatus(BaseModel):
     rejected: int | None
     repeated: int | None
     duplicates: int
+    """Verdicts that came twice; the first one stays."""
+    returned: int
+    """Claims that workers gave back unfinished; that costs no work."""
+    lost_work: int
+    """Claims answered by a worker that was not the first to have them: at most so many were
+    computed again because a worker was lost.
+    """
     claims_per_second: float
     eta_seconds: float | None
     workers_seen: int
     complete: bool
+    cancelled: bool
 
 
 @dataclass(frozen=True)
@@ -80,10 +88,17 @@ def find_run(store: Store, wanted: str) -> KnownRun:
 
 def _status(connection: Connection, row: Row[tuple[object, ...]]) -> RunStatus:
     key = row.run_key
-    done, duplicates, workers, last = connection.execute(
+    sendings = (
+        connection.execute(select(submissions.c.cancelled_at).where(submissions.c.run_key == key))
+        .scalars()
+        .all()
+    )
+    verdicts = deliveries.c.fresh + deliveries.c.duplicates
+    done, duplicates, lost_work, workers, last = connection.execute(
         select(
             func.coalesce(func.sum(deliveries.c.fresh), 0),
             func.coalesce(func.sum(deliveries.c.duplicates), 0),
+            func.coalesce(func.sum(case((deliveries.c.attempt > 1, verdicts), else_=0)), 0),
             func.count(func.distinct(deliveries.c.worker_id)),
             func.max(deliveries.c.received_at),
         ).where(deliveries.c.run_key == key)
@@ -105,10 +120,13 @@ def _status(connection: Connection, row: Row[tuple[object, ...]]) -> RunStatus:
         rejected=row.rejected,
         repeated=row.repeated,
         duplicates=int(duplicates),
+        returned=row.returned,
+        lost_work=int(lost_work),
         claims_per_second=round(rate, 2),
         eta_seconds=None if left is None or rate == 0 else round(left / rate, 1),
         workers_seen=workers,
         complete=left is not None and left <= 0,
+        cancelled=bool(sendings) and all(at is not None for at in sendings),
     )
 
 

@@ -1,31 +1,26 @@
 """The store: opened with care, written in transactions, each claim of a run once."""
 
-import os
 import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pydantic_core import to_json
 from sqlalchemy import (
-    URL,
     Connection,
     Engine,
     bindparam,
-    create_engine,
-    event,
     insert,
     inspect,
-    make_url,
     select,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
+from services.collector.database import open_engine, shown
 from services.collector.schema import (
     SCHEMA_VERSION,
     deliveries,
@@ -33,12 +28,12 @@ from services.collector.schema import (
     outcomes,
     runs,
     schema_info,
+    submissions,
 )
-from services.contracts import DeadClaim, RunAnnouncement, Settings, VerdictBatch
-from services.contracts.errors import StoreError, UsageError
+from services.contracts import ClaimBatch, DeadClaim, RunAnnouncement, Settings, VerdictBatch
+from services.contracts.errors import StoreError
+from services.contracts.notices import MAX_CANCELLED
 
-_SQLITE_CACHE_KIB = 16_384
-_BUSY_SECONDS = 30
 _MOST_PARAMETERS = 500
 _ONE_AT_A_TIME = {
     "sqlite": "BEGIN IMMEDIATE",
@@ -55,6 +50,7 @@ class Incoming:
     announcements: list[RunAnnouncement] = field(default_factory=list)
     verdicts: list[VerdictBatch] = field(default_factory=list)
     dead: list[DeadClaim] = field(default_factory=list)
+    returned: list[ClaimBatch] = field(default_factory=list)
 
     def run_ids(self) -> set[str]:
         return {
@@ -64,7 +60,7 @@ class Incoming:
         }
 
     def __len__(self) -> int:
-        """Claims, not messages."""
+        """Outcomes, not messages."""
         return sum(len(batch.verdicts) for batch in self.verdicts) + len(self.dead)
 
 
@@ -79,13 +75,19 @@ class Store:
         dialect = postgresql if engine.dialect.name == "postgresql" else sqlite
         # As SQL, once: SQLAlchemy's handling of parameters would cost more than the database's
         # own work, and these rows hold nothing that needs it.
+        insert_outcome = dialect.insert(outcomes).values(
+            {name: bindparam(name) for name in _OUTCOME_COLUMNS}
+        )
         self._insert_outcomes = str(
-            dialect.insert(outcomes)
-            .values({name: bindparam(name) for name in _OUTCOME_COLUMNS})
-            .on_conflict_do_nothing()
-            .compile(dialect=engine.dialect)
+            insert_outcome.on_conflict_do_update(
+                index_elements=[outcomes.c.run_key, outcomes.c.claim_id],
+                set_={name: insert_outcome.excluded[name] for name in _OUTCOME_COLUMNS},
+                # The first verdict stays; a dead claim that was tried again gives way.
+                where=outcomes.c.reason.is_not(None),
+            ).compile(dialect=engine.dialect)
         )
         self._insert_run = dialect.insert(runs).on_conflict_do_nothing(index_elements=["run_id"])
+        self._insert_submission = dialect.insert(submissions).on_conflict_do_nothing()
         # Wall-clock time that cannot jump while this process lives.
         self._clock_offset = time.time() - time.monotonic()
 
@@ -95,31 +97,20 @@ class Store:
 
         Raises StoreError when it cannot be used, UsageError when the URL is not one.
         """
-        url = _checked_url(settings)
-        if url.get_backend_name() == "sqlite":
-            _prepare_sqlite_file(url, create=create)
-        if url.get_backend_name() == "sqlite":
-            engine = create_engine(url, connect_args={"timeout": _BUSY_SECONDS}, paramstyle="named")
-            event.listen(engine, "connect", _set_up_sqlite)
-        else:
-            engine = create_engine(
-                url,
-                connect_args={"connect_timeout": _BUSY_SECONDS, "application_name": "keepwarm"},
-                pool_pre_ping=True,
-            )
+        engine = open_engine(settings, create=create)
         store = cls(engine)
         with store.transaction() as connection:
             if not inspect(connection).has_table(schema_info.name):
                 # Two services may open a new store at the same moment; one makes its tables.
-                connection.exec_driver_sql(_ONE_AT_A_TIME[url.get_backend_name()])
+                connection.exec_driver_sql(_ONE_AT_A_TIME[engine.dialect.name])
                 metadata.create_all(connection)
             version = connection.execute(select(schema_info.c.version)).scalar()
             if version is None:
                 connection.execute(insert(schema_info).values(version=SCHEMA_VERSION))
             elif version != SCHEMA_VERSION:
                 raise StoreError(
-                    f"the store {_shown(url)} has schema version {version}; this Keepwarm knows "
-                    f"{SCHEMA_VERSION}. Use another store, or the Keepwarm that made this one"
+                    f"the store {shown(engine.url)} has schema version {version}; this Keepwarm "
+                    f"knows {SCHEMA_VERSION}. Use another store, or the Keepwarm that made this one"
                 )
         return store
 
@@ -134,17 +125,26 @@ class Store:
         except SQLAlchemyError as error:
             cause = getattr(error, "orig", None) or error
             raise StoreError(
-                f"the store {_shown(self._engine.url)} failed: {str(cause).strip()}. Check that it "
+                f"the store {shown(self._engine.url)} failed: {str(cause).strip()}. Check that it "
                 "is there, that this user may write to it, and that its disk is not full"
             ) from error
 
     def write(self, incoming: Incoming) -> None:
-        """Write it all or nothing. Claims that have an outcome keep it; they are counted."""
-        now = self._clock_offset + time.monotonic()
+        """Write it all or nothing. Claims that have a verdict keep it; they are counted."""
+        now = self._now()
         with self.transaction() as connection:
             keys = {run: self._run_key(connection, run, now) for run in incoming.run_ids()}
             for announcement in incoming.announcements:
-                _write_announcement(connection, keys[announcement.run.run_id], announcement)
+                key = keys[announcement.run.run_id]
+                _write_announcement(connection, key, announcement)
+                submission = {"submission_id": announcement.submission_id, "run_key": key}
+                connection.execute(self._insert_submission.values(submission))
+            for batch in incoming.returned:
+                connection.execute(
+                    update(runs)
+                    .where(runs.c.run_id == batch.run.run_id)
+                    .values(returned=runs.c.returned + len(batch.claims))
+                )
             rows = [
                 self._write_verdicts(connection, keys[batch.run_id], batch, now)
                 for batch in incoming.verdicts
@@ -157,18 +157,61 @@ class Store:
 
     def finished(self, run_id: str, claim_ids: Sequence[str]) -> set[str]:
         """Those of the ids that have an outcome in the run."""
-        found: set[str] = set()
+        return set(self.texts(run_id, claim_ids))
+
+    def texts(self, run_id: str, claim_ids: Sequence[str]) -> dict[str, str]:
+        """The text of each claim, of these ids, that has an outcome in the run."""
+        found: dict[str, str] = {}
         with self.transaction() as connection:
             key = _find_run_key(connection, run_id)
             if key is None:
                 return found
             for start in range(0, len(claim_ids), _MOST_PARAMETERS):
-                query = select(outcomes.c.claim_id).where(
+                query = select(outcomes.c.claim_id, outcomes.c.claim).where(
                     outcomes.c.run_key == key,
                     outcomes.c.claim_id.in_(claim_ids[start : start + _MOST_PARAMETERS]),
                 )
-                found.update(connection.execute(query).scalars())
+                found.update((row.claim_id, row.claim) for row in connection.execute(query))
         return found
+
+    def wants(self, submission_id: str) -> bool | None:
+        """Whether the claims of a submission are still to be answered; None where no producer
+        announced it.
+        """
+        query = select(submissions).where(submissions.c.submission_id == submission_id)
+        with self.transaction() as connection:
+            row = connection.execute(query).one_or_none()
+        return None if row is None else row.cancelled_at is None
+
+    def add_submission(self, run_key: int, submission_id: str) -> None:
+        """Claims of the run are being sent, by other means than a producer's announcement."""
+        with self.transaction() as connection:
+            connection.execute(
+                self._insert_submission.values(submission_id=submission_id, run_key=run_key)
+            )
+
+    def cancel(self, run_key: int) -> None:
+        """Nobody wants the claims of the run that were sent so far."""
+        with self.transaction() as connection:
+            connection.execute(
+                update(submissions)
+                .where(submissions.c.run_key == run_key, submissions.c.cancelled_at.is_(None))
+                .values(cancelled_at=self._now())
+            )
+
+    def cancelled_submissions(self) -> tuple[str, ...]:
+        """Those that were cancelled, the latest first; no more than a notice holds."""
+        query = (
+            select(submissions.c.submission_id)
+            .where(submissions.c.cancelled_at.is_not(None))
+            .order_by(submissions.c.cancelled_at.desc())
+            .limit(MAX_CANCELLED)
+        )
+        with self.transaction() as connection:
+            return tuple(connection.execute(query).scalars())
+
+    def _now(self) -> float:
+        return self._clock_offset + time.monotonic()
 
     def _write_verdicts(
         self, connection: Connection, key: int, batch: VerdictBatch, now: float
@@ -190,6 +233,8 @@ class Store:
                 "reason": None,
                 "detail": None,
                 "evidence": None,
+                "failures": None,
+                "dropped": False,
             }
             for verdict in batch.verdicts
         ]
@@ -248,65 +293,8 @@ def _dead_row(key: int, dead: DeadClaim) -> dict[str, Any]:
         "reason": dead.reason.value,
         "detail": dead.detail,
         "evidence": dead.claim.evidence,
+        "failures": dead.failures,
+        "dropped": False,
+        # Tells this death from a later one of the same claim.
+        "delivery_key": secrets.randbits(62),
     }
-
-
-def _checked_url(settings: Settings) -> URL:
-    text = settings.store
-    if "://" not in text:
-        return URL.create("sqlite", database=text)
-    try:
-        url = make_url(text)
-    except (ArgumentError, ValueError) as error:
-        raise UsageError(
-            "the store's URL is unusable; write a file's path, sqlite:///FILE, or "
-            "postgresql://user@host/database"
-        ) from error
-    if url.get_backend_name() == "sqlite":
-        return url
-    if url.get_backend_name() != "postgresql":
-        raise UsageError(
-            f"the store must be SQLite or PostgreSQL, not {url.get_backend_name()}; see "
-            "docs/settings.md"
-        )
-    password = settings.secret("store") or url.password
-    return url.set(drivername="postgresql+psycopg", password=password)
-
-
-def _shown(url: URL) -> str:
-    """Without a password, wherever in the URL it stands."""
-    return url.set(query={}).render_as_string(hide_password=True)
-
-
-def _prepare_sqlite_file(url: URL, *, create: bool) -> None:
-    if not url.database or url.database == ":memory:":
-        raise UsageError("the store needs a file: sqlite:///FILE; memory would forget it all")
-    path = Path(url.database)
-    try:
-        if not path.exists():
-            if not create:
-                raise StoreError(
-                    f"there is no store at {path}; name the one that you mean with --store or "
-                    "KEEPWARM_STORE_URL (after `keepwarm run` it is keepwarm.sqlite in its "
-                    "output directory)"
-                )
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(mode=0o600)
-        with path.open("r+b"):
-            pass
-    except OSError as error:
-        raise StoreError(
-            f"the store {path} cannot be written by user {os.geteuid()}: {error.strerror}; mend "
-            "its permissions, or name another with --store"
-        ) from error
-
-
-def _set_up_sqlite(connection: Any, _: Any) -> None:
-    # A write-ahead log lets `status` read while the collector writes. FULL: what is committed
-    # survives a power cut, for it is acknowledged to the broker right after.
-    for pragma in (
-        "journal_mode = WAL",
-        "synchronous = FULL",
-        f"cache_size = -{_SQLITE_CACHE_KIB}",
-    ):
-        connection.execute(f"PRAGMA {pragma}")

@@ -3,6 +3,7 @@
 from services.contracts.claims import Claim, ClaimBatch
 from services.contracts.contexts import ContextSpec
 from services.contracts.errors import KeepwarmError
+from services.contracts.notices import Notice
 from services.contracts.prompts import INVALID, Label, PromptSpec
 from services.contracts.runs import Run, RunAnnouncement, Totals
 from services.contracts.settings import Settings, load_settings
@@ -18,6 +19,7 @@ __all__ = [
     "DeadReason",
     "KeepwarmError",
     "Label",
+    "Notice",
     "PromptSpec",
     "Run",
     "RunAnnouncement",

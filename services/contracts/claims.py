@@ -25,5 +25,6 @@ class ClaimBatch(Message):
     """The claims in one message, with all that a worker needs: it has no memory to lose."""
 
     run: Run
+    submission_id: Identity
     batch_id: Identity
     claims: Annotated[tuple[Claim, ...], Field(min_length=1, max_length=MAX_BATCH_CLAIMS)]

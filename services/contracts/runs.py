@@ -61,7 +61,12 @@ class Totals(Value):
 
 
 class RunAnnouncement(Message):
-    """The producer's word on a run: that it begins (no totals yet), or that all of it is sent."""
+    """The producer's word on a run: that it begins (no totals yet), or that all of it is sent.
+
+    `submission_id` tells one sending of the run from another: what is cancelled are sendings, so a
+    cancelled run can be sent again.
+    """
 
     run: Run
+    submission_id: Identity
     totals: Totals | None = None

@@ -1,6 +1,6 @@
 """Every setting, once: a field here, `KEEPWARM_<FIELD>` outside, a line in docs/settings.md.
 
-Secrets are given as `KEEPWARM_BROKER_PASSWORD` / `KEEPWARM_STORE_PASSWORD`, or as files named by
+Secrets are given as `KEEPWARM_BROKER_PASSWORD` and its like, or as files named by
 `…_PASSWORD_FILE`; never on a command line, where every user of the machine can read them.
 """
 
@@ -54,12 +54,17 @@ def _state_directory() -> Path:
 class Settings(BaseSettings):
     """What an operator may set. Defaults suit the demo and are safe in production."""
 
-    model_config = SettingsConfigDict(env_prefix="KEEPWARM_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="KEEPWARM_", frozen=True, extra="ignore", env_ignore_empty=True
+    )
 
     broker_url: Annotated[str | None, Field(repr=False)] = None
     """`amqp[s]://user@host[:port]/vhost`. No default: `keepwarm run` starts a private node."""
     broker_password: SecretStr | None = None
     broker_password_file: Path | None = None
+    broker_admin_password: SecretStr | None = None
+    """The administrator's, for `keepwarm broker setup` alone."""
+    broker_admin_password_file: Path | None = None
     broker_ca_file: Path | None = None
     """PEM bundle that signs the broker's certificate, for `amqps://`; the system's otherwise."""
     broker_connect_timeout_seconds: Seconds = 30
@@ -86,12 +91,20 @@ class Settings(BaseSettings):
     """Batches a worker has at its engine at once; also its prefetch."""
     grace_seconds: Seconds = 20
     """From SIGTERM to the worker's end, give or take a second for its connections."""
+    walltime_seconds: Seconds | None = None
+    """The worker's time on its node, from its start: it drains by itself before that is over.
+    `SLURM_JOB_END_TIME` counts where this is not set."""
     engine_python: Path = Path(sys.executable)
     """The interpreter that has vLLM; another than the worker's, where they must not share one."""
     engine_arguments: str = ""
     """Further arguments for the engine, as in a shell; they win over what the worker chooses."""
     engine_start_timeout_seconds: Seconds = 1_800
-    engine_request_timeout_seconds: Seconds = 600
+    engine_request_timeout_seconds: Seconds = 120
+    """How long the engine may be silent, with claims in its hands, before it counts as hung."""
+    engine_start_attempts: Annotated[int, Field(ge=1, le=100)] = 3
+    """Failed starts in a row before a worker gives its node up."""
+    claim_failures: Annotated[int, Field(ge=2, le=100)] = 3
+    """Failures of an engine that a claim may be part of, all but the first alone."""
     engine_trust_remote_code: bool = False
     """Let a model repository's own Python code run. Off: it is code from strangers."""
 
@@ -100,7 +113,13 @@ class Settings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["console", "json"] = "console"
 
-    @field_validator("broker_password_file", "broker_ca_file", "store_password_file", "runtime_dir")
+    @field_validator(
+        "broker_password_file",
+        "broker_admin_password_file",
+        "broker_ca_file",
+        "store_password_file",
+        "runtime_dir",
+    )
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         # Processes that inherit the environment start in other directories.
@@ -116,7 +135,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _one_source_per_secret(self) -> Self:
-        for service in ("broker", "store"):
+        for service in ("broker", "broker_admin", "store"):
             if getattr(self, f"{service}_password") and getattr(self, f"{service}_password_file"):
                 raise ValueError(
                     f"KEEPWARM_{service.upper()}_PASSWORD and "
@@ -129,7 +148,7 @@ class Settings(BaseSettings):
         """The store's URL, with the default filled in."""
         return self.store_url or f"sqlite:///{_state_directory() / 'keepwarm.sqlite'}"
 
-    def secret(self, service: Literal["broker", "store"]) -> str | None:
+    def secret(self, service: Literal["broker", "broker_admin", "store"]) -> str | None:
         """The password for a service, from the environment or its file.
 
         Raises UsageError when the file cannot be read.

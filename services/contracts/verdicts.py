@@ -71,6 +71,8 @@ class DeadReason(StrEnum):
     TOO_LONG = "too-long"
     PROMPT_UNUSABLE = "prompt-unusable"
     ENGINE_REFUSED = "engine-refused"
+    ENGINE_FAILED = "engine-failed"
+    """The engine failed with this claim again and again, alone, and not with another."""
 
 
 class DeadClaim(Message):
@@ -82,3 +84,5 @@ class DeadClaim(Message):
     detail: Detail
     worker_id: Name
     attempt: Attempt
+    failures: Int31 = 0
+    """Failures of an engine that the claim was part of."""

@@ -7,6 +7,7 @@ from services.gpu_worker.device import Device, find_device, visible_gpus
 from services.gpu_worker.model_files import pin_model
 from services.gpu_worker.prompting import CompiledPrompt
 from services.gpu_worker.tokenizer import ModelTokenizer
+from services.gpu_worker.walltime import seconds_until_drain
 from services.gpu_worker.worker import Worker
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "Worker",
     "find_device",
     "pin_model",
+    "seconds_until_drain",
     "visible_gpus",
 ]

@@ -1,13 +1,15 @@
 """The engine's protocol: OpenAI completions over a unix socket, one token, scored over labels."""
 
+import contextlib
 import math
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
+import httpx_sse
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import to_json
 
@@ -15,10 +17,19 @@ from services.contracts.errors import EngineRequestError
 from services.contracts.wire import first_fault
 
 _TOKEN = "token_id:"  # noqa: S105  (how vLLM spells a token id)
+_LAST_EVENT = "[DONE]"
 
 
 class EngineRefused(EngineRequestError):
     """The engine understood the request and will never take it (HTTP 4xx)."""
+
+
+class EngineSilent(EngineRequestError):
+    """The engine lives and says nothing: it hangs."""
+
+
+class Interrupted(EngineRequestError):
+    """We broke off; the engine did nothing wrong."""
 
 
 class _Logprobs(BaseModel):
@@ -34,7 +45,7 @@ class _Choice(BaseModel):
     logprobs: _Logprobs | None
 
 
-class _Completion(BaseModel):
+class _Event(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     choices: list[_Choice]
@@ -43,19 +54,21 @@ class _Completion(BaseModel):
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What the engine says to one prompt: its own next token, and the label tokens' log
-    probabilities (natural logarithm, over the whole vocabulary; None where it gave none).
+    probabilities (natural logarithm, over the whole vocabulary).
     """
 
     text: str
-    logprobs: tuple[float | None, ...]
+    logprobs: tuple[float, ...]
 
 
 class CompletionClient:
     """Asks one engine. Safe to use from several threads at once."""
 
     def __init__(self, socket_path: Path, model_name: str, timeout_seconds: float) -> None:
+        """`timeout_seconds` is how long the engine may be silent in the midst of its work."""
         self._socket_path = socket_path
         self._model_name = model_name
+        self._timeout_seconds = timeout_seconds
         self._http = httpx.Client(
             transport=httpx.HTTPTransport(
                 uds=str(socket_path), limits=httpx.Limits(max_connections=None)
@@ -63,9 +76,22 @@ class CompletionClient:
             base_url="http://engine",
             timeout=httpx.Timeout(timeout_seconds, connect=5.0),
         )
+        self._streams: set[socket.socket] = set()
+        self._interrupted = False
+        self._lock = threading.Lock()
 
     def close(self) -> None:
         self._http.close()
+
+    def interrupt(self) -> None:
+        """Break off every request, now and later. What was answered is not lost; the engine drops
+        the rest when it sees its client go.
+        """
+        with self._lock:
+            self._interrupted = True
+            for stream in self._streams:
+                with contextlib.suppress(OSError):
+                    stream.shutdown(socket.SHUT_RDWR)
 
     def healthy(self) -> bool:
         """Whether the engine answers and has not failed. A hung engine may still say yes."""
@@ -85,11 +111,14 @@ class CompletionClient:
                 return False
         return True
 
-    def score(self, prompts: Sequence[Sequence[int]], tokens: Sequence[int]) -> list[Answer]:
-        """An answer per prompt, in order.
+    def score(
+        self, prompts: Sequence[Sequence[int]], tokens: Sequence[int]
+    ) -> Iterator[tuple[int, Answer]]:
+        """Answers with their prompts' numbers, each as soon as the engine has it.
 
-        Raises EngineRefused, or EngineRequestError when the engine failed, did not answer by the
-        deadline, or answered what cannot be an answer.
+        A prompt whose answer is no answer (aborted, scores missing or not numbers) has none.
+        Raises EngineRefused before the first; Interrupted; EngineSilent or EngineRequestError when
+        the engine fails. Those that came before are good all the same.
         """
         request = {
             "model": self._model_name,
@@ -100,50 +129,72 @@ class CompletionClient:
             "logprobs": len(tokens),
             "logprob_token_ids": tokens,
             "return_tokens_as_token_ids": True,
+            # So that a worker that has to leave keeps what is answered already.
+            "stream": True,
         }
+        keys = [f"{_TOKEN}{token}" for token in tokens]
         try:
-            response = self._http.post(
-                "/v1/completions",
-                # As fast as it gets: a batch holds thousands of token ids.
-                content=to_json(request),
-                headers={"Content-Type": "application/json"},
-            )
-        except httpx.TimeoutException as error:
-            raise EngineRequestError("no answer from the engine by the deadline") from error
-        except httpx.HTTPError as error:
-            raise EngineRequestError(f"the engine broke off: {error!r}") from error
-        if response.is_client_error:
-            raise EngineRefused(f"the engine refused the request: {response.text[:500]}")
-        if not response.is_success:
-            raise EngineRequestError(
-                f"the engine failed (HTTP {response.status_code}): {response.text[:500]}"
-            )
-        return _answers(response.content, len(prompts), tokens)
+            # As fast as it gets: a batch holds thousands of token ids.
+            with self._stream(to_json(request)) as response:
+                for event in httpx_sse.EventSource(response).iter_sse():
+                    if event.data == _LAST_EVENT:
+                        return
+                    for choice in _choices(event.data):
+                        answer = _answer(choice, keys)
+                        if answer is not None and 0 <= choice.index < len(prompts):
+                            yield choice.index, answer
+        except (httpx.TimeoutException, httpx.HTTPError, httpx_sse.SSEError) as error:
+            if self._interrupted:
+                raise Interrupted("interrupted") from error
+            if not isinstance(error, httpx.TimeoutException):
+                raise EngineRequestError(f"the engine broke off: {error!r}") from error
+            raise EngineSilent(
+                f"the engine said nothing for {self._timeout_seconds:g} s "
+                "(KEEPWARM_ENGINE_REQUEST_TIMEOUT_SECONDS)"
+            ) from error
+        raise EngineRequestError("the engine ended its answer half-way")
+
+    @contextlib.contextmanager
+    def _stream(self, content: bytes) -> Iterator[httpx.Response]:
+        """The response to a request, its socket within reach of `interrupt`."""
+        headers = {"Content-Type": "application/json"}
+        with self._http.stream(
+            "POST", "/v1/completions", content=content, headers=headers
+        ) as response:
+            if not response.is_success:
+                text = response.read().decode(errors="replace")[:500]
+                if response.is_client_error:
+                    raise EngineRefused(f"the engine refused the request: {text}")
+                raise EngineRequestError(f"the engine failed (HTTP {response.status_code}): {text}")
+            stream = response.extensions["network_stream"].get_extra_info("socket")
+            with self._lock:
+                if self._interrupted:
+                    raise Interrupted("interrupted")
+                self._streams.add(stream)
+            try:
+                yield response
+            finally:
+                with self._lock:
+                    self._streams.discard(stream)
 
 
-def _answers(body: bytes, prompts: int, tokens: Sequence[int]) -> list[Answer]:
+def _choices(data: str) -> list[_Choice]:
     try:
-        completion = _Completion.model_validate_json(body)
+        return _Event.model_validate_json(data).choices
     except ValidationError as error:
-        raise EngineRequestError(f"not a completion: {first_fault(error)}") from error
-    by_index = {choice.index: choice for choice in completion.choices}
-    if len(completion.choices) != prompts or by_index.keys() != set(range(prompts)):
+        # The engine reports a failure in the midst of a stream as an event of another form.
         raise EngineRequestError(
-            f"{len(completion.choices)} choices came for {prompts} prompts, or not one for each"
-        )
-    keys = [f"{_TOKEN}{token}" for token in tokens]
-    answers = []
-    for index in range(prompts):
-        choice = by_index[index]
-        # An aborted request can come back as HTTP 200.
-        if choice.finish_reason not in ("stop", "length"):
-            raise EngineRequestError(f"a request ended with {choice.finish_reason!r}")
-        scores: dict[str, Any] = {}
-        if choice.logprobs is not None and choice.logprobs.top_logprobs:
-            scores = choice.logprobs.top_logprobs[0]
-        answers.append(Answer(choice.text, tuple(_finite(scores.get(key)) for key in keys)))
-    return answers
+            f"not a completion ({first_fault(error)}): {data[:500]}"
+        ) from error
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+def _answer(choice: _Choice, keys: Sequence[str]) -> Answer | None:
+    # An aborted request can come back as HTTP 200.
+    if choice.finish_reason not in ("stop", "length"):
+        return None
+    if choice.logprobs is None or not choice.logprobs.top_logprobs:
+        return None
+    given = choice.logprobs.top_logprobs[0]
+    scores = [given.get(key) for key in keys]
+    finite = tuple(score for score in scores if score is not None and math.isfinite(score))
+    return Answer(choice.text, finite) if len(finite) == len(keys) else None

@@ -26,7 +26,8 @@ log = structlog.get_logger(__name__)
 class Engine:
     """vLLM's server, in a session of its own, holding one context behind a socket of ours alone.
 
-    This object alone starts and stops it. The engine may be started again after it died.
+    This object alone starts and stops it. The engine may be started again after it died. `stop` may
+    be called from any thread.
     """
 
     def __init__(self, spec: ContextSpec, device: Device, settings: Settings) -> None:
@@ -38,13 +39,15 @@ class Engine:
         self._socket = socket_path(directory, name)
         self.log_file: Path = directory / f"{name}.log"
         self._process: Leashed | None = None
+        self._stopping = threading.Lock()
         self.client = CompletionClient(
             self._socket, spec.context_id, settings.engine_request_timeout_seconds
         )
 
     @property
     def alive(self) -> bool:
-        return self._process is not None and self._process.exit_code() is None
+        process = self._process
+        return process is not None and process.exit_code() is None
 
     def start(self, stop: threading.Event) -> bool:
         """Start it and wait until it answers. False when `stop` was set meanwhile.
@@ -61,10 +64,10 @@ class Engine:
                 self.stop()
                 return False
             if not self.alive:
-                raise self._start_error("it ended")
+                raise self.start_error("it ended")
             if now - started > self._settings.engine_start_timeout_seconds:
                 self.stop()
-                raise self._start_error(
+                raise self.start_error(
                     f"it did not answer within {self._settings.engine_start_timeout_seconds:g} s "
                     "(KEEPWARM_ENGINE_START_TIMEOUT_SECONDS)"
                 )
@@ -78,10 +81,11 @@ class Engine:
 
     def stop(self) -> None:
         """Stop it, with every process that it started. It has no claims that were not answered."""
-        if self._process is not None:
-            self._process.stop()
-            self._process = None
-        self._socket.unlink(missing_ok=True)
+        with self._stopping:
+            if self._process is not None:
+                self._process.stop()
+                self._process = None
+            self._socket.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Stop it for good. Its log stays only where it tells why the engine failed."""
@@ -105,20 +109,21 @@ class Engine:
     def _probe(self) -> None:
         """Ask something small: the engine must score the very tokens that it is asked to."""
         try:
-            answer = self.client.score([[1, 2, 3]], [1, 2])[0]
+            answers = list(self.client.score([[1, 2, 3]], [1, 2]))
         except EngineRequestError as error:
-            raise self._start_error(f"its first answer was no answer: {error}") from error
-        if None in answer.logprobs:
+            raise self.start_error(f"its first answer was no answer: {error}") from error
+        if not answers:
             self.stop()
-            raise self._start_error(
+            raise self.start_error(
                 "it does not score given tokens; vLLM with `logprob_token_ids` is needed (0.32 has)"
             )
 
     def _last_line(self) -> str:
-        lines = self._tail(1)
+        lines = self.last_words(1)
         return lines[0][:200] if lines else ""
 
-    def _tail(self, lines: int) -> list[str]:
+    def last_words(self, lines: int = _SHOWN_LOG_LINES) -> list[str]:
+        """The end of its log, without empty lines."""
         try:
             with self.log_file.open("rb") as file:
                 file.seek(max(0, self.log_file.stat().st_size - _TAIL_BYTES))
@@ -127,10 +132,11 @@ class Engine:
             return []
         return [line for line in text.splitlines() if line.strip()][-lines:]
 
-    def _start_error(self, what: str) -> EngineStartError:
+    def start_error(self, what: str) -> EngineStartError:
+        """What to raise when it cannot be used, with the end of its log."""
         code = None if self._process is None else self._process.exit_code()
         ended = "" if code is None else f" (exit code {code})"
-        tail = "\n".join(f"  | {line}" for line in self._tail(_SHOWN_LOG_LINES))
+        tail = "\n".join(f"  | {line}" for line in self.last_words())
         return EngineStartError(
             f"no engine for {self._spec.model} on {self._device.name}: {what}{ended}. "
             f"The last lines of its log, {self.log_file}:\n{tail}\n"

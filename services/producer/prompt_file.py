@@ -22,7 +22,11 @@ def read_prompt(path: Path) -> PromptSpec:
         raise InputError(f"the prompt file {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"the prompt file {path} is not UTF-8; save it as UTF-8") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (
+        # The last four are what PyYAML's own constructors stumble with: `!!bool x`, `!!int ''`, …
+        *(yaml.YAMLError, ValueError),
+        *(RecursionError, AttributeError, LookupError, ArithmeticError),
+    ) as error:
         raise InputError(f"the prompt file {path} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"the prompt file {path} must be a mapping, as in samples/prompt.yaml")

@@ -1,5 +1,6 @@
 """The producer's work: a file's lines become batches on the broker, and totals that add up."""
 
+import secrets
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -13,13 +14,12 @@ from services.contracts import (
     Run,
     RunAnnouncement,
     Totals,
-    encode,
     topology,
 )
 from services.contracts.bounds import MAX_BATCH_BYTES, MAX_NAME_CHARS
 from services.contracts.errors import InputError
 from services.contracts.values import content_id
-from services.producer.parse import Parser
+from services.producer.parse import Parser, Rejection
 from services.producer.rejected import RejectedFile
 from services.producer.sample import chosen
 from services.producer.seen import SeenIds, Sighting
@@ -64,6 +64,7 @@ class Submission:
         self._source = source
         self._survey = survey
         self._parser = Parser(source, prompt, columns)
+        self.submission_id = secrets.token_hex(8)
         self.lines = survey.lines if limit is None else min(limit, survey.lines)
         self.run = Run(
             source=source.name[-MAX_NAME_CHARS:],
@@ -97,12 +98,12 @@ class Submission:
         Raises InputError when not one line is a claim.
         """
         self._announce(publisher, None)
-        counts = dict.fromkeys(("lines", "claims", "repeated", "rejected"), 0)
+        counts = _nothing_counted()
         published = 0
 
         def waiting() -> Iterator[Claim]:
             nonlocal published
-            for claims in self._distinct_claims(counts, rejections):
+            for claims in self._distinct_claims(counts, rejections.write):
                 done = finished(claims)
                 for claim in claims:
                     if claim.claim_id not in done:
@@ -112,13 +113,16 @@ class Submission:
 
         for number, claims in enumerate(_batches(waiting(), batch_size)):
             batch = ClaimBatch(
-                run=self.run, batch_id=f"{number:08d}-{claims[0].position}", claims=tuple(claims)
+                run=self.run,
+                submission_id=self.submission_id,
+                batch_id=f"{number:08d}-{claims[0].position}",
+                claims=tuple(claims),
             )
             publisher.publish(
-                Outgoing(
+                Outgoing.of(
+                    batch,
                     topology.CLAIMS_EXCHANGE,
                     topology.claims_queue(self.run.context.context_id),
-                    encode(batch),
                     message_id=f"{self.run.run_id}/{batch.batch_id}",
                 )
             )
@@ -132,8 +136,12 @@ class Submission:
             )
         return totals
 
+    def claims(self) -> Iterator[Sequence[Claim]]:
+        """What would be sent, in pieces, without sending it."""
+        yield from self._distinct_claims(_nothing_counted(), lambda _: None)
+
     def _distinct_claims(
-        self, counts: dict[str, int], rejections: RejectedFile
+        self, counts: dict[str, int], on_rejected: Callable[[Rejection], None]
     ) -> Iterator[list[Claim]]:
         """The claims in chunks, without the repeated and the contradicted; the rest is counted."""
         seen = SeenIds()
@@ -155,7 +163,7 @@ class Submission:
                             continue
                         result = self._parser.contradicted(line, result)
                     counts["rejected"] += 1
-                    rejections.write(result)
+                    on_rejected(result)
                 counts["claims"] += len(claims)
                 yield claims
         finally:
@@ -163,14 +171,18 @@ class Submission:
 
     def _announce(self, publisher: Publisher, totals: Totals | None) -> None:
         publisher.publish(
-            Outgoing(
+            Outgoing.of(
+                RunAnnouncement(run=self.run, submission_id=self.submission_id, totals=totals),
                 topology.RUNS_EXCHANGE,
                 topology.RUNS_QUEUE,
-                encode(RunAnnouncement(run=self.run, totals=totals)),
                 message_id=f"{self.run.run_id}/{'begun' if totals is None else 'sent'}",
             )
         )
         publisher.flush()
+
+
+def _nothing_counted() -> dict[str, int]:
+    return dict.fromkeys(("lines", "claims", "repeated", "rejected"), 0)
 
 
 def _batches(claims: Iterable[Claim], batch_size: int) -> Iterator[list[Claim]]:

@@ -57,9 +57,12 @@ def assert_whole(out: Path, count: int) -> None:
     assert report["status"]["complete"] and report["status"]["done"] == count
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_whose_worker_is_lost_completes_with_one_verdict_a_claim(
-    command: Start, tmp_path: Path, number: int
+@pytest.mark.parametrize(
+    ("victim", "number"),
+    [("worker", signal.SIGTERM), ("worker", signal.SIGKILL), ("engine", signal.SIGKILL)],
+)
+def test_a_run_that_loses_its_worker_or_its_engine_completes_with_one_verdict_a_claim(
+    command: Start, tmp_path: Path, victim: str, number: int
 ) -> None:
     out = tmp_path / "out"
     running = command(
@@ -74,13 +77,19 @@ def test_a_run_whose_worker_is_lost_completes_with_one_verdict_a_claim(
     )
     engine = worker.children(recursive=True)
     assert any("vllm" in " ".join(process.cmdline()) for process in engine)
-    worker.send_signal(number)
+    # The process that holds the model is not the one that speaks HTTP.
+    core = next(process for process in engine if "EngineCore" in "".join(process.cmdline()))
+    (worker if victim == "worker" else core).send_signal(number)
     wait_until(lambda: not any(process.is_running() for process in engine), "the engine gone")
     assert running.wait(ENGINE_SECONDS) == 0, running.output
     assert_whole(out, 160)
     report = json.loads((out / "report.json").read_text())
-    assert 1 <= len(report["workers"]) <= 2
-    assert report["status"]["duplicates"] <= 3 * 8  # at most what the lost worker had in hand
+    assert len(report["workers"]) == (1 if victim == "engine" else 2)
+    status = report["status"]
+    # At most what the lost worker had in hand was computed again; after a drain, nothing was.
+    assert status["lost_work"] <= 3 * 8
+    killed = (victim, number) == ("worker", signal.SIGKILL)
+    assert status["duplicates"] <= (3 * 8 if killed else 0)
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +119,8 @@ def test_special_tokens_in_a_claim_are_text_to_the_model(
     (plain,) = prompt.encode([claim("Ice is hot.", "Ice is cold.")])
     special = set(ModelTokenizer.load(spec).encode_trusted("<|im_start|><|im_end|>"))
     assert sum(token in special for token in attacked) == sum(token in special for token in plain)
-    answers = running.client.score([attacked, plain], prompt.label_tokens)
-    assert all(None not in answer.logprobs for answer in answers)
+    answers = dict(running.client.score([attacked, plain], prompt.label_tokens))
+    assert sorted(answers) == [0, 1]
 
 
 def test_a_batch_is_answered_as_each_of_its_claims_alone(
@@ -124,9 +133,9 @@ def test_a_batch_is_answered_as_each_of_its_claims_alone(
     prompts = prompt.encode(
         [claim(line["claim"], line["evidence"]) for line in sample_lines()[:12]]
     )
-    together = running.client.score(prompts, prompt.label_tokens)
+    together = dict(running.client.score(prompts, prompt.label_tokens))
     for index, tokens in enumerate(prompts):
-        (alone,) = running.client.score([tokens], prompt.label_tokens)
+        ((_, alone),) = running.client.score([tokens], prompt.label_tokens)
         # bfloat16 sums differ with the batch's shape; an order mixed up would differ by far more.
         assert alone.logprobs == pytest.approx(together[index].logprobs, abs=0.25)
 

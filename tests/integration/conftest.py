@@ -13,7 +13,7 @@ import pika
 import psutil
 import pytest
 
-from services.broker import BrokerAddress, PrivateNode
+from services.broker import BrokerAddress, Declares, PrivateNode, Publisher
 from services.broker.link import Link
 from services.contracts import ContextSpec, Settings, load_settings, topology
 from services.gpu_worker import pin_model
@@ -21,12 +21,12 @@ from tests.conftest import REPOSITORY
 
 PATIENCE_SECONDS = 60.0
 
-ALL_QUEUES = (
+HOUSE_QUEUES = (
+    topology.RETURNS_QUEUE,
     topology.VERDICTS_QUEUE,
     topology.RUNS_QUEUE,
     topology.DEAD_CLAIMS_QUEUE,
     topology.DEAD_MESSAGES_QUEUE,
-    topology.claims_queue("ctx-test"),
 )
 
 
@@ -112,7 +112,14 @@ def broker(node: PrivateNode, small_model: Path) -> Iterator[Settings]:
     settings = load_settings(
         broker_url=node.url, broker_password=node.password, broker_heartbeat_seconds=5
     )
-    delete_queues(node, *ALL_QUEUES, topology.claims_queue(context))
+    claims = (topology.claims_queue(context), topology.claims_queue("ctx-test"))
+    delete_queues(node, *HOUSE_QUEUES, *claims)
+    Publisher(
+        BrokerAddress.from_settings(settings),
+        "house",
+        window=1,
+        declares=Declares("always", (context,)),
+    ).open(10).close()
     yield settings
 
 

@@ -1,11 +1,7 @@
 """The collector as a process: commits before it acknowledges, on SQLite and on PostgreSQL."""
 
 import json
-import os
-import pwd
-import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +12,7 @@ from services.collector import Store
 from services.contracts import load_settings, topology
 from tests.conftest import REPOSITORY
 from tests.integration.conftest import Command, messages_in, wait_until
+from tests.integration.postgres import PostgreSQL
 
 Start = Callable[..., Command]
 CLAIMS = str(REPOSITORY / "samples" / "claims.jsonl")
@@ -86,33 +83,15 @@ def test_a_locked_store_is_waited_for_and_nothing_is_lost(
     assert the_run(command)["done"] == 240
 
 
-@pytest.fixture(scope="module")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a PostgreSQL server of the test's own, on a socket in a directory of its own."""
-    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not programs:
+@pytest.fixture
+def postgresql() -> Iterator[str]:
+    """The URL of an empty database on a PostgreSQL server of the test's own."""
+    try:
+        server = PostgreSQL()
+    except FileNotFoundError:
         pytest.skip("PostgreSQL's server is not installed; `setup/system.sh --with-postgres` does")
-    bin_directory = programs[-1].parent
-    directory = tmp_path_factory.mktemp("pg")
-    become: list[str] = []
-    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
-        user = pwd.getpwnam("postgres")
-        os.chown(directory, user.pw_uid, user.pw_gid)
-        for parent in directory.parents[:2]:
-            parent.chmod(0o755)
-        become = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
-    data = directory / "data"
-
-    def run(*command: str) -> None:
-        subprocess.run([*become, *command], check=True, capture_output=True, cwd=directory)
-
-    run(str(bin_directory / "initdb"), "-D", str(data), "-U", "keepwarm", "--auth=trust")
-    pg_ctl = str(bin_directory / "pg_ctl")
-    options = f"-k {directory} -c listen_addresses='' -c fsync=off"
-    run(pg_ctl, "-D", str(data), "-w", "-l", str(directory / "log"), "-o", options, "start")
-    yield f"postgresql://keepwarm@/postgres?host={directory}"
-    run(pg_ctl, "-D", str(data), "-m", "immediate", "stop")
-    shutil.rmtree(directory, ignore_errors=True)
+    with server:
+        yield server.new_database()
 
 
 def test_postgresql_holds_a_run_as_sqlite_does(

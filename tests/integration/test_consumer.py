@@ -5,15 +5,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from services.broker import BrokerAddress, Consumer, Outgoing, PrivateNode, Publisher
+from services.broker import BrokerAddress, Consumer, Declares, Outgoing, PrivateNode, Publisher
 from services.contracts import topology
 from tests.integration.conftest import cut, delete_queues, messages_in, wait_until
 
 QUEUE = topology.claims_queue("ctx-test")
+DECLARES = Declares("if-missing", ("ctx-test",))
 
 
 def publish(address: BrokerAddress, count: int) -> None:
-    with Publisher(address, "test", window=50, context_ids=["ctx-test"]).open(10) as publisher:
+    with Publisher(address, "test", window=50, declares=DECLARES).open(10) as publisher:
         for number in range(count):
             publisher.publish(
                 Outgoing(topology.CLAIMS_EXCHANGE, QUEUE, b"%d" % number, message_id=str(number))
@@ -22,9 +23,7 @@ def publish(address: BrokerAddress, count: int) -> None:
 
 
 def new_consumer(address: BrokerAddress, prefetch: int) -> Consumer:
-    return Consumer(
-        address, "test", queues=[QUEUE], prefetch=prefetch, context_ids=["ctx-test"]
-    ).open(10)
+    return Consumer(address, "test", queues=[QUEUE], prefetch=prefetch, declares=DECLARES).open(10)
 
 
 @pytest.fixture
@@ -74,7 +73,11 @@ def test_what_is_refused_lands_among_the_dead_messages(
     publish(address, 1)
     delivery = consumer.take(5)
     assert delivery
-    consumer.refuse([delivery])
+    with Publisher(address, "test", window=1).open(10) as publisher:
+        publisher.publish(
+            delivery.refused("it says nothing", lambda: consumer.acknowledge([delivery]))
+        )
+        publisher.flush(10)
     wait_until(lambda: messages_in(node, topology.DEAD_MESSAGES_QUEUE) == 1, "a dead message", 20)
 
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from services.broker import BrokerAddress, Consumer, Outgoing, PrivateNode, Publisher
+from services.broker import BrokerAddress, Consumer, Declares, Outgoing, PrivateNode, Publisher
 from services.contracts import Settings, topology
 from services.contracts.errors import (
     BrokerRefused,
@@ -21,6 +21,7 @@ from tests.integration.conftest import (
 )
 
 QUEUE = topology.claims_queue("ctx-test")
+DECLARES = Declares("if-missing", ("ctx-test",))
 
 
 def outgoing(number: int, confirmed: list[int] | None = None) -> Outgoing:
@@ -34,7 +35,7 @@ def outgoing(number: int, confirmed: list[int] | None = None) -> Outgoing:
 
 
 def take_all(address: BrokerAddress, count: int) -> list[bytes]:
-    with Consumer(address, "test", queues=[QUEUE], prefetch=100, context_ids=["ctx-test"]).open(
+    with Consumer(address, "test", queues=[QUEUE], prefetch=100, declares=DECLARES).open(
         10
     ) as consumer:
         bodies = []
@@ -46,7 +47,7 @@ def take_all(address: BrokerAddress, count: int) -> list[bytes]:
 
 def test_every_message_is_confirmed_once_and_arrives_in_order(address: BrokerAddress) -> None:
     confirmed: list[int] = []
-    with Publisher(address, "test", window=7, context_ids=["ctx-test"]).open(10) as publisher:
+    with Publisher(address, "test", window=7, declares=DECLARES).open(10) as publisher:
         for number in range(500):
             publisher.publish(outgoing(number, confirmed))
         publisher.flush(30)
@@ -57,7 +58,7 @@ def test_every_message_is_confirmed_once_and_arrives_in_order(address: BrokerAdd
 
 def test_publish_waits_while_the_window_is_full(node: PrivateNode, address: BrokerAddress) -> None:
     # A publisher that was never opened confirms nothing: the window is all that it takes.
-    publisher = Publisher(address, "test", window=3, context_ids=["ctx-test"])
+    publisher = Publisher(address, "test", window=3, declares=DECLARES)
     sent: list[int] = []
 
     def send() -> None:
@@ -81,7 +82,7 @@ def test_publish_waits_while_the_window_is_full(node: PrivateNode, address: Brok
 def test_what_was_unconfirmed_is_sent_again_after_the_connection_was_lost(
     node: PrivateNode, address: BrokerAddress
 ) -> None:
-    with Publisher(address, "test", window=50, context_ids=["ctx-test"]).open(10) as publisher:
+    with Publisher(address, "test", window=50, declares=DECLARES).open(10) as publisher:
         for number in range(300):
             publisher.publish(outgoing(number))
             if number % 100 == 50:
@@ -94,7 +95,7 @@ def test_what_was_unconfirmed_is_sent_again_after_the_connection_was_lost(
 def test_a_queue_that_was_deleted_is_declared_again_and_nothing_is_lost(
     node: PrivateNode, address: BrokerAddress
 ) -> None:
-    with Publisher(address, "test", window=50, context_ids=["ctx-test"]).open(10) as publisher:
+    with Publisher(address, "test", window=50, declares=DECLARES).open(10) as publisher:
         publisher.publish(outgoing(1))
         publisher.flush(10)
         delete_queues(node, QUEUE)
@@ -128,11 +129,11 @@ def test_a_queue_with_other_arguments_is_a_mismatch_with_the_remedy(
     connection.channel().queue_declare(QUEUE, durable=True)  # a classic queue
     connection.close()
     with pytest.raises(TopologyMismatch, match="delete that queue"):
-        Publisher(address, "test", window=1, context_ids=["ctx-test"]).open(10)
+        Publisher(address, "test", window=1, declares=DECLARES).open(10)
 
 
 def test_publishing_on_a_closed_link_says_so(address: BrokerAddress) -> None:
-    publisher = Publisher(address, "test", window=1, context_ids=["ctx-test"]).open(10)
+    publisher = Publisher(address, "test", window=1, declares=DECLARES).open(10)
     publisher.close()
     publisher.publish(outgoing(1))  # fills the window
     with pytest.raises(BrokerUnreachable, match="closed"):
@@ -148,7 +149,7 @@ def test_messages_outlive_the_node(tmp_path, broker: Settings) -> None:
             }
         )
         address = BrokerAddress.from_settings(settings)
-        with Publisher(address, "test", window=50, context_ids=["ctx-test"]).open(10) as publisher:
+        with Publisher(address, "test", window=50, declares=DECLARES).open(10) as publisher:
             for number in range(20):
                 publisher.publish(outgoing(number))
             publisher.flush(10)

@@ -13,6 +13,7 @@ from sqlalchemy import create_engine, text
 
 from services.broker import BrokerAddress, Consumer, Delivery, PrivateNode
 from services.contracts import (
+    ClaimBatch,
     DeadClaim,
     VerdictBatch,
     decode,
@@ -49,6 +50,20 @@ def outcomes(environment: dict[str, str]) -> list[tuple[str, str | None, str | N
         rows = connection.execute(text("SELECT claim_id, label, reason FROM outcomes")).all()
     engine.dispose()
     return [tuple(row) for row in rows]
+
+
+def dead_of(environment: dict[str, str]) -> tuple[str, str]:
+    """Run and id of the one dead claim in the store."""
+    engine = create_engine(f"sqlite:///{environment['KEEPWARM_STORE_URL']}")
+    with engine.connect() as connection:
+        (row,) = connection.execute(
+            text(
+                "SELECT run_id, claim_id FROM outcomes JOIN runs USING (run_key) "
+                "WHERE reason IS NOT NULL"
+            )
+        )
+    engine.dispose()
+    return row.run_id, row.claim_id
 
 
 def wait_for_the_first_verdicts(collecting: Command, environment: dict[str, str]) -> None:
@@ -230,23 +245,71 @@ def test_a_worker_can_be_stopped_while_its_engine_starts(command: Start) -> None
     assert not any(process.is_running() for process in left)
 
 
-def test_aborted_requests_that_look_successful_are_returned_not_believed(
-    command: Start, node: PrivateNode
+def claims_of(deliveries: list[Delivery]) -> list[str]:
+    return [claim.claim_id for d in deliveries for claim in d.message(ClaimBatch).claims]
+
+
+def test_an_engine_that_aborts_whatever_it_is_asked_is_given_up_on_and_its_claims_returned(
+    command: Start, node: PrivateNode, address: BrokerAddress
 ) -> None:
     submit(command)
-    worker = command("worker", TEST_ENGINE_FAULT="abort")
-    worker.said("a request ended with 'abort'", times=3)
+    worker = command("worker", TEST_ENGINE_FAULT="abort", KEEPWARM_ENGINE_START_ATTEMPTS="2")
+    assert worker.wait() == 4
+    assert "it gave no usable answer: aborted" in worker.output
     assert messages_in(node, topology.VERDICTS_QUEUE) == 0
-    worker.signal(signal.SIGTERM)
-    assert worker.wait() == 0
+    assert messages_in(node, topology.DEAD_CLAIMS_QUEUE) == 0
+    context = topology.claims_queue(json.loads(worker.lines[0])["context"])
+    returned = messages_in(node, topology.RETURNS_QUEUE)
+    assert 1 <= returned <= 3 and messages_in(node, context) == 15 - returned
+    waiting = take(address, topology.RETURNS_QUEUE, returned) + take(
+        address, context, 15 - returned
+    )
+    assert sorted(claims_of(waiting)) == [line["id"] for line in sample_lines()]
 
 
-def test_a_claim_without_all_scores_is_invalid(command: Start, address: BrokerAddress) -> None:
+def test_claims_whose_scores_are_missing_are_asked_again_alone(
+    command: Start, address: BrokerAddress
+) -> None:
     submit(command, CLAIMS, "--limit", "3")
     command("worker", TEST_ENGINE_FAULT="unscored")
     (delivery,) = take(address, topology.VERDICTS_QUEUE, 1)
-    for verdict in decode(VerdictBatch, delivery.body).verdicts:
-        assert (verdict.label, verdict.probabilities, verdict.mass) == ("INVALID", (), 0)
+    verdicts = delivery.message(VerdictBatch).verdicts
+    assert len(verdicts) == 3 and all(verdict.probabilities for verdict in verdicts)
+
+
+@pytest.mark.parametrize("fault", ["crash-long", "nan-long"])
+def test_a_claim_that_the_engine_fails_with_each_time_is_set_aside_with_the_evidence(
+    command: Start, environment: dict[str, str], tmp_path: Path, fault: str
+) -> None:
+    file = tmp_path / "claims.jsonl"
+    lines = [{"id": str(number), "claim": f"Claim {number}."} for number in range(48)]
+    lines[11]["evidence"] = "many different words " * 60
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    collecting = collect(command, submit(command, str(file)))
+    worker = command("worker", TEST_ENGINE_FAULT=fault)
+    assert collecting.wait() == 0, worker.output
+    by_id = {claim_id: (label, reason) for claim_id, label, reason in outcomes(environment)}
+    assert by_id.pop("11") == (None, "engine-failed")
+    assert len(by_id) == 47 and all(label for label, _ in by_id.values())
+    starts = worker.output.count("engine.ready")
+    assert starts == (4 if fault == "crash-long" else 1)
+    shown = command("dead", "show", *dead_of(environment))
+    assert shown.wait() == 0, shown.output
+    assert "3 times with this claim, 2 of them alone" in shown.output
+    assert ("Segmentation fault, says the test engine" in shown.output) == (fault == "crash-long")
+
+
+def test_an_engine_that_hangs_is_started_again_and_its_claims_answered(
+    command: Start, environment: dict[str, str]
+) -> None:
+    collecting = collect(command, submit(command))
+    worker = command(
+        "worker", TEST_ENGINE_FAULT="hang-once", KEEPWARM_ENGINE_REQUEST_TIMEOUT_SECONDS="2"
+    )
+    assert collecting.wait() == 0
+    assert_complete(environment)
+    worker.said("engine.silent")
+    worker.said("engine.ready", times=2)
 
 
 def test_a_claim_that_the_engine_refuses_is_found_and_harms_no_other(

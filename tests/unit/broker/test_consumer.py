@@ -1,10 +1,29 @@
+"""A delivery, and a consumer that no broker is needed for; the rest is shown on a real one."""
+
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from services.broker import Delivery
+from services.broker import BrokerAddress, Consumer, Delivery
+from services.contracts import Notice, encode, load_settings, topology
+from services.contracts.errors import MessageInvalid
 
 
-def delivery(headers: dict[str, object]) -> Delivery:
-    return Delivery("claims.x", b"", headers, "m-1", redelivered=bool(headers), tag=1, epoch=1)
+def delivery(headers: dict[str, object] | None = None, **changes: Any) -> Delivery:
+    fields: dict[str, Any] = {
+        "queue": "claims.x",
+        "body": b"",
+        "headers": headers or {},
+        "message_id": "m-1",
+        "redelivered": bool(headers),
+        "tag": 1,
+        "epoch": 1,
+    }
+    return Delivery(**{**fields, **changes})
 
 
 @pytest.mark.parametrize(
@@ -15,3 +34,125 @@ def test_the_attempt_is_one_more_than_the_earlier_deliveries(
     headers: dict[str, object], attempt: int
 ) -> None:
     assert delivery(headers).attempt == attempt
+
+
+# What it holds.
+
+
+def test_a_delivery_of_the_right_type_is_the_message_that_it_holds() -> None:
+    notice = Notice(cancelled=("sub-1",))
+    assert delivery(body=encode(notice), kind="Notice").message(Notice) == notice
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"kind": "ClaimBatch"}, "its type is 'ClaimBatch', not Notice"),
+        ({"kind": ""}, "its type is '', not Notice"),
+        ({"content_type": "text/plain"}, "its content type is 'text/plain', not application/json"),
+        ({"content_type": ""}, "its content type is '', not"),
+        ({"body": b"{"}, "not a Notice: Invalid JSON"),
+    ],
+)
+def test_a_delivery_of_another_type_is_not_even_decoded(changes: dict[str, Any], why: str) -> None:
+    fields = {"kind": "Notice", "body": encode(Notice()), **changes}
+    with pytest.raises(MessageInvalid, match=why):
+        delivery(**fields).message(Notice)
+
+
+@pytest.mark.parametrize(("headers", "failures"), [({}, 0), ({topology.FAILURES_HEADER: 3}, 3)])
+def test_a_delivery_tells_the_failures_that_its_claims_were_part_of(
+    headers: dict[str, object], failures: int
+) -> None:
+    assert delivery(headers).failures == failures
+
+
+@given(st.integers() | st.text() | st.none() | st.floats() | st.binary() | st.lists(st.integers()))
+def test_a_count_of_failures_is_a_count_or_refused(value: object) -> None:
+    made = delivery({topology.FAILURES_HEADER: value})
+    try:
+        assert 0 <= made.failures < 2**31
+    except MessageInvalid as error:
+        assert topology.FAILURES_HEADER in str(error)
+
+
+# What nobody can use.
+
+
+def test_what_is_refused_is_the_same_message_with_reason_and_origin_beside_it() -> None:
+    confirmed: list[bool] = []
+    made = delivery({"x": 1}, body=b"\xff\0", kind="Any", queue="verdicts")
+    aside = made.refused("no reason " * 1_000, lambda: confirmed.append(True))
+    assert (aside.exchange, aside.routing_key) == ("keepwarm.dead", "dead-messages")
+    assert (aside.body, aside.kind, aside.message_id) == (b"\xff\0", "Any", "m-1")
+    assert aside.headers[topology.ORIGIN_HEADER] == "verdicts"
+    assert aside.headers[topology.REASON_HEADER] == "no reason " * 100
+    assert not aside.notice
+    assert aside.on_confirmed is not None
+    aside.on_confirmed()
+    assert confirmed == [True]
+
+
+# Messages from before a lost connection.
+
+
+@pytest.fixture
+def consumer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Consumer]:
+    """One that was never opened, and does not mind."""
+    address = BrokerAddress.from_settings(load_settings(broker_url="amqp://h"))
+    made = Consumer(address, "test", queues=["runs"], prefetch=5)
+    monkeypatch.setattr(made, "_raise_if_dead", lambda: None)
+    yield made
+    made._loop.close()
+
+
+def arrives(consumer: Consumer, tag: int, body: bytes = b"", **properties: Any) -> None:
+    fields = {"headers": None, "message_id": None, "content_type": None, "type": None}
+    consumer._on_message(
+        None,  # type: ignore[arg-type]
+        SimpleNamespace(consumer_tag="runs", redelivered=False, delivery_tag=tag),
+        SimpleNamespace(**{**fields, **properties}),
+        body,
+    )
+
+
+class Channel:
+    def __init__(self) -> None:
+        self.settled: list[tuple[str, int]] = []
+
+    def basic_ack(self, tag: int) -> None:
+        self.settled.append(("ack", tag))
+
+    def basic_nack(self, tag: int, *, requeue: bool) -> None:
+        assert requeue
+        self.settled.append(("nack", tag))
+
+
+def test_a_message_is_taken_with_what_its_sender_said_of_it(consumer: Consumer) -> None:
+    arrives(consumer, 3, b"{}", type="RunAnnouncement", content_type="application/json")
+    arrives(consumer, 4)
+    first, second = consumer.take(1), consumer.take(1)
+    assert first is not None and second is not None
+    assert (first.queue, first.kind, first.tag) == ("runs", "RunAnnouncement", 3)
+    assert (second.kind, second.content_type, second.message_id, second.headers) == ("", "", "", {})
+
+
+def test_what_came_before_a_connection_was_lost_is_neither_handed_out_nor_settled(
+    consumer: Consumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soon: list[Callable[[], None]] = []
+    monkeypatch.setattr(consumer, "_call_soon", soon.append)
+    arrives(consumer, 1)
+    arrives(consumer, 2)
+    taken = consumer.take(1)
+    assert taken is not None
+    consumer._on_channel_lost()
+    arrives(consumer, 1)  # the broker counts from the beginning again
+    consumer._channel = channel = Channel()  # type: ignore[assignment]
+    later = consumer.take(1)
+    assert later is not None and later.epoch != taken.epoch
+    consumer.acknowledge([taken, later])
+    consumer.give_back([taken])
+    for callback in soon:
+        callback()
+    assert channel.settled == [("ack", 1)]

@@ -88,3 +88,21 @@ def test_stopping_what_was_never_started_is_quiet(tmp_path: Path) -> None:
     node = PrivateNode(tmp_path / "node")
     node.stop()
     assert not node.alive
+
+
+@pytest.mark.usefixtures("server_that_fails")
+@pytest.mark.parametrize("plugins", [(), ("rabbitmq_management",)])
+def test_a_node_has_the_plug_ins_that_were_asked_for_and_by_default_none(
+    plugins: tuple[str, ...], tmp_path: Path
+) -> None:
+    node = PrivateNode(tmp_path / "node", plugins=plugins)
+    with pytest.raises(BrokerError):
+        node.start()
+    assert (tmp_path / "node" / "enabled_plugins").read_text() == f"[{','.join(plugins)}].\n"
+    management = [
+        line
+        for line in (tmp_path / "node" / "rabbitmq.conf").read_text().splitlines()
+        if line.startswith("management.")
+    ]
+    expected = ["management.tcp.ip = 127.0.0.1", f"management.tcp.port = {node.management_port}"]
+    assert management == (expected if plugins else [])

@@ -3,7 +3,8 @@ from typing import Any
 
 import pytest
 
-from services.broker.topology import declare, quorum_arguments
+from services.broker import Declares
+from services.broker.topology import declare, listen_to_notices, quorum_arguments, run_in_order
 from services.contracts import topology as names
 
 DEAD_LETTERS = {
@@ -39,55 +40,147 @@ class RecordingChannel:
     """Answers every declaration at once, as a broker would one by one."""
 
     def __init__(self) -> None:
-        self.exchanges: list[str] = []
+        self.exchanges: dict[str, str] = {}
+        self.looked_for: list[str] = []
         self.queues: dict[str, dict[str, Any]] = {}
+        self.exclusive: list[str] = []
         self.bindings: list[tuple[str, str, str]] = []
+        self.order: list[str] = []
 
     def exchange_declare(
-        self, name: str, *, exchange_type: str, durable: bool, callback: Callable[[Any], None]
+        self,
+        name: str,
+        *,
+        exchange_type: str = "direct",
+        durable: bool = False,
+        passive: bool = False,
+        callback: Callable[[Any], None],
     ) -> None:
-        assert exchange_type == "direct"
-        assert durable
-        self.exchanges.append(name)
+        if passive:
+            self.looked_for.append(name)
+        else:
+            assert durable
+            self.exchanges[name] = exchange_type
+        self.order.append(name)
         callback(None)
 
     def queue_declare(
         self,
         name: str,
         *,
-        durable: bool,
-        arguments: dict[str, Any],
+        durable: bool = False,
+        exclusive: bool = False,
+        arguments: dict[str, Any] | None = None,
         callback: Callable[[Any], None],
     ) -> None:
-        assert durable
-        self.queues[name] = arguments
+        assert durable is not exclusive
+        if exclusive:
+            self.exclusive.append(name)
+        self.queues[name] = arguments or {}
+        self.order.append(name)
         callback(None)
 
     def queue_bind(
-        self, name: str, exchange: str, *, routing_key: str, callback: Callable[[Any], None]
+        self,
+        name: str,
+        exchange: str,
+        *,
+        routing_key: str = "",
+        callback: Callable[[Any], None],
     ) -> None:
         assert name in self.queues
-        assert exchange in self.exchanges
         self.bindings.append((name, exchange, routing_key))
         callback(None)
 
 
-def test_all_that_keepwarm_needs_is_declared_then_done_is_called_once() -> None:
+def declared(declares: Declares, version: str = "4.1.0", *, missing: bool) -> RecordingChannel:
     channel, done = RecordingChannel(), []
-    declare(channel, "3.10.8", ["ctx-1", "ctx-2"], lambda: done.append(True))
+    declare(channel, version, declares, lambda: done.append(True), house_is_missing=missing)  # type: ignore[arg-type]
     assert done == [True]
-    assert set(channel.bindings) == {
-        ("dead-messages", "keepwarm.dead", "dead-messages"),
-        ("dead-claims", "keepwarm.dead", "dead-claims"),
-        ("verdicts", "keepwarm.verdicts", "verdicts"),
-        ("runs", "keepwarm.runs", "runs"),
-        ("claims.ctx-1", "keepwarm.claims", "claims.ctx-1"),
-        ("claims.ctx-2", "keepwarm.claims", "claims.ctx-2"),
-    }
+    return channel
+
+
+HOUSE = {
+    ("dead-messages", "keepwarm.dead", "dead-messages"),
+    ("dead-claims", "keepwarm.dead", "dead-claims"),
+    ("returns", "keepwarm.returns", "returns"),
+    ("verdicts", "keepwarm.verdicts", "verdicts"),
+    ("runs", "keepwarm.runs", "runs"),
+}
+CLAIMS = {
+    ("claims.ctx-1", "keepwarm.claims", "claims.ctx-1"),
+    ("claims.ctx-2", "keepwarm.claims", "claims.ctx-2"),
+}
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_who_always_declares_makes_the_whole_house_and_its_claims_queues(missing: bool) -> None:
+    channel = declared(Declares("always", ("ctx-1", "ctx-2")), missing=missing)
+    assert set(channel.bindings) == HOUSE | CLAIMS
+    assert {exchange for _, exchange, _ in channel.bindings} <= channel.exchanges.keys()
+    assert channel.exchanges["keepwarm.notices"] == "fanout"
+    others = channel.exchanges.keys() - {"keepwarm.notices"}
+    assert {channel.exchanges[name] for name in others} == {"direct"}
+    every = {value for name, value in vars(names).items() if name.endswith("_EXCHANGE")}
+    assert channel.exchanges.keys() == every
+
+
+def test_who_declares_what_is_missing_looks_first_and_makes_only_its_claims_queues() -> None:
+    channel = declared(Declares("if-missing", ("ctx-1", "ctx-2")), missing=False)
+    assert channel.looked_for == ["keepwarm.notices"]
+    assert channel.exchanges == {}
+    assert set(channel.bindings) == CLAIMS
+
+
+def test_who_found_the_house_missing_makes_it() -> None:
+    channel = declared(Declares("if-missing", ("ctx-1", "ctx-2")), missing=True)
+    assert set(channel.bindings) == HOUSE | CLAIMS
+    assert channel.looked_for == []
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_worker_declares_nothing_at_all(missing: bool) -> None:
+    assert declared(Declares(), missing=missing).order == []
+
+
+def test_what_others_look_for_is_made_last_for_where_it_is_all_the_house_is() -> None:
+    assert declared(Declares("always"), missing=True).order[-1] == names.NOTICES_EXCHANGE
 
 
 def test_every_queue_but_that_of_dead_messages_sends_its_dead_letters_there() -> None:
-    channel = RecordingChannel()
-    declare(channel, "4.1.0", ["ctx-1"], lambda: None)
+    channel = declared(Declares("always", ("ctx-1",)), missing=True)
     for name, arguments in channel.queues.items():
+        assert arguments["x-queue-type"] == "quorum"
         assert ("x-dead-letter-exchange" in arguments) is (name != "dead-messages")
+
+
+def test_a_listener_has_a_queue_of_its_own_for_notices_that_goes_when_it_goes() -> None:
+    channel, done = RecordingChannel(), []
+    run_in_order(
+        channel,  # type: ignore[arg-type]
+        iter(listen_to_notices("node-1")),
+        lambda: done.append(True),
+    )
+    assert done == [True]
+    assert channel.exclusive == ["notices.node-1"]
+    assert channel.bindings == [("notices.node-1", "keepwarm.notices", "")]
+
+
+def test_steps_are_taken_one_at_a_time_each_after_the_brokers_answer() -> None:
+    answers: list[Callable[[Any], None]] = []
+    taken: list[int] = []
+    done: list[bool] = []
+
+    def step(number: int) -> Any:
+        def take(_: Any, answered: Callable[[Any], None]) -> None:
+            taken.append(number)
+            answers.append(answered)
+
+        return take
+
+    run_in_order(None, iter([step(1), step(2)]), lambda: done.append(True))  # type: ignore[arg-type]
+    assert (taken, done) == ([1], [])
+    answers.pop()(None)
+    assert (taken, done) == ([1, 2], [])
+    answers.pop()(None)
+    assert done == [True]

@@ -85,6 +85,8 @@ def stored(run: Run, tmp_path: Path) -> Path:
         engine_seconds=2.0,
     )
     totals = Totals(lines=5, claims=3, repeated=1, rejected=1)
-    store.write(Incoming([RunAnnouncement(run=run, totals=totals)], [batch], []))
+    store.write(
+        Incoming([RunAnnouncement(run=run, submission_id="sub-1", totals=totals)], [batch], [])
+    )
     store.close()
     return path

@@ -13,6 +13,7 @@ from services.collector import Incoming, Store
 from services.contracts import (
     ContextSpec,
     PromptSpec,
+    Run,
     RunAnnouncement,
     Totals,
     Verdict,
@@ -52,6 +53,10 @@ def desk(submission: Submission, database: Store, tmp_path: Path, screen: Consol
     return make
 
 
+def announced(run: Run, totals: Totals) -> RunAnnouncement:
+    return RunAnnouncement(run=run, submission_id="sub-1", totals=totals)
+
+
 def store_outcomes(database: Store, submission: Submission, count: int) -> None:
     run = submission.run
     verdicts = tuple(
@@ -78,7 +83,7 @@ def store_outcomes(database: Store, submission: Submission, count: int) -> None:
         engine_seconds=1.0,
     )
     totals = Totals(lines=2, claims=2, repeated=0, rejected=0)
-    database.write(Incoming([RunAnnouncement(run=run, totals=totals)], [batch], []))
+    database.write(Incoming([announced(run, totals)], [batch], []))
 
 
 def seen(screen: Console) -> str:
@@ -100,7 +105,7 @@ def test_a_run_of_no_claims_at_all_is_not_taken_for_done(
 ) -> None:
     # It goes on to the broker, and would be told again what is wrong with its lines.
     totals = Totals(lines=2, claims=0, repeated=0, rejected=2)
-    database.write(Incoming([RunAnnouncement(run=submission.run, totals=totals)], [], []))
+    database.write(Incoming([announced(submission.run, totals)], [], []))
     with pytest.raises(UsageError, match="the broker's URL is unusable"):
         desk(broker_url="http://nowhere").work()
 

@@ -12,7 +12,10 @@ from services.cli.main import app
 from services.contracts import Run, errors
 from services.contracts.errors import KeepwarmError
 
-VERBS = ("run", "submit", "worker", "collect", "status", "report", "export")
+VERBS = (
+    *("run", "submit", "worker", "collect", "status", "report", "export", "cancel"),
+    *("dead list", "dead show", "dead retry", "dead drop", "broker setup"),
+)
 FLAGS = {
     "run": ("--model", "--prompt", "--limit", "--batch-size", "--workers", "--out", "--broker"),
     "submit": ("--model", "--prompt", "--limit", "--batch-size", "--broker", "--column"),
@@ -21,6 +24,12 @@ FLAGS = {
     "status": ("--json", "--watch", "--store"),
     "report": ("RUN", "--json", "--store"),
     "export": ("RUN", "--format", "--out", "--store"),
+    "cancel": ("RUN", "--store"),
+    "dead list": ("--broker", "--store"),
+    "dead show": ("RUN|MESSAGE", "--broker", "--store"),
+    "dead retry": ("RUN|MESSAGE", "CLAIM", "--broker", "--store"),
+    "dead drop": ("RUN|MESSAGE", "CLAIM", "--broker", "--store"),
+    "broker setup": ("--admin", "--vhost"),
 }
 
 Command = Callable[..., int]
@@ -29,7 +38,7 @@ Command = Callable[..., int]
 def test_the_help_names_every_verb_and_every_exit_code() -> None:
     shown = CliRunner().invoke(app, ["--help"])
     assert shown.exit_code == 0
-    assert all(verb in shown.output for verb in VERBS)
+    assert all(verb.split()[0] in shown.output for verb in VERBS)
     codes = {
         kind.exit_code
         for kind in vars(errors).values()
@@ -41,14 +50,14 @@ def test_the_help_names_every_verb_and_every_exit_code() -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_each_verb_has_its_help(verb: str) -> None:
-    shown = CliRunner().invoke(app, [verb, "--help"])
+    shown = CliRunner().invoke(app, [*verb.split(), "--help"])
     assert shown.exit_code == 0
     assert all(flag in shown.output for flag in FLAGS[verb])
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_no_help_shows_mark_up_or_leaves_something_out(verb: str) -> None:
-    shown = CliRunner().invoke(app, [verb, "--help"]).output
+    shown = CliRunner().invoke(app, [*verb.split(), "--help"]).output
     assert "[dim]" not in shown
     assert "[/" not in shown
     if "--broker" in FLAGS[verb]:
@@ -85,6 +94,11 @@ def test_without_a_verb_the_help_is_shown() -> None:
         ["status", "--store", "mysql://u@h/d"],
         ["report"],
         ["export", "run-1"],
+        ["cancel"],
+        ["dead", "fly"],
+        ["dead", "show"],
+        ["dead", "retry"],
+        ["dead", "drop"],
         ["export", "run-1", "--format", "xml"],
     ],
     ids=" ".join,
@@ -159,10 +173,22 @@ def test_a_model_that_is_not_there_ends_with_4(
     assert "there is no model at /no/such/model" in capsys.readouterr().err
 
 
+STORE_READERS = (
+    ["status"],
+    ["report", "x"],
+    ["export", "x", "--format", "csv"],
+    ["cancel", "x"],
+    ["dead", "list"],
+    ["dead", "show", "x", "c1"],
+    ["dead", "retry", "x"],
+    ["dead", "drop", "x"],
+)
+
+
 def test_a_store_that_is_not_there_ends_with_6(
     keepwarm: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for arguments in (["status"], ["report", "x"], ["export", "x", "--format", "csv"]):
+    for arguments in STORE_READERS:
         assert keepwarm(*arguments, "--store", "none.sqlite") == 6
         assert "there is no store at none.sqlite" in capsys.readouterr().err
 

@@ -43,10 +43,13 @@ STATUS = RunStatus(
     rejected=8,
     repeated=9,
     duplicates=10,
+    returned=13,
+    lost_work=14,
     claims_per_second=12.34,
     eta_seconds=185,
     workers_seen=2,
     complete=False,
+    cancelled=False,
 )
 REPORT = Report(
     status=STATUS,

@@ -10,6 +10,7 @@ import pytest
 from services.collector import Incoming, Store
 from services.contracts import (
     Claim,
+    ClaimBatch,
     ContextSpec,
     DeadClaim,
     DeadReason,
@@ -68,7 +69,18 @@ def store(open_store: Callable[..., Store]) -> Store:
 
 @pytest.fixture(scope="session")
 def make(run: Run) -> SimpleNamespace:
-    """`make.verdict(3, "A")`, `make.batch(…)`, `make.dead(4)`, `make.announced(claims=5)`."""
+    """`make.verdict(3, "A")`, `make.batch(…)`, `make.dead(4)`, `make.announced(claims=5)`,
+    `make.returned(6, 7)`.
+    """
+
+    def claim(number: int) -> Claim:
+        return Claim(
+            claim_id=f"c{number}",
+            position=number,
+            text=f"Claim {number}, Łódź.",
+            evidence="Long.",
+            gold="B B",
+        )
 
     def verdict(number: int, label: str = "A", **changes: Any) -> Verdict:
         fields: dict[str, Any] = {
@@ -97,16 +109,9 @@ def make(run: Run) -> SimpleNamespace:
         return VerdictBatch(**{**fields, **changes})
 
     def dead(number: int, of: Run = run, **changes: Any) -> DeadClaim:
-        claim = Claim(
-            claim_id=f"c{number}",
-            position=number,
-            text=f"Claim {number}, Łódź.",
-            evidence="Long.",
-            gold="B B",
-        )
         fields: dict[str, Any] = {
             "run_id": of.run_id,
-            "claim": claim,
+            "claim": claim(number),
             "reason": DeadReason.TOO_LONG,
             "detail": "it has 9,999 tokens",
             "worker_id": "node-1",
@@ -115,15 +120,31 @@ def make(run: Run) -> SimpleNamespace:
         return DeadClaim(**{**fields, **changes})
 
     def announced(
-        claims: int | None = None, repeated: int = 0, rejected: int = 0, of: Run = run
+        claims: int | None = None,
+        repeated: int = 0,
+        rejected: int = 0,
+        of: Run = run,
+        submission_id: str | None = None,
     ) -> RunAnnouncement:
         totals = None
         if claims is not None:
             lines = claims + repeated + rejected
             totals = Totals(lines=lines, claims=claims, repeated=repeated, rejected=rejected)
-        return RunAnnouncement(run=of, totals=totals)
+        # Each run is sent once, unless a test says otherwise.
+        return RunAnnouncement(
+            run=of, submission_id=submission_id or f"sub-{of.run_id}", totals=totals
+        )
 
-    def incoming(*messages: RunAnnouncement | VerdictBatch | DeadClaim) -> Incoming:
+    def returned(*numbers: int, of: Run = run, **changes: Any) -> ClaimBatch:
+        fields: dict[str, Any] = {
+            "run": of,
+            "submission_id": f"sub-{of.run_id}",
+            "batch_id": "00000000-0",
+            "claims": tuple(claim(number) for number in numbers),
+        }
+        return ClaimBatch(**{**fields, **changes})
+
+    def incoming(*messages: RunAnnouncement | VerdictBatch | DeadClaim | ClaimBatch) -> Incoming:
         gathered = Incoming()
         for message in messages:
             match message:
@@ -133,8 +154,16 @@ def make(run: Run) -> SimpleNamespace:
                     gathered.verdicts.append(message)
                 case DeadClaim():
                     gathered.dead.append(message)
+                case ClaimBatch():
+                    gathered.returned.append(message)
         return gathered
 
     return SimpleNamespace(
-        verdict=verdict, batch=batch, dead=dead, announced=announced, incoming=incoming
+        verdict=verdict,
+        batch=batch,
+        dead=dead,
+        announced=announced,
+        returned=returned,
+        incoming=incoming,
+        claim=claim,
     )

@@ -9,31 +9,38 @@ from types import SimpleNamespace
 
 import pytest
 
-from services.broker import Delivery
-from services.collector import Collector, Incoming, Store, run_status
-from services.contracts import Run, encode, load_settings, topology
+from services.broker import Delivery, Outgoing
+from services.collector import Collector, Incoming, Store, find_run, run_status
+from services.contracts import ClaimBatch, Notice, Run, decode, encode, load_settings, topology
+from services.contracts.errors import StoreError
 from services.contracts.wire import Message
 
 QUEUES = {
     "VerdictBatch": topology.VERDICTS_QUEUE,
     "RunAnnouncement": topology.RUNS_QUEUE,
     "DeadClaim": topology.DEAD_CLAIMS_QUEUE,
+    "ClaimBatch": topology.RETURNS_QUEUE,
 }
+KINDS = {queue: kind for kind, queue in QUEUES.items()}
 
 
 class Deliveries:
     """Stands for a consumer: hands out what it has, and remembers what became of it."""
 
-    def __init__(self, *messages: Message | tuple[str, bytes]) -> None:
+    def __init__(
+        self, *messages: Message | tuple[str, bytes], headers: dict[str, object] | None = None
+    ) -> None:
         self._waiting: list[Delivery] = []
         self.acknowledged: list[int] = []
-        self.refused: list[int] = []
+        self.given_back: list[int] = []
         for tag, message in enumerate(messages, 1):
             if isinstance(message, tuple):
                 queue, body = message
             else:
                 queue, body = QUEUES[type(message).__name__], encode(message)
-            self._waiting.append(Delivery(queue, body, {}, str(tag), False, tag, 1))
+            self._waiting.append(
+                Delivery(queue, body, headers or {}, f"m-{tag}", False, tag, 1, kind=KINDS[queue])
+            )
         self.on_acknowledge: Callable[[], None] = lambda: None
 
     def take(self, timeout_seconds: float) -> Delivery | None:
@@ -44,19 +51,63 @@ class Deliveries:
         self.on_acknowledge()
         self.acknowledged += [delivery.tag for delivery in deliveries]
 
-    def refuse(self, deliveries: Iterable[Delivery]) -> None:
-        self.refused += [delivery.tag for delivery in deliveries]
+    def give_back(self, deliveries: Iterable[Delivery]) -> None:
+        self.given_back += [delivery.tag for delivery in deliveries]
+
+
+class RecordingPublisher:
+    """Confirms when the test says so."""
+
+    def __init__(self) -> None:
+        self.messages: list[Outgoing] = []
+        self.declared: list[str] = []
+        self.pending = 0
+
+    def also_declare(self, context_id: str) -> None:
+        self.declared.append(context_id)
+
+    def publish(self, message: Outgoing) -> None:
+        self.messages.append(message)
+
+    def confirm(self) -> None:
+        for message in self.messages:
+            if message.on_confirmed is not None:
+                message.on_confirmed()
+
+
+@pytest.fixture
+def publisher() -> RecordingPublisher:
+    return RecordingPublisher()
+
+
+def collect_once(
+    collector: Collector,
+    consumer: Deliveries,
+    publisher: RecordingPublisher,
+    on_commit: Callable[[Incoming], None] = lambda _: None,
+) -> bool:
+    return collector._collect_once(consumer, publisher, on_commit)  # type: ignore[arg-type]
 
 
 def collect(
     store: Store,
     consumer: Deliveries,
     on_commit: Callable[[Incoming], None] = lambda _: None,
+    publisher: RecordingPublisher | None = None,
     **settings: object,
 ) -> Collector:
     collector = Collector(store, load_settings(**{"store_commit_seconds": 0.01, **settings}))
-    collector._collect_once(consumer, on_commit)  # type: ignore[arg-type]
+    collect_once(collector, consumer, publisher or RecordingPublisher(), on_commit)
     return collector
+
+
+def refused(publisher: RecordingPublisher) -> list[tuple[str, bytes]]:
+    """Where what was set aside as unusable came from, and its body."""
+    return [
+        (message.headers[topology.ORIGIN_HEADER], message.body)
+        for message in publisher.messages
+        if message.routing_key == topology.DEAD_MESSAGES_QUEUE
+    ]
 
 
 def test_what_came_is_stored_and_then_acknowledged(
@@ -99,25 +150,49 @@ def test_whether_anything_came_is_told(store: Store, make: SimpleNamespace) -> N
     collector = Collector(store, load_settings(store_commit_seconds=0.01))
     consumer = Deliveries(make.announced())
     heard: list[Incoming] = []
-    took = [collector._collect_once(consumer, heard.append) for _ in range(2)]  # type: ignore[arg-type]
+    publisher = RecordingPublisher()
+    took = [collect_once(collector, consumer, publisher, heard.append) for _ in range(2)]
     assert took == [True, False]
 
 
 @pytest.mark.parametrize("queue", QUEUES.values())
 @pytest.mark.parametrize("body", [b"", b"nonsense", b"{}"])
 def test_what_is_no_message_is_refused_and_the_rest_is_stored(
-    queue: str, body: bytes, store: Store, make: SimpleNamespace, run: Run
+    queue: str,
+    body: bytes,
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    publisher: RecordingPublisher,
 ) -> None:
     consumer = Deliveries(make.batch(make.verdict(0)), (queue, body), make.dead(1))
-    collect(store, consumer)
-    assert (consumer.acknowledged, consumer.refused) == ([1, 3], [2])
+    collect(store, consumer, publisher=publisher)
+    assert refused(publisher) == [(queue, body)]
+    assert consumer.acknowledged == [1, 3]
+    publisher.confirm()
+    assert consumer.acknowledged == [1, 3, 2]
     assert store.finished(run.run_id, ["c0", "c1"]) == {"c0", "c1"}
 
 
-def test_a_message_of_another_queues_kind_is_refused(store: Store, make: SimpleNamespace) -> None:
-    consumer = Deliveries((topology.RUNS_QUEUE, encode(make.batch(make.verdict(0)))))
-    collect(store, consumer)
-    assert (consumer.acknowledged, consumer.refused) == ([], [1])
+def test_a_message_of_another_queues_kind_is_refused(
+    store: Store, make: SimpleNamespace, publisher: RecordingPublisher
+) -> None:
+    body = encode(make.batch(make.verdict(0)))
+    consumer = Deliveries((topology.RUNS_QUEUE, body))
+    collect(store, consumer, publisher=publisher)
+    assert refused(publisher) == [(topology.RUNS_QUEUE, body)]
+    assert consumer.acknowledged == []
+
+
+def test_what_is_refused_goes_aside_with_its_reason(
+    store: Store, make: SimpleNamespace, publisher: RecordingPublisher
+) -> None:
+    collect(store, Deliveries((topology.VERDICTS_QUEUE, b"{}")), publisher=publisher)
+    (message,) = publisher.messages
+    assert (message.exchange, message.message_id) == (topology.DEAD_EXCHANGE, "m-1")
+    assert message.kind == "VerdictBatch"
+    reason = message.headers[topology.REASON_HEADER]
+    assert reason.startswith("not a VerdictBatch: run_id: Field required")
 
 
 def test_a_transaction_ends_at_its_number_of_verdicts(store: Store, make: SimpleNamespace) -> None:
@@ -195,5 +270,123 @@ def test_told_to_stop_while_the_store_fails_it_acknowledges_nothing(
         write(incoming)
 
     store.write = stopping  # type: ignore[method-assign]
-    collector._collect_once(consumer, heard.append)  # type: ignore[arg-type]
-    assert (consumer.acknowledged, heard) == ([], [])
+    publisher = RecordingPublisher()
+    collect_once(collector, consumer, publisher, heard.append)
+    assert (consumer.acknowledged, heard, publisher.messages) == ([], [], [])
+
+
+# What workers give back.
+
+
+def test_what_a_worker_gives_back_is_counted_and_goes_onto_its_claims_queue_again(
+    store: Store, make: SimpleNamespace, run: Run, publisher: RecordingPublisher
+) -> None:
+    batch = make.returned(1, 2, 3)
+    consumer = Deliveries(make.announced(claims=9), batch)
+    collect(store, consumer, publisher=publisher)
+    status = run_status(store, run.run_id)
+    assert status is not None and status.returned == 3
+    (message,) = publisher.messages
+    queue = topology.claims_queue(run.context.context_id)
+    assert (message.exchange, message.routing_key) == (topology.CLAIMS_EXCHANGE, queue)
+    assert decode(ClaimBatch, message.body) == batch
+    assert consumer.acknowledged == [1]
+    publisher.confirm()
+    assert consumer.acknowledged == [1, 2]
+
+
+def test_an_outcome_that_comes_with_the_return_is_not_asked_for_again(
+    store: Store, make: SimpleNamespace, publisher: RecordingPublisher
+) -> None:
+    consumer = Deliveries(
+        make.returned(1, 2, 3), make.announced(claims=3), make.batch(make.verdict(1)), make.dead(3)
+    )
+    collect(store, consumer, publisher=publisher)
+    (message,) = publisher.messages
+    assert [claim.claim_id for claim in decode(ClaimBatch, message.body).claims] == ["c2"]
+
+
+def test_claims_of_a_submission_that_nobody_announced_are_refused(
+    store: Store, make: SimpleNamespace, publisher: RecordingPublisher
+) -> None:
+    forged = make.returned(1, submission_id="sub-forged")
+    consumer = Deliveries(make.announced(claims=3), forged)
+    collect(store, consumer, publisher=publisher)
+    assert refused(publisher) == [(topology.RETURNS_QUEUE, encode(forged))]
+    assert consumer.acknowledged == [1]
+
+
+def test_a_return_with_a_count_of_failures_that_is_none_is_refused(
+    store: Store, make: SimpleNamespace, publisher: RecordingPublisher
+) -> None:
+    batch = make.returned(1)
+    store.write(make.incoming(make.announced(claims=3)))
+    consumer = Deliveries(batch, headers={topology.FAILURES_HEADER: "many"})
+    collect(store, consumer, publisher=publisher)
+    assert refused(publisher) == [(topology.RETURNS_QUEUE, encode(batch))]
+
+
+def test_a_return_that_the_store_cannot_judge_is_given_back_to_the_broker(
+    store: Store,
+    make: SimpleNamespace,
+    publisher: RecordingPublisher,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(*_: object) -> None:
+        raise StoreError("the disk is full")
+
+    monkeypatch.setattr(store, "wants", failing)
+    consumer = Deliveries(make.announced(claims=3), make.returned(1))
+    collect(store, consumer, publisher=publisher)
+    assert (consumer.acknowledged, consumer.given_back) == ([1], [2])
+    assert publisher.messages == []
+
+
+# What it tells workers.
+
+
+def give_notice(collector: Collector, publisher: RecordingPublisher) -> list[tuple[str, ...]]:
+    publisher.messages.clear()
+    collector._notice_due = 0.0
+    collector._give_notice(publisher)  # type: ignore[arg-type]
+    for message in publisher.messages:
+        assert (message.exchange, message.notice) == (topology.NOTICES_EXCHANGE, True)
+    return [decode(Notice, message.body).cancelled for message in publisher.messages]
+
+
+def test_workers_hear_again_and_again_which_submissions_are_cancelled(
+    store: Store, make: SimpleNamespace, run: Run, publisher: RecordingPublisher
+) -> None:
+    store.write(make.incoming(make.announced(submission_id="sub-1")))
+    collector = Collector(store, load_settings())
+    assert give_notice(collector, publisher) == []
+    store.cancel(find_run(store, run.run_id).run_key)
+    assert [give_notice(collector, publisher) for _ in range(2)] == [[("sub-1",)]] * 2
+
+
+def test_notices_are_not_due_all_the_time(
+    store: Store, make: SimpleNamespace, run: Run, publisher: RecordingPublisher
+) -> None:
+    store.write(make.incoming(make.announced()))
+    store.cancel(find_run(store, run.run_id).run_key)
+    collector = Collector(store, load_settings())
+    for _ in range(3):
+        collector._give_notice(publisher)  # type: ignore[arg-type]
+    assert len(publisher.messages) == 1
+
+
+def test_no_notice_is_added_to_what_a_broker_does_not_take_for_the_moment(
+    store: Store, make: SimpleNamespace, run: Run, publisher: RecordingPublisher
+) -> None:
+    store.write(make.incoming(make.announced()))
+    store.cancel(find_run(store, run.run_id).run_key)
+    publisher.pending = 1
+    assert give_notice(Collector(store, load_settings()), publisher) == []
+
+
+def test_a_store_that_cannot_say_what_is_cancelled_does_not_end_the_collector(
+    store: Store, tmp_path: Path, publisher: RecordingPublisher
+) -> None:
+    with closing(sqlite3.connect(tmp_path / "store.sqlite")) as connection, connection:
+        connection.execute("DROP TABLE submissions")
+    assert give_notice(Collector(store, load_settings()), publisher) == []

@@ -52,10 +52,13 @@ def test_a_run_that_has_begun_has_no_total_yet(
         rejected=None,
         repeated=None,
         duplicates=0,
+        returned=0,
+        lost_work=0,
         claims_per_second=0.0,
         eta_seconds=None,
         workers_seen=0,
         complete=False,
+        cancelled=False,
     )
 
 
@@ -199,6 +202,55 @@ def test_every_run_is_told_the_latest_first(
     store.write(make.incoming(make.announced()))
     store.write(make.incoming(make.announced(of=other_run)))
     assert [s.run_id for s in run_statuses(store)] == [other_run.run_id, run.run_id]
+
+
+# What a loss cost, and what nobody wants any more.
+
+
+def test_claims_that_workers_gave_back_are_counted_and_are_no_progress(
+    store: Store, make: SimpleNamespace, run: Run, other_run: Run
+) -> None:
+    store.write(make.incoming(make.announced(claims=9), make.announced(of=other_run)))
+    store.write(make.incoming(make.returned(1, 2), make.returned(3)))
+    store.write(make.incoming(make.returned(1, 2)))
+    status = status_of(store, run)
+    assert (status.returned, status.done, status.duplicates, status.lost_work) == (5, 0, 0, 0)
+    assert status_of(store, other_run).returned == 0
+
+
+def test_lost_work_are_the_verdicts_of_later_attempts(
+    store: Store, make: SimpleNamespace, run: Run
+) -> None:
+    store.write(
+        make.incoming(
+            make.announced(claims=9),
+            make.batch(make.verdict(0), make.verdict(1), batch_id="1", attempt=1),
+            make.batch(make.verdict(1), make.verdict(2), batch_id="1", attempt=2),
+            make.batch(make.verdict(3), batch_id="2", attempt=3),
+        )
+    )
+    assert status_of(store, run).lost_work == 3
+
+
+def test_a_dead_claim_that_got_a_verdict_counts_as_done_and_not_as_dead(
+    store: Store, make: SimpleNamespace, run: Run
+) -> None:
+    store.write(make.incoming(make.announced(claims=2), make.dead(0), make.dead(1)))
+    assert status_of(store, run).complete
+    store.write(make.incoming(make.batch(make.verdict(0))))
+    status = status_of(store, run)
+    assert (status.done, status.dead, status.complete) == (1, 1, True)
+
+
+def test_a_run_is_cancelled_while_every_sending_of_it_is(
+    store: Store, make: SimpleNamespace, run: Run
+) -> None:
+    store.write(make.incoming(make.announced(submission_id="sub-1")))
+    assert not status_of(store, run).cancelled
+    store.cancel(find_run(store, run.run_id).run_key)
+    assert status_of(store, run).cancelled
+    store.write(make.incoming(make.announced(submission_id="sub-2")))
+    assert not status_of(store, run).cancelled
 
 
 # Finding a run by what a person types.

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 
-from services.collector import Incoming, Store, run_status
-from services.collector.schema import SCHEMA_VERSION, outcomes, runs
+from services.collector import Incoming, Store, find_run, run_status
+from services.collector.schema import SCHEMA_VERSION, metadata, outcomes, runs
 from services.contracts import DeadReason, Run, load_settings
 from services.contracts.errors import StoreError, UsageError
+from services.contracts.notices import MAX_CANCELLED
 
 Opener = Callable[..., Store]
 
@@ -53,10 +54,11 @@ def test_a_verdict_is_stored_with_all_that_it_says(store: Store, make: SimpleNam
 def test_a_dead_claim_is_stored_with_its_reason_and_its_evidence(
     store: Store, make: SimpleNamespace
 ) -> None:
-    store.write(make.incoming(make.dead(3)))
+    store.write(make.incoming(make.dead(3, failures=2)))
     with store.transaction() as connection:
         row = connection.execute(select(outcomes)).mappings().one()
     assert (row["reason"], row["detail"]) == ("too-long", "it has 9,999 tokens")
+    assert (row["failures"], row["dropped"]) == (2, False)
     assert (row["claim"], row["evidence"], row["gold"]) == ("Claim 3, Łódź.", "Long.", "B B")
     assert row["label"] is None
 
@@ -93,13 +95,26 @@ def test_a_claim_keeps_its_first_verdict(store: Store, make: SimpleNamespace) ->
     assert outcome(store, "c1") == ("A", None)
 
 
-def test_a_dead_claim_stays_dead_when_a_verdict_comes_later(
+def test_a_dead_claim_gives_way_to_a_verdict_that_comes_later(
+    store: Store, make: SimpleNamespace, run: Run
+) -> None:
+    store.write(make.incoming(make.dead(1), make.dead(3)))
+    store.write(make.incoming(make.batch(make.verdict(1, "C"), make.verdict(2))))
+    assert outcome(store, "c1") == ("C", None)
+    assert counted(store, run) == (2, 1, 0)
+    with store.transaction() as connection:
+        row = connection.execute(select(outcomes).where(outcomes.c.claim_id == "c1")).one()
+    assert (row.detail, row.evidence, row.failures, row.dropped) == (None, None, None, False)
+
+
+def test_a_verdict_that_came_in_place_of_a_death_stays(
     store: Store, make: SimpleNamespace, run: Run
 ) -> None:
     store.write(make.incoming(make.dead(1)))
-    store.write(make.incoming(make.batch(make.verdict(1), make.verdict(2))))
-    assert outcome(store, "c1") == (None, "too-long")
-    assert counted(store, run) == (1, 1, 1)
+    store.write(make.incoming(make.batch(make.verdict(1, "C"))))
+    store.write(make.incoming(make.batch(make.verdict(1, "A")), make.dead(1)))
+    assert outcome(store, "c1") == ("C", None)
+    assert counted(store, run) == (1, 0, 1)
 
 
 def test_a_verdict_stays_when_the_claim_is_called_dead_later(
@@ -111,12 +126,12 @@ def test_a_verdict_stays_when_the_claim_is_called_dead_later(
     assert counted(store, run) == (1, 0, 0)
 
 
-def test_a_claim_dies_once_of_its_first_reason(
+def test_a_claim_that_dies_again_is_one_dead_claim_with_its_latest_reason(
     store: Store, make: SimpleNamespace, run: Run
 ) -> None:
     store.write(make.incoming(make.dead(1), make.dead(1)))
     store.write(make.incoming(make.dead(1, reason=DeadReason.ENGINE_REFUSED)))
-    assert outcome(store, "c1") == (None, "too-long")
+    assert outcome(store, "c1") == (None, "engine-refused")
     assert counted(store, run) == (0, 1, 0)
 
 
@@ -187,20 +202,97 @@ def long_lived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
 
 @settings(max_examples=20)  # each commit waits for the disk
 @given(arrivals=st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=1, max_size=8))
-def test_whatever_comes_in_whatever_order_each_claim_has_its_first_outcome(
+def test_whatever_comes_in_whatever_order_each_claim_has_its_first_verdict_or_is_dead(
     arrivals: list[tuple[bool, int]], long_lived: Store, run: Run, make: SimpleNamespace
 ) -> None:
     of = run.model_copy(update={"source_digest": secrets.token_hex(8)})
-    first: dict[int, bool] = {}
+    answered: set[int] = set()
     duplicates = 0
     for is_dead, number in arrivals:
-        if number in first:
-            duplicates += not is_dead
-        first.setdefault(number, is_dead)
+        if not is_dead:
+            duplicates += number in answered
+            answered.add(number)
         message = make.dead(number, of=of) if is_dead else make.batch(make.verdict(number), of=of)
         long_lived.write(make.incoming(message))
-    dead = sum(first.values())
-    assert counted(long_lived, of) == (len(first) - dead, dead, duplicates)
+    dead = {number for _, number in arrivals} - answered
+    assert counted(long_lived, of) == (len(answered), len(dead), duplicates)
+
+
+# Submissions: what is cancelled are the sendings that there were.
+
+
+def key(store: Store, run: Run) -> int:
+    return find_run(store, run.run_id).run_key
+
+
+def test_a_submission_that_was_announced_is_wanted_and_another_is_not_known(
+    store: Store, make: SimpleNamespace
+) -> None:
+    store.write(make.incoming(make.announced(submission_id="sub-1")))
+    store.write(make.incoming(make.announced(claims=3, submission_id="sub-1")))
+    assert store.wants("sub-1") is True
+    assert store.wants("sub-2") is None
+
+
+def test_verdicts_alone_announce_no_submission(store: Store, make: SimpleNamespace) -> None:
+    store.write(make.incoming(make.batch(make.verdict(1)), make.returned(2, submission_id="sub-1")))
+    assert store.wants("sub-1") is None
+
+
+def test_a_cancelled_run_can_be_sent_again_and_what_was_sent_before_stays_cancelled(
+    store: Store, make: SimpleNamespace, run: Run
+) -> None:
+    store.write(make.incoming(make.announced(submission_id="sub-1")))
+    store.cancel(key(store, run))
+    assert store.wants("sub-1") is False
+    store.write(make.incoming(make.announced(submission_id="sub-2")))
+    assert (store.wants("sub-1"), store.wants("sub-2")) == (False, True)
+    # What is delivered again does not undo it.
+    store.write(make.incoming(make.announced(submission_id="sub-1")))
+    assert store.wants("sub-1") is False
+
+
+def test_cancelling_a_run_leaves_the_others(
+    store: Store, make: SimpleNamespace, run: Run, other_run: Run
+) -> None:
+    store.write(make.incoming(make.announced(), make.announced(of=other_run)))
+    store.cancel(key(store, run))
+    assert store.wants(f"sub-{run.run_id}") is False
+    assert store.wants(f"sub-{other_run.run_id}") is True
+
+
+def test_claims_that_are_sent_by_hand_are_a_submission(
+    store: Store, make: SimpleNamespace, run: Run
+) -> None:
+    store.write(make.incoming(make.announced()))
+    for _ in range(2):
+        store.add_submission(key(store, run), "retry-1")
+    assert store.wants("retry-1") is True
+    store.cancel(key(store, run))
+    assert store.wants("retry-1") is False
+
+
+def test_the_latest_cancellations_come_first_and_no_more_than_a_notice_holds(
+    store: Store, make: SimpleNamespace, run: Run, other_run: Run
+) -> None:
+    assert store.cancelled_submissions() == ()
+    store.write(make.incoming(make.announced(), make.announced(of=other_run)))
+    for number in range(MAX_CANCELLED):
+        store.add_submission(key(store, run), f"many-{number}")
+    store.cancel(key(store, run))
+    store.cancel(key(store, other_run))
+    cancelled = store.cancelled_submissions()
+    assert len(cancelled) == MAX_CANCELLED
+    assert cancelled[0] == f"sub-{other_run.run_id}"
+
+
+def test_cancelling_again_does_not_make_an_old_cancellation_new(
+    store: Store, make: SimpleNamespace, run: Run, other_run: Run
+) -> None:
+    store.write(make.incoming(make.announced(), make.announced(of=other_run)))
+    for cancelled in (run, other_run, run):
+        store.cancel(key(store, cancelled))
+    assert store.cancelled_submissions() == (f"sub-{other_run.run_id}", f"sub-{run.run_id}")
 
 
 # All or nothing.
@@ -369,7 +461,17 @@ def test_a_store_that_goes_away_is_told_with_the_next_step(
         store.write(make.incoming(make.batch(make.verdict(1))))
 
 
-@pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, 0])
+def test_the_database_knows_the_columns_that_this_schema_version_promises(
+    store: Store, tmp_path: Path
+) -> None:
+    with closing(sqlite3.connect(tmp_path / "store.sqlite")) as database:
+        for table in metadata.tables.values():
+            found = {row[1] for row in database.execute(f"PRAGMA table_info({table.name})")}
+            assert found == set(table.columns.keys())
+        assert database.execute("SELECT version FROM keepwarm_schema").fetchall() == [(2,)]
+
+
+@pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, SCHEMA_VERSION - 1, 0])
 def test_a_store_of_another_schema_version_is_refused(
     version: int, open_store: Opener, tmp_path: Path
 ) -> None:

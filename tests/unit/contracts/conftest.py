@@ -8,6 +8,7 @@ from services.contracts import (
     ContextSpec,
     DeadClaim,
     DeadReason,
+    Notice,
     PromptSpec,
     Run,
     RunAnnouncement,
@@ -55,7 +56,9 @@ def messages() -> dict[str, Message]:
         prompt_tokens=99,
     )
     return {
-        "ClaimBatch": ClaimBatch(run=run, batch_id="00000000-0", claims=(claim,)),
+        "ClaimBatch": ClaimBatch(
+            run=run, submission_id="sub-1", batch_id="00000000-0", claims=(claim,)
+        ),
         "VerdictBatch": VerdictBatch(
             run_id=run.run_id,
             batch_id="00000000-0",
@@ -73,8 +76,12 @@ def messages() -> dict[str, Message]:
             detail="the prompt has 2,000 tokens",
             worker_id="node-1",
             attempt=2,
+            failures=3,
         ),
         "RunAnnouncement": RunAnnouncement(
-            run=run, totals=Totals(lines=6, claims=3, repeated=2, rejected=1)
+            run=run,
+            submission_id="sub-1",
+            totals=Totals(lines=6, claims=3, repeated=2, rejected=1),
         ),
+        "Notice": Notice(cancelled=("sub-1", "sub-2")),
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from services.contracts import load_settings
+from services.contracts import Settings, load_settings
 from services.contracts.errors import UsageError
 from services.contracts.settings import check_broker_url
 
@@ -32,6 +32,9 @@ def test_without_any_setting_the_defaults_hold() -> None:
         ("KEEPWARM_RUNTIME_DIR", "/run/kw", "runtime_dir", Path("/run/kw")),
         ("KEEPWARM_LOG_FORMAT", "json", "log_format", "json"),
         ("KEEPWARM_STORE_URL", "s.sqlite", "store_url", "s.sqlite"),
+        ("KEEPWARM_WALLTIME_SECONDS", "3600", "walltime_seconds", 3600),
+        ("KEEPWARM_ENGINE_START_ATTEMPTS", "5", "engine_start_attempts", 5),
+        ("KEEPWARM_CLAIM_FAILURES", "2", "claim_failures", 2),
     ],
 )
 def test_a_variable_sets_its_field(
@@ -39,6 +42,13 @@ def test_a_variable_sets_its_field(
 ) -> None:
     monkeypatch.setenv(variable, text)
     assert getattr(load_settings(), field) == (text if value is None else value)
+
+
+@pytest.mark.parametrize("name", sorted(Settings.model_fields))
+def test_an_empty_variable_is_like_none_at_all(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = load_settings()
+    monkeypatch.setenv(f"KEEPWARM_{name.upper()}", "")
+    assert load_settings() == expected
 
 
 def test_a_flag_wins_over_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,6 +81,11 @@ def test_settings_do_not_change_under_anyones_hands() -> None:
         ("KEEPWARM_GRACE_SECONDS", "nan"),
         ("KEEPWARM_ENGINE_START_TIMEOUT_SECONDS", "0"),
         ("KEEPWARM_ENGINE_TRUST_REMOTE_CODE", "perhaps"),
+        ("KEEPWARM_WALLTIME_SECONDS", "0"),
+        ("KEEPWARM_WALLTIME_SECONDS", "604801"),
+        ("KEEPWARM_ENGINE_START_ATTEMPTS", "0"),
+        ("KEEPWARM_CLAIM_FAILURES", "1"),
+        ("KEEPWARM_CLAIM_FAILURES", "101"),
         ("KEEPWARM_LOG_LEVEL", "LOUD"),
         ("KEEPWARM_LOG_FORMAT", "xml"),
     ],
@@ -89,7 +104,7 @@ def test_a_bad_flag_is_told_with_the_name_of_its_variable() -> None:
         load_settings(batch_size=5_000)
 
 
-@pytest.mark.parametrize("service", ["broker", "store"])
+@pytest.mark.parametrize("service", ["broker", "broker_admin", "store"])
 def test_a_password_from_two_places_is_refused(
     service: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,14 +116,14 @@ def test_a_password_from_two_places_is_refused(
     assert "hunter2" not in str(refused.value)
 
 
-@pytest.mark.parametrize("service", ["broker", "store"])
+@pytest.mark.parametrize("service", ["broker", "broker_admin", "store"])
 def test_a_password_comes_from_its_variable(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"KEEPWARM_{service.upper()}_PASSWORD", "hunter2 ")
     assert load_settings().secret(service) == "hunter2 "
 
 
 @pytest.mark.parametrize("content", ["pässword", "pässword\n", "pässword\r\n"])
-@pytest.mark.parametrize("service", ["broker", "store"])
+@pytest.mark.parametrize("service", ["broker", "broker_admin", "store"])
 def test_a_password_comes_from_its_file_without_the_end_of_the_line(
     service: str, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,7 +210,13 @@ def test_settings_load_for_a_user_who_has_a_number_but_no_name(
     assert load_settings().runtime_dir.is_absolute()
 
 
-PATHS = ("broker_password_file", "broker_ca_file", "store_password_file", "runtime_dir")
+PATHS = (
+    "broker_password_file",
+    "broker_admin_password_file",
+    "broker_ca_file",
+    "store_password_file",
+    "runtime_dir",
+)
 
 
 @pytest.mark.parametrize("field", PATHS)

@@ -14,6 +14,7 @@ from services.contracts import (
     DeadClaim,
     DeadReason,
     Label,
+    Notice,
     PromptSpec,
     Run,
     RunAnnouncement,
@@ -29,7 +30,7 @@ from services.contracts.prompts import Example
 from services.contracts.wire import Message
 
 KINDS: dict[str, type[Message]] = {
-    kind.__name__: kind for kind in (ClaimBatch, VerdictBatch, DeadClaim, RunAnnouncement)
+    kind.__name__: kind for kind in (ClaimBatch, VerdictBatch, DeadClaim, RunAnnouncement, Notice)
 }
 
 # What people write in any script, with all that JSON escapes; no NUL and no lone surrogates.
@@ -135,6 +136,7 @@ MESSAGES: dict[str, st.SearchStrategy[Message]] = {
     "ClaimBatch": st.builds(
         ClaimBatch,
         run=RUNS,
+        submission_id=words(20),
         batch_id=words(20),
         claims=st.lists(CLAIMS, min_size=1, max_size=3).map(tuple),
     ),
@@ -147,15 +149,18 @@ MESSAGES: dict[str, st.SearchStrategy[Message]] = {
         detail=text(60),
         worker_id=words(20),
         attempt=st.integers(1, 1000),
+        failures=st.integers(0, 1000),
     ),
     "RunAnnouncement": st.builds(
         RunAnnouncement,
         run=RUNS,
+        submission_id=words(20),
         totals=st.none()
         | st.tuples(COUNT, COUNT, COUNT).map(
             lambda c: Totals(lines=sum(c), claims=c[0], repeated=c[1], rejected=c[2])
         ),
     ),
+    "Notice": st.builds(Notice, cancelled=st.lists(words(20), max_size=3).map(tuple)),
 }
 
 
@@ -232,12 +237,13 @@ def test_a_message_over_the_bound_is_not_even_sent(run: Run) -> None:
         for number in range(MAX_MESSAGE_BYTES // MAX_EVIDENCE_CHARS + 1)
     )
     with pytest.raises(MessageInvalid, match="a ClaimBatch of 8.* use a smaller --batch-size"):
-        encode(ClaimBatch(run=run, batch_id="b", claims=claims))
+        encode(ClaimBatch(run=run, submission_id="s", batch_id="b", claims=claims))
 
 
 # A number must fit the store: BIGINT for positions and totals, INTEGER for attempts and tokens.
 BOUNDS: list[tuple[str, str, object]] = [
     *(("ClaimBatch", "batch_id", bad) for bad in ("", " ", "i" * 257, "a\0")),
+    *(("ClaimBatch", "submission_id", bad) for bad in ("", " ", "i" * 257, "a\0", None)),
     *(("ClaimBatch", "claims", bad) for bad in ([], {})),
     *(("ClaimBatch", "claims.0.claim_id", bad) for bad in ("", " ", "i" * 257, "a\0")),
     *(("ClaimBatch", "claims.0.text", bad) for bad in ("", " \t\n", "t" * 8_193, "a\0b", 5)),
@@ -287,7 +293,11 @@ BOUNDS: list[tuple[str, str, object]] = [
     ("DeadClaim", "reason", "bored"),
     *(("DeadClaim", "detail", bad) for bad in ("d" * 16_385, "a\0")),
     ("DeadClaim", "attempt", 0),
+    *(("DeadClaim", "failures", bad) for bad in (-1, 0.5, 2**31)),
+    *(("RunAnnouncement", "submission_id", bad) for bad in ("", "i" * 257, None)),
     *(("RunAnnouncement", "totals.lines", bad) for bad in (-1, 1.5, 2**63)),
+    *(("Notice", "cancelled", bad) for bad in (None, "sub-1", ["s"] * 1_001)),
+    *(("Notice", "cancelled.0", bad) for bad in ("", "i" * 257, "a\0", 5)),
 ]
 
 

@@ -1,7 +1,8 @@
 """Small real tokenizers of the common families, a model's directory, and a batch."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from tokenizers import (
 )
 from tokenizers.pre_tokenizers import PreTokenizer
 
-from services.contracts import Claim, ClaimBatch, PromptSpec, Run
+from services.broker import Delivery, Outgoing
+from services.contracts import Claim, ClaimBatch, PromptSpec, Run, encode, topology
 from services.gpu_worker import ModelTokenizer
 
 CHAT_TEMPLATE = (
@@ -178,13 +180,60 @@ def model_dir(tmp_path: Path, definitions: dict[str, bytes]) -> Path:
     return directory
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def batch(run: Run) -> ClaimBatch:
     return ClaimBatch(
         run=run,
+        submission_id="sub-1",
         batch_id="00000000-0",
         claims=tuple(
             Claim(claim_id=f"c{n}", position=n, text=f"Claim {n}.", evidence=f"Evidence {n}.")
             for n in range(7)
         ),
     )
+
+
+class RecordingBroker:
+    """Consumer and publisher in one: what was settled and published. Confirms when told to."""
+
+    def __init__(self) -> None:
+        self.settled: list[tuple[str, int]] = []
+        self.messages: list[Outgoing] = []
+
+    def acknowledge(self, deliveries: Iterable[Delivery]) -> None:
+        self.settled += [("acknowledged", delivery.tag) for delivery in deliveries]
+
+    def give_back(self, deliveries: Iterable[Delivery]) -> None:
+        self.settled += [("given back", delivery.tag) for delivery in deliveries]
+
+    def publish(self, message: Outgoing) -> None:
+        self.messages.append(message)
+
+    def confirm(self, message: Outgoing) -> None:
+        assert message.on_confirmed is not None
+        message.on_confirmed()
+
+    def to(self, queue: str) -> list[Outgoing]:
+        return [message for message in self.messages if message.routing_key == queue]
+
+
+@pytest.fixture
+def broker() -> RecordingBroker:
+    return RecordingBroker()
+
+
+def delivered(
+    batch: ClaimBatch, *, earlier: int = 0, failures: int = 0, **changes: object
+) -> Delivery:
+    """The batch as the broker hands it over, with `earlier` deliveries before this one."""
+    delivery = Delivery(
+        queue=topology.claims_queue(batch.run.context.context_id),
+        body=encode(batch),
+        headers={"x-delivery-count": earlier, topology.FAILURES_HEADER: failures},
+        message_id="m-1",
+        redelivered=earlier > 0,
+        tag=7,
+        epoch=1,
+        kind="ClaimBatch",
+    )
+    return replace(delivery, **changes)  # type: ignore[arg-type]

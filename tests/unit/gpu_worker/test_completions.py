@@ -2,7 +2,7 @@ import json
 import socketserver
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.contracts.errors import EngineRequestError
-from services.gpu_worker.completions import Answer, CompletionClient, EngineRefused, _answers
+from services.gpu_worker.completions import (
+    Answer,
+    CompletionClient,
+    EngineRefused,
+    EngineSilent,
+    Interrupted,
+    _answer,
+    _choices,
+)
 
 TOKENS = (11, 22)
+KEYS = ("token_id:11", "token_id:22")
+GENEROUS_SECONDS = 30.0
 
 
 def choice(index: int, /, *scores: float | None, **changes: Any) -> dict[str, Any]:
@@ -29,66 +39,36 @@ def choice(index: int, /, *scores: float | None, **changes: Any) -> dict[str, An
     }
 
 
-def body(*choices: dict[str, Any]) -> bytes:
-    return json.dumps({"id": "cmpl-1", "object": "text_completion", "choices": choices}).encode()
+def body(*choices: dict[str, Any]) -> str:
+    return json.dumps({"id": "cmpl-1", "object": "text_completion", "choices": choices})
 
 
-def test_answers_come_in_the_order_of_their_prompts() -> None:
-    answers = _answers(body(choice(1, -3.0, -4.0), choice(0, -1.0, -2.0)), 2, TOKENS)
-    assert answers == [Answer("word 0", (-1.0, -2.0)), Answer("word 1", (-3.0, -4.0))]
+def answer(one: dict[str, Any]) -> Answer | None:
+    (parsed,) = _choices(body(one))
+    return _answer(parsed, KEYS)
+
+
+# One event.
+
+
+def test_an_event_may_hold_several_choices_or_none() -> None:
+    assert [c.index for c in _choices(body(choice(1, -3.0), choice(0, -1.0)))] == [1, 0]
+    assert _choices(body()) == []
 
 
 def test_scores_come_in_the_order_of_the_tokens_whatever_else_is_there() -> None:
     scores = {"token_id:99": -0.1, "token_id:22": -2.0, "token_id:11": -1.0}
-    answers = _answers(body(choice(0, logprobs={"top_logprobs": [scores]})), 1, TOKENS)
-    assert answers[0].logprobs == (-1.0, -2.0)
+    assert answer(choice(0, logprobs={"top_logprobs": [scores]})) == Answer("word 0", (-1.0, -2.0))
 
 
 @pytest.mark.parametrize("finish_reason", ["stop", "length"])
 def test_an_answer_that_came_to_its_end_is_taken(finish_reason: str) -> None:
-    assert _answers(body(choice(0, -1.0, -2.0, finish_reason=finish_reason)), 1, TOKENS)
+    assert answer(choice(0, -1.0, -2.0, finish_reason=finish_reason)) is not None
 
 
 @pytest.mark.parametrize("finish_reason", ["abort", "error", "tool_calls", "", None])
 def test_an_aborted_request_is_no_answer_though_http_says_200(finish_reason: str | None) -> None:
-    with pytest.raises(EngineRequestError, match=f"a request ended with {finish_reason!r}"):
-        _answers(
-            body(choice(0, -1.0, -2.0), choice(1, -1.0, -2.0, finish_reason=finish_reason)),
-            2,
-            TOKENS,
-        )
-
-
-@pytest.mark.parametrize(
-    "indexes", [[], [0], [1], [0, 2], [-1, 0], [0, 0], [0, 1, 2], [0, 0, 1], [0, 1, 1]], ids=str
-)
-def test_anything_but_one_choice_a_prompt_is_no_answer(indexes: list[int]) -> None:
-    with pytest.raises(EngineRequestError, match="choices came for 2 prompts"):
-        _answers(body(*(choice(index, -1.0, -2.0) for index in indexes)), 2, TOKENS)
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        b"",
-        b"<html>",
-        b"null",
-        b"[]",
-        b"{}",
-        b'{"choices": null}',
-        b'{"choices": [{}]}',
-        body({"index": 0}),
-        body(choice(0, text=None)),
-        body(choice(0, index="zero")),
-        body(choice(0, logprobs={"top_logprobs": [[]]})),
-        body(choice(0, logprobs={"top_logprobs": [{"token_id:11": "high"}]})),
-        b'{"error": {"message": "no"}}',
-    ],
-    ids=range(13),
-)
-def test_what_is_no_completion_is_no_answer(reply: bytes) -> None:
-    with pytest.raises(EngineRequestError, match="not a completion: "):
-        _answers(reply, 1, TOKENS)
+    assert answer(choice(0, -1.0, -2.0, finish_reason=finish_reason)) is None
 
 
 @pytest.mark.parametrize(
@@ -97,39 +77,88 @@ def test_what_is_no_completion_is_no_answer(reply: bytes) -> None:
         None,
         {"top_logprobs": []},
         {"top_logprobs": [{}]},
-        {"top_logprobs": [{"token_id:11": None, "token_id:22": float("nan")}]},
-        {"top_logprobs": [{"token_id:11": float("-inf"), "token_id:33": -1.0}]},
+        {"top_logprobs": [{"token_id:11": -1.0, "token_id:22": None}]},
+        {"top_logprobs": [{"token_id:11": -1.0, "token_id:22": float("nan")}]},
+        {"top_logprobs": [{"token_id:11": float("-inf"), "token_id:22": -1.0}]},
+        {"top_logprobs": [{"token_id:11": -1.0, "token_id:33": -1.0}]},
     ],
-    ids=["none", "no position", "no score", "null and NaN", "infinite and missing"],
+    ids=["none", "no position", "no score", "null", "NaN", "infinite", "missing"],
 )
-def test_a_score_that_is_missing_or_no_number_is_none(logprobs: dict[str, Any] | None) -> None:
-    (answer,) = _answers(body(choice(0, logprobs=logprobs)), 1, TOKENS)
-    assert answer == Answer("word 0", (None, None))
+def test_a_choice_without_a_number_for_every_label_is_no_answer(
+    logprobs: dict[str, Any] | None,
+) -> None:
+    assert answer(choice(0, logprobs=logprobs)) is None
 
 
-@given(st.binary(max_size=100))
-def test_arbitrary_bytes_are_no_answer(reply: bytes) -> None:
+@pytest.mark.parametrize(
+    "data",
+    [
+        "",
+        "<html>",
+        "null",
+        "[]",
+        "{}",
+        '{"choices": null}',
+        '{"choices": [{}]}',
+        body({"index": 0}),
+        body(choice(0, text=None)),
+        body(choice(0, index="zero")),
+        body(choice(0, logprobs={"top_logprobs": [[]]})),
+        body(choice(0, logprobs={"top_logprobs": [{"token_id:11": "high"}]})),
+        '{"error": {"message": "no"}}',
+    ],
+    ids=range(13),
+)
+def test_an_event_that_is_no_completion_is_a_failure(data: str) -> None:
+    with pytest.raises(EngineRequestError, match="not a completion "):
+        _choices(data)
+
+
+@given(st.text(max_size=100))
+def test_arbitrary_text_is_no_completion(data: str) -> None:
     with pytest.raises(EngineRequestError):
-        _answers(reply, 1, TOKENS)
+        _choices(data)
 
 
 # Over a socket.
 
-Reply = Callable[[str, dict[str, Any]], tuple[int, bytes]]
+
+def event(*choices: dict[str, Any]) -> bytes:
+    return f"data: {body(*choices)}\n\n".encode()
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+class BreakOff(Exception):
+    """The engine is gone in the midst of its reply."""
+
+
+Reply = Callable[[str, dict[str, Any]], tuple[int, Iterable[bytes]]]
+Serve = Callable[..., CompletionClient]
+
+
+def streamed(*pieces: bytes) -> Reply:
+    return lambda *_: (200, pieces)
 
 
 class SocketServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     daemon_threads = True
 
+    def handle_error(self, *_: object) -> None:
+        """Clients leave when they please."""
+
 
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[Callable[..., CompletionClient]]:
-    """A client of a server on a unix socket that replies as it is told."""
+def served(tmp_path: Path) -> Iterator[Serve]:
+    """A client of a server on a unix socket that replies as it is told: 200 as a stream."""
     servers: list[SocketServer] = []
     clients: list[CompletionClient] = []
 
-    def serve(reply: Reply, timeout_seconds: float = 30) -> CompletionClient:
+    def serve(reply: Reply, timeout_seconds: float = GENEROUS_SECONDS) -> CompletionClient:
         class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
             def do_GET(self) -> None:
                 self.answer({})
 
@@ -138,12 +167,27 @@ def served(tmp_path: Path) -> Iterator[Callable[..., CompletionClient]]:
                 self.answer(json.loads(self.rfile.read(length)))
 
             def answer(self, request: dict[str, Any]) -> None:
-                status, content = reply(self.path, request)
-                if status:
-                    self.send_response(status)
-                    self.send_header("Content-Length", str(len(content)))
-                    self.end_headers()
-                    self.wfile.write(content)
+                try:
+                    status, pieces = reply(self.path, request)
+                    if status == 200 and self.command == "POST":
+                        self.stream(pieces)
+                    else:
+                        content = b"".join(pieces)
+                        self.send_response(status)
+                        self.send_header("Content-Length", str(len(content)))
+                        self.end_headers()
+                        self.wfile.write(content)
+                except BreakOff:
+                    self.close_connection = True
+
+            def stream(self, pieces: Iterable[bytes]) -> None:
+                self.send_response(200)
+                self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                for piece in pieces:
+                    self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+                self.wfile.write(b"0\r\n\r\n")
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -163,16 +207,25 @@ def served(tmp_path: Path) -> Iterator[Callable[..., CompletionClient]]:
         server.server_close()
 
 
-def test_a_request_asks_for_one_token_scored_over_the_labels_exactly(
-    served: Callable[..., CompletionClient],
-) -> None:
+def ask(client: CompletionClient, prompts: int = 3) -> tuple[dict[int, Answer], Exception | None]:
+    """What was answered, and what ended it before its time."""
+    found: dict[int, Answer] = {}
+    try:
+        for index, one in client.score([[number] for number in range(prompts)], TOKENS):
+            found[index] = one
+    except EngineRequestError as error:
+        return found, error
+    return found, None
+
+
+def test_a_request_asks_for_one_token_scored_over_the_labels_exactly(served: Serve) -> None:
     requests: list[tuple[str, dict[str, Any]]] = []
 
-    def reply(path: str, request: dict[str, Any]) -> tuple[int, bytes]:
+    def reply(path: str, request: dict[str, Any]) -> tuple[int, Iterable[bytes]]:
         requests.append((path, request))
-        return 200, body(choice(0, -1.0, -2.0), choice(1, -1.0, -2.0))
+        return 200, (event(choice(0, -1.0, -2.0)), event(choice(1, -1.0, -2.0)), DONE)
 
-    served(reply).score([[1, 2, 3], [4]], TOKENS)
+    assert len(list(served(reply).score([[1, 2, 3], [4]], TOKENS))) == 2
     assert requests == [
         (
             "/v1/completions",
@@ -184,50 +237,165 @@ def test_a_request_asks_for_one_token_scored_over_the_labels_exactly(
                 "logprobs": 2,
                 "logprob_token_ids": [11, 22],
                 "return_tokens_as_token_ids": True,
+                "stream": True,
             },
         )
     ]
 
 
+def test_answers_come_with_the_numbers_of_their_prompts_in_whatever_order(served: Serve) -> None:
+    client = served(
+        streamed(
+            event(choice(2, -5.0, -6.0), choice(0, -1.0, -2.0)), event(choice(1, -3, -4)), DONE
+        )
+    )
+    assert ask(client) == (
+        {
+            2: Answer("word 2", (-5.0, -6.0)),
+            0: Answer("word 0", (-1.0, -2.0)),
+            1: Answer("word 1", (-3.0, -4.0)),
+        },
+        None,
+    )
+
+
+def test_an_answer_is_there_as_soon_as_the_engine_has_it(served: Serve) -> None:
+    seen = threading.Event()
+
+    def pieces() -> Iterator[bytes]:
+        yield event(choice(1, -1.0, -2.0))
+        assert seen.wait(GENEROUS_SECONDS)
+        yield event(choice(0, -1.0, -2.0))
+        yield DONE
+
+    answers = served(lambda *_: (200, pieces())).score([[1], [2]], TOKENS)
+    assert next(answers)[0] == 1
+    seen.set()
+    assert [index for index, _ in answers] == [0]
+
+
+def test_an_event_may_come_in_pieces(served: Serve) -> None:
+    whole = b": a comment\n\n" + event(choice(0, -1.0, -2.0)) + DONE
+    client = served(streamed(*(whole[n : n + 1] for n in range(len(whole)))))
+    assert ask(client, 1) == ({0: Answer("word 0", (-1.0, -2.0))}, None)
+
+
+def test_nonsense_about_one_prompt_is_no_answer_and_the_others_have_theirs(served: Serve) -> None:
+    client = served(
+        streamed(
+            event(choice(0, -1.0, float("nan"))),
+            event(choice(1, -1.0), choice(2, -1.0, -2.0)),
+            event(choice(3, -1.0, -2.0, finish_reason="abort")),
+            event(choice(4, -1.0, -2.0)),
+            DONE,
+        )
+    )
+    found, error = ask(client, 6)
+    assert (sorted(found), error) == ([2, 4], None)
+
+
+@pytest.mark.parametrize("index", [-1, 3, 10**9])
+def test_an_answer_to_a_prompt_that_nobody_asked_is_left_out(index: int, served: Serve) -> None:
+    client = served(streamed(event(choice(index, -1.0, -2.0), choice(0, -1.0, -2.0)), DONE))
+    found, error = ask(client)
+    assert (sorted(found), error) == ([0], None)
+
+
 @pytest.mark.parametrize("status", [400, 404, 413, 422])
-def test_a_request_that_the_engine_will_never_take_is_refused(
-    status: int, served: Callable[..., CompletionClient]
-) -> None:
-    client = served(lambda *_: (status, b"the prompt is too long"))
+def test_a_request_that_the_engine_will_never_take_is_refused(status: int, served: Serve) -> None:
+    client = served(lambda *_: (status, [b"the prompt is too long"]))
     with pytest.raises(EngineRefused, match="refused the request: the prompt is too long"):
-        client.score([[1]], TOKENS)
+        list(client.score([[1]], TOKENS))
 
 
 @pytest.mark.parametrize("status", [500, 503, 302])
-def test_an_engine_that_failed_did_not_refuse(
-    status: int, served: Callable[..., CompletionClient]
-) -> None:
-    client = served(lambda *_: (status, b"x" * 10_000))
+def test_an_engine_that_failed_did_not_refuse(status: int, served: Serve) -> None:
+    client = served(lambda *_: (status, [b"x" * 10_000]))
     with pytest.raises(EngineRequestError, match=f"HTTP {status}") as failed:
-        client.score([[1]], TOKENS)
-    assert not isinstance(failed.value, EngineRefused)
+        list(client.score([[1]], TOKENS))
+    assert type(failed.value) is EngineRequestError
     assert len(str(failed.value)) < 1_000
 
 
-def test_an_engine_that_does_not_answer_by_the_deadline_failed(
-    served: Callable[..., CompletionClient],
+def test_an_error_in_mid_stream_is_a_failure_and_what_came_before_is_good(served: Serve) -> None:
+    error = b'data: {"error": {"message": "EngineCore died, %b"}}\n\n' % (b"x" * 10_000)
+    found, failure = ask(served(streamed(event(choice(1, -1.0, -2.0)), error, DONE)))
+    assert sorted(found) == [1]
+    assert type(failure) is EngineRequestError
+    assert "EngineCore died" in str(failure)
+    assert len(str(failure)) < 1_000
+
+
+def test_a_stream_that_ends_without_its_last_event_is_a_failure(served: Serve) -> None:
+    found, failure = ask(served(streamed(event(choice(1, -1.0, -2.0)))))
+    assert sorted(found) == [1]
+    assert type(failure) is EngineRequestError
+    assert "ended its answer half-way" in str(failure)
+
+
+@pytest.mark.parametrize("pieces", [0, 1, 2])
+def test_an_engine_that_breaks_off_failed_and_what_came_before_is_good(
+    pieces: int, served: Serve
 ) -> None:
-    answered = threading.Event()
+    def broken() -> Iterator[bytes]:
+        for index in range(pieces):
+            yield event(choice(index, -1.0, -2.0))
+        raise BreakOff
 
-    def reply(*_: Any) -> tuple[int, bytes]:
-        answered.wait(30)
-        return 0, b""
-
-    client = served(reply, timeout_seconds=0.1)
-    with pytest.raises(EngineRequestError, match="no answer from the engine by the deadline"):
-        client.score([[1]], TOKENS)
-    answered.set()
+    found, failure = ask(served(lambda *_: (200, broken())))
+    assert sorted(found) == list(range(pieces))
+    assert type(failure) is EngineRequestError
+    assert "the engine broke off" in str(failure)
 
 
-def test_an_engine_that_breaks_off_failed(served: Callable[..., CompletionClient]) -> None:
-    client = served(lambda *_: (0, b""))
+def test_an_engine_that_breaks_off_before_it_says_anything_failed(served: Serve) -> None:
+    def reply(*_: object) -> tuple[int, Iterable[bytes]]:
+        raise BreakOff
+
     with pytest.raises(EngineRequestError, match="the engine broke off"):
-        client.score([[1]], TOKENS)
+        list(served(reply).score([[1]], TOKENS))
+
+
+def test_a_reply_that_is_no_stream_of_events_is_a_failure(served: Serve) -> None:
+    client = served(lambda *_: (201, [body(choice(0, -1.0, -2.0)).encode()]))
+    with pytest.raises(EngineRequestError, match="the engine broke off: SSEError"):
+        list(client.score([[1]], TOKENS))
+
+
+@pytest.mark.parametrize("answers", [None, 0, 2])
+def test_an_engine_that_falls_silent_hangs_and_what_came_before_is_good(
+    answers: int | None, served: Serve
+) -> None:
+    over = threading.Event()
+
+    def pieces() -> Iterator[bytes]:
+        for index in range(answers or 0):
+            yield event(choice(index, -1.0, -2.0))
+        over.wait(GENEROUS_SECONDS)
+
+    def reply(*_: object) -> tuple[int, Iterable[bytes]]:
+        if answers is None:  # not even the head of a reply
+            over.wait(GENEROUS_SECONDS)
+            raise BreakOff
+        return 200, pieces()
+
+    found, failure = ask(served(reply, timeout_seconds=0.5))
+    over.set()
+    assert sorted(found) == list(range(answers or 0))
+    assert isinstance(failure, EngineSilent)
+    assert "said nothing for 0.5 s (KEEPWARM_ENGINE_REQUEST_TIMEOUT_SECONDS)" in str(failure)
+
+
+def test_an_engine_that_is_slow_but_speaks_does_not_hang(served: Serve) -> None:
+    # All of it takes longer than the silence that is allowed.
+    def pieces() -> Iterator[bytes]:
+        for index in range(20):
+            time.sleep(0.1)
+            yield event(choice(index, -1.0, -2.0))
+        yield DONE
+
+    found, failure = ask(served(lambda *_: (200, pieces()), timeout_seconds=1.5), 20)
+    assert (len(found), failure) == (20, None)
 
 
 # httpcore leaves a socket that could not connect to Python's garbage collector.
@@ -235,37 +403,105 @@ def test_an_engine_that_breaks_off_failed(served: Callable[..., CompletionClient
 def test_an_engine_that_is_not_there_failed(tmp_path: Path) -> None:
     client = CompletionClient(tmp_path / "none.sock", "ctx-1", 5)
     with pytest.raises(EngineRequestError, match="the engine broke off"):
-        client.score([[1]], TOKENS)
+        list(client.score([[1]], TOKENS))
     assert not client.healthy()
     client.close()
 
 
+# Breaking off ourselves.
+
+
+def test_interrupting_ends_every_request_and_what_was_answered_is_not_lost(served: Serve) -> None:
+    over = threading.Event()
+    waiting = threading.Semaphore(0)
+    requests = 4
+
+    def pieces() -> Iterator[bytes]:
+        yield event(choice(1, -1.0, -2.0))
+        waiting.release()
+        over.wait(GENEROUS_SECONDS)
+
+    client = served(lambda *_: (200, pieces()))
+    got: list[tuple[dict[int, Answer], Exception | None]] = []
+    seen = threading.Semaphore(0)
+
+    def follow() -> None:
+        found: dict[int, Answer] = {}
+        try:
+            for index, one in client.score([[1], [2]], TOKENS):
+                found[index] = one
+                seen.release()
+        except EngineRequestError as error:
+            got.append((found, error))
+
+    threads = [threading.Thread(target=follow, daemon=True) for _ in range(requests)]
+    for thread in threads:
+        thread.start()
+    for _ in threads:
+        assert seen.acquire(timeout=GENEROUS_SECONDS)
+    client.interrupt()
+    for thread in threads:
+        thread.join(GENEROUS_SECONDS)
+    over.set()
+    assert len(got) == requests
+    for found, error in got:
+        assert sorted(found) == [1]
+        assert type(error) is Interrupted
+
+
+def test_after_an_interruption_nobody_asks_any_more(served: Serve) -> None:
+    client = served(streamed(event(choice(0, -1.0, -2.0)), DONE))
+    assert ask(client, 1)[1] is None
+    client.interrupt()
+    client.interrupt()
+    found, error = ask(client, 1)
+    assert found == {}
+    assert type(error) is Interrupted
+
+
+def test_interrupting_a_client_that_nobody_uses_is_quiet(served: Serve) -> None:
+    client = served(lambda *_: (200, []))
+    client.interrupt()
+    assert client.healthy()
+
+
+def test_whoever_loses_interest_leaves_nothing_open(served: Serve) -> None:
+    client = served(streamed(event(choice(0, -1.0, -2.0)), event(choice(1, -1.0, -2.0)), DONE))
+    answers = client.score([[1], [2]], TOKENS)
+    assert next(answers)[0] == 0
+    answers.close()  # type: ignore[attr-defined]
+    assert client._streams == set()
+    assert ask(client, 2)[1] is None
+
+
+# Health, and several at once.
+
+
 @pytest.mark.parametrize(("status", "healthy"), [(200, True), (503, False), (404, False)])
-def test_health_is_what_the_engine_says(
-    status: int, healthy: bool, served: Callable[..., CompletionClient]
-) -> None:
+def test_health_is_what_the_engine_says(status: int, healthy: bool, served: Serve) -> None:
     paths: list[str] = []
 
-    def reply(path: str, _: dict[str, Any]) -> tuple[int, bytes]:
+    def reply(path: str, _: dict[str, Any]) -> tuple[int, Iterable[bytes]]:
         paths.append(path)
-        return status, b""
+        return status, []
 
     assert served(reply).healthy() is healthy
     assert paths == ["/health"]
 
 
-def test_several_threads_may_ask_at_once(served: Callable[..., CompletionClient]) -> None:
-    def reply(_: str, request: dict[str, Any]) -> tuple[int, bytes]:
+def test_several_threads_may_ask_at_once(served: Serve) -> None:
+    def reply(_: str, request: dict[str, Any]) -> tuple[int, Iterable[bytes]]:
         time.sleep(0.01)
-        return 200, body(choice(0, -float(request["prompt"][0][0]), -2.0))
+        return 200, (event(choice(0, -float(request["prompt"][0][0]), -2.0)), DONE)
 
     client = served(reply)
-    found: dict[int, float | None] = {}
+    found: dict[int, float] = {}
 
-    def ask(number: int) -> None:
-        found[number] = client.score([[number]], TOKENS)[0].logprobs[0]
+    def ask_one(number: int) -> None:
+        ((_, one),) = client.score([[number]], TOKENS)
+        found[number] = one.logprobs[0]
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+    threads = [threading.Thread(target=ask_one, args=(number,)) for number in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:

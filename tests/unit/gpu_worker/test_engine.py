@@ -61,7 +61,8 @@ def test_an_engine_that_started_answers_behind_a_socket_of_its_owners(
     (path,) = sockets(tmp_path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(running.log_file.stat().st_mode) == 0o600
-    assert len(running.client.score([[1, 2], [3]], [7, 8])) == 2
+    answers = running.client.score([[1, 2], [3]], [7, 8])
+    assert sorted(index for index, _ in answers) == [0, 1]
 
 
 def test_an_engine_that_ended_well_leaves_no_process_no_socket_and_no_log(
@@ -140,6 +141,27 @@ def test_an_engine_that_does_not_score_the_tokens_that_it_is_asked_to_is_not_use
     assert not unscored.alive
 
 
+def test_an_engine_whose_first_answer_is_no_answer_is_not_used(
+    engine: Callable[..., Engine], tmp_path: Path
+) -> None:
+    # It says that it is well and speaks another protocol.
+    program = script(tmp_path, f'exec {os.sys.executable} {tmp_path / "server.py"} "$@"')
+    (tmp_path / "server.py").write_text(UNSCORED.replace("text/event-stream", "application/json"))
+    with pytest.raises(EngineStartError, match="its first answer was no answer: the engine broke"):
+        engine(engine_python=program).start(NEVER)
+
+
+def test_the_last_words_of_an_engine_are_the_end_of_its_log(
+    engine: Callable[..., Engine], tmp_path: Path
+) -> None:
+    failing = engine(engine_python=script(tmp_path, "seq 1 50", "echo", "exit 1"))
+    assert failing.last_words() == []
+    with pytest.raises(EngineStartError):
+        failing.start(NEVER)
+    assert failing.last_words() == [str(number) for number in range(26, 51)]
+    assert failing.last_words(2) == ["49", "50"]
+
+
 def test_being_told_to_stop_ends_the_wait_and_the_engine(
     engine: Callable[..., Engine], tmp_path: Path
 ) -> None:
@@ -173,8 +195,10 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers["Content-Length"]))
         choice = {"index": 0, "text": "a", "finish_reason": "length", "logprobs": None}
         self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
-        self.wfile.write(json.dumps({"choices": [choice]}).encode())
+        self.wfile.write(f"data: {json.dumps({'choices': [choice]})}\\n\\n".encode())
+        self.wfile.write(b"data: [DONE]\\n\\n")
 
     def log_message(self, *_):
         pass

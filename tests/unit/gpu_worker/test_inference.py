@@ -1,207 +1,248 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.contracts import (
-    Claim,
-    ClaimBatch,
-    DeadReason,
-    Label,
-    PromptSpec,
-    Run,
-    decode,
-    encode,
-)
+from services.contracts import Claim, DeadReason, Label, PromptSpec
 from services.contracts.errors import EngineRequestError
 from services.gpu_worker import CompiledPrompt, ModelTokenizer
-from services.gpu_worker.completions import Answer, EngineRefused
+from services.gpu_worker.completions import Answer, EngineRefused, EngineSilent, Interrupted
 from services.gpu_worker.inference import Inference, Outcome
 
 Prompt = Sequence[int]
+PROMPT = PromptSpec()
+CLAIMS = [
+    Claim(claim_id=f"c{n}", position=n, text=f"Claim {n}.", evidence=f"Evidence {n}.")
+    for n in range(7)
+]
 
 
 class Engine:
-    """Stands for an engine: scores every prompt alike, and refuses those that it is told to."""
+    """Stands for an engine: scores every prompt alike, refuses those that it is told to, and
+    answers in an order of its own.
+    """
 
     def __init__(self, refuses: Callable[[Prompt], bool] = lambda _: False) -> None:
         self._refuses = refuses
         self.requests: list[list[Prompt]] = []
         self.tokens: set[tuple[int, ...]] = set()
 
-    def score(self, prompts: Sequence[Prompt], tokens: Sequence[int]) -> list[Answer]:
+    def score(
+        self, prompts: Sequence[Prompt], tokens: Sequence[int]
+    ) -> Iterator[tuple[int, Answer]]:
         self.requests.append(list(prompts))
         self.tokens.add(tuple(tokens))
         if any(self._refuses(prompt) for prompt in prompts):
             raise EngineRefused("the engine refused the request: never")
         scores = tuple(-1.0 - index for index in range(len(tokens)))
-        return [Answer("True", scores) for _ in prompts]
+        for index in reversed(range(len(prompts))):
+            yield index, Answer(f"True {len(prompts[index])}", scores)
+
+
+def inference(tokenizer: ModelTokenizer, engine: Engine, max_model_tokens: int = 1024) -> Inference:
+    return Inference(tokenizer, engine, max_model_tokens=max_model_tokens)  # type: ignore[arg-type]
 
 
 def infer(
-    batch: ClaimBatch,
+    claims: Sequence[Claim],
     tokenizer: ModelTokenizer,
     engine: Engine,
     *,
-    attempt: int = 1,
+    prompt: PromptSpec = PROMPT,
     max_model_tokens: int = 1024,
 ) -> Outcome:
-    return Inference(
-        tokenizer,
-        engine,  # type: ignore[arg-type]
-        max_model_tokens=max_model_tokens,
-        worker_id="node-1",
-        device_name="Tesla T4",
-    ).infer(batch, attempt)
+    return inference(tokenizer, engine, max_model_tokens).infer(prompt, claims)
 
 
-def encoded(batch: ClaimBatch, tokenizer: ModelTokenizer) -> list[list[int]]:
-    return CompiledPrompt(batch.run.prompt, tokenizer).encode(batch.claims)
+def encoded(claims: Sequence[Claim], tokenizer: ModelTokenizer) -> list[list[int]]:
+    return CompiledPrompt(PROMPT, tokenizer).encode(claims)
 
 
-def ids(outcome: Outcome) -> tuple[list[str], list[str]]:
-    verdicts = outcome.verdicts.verdicts if outcome.verdicts else ()
-    return [v.claim_id for v in verdicts], [dead.claim.claim_id for dead in outcome.dead]
+def places(outcome: Outcome) -> tuple[list[int], list[int]]:
+    """Of the claims with a verdict, and of those that are refused."""
+    return list(outcome.verdicts), sorted(outcome.refused)
 
 
-def test_every_claim_gets_a_verdict_in_order(batch: ClaimBatch, tokenizer: ModelTokenizer) -> None:
-    engine = Engine()
-    outcome = infer(batch, tokenizer, engine, attempt=3)
-    assert ids(outcome) == ([claim.claim_id for claim in batch.claims], [])
-    assert engine.requests == [encoded(batch, tokenizer)]
-    verdicts = outcome.verdicts
-    assert verdicts is not None
-    assert (verdicts.run_id, verdicts.batch_id) == (batch.run.run_id, batch.batch_id)
-    assert (verdicts.worker_id, verdicts.device, verdicts.attempt) == ("node-1", "Tesla T4", 3)
-    assert verdicts.labels == batch.run.prompt.label_names
-    assert verdicts.engine_seconds >= 0
-    assert [v.prompt_tokens for v in verdicts.verdicts] == [len(p) for p in engine.requests[0]]
-
-
-def test_the_engine_scores_the_tokens_of_the_prompts_labels(
-    batch: ClaimBatch, tokenizer: ModelTokenizer
+def test_every_claim_gets_its_own_verdict_whatever_order_the_answers_come_in(
+    tokenizer: ModelTokenizer,
 ) -> None:
     engine = Engine()
-    infer(batch, tokenizer, engine)
-    assert engine.tokens == {CompiledPrompt(batch.run.prompt, tokenizer).label_tokens}
+    outcome = infer(CLAIMS, tokenizer, engine)
+    assert places(outcome) == (list(range(7)), [])
+    assert engine.requests == [encoded(CLAIMS, tokenizer)]
+    assert outcome.failure is None
+    assert outcome.engine_seconds >= 0
+    for index, verdict in outcome.verdicts.items():
+        tokens = len(engine.requests[0][index])
+        assert (verdict.claim_id, verdict.position) == (f"c{index}", index)
+        assert (verdict.prompt_tokens, verdict.raw_text) == (tokens, f"True {tokens}")
 
 
-def test_an_outcome_fits_the_wire(batch: ClaimBatch, tokenizer: ModelTokenizer) -> None:
-    refused = encoded(batch, tokenizer)[2]
-    outcome = infer(batch, tokenizer, Engine(lambda prompt: prompt == refused))
-    assert outcome.verdicts is not None
-    assert decode(type(outcome.verdicts), encode(outcome.verdicts)) == outcome.verdicts
-    (dead,) = outcome.dead
-    assert decode(type(dead), encode(dead)) == dead
+def test_the_engine_scores_the_tokens_of_the_prompts_labels(tokenizer: ModelTokenizer) -> None:
+    engine = Engine()
+    infer(CLAIMS, tokenizer, engine)
+    assert engine.tokens == {CompiledPrompt(PROMPT, tokenizer).label_tokens}
 
 
-def with_claims(batch: ClaimBatch, *texts: str) -> ClaimBatch:
-    claims = tuple(
+def claims_of(*texts: str) -> list[Claim]:
+    return [
         Claim(claim_id=f"c{n}", position=n, text=text, gold="SUPPORTS")
         for n, text in enumerate(texts)
-    )
-    return batch.model_copy(update={"claims": claims})
+    ]
 
 
-def test_a_claim_that_is_too_long_is_dead_and_harms_no_other(
-    batch: ClaimBatch, tokenizer: ModelTokenizer
-) -> None:
-    mixed = with_claims(batch, "Short.", "long " * 1_500, "Short too.")
+def test_a_claim_that_is_too_long_is_refused_and_harms_no_other(tokenizer: ModelTokenizer) -> None:
+    mixed = claims_of("Short.", "long " * 1_500, "Short too.")
     engine = Engine()
-    outcome = infer(mixed, tokenizer, engine, attempt=2)
-    assert ids(outcome) == (["c0", "c2"], ["c1"])
-    (dead,) = outcome.dead
+    outcome = infer(mixed, tokenizer, engine)
+    assert places(outcome) == ([0, 2], [1])
+    refusal = outcome.refused[1]
     length = len(encoded(mixed, tokenizer)[1])
-    assert dead.reason is DeadReason.TOO_LONG
-    assert f"the prompt has {length:,} tokens; this context takes 1,023" in dead.detail
-    assert "--max-model-tokens" in dead.detail
-    assert (dead.run_id, dead.worker_id, dead.attempt) == (batch.run.run_id, "node-1", 2)
-    assert dead.claim == mixed.claims[1]
+    assert refusal.reason is DeadReason.TOO_LONG
+    assert f"the prompt has {length:,} tokens; this context takes 1,023" in refusal.detail
+    assert "--max-model-tokens" in refusal.detail
     assert all(len(prompt) < 1_024 for request in engine.requests for prompt in request)
 
 
-@pytest.mark.parametrize(("room", "dead"), [(0, ["c0"]), (1, [])])
+@pytest.mark.parametrize(("room", "refused"), [(0, [0]), (1, [])])
 def test_the_longest_prompt_leaves_room_for_the_answers_one_token(
-    room: int, dead: list[str], batch: ClaimBatch, tokenizer: ModelTokenizer
+    room: int, refused: list[int], tokenizer: ModelTokenizer
 ) -> None:
-    one = with_claims(batch, "Short.")
+    one = claims_of("Short.")
     length = len(encoded(one, tokenizer)[0])
     outcome = infer(one, tokenizer, Engine(), max_model_tokens=length + room)
-    assert ids(outcome)[1] == dead
+    assert places(outcome)[1] == refused
 
 
-def test_when_every_claim_is_too_long_the_engine_is_not_asked(
-    batch: ClaimBatch, tokenizer: ModelTokenizer
-) -> None:
+def test_when_every_claim_is_too_long_the_engine_is_not_asked(tokenizer: ModelTokenizer) -> None:
     engine = Engine()
-    outcome = infer(batch, tokenizer, engine, max_model_tokens=16)
-    assert outcome.verdicts is None
-    assert len(outcome.dead) == len(batch.claims)
+    outcome = infer(CLAIMS, tokenizer, engine, max_model_tokens=16)
+    assert places(outcome) == ([], list(range(7)))
     assert engine.requests == []
 
 
 @given(poison=st.sets(st.integers(0, 6)))
 def test_a_refused_request_is_halved_down_to_the_claims_that_poison_it(
-    poison: set[int], run: Run, tokenizer: ModelTokenizer
+    poison: set[int], tokenizer: ModelTokenizer
 ) -> None:
-    batch = with_claims(
-        ClaimBatch(run=run, batch_id="b", claims=(Claim(claim_id="c", position=0, text="t"),)),
-        *(f"Claim {n}." for n in range(7)),
-    )
-    prompts = encoded(batch, tokenizer)
+    prompts = encoded(CLAIMS, tokenizer)
     poisoned = [prompts[index] for index in poison]
     engine = Engine(lambda prompt: prompt in poisoned)
-    outcome = infer(batch, tokenizer, engine)
-    verdicts, dead = ids(outcome)
-    assert dead == [f"c{n}" for n in sorted(poison)]
-    assert verdicts == [f"c{n}" for n in range(7) if n not in poison]
-    assert all(d.reason is DeadReason.ENGINE_REFUSED for d in outcome.dead)
-    assert all("the engine refused the request: never" in d.detail for d in outcome.dead)
+    outcome = infer(CLAIMS, tokenizer, engine)
+    assert places(outcome) == ([n for n in range(7) if n not in poison], sorted(poison))
+    assert all(r.reason is DeadReason.ENGINE_REFUSED for r in outcome.refused.values())
+    assert all(
+        "the engine refused the request: never" in r.detail for r in outcome.refused.values()
+    )
+    assert [verdict.claim_id for verdict in outcome.verdicts.values()] == [
+        f"c{n}" for n in range(7) if n not in poison
+    ]
+    assert outcome.failure is None
     assert len(engine.requests) <= 2 * 7 - 1
 
 
-def test_a_label_word_that_cannot_be_told_apart_kills_the_claims_and_not_the_worker(
-    run: Run, batch: ClaimBatch, tokenizer: ModelTokenizer
+def test_a_label_word_that_cannot_be_told_apart_refuses_the_claims_and_not_the_worker(
+    tokenizer: ModelTokenizer,
 ) -> None:
     labels = (Label(name="A", word="Unknown"), Label(name="B", word="Unknown"))
-    unusable = run.model_copy(update={"prompt": PromptSpec(name="mine", labels=labels)})
     engine = Engine()
-    outcome = infer(batch.model_copy(update={"run": unusable}), tokenizer, engine)
-    assert outcome.verdicts is None
-    assert ids(outcome)[1] == [claim.claim_id for claim in batch.claims]
-    assert all(dead.reason is DeadReason.PROMPT_UNUSABLE for dead in outcome.dead)
-    assert all("'Unknown' (A) and 'Unknown' (B)" in dead.detail for dead in outcome.dead)
+    outcome = infer(CLAIMS, tokenizer, engine, prompt=PromptSpec(name="mine", labels=labels))
+    assert places(outcome) == ([], list(range(7)))
+    assert all(r.reason is DeadReason.PROMPT_UNUSABLE for r in outcome.refused.values())
+    assert all("'Unknown' (A) and 'Unknown' (B)" in r.detail for r in outcome.refused.values())
     assert engine.requests == []
 
 
-def test_when_the_engine_fails_no_claim_has_an_outcome(
-    batch: ClaimBatch, tokenizer: ModelTokenizer
+# When the engine fails.
+
+
+class FailingAfter(Engine):
+    """Answers so many prompts of each request, and fails then."""
+
+    def __init__(self, answers: int, failure: EngineRequestError) -> None:
+        super().__init__()
+        self._answers = answers
+        self._failure = failure
+
+    def score(
+        self, prompts: Sequence[Prompt], tokens: Sequence[int]
+    ) -> Iterator[tuple[int, Answer]]:
+        for number, found in enumerate(super().score(prompts, tokens)):
+            if number == self._answers:
+                raise self._failure
+            yield found
+
+
+@given(
+    answers=st.integers(0, 6), kind=st.sampled_from([EngineRequestError, EngineSilent, Interrupted])
+)
+def test_what_was_answered_before_the_engine_failed_is_good_and_the_failure_is_told(
+    answers: int, kind: type[EngineRequestError], tokenizer: ModelTokenizer
 ) -> None:
-    class Failing(Engine):
-        def score(self, *_: object) -> list[Answer]:
-            raise EngineRequestError("no answer from the engine by the deadline")
-
-    with pytest.raises(EngineRequestError, match="by the deadline"):
-        infer(batch, tokenizer, Failing())
+    failure = kind("gone")
+    outcome = infer(CLAIMS, tokenizer, FailingAfter(answers, failure))
+    assert places(outcome) == (list(range(7 - answers, 7)), [])
+    assert outcome.failure is failure
 
 
-def test_when_the_engine_fails_while_a_request_is_halved_no_claim_has_an_outcome(
-    batch: ClaimBatch, tokenizer: ModelTokenizer
+def test_too_long_claims_are_refused_though_the_engine_fails_with_the_others(
+    tokenizer: ModelTokenizer,
 ) -> None:
+    mixed = claims_of("Short.", "long " * 1_500, "Short too.")
+    outcome = infer(mixed, tokenizer, FailingAfter(0, EngineSilent("hangs")))
+    assert places(outcome) == ([], [1])
+    assert isinstance(outcome.failure, EngineSilent)
+
+
+def test_a_claim_that_the_engine_answers_with_nonsense_has_no_answer_and_nothing_failed(
+    tokenizer: ModelTokenizer,
+) -> None:
+    class Mumbling(Engine):
+        def score(
+            self, prompts: Sequence[Prompt], tokens: Sequence[int]
+        ) -> Iterator[tuple[int, Answer]]:
+            yield from (found for found in super().score(prompts, tokens) if found[0] != 3)
+
+    outcome = infer(CLAIMS, tokenizer, Mumbling())
+    assert places(outcome) == ([0, 1, 2, 4, 5, 6], [])
+    assert outcome.failure is None
+
+
+def test_of_two_answers_to_one_prompt_the_first_counts(tokenizer: ModelTokenizer) -> None:
+    class Repeating(Engine):
+        def score(
+            self, prompts: Sequence[Prompt], tokens: Sequence[int]
+        ) -> Iterator[tuple[int, Answer]]:
+            for text in ("first", "second"):
+                for index, found in super().score(prompts, tokens):
+                    yield index, Answer(text, found.logprobs)
+
+    outcome = infer(CLAIMS, tokenizer, Repeating())
+    assert {verdict.raw_text for verdict in outcome.verdicts.values()} == {"first"}
+
+
+def test_an_engine_that_fails_while_a_request_is_halved_leaves_the_rest_unanswered(
+    tokenizer: ModelTokenizer,
+) -> None:
+    prompts = encoded(CLAIMS, tokenizer)
+
     class DyingOfIt(Engine):
-        def score(self, prompts: Sequence[Prompt], tokens: Sequence[int]) -> list[Answer]:
-            if len(prompts) == 1:
+        def score(
+            self, prompts_: Sequence[Prompt], tokens: Sequence[int]
+        ) -> Iterator[tuple[int, Answer]]:
+            if len(prompts_) == 7:
+                raise EngineRefused("too much")
+            if prompts[6] in prompts_:
                 raise EngineRequestError("the engine broke off")
-            raise EngineRefused("too much")
+            yield from super().score(prompts_, tokens)
 
-    with pytest.raises(EngineRequestError, match="broke off"):
-        infer(batch, tokenizer, DyingOfIt())
+    outcome = infer(CLAIMS, tokenizer, DyingOfIt())
+    assert places(outcome) == ([0, 1, 2], [])
+    assert "broke off" in str(outcome.failure)
 
 
-def test_a_prompt_is_compiled_once_for_all_its_batches(
-    batch: ClaimBatch, definitions: dict[str, bytes]
-) -> None:
+def test_a_prompt_is_compiled_once_for_all_its_batches(definitions: dict[str, bytes]) -> None:
     class Counting(ModelTokenizer):
         frames = 0
 
@@ -210,30 +251,14 @@ def test_a_prompt_is_compiled_once_for_all_its_batches(
             return super().chat_frame()
 
     tokenizer = Counting(definitions["byte-level"], {}, None)
-    inference = Inference(
-        tokenizer,
-        Engine(),  # type: ignore[arg-type]
-        max_model_tokens=1024,
-        worker_id="w",
-        device_name="d",
-    )
+    asked = inference(tokenizer, Engine())
     for _ in range(3):
-        inference.infer(batch, 1)
+        asked.infer(PROMPT, CLAIMS)
     assert tokenizer.frames == 1
 
 
-def test_many_prompts_do_not_fill_the_memory(
-    batch: ClaimBatch, run: Run, tokenizer: ModelTokenizer
-) -> None:
-    inference = Inference(
-        tokenizer,
-        Engine(),  # type: ignore[arg-type]
-        max_model_tokens=1024,
-        worker_id="w",
-        device_name="d",
-    )
+def test_many_prompts_do_not_fill_the_memory(tokenizer: ModelTokenizer) -> None:
+    asked = inference(tokenizer, Engine())
     for number in range(70):
-        prompt = PromptSpec(name=f"prompt {number}")
-        of_prompt = batch.model_copy(update={"run": run.model_copy(update={"prompt": prompt})})
-        assert inference.infer(of_prompt, 1).verdicts is not None
-    assert len(inference._prompts) <= 64
+        assert asked.infer(PromptSpec(name=f"prompt {number}"), CLAIMS).verdicts
+    assert len(asked._prompts) <= 64

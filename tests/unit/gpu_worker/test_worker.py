@@ -1,11 +1,12 @@
 """What a worker does with one batch; that it takes and drains batches is shown on a real broker."""
 
-from collections.abc import Iterable, Iterator
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from services.broker import Delivery, Outgoing
+from services.broker import Delivery
 from services.contracts import (
     Claim,
     ClaimBatch,
@@ -13,46 +14,22 @@ from services.contracts import (
     DeadClaim,
     DeadReason,
     Label,
+    Notice,
     PromptSpec,
     Run,
+    VerdictBatch,
     decode,
     encode,
     load_settings,
     topology,
 )
-from services.contracts.errors import ModelError
+from services.contracts.errors import EngineRequestError, ModelError
 from services.gpu_worker import Device, Worker
-from services.gpu_worker.worker import _Job
+from services.gpu_worker.completions import Answer, EngineSilent, Interrupted
+from tests.unit.gpu_worker.conftest import RecordingBroker, delivered
 
 UNUSABLE = PromptSpec(labels=(Label(name="A", word="True"), Label(name="B", word="True")))
-
-
-class RecordingConsumer:
-    def __init__(self) -> None:
-        self.settled: list[tuple[str, int]] = []
-
-    def acknowledge(self, deliveries: Iterable[Delivery]) -> None:
-        self.settled += [("acknowledged", delivery.tag) for delivery in deliveries]
-
-    def give_back(self, deliveries: Iterable[Delivery]) -> None:
-        self.settled += [("given back", delivery.tag) for delivery in deliveries]
-
-    def refuse(self, deliveries: Iterable[Delivery]) -> None:
-        self.settled += [("refused", delivery.tag) for delivery in deliveries]
-
-
-class RecordingPublisher:
-    """Confirms when the test says so."""
-
-    def __init__(self) -> None:
-        self.messages: list[Outgoing] = []
-
-    def publish(self, message: Outgoing) -> None:
-        self.messages.append(message)
-
-    def confirm(self, message: Outgoing) -> None:
-        assert message.on_confirmed is not None
-        message.on_confirmed()
+DEVICE = Device("cpu", "Xeon", 2**34, (0,))
 
 
 @pytest.fixture
@@ -62,26 +39,34 @@ def spec(model_dir: Path) -> ContextSpec:
 
 @pytest.fixture
 def worker(spec: ContextSpec, tmp_path: Path) -> Iterator[Worker]:
-    settings = load_settings(runtime_dir=tmp_path / "run")
-    made = Worker(spec, Device("cpu", "Xeon", 2**34, (0,)), settings)
-    made.stop()  # no pause after a failure
+    made = Worker(spec, DEVICE, load_settings(runtime_dir=tmp_path / "run"))
     yield made
     made._engine.close()
 
 
-@pytest.fixture
-def consumer() -> RecordingConsumer:
-    return RecordingConsumer()
+Answers = Callable[[int, Exception | None], None]
 
 
 @pytest.fixture
-def publisher() -> RecordingPublisher:
-    return RecordingPublisher()
+def engine_answers(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> Answers:
+    """`engine_answers(2, error)`: the engine answers the first two prompts and fails then."""
+
+    def set_up(answers: int, failure: Exception | None = None) -> None:
+        def score(prompts: list[list[int]], tokens: list[int]) -> Iterator[tuple[int, Answer]]:
+            for index in range(min(answers, len(prompts))):
+                yield index, Answer("True", tuple(-1.0 - n for n in range(len(tokens))))
+            if failure is not None:
+                raise failure
+
+        monkeypatch.setattr(worker._engine.client, "score", score)
+
+    return set_up
 
 
-def batch_of(spec: ContextSpec, prompt: PromptSpec, claims: int = 3) -> ClaimBatch:
+def batch_of(spec: ContextSpec, prompt: PromptSpec | None = None, claims: int = 3) -> ClaimBatch:
     return ClaimBatch(
-        run=Run(source="f", source_digest="d", context=spec, prompt=prompt),
+        run=Run(source="f", source_digest="d", context=spec, prompt=prompt or PromptSpec()),
+        submission_id="sub-1",
         batch_id="00000000-0",
         claims=tuple(
             Claim(claim_id=f"c{n}", position=n, text=f"Claim {n}.") for n in range(claims)
@@ -89,102 +74,205 @@ def batch_of(spec: ContextSpec, prompt: PromptSpec, claims: int = 3) -> ClaimBat
     )
 
 
-def delivery(body: bytes, earlier: int = 0) -> Delivery:
-    headers = {"x-delivery-count": earlier}
-    return Delivery("claims.x", body, headers, "m", redelivered=False, tag=7, epoch=1)
+def see_through(worker: Worker, delivery: Delivery, broker: RecordingBroker) -> None:
+    worker._see_through(delivery, broker, broker)  # type: ignore[arg-type]
 
 
-def see_through(
-    worker: Worker, job: _Job, consumer: RecordingConsumer, publisher: RecordingPublisher
-) -> None:
-    worker._see_through(job, consumer, publisher)  # type: ignore[arg-type]
+def verdicts_in(broker: RecordingBroker) -> list[str]:
+    batches = [decode(VerdictBatch, m.body) for m in broker.to(topology.VERDICTS_QUEUE)]
+    return [verdict.claim_id for batch in batches for verdict in batch.verdicts]
 
 
-@pytest.mark.parametrize("body", [b"", b"nonsense", b"{}"])
-def test_what_is_no_batch_is_refused(
-    body: bytes, worker: Worker, consumer: RecordingConsumer, publisher: RecordingPublisher
-) -> None:
-    see_through(worker, _Job(delivery(body)), consumer, publisher)
-    assert consumer.settled == [("refused", 7)]
-    assert publisher.messages == []
+def returned_in(broker: RecordingBroker) -> list[str]:
+    batches = [decode(ClaimBatch, m.body) for m in broker.to(topology.RETURNS_QUEUE)]
+    return [claim.claim_id for batch in batches for claim in batch.claims]
 
 
-def test_a_batch_for_another_context_is_refused(
-    worker: Worker, consumer: RecordingConsumer, publisher: RecordingPublisher
-) -> None:
-    other = batch_of(ContextSpec(model="org/other"), PromptSpec())
-    see_through(worker, _Job(delivery(encode(other))), consumer, publisher)
-    assert consumer.settled == [("refused", 7)]
+# What is no batch of ours.
 
 
-@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
-def test_when_the_engine_does_not_answer_the_batch_is_given_back_unharmed(
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"body": b""}, "not a ClaimBatch: Invalid JSON"),
+        ({"body": b"nonsense"}, "not a ClaimBatch: Invalid JSON"),
+        ({"body": b"{}"}, "not a ClaimBatch: run: Field required"),
+        ({"kind": "DeadClaim"}, "its type is 'DeadClaim', not ClaimBatch"),
+        ({"content_type": ""}, "its content type is '', not application/json"),
+        ({"headers": {topology.FAILURES_HEADER: None}}, "keepwarm-failures is no count"),
+    ],
+)
+def test_what_is_no_batch_is_set_aside_with_the_reason_and_then_acknowledged(
+    changes: dict[str, object],
+    why: str,
     worker: Worker,
     spec: ContextSpec,
-    consumer: RecordingConsumer,
-    publisher: RecordingPublisher,
+    broker: RecordingBroker,
 ) -> None:
-    batch = batch_of(spec, PromptSpec())
-    see_through(worker, _Job(delivery(encode(batch))), consumer, publisher)
-    assert consumer.settled == [("given back", 7)]
-    assert publisher.messages == []
+    delivery = delivered(batch_of(spec), **changes)
+    see_through(worker, delivery, broker)
+    (message,) = broker.messages
+    assert message.routing_key == topology.DEAD_MESSAGES_QUEUE
+    assert (message.body, message.message_id) == (delivery.body, "m-1")
+    assert why in message.headers[topology.REASON_HEADER]
+    assert message.headers[topology.ORIGIN_HEADER] == delivery.queue
+    assert broker.settled == []
+    broker.confirm(message)
+    assert broker.settled == [("acknowledged", 7)]
 
 
-def test_a_batch_is_acknowledged_after_the_last_of_its_outcomes_is_confirmed(
-    worker: Worker,
-    spec: ContextSpec,
-    consumer: RecordingConsumer,
-    publisher: RecordingPublisher,
+def test_a_batch_for_another_context_is_set_aside(worker: Worker, broker: RecordingBroker) -> None:
+    other = batch_of(ContextSpec(model="org/other"))
+    see_through(worker, delivered(other), broker)
+    (message,) = broker.messages
+    assert message.routing_key == topology.DEAD_MESSAGES_QUEUE
+    assert "another context than its queue's" in message.headers[topology.REASON_HEADER]
+
+
+# A batch that is answered.
+
+
+def test_a_batch_is_answered_and_acknowledged_once_its_verdicts_are_confirmed(
+    worker: Worker, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+) -> None:
+    engine_answers(3)
+    see_through(worker, delivered(batch_of(spec), earlier=2), broker)
+    (message,) = broker.messages
+    batch = decode(VerdictBatch, message.body)
+    assert verdicts_in(broker) == ["c0", "c1", "c2"]
+    assert (batch.device, batch.attempt) == ("Xeon", 3)
+    assert broker.settled == []
+    broker.confirm(message)
+    assert broker.settled == [("acknowledged", 7)]
+    assert worker._suspects == []
+
+
+def test_dead_claims_go_to_their_queue_and_the_batch_is_acknowledged_after_the_last(
+    worker: Worker, spec: ContextSpec, broker: RecordingBroker
 ) -> None:
     batch = batch_of(spec, UNUSABLE)
-    see_through(worker, _Job(delivery(encode(batch), earlier=4)), consumer, publisher)
-    assert len(publisher.messages) == 3
-    for message in publisher.messages:
-        assert consumer.settled == []
-        publisher.confirm(message)
-    assert consumer.settled == [("acknowledged", 7)]
-
-
-def test_dead_claims_go_to_their_queue_with_their_reason_and_attempt(
-    worker: Worker,
-    spec: ContextSpec,
-    consumer: RecordingConsumer,
-    publisher: RecordingPublisher,
-) -> None:
-    batch = batch_of(spec, UNUSABLE)
-    see_through(worker, _Job(delivery(encode(batch), earlier=4)), consumer, publisher)
-    dead = [decode(DeadClaim, message.body) for message in publisher.messages]
+    see_through(worker, delivered(batch, earlier=4), broker)
+    dead = [decode(DeadClaim, m.body) for m in broker.to(topology.DEAD_CLAIMS_QUEUE)]
     assert [each.claim for each in dead] == list(batch.claims)
-    for each, message in zip(dead, publisher.messages, strict=True):
-        assert (each.run_id, each.attempt) == (batch.run.run_id, 5)
-        assert each.reason is DeadReason.PROMPT_UNUSABLE
-        assert each.worker_id == worker.worker_id
-        assert (message.exchange, message.routing_key) == (
-            topology.DEAD_EXCHANGE,
-            topology.DEAD_CLAIMS_QUEUE,
-        )
-    assert len({message.message_id for message in publisher.messages}) == 3
+    assert {each.reason for each in dead} == {DeadReason.PROMPT_UNUSABLE}
+    assert {each.attempt for each in dead} == {5}
+    assert len({message.message_id for message in broker.messages}) == 3
+    for message in broker.messages:
+        assert broker.settled == []
+        broker.confirm(message)
+    assert broker.settled == [("acknowledged", 7)]
 
 
-@pytest.mark.parametrize("usable", [True, False])
-@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
-def test_a_batch_that_was_given_back_meanwhile_is_neither_published_nor_settled_again(
-    usable: bool,
+# A batch that the engine fails with.
+
+
+@pytest.mark.parametrize("answers", [0, 2])
+@pytest.mark.parametrize("failure", [EngineRequestError("gone"), EngineSilent("hangs"), None])
+def test_a_batch_that_the_engine_fails_with_is_a_suspect_and_not_settled_yet(
+    failure: Exception | None,
+    answers: int,
     worker: Worker,
     spec: ContextSpec,
-    consumer: RecordingConsumer,
-    publisher: RecordingPublisher,
+    broker: RecordingBroker,
+    engine_answers: Answers,
 ) -> None:
-    job = _Job(delivery(encode(batch_of(spec, PromptSpec() if usable else UNUSABLE))))
-    assert job.ends()
-    see_through(worker, job, consumer, publisher)
-    assert consumer.settled == []
-    assert publisher.messages == []
+    engine_answers(answers, failure)
+    see_through(worker, delivered(batch_of(spec)), broker)
+    assert (broker.messages, broker.settled) == ([], [])
+    (hand,) = worker._suspects
+    assert hand.open == dict.fromkeys(range(answers, 3), 1)
 
 
-def test_only_one_may_settle_a_job() -> None:
-    job = _Job(delivery(b""))
-    assert [job.ends(), job.ends(), job.ends()] == [True, False, False]
+# httpcore leaves a socket that could not connect to Python's garbage collector.
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+def test_a_batch_for_an_engine_that_is_not_there_is_a_suspect(
+    worker: Worker, spec: ContextSpec, broker: RecordingBroker
+) -> None:
+    see_through(worker, delivered(batch_of(spec)), broker)
+    gc.collect()
+    assert (broker.messages, broker.settled, len(worker._suspects)) == ([], [], 1)
+
+
+def test_a_batch_that_an_engine_failed_with_elsewhere_is_examined_before_it_is_asked_in_company(
+    worker: Worker, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+) -> None:
+    engine_answers(3)
+    see_through(worker, delivered(batch_of(spec), failures=1), broker)
+    assert (broker.messages, broker.settled, len(worker._suspects)) == ([], [], 1)
+
+
+# A batch that we break off.
+
+
+@pytest.mark.parametrize("answers", [1, 2])
+def test_a_batch_that_is_broken_off_has_its_verdicts_and_the_rest_goes_back_unblamed(
+    answers: int,
+    worker: Worker,
+    spec: ContextSpec,
+    broker: RecordingBroker,
+    engine_answers: Answers,
+) -> None:
+    engine_answers(answers, Interrupted("interrupted"))
+    see_through(worker, delivered(batch_of(spec)), broker)
+    ids = ["c0", "c1", "c2"]
+    assert (verdicts_in(broker), returned_in(broker)) == (ids[:answers], ids[answers:])
+    (rest,) = broker.to(topology.RETURNS_QUEUE)
+    assert rest.headers == {topology.FAILURES_HEADER: 0}
+    assert worker._suspects == []
+
+
+def test_a_batch_that_is_broken_off_before_the_first_answer_is_given_back_whole(
+    worker: Worker, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+) -> None:
+    engine_answers(0, Interrupted("interrupted"))
+    see_through(worker, delivered(batch_of(spec)), broker)
+    assert (broker.messages, broker.settled) == ([], [("given back", 7)])
+
+
+# A batch that nobody wants any more.
+
+
+def test_a_cancelled_batch_is_dropped_unanswered_and_others_are_not(
+    worker: Worker, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+) -> None:
+    engine_answers(3)
+    worker._hear(encode(Notice(cancelled=("sub-0", "sub-1"))))
+    see_through(worker, delivered(batch_of(spec)), broker)
+    assert (broker.messages, broker.settled) == ([], [("acknowledged", 7)])
+    wanted = batch_of(spec).model_copy(update={"submission_id": "sub-2"})
+    see_through(worker, delivered(wanted), broker)
+    assert verdicts_in(broker) == ["c0", "c1", "c2"]
+
+
+def test_a_cancelled_suspect_is_dropped_as_well(
+    worker: Worker, spec: ContextSpec, broker: RecordingBroker
+) -> None:
+    worker._hear(encode(Notice(cancelled=("sub-1",))))
+    see_through(worker, delivered(batch_of(spec), failures=2), broker)
+    assert (broker.settled, worker._suspects) == ([("acknowledged", 7)], [])
+
+
+def test_the_latest_notice_replaces_what_was_said_before(
+    worker: Worker, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+) -> None:
+    engine_answers(3)
+    worker._hear(encode(Notice(cancelled=("sub-1",))))
+    worker._hear(encode(Notice()))
+    see_through(worker, delivered(batch_of(spec)), broker)
+    assert verdicts_in(broker) == ["c0", "c1", "c2"]
+
+
+@pytest.mark.parametrize("body", [b"", b"{}x", b'{"cancelled": [""]}', b'{"schema_version": 2}'])
+def test_a_notice_that_is_none_changes_nothing(
+    body: bytes, worker: Worker, spec: ContextSpec, broker: RecordingBroker
+) -> None:
+    worker._hear(encode(Notice(cancelled=("sub-1",))))
+    worker._hear(body)
+    see_through(worker, delivered(batch_of(spec)), broker)
+    assert broker.settled == [("acknowledged", 7)]
+
+
+# Workers.
 
 
 def test_a_model_that_cannot_be_used_is_told_before_anything_is_started(
@@ -192,12 +280,13 @@ def test_a_model_that_cannot_be_used_is_told_before_anything_is_started(
 ) -> None:
     (model_dir / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"has no tokenizer\.json"):
-        Worker(spec, Device("cpu", "Xeon", 2**34, (0,)), load_settings(runtime_dir=tmp_path / "r"))
+        Worker(spec, DEVICE, load_settings(runtime_dir=tmp_path / "r"))
 
 
 def test_two_workers_have_two_names(spec: ContextSpec, tmp_path: Path) -> None:
     settings = load_settings(runtime_dir=tmp_path / "run")
-    workers = [Worker(spec, Device("cpu", "Xeon", 2**34, (0,)), settings) for _ in range(2)]
-    assert workers[0].worker_id != workers[1].worker_id
+    workers = [Worker(spec, DEVICE, settings) for _ in range(2)]
+    assert workers[0]._signature.worker_id != workers[1]._signature.worker_id
+    assert workers[0]._signature.device == "Xeon"
     for worker in workers:
         worker._engine.close()

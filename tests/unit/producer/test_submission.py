@@ -189,13 +189,27 @@ def test_a_repetition_far_down_the_file_is_found(desk: Desk) -> None:
     assert len(set(desk.publisher.claim_ids)) == 3_000
 
 
-def test_publishing_again_publishes_the_same_messages(desk: Desk) -> None:
+def test_publishing_again_publishes_the_same_messages_as_another_submission(desk: Desk) -> None:
     path = desk.write([*rows(9), "nonsense"])
-    desk.submit(path)
-    first = desk.publisher.messages
-    desk.submit(path)
-    assert desk.publisher.messages == first
-    assert len({message.message_id for message in first}) == len(first)
+    sendings = []
+    for _ in range(2):
+        desk.submit(path)
+        publisher, submission_id = desk.publisher, desk.submission.submission_id
+        sent = [*publisher.announcements, *publisher.batches]
+        assert {message.submission_id for message in sent} == {submission_id}
+        ids = [message.message_id for message in publisher.messages]
+        assert len(set(ids)) == len(ids)
+        same = [message.model_copy(update={"submission_id": "same"}) for message in sent]
+        sendings.append((submission_id, ids, same))
+    (first, *one), (second, *other) = sendings
+    assert first != second
+    assert one == other
+
+
+def test_every_message_says_what_kind_it_is(desk: Desk) -> None:
+    desk.submit(desk.write(rows(5)))
+    kinds = [message.kind for message in desk.publisher.messages]
+    assert kinds == ["RunAnnouncement", "ClaimBatch", "ClaimBatch", "RunAnnouncement"]
 
 
 def test_the_same_content_under_another_name_is_the_same_run(desk: Desk) -> None:

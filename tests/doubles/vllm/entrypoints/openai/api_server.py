@@ -2,13 +2,14 @@
 finds it when PYTHONPATH names `tests/doubles`, so that the worker's own code starts it unchanged.
 
 It speaks as much of the protocol as a worker needs: `/health` and `/v1/completions` with token ids
-and `logprob_token_ids`. A prompt's answer depends on its token ids alone. `TEST_ENGINE_…` variables
-make it slow or faulty.
+and `logprob_token_ids`, as a stream. A prompt's answer depends on its token ids alone.
+`TEST_ENGINE_…` variables make it slow or faulty.
 """
 
 import argparse
 import asyncio
 import json
+import math
 import os
 import sys
 import time
@@ -20,40 +21,70 @@ START_SECONDS = float(os.environ.get("TEST_ENGINE_START_SECONDS", "0"))
 CLAIM_SECONDS = float(os.environ.get("TEST_ENGINE_CLAIM_SECONDS", "0"))
 FAULT = os.environ.get("TEST_ENGINE_FAULT", "")
 """`no-start`: end with an error; `abort`: say that requests were aborted; `unscored`: leave label
-scores out; `refuse-long`: refuse requests that hold a prompt of over 200 tokens; `crash-once`: end
-at the first request after the probe, the first time (a file remembers)."""
+scores out where several prompts come at once; `refuse-long`: refuse requests that hold a prompt of
+over 200 tokens; `crash-long`: end at such a prompt; `nan-long`: score such a prompt with NaN;
+`crash-once`, `hang-once`: end, or fall silent, in the midst of the first request after the probe,
+the first time (a file remembers)."""
+LONG_TOKENS = 200
+PROBE_TOKENS = 3
 
 
-def answer(request: dict) -> tuple[int, dict]:
-    tokens = request["logprob_token_ids"]
+def is_long(prompt: list[int]) -> bool:
+    return len(prompt) > LONG_TOKENS
+
+
+def choice(request: dict, index: int) -> dict:
+    tokens, prompt = request["logprob_token_ids"], request["prompt"][index]
+    chosen = sum(prompt) % len(tokens)
+    scores = {
+        f"token_id:{token}": (-0.25 if position == chosen else -3.0 - position)
+        for position, token in enumerate(tokens)
+    }
+    if FAULT == "unscored" and len(request["prompt"]) > 1:
+        scores.popitem()
+    if FAULT == "nan-long" and is_long(prompt):
+        scores = dict.fromkeys(scores, math.nan)
+    return {
+        "index": index,
+        "text": f"word{chosen}",
+        "finish_reason": "abort" if FAULT == "abort" and len(prompt) > PROBE_TOKENS else "length",
+        "logprobs": {"top_logprobs": [scores]},
+    }
+
+
+def once(arguments: argparse.Namespace) -> bool:
+    """True the first time, in this engine and in those that come after it."""
+    marker = Path(arguments.uds).with_suffix(f".{FAULT}")
+    if marker.exists():
+        return False
+    marker.touch()
+    return True
+
+
+async def events(arguments: argparse.Namespace, request: dict, turn: asyncio.Lock):
+    """What is to be sent, piece by piece."""
     prompts = request["prompt"]
-    if FAULT == "refuse-long" and any(len(prompt) > 200 for prompt in prompts):
-        return 400, {"error": {"message": "a prompt is too long"}}
-    choices = []
+    is_probe = len(prompts[0]) <= PROBE_TOKENS
+    pieces = []
     for index, prompt in enumerate(prompts):
-        chosen = sum(prompt) % len(tokens)
-        scores = {
-            f"token_id:{token}": (-0.25 if position == chosen else -3.0 - position)
-            for position, token in enumerate(tokens)
-        }
-        if FAULT == "unscored" and len(prompts) > 1:
-            scores.popitem()
-        choices.append(
-            {
-                "index": index,
-                "text": f"word{chosen}",
-                "finish_reason": "abort" if FAULT == "abort" and len(prompt) > 3 else "length",
-                "logprobs": {"top_logprobs": [scores]},
-            }
-        )
-    return 200, {"choices": choices}
-
-
-def crash_once(arguments: argparse.Namespace, request: dict) -> None:
-    marker = Path(arguments.uds).with_suffix(".crashed")
-    if FAULT == "crash-once" and len(request["prompt"][0]) > 3 and not marker.exists():
-        marker.touch()
-        os._exit(9)
+        if FAULT == "crash-long" and is_long(prompt):
+            print("Segmentation fault, says the test engine", flush=True)
+            os._exit(9)
+        if FAULT in ("crash-once", "hang-once") and not is_probe and index == len(prompts) // 2:
+            yield b"".join(pieces)
+            pieces = []
+            await asyncio.sleep(0.2)
+            if once(arguments):
+                if FAULT == "crash-once":
+                    os._exit(9)
+                time.sleep(3600)
+        if CLAIM_SECONDS and not is_probe:
+            async with turn:
+                await asyncio.sleep(CLAIM_SECONDS)
+        pieces.append(f"data: {json.dumps({'choices': [choice(request, index)]})}\n\n".encode())
+        if CLAIM_SECONDS:
+            yield pieces.pop()
+    yield b"".join([*pieces, b"data: [DONE]\n\n"])
 
 
 async def main() -> None:
@@ -80,20 +111,23 @@ async def main() -> None:
                     0,
                 )
                 body = await reader.readexactly(length)
-                status, reply = 200, {}
-                if head.startswith("POST"):
-                    request = from_json(body)
-                    crash_once(arguments, request)
-                    if CLAIM_SECONDS and len(request["prompt"][0]) > 3:  # not the worker's probe
-                        async with turn:
-                            await asyncio.sleep(CLAIM_SECONDS * len(request["prompt"]))
-                    status, reply = answer(request)
-                content = json.dumps(reply).encode()
-                writer.write(
-                    f"HTTP/1.1 {status} OK\r\nContent-Type: application/json\r\n"
-                    f"Content-Length: {len(content)}\r\n\r\n".encode()
-                    + content
-                )
+                request = from_json(body) if head.startswith("POST") else {"prompt": []}
+                if FAULT == "refuse-long" and any(map(is_long, request["prompt"])):
+                    content = b'{"error": {"message": "a prompt is too long"}}'
+                    status = f"400 Bad Request\r\nContent-Length: {len(content)}"
+                    writer.write(f"HTTP/1.1 {status}\r\n\r\n".encode() + content)
+                elif not request["prompt"]:
+                    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+                else:
+                    writer.write(
+                        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+                        b"Transfer-Encoding: chunked\r\n\r\n"
+                    )
+                    async for piece in events(arguments, request, turn):
+                        if piece:
+                            writer.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+                            await writer.drain()
+                    writer.write(b"0\r\n\r\n")
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
             pass

@@ -1,0 +1,158 @@
+"""RabbitMQ's management HTTP API, asked as an administrator; every refusal says the next step."""
+
+import ipaddress
+import ssl
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import quote, urlsplit
+
+import httpx
+
+from services.broker.address import tls_context
+from services.contracts.errors import BrokerError, BrokerRefused, BrokerUnreachable, UsageError
+
+
+class ManagementApi:
+    """The management API of one broker. Use it as a context manager."""
+
+    def __init__(
+        self, url: str, user: str, password: str, *, ca_file: Path | None, timeout_seconds: float
+    ) -> None:
+        """Raises UsageError for a URL that is none, or that would send the password in the clear:
+        plain HTTP is for loopback alone.
+        """
+        self.host = _checked_host(url)
+        self._url = url.rstrip("/")
+        self._user = user
+        self._http = httpx.Client(
+            base_url=self._url,
+            auth=httpx.BasicAuth(user, password),
+            verify=tls_context(ca_file),
+            timeout=timeout_seconds,
+            # A proxy from the environment would read the password.
+            trust_env=False,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def check_administrator(self) -> None:
+        """Raises BrokerUnreachable, BrokerRefused or BrokerError unless one is let in here."""
+        me = self.get("whoami")
+        if not isinstance(me, dict) or "tags" not in me:
+            raise self._unusable("it is not RabbitMQ's management API that answers")
+        if "administrator" not in me["tags"]:
+            raise self._no_administrator()
+
+    def get(self, *path: str) -> Any:
+        """The JSON at a path; None where there is nothing."""
+        response = self._ask("GET", path)
+        if response.status_code == httpx.codes.NOT_FOUND:
+            return None
+        self._raise_unless_success(response)
+        try:
+            return response.json()
+        except ValueError as error:
+            raise self._unusable(f"{response.url.path} was not answered with JSON") from error
+
+    def put(self, *path: str, body: dict[str, str]) -> None:
+        self._raise_unless_success(self._ask("PUT", path, body))
+
+    def _ask(
+        self, method: str, path: tuple[str, ...], body: dict[str, str] | None = None
+    ) -> httpx.Response:
+        where = "/".join(("/api", *(quote(part, safe="") for part in path)))
+        try:
+            response = self._http.request(method, where, json=body)
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        if response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+            raise self._refused(_reason(response))
+        return response
+
+    def _raise_unless_success(self, response: httpx.Response) -> None:
+        if not response.is_success:
+            raise self._unusable(
+                f"{response.request.method} {response.url.path} ended with HTTP "
+                f"{response.status_code}: {_reason(response)}"
+            )
+
+    def _unreachable(self, error: httpx.HTTPError) -> BrokerUnreachable:
+        if _is_about_tls(error):
+            return BrokerUnreachable(
+                f"no TLS connection to {self._url}: {error}. KEEPWARM_BROKER_CA_FILE names the "
+                "authority that signed its certificate; https:// needs a TLS listener there"
+            )
+        return BrokerUnreachable(
+            f"no management API at {self._url}: {str(error) or type(error).__name__}. Is RabbitMQ "
+            "running there? Its plug-in may be off: `rabbitmq-plugins enable rabbitmq_management` "
+            "on the broker turns it on. --management names another address"
+        )
+
+    def _unusable(self, what: str) -> BrokerError:
+        return BrokerError(
+            f"{self._url} is of no use: {what}. --management names the address of the management "
+            "API, port 15672 or with TLS 15671; the broker's log may tell more"
+        )
+
+    def _refused(self, reason: str) -> BrokerRefused:
+        if reason.startswith("Not "):  # "Not administrator user", "Not management user"
+            return self._no_administrator()
+        return BrokerRefused(
+            f"the broker at {self._url} refused {self._user}: {reason}. Check --admin, and the "
+            "password in KEEPWARM_BROKER_ADMIN_PASSWORD or …_PASSWORD_FILE; guest may come from "
+            "the broker's own machine only"
+        )
+
+    def _no_administrator(self) -> BrokerRefused:
+        return BrokerRefused(
+            f"{self._user} is no administrator of the broker at {self._url}: name one with "
+            f"--admin, or run `rabbitmqctl set_user_tags {self._user} administrator` on the broker"
+        )
+
+
+def _checked_host(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        host = None
+    # The URL is not repeated, for it may hold a password.
+    if host is None or parts.scheme not in ("http", "https") or parts.query or parts.fragment:
+        raise UsageError("--management: not an address like https://broker.example.org:15671")
+    if "@" in parts.netloc:
+        raise UsageError(
+            "--management: a password on a command line can be read by every user of this machine; "
+            "give the user with --admin, and KEEPWARM_BROKER_ADMIN_PASSWORD or …_PASSWORD_FILE"
+        )
+    if parts.scheme == "http" and not _is_loopback(host):
+        raise UsageError(
+            f"--management: http to {host} shows the administrator's password to the network; use "
+            f"https, or a tunnel, `ssh -N -L 15672:127.0.0.1:15672 {host}`, with --management "
+            "http://127.0.0.1:15672"
+        )
+    return host
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _is_about_tls(error: BaseException | None) -> bool:
+    """What OpenSSL said is wrapped several times."""
+    while error is not None and not isinstance(error, ssl.SSLError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _reason(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["reason"])[:200]
+    except (ValueError, KeyError, TypeError):
+        return response.reason_phrase or "no reason given"

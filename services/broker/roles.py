@@ -1,0 +1,132 @@
+"""Who may do what on the broker: a user for each role, with no right that it can do without.
+
+A permission is three regular expressions over the names of exchanges and queues. What RabbitMQ asks
+for each operation (https://www.rabbitmq.com/docs/access-control#authorisation):
+
+declare an exchange, delete anything    configure it
+declare a queue                         configure it
+  ... with a dead-letter exchange       and read the queue, write the exchange
+bind a queue                            write the queue, read the exchange
+publish                                 write the exchange; `amq.default` is the one without a name
+consume, get, purge                     read the queue
+ask whether a thing exists              nothing
+"""
+
+from dataclasses import dataclass
+
+from services.contracts import topology as names
+
+_NOTHING = "^$"
+_ANY_CLAIMS_QUEUE = names.claims_queue("*")
+_ANY_NOTICES_QUEUE = names.notices_queue("*")
+_FIXED_EXCHANGES = (
+    names.CLAIMS_EXCHANGE,
+    names.RETURNS_EXCHANGE,
+    names.VERDICTS_EXCHANGE,
+    names.RUNS_EXCHANGE,
+    names.DEAD_EXCHANGE,
+    names.NOTICES_EXCHANGE,
+)
+_COLLECTED_QUEUES = (
+    names.RETURNS_QUEUE,
+    names.VERDICTS_QUEUE,
+    names.RUNS_QUEUE,
+    names.DEAD_CLAIMS_QUEUE,
+)
+_FIXED_QUEUES = (*_COLLECTED_QUEUES, names.DEAD_MESSAGES_QUEUE)
+_EVERYTHING = (*_FIXED_EXCHANGES, *_FIXED_QUEUES, _ANY_CLAIMS_QUEUE, _ANY_NOTICES_QUEUE)
+
+
+@dataclass(frozen=True, slots=True)
+class Permissions:
+    """Regular expressions in RabbitMQ's sense, anchored at both ends: by itself it looks for a
+    match anywhere in a name.
+    """
+
+    configure: str = _NOTHING
+    write: str = _NOTHING
+    read: str = _NOTHING
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """A service, or a person, as the broker knows it."""
+
+    name: str
+    may: str
+    """Its rights in words."""
+    permissions: Permissions
+    tags: tuple[str, ...] = ()
+    """RabbitMQ's tags: what its management pages and API allow. None: no access to them."""
+
+    def user(self, virtual_host: str) -> str:
+        """Users belong to the whole broker, so the name says whose worker this is."""
+        return f"{virtual_host}-{self.name}"
+
+
+def _only(*allowed: str) -> str:
+    """An expression for these names and no others; `*` stands for one character or more."""
+    alternatives = (name.replace(".", r"\.").replace("*", ".+") for name in allowed)
+    return f"^({'|'.join(alternatives)})$"
+
+
+ROLES = (
+    Role(
+        "producer",
+        "makes claims queues; publishes claims and runs",
+        Permissions(
+            configure=_only(_ANY_CLAIMS_QUEUE),
+            # The dead exchange because the queues that it makes dead-letter into it.
+            write=_only(
+                names.CLAIMS_EXCHANGE, names.RUNS_EXCHANGE, names.DEAD_EXCHANGE, _ANY_CLAIMS_QUEUE
+            ),
+            # It consumes nothing; to make a queue that dead-letters, and to bind it, takes this.
+            read=_only(names.CLAIMS_EXCHANGE, _ANY_CLAIMS_QUEUE),
+        ),
+    ),
+    Role(
+        "worker",
+        "takes claims; publishes verdicts, dead claims and returns; hears notices",
+        Permissions(
+            configure=_only(_ANY_NOTICES_QUEUE),
+            write=_only(
+                names.VERDICTS_EXCHANGE,
+                names.DEAD_EXCHANGE,
+                names.RETURNS_EXCHANGE,
+                _ANY_NOTICES_QUEUE,
+            ),
+            read=_only(_ANY_CLAIMS_QUEUE, names.NOTICES_EXCHANGE, _ANY_NOTICES_QUEUE),
+        ),
+    ),
+    Role(
+        "collector",
+        "makes all queues; takes verdicts, runs, returns and dead claims; publishes returned "
+        "claims, refused messages and notices",
+        Permissions(
+            configure=_only(*_FIXED_EXCHANGES, *_FIXED_QUEUES, _ANY_CLAIMS_QUEUE),
+            write=_only(
+                names.CLAIMS_EXCHANGE,
+                names.DEAD_EXCHANGE,
+                names.NOTICES_EXCHANGE,
+                *_FIXED_QUEUES,
+                _ANY_CLAIMS_QUEUE,
+            ),
+            # Exchanges to bind from, and claims queues because those that it makes dead-letter.
+            read=_only(
+                names.CLAIMS_EXCHANGE,
+                names.RETURNS_EXCHANGE,
+                names.VERDICTS_EXCHANGE,
+                names.RUNS_EXCHANGE,
+                names.DEAD_EXCHANGE,
+                *_COLLECTED_QUEUES,
+                _ANY_CLAIMS_QUEUE,
+            ),
+        ),
+    ),
+    Role(
+        "operator",
+        "does everything with Keepwarm's queues and exchanges; sees the management pages",
+        Permissions(_only(*_EVERYTHING), _only(*_EVERYTHING), _only(*_EVERYTHING)),
+        tags=("monitoring",),
+    ),
+)

@@ -1,0 +1,155 @@
+"""`keepwarm broker setup`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import SecretStr
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from services.broker import BrokerAddress, Declares, Publisher
+from services.broker.administration import (
+    Outcome,
+    amqp_address,
+    check_virtual_host,
+    has_user,
+    make_user,
+    make_virtual_host,
+)
+from services.broker.management_api import ManagementApi
+from services.broker.roles import ROLES
+from services.cli.secrets_dir import SecretsDir
+from services.contracts import Settings, load_settings
+from services.contracts.errors import BrokerError, UsageError
+
+_FACTORY_ADMIN = "guest"
+
+
+def setup(
+    management: Annotated[
+        str, typer.Option(metavar="URL", help="The broker's management API; https beyond loopback.")
+    ] = "http://127.0.0.1:15672",
+    admin: Annotated[
+        str, typer.Option(metavar="USER", help="An administrator of the broker.")
+    ] = _FACTORY_ADMIN,
+    vhost: Annotated[
+        str, typer.Option(metavar="NAME", help="The virtual host; users are named NAME-ROLE.")
+    ] = "keepwarm",
+    secrets: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIRECTORY", help="Where the roles' passwords are; one that is there is used."
+        ),
+    ] = Path("secrets"),
+    renew: Annotated[bool, typer.Option("--renew", help="Give every role a new password.")] = False,
+) -> None:
+    """Make a virtual host on a broker, and users with just the rights of their roles.
+
+    The broker needs its management plug-in, which this turns on there:
+    `rabbitmq-plugins enable rabbitmq_management`.
+
+    The administrator's password is KEEPWARM_BROKER_ADMIN_PASSWORD, or in the
+    file that KEEPWARM_BROKER_ADMIN_PASSWORD_FILE names. For guest, where neither
+    is set, it is the one that RabbitMQ comes with.
+
+    The roles' passwords are random and go to DIRECTORY/ROLE.password; none is
+    shown. Run again, it makes what is missing and keeps the rest; with the same
+    directory another broker gets the same passwords. See docs/broker.md.
+    """
+    settings = load_settings()
+    check_virtual_host(vhost)
+    if admin in (role.user(vhost) for role in ROLES):
+        raise UsageError(f"--admin: {admin} is one of Keepwarm's own users, name an administrator")
+    with ManagementApi(
+        management,
+        admin,
+        _admin_password(settings, admin),
+        ca_file=settings.broker_ca_file,
+        timeout_seconds=settings.broker_connect_timeout_seconds,
+    ) as api:
+        api.check_administrator()
+        directory = SecretsDir(secrets)
+        passwords = _passwords(api, vhost, directory, renew)
+        make_virtual_host(api, vhost)
+        outcomes = {role.name: make_user(api, role, vhost, passwords[role.name]) for role in ROLES}
+        address = amqp_address(api)
+    _declare_topology(settings, address, vhost, passwords)
+    _show(vhost, address, directory, outcomes)
+    if admin == _FACTORY_ADMIN and settings.secret("broker_admin") is None:
+        print("guest still has its first password: `rabbitmqctl change_password guest` mends that")
+
+
+def _admin_password(settings: Settings, admin: str) -> str:
+    password = settings.secret("broker_admin")
+    if not password and admin != _FACTORY_ADMIN:
+        raise UsageError(
+            f"no password for {admin}: set KEEPWARM_BROKER_ADMIN_PASSWORD, or name a file in "
+            "KEEPWARM_BROKER_ADMIN_PASSWORD_FILE"
+        )
+    return password or _FACTORY_ADMIN
+
+
+def _passwords(
+    api: ManagementApi, vhost: str, directory: SecretsDir, renew: bool
+) -> dict[str, str]:
+    """Of each role. New ones are in their files before the broker hears of them, so that a broken
+    set-up goes on where it ended.
+    """
+    known = {} if renew else {role.name: directory.read(role.name) for role in ROLES}
+    for role in ROLES:
+        if not renew and known[role.name] is None and has_user(api, role, vhost):
+            raise UsageError(
+                f"the broker has {role.user(vhost)} already, but {directory.file(role.name)} is "
+                "missing: put its password there, name the right --secrets, or make new passwords "
+                "for all roles with --renew"
+            )
+    return {role.name: known.get(role.name) or directory.write_new(role.name) for role in ROLES}
+
+
+def _declare_topology(
+    settings: Settings, address: str, vhost: str, passwords: dict[str, str]
+) -> None:
+    """The fixed exchanges and queues, with the rights of the collector, which suffice for it."""
+    scheme, _, place = address.partition("://")
+    user = next(role.user(vhost) for role in ROLES if role.name == "collector")
+    as_collector = settings.model_copy(
+        update={
+            "broker_url": f"{scheme}://{user}@{place}/{vhost}",
+            "broker_password": SecretStr(passwords["collector"]),
+            "broker_password_file": None,
+            "broker_ca_file": settings.broker_ca_file if scheme == "amqps" else None,
+        }
+    )
+    try:
+        Publisher(
+            BrokerAddress.from_settings(as_collector),
+            "setup",
+            window=1,
+            declares=Declares("always"),
+        ).open(settings.broker_connect_timeout_seconds).close()
+    except BrokerError as error:
+        # Behind a tunnel to the management API alone, its AMQP port is out of reach from here.
+        print(f"Its queues are not made yet ({error}); the first `keepwarm collect` makes them")
+
+
+def _show(vhost: str, address: str, directory: SecretsDir, outcomes: dict[str, Outcome]) -> None:
+    console = Console()
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("role", "user", "now", "may", "password file"):
+        table.add_column(name, overflow="fold")
+    for role in ROLES:
+        file = Text(str(directory.file(role.name)))
+        table.add_row(role.name, role.user(vhost), outcomes[role.name], role.may, file)
+    console.print(table)
+    # Not in the table, which would fold them: lines to copy.
+    print("\nFor each service, beside KEEPWARM_BROKER_PASSWORD_FILE:")
+    scheme, _, place = address.partition("://")
+    for role in ROLES:
+        print(f"KEEPWARM_BROKER_URL={scheme}://{role.user(vhost)}@{place}/{vhost}")
+    if scheme == "amqp":
+        print(
+            "This broker does not listen for TLS: beyond this machine, passwords and claims can be "
+            "read on the way. docs/broker.md tells how to mend that"
+        )

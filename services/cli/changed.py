@@ -1,0 +1,60 @@
+"""A file that was changed while its run is unfinished is another run: said before it is sent."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from services.contracts import Claim, Run
+from services.contracts.errors import InputError
+from services.producer import Submission
+
+if TYPE_CHECKING:  # not every machine that submits has a store
+    from services.collector import RunStatus, Store
+
+_SAME = ("source", "context", "prompt", "limit", "seed")
+
+
+def refuse_changed_file(submission: Submission, store: "Store") -> None:
+    """Raises InputError, with the difference, when the store has an unfinished run of a file of the
+    same name, to be verified in the same way, with other content. Whoever submits again means to
+    complete that run, and would begin another.
+    """
+    for status, run in _unfinished(store):
+        alike = all(getattr(run, name) == getattr(submission.run, name) for name in _SAME)
+        if alike and run.source_digest != submission.run.source_digest:
+            raise InputError(
+                f"{run.source} has changed since it was submitted as {run.run_id}, which is "
+                f"unfinished: {_difference(submission, status, store)}. Submit the file as it was "
+                f"to complete that run; or `keepwarm cancel {run.run_id}`, and submit again"
+            )
+
+
+def _unfinished(store: "Store") -> Iterator[tuple["RunStatus", Run]]:
+    from services.collector import find_run, run_statuses
+
+    for status in run_statuses(store):
+        if not status.complete and not status.cancelled:
+            run = find_run(store, status.run_id).run
+            if run is not None:
+                yield status, run
+
+
+def _difference(submission: Submission, status: "RunStatus", store: "Store") -> str:
+    answered = status.done + status.dead
+    same, first = 0, ""
+    for claims in submission.claims():
+        texts = store.texts(status.run_id, [claim.claim_id for claim in claims])
+        changed = [claim for claim in claims if texts.get(claim.claim_id, claim.text) != claim.text]
+        same += len(texts) - len(changed)
+        first = first or (_named(changed[0]) if changed else "")
+    then = ""
+    if status.total is not None:
+        then = f"{status.total + (status.repeated or 0) + (status.rejected or 0):,} lines then, "
+    told = f", first {first}" if first else ""
+    return (
+        f"{then}{submission.lines:,} lines now; of its {answered:,} claims with an outcome "
+        f"{answered - same:,} say something else or are gone{told}"
+    )
+
+
+def _named(claim: Claim) -> str:
+    return f"{claim.claim_id!r} in line {claim.position + 1}"

@@ -1,0 +1,193 @@
+"""`keepwarm dead`: claims that were given up on, and messages that nobody could use."""
+
+import secrets
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from services.broker import BrokerAddress, Declares, Delivery, Outgoing, Publisher
+from services.broker.dead_messages import MAX_SHOWN, DeadMessages, origin, reason
+from services.cli.options import BrokerOption, StoreOption
+from services.collector import DeadRow, Store, dead_claims, drop_dead, find_run, reopen_dead
+from services.contracts import ClaimBatch, Run, Settings, load_settings, topology
+from services.contracts.errors import StoreError, UsageError
+
+_MESSAGE = "msg-"
+_SHOWN_CHARS = 60
+_SHOWN_BYTES = 4_096
+_FLUSH_SECONDS = 30.0
+
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN|MESSAGE", help="A run, or one message's id (msg-…).")
+]
+ClaimsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="CLAIM", help="Ids of claims of that run; all otherwise."),
+]
+
+
+def show(
+    what: RunArgument,
+    claim: Annotated[str | None, typer.Argument(help="The id of a claim of that run.")] = None,
+    broker: BrokerOption = None,
+    store: StoreOption = None,
+) -> None:
+    """Show all that is known of one: `dead show RUN CLAIM`, or `dead show msg-…`."""
+    settings = load_settings(broker_url=broker, store_url=store)
+    if what.startswith(_MESSAGE):
+        with _messages(settings) as messages:
+            message = _picked(messages, what)
+            print(f"from: {origin(message)}\nreason: {reason(message)}")
+            print(f"type: {message.kind}\nmessage_id: {message.message_id}")
+            print(message.body[:_SHOWN_BYTES].decode(errors="replace"))
+        return
+    if claim is None:
+        raise UsageError("name the claim as well: `keepwarm dead show RUN CLAIM`")
+    _, _, (row,) = _claims(settings, what, [claim])
+    print(f"run: {row.run_id}\nclaim: {row.claim.claim_id} (line {row.claim.position + 1})")
+    print(f"reason: {row.reason.value}\nengine failures: {row.failures}\n{row.detail}")
+    print(f"text: {row.claim.text}")
+    if row.claim.evidence:
+        print(f"evidence: {row.claim.evidence}")
+
+
+def retry(
+    what: RunArgument,
+    claims: ClaimsArgument = None,
+    broker: BrokerOption = None,
+    store: StoreOption = None,
+) -> None:
+    """Try again: claims go back to the workers, a message to the queue that it came from.
+
+    The run is incomplete until its claims have an outcome again.
+    """
+    settings = load_settings(broker_url=broker, store_url=store)
+    if what.startswith(_MESSAGE):
+        with _messages(settings) as messages:
+            message = _picked(messages, what)
+            if not messages.retry([message]):
+                raise UsageError(
+                    f"{what} came from {origin(message)!r}: there is no way back there"
+                )
+        print(f"{what} is in {origin(message)} again")
+        return
+    database, run, rows = _claims(settings, what, claims or ())
+    submission_id = f"retry-{secrets.token_hex(8)}"
+    database.add_submission(rows[0].run_key, submission_id)
+    _publish(settings, run, rows, submission_id)
+    # Only now: a retry that was cut short leaves them dead, and is merely done again.
+    reopen_dead(database, rows)
+    print(f"{len(rows):,} claims of {run.run_id} are with the broker again")
+
+
+def drop(
+    what: RunArgument,
+    claims: ClaimsArgument = None,
+    broker: BrokerOption = None,
+    store: StoreOption = None,
+) -> None:
+    """Let go: claims stay dead in the results and are not listed any more, a message is deleted."""
+    settings = load_settings(broker_url=broker, store_url=store)
+    if what.startswith(_MESSAGE):
+        with _messages(settings) as messages:
+            messages.drop([_picked(messages, what)])
+        print(f"{what} is gone")
+        return
+    database, run, rows = _claims(settings, what, claims or ())
+    drop_dead(database, rows)
+    print(f"{len(rows):,} claims of {run.run_id} are let go")
+
+
+def list(
+    run: Annotated[str | None, typer.Argument(help="Of one run; of all otherwise.")] = None,
+    broker: BrokerOption = None,
+    store: StoreOption = None,
+) -> None:
+    """List dead claims, and where a broker is named the messages that nobody could use."""
+    settings = load_settings(broker_url=broker, store_url=store)
+    database = Store.open(settings, create=False)
+    known = None if run is None else find_run(database, run)
+    rows = dead_claims(database, known)
+    console = Console()
+    table = Table("run", "claim", "reason", "failures", "what", box=None, header_style="bold")
+    for row in rows:
+        table.add_row(
+            row.run_id,
+            Text(row.claim.claim_id),
+            row.reason.value,
+            str(row.failures),
+            Text(row.detail.partition("\n")[0][:_SHOWN_CHARS]),
+        )
+    console.print(table if rows else "no claim is dead")
+    if settings.broker_url is not None and run is None:
+        with _messages(settings) as messages:
+            _list_messages(console, messages)
+
+
+def _list_messages(console: Console, messages: DeadMessages) -> None:
+    found = messages.all()
+    table = Table("message", "from", "bytes", "reason", box=None, header_style="bold")
+    for number, message in found.items():
+        table.add_row(number, origin(message), f"{len(message.body):,}", Text(reason(message)))
+    console.print(table if found else "no message is dead")
+    if len(found) == MAX_SHOWN:
+        console.print(f"only the first {MAX_SHOWN:,} are shown")
+
+
+def _messages(settings: Settings) -> DeadMessages:
+    address = BrokerAddress.from_settings(settings)
+    return DeadMessages(address, settings.broker_connect_timeout_seconds)
+
+
+def _picked(messages: DeadMessages, wanted: str) -> Delivery:
+    found = messages.all()
+    if wanted not in found:
+        raise UsageError(f"no dead message is {wanted}; `keepwarm dead list` shows them")
+    return found[wanted]
+
+
+def _claims(
+    settings: Settings, wanted: str, claim_ids: Sequence[str]
+) -> tuple[Store, Run, Sequence[DeadRow]]:
+    """Dead claims of a run. Raises StoreError when there are none, or an id is not among them."""
+    database = Store.open(settings, create=False)
+    known = find_run(database, wanted)
+    rows = dead_claims(database, known, claim_ids)
+    missing = set(claim_ids) - {row.claim.claim_id for row in rows}
+    if missing or not rows or known.run is None:
+        what = ", ".join(sorted(missing)) or "any claim"
+        raise StoreError(f"{known.run_id} does not have {what} among its dead claims")
+    return database, known.run, rows
+
+
+def _publish(settings: Settings, run: Run, rows: Sequence[DeadRow], submission_id: str) -> None:
+    declares = Declares("if-missing", (run.context.context_id,))
+    with Publisher(
+        BrokerAddress.from_settings(settings),
+        "dead-retry",
+        window=settings.publish_window,
+        declares=declares,
+    ).open(settings.broker_connect_timeout_seconds) as publisher:
+        for number, some in groupby(
+            enumerate(rows), key=lambda indexed: indexed[0] // settings.batch_size
+        ):
+            batch = ClaimBatch(
+                run=run,
+                submission_id=submission_id,
+                batch_id=f"{submission_id}-{number}",
+                claims=tuple(row.claim for _, row in some),
+            )
+            publisher.publish(
+                Outgoing.of(
+                    batch,
+                    topology.CLAIMS_EXCHANGE,
+                    topology.claims_queue(run.context.context_id),
+                    message_id=f"{run.run_id}/{batch.batch_id}",
+                )
+            )
+        publisher.flush(_FLUSH_SECONDS)

@@ -1,0 +1,90 @@
+"""Where the store is: an SQLAlchemy engine for SQLite or PostgreSQL, opened with care."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError
+
+from services.contracts import Settings
+from services.contracts.errors import StoreError, UsageError
+
+_SQLITE_CACHE_KIB = 16_384
+_BUSY_SECONDS = 30
+
+
+def open_engine(settings: Settings, *, create: bool) -> Engine:
+    """Raises UsageError when the URL is none, StoreError when an SQLite file cannot be used."""
+    url = _checked_url(settings)
+    if url.get_backend_name() == "sqlite":
+        _prepare_sqlite_file(url, create=create)
+        engine = create_engine(url, connect_args={"timeout": _BUSY_SECONDS}, paramstyle="named")
+        event.listen(engine, "connect", _set_up_sqlite)
+        return engine
+    return create_engine(
+        url,
+        connect_args={"connect_timeout": _BUSY_SECONDS, "application_name": "keepwarm"},
+        pool_pre_ping=True,
+    )
+
+
+def _checked_url(settings: Settings) -> URL:
+    text = settings.store
+    if "://" not in text:
+        return URL.create("sqlite", database=text)
+    try:
+        url = make_url(text)
+    except (ArgumentError, ValueError) as error:
+        raise UsageError(
+            "the store's URL is unusable; write a file's path, sqlite:///FILE, or "
+            "postgresql://user@host/database"
+        ) from error
+    if url.get_backend_name() == "sqlite":
+        return url
+    if url.get_backend_name() != "postgresql":
+        raise UsageError(
+            f"the store must be SQLite or PostgreSQL, not {url.get_backend_name()}; see "
+            "docs/settings.md"
+        )
+    password = settings.secret("store") or url.password
+    return url.set(drivername="postgresql+psycopg", password=password)
+
+
+def shown(url: URL) -> str:
+    """Without a password, wherever in the URL it stands."""
+    return url.set(query={}).render_as_string(hide_password=True)
+
+
+def _prepare_sqlite_file(url: URL, *, create: bool) -> None:
+    if not url.database or url.database == ":memory:":
+        raise UsageError("the store needs a file: sqlite:///FILE; memory would forget it all")
+    path = Path(url.database)
+    try:
+        if not path.exists():
+            if not create:
+                raise StoreError(
+                    f"there is no store at {path}; name the one that you mean with --store or "
+                    "KEEPWARM_STORE_URL (after `keepwarm run` it is keepwarm.sqlite in its "
+                    "output directory)"
+                )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)
+        with path.open("r+b"):
+            pass
+    except OSError as error:
+        raise StoreError(
+            f"the store {path} cannot be written by user {os.geteuid()}: {error.strerror}; mend "
+            "its permissions, or name another with --store"
+        ) from error
+
+
+def _set_up_sqlite(connection: Any, _: Any) -> None:
+    # A write-ahead log lets `status` read while the collector writes. FULL: what is committed
+    # survives a power cut, for it is acknowledged to the broker right after.
+    for pragma in (
+        "journal_mode = WAL",
+        "synchronous = FULL",
+        f"cache_size = -{_SQLITE_CACHE_KIB}",
+    ):
+        connection.execute(f"PRAGMA {pragma}")

@@ -1,0 +1,14 @@
+"""The one rule for trying again: wait longer each time, never too long, and never all at once."""
+
+import random
+
+
+def growing_pause(failures: int, *, first_seconds: float, longest_seconds: float) -> float:
+    """Seconds to wait after this many failures in a row (1 is the first).
+
+    The bound doubles with each failure. Half of it is kept and half is drawn: those who failed
+    together do not come back together ("equal jitter"; Brooker, Exponential Backoff And Jitter,
+    AWS Architecture Blog, 2015).
+    """
+    bound = min(longest_seconds, first_seconds * 2.0 ** min(max(failures, 1) - 1, 32))
+    return bound / 2 + random.uniform(0, bound / 2)

@@ -1,0 +1,148 @@
+"""A batch in a worker's hands, from its delivery until every claim of it is accounted for."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
+
+from services.broker import Consumer, Delivery, Outgoing, Publisher
+from services.contracts import Claim, ClaimBatch, DeadClaim, Verdict, VerdictBatch, topology
+from services.contracts.bounds import MAX_DETAIL_CHARS
+from services.contracts.errors import MessageInvalid
+from services.gpu_worker.inference import Outcome, Refusal
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """Who answers."""
+
+    worker_id: str
+    device: str
+
+
+class BatchInHand:
+    """Remembers what became of each claim; at the end tells the broker all of it at once.
+
+    `open` maps the places of claims without an outcome to the failures of an engine that they were
+    part of.
+    """
+
+    def __init__(self, delivery: Delivery) -> None:
+        """Raises MessageInvalid when the delivery is not a batch of claims."""
+        self.delivery = delivery
+        self.batch = delivery.message(ClaimBatch)
+        self.open = dict.fromkeys(range(len(self.batch.claims)), delivery.failures)
+        self._verdicts: list[Verdict] = []
+        self._dead: list[tuple[Claim, Refusal, int]] = []
+        self._engine_seconds = 0.0
+
+    @property
+    def suspect(self) -> bool:
+        """Whether an engine has failed with these claims before."""
+        return any(self.open.values())
+
+    def claims(self, places: Sequence[int]) -> list[Claim]:
+        return [self.batch.claims[place] for place in places]
+
+    def note(self, places: Sequence[int], outcome: Outcome) -> None:
+        """Take in what became of the claims at `places`, in the order they were asked in."""
+        self._engine_seconds += outcome.engine_seconds
+        for index, verdict in outcome.verdicts.items():
+            del self.open[places[index]]
+            self._verdicts.append(verdict)
+        for index, refusal in outcome.refused.items():
+            self.bury(places[index], refusal)
+
+    def blame(self, places: Sequence[int], *, alone: bool = False) -> None:
+        """An engine failed with those of the claims that are open still. In company that makes them
+        suspects, however often it happens; only what they do `alone` counts against them.
+        """
+        for place in places:
+            if place in self.open:
+                self.open[place] = self.open[place] + 1 if alone else max(1, self.open[place])
+
+    def bury(self, place: int, refusal: Refusal) -> None:
+        self._dead.append((self.batch.claims[place], refusal, self.open.pop(place)))
+
+    def settle(self, consumer: Consumer, publisher: Publisher, signature: Signature) -> None:
+        """Publish verdicts and dead claims, return the rest as a smaller batch, and acknowledge
+        once the broker has confirmed all of them. A batch that nothing happened to goes back whole.
+        """
+        messages = list(self._messages(signature))
+        unconfirmed = len(messages)
+        if not messages:
+            consumer.give_back([self.delivery])
+            return
+
+        def confirmed() -> None:  # on the publisher's thread, one at a time
+            nonlocal unconfirmed
+            unconfirmed -= 1
+            if unconfirmed == 0:
+                consumer.acknowledge([self.delivery])
+
+        batch = f"{self.batch.run.run_id}/{self.batch.batch_id}/{self.delivery.attempt}"
+        for number, message in enumerate(messages):
+            publisher.publish(
+                replace(message, message_id=f"{batch}/{number}", on_confirmed=confirmed)
+            )
+
+    def _messages(self, signature: Signature) -> Iterator[Outgoing]:
+        for claim, refusal, failures in self._dead:
+            yield self._dead_claim(claim, refusal, failures, signature)
+        yield from _fitting(self._verdicts, lambda some: self._verdict_batch(some, signature))
+        if self.open == dict.fromkeys(range(len(self.batch.claims)), self.delivery.failures):
+            return  # untouched
+        for failures in sorted(set(self.open.values())):
+            places = [place for place, count in self.open.items() if count == failures]
+            yield from _fitting(self.claims(places), partial(self._rest, failures=failures))
+
+    def _dead_claim(
+        self, claim: Claim, refusal: Refusal, failures: int, signature: Signature
+    ) -> Outgoing:
+        dead = DeadClaim(
+            run_id=self.batch.run.run_id,
+            claim=claim,
+            reason=refusal.reason,
+            detail=refusal.detail[:MAX_DETAIL_CHARS].replace("\0", ""),
+            worker_id=signature.worker_id,
+            attempt=self.delivery.attempt,
+            failures=failures,
+        )
+        return Outgoing.of(dead, topology.DEAD_EXCHANGE, topology.DEAD_CLAIMS_QUEUE)
+
+    def _verdict_batch(self, verdicts: Sequence[Verdict], signature: Signature) -> Outgoing:
+        batch = VerdictBatch(
+            run_id=self.batch.run.run_id,
+            batch_id=self.batch.batch_id,
+            labels=self.batch.run.prompt.label_names,
+            verdicts=tuple(verdicts),
+            worker_id=signature.worker_id,
+            device=signature.device,
+            attempt=self.delivery.attempt,
+            engine_seconds=self._engine_seconds,
+        )
+        return Outgoing.of(batch, topology.VERDICTS_EXCHANGE, topology.VERDICTS_QUEUE)
+
+    def _rest(self, claims: Sequence[Claim], failures: int) -> Outgoing:
+        return Outgoing.of(
+            self.batch.model_copy(update={"claims": tuple(claims)}),
+            topology.RETURNS_EXCHANGE,
+            topology.RETURNS_QUEUE,
+            headers={topology.FAILURES_HEADER: failures},
+        )
+
+
+def _fitting(items: Sequence[T], build: Callable[[Sequence[T]], Outgoing]) -> Iterator[Outgoing]:
+    """As few messages as can carry the items: one, unless that is over the bound of a message."""
+    if not items:
+        return
+    try:
+        yield build(items)
+    except MessageInvalid:
+        if len(items) == 1:
+            raise
+        middle = len(items) // 2
+        yield from _fitting(items[:middle], build)
+        yield from _fitting(items[middle:], build)

@@ -1,0 +1,119 @@
+"""A PostgreSQL server of a test's own, which can be stopped and started like a machine's."""
+
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Self
+
+_PATIENCE_SECONDS = 60.0
+
+
+class PostgreSQL:
+    """Listens on a socket in a directory of its own, and nowhere else. Use it as a context manager.
+
+    The server is a direct child of ours, which dies when we do. Its directory is not one of
+    pytest's: when another pytest starts, it closes their common parent to all other users, and
+    PostgreSQL, which refuses to run as root, would be shut out of its own data.
+    """
+
+    def __init__(self) -> None:
+        """Raises FileNotFoundError where the server is not installed."""
+        programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
+        if not programs:
+            raise FileNotFoundError("/usr/lib/postgresql/*/bin/postgres")
+        self._programs = programs[-1].parent
+        self._directory = Path(tempfile.mkdtemp(prefix="keepwarm-pg-"))
+        self._data = self._directory / "data"
+        self._log = self._directory / "log"
+        self._become: list[str] = []
+        self._databases = 0
+        self._server: subprocess.Popen[bytes] | None = None
+        if os.geteuid() == 0:
+            user = pwd.getpwnam("postgres")
+            os.chown(self._directory, user.pw_uid, user.pw_gid)
+            self._become = [
+                *("setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"),
+                "--pdeathsig=QUIT",
+            ]
+
+    def new_database(self) -> str:
+        """The URL of a database with nothing in it."""
+        self._databases += 1
+        name = f"keepwarm{self._databases}"
+        self._run("createdb", "-h", str(self._directory), "-U", "keepwarm", name)
+        return f"postgresql://keepwarm@/{name}?host={self._directory}"
+
+    def __enter__(self) -> Self:
+        try:
+            self._run("initdb", "-D", str(self._data), "-U", "keepwarm", "--auth=trust", "-N")
+            self.start()
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._remove()
+
+    def start(self) -> None:
+        """Start it, and wait until it takes connections."""
+        with self._log.open("ab") as log:
+            self._server = subprocess.Popen(
+                [
+                    *(*self._become, str(self._programs / "postgres"), "-D", str(self._data)),
+                    *("-k", str(self._directory), "-c", "listen_addresses=", "-c", "fsync=off"),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self._directory,
+            )
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while not self._is_ready():
+            code = self._server.poll()
+            if code is not None or time.monotonic() > deadline:
+                raise AssertionError(f"PostgreSQL did not start ({code}):\n{self.log}")
+            time.sleep(0.05)
+
+    def stop(self, how: signal.Signals = signal.SIGQUIT) -> None:
+        """End it: SIGQUIT is its immediate shutdown, as in a crash, SIGINT its fast one."""
+        if self._server is None:
+            return
+        self._server.send_signal(how)
+        try:
+            self._server.wait(_PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._server.kill()
+            self._server.wait()
+            raise AssertionError(f"PostgreSQL did not stop:\n{self.log}") from None
+        finally:
+            self._server = None
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
+
+    def _is_ready(self) -> bool:
+        asked = [str(self._programs / "pg_isready"), "-q", "-h", str(self._directory)]
+        return subprocess.run(asked, check=False).returncode == 0
+
+    def _run(self, program: str, *arguments: str) -> None:
+        done = subprocess.run(
+            [*self._become, str(self._programs / program), *arguments],
+            cwd=self._directory,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{program}: {done.stdout}{done.stderr}"
+
+    def _remove(self) -> None:
+        try:
+            self.stop()
+        finally:
+            shutil.rmtree(self._directory, ignore_errors=True)

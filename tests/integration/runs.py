@@ -1,0 +1,112 @@
+"""A run of the samples as tests see it: sent, answered, and looked at in the store."""
+
+import json
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import create_engine, text
+
+from services.collector import RunStatus, Store, run_status
+from services.contracts import load_settings
+from tests.conftest import REPOSITORY, sample_lines
+from tests.integration.conftest import Command, wait_until
+
+Start = Callable[..., Command]
+CLAIMS = str(REPOSITORY / "samples" / "claims.jsonl")
+SLOWLY = {"TEST_ENGINE_CLAIM_SECONDS": "0.02"}
+
+
+def sqlalchemy_url(environment: dict[str, str]) -> str:
+    url = environment["KEEPWARM_STORE_URL"]
+    return url.replace("postgresql:", "postgresql+psycopg:") if "://" in url else f"sqlite:///{url}"
+
+
+def submit(command: Start, file: str | Path = CLAIMS, *arguments: str, **variables: str) -> str:
+    """Publish a file in batches of 16; the run's id."""
+    submitting = command("submit", str(file), "--batch-size", "16", *arguments, **variables)
+    assert submitting.wait() == 0, submitting.output
+    return submitting.lines[-1].strip()
+
+
+def outcomes(environment: dict[str, str]) -> list[tuple[str, str | None, str | None]]:
+    """Claim id, label and reason of every outcome in the store."""
+    engine = create_engine(sqlalchemy_url(environment))
+    try:
+        with engine.connect() as connection:
+            rows = connection.execute(text("SELECT claim_id, label, reason FROM outcomes")).all()
+        return [tuple(row) for row in rows]
+    finally:
+        engine.dispose()
+
+
+def status_of(environment: dict[str, str], run_id: str) -> RunStatus | None:
+    store = Store.open(load_settings(store_url=environment["KEEPWARM_STORE_URL"]))
+    try:
+        return run_status(store, run_id)
+    finally:
+        store.close()
+
+
+def wait_for_the_first_verdicts(collecting: Command, environment: dict[str, str]) -> None:
+    collecting.said("broker.connected")  # by then it has made the store's tables
+    wait_until(lambda: outcomes(environment), "the first verdicts")
+
+
+def end_well(*services: Command) -> None:
+    """SIGTERM; they lived until now, and end in order."""
+    for service in services:
+        assert service.process.poll() is None, service.output
+        service.signal(signal.SIGTERM)
+    for service in services:
+        assert service.wait() == 0, service.output
+
+
+def assert_complete(environment: dict[str, str], run_id: str, ids: list[str] | None = None) -> None:
+    """Each claim (the samples', unless told otherwise) has one verdict, and is counted once."""
+    wanted = sorted(ids or [row["id"] for row in sample_lines()])
+    found = outcomes(environment)
+    assert sorted(claim_id for claim_id, _, _ in found) == wanted
+    assert all(label for _, label, _ in found)
+    status = status_of(environment, run_id)
+    assert status is not None
+    assert (status.total, status.done, status.dead) == (len(wanted), len(wanted), 0)
+
+
+@dataclass
+class UnderWay:
+    """A run in the midst of being answered and collected."""
+
+    run_id: str
+    collecting: Command
+    worker: Command
+    environment: dict[str, str]
+
+    @property
+    def services(self) -> tuple[Command, Command]:
+        return self.collecting, self.worker
+
+    def completes(self) -> None:
+        """It does, with each claim once, and the worker that lived through it all ends well."""
+        assert self.collecting.wait() == 0, self.collecting.output
+        assert_complete(self.environment, self.run_id)
+        end_well(self.worker)
+
+
+def go_on(command: Start, environment: dict[str, str], run_id: str, **variables: str) -> UnderWay:
+    """Answer and collect a run that was sent, as far as the first verdicts in the store."""
+    collecting = command("collect", "--until", run_id, **variables)
+    worker = command("worker", **{**SLOWLY, **variables})
+    wait_for_the_first_verdicts(collecting, environment)
+    return UnderWay(run_id, collecting, worker, environment)
+
+
+def begin(command: Start, environment: dict[str, str], **variables: str) -> UnderWay:
+    """Send the samples, and go on."""
+    return go_on(command, environment, submit(command), **variables)
+
+
+def write_claims(file: Path, lines: list[dict[str, str]]) -> Path:
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return file

@@ -1,0 +1,284 @@
+"""The broker and the way to it fail in the midst of a run; each claim has one outcome all the same.
+
+Everything is real but the model: a RabbitMQ node of this module's own, the commands as processes,
+and a proxy where the network fails.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from services.broker import PrivateNode
+from services.broker.topology import quorum_arguments
+from services.contracts import ContextSpec, Settings, topology
+from services.gpu_worker import pin_model
+from tests.integration.conftest import (
+    delete_queues,
+    messages_in,
+    plain_connection,
+    wait_until,
+)
+from tests.integration.runs import (
+    CLAIMS,
+    SLOWLY,
+    Start,
+    UnderWay,
+    assert_complete,
+    begin,
+    end_well,
+    go_on,
+    status_of,
+    submit,
+)
+from tests.proxy import Proxy
+
+# RabbitMQ 3.10.8 loses a quorum queue when its node is killed within seconds of its creation.
+YOUNG_QUEUE_SECONDS = 7.0
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateNode]:
+    """A node that may be killed."""
+    with PrivateNode(tmp_path_factory.mktemp("faults") / "node") as running:
+        yield running
+
+
+@pytest.fixture
+def old_queues(broker: Settings) -> Callable[[], None]:
+    """Waits until the queues are old enough to outlive their node's violent end."""
+    made = time.monotonic()
+    return lambda: time.sleep(max(0.0, made + YOUNG_QUEUE_SECONDS - time.monotonic()))
+
+
+@pytest.fixture
+def proxy(node: PrivateNode) -> Iterator[Proxy]:
+    with Proxy(node.port) as running:
+        yield running
+
+
+@pytest.fixture
+def claims_queue(small_model: Path) -> str:
+    return topology.claims_queue(pin_model(ContextSpec(model=str(small_model))).context_id)
+
+
+def through(proxy: Proxy) -> dict[str, str]:
+    return {
+        "KEEPWARM_BROKER_URL": f"amqp://keepwarm@127.0.0.1:{proxy.port}/",
+        "KEEPWARM_BROKER_HEARTBEAT_SECONDS": "5",
+    }
+
+
+def is_complete(environment: dict[str, str], run_id: str) -> bool:
+    status = status_of(environment, run_id)
+    return status is not None and status.complete
+
+
+def ended(node: PrivateNode) -> None:
+    """Wait for a node's end, and let go of what is left of it."""
+    wait_until(lambda: not node.alive, "the node's end")
+    node.stop()
+
+
+@pytest.mark.parametrize("end", [psutil.Process.kill, psutil.Process.terminate])
+def test_a_node_that_ends_in_the_midst_of_a_run_is_waited_for_and_nothing_is_lost(
+    command: Start,
+    environment: dict[str, str],
+    node: PrivateNode,
+    old_queues: Callable[[], None],
+    end: Callable[[psutil.Process], None],
+) -> None:
+    run_id = submit(command)
+    old_queues()
+    run = go_on(command, environment, run_id)
+    end(node.process())
+    ended(node)
+    for service in run.services:
+        service.said("broker.waiting")
+    node.start()
+    run.completes()
+    assert sum(service.output.count("broker.connected") for service in run.services) >= 8
+
+
+def test_connections_that_are_reset_again_and_again_lose_nothing(
+    command: Start, environment: dict[str, str], proxy: Proxy
+) -> None:
+    run = begin(command, environment, **through(proxy))
+    for _ in range(4):
+        wait_until(lambda: proxy.connections, "a connection")
+        proxy.cut()
+        time.sleep(0.6)
+    run.completes()
+    for service in run.services:
+        assert "broker.waiting" in service.output
+
+
+def test_a_network_that_swallows_everything_for_a_while_loses_nothing(
+    command: Start, environment: dict[str, str], proxy: Proxy
+) -> None:
+    run = begin(command, environment, **through(proxy))
+    proxy.black_hole()
+    for service in run.services:
+        service.said("broker.waiting")  # the heartbeats are missed
+    time.sleep(5)  # what connects again comes to nothing
+    proxy.heal()
+    run.completes()
+
+
+def test_a_submit_whose_connection_is_reset_in_its_midst_sends_everything(
+    command: Start, environment: dict[str, str], proxy: Proxy, node: PrivateNode, claims_queue: str
+) -> None:
+    submitting = command(
+        *("submit", CLAIMS, "--batch-size", "1"),
+        **through(proxy),
+        KEEPWARM_PUBLISH_WINDOW="1",
+    )
+    wait_until(lambda: messages_in(node, claims_queue) > 10, "some claims sent")
+    proxy.cut()
+    assert submitting.wait() == 0, submitting.output
+    assert "broker.waiting" in submitting.output
+    run = go_on(command, environment, submitting.lines[-1].strip())
+    run.completes()
+
+
+def test_queues_that_are_deleted_under_a_collector_are_made_again(
+    command: Start, environment: dict[str, str], node: PrivateNode
+) -> None:
+    collecting = command("collect")
+    collecting.said("broker.connected", times=2)
+    delete_queues(node, topology.RETURNS_QUEUE, topology.VERDICTS_QUEUE)
+    collecting.said("broker.cancelled")
+    collecting.said("broker.connected", times=3)
+    run_id = submit(command)
+    worker = command("worker")
+    wait_until(lambda: is_complete(environment, run_id), "the run's end")
+    assert_complete(environment, run_id)
+    end_well(worker, collecting)
+
+
+def test_verdicts_that_no_queue_takes_wait_in_the_worker_until_one_does(
+    command: Start, environment: dict[str, str], node: PrivateNode
+) -> None:
+    run_id = submit(command)
+    delete_queues(node, topology.VERDICTS_QUEUE)
+    worker = command("worker", **SLOWLY)
+    worker.said("broker.unroutable", times=3)
+    collecting = command("collect", "--until", run_id)
+    UnderWay(run_id, collecting, worker, environment).completes()
+    assert worker.output.count("broker.connected") == 2  # it held its connection all the while
+
+
+def test_a_worker_whose_claims_queue_is_deleted_waits_for_the_next_producer(
+    command: Start, environment: dict[str, str], node: PrivateNode, claims_queue: str
+) -> None:
+    worker = command("worker", **SLOWLY)
+    worker.said("worker.taking")
+    delete_queues(node, claims_queue)
+    worker.said("broker.cancelled")
+    worker.said("waiting for a producer and a collector to make it")
+    run_id = submit(command)
+    collecting = command("collect", "--until", run_id)
+    UnderWay(run_id, collecting, worker, environment).completes()
+
+
+def test_a_worker_whose_queue_was_deleted_and_made_again_at_once_is_served_again(
+    command: Start, environment: dict[str, str], node: PrivateNode, claims_queue: str
+) -> None:
+    worker = command("worker", **SLOWLY)
+    worker.said("worker.taking")
+    # So fast that RabbitMQ does not tell the consumer, and does not serve it either.
+    connection = plain_connection(node)
+    version = connection._impl.server_properties["version"]
+    arguments = quorum_arguments(version, dead_letters=True)
+    channel = connection.channel()
+    channel.queue_delete(claims_queue)
+    channel.queue_declare(claims_queue, durable=True, arguments=arguments)
+    channel.queue_bind(claims_queue, topology.CLAIMS_EXCHANGE, claims_queue)
+    connection.close()
+    run_id = submit(command)
+    collecting = command("collect", "--until", run_id)
+    UnderWay(run_id, collecting, worker, environment).completes()
+
+
+@pytest.fixture
+def impatient(node: PrivateNode) -> Iterator[None]:
+    """A broker that closes channels whose messages are not acknowledged within three seconds."""
+    keys = {"consumer_timeout": 3_000, "channel_tick_interval": 500}
+    was = {key: node.control("eval", f"application:get_env(rabbit, {key}).") for key in keys}
+    for key, value in keys.items():
+        node.control("eval", f"application:set_env(rabbit, {key}, {value}).")
+    yield
+    for key, value in was.items():
+        number = value.strip().removeprefix("{ok,").removesuffix("}")
+        node.control("eval", f"application:set_env(rabbit, {key}, {number}).")
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_worker_that_held_claims_for_too_long_answers_them_all_the_same(
+    command: Start, environment: dict[str, str]
+) -> None:
+    run = begin(command, environment)
+    engine = next(
+        process
+        for process in run.worker.descendants()
+        if "--uds" in process.cmdline() and "services.leash" not in process.cmdline()
+    )
+    engine.suspend()
+    try:
+        run.worker.said("PRECONDITION_FAILED")
+    finally:
+        engine.resume()
+    run.completes()
+
+
+@pytest.mark.parametrize(
+    ("alarm", "all_clear", "reason"),
+    [
+        (
+            ("set_vm_memory_high_watermark", "absolute", "1000000"),
+            ("set_vm_memory_high_watermark", "0.4"),
+            "memory",
+        ),
+        (("set_disk_free_limit", "1000000GB"), ("set_disk_free_limit", "50MB"), "disk"),
+    ],
+)
+def test_an_alarm_of_the_broker_is_waited_for_and_told_of(
+    command: Start,
+    environment: dict[str, str],
+    node: PrivateNode,
+    alarm: tuple[str, ...],
+    all_clear: tuple[str, ...],
+    reason: str,
+) -> None:
+    run_id = submit(command)
+    run = go_on(command, environment, run_id)
+    node.control(*alarm)
+    try:
+        run.worker.said("broker.blocked")
+        submitting = command("submit", CLAIMS, "--limit", "32", "--batch-size", "8")
+        submitting.said("broker.blocked")
+        assert reason in submitting.output
+        time.sleep(2)
+        assert submitting.process.poll() is None
+        assert run.collecting.process.poll() is None and run.worker.process.poll() is None
+    finally:
+        node.control(*all_clear)
+    assert submitting.wait() == 0, submitting.output
+    assert "broker.unblocked" in submitting.output
+    run.completes()
+
+
+def test_a_claims_queue_of_another_kind_is_refused_with_the_remedy(
+    command: Start, node: PrivateNode, claims_queue: str
+) -> None:
+    delete_queues(node, claims_queue)
+    connection = plain_connection(node)
+    connection.channel().queue_declare(claims_queue, durable=True)
+    connection.close()
+    submitting = command("submit", CLAIMS)
+    assert submitting.wait() == 5
+    assert claims_queue in submitting.output
+    assert "Drain and delete that queue, or use a virtual host of its own" in submitting.output
+    delete_queues(node, claims_queue)

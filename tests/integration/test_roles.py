@@ -1,0 +1,317 @@
+"""`keepwarm broker setup` on a real broker, and what its users then can and cannot do there."""
+
+import gc
+import os
+import stat
+import urllib.error
+import urllib.request
+import warnings
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pika
+import psutil
+import pytest
+from pika.adapters.blocking_connection import BlockingChannel
+from pika.exceptions import AMQPConnectionError, ChannelClosedByBroker
+
+from services.broker import PrivateNode
+from services.broker.topology import quorum_arguments
+from services.contracts import topology as names
+from tests.integration.conftest import Command, wait_until
+
+ROLES = ("producer", "worker", "collector", "operator")
+VHOST = "keepwarm"
+CLAIMS = names.claims_queue("ctx-roles")
+BOUND = {
+    names.DEAD_MESSAGES_QUEUE: names.DEAD_EXCHANGE,
+    names.DEAD_CLAIMS_QUEUE: names.DEAD_EXCHANGE,
+    names.RETURNS_QUEUE: names.RETURNS_EXCHANGE,
+    names.VERDICTS_QUEUE: names.VERDICTS_EXCHANGE,
+    names.RUNS_QUEUE: names.RUNS_EXCHANGE,
+    CLAIMS: names.CLAIMS_EXCHANGE,
+}
+Act = Callable[[BlockingChannel], object]
+
+
+class Broker:
+    """A node with the management API, set up once by the real command."""
+
+    def __init__(self, node: PrivateNode, secrets: Path) -> None:
+        self.node = node
+        self.secrets = secrets
+        self.management = f"http://127.0.0.1:{node.management_port}"
+        self.seen: set[str] = set()
+        """Every command line that was to be seen while a set-up ran."""
+
+    def setup(self, *flags: str, password: str | None = None) -> tuple[int, str]:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("KEEPWARM_")}
+        environment["KEEPWARM_BROKER_ADMIN_PASSWORD"] = password or self.node.password
+        running = Command(
+            environment,
+            *("broker", "setup", "--management", self.management, "--admin", "keepwarm"),
+            *("--secrets", str(self.secrets), *flags),
+        )
+        try:
+            while running.process.poll() is None:
+                self.look_at_processes(running.process.pid)
+            return running.wait(), running.output
+        finally:
+            running.end()
+
+    def look_at_processes(self, pid: int) -> None:
+        try:
+            setup = psutil.Process(pid)
+            for process in (setup, *setup.children(recursive=True)):
+                self.seen.add(" ".join(process.cmdline()))
+        except psutil.Error:
+            pass
+
+    def password(self, role: str) -> str:
+        return (self.secrets / f"{role}.password").read_text().strip()
+
+    def connection(
+        self, user: str, password: str, virtual_host: str = VHOST
+    ) -> pika.BlockingConnection:
+        return pika.BlockingConnection(
+            pika.ConnectionParameters(
+                "127.0.0.1", self.node.port, virtual_host, pika.PlainCredentials(user, password)
+            )
+        )
+
+    def lets_in(self, role: str, password: str, virtual_host: str = VHOST) -> bool:
+        with warnings.catch_warnings():
+            # pika leaves its sockets open where it is not let in.
+            warnings.simplefilter("ignore", ResourceWarning)
+            try:
+                self.connection(f"{VHOST}-{role}", password, virtual_host).close()
+            except AMQPConnectionError:
+                gc.collect()
+                return False
+        return True
+
+    def may(self, role: str, act: Act) -> bool:
+        """Whether the broker lets a role do it: True, or False for ACCESS_REFUSED alone."""
+        connection = self.connection(f"{VHOST}-{role}", self.password(role))
+        channel = connection.channel()
+        channel.confirm_delivery()
+        try:
+            act(channel)
+        except ChannelClosedByBroker as closed:
+            assert closed.reply_code == 403, closed
+            return False
+        finally:
+            connection.close()
+        return True
+
+    def http_status(self, role: str, method: str, path: str) -> int:
+        credentials = b64encode(f"{VHOST}-{role}:{self.password(role)}".encode()).decode()
+        request = urllib.request.Request(
+            f"{self.management}/api/{path}",
+            method=method,
+            headers={"Authorization": f"Basic {credentials}"},
+            data=b'{"password": "x", "tags": ""}' if method == "PUT" else None,
+        )
+        try:
+            with urllib.request.urlopen(request) as response:
+                return response.status
+        except urllib.error.HTTPError as error:
+            error.close()
+            return error.code
+
+
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    directory = tmp_path_factory.mktemp("roles")
+    with PrivateNode(directory / "node", plugins=["rabbitmq_management"]) as node:
+        broker = Broker(node, directory / "secrets")
+        wait_until(lambda: _answers(broker.management), "the management API")
+        code, output = broker.setup()
+        assert code == 0, output
+        with broker.connection("keepwarm", node.password) as connection:
+            declare_everything(connection.channel())
+        yield broker
+
+
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url).close()
+    except OSError:
+        return False
+    return True
+
+
+def declare_everything(channel: BlockingChannel) -> None:
+    """As an administrator, or as whoever has the right to."""
+    for exchange in set(BOUND.values()):
+        channel.exchange_declare(exchange, "direct", durable=True)
+    channel.exchange_declare(names.NOTICES_EXCHANGE, "fanout", durable=True)
+    for queue in BOUND:
+        declare_queue(queue)(channel)
+
+
+def declare_queue(queue: str, exchange: str | None = None) -> Act:
+    def act(channel: BlockingChannel) -> None:
+        version = channel.connection._impl.server_properties["version"]
+        letters = queue != names.DEAD_MESSAGES_QUEUE
+        arguments = quorum_arguments(version, dead_letters=letters)
+        channel.queue_declare(queue, durable=True, arguments=arguments)
+        channel.queue_bind(queue, exchange or BOUND[queue], queue)
+
+    return act
+
+
+def publish(exchange: str, routing_key: str = "") -> Act:
+    return lambda channel: channel.basic_publish(exchange, routing_key, b"{}")
+
+
+def consume(queue: str) -> Act:
+    return lambda channel: channel.basic_consume(queue, lambda *_: None)
+
+
+def own_notices(channel: BlockingChannel) -> None:
+    queue = names.notices_queue("node-1")
+    channel.queue_declare(queue, exclusive=True, auto_delete=True)
+    channel.queue_bind(queue, names.NOTICES_EXCHANGE)
+    channel.basic_consume(queue, lambda *_: None)
+
+
+ACTS: dict[str, Act] = {
+    "publish claims": publish(names.CLAIMS_EXCHANGE, CLAIMS),
+    "publish runs": publish(names.RUNS_EXCHANGE, names.RUNS_QUEUE),
+    "publish verdicts": publish(names.VERDICTS_EXCHANGE, names.VERDICTS_QUEUE),
+    "publish returns": publish(names.RETURNS_EXCHANGE, names.RETURNS_QUEUE),
+    "publish dead claims": publish(names.DEAD_EXCHANGE, names.DEAD_CLAIMS_QUEUE),
+    "publish notices": publish(names.NOTICES_EXCHANGE),
+    "publish by the default exchange": publish("", CLAIMS),
+    "publish by amq.direct": publish("amq.direct", CLAIMS),
+    "consume claims": consume(CLAIMS),
+    "consume returns": consume(names.RETURNS_QUEUE),
+    "consume verdicts": consume(names.VERDICTS_QUEUE),
+    "consume runs": consume(names.RUNS_QUEUE),
+    "consume dead claims": consume(names.DEAD_CLAIMS_QUEUE),
+    "consume dead messages": consume(names.DEAD_MESSAGES_QUEUE),
+    "hear notices": own_notices,
+    "see whether there are notices": lambda channel: channel.exchange_declare(
+        names.NOTICES_EXCHANGE, passive=True
+    ),
+    "see a claims queue": lambda channel: channel.queue_declare(CLAIMS, passive=True),
+    "make a claims queue": declare_queue("claims.ctx-new", names.CLAIMS_EXCHANGE),
+    "make the fixed topology": declare_everything,
+    "make a queue of another name": lambda channel: channel.queue_declare("mine"),
+    "make a queue without a name": lambda channel: channel.queue_declare("", exclusive=True),
+    "copy claims to itself": lambda channel: (
+        channel.queue_declare("notices.spy", exclusive=True),
+        channel.queue_bind("notices.spy", names.CLAIMS_EXCHANGE, CLAIMS),
+    ),
+    "forge claims by a dead letter": lambda channel: channel.queue_declare(
+        "notices.forge",
+        exclusive=True,
+        arguments={"x-dead-letter-exchange": "", "x-dead-letter-routing-key": CLAIMS},
+    ),
+    "unbind verdicts": lambda channel: channel.queue_unbind(
+        names.VERDICTS_QUEUE, names.VERDICTS_EXCHANGE, "none"
+    ),
+    "purge claims": lambda channel: channel.queue_purge(CLAIMS),
+    "purge verdicts": lambda channel: channel.queue_purge(names.VERDICTS_QUEUE),
+    "delete a claims queue": lambda channel: channel.queue_delete(CLAIMS, if_empty=False),
+}
+ANYBODY = {"see whether there are notices", "see a claims queue"}
+MAY = {
+    "producer": {
+        *("publish claims", "publish runs", "make a claims queue"),
+        # Because it declares queues, which dead-letter: RabbitMQ has no smaller rights.
+        *("publish dead claims", "consume claims", "purge claims", "delete a claims queue"),
+    },
+    "worker": {
+        *("publish verdicts", "publish returns", "publish dead claims"),
+        *("consume claims", "hear notices"),
+        # Because it consumes them: who may take all claims may throw them away as well.
+        "purge claims",
+    },
+    "collector": {
+        *("publish claims", "publish dead claims", "publish notices", "make a claims queue"),
+        *("consume returns", "consume verdicts", "consume runs", "consume dead claims"),
+        *("make the fixed topology", "unbind verdicts"),
+        # Because it declares them, as above.
+        *("consume claims", "purge claims", "purge verdicts", "delete a claims queue"),
+    },
+    "operator": ACTS.keys()
+    - {
+        *("publish by the default exchange", "publish by amq.direct"),
+        *("make a queue of another name", "make a queue without a name"),
+        "forge claims by a dead letter",
+    },
+}
+
+
+@pytest.fixture
+def topology(broker: Broker) -> Iterator[None]:
+    yield
+    with broker.connection("keepwarm", broker.node.password) as connection:
+        declare_everything(connection.channel())
+
+
+@pytest.mark.usefixtures("topology")
+@pytest.mark.parametrize("role", ROLES)
+def test_each_role_may_do_what_it_is_for_and_nothing_else(role: str, broker: Broker) -> None:
+    assert {name for name, act in ACTS.items() if broker.may(role, act)} == MAY[role] | ANYBODY
+
+
+def test_another_virtual_host_is_closed_to_every_role(broker: Broker) -> None:
+    for role in ROLES:
+        assert broker.lets_in(role, broker.password(role))
+        assert not broker.lets_in(role, broker.password(role), "/")
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_no_role_can_make_users_or_give_itself_rights(role: str, broker: Broker) -> None:
+    assert broker.http_status(role, "PUT", "users/mallory") == 401
+    assert broker.http_status(role, "PUT", f"permissions/{VHOST}/{VHOST}-{role}") == 401
+    assert broker.http_status(role, "GET", "users") == 401
+
+
+def test_only_the_operator_sees_the_management_pages(broker: Broker) -> None:
+    seen = {role: broker.http_status(role, "GET", "queues") for role in ROLES}
+    assert seen == {"producer": 401, "worker": 401, "collector": 401, "operator": 200}
+
+
+def test_again_it_keeps_every_password_and_renews_them_only_when_told(broker: Broker) -> None:
+    before = {role: broker.password(role) for role in ROLES}
+    assert broker.setup()[0] == 0
+    for role in ROLES:
+        assert broker.password(role) == before[role]
+        assert broker.lets_in(role, before[role])
+    assert broker.setup("--renew")[0] == 0
+    for role in ROLES:
+        assert broker.lets_in(role, broker.password(role))
+        assert not broker.lets_in(role, before[role])
+
+
+def test_no_password_is_shown_or_on_a_command_line(broker: Broker) -> None:
+    code, output = broker.setup()
+    assert code == 0
+    assert f"KEEPWARM_BROKER_URL=amqp://keepwarm-worker@127.0.0.1:{broker.node.port}/" in output
+    assert any("broker setup" in line for line in broker.seen)
+    for password in (broker.node.password, *(broker.password(role) for role in ROLES)):
+        assert password not in output
+        assert not any(password in line for line in broker.seen)
+    assert stat.S_IMODE(broker.secrets.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(file.stat().st_mode) for file in broker.secrets.iterdir()} == {0o600}
+
+
+def test_a_wrong_administrators_password_ends_with_5_and_the_next_step(broker: Broker) -> None:
+    code, output = broker.setup(password="hunter2")
+    assert code == 5
+    assert "KEEPWARM_BROKER_ADMIN_PASSWORD" in output
+    assert "hunter2" not in output
+
+
+def test_who_is_no_administrator_is_told_so(broker: Broker) -> None:
+    for role in ("worker", "operator"):
+        user = f"{VHOST}-{role}"
+        flags = ("--admin", user, "--vhost", "other")
+        code, output = broker.setup(*flags, password=broker.password(role))
+        assert code == 5
+        assert f"rabbitmqctl set_user_tags {user} administrator" in output
