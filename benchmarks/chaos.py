@@ -37,11 +37,10 @@ from rich.table import Table
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from tests.proxy import Proxy  # noqa: E402
-
 from services.broker import PrivateNode  # noqa: E402
 from services.contracts import topology  # noqa: E402
 from services.contracts.errors import BrokerError  # noqa: E402
+from tests.proxy import Proxy  # noqa: E402
 
 MODEL = REPOSITORY / ".models" / "SmolLM2-135M-Instruct"
 FEVER = REPOSITORY.parent / "shared" / "data" / "fever_labelled_dev.jsonl"

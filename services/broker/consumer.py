@@ -20,6 +20,7 @@ from services.contracts.wire import CONTENT_TYPE, Message, decode
 _DELIVERY_COUNT = "x-delivery-count"
 _LOOK_SECONDS = 15.0
 _MOST_REASON_CHARS = 1_000
+_MOST_FAILURES = 1_000_000
 
 M = TypeVar("M", bound=Message)
 
@@ -60,7 +61,7 @@ class Delivery:
     def failures(self) -> int:
         """Failures of an engine that its claims were part of. Raises MessageInvalid."""
         count = self.headers.get(topology.FAILURES_HEADER, 0)
-        if not isinstance(count, int) or not 0 <= count < 2**31:
+        if not isinstance(count, int) or not 0 <= count < _MOST_FAILURES:
             raise MessageInvalid(f"its header {topology.FAILURES_HEADER} is no count")
         return count
 
@@ -163,7 +164,10 @@ class Consumer(Link):
         channel.basic_qos(prefetch_count=self._prefetch)
         steps = [*map(self._consume, self._queues)]
         if self._on_notice is not None:
-            steps += [*listen_to_notices(self._listener), self._consume_notices]
+            # A name for each connection: after a network failed, the broker may hold the old
+            # connection, and the queue that is its own, for some time.
+            queue = topology.notices_queue(f"{self._listener}.{self._epoch}")
+            steps += [*listen_to_notices(queue), self._consume_notices(queue)]
         run_in_order(channel, iter(steps), self._in_service)
         self._look_later(self._epoch)
 
@@ -173,11 +177,11 @@ class Consumer(Link):
             name, self._on_message, consumer_tag=name, callback=done
         )
 
-    def _consume_notices(self, channel: Channel, done: Callable[[Any], None]) -> None:
+    def _consume_notices(self, name: str) -> Any:
         assert self._on_notice is not None
         hear = self._on_notice
-        channel.basic_consume(
-            topology.notices_queue(self._listener),
+        return lambda channel, done: channel.basic_consume(
+            name,
             lambda _channel, _method, _properties, body: hear(body),
             auto_ack=True,
             callback=done,

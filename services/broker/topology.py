@@ -121,9 +121,8 @@ def run_in_order(channel: Channel, steps: Iterator[Step], done: Callable[[], Non
     advance()
 
 
-def listen_to_notices(listener: str) -> Sequence[Step]:
-    """Steps that give a listener its own queue of notices, which goes when its connection does."""
-    queue = names.notices_queue(listener)
+def listen_to_notices(queue: str) -> Sequence[Step]:
+    """Steps that make a queue of notices, which goes when its connection does."""
     return (
         lambda channel, done: channel.queue_declare(queue, exclusive=True, callback=done),
         lambda channel, done: channel.queue_bind(queue, names.NOTICES_EXCHANGE, callback=done),

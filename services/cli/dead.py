@@ -4,6 +4,7 @@ import secrets
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Annotated
+from unicodedata import category
 
 import typer
 from rich.console import Console
@@ -12,8 +13,17 @@ from rich.text import Text
 
 from services.broker import BrokerAddress, Declares, Delivery, Outgoing, Publisher
 from services.broker.dead_messages import MAX_SHOWN, DeadMessages, origin, reason
+from services.cli.logs import configure_logs
 from services.cli.options import BrokerOption, StoreOption
-from services.collector import DeadRow, Store, dead_claims, drop_dead, find_run, reopen_dead
+from services.collector import (
+    DeadRow,
+    KnownRun,
+    Store,
+    dead_claims,
+    drop_dead,
+    find_run,
+    reopen_dead,
+)
 from services.contracts import ClaimBatch, Run, Settings, load_settings, topology
 from services.contracts.errors import StoreError, UsageError
 
@@ -39,21 +49,22 @@ def show(
 ) -> None:
     """Show all that is known of one: `dead show RUN CLAIM`, or `dead show msg-…`."""
     settings = load_settings(broker_url=broker, store_url=store)
+    configure_logs(settings)
     if what.startswith(_MESSAGE):
         with _messages(settings) as messages:
             message = _picked(messages, what)
-            print(f"from: {origin(message)}\nreason: {reason(message)}")
-            print(f"type: {message.kind}\nmessage_id: {message.message_id}")
-            print(message.body[:_SHOWN_BYTES].decode(errors="replace"))
+            _show(f"from: {origin(message)}\nreason: {reason(message)}")
+            _show(f"type: {message.kind}\nmessage_id: {message.message_id}")
+            _show(message.body[:_SHOWN_BYTES].decode(errors="replace"))
         return
     if claim is None:
         raise UsageError("name the claim as well: `keepwarm dead show RUN CLAIM`")
     _, _, (row,) = _claims(settings, what, [claim])
-    print(f"run: {row.run_id}\nclaim: {row.claim.claim_id} (line {row.claim.position + 1})")
-    print(f"reason: {row.reason.value}\nengine failures: {row.failures}\n{row.detail}")
-    print(f"text: {row.claim.text}")
+    _show(f"run: {row.run_id}\nclaim: {row.claim.claim_id} (line {row.claim.position + 1})")
+    _show(f"reason: {row.reason.value}\nengine failures: {row.failures}\n{row.detail}")
+    _show(f"text: {row.claim.text}")
     if row.claim.evidence:
-        print(f"evidence: {row.claim.evidence}")
+        _show(f"evidence: {row.claim.evidence}")
 
 
 def retry(
@@ -67,6 +78,7 @@ def retry(
     The run is incomplete until its claims have an outcome again.
     """
     settings = load_settings(broker_url=broker, store_url=store)
+    configure_logs(settings)
     if what.startswith(_MESSAGE):
         with _messages(settings) as messages:
             message = _picked(messages, what)
@@ -77,9 +89,11 @@ def retry(
         print(f"{what} is in {origin(message)} again")
         return
     database, run, rows = _claims(settings, what, claims or ())
+    if run.run is None:
+        raise StoreError(f"{run.run_id} was never announced: submit it again instead")
     submission_id = f"retry-{secrets.token_hex(8)}"
     database.add_submission(rows[0].run_key, submission_id)
-    _publish(settings, run, rows, submission_id)
+    _publish(settings, run.run, rows, submission_id)
     # Only now: a retry that was cut short leaves them dead, and is merely done again.
     reopen_dead(database, rows)
     print(f"{len(rows):,} claims of {run.run_id} are with the broker again")
@@ -93,6 +107,7 @@ def drop(
 ) -> None:
     """Let go: claims stay dead in the results and are not listed any more, a message is deleted."""
     settings = load_settings(broker_url=broker, store_url=store)
+    configure_logs(settings)
     if what.startswith(_MESSAGE):
         with _messages(settings) as messages:
             messages.drop([_picked(messages, what)])
@@ -110,6 +125,7 @@ def list(
 ) -> None:
     """List dead claims, and where a broker is named the messages that nobody could use."""
     settings = load_settings(broker_url=broker, store_url=store)
+    configure_logs(settings)
     database = Store.open(settings, create=False)
     known = None if run is None else find_run(database, run)
     rows = dead_claims(database, known)
@@ -118,10 +134,10 @@ def list(
     for row in rows:
         table.add_row(
             row.run_id,
-            Text(row.claim.claim_id),
+            Text(_harmless(row.claim.claim_id)),
             row.reason.value,
             str(row.failures),
-            Text(row.detail.partition("\n")[0][:_SHOWN_CHARS]),
+            Text(_harmless(row.detail.partition("\n")[0][:_SHOWN_CHARS])),
         )
     console.print(table if rows else "no claim is dead")
     if settings.broker_url is not None and run is None:
@@ -133,10 +149,24 @@ def _list_messages(console: Console, messages: DeadMessages) -> None:
     found = messages.all()
     table = Table("message", "from", "bytes", "reason", box=None, header_style="bold")
     for number, message in found.items():
-        table.add_row(number, origin(message), f"{len(message.body):,}", Text(reason(message)))
+        table.add_row(
+            number,
+            Text(_harmless(origin(message))),
+            f"{len(message.body):,}",
+            Text(_harmless(reason(message))),
+        )
     console.print(table if found else "no message is dead")
     if len(found) == MAX_SHOWN:
         console.print(f"only the first {MAX_SHOWN:,} are shown")
+
+
+def _show(text: str) -> None:
+    print(_harmless(text))
+
+
+def _harmless(text: str) -> str:
+    """What strangers wrote, without the characters that a terminal would obey."""
+    return "".join(c if category(c) != "Cc" or c in "\n\t" else "\ufffd" for c in text)
 
 
 def _messages(settings: Settings) -> DeadMessages:
@@ -153,16 +183,16 @@ def _picked(messages: DeadMessages, wanted: str) -> Delivery:
 
 def _claims(
     settings: Settings, wanted: str, claim_ids: Sequence[str]
-) -> tuple[Store, Run, Sequence[DeadRow]]:
+) -> tuple[Store, KnownRun, Sequence[DeadRow]]:
     """Dead claims of a run. Raises StoreError when there are none, or an id is not among them."""
     database = Store.open(settings, create=False)
     known = find_run(database, wanted)
     rows = dead_claims(database, known, claim_ids)
     missing = set(claim_ids) - {row.claim.claim_id for row in rows}
-    if missing or not rows or known.run is None:
+    if missing or not rows:
         what = ", ".join(sorted(missing)) or "any claim"
         raise StoreError(f"{known.run_id} does not have {what} among its dead claims")
-    return database, known.run, rows
+    return database, known, rows
 
 
 def _publish(settings: Settings, run: Run, rows: Sequence[DeadRow], submission_id: str) -> None:

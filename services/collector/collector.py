@@ -8,7 +8,7 @@ from itertools import count
 import structlog
 
 from services.broker import BrokerAddress, Consumer, Declares, Delivery, Outgoing, Publisher
-from services.collector.returns import send_on
+from services.collector.returns import NotAnnounced, send_on
 from services.collector.store import Incoming, Store
 from services.contracts import (
     ClaimBatch,
@@ -37,6 +37,7 @@ _WINDOW = _PREFETCH * len(_QUEUES) + 1
 _TAKE_SECONDS = 0.1
 _LULL_SECONDS = 0.02
 _NOTICE_SECONDS = 2.0
+_ANNOUNCEMENT_SECONDS = 30.0
 _FLUSH_SECONDS = 2.0
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.2, 15.0
 
@@ -58,6 +59,8 @@ class Collector:
         self._finish = threading.Event()
         self._notice_due = 0.0
         self._noticed: tuple[str, ...] = ()
+        # Returned before their announcement came, each with the time until which we wait for it.
+        self._early: list[tuple[ClaimBatch, Delivery, float]] = []
         self.waiting_for: str | None = None
         """What keeps it from committing, in words, while something does."""
 
@@ -95,10 +98,17 @@ class Collector:
                 took = self._collect_once(consumer, publisher, on_commit)
                 if self._finish.is_set() and not took:
                     break
-                if (self._give_notice(publisher) or took) and _says_so(until):
+                looked = self._give_notice(publisher)
+                if looked:
+                    self._send_early(consumer, publisher)
+                if (looked or took) and _says_so(until):
                     break
             consumer.stop_taking(timeout_seconds=2.0)
             try:
+                publisher.flush(_FLUSH_SECONDS)
+                # What ends us may be that a run was cancelled: workers have to hear of it.
+                self._notice_due = 0.0
+                self._give_notice(publisher)
                 publisher.flush(_FLUSH_SECONDS)
             except BrokerUnreachable as error:
                 log.warning("claims.unconfirmed", reason=str(error))  # they come again
@@ -135,20 +145,37 @@ class Collector:
         if (taken or returned) and self._write(incoming):
             consumer.acknowledge(taken)
             on_commit(incoming)
+            deadline = time.monotonic() + _ANNOUNCEMENT_SECONDS
             for batch, delivery in returned:
-                self._send_on(batch, delivery, consumer, publisher)
+                self._send_on(batch, delivery, deadline, consumer, publisher)
         return bool(taken or returned)
 
     def _send_on(
-        self, batch: ClaimBatch, delivery: Delivery, consumer: Consumer, publisher: Publisher
+        self,
+        batch: ClaimBatch,
+        delivery: Delivery,
+        deadline: float,
+        consumer: Consumer,
+        publisher: Publisher,
     ) -> None:
         try:
             send_on(batch, delivery, self._store, consumer, publisher)
+        except NotAnnounced as error:
+            if time.monotonic() < deadline:
+                self._early.append((batch, delivery, deadline))
+            else:
+                _refuse(delivery, error, consumer, publisher)
         except MessageInvalid as error:
             _refuse(delivery, error, consumer, publisher)
         except StoreError as error:
             log.error("store.waiting", reason=str(error))
             consumer.give_back([delivery])
+
+    def _send_early(self, consumer: Consumer, publisher: Publisher) -> None:
+        """Their announcements may have come meanwhile."""
+        early, self._early = self._early, []
+        for batch, delivery, deadline in early:
+            self._send_on(batch, delivery, deadline, consumer, publisher)
 
     def _write(self, incoming: Incoming) -> bool:
         """Commit, however long it takes. False when told to stop before that was possible."""

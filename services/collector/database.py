@@ -41,7 +41,9 @@ def _checked_url(settings: Settings) -> URL:
             "postgresql://user@host/database"
         ) from error
     if url.get_backend_name() == "sqlite":
-        return url
+        if url.query or url.host:
+            raise UsageError("an SQLite store is a path: sqlite:///FILE, without options")
+        return url.set(drivername="sqlite")
     if url.get_backend_name() != "postgresql":
         raise UsageError(
             f"the store must be SQLite or PostgreSQL, not {url.get_backend_name()}; see "

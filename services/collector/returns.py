@@ -10,6 +10,10 @@ from services.contracts.errors import MessageInvalid
 log = structlog.get_logger(__name__)
 
 
+class NotAnnounced(MessageInvalid):
+    """No producer announced the submission, or not yet: announcements have a queue of their own."""
+
+
 def send_on(
     batch: ClaimBatch,
     delivery: Delivery,
@@ -20,13 +24,13 @@ def send_on(
     """Publish those claims of a returned batch that are still wanted, and acknowledge it once the
     broker has them.
 
-    Raises MessageInvalid for a run that no producer announced: workers cannot make work. Raises
-    StoreError when the store cannot say what is wanted.
+    Raises NotAnnounced, for workers cannot make work; MessageInvalid; StoreError when the store
+    cannot say what is wanted.
     """
     run_id = batch.run.run_id
     wanted = store.wants(batch.submission_id)
     if wanted is None:
-        raise MessageInvalid(
+        raise NotAnnounced(
             f"claims were returned of a submission of {run_id} that nobody announced"
         )
     done = store.finished(run_id, [claim.claim_id for claim in batch.claims]) if wanted else set()

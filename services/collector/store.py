@@ -11,6 +11,7 @@ from pydantic_core import to_json
 from sqlalchemy import (
     Connection,
     Engine,
+    and_,
     bindparam,
     insert,
     inspect,
@@ -81,7 +82,11 @@ class Store:
         self._insert_outcomes = str(
             insert_outcome.on_conflict_do_update(
                 index_elements=[outcomes.c.run_key, outcomes.c.claim_id],
-                set_={name: insert_outcome.excluded[name] for name in _OUTCOME_COLUMNS},
+                set_={
+                    **{name: insert_outcome.excluded[name] for name in _OUTCOME_COLUMNS},
+                    # The same death, delivered again, stays let go.
+                    "dropped": and_(outcomes.c.dropped, insert_outcome.excluded.label.is_(None)),
+                },
                 # The first verdict stays; a dead claim that was tried again gives way.
                 where=outcomes.c.reason.is_not(None),
             ).compile(dialect=engine.dialect)

@@ -33,6 +33,8 @@ _NO_NUL_NOT_BLANK = r"^[^\x00]*[^\x00\s][^\x00]*$"
 Identity = Annotated[
     str, StringConstraints(min_length=1, max_length=MAX_ID_CHARS, pattern=_NO_NUL_NOT_BLANK)
 ]
+# A part of an AMQP message id, which holds 255 bytes.
+BatchId = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[!-~]+$")]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARS, pattern=_NO_NUL)]
 ClaimText = Annotated[
     str, StringConstraints(min_length=1, max_length=MAX_CLAIM_CHARS, pattern=_NO_NUL_NOT_BLANK)

@@ -4,7 +4,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from services.contracts.bounds import MAX_BATCH_CLAIMS, ClaimText, EvidenceText, Identity, Int63
+from services.contracts.bounds import (
+    MAX_BATCH_CLAIMS,
+    BatchId,
+    ClaimText,
+    EvidenceText,
+    Identity,
+    Int63,
+)
 from services.contracts.prompts import LabelName
 from services.contracts.runs import Run
 from services.contracts.values import Value
@@ -26,5 +33,5 @@ class ClaimBatch(Message):
 
     run: Run
     submission_id: Identity
-    batch_id: Identity
+    batch_id: BatchId
     claims: Annotated[tuple[Claim, ...], Field(min_length=1, max_length=MAX_BATCH_CLAIMS)]

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from services.contracts.bounds import (
     MAX_BATCH_CLAIMS,
     MAX_LABELS,
+    BatchId,
     ClaimText,
     Detail,
     Identity,
@@ -49,7 +50,7 @@ class VerdictBatch(Message):
     """The verdicts of one batch of claims, by one worker, from one request to its engine."""
 
     run_id: Identity
-    batch_id: Identity
+    batch_id: BatchId
     labels: Annotated[tuple[LabelName, ...], Field(min_length=2, max_length=MAX_LABELS)]
     verdicts: Annotated[tuple[Verdict, ...], Field(min_length=1, max_length=MAX_BATCH_CLAIMS)]
     worker_id: Name

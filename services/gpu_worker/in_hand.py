@@ -121,7 +121,7 @@ class BatchInHand:
             worker_id=signature.worker_id,
             device=signature.device,
             attempt=self.delivery.attempt,
-            engine_seconds=self._engine_seconds,
+            engine_seconds=self._engine_seconds * len(verdicts) / len(self._verdicts),
         )
         return Outgoing.of(batch, topology.VERDICTS_EXCHANGE, topology.VERDICTS_QUEUE)
 

@@ -112,8 +112,9 @@ class Inference:
                 self._ask(half, prompts, label_tokens, answers, refused)
 
     def _compiled(self, spec: PromptSpec) -> CompiledPrompt:
-        if spec.prompt_id not in self._prompts:
+        prompt = self._prompts.get(spec.prompt_id)
+        if prompt is None:
             if len(self._prompts) >= _MOST_PROMPTS:
                 self._prompts.clear()
-            self._prompts[spec.prompt_id] = CompiledPrompt(spec, self._tokenizer)
-        return self._prompts[spec.prompt_id]
+            prompt = self._prompts[spec.prompt_id] = CompiledPrompt(spec, self._tokenizer)
+        return prompt

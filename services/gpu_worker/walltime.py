@@ -23,8 +23,8 @@ def seconds_until_drain(settings: Settings) -> float | None:
         if not end:
             return None
         try:
-            left = float(end) - time.time()
-        except ValueError as error:
+            left = float(int(end)) - time.time()
+        except (ValueError, OverflowError) as error:
             raise UsageError(
                 f"{_SLURM_END} is {end!r}, no number of seconds since 1970; unset it, or set "
                 "KEEPWARM_WALLTIME_SECONDS"

@@ -31,7 +31,7 @@ class Worker:
     Threads: the caller's takes batches and minds the engine; `batches_in_flight` pool threads each
     see one batch through, so that the engine's continuous batching stays full; each link to the
     broker has its own. A batch is acknowledged after the broker has confirmed all that became of
-    it. One that an engine failed with is a suspect: the caller's thread examines it, alone.
+    it. One that an engine failed with is a suspect, and is examined while there is no other job.
     """
 
     def __init__(self, spec: ContextSpec, device: Device, settings: Settings) -> None:
@@ -104,7 +104,8 @@ class Worker:
                         continue
                     if not self._engine_is_well():
                         break
-                    self._examine(pool, work, consumer, publisher)
+                    if self._suspects:  # as the only job, so that nobody else is at the engine
+                        work.add(pool.submit(self._examine, consumer, publisher))
                     continue
                 delivery = consumer.take(_TAKE_SECONDS)
                 if delivery is not None:
@@ -150,20 +151,13 @@ class Worker:
         log.error("engine.died", log=str(self._engine.log_file))
         return self._examination.start_engine(self._settings.engine_start_attempts)
 
-    def _examine(
-        self,
-        pool: ThreadPoolExecutor,
-        work: set[Future[None]],
-        consumer: Consumer,
-        publisher: Publisher,
-    ) -> None:
-        while self._suspects and not self._stop.is_set():
-            hand = self._suspects[0]
+    def _examine(self, consumer: Consumer, publisher: Publisher) -> None:
+        """On a pool thread: the first suspect, to its settlement, or until told to stop."""
+        hand = self._suspects.pop(0)
+        try:
             self._examination.examine(hand)
-            if not self._stop.is_set():
-                self._suspects.remove(hand)
-                # On the pool: an alarm of the broker's may hold it up.
-                work.add(pool.submit(hand.settle, consumer, publisher, self._signature))
+        finally:
+            hand.settle(consumer, publisher, self._signature)
 
     def _drain(
         self,

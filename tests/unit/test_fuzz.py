@@ -94,6 +94,7 @@ def places(value: Any) -> list[tuple[Any, Any]]:
 @st.composite
 def changed(draw: st.DrawFn, valid: Any) -> Any:
     """Valid JSON with up to three things replaced, removed, added, or put elsewhere."""
+    # Copies: what is drawn may be drawn again.
     tree = copy.deepcopy(valid)
     for _ in range(draw(st.integers(1, 3))):
         everywhere = places(tree)
@@ -102,11 +103,11 @@ def changed(draw: st.DrawFn, valid: Any) -> Any:
         container, key = draw(st.sampled_from(everywhere))
         match draw(st.sampled_from(["replace", "remove", "add", "move", "secret"])):
             case "replace":
-                container[key] = draw(JSON)
+                container[key] = copy.deepcopy(draw(JSON))
             case "remove":
                 del container[key]
             case "add" if isinstance(container, dict):
-                container[draw(st.text(max_size=8))] = draw(JSON)
+                container[draw(st.text(max_size=8))] = copy.deepcopy(draw(JSON))
             case "secret":
                 # As a value. The name of an unknown field is told, on purpose.
                 container[key] = draw(st.sampled_from(SECRETS))

@@ -158,12 +158,12 @@ def test_a_listener_has_a_queue_of_its_own_for_notices_that_goes_when_it_goes() 
     channel, done = RecordingChannel(), []
     run_in_order(
         channel,  # type: ignore[arg-type]
-        iter(listen_to_notices("node-1")),
+        iter(listen_to_notices("notices.node-1.1")),
         lambda: done.append(True),
     )
     assert done == [True]
-    assert channel.exclusive == ["notices.node-1"]
-    assert channel.bindings == [("notices.node-1", "keepwarm.notices", "")]
+    assert channel.exclusive == ["notices.node-1.1"]
+    assert channel.bindings == [("notices.node-1.1", "keepwarm.notices", "")]
 
 
 def test_steps_are_taken_one_at_a_time_each_after_the_brokers_answer() -> None:

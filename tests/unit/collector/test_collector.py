@@ -307,13 +307,30 @@ def test_an_outcome_that_comes_with_the_return_is_not_asked_for_again(
 
 
 def test_claims_of_a_submission_that_nobody_announced_are_refused(
-    store: Store, make: SimpleNamespace, publisher: RecordingPublisher
+    store: Store,
+    make: SimpleNamespace,
+    publisher: RecordingPublisher,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("services.collector.collector._ANNOUNCEMENT_SECONDS", 0.0)
     forged = make.returned(1, submission_id="sub-forged")
     consumer = Deliveries(make.announced(claims=3), forged)
     collect(store, consumer, publisher=publisher)
     assert refused(publisher) == [(topology.RETURNS_QUEUE, encode(forged))]
     assert consumer.acknowledged == [1]
+
+
+def test_a_return_that_overtakes_its_announcement_waits_for_it(
+    store: Store, make: SimpleNamespace, publisher: RecordingPublisher
+) -> None:
+    consumer = Deliveries(make.returned(1))
+    collector = collect(store, consumer, publisher=publisher)
+    assert (publisher.messages, consumer.acknowledged) == ([], [])
+    store.write(make.incoming(make.announced(claims=3)))
+    collector._send_early(consumer, publisher)  # type: ignore[arg-type]
+    assert [message.exchange for message in publisher.messages] == [topology.CLAIMS_EXCHANGE]
+    collector._send_early(consumer, publisher)  # type: ignore[arg-type]
+    assert len(publisher.messages) == 1
 
 
 def test_a_return_with_a_count_of_failures_that_is_none_is_refused(

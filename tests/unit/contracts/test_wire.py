@@ -41,6 +41,9 @@ def text(size: int, *, least: int = 0) -> st.SearchStrategy[str]:
     return st.text(CHARACTERS, min_size=least, max_size=size)
 
 
+BATCH_IDS = st.from_regex(r"[!-~]{1,128}", fullmatch=True)
+
+
 def words(size: int) -> st.SearchStrategy[str]:
     return text(size, least=1).filter(str.strip)
 
@@ -122,7 +125,7 @@ def verdict_batches(draw: st.DrawFn) -> VerdictBatch:
     )
     return VerdictBatch(
         run_id=draw(words(20)),
-        batch_id=draw(words(20)),
+        batch_id=draw(BATCH_IDS),
         labels=names,
         verdicts=tuple(draw(st.lists(verdicts, min_size=1, max_size=3))),
         worker_id=draw(words(20)),
@@ -137,7 +140,7 @@ MESSAGES: dict[str, st.SearchStrategy[Message]] = {
         ClaimBatch,
         run=RUNS,
         submission_id=words(20),
-        batch_id=words(20),
+        batch_id=BATCH_IDS,
         claims=st.lists(CLAIMS, min_size=1, max_size=3).map(tuple),
     ),
     "VerdictBatch": verdict_batches(),
@@ -242,7 +245,7 @@ def test_a_message_over_the_bound_is_not_even_sent(run: Run) -> None:
 
 # A number must fit the store: BIGINT for positions and totals, INTEGER for attempts and tokens.
 BOUNDS: list[tuple[str, str, object]] = [
-    *(("ClaimBatch", "batch_id", bad) for bad in ("", " ", "i" * 257, "a\0")),
+    *(("ClaimBatch", "batch_id", bad) for bad in ("", " ", "i" * 129, "a\0", "é")),
     *(("ClaimBatch", "submission_id", bad) for bad in ("", " ", "i" * 257, "a\0", None)),
     *(("ClaimBatch", "claims", bad) for bad in ([], {})),
     *(("ClaimBatch", "claims.0.claim_id", bad) for bad in ("", " ", "i" * 257, "a\0")),
