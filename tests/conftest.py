@@ -1,6 +1,8 @@
 """What all tests share: where things are, and a model directory made on the spot."""
 
 import json
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,13 @@ CHAT_TEMPLATE = (
 def sample_lines() -> list[dict[str, str]]:
     text = (REPOSITORY / "samples" / "claims.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture
+def runtime_dir() -> Iterator[Path]:
+    """A directory with a short name: the path of a unix socket may have 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="kw-") as name:
+        yield Path(name) / "run"
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from services.contracts.wire import CONTENT_TYPE, Message, decode
 
 _DELIVERY_COUNT = "x-delivery-count"
 _LOOK_SECONDS = 15.0
+_MOST_IDLE_LOOKS = 4
 _MOST_REASON_CHARS = 1_000
 _MOST_FAILURES = 1_000_000
 
@@ -112,6 +113,7 @@ class Consumer(Link):
         self._stopped_taking = threading.Event()
         self._epoch = 0
         self._came_since_the_look = False
+        self._idle_looks = 0
         self._unsettled = 0
 
     def take(self, timeout_seconds: float) -> Delivery | None:
@@ -157,6 +159,7 @@ class Consumer(Link):
     def _on_channel_ready(self, channel: Channel) -> None:
         self._epoch += 1
         self._unsettled = 0
+        self._idle_looks = 0
         if not self._taking:
             self._in_service()
             return
@@ -195,13 +198,19 @@ class Consumer(Link):
         self._loop.call_later(_LOOK_SECONDS, lambda: self._look(epoch))
 
     def _look(self, epoch: int) -> None:
-        """A consumer can be forgotten without a word (a queue that was deleted and made again):
-        messages wait, our hands are empty, and nothing comes.
+        """A consumer can be forgotten without a word, when its queue was deleted and made again at
+        once. Then messages wait, our hands are empty, and nothing comes; or the broker believes
+        that we have them, and only a new connection tells it otherwise.
         """
         if epoch != self._epoch or not self._taking or self._channel is None:
             return
         idle = not self._came_since_the_look and self._unsettled == 0
         self._came_since_the_look = False
+        self._idle_looks = self._idle_looks + 1 if idle else 0
+        if self._idle_looks == _MOST_IDLE_LOOKS:
+            self._lost_because = f"nothing came for {_MOST_IDLE_LOOKS * _LOOK_SECONDS:g} s"
+            self._restart_connection()
+            return
 
         def looked(frame: Any) -> None:
             # What came while we asked shows that all is well.

@@ -84,7 +84,7 @@ class WorkerProcess:
     def look_after(self) -> None:
         """Replace a worker that was lost, with growing pauses.
 
-        Raises EngineError with what it said when it gave up on its engine, RunIncomplete when
+        Raises EngineError or UsageError with what it said when it gave up, RunIncomplete when
         workers are lost again and again.
         """
         if self._process is None:
@@ -99,8 +99,9 @@ class WorkerProcess:
         if self._reader is not None:
             self._reader.join(_LAST_WORDS_SECONDS)
         said = "\n".join(self._last_lines)
-        if code == EngineError.exit_code:
-            raise EngineError(said.removeprefix("keepwarm: ") or f"see {self._log_file}")
+        for hopeless in (UsageError, EngineError):  # another worker would end in the same way
+            if code == hopeless.exit_code:
+                raise hopeless(said.removeprefix("keepwarm: ") or f"see {self._log_file}")
         self._losses += 1
         if self._losses >= _MOST_LOSSES_IN_A_ROW:
             raise RunIncomplete(

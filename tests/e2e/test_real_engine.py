@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,10 +23,10 @@ ENGINE_SECONDS = 300.0
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
+def environment(runtime_dir: Path) -> dict[str, str]:
     """The machine's own environment: the real vLLM, and the broker that `run` brings."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("KEEPWARM_")}
-    return {**kept, "KEEPWARM_RUNTIME_DIR": str(tmp_path / "run")}
+    return {**kept, "KEEPWARM_RUNTIME_DIR": str(runtime_dir)}
 
 
 @pytest.fixture
@@ -93,16 +95,14 @@ def test_a_run_that_loses_its_worker_or_its_engine_completes_with_one_verdict_a_
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, ContextSpec]]:
+def engine() -> Iterator[tuple[Engine, ContextSpec]]:
     """A real engine, held for several tests."""
     spec = pin_model(ContextSpec(model=str(DEMO_MODEL)))
-    settings = load_settings(runtime_dir=tmp_path_factory.mktemp("run"))
-    running = Engine(spec, find_device(), settings)
-    import threading
-
-    assert running.start(threading.Event())
-    yield running, spec
-    running.close()
+    with tempfile.TemporaryDirectory(prefix="kw-") as directory:
+        running = Engine(spec, find_device(), load_settings(runtime_dir=directory))
+        assert running.start(threading.Event())
+        yield running, spec
+        running.close()
 
 
 def claim(text: str, evidence: str | None = None) -> Claim:

@@ -161,7 +161,7 @@ def address(broker: Settings) -> BrokerAddress:
 
 @pytest.fixture
 def environment(
-    node: PrivateNode, broker: Settings, small_model: Path, tmp_path: Path
+    node: PrivateNode, broker: Settings, small_model: Path, tmp_path: Path, runtime_dir: Path
 ) -> dict[str, str]:
     """What a command needs to find the node, the small model and the tests' engine."""
     return {
@@ -171,7 +171,7 @@ def environment(
         "KEEPWARM_BROKER_PASSWORD": node.password,
         "KEEPWARM_STORE_URL": str(tmp_path / "store.sqlite"),
         "KEEPWARM_MODEL": str(small_model),
-        "KEEPWARM_RUNTIME_DIR": str(tmp_path / "run"),
+        "KEEPWARM_RUNTIME_DIR": str(runtime_dir),
         "KEEPWARM_GRACE_SECONDS": "6",
         "KEEPWARM_LOG_FORMAT": "json",
     }

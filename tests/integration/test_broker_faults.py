@@ -183,23 +183,40 @@ def test_a_worker_whose_claims_queue_is_deleted_waits_for_the_next_producer(
     UnderWay(run_id, collecting, worker, environment).completes()
 
 
+def make_again(node: PrivateNode, queue: str, exchange: str) -> None:
+    """Delete a queue and make it again so fast that RabbitMQ does not tell its consumer."""
+    connection = plain_connection(node)
+    version = connection._impl.server_properties["version"]
+    arguments = quorum_arguments(version, dead_letters=True)
+    channel = connection.channel()
+    channel.queue_delete(queue)
+    channel.queue_declare(queue, durable=True, arguments=arguments)
+    channel.queue_bind(queue, exchange, queue)
+    connection.close()
+
+
 def test_a_worker_whose_queue_was_deleted_and_made_again_at_once_is_served_again(
     command: Start, environment: dict[str, str], node: PrivateNode, claims_queue: str
 ) -> None:
     worker = command("worker", **SLOWLY)
     worker.said("worker.taking")
-    # So fast that RabbitMQ does not tell the consumer, and does not serve it either.
-    connection = plain_connection(node)
-    version = connection._impl.server_properties["version"]
-    arguments = quorum_arguments(version, dead_letters=True)
-    channel = connection.channel()
-    channel.queue_delete(claims_queue)
-    channel.queue_declare(claims_queue, durable=True, arguments=arguments)
-    channel.queue_bind(claims_queue, topology.CLAIMS_EXCHANGE, claims_queue)
-    connection.close()
+    make_again(node, claims_queue, topology.CLAIMS_EXCHANGE)
     run_id = submit(command)
     collecting = command("collect", "--until", run_id)
     UnderWay(run_id, collecting, worker, environment).completes()
+
+
+def test_a_collector_whose_queue_was_deleted_and_made_again_at_once_is_served_again(
+    command: Start, environment: dict[str, str], node: PrivateNode
+) -> None:
+    collecting = command("collect")
+    collecting.said("broker.connected", times=2)
+    make_again(node, topology.VERDICTS_QUEUE, topology.VERDICTS_EXCHANGE)
+    run_id = submit(command)
+    worker = command("worker")
+    wait_until(lambda: is_complete(environment, run_id), "the run's end")
+    assert_complete(environment, run_id)
+    end_well(worker, collecting)
 
 
 @pytest.fixture

@@ -336,24 +336,22 @@ time.sleep(600)
 """
 
 
-def test_when_the_owner_is_killed_the_command_and_its_daemons_are_gone(
-    tmp_path: Path, repository: Path
+@pytest.mark.parametrize("killed", ["owner", "guard", "holder", "owner, guard", "owner, holder"])
+def test_whichever_is_killed_the_command_and_its_daemons_are_gone(
+    tmp_path: Path, repository: Path, killed: str
 ) -> None:
     code = DAEMON + "daemon(sys.argv[1]); note(sys.argv[2]); time.sleep(600)"
     paths = [tmp_path / "daemon", tmp_path / "command"]
     owner = subprocess.Popen([sys.executable, "-c", OWNER, code, *map(str, paths)], cwd=repository)
     try:
         pids = [pid_in(path) for path in paths]
-        (leash,) = (process.pid for process in psutil.Process(owner.pid).children())
+        (guard,) = psutil.Process(owner.pid).children()
+        (holder,) = guard.children()
+        for name, process in (("owner", owner), ("guard", guard), ("holder", holder)):
+            if name in killed:
+                process.kill()
+        for pid in (*pids, guard.pid, holder.pid):
+            wait_for(lambda pid=pid: gone(pid))
     finally:
         owner.kill()
         owner.wait()
-    for pid in (*pids, leash):
-        wait_for(lambda pid=pid: gone(pid))
-
-
-def test_when_the_leash_is_killed_the_command_is_gone(leash: Leash, tmp_path: Path) -> None:
-    leashed = leash.python(DAEMON + "note(sys.argv[1]); time.sleep(600)", str(tmp_path / "pid"))
-    command = pid_in(tmp_path / "pid")
-    os.kill(leashed.pid, signal.SIGKILL)
-    wait_for(lambda: gone(command))
