@@ -24,7 +24,7 @@ test: ## all tests, with a real broker, engine and PostgreSQL (ARGS='-k drain')
 	@setup/system.sh --with-postgres
 	@setup/python.sh $(ENGINE)
 	@.venv/bin/python setup/demo_model.py
-	.venv/bin/pytest tests --numprocesses 2 --dist loadfile $(ARGS)
+	.venv/bin/pytest tests/e2e tests/integration tests/unit -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: ## lint, types and unit tests, in seconds and without an engine
 	@setup/python.sh services

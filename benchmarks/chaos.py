@@ -47,6 +47,7 @@ FEVER = REPOSITORY.parent / "shared" / "data" / "fever_labelled_dev.jsonl"
 SAMPLES = REPOSITORY / "samples" / "claims.jsonl"
 KEEPWARM = [sys.executable, "-m", "services.cli.main"]
 GRACE_SECONDS = 4
+_LEASH = "services.leash"
 # RabbitMQ 3.10.8 loses a quorum queue when the node is killed within seconds of its creation.
 YOUNG_QUEUE_SECONDS = 8.0
 console = Console(width=110)
@@ -85,13 +86,19 @@ class Service:
         if self.alive:
             self.process.send_signal(number)
 
-    def descendant(self, word: str) -> psutil.Process | None:
-        """The last of its processes whose command line holds a word."""
+    def engine(self) -> psutil.Process | None:
         with suppress(psutil.Error):
-            for process in reversed(psutil.Process(self.process.pid).children(recursive=True)):
-                if any(word in part for part in process.cmdline()):
+            for process in psutil.Process(self.process.pid).children(recursive=True):
+                if "--uds" in process.cmdline() and _LEASH not in process.cmdline():
                     return process
         return None
+
+    def leashes(self) -> list[psutil.Process]:
+        """Guard and holder of its engine, while they live."""
+        with suppress(psutil.Error):
+            family = psutil.Process(self.process.pid).children(recursive=True)
+            return [process for process in family if _LEASH in process.cmdline()]
+        return []
 
     def end(self) -> None:
         if self.alive:
@@ -141,6 +148,7 @@ class House:
             "KEEPWARM_GRACE_SECONDS": str(GRACE_SECONDS),
             "KEEPWARM_ENGINE_REQUEST_TIMEOUT_SECONDS": "3",
             "KEEPWARM_ENGINE_START_ATTEMPTS": "20",
+            "KEEPWARM_ENGINE_START_TIMEOUT_SECONDS": "15",
             "KEEPWARM_LOG_FORMAT": "json",
         }
 
@@ -199,14 +207,15 @@ class Faults:
         self._house = house
         self._random = random.Random(seed)
         self._threads: list[threading.Thread] = []
+        self._began = time.monotonic()
         self.count: Counter[str] = Counter()
         self.kinds: dict[str, Callable[[], bool]] = {
             "worker SIGTERM": lambda: self._signal_worker(signal.SIGTERM),
             "worker SIGUSR1": lambda: self._signal_worker(signal.SIGUSR1),
             "worker SIGKILL": self._kill_worker,
-            "engine SIGKILL": lambda: self._hit("vllm", signal.SIGKILL),
-            "engine hangs": lambda: self._hit("vllm", signal.SIGSTOP),
-            "leash SIGKILL": lambda: self._hit("services.leash", signal.SIGKILL),
+            "engine SIGKILL": lambda: self._hit_engine(signal.SIGKILL),
+            "engine hangs": lambda: self._hit_engine(signal.SIGSTOP),
+            "leash SIGKILL": self._kill_leash,
             "collector SIGKILL": self._kill_collector,
             "producer SIGKILL": self._kill_producer,
             "broker SIGKILL": lambda: self._stop_broker(signal.SIGKILL),
@@ -253,14 +262,12 @@ class Faults:
         worker.kill_group()
         return was_alive
 
-    def _hit(self, word: str, number: int) -> bool:
-        process = self._worker().descendant(word)
-        if process is None:
-            return False
-        with suppress(psutil.Error):
-            process.send_signal(number)
-            return True
-        return False
+    def _hit_engine(self, number: int) -> bool:
+        return _send(self._worker().engine(), number)
+
+    def _kill_leash(self) -> bool:
+        leashes = self._worker().leashes()
+        return _send(self._random.choice(leashes) if leashes else None, signal.SIGKILL)
 
     def _kill_collector(self) -> bool:
         self._house.collector.kill_group()
@@ -273,7 +280,7 @@ class Faults:
 
     def _stop_broker(self, number: int) -> bool:
         process = self._house.node.process()
-        if process is None:
+        if process is None or time.monotonic() - self._began < YOUNG_QUEUE_SECONDS:
             return False
         process.send_signal(number)
         return True
@@ -284,7 +291,7 @@ class Faults:
 
     def _black_hole(self) -> bool:
         self._house.proxy.black_hole()
-        self._later(self._random.uniform(2, 12), self._house.proxy.heal)
+        self._later(self._random.uniform(1, 8), self._house.proxy.heal)
         return True
 
     def _lock_store(self) -> bool:
@@ -320,7 +327,7 @@ class Faults:
                 node.control("set_vm_memory_high_watermark", *limit)
 
         self._later(0, lambda: set_limit("absolute", "1"))
-        self._later(4, lambda: set_limit("0.4"))
+        self._later(3, lambda: set_limit("0.4"))
         return True
 
     def _foreign_message(self) -> bool:
@@ -349,6 +356,14 @@ class Faults:
         return True
 
 
+def _send(process: psutil.Process | None, number: int) -> bool:
+    with suppress(psutil.Error):
+        if process is not None:
+            process.send_signal(number)
+            return True
+    return False
+
+
 def _limit_file_size(pid: int, limit: str) -> None:
     subprocess.run(
         ["prlimit", f"--pid={pid}", f"--fsize={limit}:unlimited"], check=False, capture_output=True
@@ -375,7 +390,7 @@ def run(house: House, seed: int | None, fault_seconds: float, limit_seconds: flo
     started = time.monotonic()
     with house:
         faults = Faults(house, seed or 0)
-        strikes_at = started + YOUNG_QUEUE_SECONDS
+        strikes_at = started + fault_seconds
         while not house.complete():
             house.look_after()
             now = time.monotonic()

@@ -36,6 +36,8 @@ from tests.integration.runs import (
 from tests.proxy import Proxy
 
 # RabbitMQ 3.10.8 loses a quorum queue when its node is killed within seconds of its creation.
+# A consumer that hears nothing for a minute connects anew.
+IDLE_SECONDS = 150.0
 YOUNG_QUEUE_SECONDS = 7.0
 
 
@@ -214,7 +216,7 @@ def test_a_collector_whose_queue_was_deleted_and_made_again_at_once_is_served_ag
     make_again(node, topology.VERDICTS_QUEUE, topology.VERDICTS_EXCHANGE)
     run_id = submit(command)
     worker = command("worker")
-    wait_until(lambda: is_complete(environment, run_id), "the run's end")
+    wait_until(lambda: is_complete(environment, run_id), "the run's end", IDLE_SECONDS)
     assert_complete(environment, run_id)
     end_well(worker, collecting)
 

@@ -1,7 +1,8 @@
 """Small real tokenizers of the common families, a model's directory, and a batch."""
 
 import json
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -237,3 +238,10 @@ def delivered(
         kind="ClaimBatch",
     )
     return replace(delivery, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """Shorter than pytest's own: engines' sockets are made here, and a path may have 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="kw-") as name:
+        yield Path(name)
