@@ -209,7 +209,7 @@ class Consumer(Link):
         self._idle_looks = self._idle_looks + 1 if idle else 0
         if self._idle_looks == _MOST_IDLE_LOOKS:
             self._lost_because = f"nothing came for {_MOST_IDLE_LOOKS * _LOOK_SECONDS:g} s"
-            self._restart_connection()
+            self._restart_connection(routinely=True)
             return
 
         def looked(frame: Any) -> None:

@@ -58,6 +58,7 @@ class Link:
         self._channel: Channel | None = None
         self._failures = 0
         self._lost_because = ""
+        self._routinely = False
         self._was_open = False
         self._closing = False
         self.blocked_by: str | None = None
@@ -170,7 +171,9 @@ class Link:
 
     def _in_service(self) -> None:
         self._failures = 0
-        log.info("broker.connected", link=self._name, broker=str(self._address))
+        say = log.debug if self._routinely else log.info
+        say("broker.connected", link=self._name, broker=str(self._address))
+        self._routinely = False
         self._reached()
 
     def _reached(self) -> None:
@@ -205,7 +208,8 @@ class Link:
             self._lost_because = f"{what}; waiting for a producer and a collector to make it"
             self._reached()  # the broker is there and takes us: waiting is all that is left to do
 
-    def _restart_connection(self) -> None:
+    def _restart_connection(self, *, routinely: bool = False) -> None:
+        self._routinely = routinely
         # One way back from every fault: a new connection, with a new channel on it.
         if self._connection is not None and self._connection.is_open:
             self._connection.close(reply_text="channel lost")
@@ -229,7 +233,8 @@ class Link:
             first_seconds=_FIRST_DELAY_SECONDS,
             longest_seconds=_LONGEST_DELAY_SECONDS,
         )
-        log.warning(
+        say = log.debug if self._routinely and self._failures == 1 else log.warning
+        say(
             "broker.waiting",
             link=self._name,
             reason=self._lost_because or str(error),

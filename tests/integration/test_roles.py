@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import stat
 import urllib.error
 import urllib.request
@@ -19,10 +20,12 @@ from pika.exceptions import AMQPConnectionError, ChannelClosedByBroker
 from services.broker import PrivateNode
 from services.broker.topology import quorum_arguments
 from services.contracts import topology as names
+from tests.conftest import REPOSITORY
 from tests.integration.conftest import Command, wait_until
 
 ROLES = ("producer", "worker", "collector", "operator")
 VHOST = "keepwarm"
+CLAIMS_FILE = str(REPOSITORY / "samples" / "claims.jsonl")
 CLAIMS = names.claims_queue("ctx-roles")
 BOUND = {
     names.DEAD_MESSAGES_QUEUE: names.DEAD_EXCHANGE,
@@ -315,3 +318,54 @@ def test_who_is_no_administrator_is_told_so(broker: Broker) -> None:
         code, output = broker.setup(*flags, password=broker.password(role))
         assert code == 5
         assert f"rabbitmqctl set_user_tags {user} administrator" in output
+
+
+def test_the_services_do_their_work_with_the_rights_of_their_roles(
+    broker: Broker, small_model: Path, runtime_dir: Path, tmp_path: Path
+) -> None:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("KEEPWARM_")}
+
+    def start(role: str, *arguments: str, **variables: str) -> Command:
+        services.append(
+            Command(
+                {
+                    **kept,
+                    "PYTHONPATH": str(REPOSITORY / "tests" / "doubles"),
+                    "KEEPWARM_BROKER_URL": f"amqp://{VHOST}-{role}@{host}/{VHOST}",
+                    "KEEPWARM_BROKER_PASSWORD_FILE": str(broker.secrets / f"{role}.password"),
+                    "KEEPWARM_STORE_URL": str(tmp_path / "store.sqlite"),
+                    "KEEPWARM_MODEL": str(small_model),
+                    "KEEPWARM_RUNTIME_DIR": str(runtime_dir),
+                    "KEEPWARM_GRACE_SECONDS": "3",
+                    "KEEPWARM_LOG_FORMAT": "json",
+                    **variables,
+                },
+                *arguments,
+            )
+        )
+        return services[-1]
+
+    host = f"127.0.0.1:{broker.node.port}"
+    services: list[Command] = []
+    try:
+        # The worker comes first: it finds no claims queue, and may not make one.
+        worker = start("worker", "worker", TEST_ENGINE_CLAIM_SECONDS="0.1")
+        worker.said("waiting for a producer and a collector to make it")
+        submitting = start("producer", "submit", CLAIMS_FILE, "--batch-size", "16")
+        assert submitting.wait() == 0, submitting.output
+        collecting = start("collector", "collect", "--until", submitting.lines[-1].strip())
+        collecting.said("store.committed")
+        worker.signal(signal.SIGTERM)  # in the midst of its batches: it returns what is left
+        assert worker.wait() == 0, worker.output
+        collecting.said("claims.returned")
+        heir = start("worker", "worker")
+        assert collecting.wait() == 0, collecting.output
+        heir.signal(signal.SIGTERM)
+        assert heir.wait() == 0, heir.output
+        for service in services:
+            assert "ACCESS_REFUSED" not in service.output
+        listing = start("operator", "dead", "list")
+        assert listing.wait() == 0 and "no message is dead" in listing.output, listing.output
+    finally:
+        for service in services:
+            service.end()
