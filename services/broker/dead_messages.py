@@ -8,7 +8,6 @@ from services.broker.address import BrokerAddress
 from services.broker.consumer import Consumer, Delivery
 from services.broker.publisher import Outgoing, Publisher
 from services.contracts import topology
-from services.contracts.errors import BrokerUnreachable
 from services.contracts.values import content_id
 
 _LULL_SECONDS = 1.0
@@ -77,12 +76,21 @@ class DeadMessages:
 
         Raises BrokerUnreachable when the broker does not confirm them; they stay dead then.
         """
-        back = [message for message in messages if _exchange(origin(message))]
+        back = [(each, exchange) for each in messages if (exchange := _exchange(origin(each)))]
         with Publisher(self._address, "dead-retry", window=len(back) + 1).open(
             self._timeout_seconds
         ) as publisher:
-            for message in back:
-                publisher.publish(_again(message, self._acknowledge(message)))
+            for message, exchange in back:
+                publisher.publish(
+                    Outgoing(
+                        exchange,
+                        origin(message),
+                        message.body,
+                        message_id=message.message_id,
+                        kind=message.kind,
+                        on_confirmed=self._acknowledge(message),
+                    )
+                )
             publisher.flush(_FLUSH_SECONDS)
         return len(back)
 
@@ -93,17 +101,3 @@ class DeadMessages:
 def _exchange(queue: str) -> str | None:
     is_claims = queue.startswith(topology.claims_queue(""))
     return topology.CLAIMS_EXCHANGE if is_claims else _EXCHANGES.get(queue)
-
-
-def _again(message: Delivery, on_confirmed: Callable[[], None]) -> Outgoing:
-    exchange = _exchange(origin(message))
-    if exchange is None:
-        raise BrokerUnreachable(f"there is no way back to the queue {origin(message)!r}")
-    return Outgoing(
-        exchange,
-        origin(message),
-        message.body,
-        message_id=message.message_id,
-        kind=message.kind,
-        on_confirmed=on_confirmed,
-    )

@@ -1,6 +1,5 @@
 """A file that was changed while its run is unfinished is another run: said before it is sent."""
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from services.contracts import Claim, Run
@@ -18,9 +17,13 @@ def refuse_changed_file(submission: Submission, store: "Store") -> None:
     same name, to be verified in the same way, with other content. Whoever submits again means to
     complete that run, and would begin another.
     """
-    for status, run in _unfinished(store):
-        alike = all(getattr(run, name) == getattr(submission.run, name) for name in _SAME)
-        if alike and run.source_digest != submission.run.source_digest:
+    from services.collector import known_runs, run_status
+
+    for run in (known.run for known in known_runs(store)):
+        if run is None or not _changed(run, submission.run):
+            continue
+        status = run_status(store, run.run_id)
+        if status is not None and not status.complete and not status.cancelled:
             raise InputError(
                 f"{run.source} has changed since it was submitted as {run.run_id}, which is "
                 f"unfinished: {_difference(submission, status, store)}. Submit the file as it was "
@@ -28,14 +31,10 @@ def refuse_changed_file(submission: Submission, store: "Store") -> None:
             )
 
 
-def _unfinished(store: "Store") -> Iterator[tuple["RunStatus", Run]]:
-    from services.collector import find_run, run_statuses
-
-    for status in run_statuses(store):
-        if not status.complete and not status.cancelled:
-            run = find_run(store, status.run_id).run
-            if run is not None:
-                yield status, run
+def _changed(earlier: Run, now: Run) -> bool:
+    """Whether all is the same but for the file's content."""
+    alike = all(getattr(earlier, name) == getattr(now, name) for name in _SAME)
+    return alike and earlier.source_digest != now.source_digest
 
 
 def _difference(submission: Submission, status: "RunStatus", store: "Store") -> str:

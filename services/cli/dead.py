@@ -48,8 +48,7 @@ def show(
     store: StoreOption = None,
 ) -> None:
     """Show all that is known of one: `dead show RUN CLAIM`, or `dead show msg-…`."""
-    settings = load_settings(broker_url=broker, store_url=store)
-    configure_logs(settings)
+    settings = _settings(broker, store)
     if what.startswith(_MESSAGE):
         with _messages(settings) as messages:
             message = _picked(messages, what)
@@ -77,8 +76,7 @@ def retry(
 
     The run is incomplete until its claims have an outcome again.
     """
-    settings = load_settings(broker_url=broker, store_url=store)
-    configure_logs(settings)
+    settings = _settings(broker, store)
     if what.startswith(_MESSAGE):
         with _messages(settings) as messages:
             message = _picked(messages, what)
@@ -106,8 +104,7 @@ def drop(
     store: StoreOption = None,
 ) -> None:
     """Let go: claims stay dead in the results and are not listed any more, a message is deleted."""
-    settings = load_settings(broker_url=broker, store_url=store)
-    configure_logs(settings)
+    settings = _settings(broker, store)
     if what.startswith(_MESSAGE):
         with _messages(settings) as messages:
             messages.drop([_picked(messages, what)])
@@ -124,8 +121,7 @@ def list(
     store: StoreOption = None,
 ) -> None:
     """List dead claims, and where a broker is named the messages that nobody could use."""
-    settings = load_settings(broker_url=broker, store_url=store)
-    configure_logs(settings)
+    settings = _settings(broker, store)
     database = Store.open(settings, create=False)
     known = None if run is None else find_run(database, run)
     rows = dead_claims(database, known)
@@ -167,6 +163,12 @@ def _show(text: str) -> None:
 def _harmless(text: str) -> str:
     """What strangers wrote, without the characters that a terminal would obey."""
     return "".join(c if category(c) != "Cc" or c in "\n\t" else "\ufffd" for c in text)
+
+
+def _settings(broker: str | None, store: str | None) -> Settings:
+    settings = load_settings(broker_url=broker, store_url=store)
+    configure_logs(settings)
+    return settings
 
 
 def _messages(settings: Settings) -> DeadMessages:

@@ -4,7 +4,14 @@ from services.collector.collector import Collector
 from services.collector.dead import DeadRow, dead_claims, drop_dead, reopen_dead
 from services.collector.export import ExportFormat, export_run
 from services.collector.report import Report, build_report
-from services.collector.status import KnownRun, RunStatus, find_run, run_status, run_statuses
+from services.collector.status import (
+    KnownRun,
+    RunStatus,
+    find_run,
+    known_runs,
+    run_status,
+    run_statuses,
+)
 from services.collector.store import Incoming, Store
 
 __all__ = [
@@ -21,6 +28,7 @@ __all__ = [
     "drop_dead",
     "export_run",
     "find_run",
+    "known_runs",
     "reopen_dead",
     "run_status",
     "run_statuses",

@@ -69,13 +69,18 @@ def run_status(store: Store, run_id: str) -> RunStatus | None:
         return None if row is None else _status(connection, row)
 
 
-def find_run(store: Store, wanted: str) -> KnownRun:
-    """The run whose id is, or begins with, `wanted`. Raises StoreError that lists what there is."""
+def known_runs(store: Store) -> list[KnownRun]:
+    """Every run in the store, the latest first, without the cost of counting how far it is."""
     with store.transaction() as connection:
-        known = [
+        return [
             KnownRun(row.run_key, row.run_id, Run.model_validate_json(row.run) if row.run else None)
             for row in connection.execute(select(runs).order_by(runs.c.first_seen.desc()))
         ]
+
+
+def find_run(store: Store, wanted: str) -> KnownRun:
+    """The run whose id is, or begins with, `wanted`. Raises StoreError that lists what there is."""
+    known = known_runs(store)
     matching = [run for run in known if run.run_id == wanted] or [
         run for run in known if run.run_id.startswith((wanted, f"run-{wanted}"))
     ]

@@ -9,8 +9,10 @@ from typing import Any
 
 from pydantic_core import to_json
 from sqlalchemy import (
+    Column,
     Connection,
     Engine,
+    Row,
     and_,
     bindparam,
     insert,
@@ -162,22 +164,25 @@ class Store:
 
     def finished(self, run_id: str, claim_ids: Sequence[str]) -> set[str]:
         """Those of the ids that have an outcome in the run."""
-        return set(self.texts(run_id, claim_ids))
+        return {row.claim_id for row in self._among(run_id, claim_ids, outcomes.c.claim_id)}
 
     def texts(self, run_id: str, claim_ids: Sequence[str]) -> dict[str, str]:
         """The text of each claim, of these ids, that has an outcome in the run."""
-        found: dict[str, str] = {}
+        rows = self._among(run_id, claim_ids, outcomes.c.claim_id, outcomes.c.claim)
+        return {row.claim_id: row.claim for row in rows}
+
+    def _among(
+        self, run_id: str, claim_ids: Sequence[str], *columns: Column[Any]
+    ) -> Iterator[Row[Any]]:
+        """These columns of each outcome of the run, of these claims."""
         with self.transaction() as connection:
             key = _find_run_key(connection, run_id)
-            if key is None:
-                return found
             for start in range(0, len(claim_ids), _MOST_PARAMETERS):
-                query = select(outcomes.c.claim_id, outcomes.c.claim).where(
+                query = select(*columns).where(
                     outcomes.c.run_key == key,
                     outcomes.c.claim_id.in_(claim_ids[start : start + _MOST_PARAMETERS]),
                 )
-                found.update((row.claim_id, row.claim) for row in connection.execute(query))
-        return found
+                yield from connection.execute(query)
 
     def wants(self, submission_id: str) -> bool | None:
         """Whether the claims of a submission are still to be answered; None where no producer

@@ -143,7 +143,7 @@ class CompletionClient:
                         answer = _answer(choice, keys)
                         if answer is not None and 0 <= choice.index < len(prompts):
                             yield choice.index, answer
-        except (httpx.TimeoutException, httpx.HTTPError, httpx_sse.SSEError) as error:
+        except (httpx.HTTPError, httpx_sse.SSEError) as error:
             if self._interrupted:
                 raise Interrupted("interrupted") from error
             if not isinstance(error, httpx.TimeoutException):

@@ -15,7 +15,7 @@ from services.gpu_worker import CompiledPrompt, ModelTokenizer, find_device, pin
 from services.gpu_worker.engine import Engine
 from services.producer import read_prompt
 from tests.conftest import DEMO_MODEL, REPOSITORY, sample_lines
-from tests.integration.conftest import Command, wait_until
+from tests.integration.conftest import Command, commands, wait_until
 
 Start = Callable[..., Command]
 CLAIMS = str(REPOSITORY / "samples" / "claims.jsonl")
@@ -31,16 +31,8 @@ def environment(runtime_dir: Path) -> dict[str, str]:
 
 @pytest.fixture
 def command(environment: dict[str, str]) -> Iterator[Start]:
-    started: list[Command] = []
-
-    def start(*arguments: str, **variables: str) -> Command:
-        running = Command({**environment, **variables}, *arguments)
-        started.append(running)
-        return running
-
-    yield start
-    for running in started:
-        running.end()
+    with commands(environment) as start:
+        yield start
 
 
 def rows(path: Path) -> list[dict]:

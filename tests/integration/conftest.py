@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pika
@@ -177,8 +178,8 @@ def environment(
     }
 
 
-@pytest.fixture
-def command(environment: dict[str, str]) -> Iterator[Callable[..., Command]]:
+@contextmanager
+def commands(environment: dict[str, str]) -> Iterator[Callable[..., Command]]:
     """Start commands; whatever happens, they and all they started are gone at the end."""
     started: list[Command] = []
 
@@ -187,6 +188,14 @@ def command(environment: dict[str, str]) -> Iterator[Callable[..., Command]]:
         started.append(running)
         return running
 
-    yield start
-    for running in started:
-        running.end()
+    try:
+        yield start
+    finally:
+        for running in started:
+            running.end()
+
+
+@pytest.fixture
+def command(environment: dict[str, str]) -> Iterator[Callable[..., Command]]:
+    with commands(environment) as start:
+        yield start

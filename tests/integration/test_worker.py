@@ -4,33 +4,31 @@ import json
 import os
 import signal
 import stat
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-from sqlalchemy import create_engine, text
 
 from services.broker import BrokerAddress, Consumer, Delivery, PrivateNode
+from services.collector import Store, dead_claims
 from services.contracts import (
     ClaimBatch,
     DeadClaim,
     VerdictBatch,
     decode,
+    load_settings,
     topology,
 )
-from tests.conftest import REPOSITORY, sample_lines
+from tests.conftest import sample_lines
 from tests.integration.conftest import Command, messages_in, wait_until
-
-Start = Callable[..., Command]
-CLAIMS = str(REPOSITORY / "samples" / "claims.jsonl")
-
-
-def submit(command: Start, *arguments: str) -> str:
-    """Publish the samples in batches of 16; the run's id."""
-    submitting = command("submit", *(arguments or (CLAIMS,)), "--batch-size", "16")
-    assert submitting.wait() == 0, submitting.output
-    return submitting.lines[-1].strip()
+from tests.integration.runs import (
+    CLAIMS,
+    Start,
+    assert_complete,
+    outcomes,
+    submit,
+    wait_for_the_first_verdicts,
+)
 
 
 def take(address: BrokerAddress, queue: str, count: int) -> list[Delivery]:
@@ -43,38 +41,12 @@ def take(address: BrokerAddress, queue: str, count: int) -> list[Delivery]:
         return deliveries
 
 
-def outcomes(environment: dict[str, str]) -> list[tuple[str, str | None, str | None]]:
-    """Claim id, label and reason of every outcome in the store."""
-    engine = create_engine(f"sqlite:///{environment['KEEPWARM_STORE_URL']}")
-    with engine.connect() as connection:
-        rows = connection.execute(text("SELECT claim_id, label, reason FROM outcomes")).all()
-    engine.dispose()
-    return [tuple(row) for row in rows]
-
-
 def dead_of(environment: dict[str, str]) -> tuple[str, str]:
     """Run and id of the one dead claim in the store."""
-    engine = create_engine(f"sqlite:///{environment['KEEPWARM_STORE_URL']}")
-    with engine.connect() as connection:
-        (row,) = connection.execute(
-            text(
-                "SELECT run_id, claim_id FROM outcomes JOIN runs USING (run_key) "
-                "WHERE reason IS NOT NULL"
-            )
-        )
-    engine.dispose()
-    return row.run_id, row.claim_id
-
-
-def wait_for_the_first_verdicts(collecting: Command, environment: dict[str, str]) -> None:
-    collecting.said("broker.connected")  # by then it has made the store's tables
-    wait_until(lambda: outcomes(environment), "the first verdicts")
-
-
-def assert_complete(environment: dict[str, str]) -> None:
-    found = outcomes(environment)
-    assert sorted(claim_id for claim_id, _, _ in found) == [row["id"] for row in sample_lines()]
-    assert all(label for _, label, _ in found)
+    store = Store.open(load_settings(store_url=environment["KEEPWARM_STORE_URL"]))
+    (row,) = dead_claims(store)
+    store.close()
+    return row.run_id, row.claim.claim_id
 
 
 def collect(command: Start, run_id: str) -> Command:
@@ -145,7 +117,7 @@ def test_sigterm_drains_and_another_worker_completes_the_run(
     assert 0 < len(outcomes(environment)) < 240
     other = command("worker")
     assert collecting.wait() == 0
-    assert_complete(environment)
+    assert_complete(environment, run_id)
     other.signal(signal.SIGTERM)
     assert other.wait() == 0
 
@@ -190,7 +162,7 @@ def test_sigkill_loses_nothing_doubles_nothing_and_leaves_no_engine(
     wait_until(lambda: not any(process.is_running() for process in left), "the engine gone")
     other = command("worker")
     assert collecting.wait() == 0
-    assert_complete(environment)
+    assert_complete(environment, run_id)
     other.signal(signal.SIGTERM)
     assert other.wait() == 0
 
@@ -212,7 +184,7 @@ def test_an_engine_that_crashes_is_started_again_and_its_batch_answered(
     collecting = collect(command, run_id)
     worker = command("worker", TEST_ENGINE_FAULT="crash-once")
     assert collecting.wait() == 0
-    assert_complete(environment)
+    assert_complete(environment, run_id)
     worker.said("engine.died")
     worker.signal(signal.SIGTERM)
     assert worker.wait() == 0
@@ -302,12 +274,13 @@ def test_a_claim_that_the_engine_fails_with_each_time_is_set_aside_with_the_evid
 def test_an_engine_that_hangs_is_started_again_and_its_claims_answered(
     command: Start, environment: dict[str, str]
 ) -> None:
-    collecting = collect(command, submit(command))
+    run_id = submit(command)
+    collecting = collect(command, run_id)
     worker = command(
         "worker", TEST_ENGINE_FAULT="hang-once", KEEPWARM_ENGINE_REQUEST_TIMEOUT_SECONDS="2"
     )
     assert collecting.wait() == 0
-    assert_complete(environment)
+    assert_complete(environment, run_id)
     worker.said("engine.silent")
     worker.said("engine.ready", times=2)
 
@@ -374,4 +347,4 @@ def test_a_worker_outlives_the_end_of_its_connections(
         )
     collecting = collect(command, run_id)
     assert collecting.wait() == 0
-    assert_complete(environment)
+    assert_complete(environment, run_id)
