@@ -161,6 +161,10 @@ def _guard(holder: int) -> int:
     """Wait for the holder, pass signals on to it, and end what it could not end."""
     for number in _STOP_SIGNALS:
         signal.signal(number, lambda received, _: os.kill(holder, received))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+    # Not reaped yet: until signals are ignored, the holder's number is nobody else's.
+    os.waitid(os.P_PID, holder, os.WEXITED | os.WNOWAIT)
+    _ignore_stop_signals()
     _, status = os.waitpid(holder, 0)
     # Killed, it left its orphans to the next subreaper: that is us.
     _kill_all(psutil.Process())
@@ -171,6 +175,9 @@ def _guard(holder: int) -> int:
 def _hold(command: Sequence[str], directory: Path | None, grace_seconds: float) -> int:
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
     guard = os.getpid()
+    # A signal that comes before its handler is there would end the guard, and it would seem that
+    # all is over while the holder is still at it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     holder = os.fork()
     if holder:
         return _guard(holder)
@@ -181,6 +188,8 @@ def _hold(command: Sequence[str], directory: Path | None, grace_seconds: float) 
     signal.set_wakeup_fd(wake_writer)
     for number in _STOP_SIGNALS:
         signal.signal(number, lambda received, _: stop_signals.append(received))
+    # Before the command starts, which would inherit it.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
     signal.signal(signal.SIGCHLD, lambda *_: None)
 
     child = subprocess.Popen(
@@ -210,7 +219,16 @@ def _hold(command: Sequence[str], directory: Path | None, grace_seconds: float) 
         child.wait()
     _kill_all(psutil.Process())
     code = child.wait()
+    _ignore_stop_signals()
     return code if code >= 0 else 128 - code
+
+
+def _ignore_stop_signals() -> None:
+    """It is over. Python gives signals back to their defaults when it ends: one that comes now
+    would take the exit code's place.
+    """
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def main() -> int:

@@ -346,6 +346,11 @@ def test_the_services_do_their_work_with_the_rights_of_their_roles(
         return services[-1]
 
     host = f"127.0.0.1:{broker.node.port}"
+    # What the tests before this one put there in the name of some role.
+    connection = broker.connection(f"{VHOST}-operator", broker.password("operator"))
+    for queue in BOUND:
+        connection.channel().queue_purge(queue)
+    connection.close()
     services: list[Command] = []
     try:
         # The worker comes first: it finds no claims queue, and may not make one.

@@ -270,6 +270,16 @@ def test_terminate_returns_at_once_and_stop_then_waits(leash: Leash, tmp_path: P
     leashed.terminate()
 
 
+def test_however_many_signals_come_the_exit_code_is_the_commands(
+    leash: Leash, tmp_path: Path
+) -> None:
+    leashed = leash.python(ORDERLY)
+    wait_until_ready(leash, tmp_path)
+    while leashed.exit_code() is None:
+        leashed.terminate()
+    assert leashed.exit_code() == 7
+
+
 def test_a_command_that_ignores_sigterm_is_killed_after_its_grace(
     leash: Leash, tmp_path: Path
 ) -> None:
