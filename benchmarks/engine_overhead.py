@@ -39,8 +39,8 @@ console = Console(width=100)
 
 def serve_alone(claims_file: Path, limit: int) -> None:
     """vLLM in this process: at each line on standard input, all claims once; seconds on output."""
-    from services.gpu_worker import find_device
-    from services.gpu_worker.engine_command import engine_environment
+    from services.contexts import find_device
+    from services.contexts.engine_command import engine_environment
 
     prompt, tokens, spec = prompts_of(claims_file, limit)
     os.environ.update(engine_environment(spec, find_device()))
@@ -73,8 +73,9 @@ def prompts_of(claims_file: Path, limit: int):
     """The token ids that a worker would send, the label tokens, and the context."""
     from itertools import islice
 
+    from services.contexts import pin_model
     from services.contracts import ContextSpec, PromptSpec
-    from services.gpu_worker import CompiledPrompt, ModelTokenizer, pin_model
+    from services.gpu_worker import CompiledPrompt, ModelTokenizer
     from services.producer import Parser, Source
 
     spec = pin_model(ContextSpec(model=str(MODEL), max_model_tokens=MAX_TOKENS))
@@ -134,8 +135,8 @@ class Keepwarm:
         """Seconds from the opening of the file to the last verdict in the store."""
         from services.broker import BrokerAddress, Declares, Publisher
         from services.collector import run_status
+        from services.contexts import pin_model
         from services.contracts import ContextSpec, PromptSpec
-        from services.gpu_worker import pin_model
         from services.producer import RejectedFile, Source, Submission
 
         spec = pin_model(ContextSpec(model=str(MODEL), max_model_tokens=MAX_TOKENS))

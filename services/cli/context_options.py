@@ -6,11 +6,11 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
+from services.contexts import pin_model
 from services.contracts import ContextSpec, Settings
 from services.contracts.contexts import DType
 from services.contracts.errors import UsageError
 from services.contracts.wire import first_fault
-from services.gpu_worker import pin_model
 
 DEMO_MODEL = Path(".models/SmolLM2-135M-Instruct")
 DEMO_MODEL_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -17,9 +17,9 @@ from services.cli.screen import print_report
 from services.cli.signals import on_stop_signal
 from services.cli.worker_processes import WorkerProcess, device_shares, worker_processes
 from services.collector import Collector, Store, build_report, export_run, find_run, run_status
+from services.contexts import find_device
 from services.contracts import Settings
 from services.contracts.errors import BrokerError, RunIncomplete, StoreError
-from services.gpu_worker import find_device
 from services.producer import Progress, RejectedFile, Submission
 
 _LOOK_SECONDS = 0.25

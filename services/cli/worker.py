@@ -17,8 +17,9 @@ from services.cli.options import (
     BrokerOption,
 )
 from services.cli.signals import on_stop_signal
+from services.contexts import find_device
 from services.contracts import load_settings
-from services.gpu_worker import Worker, find_device, seconds_until_drain
+from services.gpu_worker import Worker, seconds_until_drain
 
 log = structlog.get_logger(__name__)
 

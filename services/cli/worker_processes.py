@@ -13,10 +13,10 @@ from pathlib import Path
 
 import structlog
 
+from services.contexts import Device, visible_gpus
 from services.contracts import ContextSpec, Settings
 from services.contracts.backoff import growing_pause
 from services.contracts.errors import EngineError, RunIncomplete, UsageError
-from services.gpu_worker import Device, visible_gpus
 from services.leash import Leashed
 
 _SHOWN_LINES = 40

@@ -1,10 +1,8 @@
-"""Contexts and engines: take claims, infer, publish verdicts, acknowledge, return.
+"""Take claims, infer, publish verdicts, acknowledge, return.
 
 Importing this imports neither vLLM nor torch: the worker talks HTTP to an engine process.
 """
 
-from services.gpu_worker.device import Device, find_device, visible_gpus
-from services.gpu_worker.model_files import pin_model
 from services.gpu_worker.prompting import CompiledPrompt
 from services.gpu_worker.tokenizer import ModelTokenizer
 from services.gpu_worker.walltime import seconds_until_drain
@@ -12,11 +10,7 @@ from services.gpu_worker.worker import Worker
 
 __all__ = [
     "CompiledPrompt",
-    "Device",
     "ModelTokenizer",
     "Worker",
-    "find_device",
-    "pin_model",
     "seconds_until_drain",
-    "visible_gpus",
 ]

@@ -10,11 +10,11 @@ from itertools import count
 
 import structlog
 
+from services.contexts.completions import EngineSilent, Interrupted
+from services.contexts.engine import Engine
 from services.contracts import Claim, DeadReason, PromptSpec, Settings
 from services.contracts.backoff import growing_pause
 from services.contracts.errors import EngineRequestError, EngineStartError
-from services.gpu_worker.completions import EngineSilent, Interrupted
-from services.gpu_worker.engine import Engine
 from services.gpu_worker.in_hand import BatchInHand
 from services.gpu_worker.inference import Inference, Outcome, Refusal
 

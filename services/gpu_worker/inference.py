@@ -4,9 +4,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from services.contexts.completions import Answer, CompletionClient, EngineRefused
 from services.contracts import Claim, DeadReason, PromptSpec, Verdict
 from services.contracts.errors import EngineRequestError, ModelError
-from services.gpu_worker.completions import Answer, CompletionClient, EngineRefused
 from services.gpu_worker.prompting import CompiledPrompt
 from services.gpu_worker.tokenizer import ModelTokenizer
 from services.gpu_worker.verdicts import read_verdict

@@ -9,9 +9,9 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from services.contexts.model_files import model_file
 from services.contracts import ContextSpec
 from services.contracts.errors import ModelError
-from services.gpu_worker.model_files import model_file
 
 _SENTENCEPIECE_SPACE = "\u2581"
 _CONTENT = "KEEPWARM CONTENT GOES HERE"

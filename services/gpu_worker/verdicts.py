@@ -2,9 +2,9 @@
 
 import math
 
+from services.contexts.completions import Answer
 from services.contracts import INVALID, Claim, PromptSpec, Verdict
 from services.contracts.bounds import MAX_RAW_TEXT_CHARS
-from services.gpu_worker.completions import Answer
 
 _DIGITS = 6
 

@@ -10,11 +10,11 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import structlog
 
 from services.broker import BrokerAddress, Consumer, Delivery, Publisher
+from services.contexts.completions import Interrupted
+from services.contexts.device import Device
+from services.contexts.engine import Engine
 from services.contracts import ContextSpec, Notice, Settings, decode, topology
 from services.contracts.errors import BrokerUnreachable, MessageInvalid
-from services.gpu_worker.completions import Interrupted
-from services.gpu_worker.device import Device
-from services.gpu_worker.engine import Engine
 from services.gpu_worker.examination import Examination
 from services.gpu_worker.in_hand import BatchInHand, Signature
 from services.gpu_worker.inference import Inference

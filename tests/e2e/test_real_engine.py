@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from services.contexts import find_device, pin_model
+from services.contexts.engine import Engine
 from services.contracts import Claim, ContextSpec, PromptSpec, load_settings
-from services.gpu_worker import CompiledPrompt, ModelTokenizer, find_device, pin_model
-from services.gpu_worker.engine import Engine
+from services.gpu_worker import CompiledPrompt, ModelTokenizer
 from services.producer import read_prompt
 from tests.conftest import DEMO_MODEL, REPOSITORY, sample_lines
 from tests.integration.conftest import Command, commands, wait_until

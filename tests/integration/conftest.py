@@ -16,8 +16,8 @@ import pytest
 
 from services.broker import BrokerAddress, Declares, PrivateNode, Publisher
 from services.broker.link import Link
+from services.contexts import pin_model
 from services.contracts import ContextSpec, Settings, load_settings, topology
-from services.gpu_worker import pin_model
 from tests.conftest import REPOSITORY
 
 PATIENCE_SECONDS = 60.0

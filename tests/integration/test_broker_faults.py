@@ -13,8 +13,8 @@ import pytest
 
 from services.broker import PrivateNode
 from services.broker.topology import quorum_arguments
+from services.contexts import pin_model
 from services.contracts import ContextSpec, Settings, topology
-from services.gpu_worker import pin_model
 from tests.integration.conftest import (
     delete_queues,
     messages_in,

@@ -14,6 +14,7 @@ import pytest
 
 from services.broker import PrivateNode
 from services.collector import Store
+from services.contexts import pin_model
 from services.contracts import (
     Claim,
     ClaimBatch,
@@ -31,7 +32,6 @@ from services.contracts import (
 from services.contracts.bounds import MAX_MESSAGE_BYTES
 from services.contracts.verdicts import DeadReason
 from services.contracts.wire import Message
-from services.gpu_worker import pin_model
 from tests.integration.conftest import messages_in, plain_connection, wait_until
 from tests.integration.runs import (
     CLAIMS,

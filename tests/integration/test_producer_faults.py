@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from services.broker import PrivateNode
+from services.contexts import pin_model
 from services.contracts import ContextSpec, topology
-from services.gpu_worker import pin_model
 from tests.conftest import SHARED_DATA, sample_lines
 from tests.integration.conftest import messages_in, wait_until
 from tests.integration.runs import (

@@ -8,8 +8,17 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from tokenizers import Tokenizer
 
 from services.contracts import ContextSpec, PromptSpec, Run
+from tests.unit.tokenizers_of_models import (
+    CHAT_TEMPLATE,
+    byte_level,
+    gemma,
+    llama_3,
+    metaspace,
+    unigram,
+)
 
 # The same examples every time: a green tree stays green. HYPOTHESIS_PROFILE=search looks further.
 hypothesis.settings.register_profile("unit", max_examples=40, deadline=None, derandomize=True)
@@ -71,3 +80,35 @@ def unprivileged() -> Callable[[], AbstractContextManager[None]]:
             os.seteuid(0)
 
     return without_privileges
+
+
+@pytest.fixture(scope="session")
+def definitions() -> dict[str, bytes]:
+    """A `tokenizer.json` of each family."""
+    families: dict[str, Callable[[], Tokenizer]] = {
+        "byte-level": byte_level,
+        "llama-3": llama_3,
+        "metaspace": metaspace,
+        "gemma": gemma,
+        "unigram": unigram,
+    }
+    return {name: make().to_str().encode() for name, make in families.items()}
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path, definitions: dict[str, bytes]) -> Path:
+    """All of a model but its weights."""
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "config.json").write_text('{"model_type": "llama"}')
+    (directory / "tokenizer.json").write_bytes(definitions["byte-level"])
+    (directory / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return directory
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """Shorter than pytest's own: engines' sockets are made here, and a path may have 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="kw-") as name:
+        yield Path(name)

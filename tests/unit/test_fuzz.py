@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from services.broker import BrokerAddress, Delivery
 from services.broker.dead_messages import origin, reason
+from services.contexts.completions import Answer, _answer, _choices
 from services.contracts import (
     Claim,
     ClaimBatch,
@@ -47,7 +48,6 @@ from services.contracts.errors import (
 )
 from services.contracts.settings import check_broker_url
 from services.contracts.wire import CONTENT_TYPE, Message
-from services.gpu_worker.completions import Answer, _answer, _choices
 from services.gpu_worker.verdicts import read_verdict
 from services.producer import Parser, Rejection, Source, read_prompt
 

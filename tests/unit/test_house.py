@@ -12,9 +12,10 @@ ROOMS = {
     "contracts": set(),
     "broker": {"contracts", "leash"},
     "producer": {"contracts", "broker"},
-    "gpu_worker": {"contracts", "broker", "leash"},
+    "contexts": {"contracts", "leash"},
+    "gpu_worker": {"contracts", "broker", "contexts"},
     "collector": {"contracts", "broker"},
-    "cli": {"contracts", "broker", "producer", "gpu_worker", "collector", "leash"},
+    "cli": {"contracts", "broker", "producer", "contexts", "gpu_worker", "collector", "leash"},
 }
 
 

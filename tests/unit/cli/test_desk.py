@@ -10,6 +10,7 @@ from rich.console import Console
 
 from services.cli.desk import Desk
 from services.collector import Incoming, Store
+from services.contexts import Device
 from services.contracts import (
     ContextSpec,
     PromptSpec,
@@ -21,7 +22,6 @@ from services.contracts import (
     load_settings,
 )
 from services.contracts.errors import StoreError, UsageError
-from services.gpu_worker import Device
 from services.producer import Source, Submission
 
 Maker = Callable[..., Desk]

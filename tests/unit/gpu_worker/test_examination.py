@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.contexts.completions import Answer, EngineSilent, Interrupted
 from services.contracts import (
     Claim,
     ClaimBatch,
@@ -21,7 +22,6 @@ from services.contracts import (
     topology,
 )
 from services.contracts.errors import EngineRequestError, EngineStartError
-from services.gpu_worker.completions import Answer, EngineSilent, Interrupted
 from services.gpu_worker.examination import Examination
 from services.gpu_worker.in_hand import BatchInHand, Signature
 from services.gpu_worker.inference import Outcome, Refusal

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.contexts.completions import Answer, EngineRefused, EngineSilent, Interrupted
 from services.contracts import Claim, DeadReason, Label, PromptSpec
 from services.contracts.errors import EngineRequestError
 from services.gpu_worker import CompiledPrompt, ModelTokenizer
-from services.gpu_worker.completions import Answer, EngineRefused, EngineSilent, Interrupted
 from services.gpu_worker.inference import Inference, Outcome
 
 Prompt = Sequence[int]

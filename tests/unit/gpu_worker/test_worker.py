@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from services.broker import Delivery
+from services.contexts import Device
+from services.contexts.completions import Answer, EngineSilent, Interrupted
 from services.contracts import (
     Claim,
     ClaimBatch,
@@ -24,8 +26,7 @@ from services.contracts import (
     topology,
 )
 from services.contracts.errors import EngineRequestError, ModelError
-from services.gpu_worker import Device, Worker
-from services.gpu_worker.completions import Answer, EngineSilent, Interrupted
+from services.gpu_worker import Worker
 from tests.unit.gpu_worker.conftest import RecordingBroker, delivered
 
 UNUSABLE = PromptSpec(labels=(Label(name="A", word="True"), Label(name="B", word="True")))

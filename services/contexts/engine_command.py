@@ -5,11 +5,11 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from services.contexts.device import Device
+from services.contexts.model_files import is_local
 from services.contracts import ContextSpec, Settings
 from services.contracts.bounds import MAX_LABELS
 from services.contracts.errors import UsageError
-from services.gpu_worker.device import Device
-from services.gpu_worker.model_files import is_local
 
 _GIB = 1024**3
 _LARGE_GPU_BYTES = 70 * _GIB

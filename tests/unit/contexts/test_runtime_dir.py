@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from services.contexts.runtime_dir import open_runtime_dir, socket_path
 from services.contracts.errors import UsageError
-from services.gpu_worker.runtime_dir import open_runtime_dir, socket_path
 
 
 def mode(path: Path) -> int:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import structlog
 
+from services.contexts.completions import CompletionClient
+from services.contexts.device import Device
+from services.contexts.engine_command import engine_command, engine_environment
+from services.contexts.runtime_dir import open_runtime_dir, socket_path
 from services.contracts import ContextSpec, Settings
 from services.contracts.errors import EngineRequestError, EngineStartError
-from services.gpu_worker.completions import CompletionClient
-from services.gpu_worker.device import Device
-from services.gpu_worker.engine_command import engine_command, engine_environment
-from services.gpu_worker.runtime_dir import open_runtime_dir, socket_path
 from services.leash import Leashed
 
 _POLL_SECONDS = 0.2

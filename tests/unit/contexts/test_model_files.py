@@ -7,10 +7,10 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+from services.contexts import model_files, pin_model
+from services.contexts.model_files import is_local, model_file
 from services.contracts import ContextSpec
 from services.contracts.errors import ModelError
-from services.gpu_worker import model_files, pin_model
-from services.gpu_worker.model_files import is_local, model_file
 
 MIB = 1024**2
 

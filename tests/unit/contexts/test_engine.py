@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from services.contexts import Device
+from services.contexts.engine import Engine
 from services.contracts import ContextSpec, load_settings
 from services.contracts.errors import EngineStartError
-from services.gpu_worker import Device
-from services.gpu_worker.engine import Engine
 
 # httpcore leaves a socket that could not connect to Python's garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from services.contexts import Device
+from services.contexts.engine_command import engine_command, engine_environment
 from services.contracts import ContextSpec, load_settings
 from services.contracts.errors import UsageError
-from services.gpu_worker import Device
-from services.gpu_worker.engine_command import engine_command, engine_environment
 
 GIB = 1024**3
 CPU = Device("cpu", "Xeon", 40 * GIB, (0, 1, 5))

@@ -3,8 +3,8 @@ import os
 import pynvml
 import pytest
 
+from services.contexts import find_device, visible_gpus
 from services.contracts.errors import EngineStartError
-from services.gpu_worker import find_device, visible_gpus
 
 
 def test_without_a_visible_gpu_the_processors_are_the_device(

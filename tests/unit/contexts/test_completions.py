@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.contracts.errors import EngineRequestError
-from services.gpu_worker.completions import (
+from services.contexts.completions import (
     Answer,
     CompletionClient,
     EngineRefused,
@@ -21,6 +20,7 @@ from services.gpu_worker.completions import (
     _answer,
     _choices,
 )
+from services.contracts.errors import EngineRequestError
 
 TOKENS = (11, 22)
 KEYS = ("token_id:11", "token_id:22")

@@ -1,0 +1,9 @@
+"""What is warm on this node: engines, their keeper, and what an engine needs to be started.
+
+Importing this imports neither vLLM nor torch: an engine is a process of its own.
+"""
+
+from services.contexts.device import Device, find_device, visible_gpus
+from services.contexts.model_files import pin_model
+
+__all__ = ["Device", "find_device", "pin_model", "visible_gpus"]
