@@ -38,7 +38,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from services.broker import PrivateNode  # noqa: E402
-from services.contracts import topology  # noqa: E402
+from services.contexts.attachment import drain  # noqa: E402
+from services.contexts.records import live_records  # noqa: E402
+from services.contracts import load_settings, topology  # noqa: E402
 from services.contracts.errors import BrokerError  # noqa: E402
 from tests.proxy import Proxy  # noqa: E402
 
@@ -47,7 +49,6 @@ FEVER = REPOSITORY.parent / "shared" / "data" / "fever_labelled_dev.jsonl"
 SAMPLES = REPOSITORY / "samples" / "claims.jsonl"
 KEEPWARM = [sys.executable, "-m", "services.cli.main"]
 GRACE_SECONDS = 4
-_LEASH = "services.leash"
 # RabbitMQ 3.10.8 loses a quorum queue when the node is killed within seconds of its creation.
 YOUNG_QUEUE_SECONDS = 8.0
 console = Console(width=110)
@@ -87,18 +88,28 @@ class Service:
             self.process.send_signal(number)
 
     def engine(self) -> psutil.Process | None:
+        """The engine of its node, which it shares with nobody here."""
         with suppress(psutil.Error):
-            for process in psutil.Process(self.process.pid).children(recursive=True):
-                if "--uds" in process.cmdline() and _LEASH not in process.cmdline():
-                    return process
+            for record in live_records(self.runtime):
+                if record.pid is not None:
+                    return psutil.Process(record.pid)
         return None
 
-    def leashes(self) -> list[psutil.Process]:
-        """Guard and holder of its engine, while they live."""
+    def keepers(self) -> list[psutil.Process]:
+        """All that holds its engine: holder, guard, template, its leash, and the keeper."""
         with suppress(psutil.Error):
-            family = psutil.Process(self.process.pid).children(recursive=True)
-            return [process for process in family if _LEASH in process.cmdline()]
+            if (engine := self.engine()) is not None:
+                return [
+                    process
+                    for process in engine.parents()
+                    if ("services.cli.main" in process.cmdline() and "keeper" in process.cmdline())
+                    or "template.py" in " ".join(process.cmdline())
+                ]
         return []
+
+    @property
+    def runtime(self) -> Path:
+        return Path(self.environment["KEEPWARM_RUNTIME_DIR"])
 
     def end(self) -> None:
         if self.alive:
@@ -137,14 +148,15 @@ class House:
         environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith("KEEPWARM_")},
             "PYTHONPATH": str(REPOSITORY / "tests" / "doubles"),
-            "TEST_ENGINE_CLAIM_SECONDS": str(self.claim_seconds),
-            "TEST_ENGINE_FAULT": "crash-long",
+            "VLLM_TEST_CLAIM_SECONDS": str(self.claim_seconds),
+            "VLLM_TEST_FAULT": "crash-long",
             "KEEPWARM_BROKER_URL": f"amqp://keepwarm@127.0.0.1:{self.proxy.port}/",
             "KEEPWARM_BROKER_PASSWORD": self.node.password,
             "KEEPWARM_BROKER_HEARTBEAT_SECONDS": "5",
             "KEEPWARM_STORE_URL": str(self.store),
             "KEEPWARM_MODEL": str(MODEL),
-            "KEEPWARM_RUNTIME_DIR": str(self.directory / "run"),
+            "KEEPWARM_CACHE_DIR": str(self.directory / "cache"),
+            "KEEPWARM_CONTEXT_IDLE_SECONDS": "60",
             "KEEPWARM_GRACE_SECONDS": str(GRACE_SECONDS),
             "KEEPWARM_ENGINE_REQUEST_TIMEOUT_SECONDS": "3",
             "KEEPWARM_ENGINE_START_ATTEMPTS": "20",
@@ -153,7 +165,9 @@ class House:
         }
 
         def service(name: str, *arguments: str) -> Service:
-            return Service([*arguments], environment, self.directory / f"{name}.log")
+            # Each is on a node of its own.
+            place = {"KEEPWARM_RUNTIME_DIR": str(self.directory / name)}
+            return Service([*arguments], environment | place, self.directory / f"{name}.log")
 
         self.collector = service("collector", "collect")
         self.producer = service(
@@ -172,6 +186,8 @@ class House:
             part.signal(signal.SIGTERM)
         for part in self.parts():
             part.end()
+        for worker in self.workers:
+            drain(load_settings(runtime_dir=worker.runtime))
         self.proxy.close()
         self.node.stop()
 
@@ -215,7 +231,7 @@ class Faults:
             "worker SIGKILL": self._kill_worker,
             "engine SIGKILL": lambda: self._hit_engine(signal.SIGKILL),
             "engine hangs": lambda: self._hit_engine(signal.SIGSTOP),
-            "leash SIGKILL": self._kill_leash,
+            "keeper SIGKILL": self._kill_keeper,
             "collector SIGKILL": self._kill_collector,
             "producer SIGKILL": self._kill_producer,
             "broker SIGKILL": lambda: self._stop_broker(signal.SIGKILL),
@@ -265,9 +281,9 @@ class Faults:
     def _hit_engine(self, number: int) -> bool:
         return _send(self._worker().engine(), number)
 
-    def _kill_leash(self) -> bool:
-        leashes = self._worker().leashes()
-        return _send(self._random.choice(leashes) if leashes else None, signal.SIGKILL)
+    def _kill_keeper(self) -> bool:
+        keepers = self._worker().keepers()
+        return _send(self._random.choice(keepers) if keepers else None, signal.SIGKILL)
 
     def _kill_collector(self) -> bool:
         self._house.collector.kill_group()

@@ -41,9 +41,12 @@ def serve_alone(claims_file: Path, limit: int) -> None:
     """vLLM in this process: at each line on standard input, all claims once; seconds on output."""
     from services.contexts import find_device
     from services.contexts.engine_command import engine_environment
+    from services.contexts.plan import EnginePlan
+    from services.contracts import load_settings
 
     prompt, tokens, spec = prompts_of(claims_file, limit)
-    os.environ.update(engine_environment(spec, find_device()))
+    plan = EnginePlan.of(spec, find_device(), load_settings())
+    os.environ.update(engine_environment(plan, Path(tempfile.gettempdir()) / "keepwarm-alone"))
     output = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # vLLM's own words go to standard error
     from vllm import LLM, SamplingParams
@@ -109,6 +112,7 @@ class Keepwarm:
             target=self._collector.run, args=(lambda _: self._committed.set(),)
         )
         self._thread.start()
+        self._worker_settings = load_settings(runtime_dir=directory / "run")
         self._worker = subprocess.Popen(
             [sys.executable, "-m", "services.cli.main", "worker", "--model", str(MODEL)],
             cwd=REPOSITORY,
@@ -171,8 +175,11 @@ class Keepwarm:
         return self._worker.pid
 
     def close(self) -> None:
+        from services.contexts.attachment import drain
+
         self._worker.terminate()
         self._worker.wait()
+        drain(self._worker_settings)
         self._collector.stop()
         self._thread.join()
         self._store.close()
@@ -185,6 +192,7 @@ def suspended(pid: int) -> Iterator[None]:
     cores they would take their turns from the engine that is measured.
     """
     owner = psutil.Process(pid)
+    # The keeper that a worker started, and its engine, are among its children.
     processes = [owner, *owner.children(recursive=True)]
     for process in processes:
         process.suspend()

@@ -34,6 +34,7 @@ from services.broker import (  # noqa: E402
     PrivateNode,
     Publisher,
 )
+from services.contexts.attachment import drain  # noqa: E402
 from services.contracts import (  # noqa: E402
     ClaimBatch,
     RunAnnouncement,
@@ -239,6 +240,7 @@ def measure(count: int, batch_size: int) -> dict[str, Finished]:
         results["  its collector"] = collect.wait()
         results["end to end"] = Finished(time.monotonic() - started)
         results["  its worker"] = worker.terminate()
+        drain(load_settings(runtime_dir=directory / "run"))
         return results
 
 

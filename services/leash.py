@@ -7,6 +7,9 @@ started is killed, daemons that left its session included: the leash is their su
 A leash is two processes, a guard and its holder, of which each ends the command when the other is
 killed: whichever process dies first, and even if its owner dies at the same moment, nothing stays.
 
+`hold` does the same for whatever is held by this very process: an engine that was forked and not
+called by its name (services/contexts/template.py).
+
 A broker node brings a port mapper that makes itself a daemon; an engine brings processes that hold
 GPU memory. Neither may stay. The leash imports the standard library and psutil only, and owns
 nothing that could fail.
@@ -20,9 +23,9 @@ import selectors
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 import psutil
 
@@ -153,7 +156,13 @@ def _given_environment() -> dict[bytes, bytes]:
     return dict(entry.split(b"=", 1) for entry in entries if b"=" in entry)
 
 
-def _die_with_parent(number: int = signal.SIGKILL) -> None:
+def adopt_orphans() -> None:
+    """What descendants of ours leave behind becomes our child, and not that of init."""
+    _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """The kernel sends `number` to this process when its parent ends."""
     _libc.prctl(_PR_SET_PDEATHSIG, number)
 
 
@@ -172,8 +181,23 @@ def _guard(holder: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _hold(command: Sequence[str], directory: Path | None, grace_seconds: float) -> int:
-    _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+class Held(Protocol):
+    """A child process; `subprocess.Popen` is one."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def kill(self) -> None: ...
+
+
+def hold(start: Callable[[], Held], owner: int, grace_seconds: float) -> int:
+    """Hold what `start` starts until it ends, or until `owner`, a descriptor, becomes readable:
+    then it has SIGTERM, so many seconds, and SIGKILL. Its exit code; 128 + N after signal N.
+
+    What is started must lead a session of its own, and call `die_with_parent`.
+    """
+    adopt_orphans()
     guard = os.getpid()
     # A signal that comes before its handler is there would end the guard, and it would seem that
     # all is over while the holder is still at it.
@@ -181,8 +205,8 @@ def _hold(command: Sequence[str], directory: Path | None, grace_seconds: float) 
     holder = os.fork()
     if holder:
         return _guard(holder)
-    _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    _die_with_parent(signal.SIGTERM)
+    adopt_orphans()
+    die_with_parent(signal.SIGTERM)
     stop_signals: list[int] = [] if os.getppid() == guard else [signal.SIGTERM]
     wake_reader, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake_writer)
@@ -192,16 +216,9 @@ def _hold(command: Sequence[str], directory: Path | None, grace_seconds: float) 
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
     signal.signal(signal.SIGCHLD, lambda *_: None)
 
-    child = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        cwd=directory,
-        env=_given_environment(),
-        start_new_session=True,
-        preexec_fn=_die_with_parent,
-    )
+    child = start()
     with selectors.DefaultSelector() as selector:
-        selector.register(sys.stdin.buffer, selectors.EVENT_READ, "owner")
+        selector.register(owner, selectors.EVENT_READ, "owner")
         selector.register(wake_reader, selectors.EVENT_READ, "signal")
         while child.poll() is None and not stop_signals:
             for key, _ in selector.select():
@@ -237,8 +254,19 @@ def main() -> int:
     parser.add_argument("--directory", type=Path, help="where the command starts")
     parser.add_argument("command", nargs="+")
     arguments = parser.parse_args()
+
+    def start() -> Held:
+        return subprocess.Popen(
+            arguments.command,
+            stdin=subprocess.DEVNULL,
+            cwd=arguments.directory,
+            env=_given_environment(),
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+
     try:
-        return _hold(arguments.command, arguments.directory, arguments.grace)
+        return hold(start, sys.stdin.fileno(), arguments.grace)
     except OSError as error:
         sys.stderr.write(f"cannot start {arguments.command[0]}: {error}\n")
         return 127

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -25,9 +26,35 @@ def sample_lines() -> list[dict[str, str]]:
 
 @pytest.fixture
 def runtime_dir() -> Iterator[Path]:
-    """A directory with a short name: the path of a unix socket may have 107 bytes."""
+    """A directory with a short name: the path of a unix socket may have 107 bytes. A keeper that
+    commands have left there is ended with the test.
+    """
     with tempfile.TemporaryDirectory(prefix="kw-") as name:
-        yield Path(name) / "run"
+        directory = Path(name) / "run"
+        yield directory
+        if directory.is_dir():
+            end_keeper(directory)
+
+
+def end_keeper(directory: Path) -> None:
+    """It drains; by force where it does not."""
+    keepers = [
+        process for process in psutil.process_iter() if holds(process, directory / "keeper.lock")
+    ]
+    for keeper in keepers:
+        left = [keeper, *keeper.children(recursive=True)]
+        keeper.terminate()
+        _, alive = psutil.wait_procs(left, timeout=20)
+        for process in alive:
+            process.kill()
+        assert not alive, f"a keeper did not end what it started: {alive}"
+
+
+def holds(process: psutil.Process, file: Path) -> bool:
+    try:
+        return any(opened.path == str(file) for opened in process.open_files())
+    except psutil.Error:
+        return False
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from services.cli.signals import on_stop_signal
 from services.cli.worker_processes import WorkerProcess, device_shares, worker_processes
 from services.collector import Collector, Store, build_report, export_run, find_run, run_status
 from services.contexts import find_device
+from services.contexts.start_keeper import kept_meanwhile
 from services.contracts import Settings
 from services.contracts.errors import BrokerError, RunIncomplete, StoreError
 from services.producer import Progress, RejectedFile, Submission
@@ -73,6 +74,7 @@ class Desk:
             parts.callback(collecting.join, _COLLECT_SECONDS)
             parts.callback(collector.finish)
             publishing = self._thread("producer", lambda: self._publish(settings))
+            parts.enter_context(kept_meanwhile(settings, self._directory / "logs" / "keeper.log"))
             slots = worker_processes(
                 shares,
                 self._submission.run.context,

@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import typer
 
@@ -11,6 +11,7 @@ from services.contracts.errors import UsageError
 
 _VERBS = (
     *("run", "submit", "worker", "collect", "status", "report", "export", "cancel"),
+    *("contexts list", "contexts warm", "contexts evict", "contexts logs", "keeper"),
     *("dead list", "dead show", "dead retry", "dead drop"),
     "broker setup",
 )
@@ -26,7 +27,8 @@ app = typer.Typer(
         "[bold]keepwarm run FILE[/bold] does it all on one machine. The other verbs are its parts: "
         "[bold]submit[/bold] publishes claims, [bold]worker[/bold] answers them, "
         "[bold]collect[/bold] stores the verdicts; [bold]status[/bold], [bold]report[/bold] and "
-        "[bold]export[/bold] read the store. [bold]broker setup[/bold] prepares a broker.\n\n"
+        "[bold]export[/bold] read the store. [bold]contexts[/bold] shows and prepares what is warm "
+        "on this node; [bold]broker setup[/bold] prepares a broker.\n\n"
         "Settings come from KEEPWARM_… variables (docs/settings.md); flags win. Exit codes: "
         "0 well, 1 a bug, 2 a bad flag or setting, 3 a bad file of claims or prompt, 4 no engine, "
         "5 no broker, 6 no store or output, 7 some claims have no outcome yet; [bold]run[/bold] "
@@ -41,7 +43,11 @@ _dead = typer.Typer(
     help="Claims that were given up on, and messages that nobody could use.",
 )
 app.add_typer(_dead, name="dead")
-_GROUPS = {"": app, "broker": _broker, "dead": _dead}
+_contexts = typer.Typer(
+    no_args_is_help=True, help="What is warm on this node: engines, kept while workers come and go."
+)
+app.add_typer(_contexts, name="contexts")
+_GROUPS = {"": app, "broker": _broker, "contexts": _contexts, "dead": _dead}
 
 
 def _verb(name: str) -> Callable[..., None]:
@@ -66,7 +72,15 @@ def _verb(name: str) -> Callable[..., None]:
     return function
 
 
-for _name in _VERBS:
+def _wanted(arguments: Sequence[str]) -> Sequence[str]:
+    """The verb that a command line asks for, or all of them: importing takes time, and a worker has
+    to be at work within a second.
+    """
+    line = " ".join(arguments) + " "
+    return [name for name in _VERBS if line.startswith(f"{name} ")] or _VERBS
+
+
+for _name in _wanted(sys.argv[1:]):
     _function = _verb(_name)
     # What is not installed knows no flags, and takes any to say so.
     _any = {"ignore_unknown_options": True, "allow_extra_args": True}

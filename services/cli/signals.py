@@ -2,13 +2,33 @@
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from types import FrameType
+
+import structlog
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Slurm's and others' early warning (`--signal=B:USR1@60`). SIGTERM comes after it in any case, and
 # is then the first of its kind.
 _WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+
+log = structlog.get_logger(__name__)
+
+
+def before_the_walltime_ends(stop: Callable[[], None], seconds: float | None) -> None:
+    """Call `stop` in so many seconds; never where the time is not known."""
+    if seconds is None:
+        return
+
+    def drain() -> None:
+        log.info("walltime.ending")
+        stop()
+
+    log.info("walltime.known", drains_in_seconds=round(seconds))
+    timer = threading.Timer(seconds, drain)
+    timer.daemon = True
+    timer.start()
 
 
 def on_stop_signal(stop: Callable[[int], None]) -> None:

@@ -1,9 +1,5 @@
 """`keepwarm worker`."""
 
-import threading
-
-import structlog
-
 from services.cli.context_options import (
     DTypeOption,
     EngineArgumentOption,
@@ -16,12 +12,10 @@ from services.cli.logs import configure_logs
 from services.cli.options import (
     BrokerOption,
 )
-from services.cli.signals import on_stop_signal
-from services.contexts import find_device
+from services.cli.signals import before_the_walltime_ends, on_stop_signal
+from services.contexts import find_device, seconds_until_drain
 from services.contracts import load_settings
-from services.gpu_worker import Worker, seconds_until_drain
-
-log = structlog.get_logger(__name__)
+from services.gpu_worker import Worker
 
 
 def worker(
@@ -45,19 +39,5 @@ def worker(
     )
     service = Worker(context, find_device(), settings)
     on_stop_signal(lambda _: service.stop())
-    _drain_before_the_walltime_ends(service, seconds_until_drain(settings))
+    before_the_walltime_ends(service.stop, seconds_until_drain(settings))
     service.run()
-
-
-def _drain_before_the_walltime_ends(service: Worker, seconds: float | None) -> None:
-    if seconds is None:
-        return
-
-    def drain() -> None:
-        log.info("walltime.ending")
-        service.stop()
-
-    log.info("walltime.known", drains_in_seconds=round(seconds))
-    timer = threading.Timer(seconds, drain)
-    timer.daemon = True
-    timer.start()

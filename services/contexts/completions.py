@@ -102,6 +102,23 @@ class CompletionClient:
         except httpx.HTTPError:
             return False
 
+    def sleep(self) -> None:
+        """Weights go to host memory, the key-value cache is dropped (vLLM's sleep mode, level 1).
+
+        Raises EngineRequestError where the engine cannot.
+        """
+        self._post("/sleep?level=1")
+
+    def wake(self) -> None:
+        """Undo `sleep`. Raises EngineRequestError."""
+        self._post("/wake_up")
+
+    def _post(self, path: str) -> None:
+        try:
+            self._http.post(path).raise_for_status()
+        except httpx.HTTPError as error:
+            raise EngineRequestError(f"the engine refused {path}: {error}") from error
+
     def _someone_listens(self) -> bool:
         """Asked first, since httpcore leaves its socket open where nobody does."""
         with socket.socket(socket.AF_UNIX) as probe:

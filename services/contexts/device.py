@@ -2,9 +2,11 @@
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import pynvml
@@ -22,6 +24,8 @@ class Device:
     """Memory free for an engine: the GPU's, or the node's."""
     cores: tuple[int, ...]
     """The processors that this process may run on."""
+    gpu: str = ""
+    """The GPU as CUDA_VISIBLE_DEVICES names it: an index or a UUID."""
 
 
 def find_device() -> Device:
@@ -57,22 +61,29 @@ def _names_a_gpu(name: str) -> bool:
 
 
 def _gpu(visible: str, cores: tuple[int, ...]) -> Device:
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        raise EngineStartError(_no_gpu(visible, error)) from error
-    try:
-        handle = (
-            pynvml.nvmlDeviceGetHandleByIndex(int(visible))
-            if visible.isdecimal()
-            # Slurm and MIG name devices by UUID.
-            else pynvml.nvmlDeviceGetHandleByUUID(visible)
-        )
+    with gpu_handle(visible) as handle:
         return Device(
             kind="cuda",
             name=str(pynvml.nvmlDeviceGetName(handle)),
             memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).free),
             cores=cores,
+            gpu=visible,
+        )
+
+
+@contextmanager
+def gpu_handle(visible: str) -> Iterator[Any]:
+    """NVML's handle of a GPU. Raises EngineStartError where there is no such GPU."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        raise EngineStartError(_no_gpu(visible, error)) from error
+    try:
+        yield (
+            pynvml.nvmlDeviceGetHandleByIndex(int(visible))
+            if visible.isdecimal()
+            # Slurm and MIG name devices by UUID.
+            else pynvml.nvmlDeviceGetHandleByUUID(visible)
         )
     except pynvml.NVMLError as error:
         raise EngineStartError(_no_gpu(visible, error)) from error

@@ -1,144 +1,213 @@
-"""The life of one engine: started on a leash, waited for with its log at hand, stopped whole."""
+"""The life of one engine: forked, waited for with its log at hand, put to sleep, stopped whole."""
 
 import os
+import re
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+import pynvml
 import structlog
 
 from services.contexts.completions import CompletionClient
-from services.contexts.device import Device
-from services.contexts.engine_command import engine_command, engine_environment
-from services.contexts.runtime_dir import open_runtime_dir, socket_path
-from services.contracts import ContextSpec, Settings
+from services.contexts.engine_command import cores_of, engine_arguments, engine_environment
+from services.contexts.model_files import is_local
+from services.contexts.plan import EnginePlan
+from services.contexts.runtime_dir import log_tail, socket_path
+from services.contexts.template_process import EngineProcess, Template
 from services.contracts.errors import EngineRequestError, EngineStartError
-from services.leash import Leashed
+from services.contracts.startup import StartupPhases
 
-_POLL_SECONDS = 0.2
-_REPORT_SECONDS = 5.0
-_SHOWN_LOG_LINES = 25
-_TAIL_BYTES = 64 * 1024
+_POLL_SECONDS = 0.05
+_REPORT_SECONDS = 1.0
+_PROBE_SECONDS = 120.0
+# What vLLM 0.32 says of its own phases; the GPU's runner and the CPU's differ in the first.
+_LOAD = re.compile(r"(?:Model loading took .* and|Loading weights took) ([\d.]+) sec")
+_COMPILE = re.compile(r"init engine \(.*\) took ([\d.]+) s")
 
 log = structlog.get_logger(__name__)
 
 
 class Engine:
-    """vLLM's server, in a session of its own, holding one context behind a socket of ours alone.
+    """vLLM's server, in a session of its own, holding one context behind a socket of ours alone."""
 
-    This object alone starts and stops it. The engine may be started again after it died. `stop` may
-    be called from any thread.
-    """
-
-    def __init__(self, spec: ContextSpec, device: Device, settings: Settings) -> None:
-        self._spec = spec
-        self._device = device
-        self._settings = settings
-        directory = open_runtime_dir(settings.runtime_dir)
-        name = f"{spec.context_id}-{os.getpid()}"
-        self._socket = socket_path(directory, name)
-        self.log_file: Path = directory / f"{name}.log"
-        self._process: Leashed | None = None
+    def __init__(self, plan: EnginePlan, directory: Path) -> None:
+        """`directory` is the runtime directory. Raises UsageError when its name is too long."""
+        self.plan = plan
+        self.socket = socket_path(directory, plan.name)
+        self.log_file = directory / f"{plan.name}.log"
+        self._process: EngineProcess | None = None
         self._stopping = threading.Lock()
-        self.client = CompletionClient(
-            self._socket, spec.context_id, settings.engine_request_timeout_seconds
-        )
 
     @property
     def alive(self) -> bool:
         process = self._process
         return process is not None and process.exit_code() is None
 
-    def start(self, stop: threading.Event) -> bool:
-        """Start it and wait until it answers. False when `stop` was set meanwhile.
+    @property
+    def pid(self) -> int | None:
+        process = self._process
+        return None if process is None else process.pid
+
+    def start(
+        self,
+        template: Template,
+        cache: Path,
+        stop: threading.Event,
+        timeout_seconds: float,
+        loading: Callable[[str], None],
+    ) -> StartupPhases | None:
+        """Fork it and wait until it answers. None when `stop` was set meanwhile; `loading` hears
+        the last line of its log every second.
 
         Raises EngineStartError, with the end of the engine's log, when it dies or stays silent.
         """
         started = time.monotonic()
-        log.info("engine.starting", context=self._spec.context_id, log=str(self.log_file))
-        self._spawn()
-        reported = started
-        while not self.client.healthy():
-            now = time.monotonic()
-            if stop.wait(_POLL_SECONDS):
-                self.stop()
-                return False
-            if not self.alive:
-                raise self.start_error("it ended")
-            if now - started > self._settings.engine_start_timeout_seconds:
-                self.stop()
-                raise self.start_error(
-                    f"it did not answer within {self._settings.engine_start_timeout_seconds:g} s "
-                    "(KEEPWARM_ENGINE_START_TIMEOUT_SECONDS)"
-                )
-            if now - reported >= _REPORT_SECONDS:
-                reported = now
-                log.info("engine.loading", seconds=round(now - started), says=self._last_line())
-        self._socket.chmod(0o600)
-        self._probe()
-        log.info("engine.ready", seconds=round(time.monotonic() - started, 1))
-        return True
+        fetch = self._fetch()
+        imports = template.ready(stop, timeout_seconds)
+        self.log_file.unlink(missing_ok=True)
+        self.socket.unlink(missing_ok=True)  # of one that was killed
+        if stop.is_set():
+            return None
+        self._process = template.fork(
+            self.plan.name,
+            engine_arguments(self.plan, self.socket),
+            engine_environment(self.plan, cache),
+            self.log_file,
+            cores_of(self.plan),
+        )
+        client = CompletionClient(self.socket, self.plan.spec.context_id, _PROBE_SECONDS)
+        try:
+            reported = started
+            while not client.healthy():
+                now = time.monotonic()
+                if stop.wait(_POLL_SECONDS):
+                    self.stop()
+                    return None
+                if not self.alive:
+                    raise self._failed("it ended")
+                if now - started > timeout_seconds:
+                    raise self._failed(
+                        f"it did not answer within {timeout_seconds:g} s "
+                        "(KEEPWARM_ENGINE_START_TIMEOUT_SECONDS)"
+                    )
+                if now - reported >= _REPORT_SECONDS:
+                    reported = now
+                    loading("".join(log_tail(self.log_file, 1))[:200])
+            self.socket.chmod(0o600)
+            answered = time.monotonic()
+            self._probe(client)
+        finally:
+            client.close()
+        ready = time.monotonic()
+        return self._phases(imports, fetch, ready - answered, ready - started)
 
     def stop(self) -> None:
-        """Stop it, with every process that it started. It has no claims that were not answered."""
+        """Stop it, with every process that it started. May be called from any thread."""
         with self._stopping:
             if self._process is not None:
                 self._process.stop()
-                self._process = None
-            self._socket.unlink(missing_ok=True)
+            self.socket.unlink(missing_ok=True)
 
-    def close(self) -> None:
-        """Stop it for good. Its log stays only where it tells why the engine failed."""
-        well = self.alive
-        self.stop()
-        self.client.close()
-        if well:
-            self.log_file.unlink(missing_ok=True)
+    def sleep(self) -> None:
+        """Give the GPU up, and keep the weights in host memory. Raises EngineRequestError."""
+        self._ask(CompletionClient.sleep)
 
-    def _spawn(self) -> None:
-        self.stop()
-        descriptor = os.open(self.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        with os.fdopen(descriptor, "ab") as output:
-            self._process = Leashed(
-                engine_command(self._spec, self._device, self._socket, self._settings),
-                environment=engine_environment(self._spec, self._device),
-                grace_seconds=0.2 * self._settings.grace_seconds,
-                output=output,
-            )
+    def wake(self) -> None:
+        """Raises EngineRequestError."""
+        self._ask(CompletionClient.wake)
 
-    def _probe(self) -> None:
+    def _ask(self, what: Callable[[CompletionClient], None]) -> None:
+        client = CompletionClient(self.socket, self.plan.spec.context_id, _PROBE_SECONDS)
+        try:
+            what(client)
+        finally:
+            client.close()
+
+    def memory_bytes(self) -> int | None:
+        """What it holds now: of its GPU, or of the node. None when it cannot be told."""
+        try:
+            process = psutil.Process(self.pid)
+            pids = [process.pid, *(child.pid for child in process.children(recursive=True))]
+            if self.plan.device.kind == "cuda":
+                return _gpu_bytes(set(pids))
+            return sum(psutil.Process(pid).memory_full_info().pss for pid in pids)
+        except (psutil.Error, pynvml.NVMLError):
+            return None
+
+    def exit_code(self) -> int | None:
+        process = self._process
+        return None if process is None else process.exit_code()
+
+    def _probe(self, client: CompletionClient) -> None:
         """Ask something small: the engine must score the very tokens that it is asked to."""
         try:
-            answers = list(self.client.score([[1, 2, 3]], [1, 2]))
+            answers = list(client.score([[1, 2, 3]], [1, 2]))
         except EngineRequestError as error:
-            raise self.start_error(f"its first answer was no answer: {error}") from error
+            raise self._failed(f"its first answer was no answer: {error}") from error
         if not answers:
-            self.stop()
-            raise self.start_error(
+            raise self._failed(
                 "it does not score given tokens; vLLM with `logprob_token_ids` is needed (0.32 has)"
             )
 
-    def _last_line(self) -> str:
-        lines = self.last_words(1)
-        return lines[0][:200] if lines else ""
+    def _failed(self, what: str) -> EngineStartError:
+        code = self.exit_code()
+        self.stop()
+        return EngineStartError(what if code is None else f"{what} (exit code {code})")
 
-    def last_words(self, lines: int = _SHOWN_LOG_LINES) -> list[str]:
-        """The end of its log, without empty lines."""
+    def _fetch(self) -> float | None:
+        """Weights to the node, while the template imports; seconds, None where they are local."""
+        if is_local(self.plan.spec.model):
+            return None
+        from services.contexts import hub
+
+        started = time.monotonic()
+        hub.fetch_weights(self.plan.spec)
+        return round(time.monotonic() - started, 3)
+
+    def _phases(
+        self, imports: float, fetch: float | None, first_token: float, total: float
+    ) -> StartupPhases:
         try:
-            with self.log_file.open("rb") as file:
-                file.seek(max(0, self.log_file.stat().st_size - _TAIL_BYTES))
-                text = file.read().decode(errors="replace")
+            said = self.log_file.read_text(encoding="utf-8", errors="replace")
         except OSError:
-            return []
-        return [line for line in text.splitlines() if line.strip()][-lines:]
-
-    def start_error(self, what: str) -> EngineStartError:
-        """What to raise when it cannot be used, with the end of its log."""
-        code = None if self._process is None else self._process.exit_code()
-        ended = "" if code is None else f" (exit code {code})"
-        tail = "\n".join(f"  | {line}" for line in self.last_words())
-        return EngineStartError(
-            f"no engine for {self._spec.model} on {self._device.name}: {what}{ended}. "
-            f"The last lines of its log, {self.log_file}:\n{tail}\n"
-            "A smaller --max-model-tokens, or other KEEPWARM_ENGINE_ARGUMENTS, may help"
+            said = ""
+        return StartupPhases(
+            imports=round(imports, 3),
+            fetch=fetch,
+            load=_seconds(_LOAD, said),
+            compile=_seconds(_COMPILE, said),
+            first_token=round(first_token, 3),
+            total=round(total, 3),
         )
+
+
+def start_error(plan: EnginePlan, log_file: str | os.PathLike[str], what: str) -> EngineStartError:
+    """What to tell a person when an engine cannot be used, with the end of its log."""
+    tail = "\n".join(f"  | {line}" for line in log_tail(Path(log_file)))
+    return EngineStartError(
+        f"no engine for {plan.spec.model} on {plan.device.name}: {what}. "
+        f"The last lines of its log, {log_file}:\n{tail}\n"
+        "A smaller --max-model-tokens, or other KEEPWARM_ENGINE_ARGUMENTS, may help"
+    )
+
+
+def _seconds(pattern: re.Pattern[str], text: str) -> float | None:
+    found = pattern.findall(text)
+    return float(found[-1]) if found else None
+
+
+def _gpu_bytes(pids: set[int]) -> int:
+    pynvml.nvmlInit()
+    try:
+        handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+        return sum(
+            process.usedGpuMemory or 0
+            for handle in handles
+            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            if process.pid in pids
+        )
+    finally:
+        pynvml.nvmlShutdown()

@@ -1,15 +1,16 @@
-"""How vLLM's server is called for a context on a device. Every argument can be overridden."""
+"""How vLLM's server is called for a plan. Every argument can be overridden."""
 
 import os
-import shlex
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from services.contexts.device import Device
 from services.contexts.model_files import is_local
-from services.contracts import ContextSpec, Settings
+from services.contexts.plan import EnginePlan
 from services.contracts.bounds import MAX_LABELS
-from services.contracts.errors import UsageError
+
+ENGINE_MODULE = "vllm.entrypoints.openai.api_server"
 
 _GIB = 1024**3
 _LARGE_GPU_BYTES = 70 * _GIB
@@ -17,18 +18,10 @@ _LARGE_GPU_BYTES = 70 * _GIB
 _CPU_CACHE_GIB = (1, 8)
 
 
-def engine_command(
-    spec: ContextSpec, device: Device, socket_path: Path, settings: Settings
-) -> list[str]:
-    """The command line of the engine. Later arguments win: the worker's choice, the context's,
-    the operator's (`KEEPWARM_ENGINE_ARGUMENTS`). Raises UsageError when the latter do not parse.
-    """
-    try:
-        own_arguments = shlex.split(settings.engine_arguments)
-    except ValueError as error:
-        raise UsageError(f"KEEPWARM_ENGINE_ARGUMENTS does not parse: {error}") from error
+def engine_arguments(plan: EnginePlan, socket_path: Path) -> list[str]:
+    """The arguments of the engine. Later ones win: ours, the context's, the operator's."""
+    spec = plan.spec
     return [
-        *(str(settings.engine_python), "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", spec.model, "--served-model-name", spec.context_id),
         *(() if spec.revision is None or is_local(spec.model) else ("--revision", spec.revision)),
         *("--uds", str(socket_path)),
@@ -37,10 +30,10 @@ def engine_command(
         *("--generation-config", "vllm"),
         *("--max-logprobs", str(MAX_LABELS)),
         "--disable-uvicorn-access-log",
-        *(("--trust-remote-code",) if settings.engine_trust_remote_code else ()),
-        *_device_arguments(device, spec.max_model_tokens),
+        *(("--trust-remote-code",) if plan.trust_remote_code else ()),
+        *_device_arguments(plan.device, spec.max_model_tokens),
         *spec.engine_arguments,
-        *own_arguments,
+        *plan.arguments,
     ]
 
 
@@ -52,35 +45,69 @@ def _device_arguments(device: Device, max_model_tokens: int) -> Sequence[str]:
         return (
             *("--max-num-seqs", "512"),
             *("--max-num-batched-tokens", str(max(step, max_model_tokens))),
+            # So that it can be put to sleep when another context needs the GPU.
+            "--enable-sleep-mode",
         )
     return (
         *("--max-num-batched-tokens", str(max(4_096, max_model_tokens))),
-        # Nothing to capture or to compile for; the executor in the engine's own process saves the
-        # start of one more.
-        "--enforce-eager",
+        "--enforce-eager",  # nothing to capture or to compile for
         *("--distributed-executor-backend", "uni"),
         *("--max-num-seqs", "64"),
     )
 
 
-def engine_environment(spec: ContextSpec, device: Device) -> dict[str, str]:
-    """The engine's environment: ours without our secrets, and what suits the device.
-
-    What the operator has set (`VLLM_…`) wins.
+def template_environment(plan: EnginePlan) -> dict[str, str]:
+    """What engines of this plan's kind have in common: our environment without our secrets, the
+    plan's, and what suits the device. What the operator has set (`VLLM_…`) wins.
     """
-    environment = {
+    ours = {
         name: value
         for name, value in os.environ.items()
         if not name.upper().startswith("KEEPWARM_")
     }
-    chosen = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
-    if is_local(spec.model):
-        chosen["HF_HUB_OFFLINE"] = "1"
-    if device.kind == "cpu":
+    chosen = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "PYTHONUNBUFFERED": "1",
+        # A thread pool made by an import would not survive the fork. Engines do not compute in it.
+        "OPENBLAS_NUM_THREADS": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "fork",
+    }
+    if plan.device.kind == "cpu":
+        # Computes in the engine's core itself; as it comes, vLLM starts one more process for it,
+        # since that is where it can set what OpenMP reads at its start. We set it here.
+        chosen["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        chosen["OMP_NUM_THREADS"] = str(len(cores_of(plan)))
+    else:
+        # Endpoints that put it to sleep and wake it; its socket is ours alone.
+        chosen["VLLM_SERVER_DEV_MODE"] = "1"
+    return {**ours, **chosen, **plan.environment}
+
+
+def engine_environment(plan: EnginePlan, cache: Path) -> dict[str, str]:
+    """What an engine has beyond its template's environment."""
+    environment = {
+        "VLLM_CACHE_ROOT": str(cache / "vllm"),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        "TRITON_CACHE_DIR": str(cache / "triton"),
+    }
+    if is_local(plan.spec.model):
+        environment["HF_HUB_OFFLINE"] = "1"
+    if plan.device.kind == "cpu":
         least, most = _CPU_CACHE_GIB
-        chosen["VLLM_CPU_KVCACHE_SPACE"] = str(
-            max(least, min(most, device.memory_bytes // _GIB // 8))
+        environment["VLLM_CPU_KVCACHE_SPACE"] = str(
+            max(least, min(most, plan.device.memory_bytes // _GIB // 8))
         )
-        # Without this vLLM keeps one core back.
-        chosen["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(core) for core in device.cores)
-    return {**chosen, **environment}
+    return {**environment, **_set_by_operator(plan, environment)}
+
+
+def cores_of(plan: EnginePlan) -> list[int]:
+    """The cores that the engine may run on: its device's, or the operator's choice."""
+    bound = plan.environment.get("VLLM_CPU_OMP_THREADS_BIND", "")
+    if plan.device.kind == "cpu" and re.fullmatch(r"\d+(,\d+)*", bound):
+        return [int(core) for core in bound.split(",")]
+    return list(plan.device.cores)
+
+
+def _set_by_operator(plan: EnginePlan, chosen: dict[str, str]) -> dict[str, str]:
+    return {name: plan.environment[name] for name in chosen if name in plan.environment}

@@ -3,21 +3,11 @@
 import hashlib
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-)
-
 from services.contracts import ContextSpec
 from services.contracts.errors import ModelError
 
 _WHOLE_FILE_BYTES = 4 * 1024 * 1024
 _SAMPLE_BYTES = 1024 * 1024
-_UNREACHABLE = (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
 
 
 def is_local(model: str) -> bool:
@@ -33,7 +23,9 @@ def pin_model(spec: ContextSpec) -> ContextSpec:
     Raises ModelError.
     """
     if not is_local(spec.model):
-        return spec.model_copy(update={"revision": _hub_commit(spec.model, spec.revision)})
+        from services.contexts import hub  # a quarter of a second, which local models need not pay
+
+        return spec.model_copy(update={"revision": hub.commit(spec.model, spec.revision)})
     try:
         directory = Path(spec.model).expanduser().resolve()
     except RuntimeError as error:
@@ -68,14 +60,9 @@ def model_file(spec: ContextSpec, name: str) -> Path | None:
     if is_local(spec.model):
         path = Path(spec.model) / name
         return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(spec.model, name, revision=spec.revision))
-    except LocalEntryNotFoundError as error:
-        raise _unreachable(spec.model, error) from error
-    except EntryNotFoundError:
-        return None
-    except (HfHubHTTPError, HFValidationError, *_UNREACHABLE) as error:
-        raise _unreachable(spec.model, error) from error
+    from services.contexts import hub
+
+    return hub.small_file(spec, name)
 
 
 def _fingerprint(directory: Path) -> str:
@@ -94,28 +81,3 @@ def _fingerprint(directory: Path) -> str:
                 file.seek(-_SAMPLE_BYTES, 2)
                 digest.update(file.read())
     return f"files-{digest.hexdigest()}"
-
-
-def _hub_commit(model: str, revision: str | None) -> str:
-    try:
-        return str(HfApi().model_info(model, revision=revision, timeout=10).sha)
-    except HfHubHTTPError as error:
-        raise _unreachable(model, error) from error
-    except HFValidationError as error:
-        raise ModelError(
-            f"{model!r} is neither a directory nor a name on the hub: {error}"
-        ) from error
-    except Exception as error:
-        # Offline: what an earlier download left in the cache knows its commit.
-        cached = try_to_load_from_cache(model, "config.json", revision=revision)
-        if isinstance(cached, str):
-            return Path(cached).parent.name
-        raise _unreachable(model, error) from error
-
-
-def _unreachable(model: str, error: Exception) -> ModelError:
-    summary = str(error).strip().partition("\n")[0] or type(error).__name__
-    return ModelError(
-        f"cannot get the model {model!r} from the hub: {summary}. Check the name and the network, "
-        "log in for a gated model (HF_TOKEN), or give a directory with --model PATH"
-    )

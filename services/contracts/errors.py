@@ -5,6 +5,7 @@ KeepwarmError (1)
 ├── InputError (3)          a file of claims or a prompt file is unusable
 ├── EngineError (4)         an engine cannot hold this context, or stopped holding it
 │   ├── ModelError          the model or its tokenizer is missing or does not fit the prompt
+│   ├── KeeperError         the keeper of this node's engines cannot be used
 │   ├── EngineStartError    the engine died or stayed silent before it was ready
 │   └── EngineRequestError  one request failed; the engine may still be well
 ├── BrokerError (5)         the broker cannot be used
@@ -40,6 +41,10 @@ class EngineError(KeepwarmError):
 
 
 class ModelError(EngineError):
+    pass
+
+
+class KeeperError(EngineError):
     pass
 
 

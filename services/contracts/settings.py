@@ -51,6 +51,11 @@ def _state_directory() -> Path:
     return (Path(base) if base else Path.home() / ".local" / "state") / "keepwarm"
 
 
+def _cache_directory() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "keepwarm"
+
+
 class Settings(BaseSettings):
     """What an operator may set. Defaults suit the demo and are safe in production."""
 
@@ -108,8 +113,16 @@ class Settings(BaseSettings):
     engine_trust_remote_code: bool = False
     """Let a model repository's own Python code run. Off: it is code from strangers."""
 
+    context_idle_seconds: Seconds = 600
+    """How long an engine that no worker uses stays warm."""
+    context_memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """Memory that this node's engines may hold together, of each GPU or of the host; all that is
+    free otherwise."""
+
     runtime_dir: Path = Field(default_factory=_runtime_directory)
-    """Sockets and engine logs; made for the owner alone."""
+    """Sockets, records and logs of engines; made for the owner alone, and on this node."""
+    cache_dir: Path = Field(default_factory=_cache_directory)
+    """What makes the next cold start cheaper: compile caches, and how starts went."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["console", "json"] = "console"
 
@@ -119,6 +132,7 @@ class Settings(BaseSettings):
         "broker_ca_file",
         "store_password_file",
         "runtime_dir",
+        "cache_dir",
     )
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:

@@ -5,12 +5,10 @@ Importing this imports neither vLLM nor torch: the worker talks HTTP to an engin
 
 from services.gpu_worker.prompting import CompiledPrompt
 from services.gpu_worker.tokenizer import ModelTokenizer
-from services.gpu_worker.walltime import seconds_until_drain
 from services.gpu_worker.worker import Worker
 
 __all__ = [
     "CompiledPrompt",
     "ModelTokenizer",
     "Worker",
-    "seconds_until_drain",
 ]

@@ -10,8 +10,8 @@ from itertools import count
 
 import structlog
 
+from services.contexts.attachment import Attachment
 from services.contexts.completions import EngineSilent, Interrupted
-from services.contexts.engine import Engine
 from services.contracts import Claim, DeadReason, PromptSpec, Settings
 from services.contracts.backoff import growing_pause
 from services.contracts.errors import EngineRequestError, EngineStartError
@@ -32,7 +32,7 @@ class Examination:
     """
 
     def __init__(
-        self, engine: Engine, inference: Inference, settings: Settings, stop: threading.Event
+        self, engine: Attachment, inference: Inference, settings: Settings, stop: threading.Event
     ) -> None:
         self._engine = engine
         self._inference = inference

@@ -10,9 +10,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import structlog
 
 from services.broker import BrokerAddress, Consumer, Delivery, Publisher
+from services.contexts.attachment import Attachment
 from services.contexts.completions import Interrupted
 from services.contexts.device import Device
-from services.contexts.engine import Engine
+from services.contexts.plan import EnginePlan
 from services.contracts import ContextSpec, Notice, Settings, decode, topology
 from services.contracts.errors import BrokerUnreachable, MessageInvalid
 from services.gpu_worker.examination import Examination
@@ -39,7 +40,7 @@ class Worker:
         self._spec = spec
         self._settings = settings
         tokenizer = ModelTokenizer.load(spec)
-        self._engine = Engine(spec, device, settings)
+        self._engine = Attachment(EnginePlan.of(spec, device, settings), settings)
         self._inference = Inference(
             tokenizer, self._engine.client, max_model_tokens=spec.max_model_tokens
         )

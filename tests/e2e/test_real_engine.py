@@ -27,7 +27,11 @@ ENGINE_SECONDS = 300.0
 def environment(runtime_dir: Path) -> dict[str, str]:
     """The machine's own environment: the real vLLM, and the broker that `run` brings."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("KEEPWARM_")}
-    return {**kept, "KEEPWARM_RUNTIME_DIR": str(runtime_dir)}
+    return {
+        **kept,
+        "KEEPWARM_RUNTIME_DIR": str(runtime_dir),
+        "KEEPWARM_CACHE_DIR": str(runtime_dir.parent / "cache"),
+    }
 
 
 @pytest.fixture

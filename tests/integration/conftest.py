@@ -173,6 +173,7 @@ def environment(
         "KEEPWARM_STORE_URL": str(tmp_path / "store.sqlite"),
         "KEEPWARM_MODEL": str(small_model),
         "KEEPWARM_RUNTIME_DIR": str(runtime_dir),
+        "KEEPWARM_CACHE_DIR": str(runtime_dir.parent / "cache"),
         "KEEPWARM_GRACE_SECONDS": "6",
         "KEEPWARM_LOG_FORMAT": "json",
     }

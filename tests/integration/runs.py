@@ -15,7 +15,7 @@ from tests.integration.conftest import Command, wait_until
 
 Start = Callable[..., Command]
 CLAIMS = str(REPOSITORY / "samples" / "claims.jsonl")
-SLOWLY = {"TEST_ENGINE_CLAIM_SECONDS": "0.02"}
+SLOWLY = {"VLLM_TEST_CLAIM_SECONDS": "0.02"}
 
 
 def sqlalchemy_url(environment: dict[str, str]) -> str:

@@ -47,7 +47,7 @@ def test_a_wall_clock_that_jumps_a_day_forth_and_back_changes_nothing(
     command: Start, environment: dict[str, str], clock: WallClock
 ) -> None:
     started = time.monotonic()
-    run = begin(command, environment, **clock.variables, TEST_ENGINE_CLAIM_SECONDS="0.04")
+    run = begin(command, environment, **clock.variables, VLLM_TEST_CLAIM_SECONDS="0.04")
     for days in (1, -1):
         clock.set(timedelta(days=days))
         commits = run.collecting.output.count("store.committed")

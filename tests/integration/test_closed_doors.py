@@ -419,7 +419,7 @@ def test_a_dead_claim_is_listed_shown_tried_again_and_let_go(
         lines[number]["evidence"] = "many different words " * 60
     run_id = submit(command, write_claims(tmp_path / "claims.jsonl", lines))
     collecting = command("collect", "--until", run_id)
-    worker = command("worker", TEST_ENGINE_FAULT="crash-long", KEEPWARM_CLAIM_FAILURES="2")
+    worker = command("worker", VLLM_TEST_FAULT="crash-long", KEEPWARM_CLAIM_FAILURES="2")
     assert collecting.wait() == 0, worker.output
     end_well(worker)
     listed = run_well(command, "dead", "list", run_id)
@@ -449,7 +449,7 @@ def test_a_dead_claim_that_is_tried_again_and_fails_again_is_dead_once(
 ) -> None:
     lines = [{"id": "poison", "claim": "Long.", "evidence": "many different words " * 60}]
     run_id = submit(command, write_claims(tmp_path / "claims.jsonl", lines))
-    crashing = {"TEST_ENGINE_FAULT": "crash-long", "KEEPWARM_CLAIM_FAILURES": "2"}
+    crashing = {"VLLM_TEST_FAULT": "crash-long", "KEEPWARM_CLAIM_FAILURES": "2"}
     worker = command("worker", **crashing)
     for tried_again in (False, True):
         if tried_again:

@@ -84,7 +84,7 @@ def test_a_file_that_changed_under_its_unfinished_run_is_refused_with_the_differ
     file = write_claims(tmp_path / "claims.jsonl", lines)
     run_id = submit(command, file)
     collecting = command("collect")
-    worker = command("worker", TEST_ENGINE_CLAIM_SECONDS="0.05")
+    worker = command("worker", VLLM_TEST_CLAIM_SECONDS="0.05")
     wait_until(lambda: len(outcomes(environment)) >= 32, "some verdicts")
     end_well(worker)
     end_well(collecting)
@@ -121,7 +121,7 @@ def test_a_cancelled_run_is_dropped_by_its_workers_and_completed_when_sent_again
 ) -> None:
     run_id = submit(command)
     collecting = command("collect")
-    worker = command("worker", TEST_ENGINE_CLAIM_SECONDS="0.05")
+    worker = command("worker", VLLM_TEST_CLAIM_SECONDS="0.05")
     wait_for_the_first_verdicts(collecting, environment)
     cancelling = command("cancel", run_id[:10])
     assert cancelling.wait() == 0, cancelling.output
@@ -147,7 +147,7 @@ def test_a_collector_that_ends_with_a_cancelled_run_has_told_the_workers(
 ) -> None:
     # A commit for each claim: it is among them that it learns that the run is cancelled.
     run_id = submit(command, CLAIMS, "--batch-size", "1")
-    run = go_on(command, environment, run_id, TEST_ENGINE_CLAIM_SECONDS="0.05")
+    run = go_on(command, environment, run_id, VLLM_TEST_CLAIM_SECONDS="0.05")
     assert command("cancel", run_id).wait() == 0
     assert run.collecting.wait() == 7
     assert f"{run_id} was cancelled" in run.collecting.output

@@ -354,7 +354,7 @@ def test_the_services_do_their_work_with_the_rights_of_their_roles(
     services: list[Command] = []
     try:
         # The worker comes first: it finds no claims queue, and may not make one.
-        worker = start("worker", "worker", TEST_ENGINE_CLAIM_SECONDS="0.1")
+        worker = start("worker", "worker", VLLM_TEST_CLAIM_SECONDS="0.1")
         worker.said("waiting for a producer and a collector to make it")
         submitting = start("producer", "submit", CLAIMS_FILE, "--batch-size", "16")
         assert submitting.wait() == 0, submitting.output

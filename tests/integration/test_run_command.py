@@ -78,7 +78,7 @@ def test_run_answers_every_claim_and_leaves_results_and_nothing_else(
 def test_run_on_a_finished_run_only_reports(command: Start, out: Path) -> None:
     assert command("run", CLAIMS, "--out", str(out)).wait() == 0
     before = (out / "verdicts.jsonl").read_bytes()
-    again = command("run", CLAIMS, "--out", str(out), TEST_ENGINE_FAULT="no-start")
+    again = command("run", CLAIMS, "--out", str(out), VLLM_TEST_FAULT="no-start")
     assert again.wait() == 0, again.output
     assert "Every claim has an outcome already" in again.output
     assert (out / "verdicts.jsonl").read_bytes() == before
@@ -103,7 +103,7 @@ def test_a_signal_stops_a_run_that_the_same_command_completes(
     command: Start, out: Path, number: int
 ) -> None:
     arguments = ("run", CLAIMS, "--out", str(out), "--batch-size", "8")
-    running = command(*arguments, TEST_ENGINE_CLAIM_SECONDS="0.02")
+    running = command(*arguments, VLLM_TEST_CLAIM_SECONDS="0.02")
     wait_until(
         lambda: running.output.count("engine: warm"), "a warm engine, shown without a terminal"
     )
@@ -122,7 +122,7 @@ def test_sigkill_leaves_no_process_behind_and_the_same_command_completes(
     command: Start, out: Path
 ) -> None:
     arguments = ("run", CLAIMS, "--out", str(out), "--batch-size", "8")
-    running = command(*arguments, TEST_ENGINE_CLAIM_SECONDS="0.02")
+    running = command(*arguments, VLLM_TEST_CLAIM_SECONDS="0.02")
     wait_until(lambda: running.output.count("engine: warm"), "a warm engine")
     left = running.descendants()
     assert len(left) > 4
@@ -136,7 +136,7 @@ def test_sigkill_leaves_no_process_behind_and_the_same_command_completes(
 
 def test_a_worker_that_is_killed_is_replaced(command: Start, out: Path) -> None:
     running = command(
-        "run", CLAIMS, "--out", str(out), "--batch-size", "8", TEST_ENGINE_CLAIM_SECONDS="0.02"
+        "run", CLAIMS, "--out", str(out), "--batch-size", "8", VLLM_TEST_CLAIM_SECONDS="0.02"
     )
     wait_until(lambda: running.output.count("engine: warm"), "a warm engine")
     worker = next(
@@ -154,7 +154,7 @@ def test_a_worker_that_is_killed_is_replaced(command: Start, out: Path) -> None:
 def test_two_workers_share_a_run(command: Start, out: Path) -> None:
     running = command(
         *("run", CLAIMS, "--out", str(out), "--batch-size", "4", "--workers", "2"),
-        TEST_ENGINE_CLAIM_SECONDS="0.01",
+        VLLM_TEST_CLAIM_SECONDS="0.01",
     )
     assert running.wait() == 0, running.output
     assert_one_row_a_claim(out)
@@ -165,14 +165,14 @@ def test_two_workers_share_a_run(command: Start, out: Path) -> None:
 def test_an_engine_that_cannot_start_ends_the_run_with_its_last_words(
     command: Start, out: Path
 ) -> None:
-    running = command("run", CLAIMS, "--out", str(out), TEST_ENGINE_FAULT="no-start")
+    running = command("run", CLAIMS, "--out", str(out), VLLM_TEST_FAULT="no-start")
     assert running.wait() == 4
     assert "RuntimeError: out of memory, says the test engine" in running.output
     assert not strangers(out)
 
 
 def test_a_second_run_in_the_same_directory_is_refused(command: Start, out: Path) -> None:
-    running = command("run", CLAIMS, "--out", str(out), TEST_ENGINE_START_SECONDS="600")
+    running = command("run", CLAIMS, "--out", str(out), VLLM_TEST_START_SECONDS="600")
     running.said("engine: starting")
     second = command("run", CLAIMS, "--out", str(out))
     assert second.wait() == 6

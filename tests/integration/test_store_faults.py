@@ -53,7 +53,7 @@ def test_a_collector_killed_at_any_moment_loses_and_doubles_nothing(
 ) -> None:
     moments = random.Random(seed)
     run_id = submit(command)
-    worker = command("worker", TEST_ENGINE_CLAIM_SECONDS="0.04")
+    worker = command("worker", VLLM_TEST_CLAIM_SECONDS="0.04")
     for _ in range(4):
         collecting = command("collect", **OFTEN)
         collecting.said("broker.connected", times=2)

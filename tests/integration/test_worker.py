@@ -11,6 +11,7 @@ import pytest
 
 from services.broker import BrokerAddress, Consumer, Delivery, PrivateNode
 from services.collector import Store, dead_claims
+from services.contexts.records import ContextRecord, live_records
 from services.contracts import (
     ClaimBatch,
     DeadClaim,
@@ -83,6 +84,14 @@ def test_every_claim_of_a_batch_gets_a_verdict_that_tells_all(
     assert worker.wait() == 0, worker.output
 
 
+def warm_here(environment: dict[str, str]) -> list[ContextRecord]:
+    return live_records(Path(environment["KEEPWARM_RUNTIME_DIR"]))
+
+
+def states(environment: dict[str, str]) -> list[str]:
+    return [record.state for record in warm_here(environment)]
+
+
 def test_the_engines_socket_and_log_are_closed_to_other_users(
     command: Start, environment: dict[str, str]
 ) -> None:
@@ -90,9 +99,10 @@ def test_the_engines_socket_and_log_are_closed_to_other_users(
     worker.said("worker.taking")
     runtime = Path(environment["KEEPWARM_RUNTIME_DIR"])
     assert stat.S_IMODE(runtime.stat().st_mode) == 0o700
-    sockets, logs = list(runtime.glob("*.sock")), list(runtime.glob("*.log"))
-    assert len(sockets) == len(logs) == 1
-    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in sockets + logs)
+    files = list(runtime.iterdir())
+    # Of the engine, its template and its keeper.
+    assert len(list(runtime.glob("*.sock"))) == len(list(runtime.glob("*.log"))) == 3
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in files)
 
 
 def test_the_engine_gets_none_of_our_secrets(command: Start, node: PrivateNode) -> None:
@@ -108,15 +118,16 @@ def test_sigterm_drains_and_another_worker_completes_the_run(
 ) -> None:
     run_id = submit(command)
     collecting = collect(command, run_id)
-    worker = command("worker", TEST_ENGINE_CLAIM_SECONDS="0.02")
+    worker = command("worker", VLLM_TEST_CLAIM_SECONDS="0.02")
     wait_for_the_first_verdicts(collecting, environment)
-    left = worker.descendants()
+    (before,) = warm_here(environment)
     worker.signal(signal.SIGTERM)
     assert worker.wait() == 0, worker.output
-    assert not any(process.is_running() for process in left)
     assert 0 < len(outcomes(environment)) < 240
-    other = command("worker")
+    other = command("worker", VLLM_TEST_CLAIM_SECONDS="0.02")
     assert collecting.wait() == 0
+    (after,) = warm_here(environment)
+    assert (after.pid, after.used) == (before.pid, 2)  # the context outlives its worker
     assert_complete(environment, run_id)
     other.signal(signal.SIGTERM)
     assert other.wait() == 0
@@ -124,21 +135,19 @@ def test_sigterm_drains_and_another_worker_completes_the_run(
 
 def test_a_second_sigterm_ends_at_once(command: Start) -> None:
     submit(command)
-    worker = command("worker", TEST_ENGINE_CLAIM_SECONDS="60", KEEPWARM_GRACE_SECONDS="100")
+    worker = command("worker", VLLM_TEST_CLAIM_SECONDS="60", KEEPWARM_GRACE_SECONDS="100")
     worker.said("worker.taking")
-    left = worker.descendants()
     worker.signal(signal.SIGTERM)
     worker.said("worker.draining")
     worker.signal(signal.SIGTERM)
     assert worker.wait(20) == 128 + signal.SIGTERM
-    wait_until(lambda: not any(process.is_running() for process in left), "the engine gone")
 
 
 def test_what_cannot_be_finished_in_the_grace_period_is_returned(
     command: Start, node: PrivateNode, address: BrokerAddress
 ) -> None:
     run_id = submit(command)
-    worker = command("worker", TEST_ENGINE_CLAIM_SECONDS="60", KEEPWARM_GRACE_SECONDS="3")
+    worker = command("worker", VLLM_TEST_CLAIM_SECONDS="60", KEEPWARM_GRACE_SECONDS="3")
     worker.said("worker.taking")
     queue = json.loads(worker.lines[0])["context"]
     wait_until(lambda: messages_in(node, topology.claims_queue(queue)) == 12, "three taken")
@@ -148,33 +157,36 @@ def test_what_cannot_be_finished_in_the_grace_period_is_returned(
     assert run_id and messages_in(node, topology.VERDICTS_QUEUE) == 0
 
 
-def test_sigkill_loses_nothing_doubles_nothing_and_leaves_no_engine(
+def test_sigkill_loses_nothing_doubles_nothing_and_leaves_the_engine_to_the_heir(
     command: Start, environment: dict[str, str]
 ) -> None:
     run_id = submit(command)
     collecting = collect(command, run_id)
-    worker = command("worker", TEST_ENGINE_CLAIM_SECONDS="0.02")
+    worker = command("worker", VLLM_TEST_CLAIM_SECONDS="0.02")
     wait_for_the_first_verdicts(collecting, environment)
-    left = worker.descendants()
-    assert left
+    (before,) = warm_here(environment)
     os.killpg(worker.process.pid, signal.SIGKILL)
     worker.wait()
-    wait_until(lambda: not any(process.is_running() for process in left), "the engine gone")
-    other = command("worker")
+    other = command("worker", VLLM_TEST_CLAIM_SECONDS="0.02")
     assert collecting.wait() == 0
+    (after,) = warm_here(environment)
+    assert after.pid == before.pid
     assert_complete(environment, run_id)
     other.signal(signal.SIGTERM)
     assert other.wait() == 0
 
 
-def test_a_leash_that_is_killed_takes_its_engine_with_it(command: Start) -> None:
+def test_an_engine_that_is_killed_is_started_again_by_its_keeper(
+    command: Start, environment: dict[str, str]
+) -> None:
     worker = command("worker")
     worker.said("worker.taking")
-    leash = next(p for p in worker.descendants() if "services.leash" in p.cmdline())
-    engine = leash.children()[0]
-    leash.kill()
-    wait_until(lambda: not engine.is_running(), "the engine gone")
-    worker.said("engine.ready", times=2)  # the worker lives, and starts another
+    (before,) = warm_here(environment)
+    assert before.pid is not None
+    os.kill(before.pid, signal.SIGKILL)
+    worker.said("engine.ready", times=2)  # the worker lives, and asks for another
+    (after,) = warm_here(environment)
+    assert after.pid != before.pid
 
 
 def test_an_engine_that_crashes_is_started_again_and_its_batch_answered(
@@ -182,7 +194,7 @@ def test_an_engine_that_crashes_is_started_again_and_its_batch_answered(
 ) -> None:
     run_id = submit(command)
     collecting = collect(command, run_id)
-    worker = command("worker", TEST_ENGINE_FAULT="crash-once")
+    worker = command("worker", VLLM_TEST_FAULT="crash-once")
     assert collecting.wait() == 0
     assert_complete(environment, run_id)
     worker.said("engine.died")
@@ -193,28 +205,30 @@ def test_an_engine_that_crashes_is_started_again_and_its_batch_answered(
 def test_an_engine_that_cannot_start_is_explained_with_its_last_words(
     command: Start, environment: dict[str, str]
 ) -> None:
-    worker = command("worker", TEST_ENGINE_FAULT="no-start")
+    worker = command("worker", VLLM_TEST_FAULT="no-start")
     assert worker.wait() == 4
     assert "RuntimeError: out of memory, says the test engine" in worker.output
-    log = next(Path(environment["KEEPWARM_RUNTIME_DIR"]).glob("*.log"))
+    log = next(Path(environment["KEEPWARM_RUNTIME_DIR"]).glob("ctx-*.log"))
     assert str(log) in worker.output
 
 
 def test_an_engine_that_is_silent_for_too_long_is_given_up_on(command: Start) -> None:
     worker = command(
-        "worker", TEST_ENGINE_START_SECONDS="600", KEEPWARM_ENGINE_START_TIMEOUT_SECONDS="2"
+        "worker", VLLM_TEST_START_SECONDS="600", KEEPWARM_ENGINE_START_TIMEOUT_SECONDS="2"
     )
     assert worker.wait() == 4
     assert "did not answer within 2 s" in worker.output
 
 
-def test_a_worker_can_be_stopped_while_its_engine_starts(command: Start) -> None:
-    worker = command("worker", TEST_ENGINE_START_SECONDS="600")
-    worker.said("engine.starting")
-    left = worker.descendants()
+def test_a_worker_can_be_stopped_while_its_engine_starts(
+    command: Start, environment: dict[str, str]
+) -> None:
+    worker = command("worker", VLLM_TEST_START_SECONDS="600")
+    wait_until(lambda: states(environment) == ["starting"], "a start")
     worker.signal(signal.SIGTERM)
     assert worker.wait(30) == 0
-    assert not any(process.is_running() for process in left)
+    # Nobody waits for it any more.
+    wait_until(lambda: not warm_here(environment), "the engine gone")
 
 
 def claims_of(deliveries: list[Delivery]) -> list[str]:
@@ -225,7 +239,7 @@ def test_an_engine_that_aborts_whatever_it_is_asked_is_given_up_on_and_its_claim
     command: Start, node: PrivateNode, address: BrokerAddress
 ) -> None:
     submit(command)
-    worker = command("worker", TEST_ENGINE_FAULT="abort", KEEPWARM_ENGINE_START_ATTEMPTS="2")
+    worker = command("worker", VLLM_TEST_FAULT="abort", KEEPWARM_ENGINE_START_ATTEMPTS="2")
     assert worker.wait() == 4
     assert "it gave no usable answer: aborted" in worker.output
     assert messages_in(node, topology.VERDICTS_QUEUE) == 0
@@ -243,7 +257,7 @@ def test_claims_whose_scores_are_missing_are_asked_again_alone(
     command: Start, address: BrokerAddress
 ) -> None:
     submit(command, CLAIMS, "--limit", "3")
-    command("worker", TEST_ENGINE_FAULT="unscored")
+    command("worker", VLLM_TEST_FAULT="unscored")
     (delivery,) = take(address, topology.VERDICTS_QUEUE, 1)
     verdicts = delivery.message(VerdictBatch).verdicts
     assert len(verdicts) == 3 and all(verdict.probabilities for verdict in verdicts)
@@ -258,7 +272,7 @@ def test_a_claim_that_the_engine_fails_with_each_time_is_set_aside_with_the_evid
     lines[11]["evidence"] = "many different words " * 60
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     collecting = collect(command, submit(command, str(file)))
-    worker = command("worker", TEST_ENGINE_FAULT=fault)
+    worker = command("worker", VLLM_TEST_FAULT=fault)
     assert collecting.wait() == 0, worker.output
     by_id = {claim_id: (label, reason) for claim_id, label, reason in outcomes(environment)}
     assert by_id.pop("11") == (None, "engine-failed")
@@ -277,7 +291,7 @@ def test_an_engine_that_hangs_is_started_again_and_its_claims_answered(
     run_id = submit(command)
     collecting = collect(command, run_id)
     worker = command(
-        "worker", TEST_ENGINE_FAULT="hang-once", KEEPWARM_ENGINE_REQUEST_TIMEOUT_SECONDS="2"
+        "worker", VLLM_TEST_FAULT="hang-once", KEEPWARM_ENGINE_REQUEST_TIMEOUT_SECONDS="2"
     )
     assert collecting.wait() == 0
     assert_complete(environment, run_id)
@@ -293,7 +307,7 @@ def test_a_claim_that_the_engine_refuses_is_found_and_harms_no_other(
     lines[11]["evidence"] = "many different words " * 60
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     submit(command, str(file))
-    command("worker", TEST_ENGINE_FAULT="refuse-long")
+    command("worker", VLLM_TEST_FAULT="refuse-long")
     (dead,) = take(address, topology.DEAD_CLAIMS_QUEUE, 1)
     claim = decode(DeadClaim, dead.body)
     assert (claim.claim.claim_id, claim.reason) == ("11", "engine-refused")
@@ -339,7 +353,7 @@ def test_a_worker_outlives_the_end_of_its_connections(
     command: Start, environment: dict[str, str], node: PrivateNode
 ) -> None:
     run_id = submit(command)
-    worker = command("worker", TEST_ENGINE_CLAIM_SECONDS="0.02")
+    worker = command("worker", VLLM_TEST_CLAIM_SECONDS="0.02")
     worker.said("worker.taking")
     for connection in psutil.Process(worker.process.pid).net_connections(kind="tcp"):
         os.system(

@@ -1,6 +1,7 @@
 """The life of an engine, shown on the test engine that answers at once (tests/doubles)."""
 
 import os
+import signal
 import socket
 import stat
 import threading
@@ -11,177 +12,253 @@ import psutil
 import pytest
 
 from services.contexts import Device
-from services.contexts.engine import Engine
+from services.contexts.completions import CompletionClient
+from services.contexts.engine import Engine, start_error
+from services.contexts.engine_command import ENGINE_MODULE, template_environment
+from services.contexts.plan import EnginePlan
+from services.contexts.runtime_dir import log_tail
+from services.contexts.template_process import Template
 from services.contracts import ContextSpec, load_settings
 from services.contracts.errors import EngineStartError
+from services.contracts.startup import StartupPhases
 
 # httpcore leaves a socket that could not connect to Python's garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 
 NEVER = threading.Event()
+GENEROUS_SECONDS = 60.0
+
+
+class Forge:
+    """Makes engines from one template, and takes them down."""
+
+    def __init__(self, directory: Path, context: ContextSpec) -> None:
+        self._directory = directory
+        self._context = context
+        self._made: list[Engine] = []
+        self.template: Template | None = None
+
+    def engine(self) -> Engine:
+        self._made.append(Engine(self.plan(), self._directory))
+        return self._made[-1]
+
+    def plan(self) -> EnginePlan:
+        cores = tuple(os.sched_getaffinity(0))
+        return EnginePlan.of(self._context, Device("cpu", "Xeon", 2**34, cores), load_settings())
+
+    def start(
+        self,
+        engine: Engine,
+        *,
+        stop: threading.Event = NEVER,
+        seconds: float = GENEROUS_SECONDS,
+        loading: Callable[[str], None] = lambda _: None,
+    ) -> StartupPhases | None:
+        if self.template is None:
+            self.template = Template(
+                engine.plan.python,
+                ENGINE_MODULE,
+                template_environment(engine.plan),
+                self._directory,
+                "template",
+                grace_seconds=5,
+            )
+        return engine.start(self.template, self._directory / "cache", stop, seconds, loading)
+
+    def close(self) -> None:
+        for engine in self._made:
+            engine.stop()
+        if self.template is not None:
+            self.template.stop()
 
 
 @pytest.fixture
-def engine(
+def forge(
     context: ContextSpec, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., Engine]]:
+) -> Iterator[Forge]:
     monkeypatch.setenv("PYTHONPATH", str(repository / "tests" / "doubles"))
-    made: list[Engine] = []
-
-    def make(fault: str = "", **settings: object) -> Engine:
-        monkeypatch.setenv("TEST_ENGINE_FAULT", fault)
-        chosen = load_settings(runtime_dir=tmp_path / "run", **settings)
-        made.append(Engine(context, Device("cpu", "Xeon", 2**34, (0,)), chosen))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
+    forge = Forge(tmp_path, context)
+    yield forge
+    forge.close()
 
 
-def script(directory: Path, *lines: str) -> Path:
-    """A program in the place of Python."""
-    path = directory / "python"
-    path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
-    path.chmod(0o755)
-    return path
-
-
-def sockets(directory: Path) -> list[Path]:
-    return list((directory / "run").glob("*.sock"))
+def server_of(directory: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program in vLLM's place."""
+    package = directory / "programs" / "vllm" / "entrypoints" / "openai"
+    package.mkdir(parents=True)
+    for level in (package, *package.parents[:2]):
+        (level / "__init__.py").touch()
+    (package / "api_server.py").write_text(source)
+    monkeypatch.setenv("PYTHONPATH", str(directory / "programs"))
 
 
 def test_an_engine_that_started_answers_behind_a_socket_of_its_owners(
-    engine: Callable[..., Engine], tmp_path: Path
+    forge: Forge, context: ContextSpec
 ) -> None:
-    running = engine()
+    running = forge.engine()
     assert not running.alive
-    assert running.start(NEVER)
+    phases = forge.start(running)
     assert running.alive
-    (path,) = sockets(tmp_path)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert phases is not None and phases.total > 0 and phases.first_token is not None
+    assert stat.S_IMODE(running.socket.stat().st_mode) == 0o600
     assert stat.S_IMODE(running.log_file.stat().st_mode) == 0o600
-    answers = running.client.score([[1, 2], [3]], [7, 8])
+    client = CompletionClient(running.socket, context.context_id, GENEROUS_SECONDS)
+    answers = client.score([[1, 2], [3]], [7, 8])
     assert sorted(index for index, _ in answers) == [0, 1]
+    client.close()
 
 
-def test_an_engine_that_ended_well_leaves_no_process_no_socket_and_no_log(
-    engine: Callable[..., Engine], tmp_path: Path
+def test_the_imports_are_paid_once_for_all_engines_of_a_template(forge: Forge) -> None:
+    first = forge.start(forge.engine())
+    second = forge.start(forge.engine())
+    assert first is not None and second is not None
+    assert first.imports and second.imports == 0
+
+
+def test_an_engine_that_was_stopped_leaves_no_process_and_no_socket(
+    forge: Forge, tmp_path: Path
 ) -> None:
-    running = engine()
-    before = set(psutil.Process().children(recursive=True))
-    running.start(NEVER)
-    started = set(psutil.Process().children(recursive=True)) - before
-    assert started
-    running.close()
-    assert not any(process.is_running() for process in started)
+    running = forge.engine()
+    forge.start(running)
+    assert running.pid is not None
+    process = psutil.Process(running.pid)
+    holder, guard, template = process.parents()[:3]
+    running.stop()
+    assert not running.alive and running.exit_code() is not None
+    assert not process.is_running()
+    psutil.wait_procs([holder, guard], timeout=GENEROUS_SECONDS)
+    assert not holder.is_running() and not guard.is_running()
+    assert template.is_running()  # for the next engine
+    assert not running.socket.exists()
+
+
+@pytest.mark.parametrize("victim", ["engine", "holder", "guard"])
+def test_whichever_process_of_an_engine_is_killed_the_others_go_as_well(
+    forge: Forge, victim: str
+) -> None:
+    running = forge.engine()
+    forge.start(running)
+    assert running.pid is not None
+    engine = psutil.Process(running.pid)
+    holder, guard = engine.parents()[:2]
+    {"engine": engine, "holder": holder, "guard": guard}[victim].send_signal(signal.SIGKILL)
+    gone, alive = psutil.wait_procs([engine, holder, guard], timeout=GENEROUS_SECONDS)
+    assert len(gone) == 3 and not alive
     assert not running.alive
-    assert list((tmp_path / "run").iterdir()) == []
+    assert running.exit_code() == -9 if victim != "holder" else running.exit_code() is not None
 
 
-def test_an_engine_can_be_started_again(engine: Callable[..., Engine]) -> None:
-    running = engine()
-    assert running.start(NEVER)
-    assert running.start(NEVER)
-    assert running.client.healthy()
+def test_engines_end_when_their_keeper_closes_their_connections_by_dying(forge: Forge) -> None:
+    running = forge.engine()
+    forge.start(running)
+    assert running.pid is not None and forge.template is not None
+    engine = psutil.Process(running.pid)
+    # What the kernel does when the keeper dies.
+    running._process._connection.shutdown(socket.SHUT_RDWR)  # type: ignore[union-attr]
+    engine.wait(GENEROUS_SECONDS)
 
 
-def test_stopping_what_never_started_is_quiet(engine: Callable[..., Engine]) -> None:
-    engine().stop()
+def test_stopping_what_never_started_is_quiet(forge: Forge) -> None:
+    forge.engine().stop()
 
 
 def test_an_engine_that_dies_is_told_with_its_exit_code_and_the_end_of_its_log(
-    engine: Callable[..., Engine],
+    forge: Forge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failing = engine("no-start")
+    monkeypatch.setenv("VLLM_TEST_FAULT", "no-start")
+    failing = forge.engine()
     with pytest.raises(EngineStartError) as failed:
-        failing.start(NEVER)
-    message = str(failed.value)
+        forge.start(failing)
+    message = str(start_error(failing.plan, failing.log_file, str(failed.value)))
     assert "no engine for models/small on Xeon: it ended (exit code 3)" in message
     assert f"its log, {failing.log_file}:" in message
     assert "  | RuntimeError: out of memory, says the test engine" in message
-    failing.close()
-    assert failing.log_file.exists()
 
 
-def test_only_the_end_of_a_long_log_is_shown(engine: Callable[..., Engine], tmp_path: Path) -> None:
-    program = script(
-        tmp_path, "seq 1 20000", "echo", "printf 'caf\\351\\n'", "echo the last word", "exit 1"
-    )
+def test_a_template_that_cannot_import_the_engine_says_so_in_its_own_words(
+    forge: Forge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server_of(tmp_path, "raise ImportError('libcudart.so.13 is missing')", monkeypatch)
     with pytest.raises(EngineStartError) as failed:
-        engine(engine_python=program).start(NEVER)
-    shown = [line for line in str(failed.value).splitlines() if line.startswith("  | ")]
+        forge.start(forge.engine())
+    assert "cannot be imported" in str(failed.value)
+    assert "  | ImportError: libcudart.so.13 is missing" in str(failed.value)
+
+
+def test_a_template_that_has_several_threads_forks_nothing_and_says_why(
+    forge: Forge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = "import threading, time\nthreading.Thread(target=time.sleep, args=(600,)).start()\n"
+    server_of(tmp_path, source, monkeypatch)
+    with pytest.raises(EngineStartError, match="the template forked no engine: it has 2 threads"):
+        forge.start(forge.engine())
+
+
+def test_only_the_end_of_a_long_log_is_shown(tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    assert log_tail(log) == []
+    lines = "".join(f"{number}\n" for number in range(1, 20_001))
+    log.write_bytes(lines.encode() + b"\ncaf\351\nthe last word\n")
+    shown = log_tail(log)
     assert len(shown) == 25
-    assert shown[-3:] == ["  | 20000", "  | caf\ufffd", "  | the last word"]
+    assert shown[-3:] == ["20000", "caf\ufffd", "the last word"]
+    assert log_tail(log, 1) == ["the last word"]
 
 
 def test_an_engine_that_stays_silent_is_stopped(
-    engine: Callable[..., Engine], tmp_path: Path
+    forge: Forge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = script(tmp_path, "echo loading weights", "exec sleep 600")
-    silent = engine(engine_python=program, engine_start_timeout_seconds=0.3)
+    server_of(tmp_path, LOADING, monkeypatch)
+    silent = forge.engine()
+    heard: list[str] = []
     with pytest.raises(EngineStartError) as failed:
-        silent.start(NEVER)
-    assert "did not answer within 0.3 s (KEEPWARM_ENGINE_START_TIMEOUT_SECONDS)" in str(
-        failed.value
-    )
-    assert "  | loading weights" in str(failed.value)
+        forge.start(silent, seconds=3, loading=heard.append)
+    assert "did not answer within 3 s (KEEPWARM_ENGINE_START_TIMEOUT_SECONDS)" in str(failed.value)
+    assert heard[-1] == "loading weights"
     assert not silent.alive
 
 
+@pytest.mark.parametrize(
+    ("content_type", "reason"),
+    [
+        # A server of the right protocol that knows nothing of `logprob_token_ids`.
+        ("text/event-stream", "it does not score given tokens; vLLM with"),
+        # It says that it is well and speaks another protocol.
+        ("application/json", "its first answer was no answer: the engine broke"),
+    ],
+)
 def test_an_engine_that_does_not_score_the_tokens_that_it_is_asked_to_is_not_used(
-    engine: Callable[..., Engine], tmp_path: Path
+    forge: Forge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content_type: str, reason: str
 ) -> None:
-    # A server of the right protocol that knows nothing of `logprob_token_ids`.
-    program = script(tmp_path, f'exec {os.sys.executable} {tmp_path / "server.py"} "$@"')
-    (tmp_path / "server.py").write_text(UNSCORED)
-    unscored = engine(engine_python=program)
-    with pytest.raises(EngineStartError, match="it does not score given tokens; vLLM with"):
-        unscored.start(NEVER)
+    server_of(tmp_path, UNSCORED.replace("text/event-stream", content_type), monkeypatch)
+    unscored = forge.engine()
+    with pytest.raises(EngineStartError, match=reason):
+        forge.start(unscored)
     assert not unscored.alive
 
 
-def test_an_engine_whose_first_answer_is_no_answer_is_not_used(
-    engine: Callable[..., Engine], tmp_path: Path
-) -> None:
-    # It says that it is well and speaks another protocol.
-    program = script(tmp_path, f'exec {os.sys.executable} {tmp_path / "server.py"} "$@"')
-    (tmp_path / "server.py").write_text(UNSCORED.replace("text/event-stream", "application/json"))
-    with pytest.raises(EngineStartError, match="its first answer was no answer: the engine broke"):
-        engine(engine_python=program).start(NEVER)
-
-
-def test_the_last_words_of_an_engine_are_the_end_of_its_log(
-    engine: Callable[..., Engine], tmp_path: Path
-) -> None:
-    failing = engine(engine_python=script(tmp_path, "seq 1 50", "echo", "exit 1"))
-    assert failing.last_words() == []
-    with pytest.raises(EngineStartError):
-        failing.start(NEVER)
-    assert failing.last_words() == [str(number) for number in range(26, 51)]
-    assert failing.last_words(2) == ["49", "50"]
-
-
 def test_being_told_to_stop_ends_the_wait_and_the_engine(
-    engine: Callable[..., Engine], tmp_path: Path
+    forge: Forge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waiting = engine(engine_python=script(tmp_path, "exec sleep 600"))
+    server_of(tmp_path, LOADING, monkeypatch)
+    waiting = forge.engine()
     stop = threading.Event()
-    stop.set()
-    assert not waiting.start(stop)
+    assert forge.start(waiting, stop=stop, loading=lambda _: stop.set()) is None
     assert not waiting.alive
 
 
-def test_the_leftover_socket_of_an_earlier_engine_is_no_obstacle(
-    engine: Callable[..., Engine], context: ContextSpec, tmp_path: Path
-) -> None:
-    (tmp_path / "run").mkdir()
-    left_over = tmp_path / "run" / f"{context.context_id}-{os.getpid()}.sock"
-    with socket.socket(socket.AF_UNIX) as held:
-        held.bind(str(left_over))
-        assert engine().start(NEVER)
+def test_the_leftover_socket_of_an_earlier_engine_is_no_obstacle(forge: Forge) -> None:
+    engine = forge.engine()
+    engine.socket.touch()
+    assert forge.start(engine) is not None
 
 
+LOADING = """
+import time
+if __name__ == "__main__":
+    print("loading weights", flush=True)
+    time.sleep(600)
+"""
 UNSCORED = """
 import json, socketserver, sys
 from http.server import BaseHTTPRequestHandler
@@ -203,5 +280,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-socketserver.UnixStreamServer(sys.argv[sys.argv.index("--uds") + 1], Handler).serve_forever()
+if __name__ == "__main__":
+    path = sys.argv[sys.argv.index("--uds") + 1]
+    socketserver.UnixStreamServer(path, Handler).serve_forever()
 """

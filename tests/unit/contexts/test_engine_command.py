@@ -5,7 +5,13 @@ from pathlib import Path
 import pytest
 
 from services.contexts import Device
-from services.contexts.engine_command import engine_command, engine_environment
+from services.contexts.engine_command import (
+    cores_of,
+    engine_arguments,
+    engine_environment,
+    template_environment,
+)
+from services.contexts.plan import EnginePlan
 from services.contracts import ContextSpec, load_settings
 from services.contracts.errors import UsageError
 
@@ -16,8 +22,21 @@ SPEC = ContextSpec(model="org/model", revision="abc", dtype="float16", max_model
 SOCKET = Path("/run/kw/e.sock")
 
 
+CACHE = Path("/var/cache/kw")
+
+
+def plan(spec: ContextSpec = SPEC, device: Device = CPU, **settings: object) -> EnginePlan:
+    return EnginePlan.of(spec, device, load_settings(**settings))
+
+
 def command(spec: ContextSpec = SPEC, device: Device = CPU, **settings: object) -> list[str]:
-    return engine_command(spec, device, SOCKET, load_settings(**settings))
+    return engine_arguments(plan(spec, device, **settings), SOCKET)
+
+
+def environment_of(spec: ContextSpec = SPEC, device: Device = CPU) -> dict[str, str]:
+    """All that the engine has in the end."""
+    wanted = plan(spec, device)
+    return {**template_environment(wanted), **engine_environment(wanted, CACHE)}
 
 
 def value_of(arguments: list[str], flag: str) -> str | None:
@@ -26,9 +45,8 @@ def value_of(arguments: list[str], flag: str) -> str | None:
     return values[-1] if values else None
 
 
-def test_the_engine_is_vllms_server_for_the_context_on_the_socket() -> None:
+def test_the_engine_holds_the_context_behind_the_socket() -> None:
     arguments = command()
-    assert arguments[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     for flag, value in {
         "--model": "org/model",
         "--revision": "abc",
@@ -44,7 +62,8 @@ def test_the_engine_is_vllms_server_for_the_context_on_the_socket() -> None:
 def test_the_engine_may_run_under_another_interpreter(tmp_path: Path) -> None:
     other = tmp_path / "python"
     other.symlink_to(sys.executable)
-    assert command(engine_python=other)[0] == str(other)
+    assert plan(engine_python=other).python == str(other)
+    assert plan(engine_python=other).name != plan().name
 
 
 def test_a_local_models_fingerprint_is_not_a_revision_of_the_engines(tmp_path: Path) -> None:
@@ -114,7 +133,7 @@ def test_the_engine_gets_none_of_our_secrets(
 ) -> None:
     monkeypatch.setenv("KEEPWARM_BROKER_PASSWORD", "hunter2")
     monkeypatch.setenv("KEEPWARM_STORE_URL", "postgresql://u:hunter2@h/d")
-    environment = engine_environment(SPEC, device)
+    environment = environment_of(SPEC, device)
     assert not any(name.startswith("KEEPWARM_") for name in environment)
     assert "hunter2" not in environment.values()
 
@@ -123,26 +142,26 @@ def test_secrets_in_lower_case_are_secrets_too(monkeypatch: pytest.MonkeyPatch) 
     # Settings are read from variables in any case.
     monkeypatch.setenv("keepwarm_broker_password", "hunter2")
     assert load_settings().secret("broker") == "hunter2"
-    assert "hunter2" not in engine_environment(SPEC, CPU).values()
+    assert "hunter2" not in environment_of(SPEC, CPU).values()
 
 
 def test_the_rest_of_the_environment_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "a-token")
-    environment = engine_environment(SPEC, CPU)
+    environment = environment_of(SPEC, CPU)
     assert environment["HF_TOKEN"] == "a-token"
     assert environment["PATH"] == os.environ["PATH"]
 
 
 def test_the_engine_reports_to_nobody() -> None:
-    assert engine_environment(SPEC, GPU)["VLLM_NO_USAGE_STATS"] == "1"
-    assert engine_environment(SPEC, GPU)["DO_NOT_TRACK"] == "1"
+    assert environment_of(SPEC, GPU)["VLLM_NO_USAGE_STATS"] == "1"
+    assert environment_of(SPEC, GPU)["DO_NOT_TRACK"] == "1"
 
 
 def test_a_local_model_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    local = engine_environment(ContextSpec(model=str(tmp_path)), CPU)
+    local = environment_of(ContextSpec(model=str(tmp_path)), CPU)
     assert local["HF_HUB_OFFLINE"] == "1"
-    assert "HF_HUB_OFFLINE" not in engine_environment(SPEC, CPU)
+    assert "HF_HUB_OFFLINE" not in environment_of(SPEC, CPU)
 
 
 @pytest.mark.parametrize(
@@ -153,18 +172,76 @@ def test_a_cpu_engine_takes_a_share_of_the_memory_within_bounds(
 ) -> None:
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     device = Device("cpu", "Xeon", int(memory_gib * GIB), (0,))
-    assert engine_environment(SPEC, device)["VLLM_CPU_KVCACHE_SPACE"] == cache_gib
+    assert environment_of(SPEC, device)["VLLM_CPU_KVCACHE_SPACE"] == cache_gib
 
 
 def test_a_cpu_engine_uses_every_core_that_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
-    assert engine_environment(SPEC, CPU)["VLLM_CPU_OMP_THREADS_BIND"] == "0,1,5"
-    assert "VLLM_CPU_OMP_THREADS_BIND" not in engine_environment(SPEC, GPU)
+    assert cores_of(plan()) == [0, 1, 5]
+    assert environment_of()["OMP_NUM_THREADS"] == "3"
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0,5")
+    assert cores_of(plan()) == [0, 5]
+    assert environment_of()["OMP_NUM_THREADS"] == "2"
 
 
 def test_what_the_operator_set_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "77")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    environment = engine_environment(ContextSpec(model="/models/x"), CPU)
+    environment = environment_of(ContextSpec(model="/models/x"), CPU)
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "77"
     assert environment["HF_HUB_OFFLINE"] == "0"
+
+
+def test_compile_caches_are_the_engines_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+        assert environment_of()[name].startswith(f"{CACHE}/")
+
+
+def test_only_an_engine_on_a_gpu_can_be_put_to_sleep() -> None:
+    assert "--enable-sleep-mode" in command(device=GPU)
+    assert environment_of(device=GPU)["VLLM_SERVER_DEV_MODE"] == "1"
+    assert "--enable-sleep-mode" not in command(device=CPU)
+    assert "VLLM_SERVER_DEV_MODE" not in environment_of(device=CPU)
+
+
+# The engine's name.
+
+
+def test_equal_wishes_are_one_engine_and_free_memory_does_not_matter() -> None:
+    busy = Device("cpu", "Xeon", 3 * GIB, (0, 1, 5))
+    assert plan().name == plan(device=busy).name
+    assert plan().name.startswith(f"{SPEC.context_id}-")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"device": Device("cpu", "Xeon", 40 * GIB, (0, 1))},
+        {"engine_arguments": "--max-num-seqs 9"},
+        {"engine_trust_remote_code": True},
+        {"spec": ContextSpec(model="org/other")},
+    ],
+    ids=str,
+)
+def test_a_wish_that_differs_in_what_an_engine_does_is_another_engine(
+    other: dict[str, object],
+) -> None:
+    assert plan(**other).name != plan().name  # type: ignore[arg-type]
+
+
+def test_an_engines_variables_are_part_of_its_name_and_others_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = plan()
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("KEEPWARM_LOG_LEVEL", "DEBUG")
+    assert plan().name == before.name
+    monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "TRITON_ATTN")
+    assert plan().name != before.name
+
+
+def test_an_engines_variables_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "a-token")
+    assert plan().environment["HF_TOKEN"] == "a-token"
+    assert "a-token" not in repr(plan())

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from services.contexts import model_files, pin_model
+from services.contexts import hub, pin_model
 from services.contexts.model_files import is_local, model_file
 from services.contracts import ContextSpec
 from services.contracts.errors import ModelError
@@ -186,13 +186,13 @@ def test_offline_the_cache_knows_the_commit(
 ) -> None:
     cached = tmp_path / "snapshots" / "c0ffee" / "config.json"
     monkeypatch.setattr(HfApi, "model_info", offline)
-    monkeypatch.setattr(model_files, "try_to_load_from_cache", lambda *_, **__: str(cached))
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_, **__: str(cached))
     assert pin_model(ContextSpec(model="org/model")).revision == "c0ffee"
 
 
 def test_offline_without_a_cache_the_model_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HfApi, "model_info", offline)
-    monkeypatch.setattr(model_files, "try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_, **__: None)
     with pytest.raises(ModelError, match="cannot get the model 'org/model' from the hub") as failed:
         pin_model(ContextSpec(model="org/model"))
     assert "the network is down. Check the name and the network" in str(failed.value)
@@ -220,7 +220,7 @@ def test_a_hub_models_file_that_is_not_there_is_none_and_offline_is_an_error(
     def download(*_: object, **__: object) -> str:
         raise error
 
-    monkeypatch.setattr(model_files, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "hf_hub_download", download)
     spec = ContextSpec(model="org/model", revision="c0ffee")
     if found:
         assert model_file(spec, "chat_template.jinja") is None

@@ -62,13 +62,6 @@ def test_a_place_where_nothing_may_be_made_is_told(
         open_runtime_dir(open_dir / "runtime")
 
 
-def test_a_sockets_path_has_no_leftover_of_an_earlier_engine(tmp_path: Path) -> None:
-    (tmp_path / "ctx-1.sock").write_text("left over")
-    path = socket_path(tmp_path, "ctx-1")
-    assert path == tmp_path / "ctx-1.sock"
-    assert not path.exists()
-
-
 @pytest.mark.parametrize(("character", "size"), [("x", 1), ("é", 2)])
 def test_a_sockets_path_is_bounded_in_bytes(character: str, size: int) -> None:
     directory = Path("/run")

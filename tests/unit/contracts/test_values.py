@@ -29,7 +29,9 @@ def models_in(value: object) -> Iterator[BaseModel]:
 
 def all_kinds(parent: type[Value] = Value) -> set[type[Value]]:
     children = {
-        child for child in parent.__subclasses__() if child.__module__.startswith("services.")
+        child
+        for child in parent.__subclasses__()
+        if child.__module__.startswith("services.contracts.")
     }
     return children.union(*(all_kinds(child) for child in children))
 

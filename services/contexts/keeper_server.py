@@ -1,0 +1,120 @@
+"""The keeper's socket: leases, evictions, the end."""
+
+import contextlib
+import os
+import select
+import socket
+import threading
+import time
+
+import structlog
+
+from services.contexts.keeper import Keeper
+from services.contexts.protocol import Attach, Demand, Drain, Evict, Line, Word
+from services.contexts.runtime_dir import keeper_socket
+from services.contexts.slot import Slot
+from services.contracts.errors import KeeperError, KeepwarmError
+
+_LOOK_SECONDS = 0.05
+_REQUEST_SECONDS = 10.0
+# A keeper without engines and without company waits a little for the next worker.
+_LINGER_SECONDS = 15.0
+
+log = structlog.get_logger(__name__)
+
+
+class KeeperServer:
+    """Serves until told to stop, or until nobody has needed it for a while."""
+
+    def __init__(self, keeper: Keeper, *, for_ever: bool) -> None:
+        """`for_ever`: stay when there is nothing to keep, for whoever runs it as a service."""
+        self._keeper = keeper
+        self._for_ever = for_ever
+        self._stop = threading.Event()
+        self._connections = 0
+        self._counting = threading.Lock()
+
+    def stop(self) -> None:
+        """Begin to end. Safe to call from a signal handler."""
+        self._stop.set()
+
+    def serve(self) -> None:
+        """Take connections; at the end stop every engine."""
+        path = keeper_socket(self._keeper.directory)
+        with socket.socket(socket.AF_UNIX) as listener:
+            path.unlink(missing_ok=True)
+            listener.bind(str(path))
+            path.chmod(0o600)
+            listener.listen(64)
+            log.info("keeper.ready", directory=str(self._keeper.directory), pid=os.getpid())
+            try:
+                self._accept(listener)
+            finally:
+                path.unlink(missing_ok=True)
+                self._keeper.close()
+                log.info("keeper.stopped")
+
+    def _accept(self, listener: socket.socket) -> None:
+        needed = time.monotonic()
+        while not self._stop.is_set():
+            if self._connections or not self._keeper.empty or self._for_ever:
+                needed = time.monotonic()
+            elif time.monotonic() - needed > _LINGER_SECONDS:
+                return
+            if not select.select([listener], [], [], 0.2)[0]:
+                continue
+            connection, _ = listener.accept()
+            with self._counting:
+                self._connections += 1
+            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+
+    def _answer(self, connection: socket.socket) -> None:
+        try:
+            with contextlib.closing(Line(connection)) as line:
+                self._obey(line)
+        except (OSError, KeepwarmError) as error:
+            log.warning("keeper.connection_failed", reason=str(error))
+        finally:
+            with self._counting:
+                self._connections -= 1
+
+    def _obey(self, line: Line) -> None:
+        request = line.request(_REQUEST_SECONDS)
+        if isinstance(request, Attach):
+            try:
+                slot, warm = self._keeper.attach(request.plan)
+            except KeepwarmError as error:
+                line.send(Word(gone=str(error)))
+                return
+            try:
+                self._hold(line, slot, warm)
+            finally:
+                slot.detach()
+        elif isinstance(request, Demand):
+            self._keeper.hear_demand(request.claims)
+        elif isinstance(request, Evict):
+            line.send(Word(done=self._keeper.evict(request.wanted)))
+        elif isinstance(request, Drain):
+            self._keeper.drain()
+            line.send(Word())
+            self.stop()
+
+    def _hold(self, line: Line, slot: Slot, warm: bool) -> None:
+        """Tell the worker how its engine is, until one of the two is gone."""
+        told = None
+        while True:
+            record = slot.record
+            if slot.gone is not None:
+                line.send(Word(gone=slot.gone))
+                return
+            if told is None or (record.state, record.says) != (told.state, told.says):
+                told = record
+                line.send(Word(record=record, warm=warm))
+            if select.select([line], [], [], 0)[0]:
+                request = line.request(_REQUEST_SECONDS)
+                if request is None:
+                    return
+                if not isinstance(request, Demand):
+                    raise KeeperError("a lease carries nothing but demand")
+                self._keeper.hear_demand(request.claims)
+            self._keeper.wait_for_change(_LOOK_SECONDS)

@@ -1,0 +1,61 @@
+"""What a keeper must know to start an engine: a context, on a device, as its worker wants it."""
+
+import os
+import re
+import shlex
+from functools import cached_property
+
+from pydantic import Field
+
+from services.contexts.device import Device
+from services.contracts import ContextSpec, Settings
+from services.contracts.errors import UsageError
+from services.contracts.values import Value, content_id
+
+# What vLLM and the libraries under it read. The rest of an engine's environment is the keeper's.
+_ENGINES_OWN = re.compile(
+    r"(VLLM|CUDA|NVIDIA|NCCL|TORCH|PYTORCH|TRITON|HF|HUGGING_?FACE|TRANSFORMERS|TOKENIZERS"
+    r"|OMP|GOMP|KMP|MKL|OPENBLAS|LD|PYTHON)\w*",
+    re.IGNORECASE,
+)
+
+
+class EnginePlan(Value):
+    """Equal plans are one engine: a second worker with the same one attaches to it."""
+
+    spec: ContextSpec
+    device: Device
+    python: str
+    """The interpreter that has vLLM."""
+    arguments: tuple[str, ...] = ()
+    """The operator's own, which win over all others."""
+    trust_remote_code: bool = False
+    environment: dict[str, str] = Field(default_factory=dict, repr=False)
+    """Only the variables that an engine reads; a token for the hub may be among them."""
+
+    @classmethod
+    def of(cls, spec: ContextSpec, device: Device, settings: Settings) -> "EnginePlan":
+        """What a worker with these settings and this environment wants. Raises UsageError."""
+        try:
+            arguments = shlex.split(settings.engine_arguments)
+        except ValueError as error:
+            raise UsageError(f"KEEPWARM_ENGINE_ARGUMENTS does not parse: {error}") from error
+        return cls(
+            spec=spec,
+            device=device,
+            python=str(settings.engine_python),
+            arguments=tuple(arguments),
+            trust_remote_code=settings.engine_trust_remote_code,
+            environment={
+                name: value for name, value in os.environ.items() if _ENGINES_OWN.fullmatch(name)
+            },
+        )
+
+    @cached_property
+    def name(self) -> str:
+        """The engine's name on its node: the context's, and a digest of all else that matters.
+
+        How much memory is free is not part of it: that changes as soon as the engine runs.
+        """
+        rest = self.model_dump(mode="json", exclude={"spec": True, "device": {"memory_bytes"}})
+        return f"{self.spec.context_id}-{content_id('', rest, hex_digits=8).removeprefix('-')}"

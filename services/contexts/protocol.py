@@ -1,0 +1,127 @@
+"""What workers and people say to the keeper of their node: a line of JSON each way at a time.
+
+A connection that attaches is a lease: the engine is in use for as long as it is open, and a worker
+that dies lets go by dying.
+"""
+
+import os
+import socket
+import struct
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from services.contexts.plan import EnginePlan
+from services.contexts.records import ContextRecord
+from services.contracts.bounds import Identity
+from services.contracts.errors import KeeperError
+from services.contracts.values import Value
+
+_MOST_LINE_BYTES = 1024 * 1024
+
+
+class Attach(Value):
+    """Have this engine ready, and keep it while we are connected."""
+
+    verb: Literal["attach"] = "attach"
+    plan: EnginePlan
+
+
+class Demand(Value):
+    """How many claims wait for contexts, as far as we have heard. Has no answer."""
+
+    verb: Literal["demand"] = "demand"
+    claims: Annotated[dict[Identity, Annotated[int, Field(ge=0)]], Field(max_length=10_000)]
+
+
+class Evict(Value):
+    """Stop these engines, named by themselves or by their contexts, in use or not. The answer comes
+    when they are gone.
+    """
+
+    verb: Literal["evict"] = "evict"
+    wanted: tuple[Identity, ...]
+
+
+class Drain(Value):
+    """Stop all engines, take no more, and end."""
+
+    verb: Literal["drain"] = "drain"
+
+
+Request = Annotated[Attach | Demand | Evict | Drain, Field(discriminator="verb")]
+_REQUEST: TypeAdapter[Attach | Demand | Evict | Drain] = TypeAdapter(Request)
+
+
+class Word(Value):
+    """An answer: how the engine is now, or what was done."""
+
+    record: ContextRecord | None = None
+    gone: str | None = None
+    """Why the engine is no more, or never was."""
+    warm: bool = False
+    """Whether it was warm when we came."""
+    done: tuple[str, ...] = ()
+
+
+class Line:
+    """One end of a connection between a keeper and someone of the same user."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        """Raises KeeperError when the other end belongs to another user."""
+        self._connection = connection
+        self._unread = b""
+        credentials = connection.getsockopt(
+            socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
+        )
+        _, uid, _ = struct.unpack("3i", credentials)
+        if uid != os.geteuid():
+            connection.close()
+            raise KeeperError("the other end of the keeper's socket belongs to another user")
+
+    def fileno(self) -> int:
+        return self._connection.fileno()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def send(self, value: Value) -> None:
+        """Raises OSError when the other side is gone."""
+        self._connection.settimeout(5.0)
+        self._connection.sendall(value.model_dump_json().encode() + b"\n")
+
+    def request(self, timeout_seconds: float | None) -> Attach | Demand | Evict | Drain | None:
+        """The next request; None when the other side is gone. Raises TimeoutError, KeeperError."""
+        line = self._line(timeout_seconds)
+        try:
+            return None if line is None else _REQUEST.validate_json(line)
+        except ValidationError as error:
+            raise KeeperError(f"not a request: {error.error_count()} faults") from error
+
+    def word(self, timeout_seconds: float | None) -> Word | None:
+        """The next answer; None when the keeper is gone. Raises TimeoutError, KeeperError."""
+        line = self._line(timeout_seconds)
+        try:
+            return None if line is None else Word.model_validate_json(line)
+        except ValidationError as error:
+            raise KeeperError(
+                "this node's keeper is of another version of Keepwarm; end it with "
+                "`keepwarm contexts evict --all`, or with SIGTERM"
+            ) from error
+
+    def _line(self, timeout_seconds: float | None) -> bytes | None:
+        self._connection.settimeout(timeout_seconds)
+        while b"\n" not in self._unread:
+            try:
+                piece = self._connection.recv(65536)
+            except BlockingIOError as error:
+                raise TimeoutError from error
+            except ConnectionError:
+                return None
+            if not piece:
+                return None
+            self._unread += piece
+            if len(self._unread) > _MOST_LINE_BYTES:
+                raise KeeperError(f"a line of more than {_MOST_LINE_BYTES:,} bytes")
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line

@@ -1,0 +1,266 @@
+"""One engine in its keeper's hands, from the first wish for it until it is gone."""
+
+import threading
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+import structlog
+
+from services.contexts.caches import EngineCaches, PastStart
+from services.contexts.engine import Engine, start_error
+from services.contexts.eviction import Candidate
+from services.contexts.plan import EnginePlan
+from services.contexts.records import ContextRecord, OwnRecord, State
+from services.contexts.template_process import Template
+from services.contracts import Settings
+from services.contracts.errors import EngineRequestError, EngineStartError, KeepwarmError
+
+_LOOK_SECONDS = 0.1
+
+log = structlog.get_logger(__name__)
+
+
+class House(Protocol):
+    """What a slot needs of its keeper."""
+
+    settings: Settings
+    directory: Path
+    caches: EngineCaches
+
+    def template_for(self, plan: EnginePlan) -> Template: ...
+    def room_for(self, slot: "Slot") -> AbstractContextManager[None]: ...
+    def changed(self) -> None: ...
+
+
+class Slot:
+    """Starts its engine on a thread of its own, watches it, and stops it when it is told to, when
+    nobody has used it for long, or when its room is needed.
+
+    States: waiting (for room), starting, warm, asleep, stopping; then it is `finished`.
+    """
+
+    def __init__(self, plan: EnginePlan, house: House, demand: int) -> None:
+        """Raises UsageError when its socket's path would be too long."""
+        self.plan = plan
+        self._house = house
+        self._engine = Engine(plan, house.directory)
+        self._stop = threading.Event()
+        self._why = "it was stopped"
+        self._awake = threading.Event()
+        self._lock = threading.Lock()
+        self._own: OwnRecord | None = None
+        self.gone: str | None = None
+        """Why the engine is no more; None while it is, or may yet be."""
+        past = house.caches.recall(plan.name)
+        self.known_bytes = past.memory_bytes if past else None
+        self._start_seconds = past.phases.total if past else 0.0
+        now = time.monotonic()
+        self.record = ContextRecord(
+            name=plan.name,
+            context=plan.spec,
+            device=plan.device.name,
+            state="waiting",
+            socket=str(self._engine.socket),
+            log=str(self._engine.log_file),
+            since=now,
+            last_used=now,
+            demand=demand,
+        )
+        self._thread = threading.Thread(target=self._live, name=plan.name, daemon=True)
+
+    def begin(self) -> None:
+        self._thread.start()
+
+    @property
+    def finished(self) -> bool:
+        return self.gone is not None
+
+    @property
+    def stopped(self) -> bool:
+        return self._stop.is_set()
+
+    # Leases. Each is a connection of a worker's.
+
+    def attach(self) -> bool:
+        """One more uses it. False when it is on its way out: the next one may be asked for."""
+        with self._lock:
+            if self.record.state == "stopping" or self.finished:
+                return False
+            self._note(attached=self.record.attached + 1, used=self.record.used + 1)
+        self._awake.set()
+        return True
+
+    def detach(self) -> None:
+        """One less. A start that nobody waits for any more is given up: others want the room."""
+        with self._lock:
+            self._note(attached=self.record.attached - 1)
+            forlorn = not self.record.attached and self.record.state in ("waiting", "starting")
+        if forlorn:
+            self.stop("nobody waits for it any more")
+
+    def hear_demand(self, claims: int) -> None:
+        with self._lock:
+            if claims != self.record.demand:
+                self._note(demand=claims)
+
+    # Its end, and its sleep.
+
+    def stop(self, why: str) -> None:
+        """Begin to stop it, whoever uses it. Safe from any thread, more than once."""
+        with self._lock:
+            if not self._stop.is_set():
+                log.info("context.stopping", context=self.plan.name, why=why)
+                self._why = why
+                self._stop.set()
+                if not self.finished:
+                    self._note(state="stopping")
+        self._awake.set()
+
+    def join(self, timeout_seconds: float | None = None) -> None:
+        self._thread.join(timeout_seconds)
+
+    def candidate(self) -> Candidate | None:
+        """For the choice who makes room; None when it cannot: in use, or holding nothing."""
+        with self._lock:
+            record = self.record
+            if record.attached or record.state != "warm":
+                return None
+            return Candidate(
+                name=record.name,
+                memory_bytes=record.memory_bytes or 0,
+                demand=record.demand,
+                start_seconds=self._start_seconds,
+                idle_seconds=time.monotonic() - record.last_used,
+            )
+
+    def give_way(self) -> None:
+        """Free its memory, unless somebody has attached meanwhile: by sleep where the device can
+        and the host has room for the weights, by its end otherwise.
+        """
+        with self._lock:
+            if self.record.attached or self.record.state != "warm":
+                return
+            self._note(state="stopping")
+        if self._can_sleep():
+            try:
+                self._engine.sleep()
+            except EngineRequestError as error:
+                log.warning("context.sleepless", context=self.plan.name, reason=str(error))
+            else:
+                with self._lock:
+                    self._note(state="asleep")
+                log.info("context.asleep", context=self.plan.name)
+                return
+        self.stop("its room is needed for another context")
+        self.join()
+
+    def _can_sleep(self) -> bool:
+        weights = self.record.memory_bytes or 0
+        return self.plan.device.kind == "cuda" and psutil.virtual_memory().available > weights
+
+    # Its own thread.
+
+    def _live(self) -> None:
+        why = "it was stopped"
+        try:
+            self._own = OwnRecord(self._house.directory, self.plan.name)
+            self._start()
+            why = self._watch()
+        except EngineStartError as error:
+            why = str(start_error(self.plan, self._engine.log_file, str(error)))
+            log.error("context.failed", context=self.plan.name, reason=str(error))
+        except (KeepwarmError, OSError) as error:
+            why = str(error)
+            log.error("context.failed", context=self.plan.name, reason=why)
+        finally:
+            self._engine.stop()
+            with self._lock:
+                self.gone = why
+            if self._own is not None:
+                self._own.close()
+            self._house.changed()
+            log.info("context.gone", context=self.plan.name, why=why.partition("\n")[0])
+
+    def _start(self) -> None:
+        with self._house.room_for(self), self._house.caches.starting(self.plan.name) as cache:
+            self._note_state("starting")
+            log.info("context.starting", context=self.plan.name, log=str(self._engine.log_file))
+            phases = self._engine.start(
+                self._house.template_for(self.plan),
+                cache,
+                self._stop,
+                self._house.settings.engine_start_timeout_seconds,
+                loading=lambda says: self._note_locked(says=says),
+            )
+            if phases is None:
+                return
+        memory = self._engine.memory_bytes() or 0
+        self._start_seconds = phases.total
+        self._house.caches.remember(self.plan.name, PastStart(phases=phases, memory_bytes=memory))
+        pid = self._engine.pid
+        with self._lock:
+            self._note(
+                state="stopping" if self._stop.is_set() else "warm",
+                says="",
+                pid=pid,
+                pid_started=psutil.Process(pid).create_time() if pid else None,
+                memory_bytes=memory,
+                phases=phases,
+            )
+        log.info("context.warm", context=self.plan.name, **phases.model_dump())
+
+    def _watch(self) -> str:
+        """Until it ends, or has to. Why."""
+        idle_seconds = self._house.settings.context_idle_seconds
+        while not self._stop.is_set():
+            if not self._engine.alive:
+                return f"it ended (exit code {self._engine.exit_code()})"
+            record = self.record
+            if record.attached and record.state == "asleep":
+                self._wake()
+            elif not record.attached and time.monotonic() - record.last_used > idle_seconds:
+                with self._lock:
+                    if not self.record.attached:
+                        self._stop.set()
+                        self._why = f"no worker used it for {idle_seconds:g} s"
+                        self._note(state="stopping")
+                continue
+            self._awake.wait(_LOOK_SECONDS)
+            self._awake.clear()
+        return self._why
+
+    def _wake(self) -> None:
+        with self._house.room_for(self):
+            try:
+                self._engine.wake()
+            except EngineRequestError as error:
+                raise EngineStartError(f"it did not wake up: {error}") from error
+        self._note_state("warm")
+        log.info("context.awake", context=self.plan.name)
+
+    # What others see.
+
+    def _note_state(self, state: State) -> None:
+        with self._lock:
+            if self.record.state != "stopping":
+                self._note(state=state)
+
+    def note_waiting(self, says: str) -> None:
+        """Tell those who wait for it what it waits for."""
+        self._note_locked(says=says)
+
+    def _note_locked(self, **changes: object) -> None:
+        with self._lock:
+            self._note(**changes)
+
+    def _note(self, **changes: object) -> None:
+        """With the lock held. Whoever touches the leases uses the context."""
+        if "attached" in changes:
+            changes["last_used"] = time.monotonic()
+        self.record = self.record.model_copy(update=changes)
+        if self._own is not None and not self.finished:
+            self._own.write(self.record)
+        self._house.changed()

@@ -1,0 +1,106 @@
+"""Finding this node's keeper, or starting one."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from services.contexts.protocol import Line
+from services.contexts.runtime_dir import keeper_socket, log_tail, open_runtime_dir
+from services.contracts import Settings
+from services.contracts.errors import KeeperError
+from services.leash import Leashed
+
+_POLL_SECONDS = 0.02
+_ANSWER_SECONDS = 20.0
+_COMMAND = (sys.executable, "-m", "services.cli.main", "keeper")
+
+
+def connected(directory: Path) -> Line | None:
+    """A connection to the keeper of this runtime directory; None where there is none."""
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(str(keeper_socket(directory)))
+    except OSError:
+        connection.close()
+        return None
+    return Line(connection)
+
+
+def open_keeper(settings: Settings) -> Line:
+    """A connection to this node's keeper, which is started if there is none, and then outlives us.
+
+    Raises KeeperError when it does not come up.
+    """
+    directory = open_runtime_dir(settings.runtime_dir)
+    log_file = directory / "keeper.log"
+    keeper: list[subprocess.Popen[bytes]] = []
+
+    def have_one_started() -> None:
+        # Of two that start one, the second ends at once: there is a lock.
+        if not keeper or keeper[-1].poll() is not None:
+            keeper.append(_start(directory, log_file))
+
+    return _wait(directory, log_file, have_one_started)
+
+
+@contextlib.contextmanager
+def kept_meanwhile(settings: Settings, log_file: Path) -> Iterator[None]:
+    """Where this node has no keeper, one that ends with the block, and its engines with it. One
+    that is there already is left alone, and its engines stay.
+    """
+    directory = open_runtime_dir(settings.runtime_dir)
+    line = connected(directory)
+    if line is not None:
+        line.close()
+        yield
+        return
+    descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    with os.fdopen(descriptor, "ab") as output:
+        keeper = Leashed(
+            _COMMAND,
+            environment=_environment(directory),
+            # It drains within its grace period; the leash comes after it.
+            grace_seconds=settings.grace_seconds + 10,
+            output=output,
+        )
+    try:
+        _wait(directory, log_file, lambda: None).close()
+        yield
+    finally:
+        keeper.stop()
+
+
+def _wait(directory: Path, log_file: Path, meanwhile: Callable[[], None]) -> Line:
+    deadline = time.monotonic() + _ANSWER_SECONDS
+    while (line := connected(directory)) is None:
+        meanwhile()
+        if time.monotonic() > deadline:
+            said = "\n".join(f"  | {words}" for words in log_tail(log_file))
+            raise KeeperError(f"no keeper answers in {directory}; its log ended with:\n{said}")
+        time.sleep(_POLL_SECONDS)
+    return line
+
+
+def _start(directory: Path, log_file: Path) -> subprocess.Popen[bytes]:
+    descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    with os.fdopen(descriptor, "ab") as output:
+        return subprocess.Popen(
+            [*_COMMAND, "--until-idle"],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=_environment(directory),
+            cwd=Path(__file__).resolve().parents[2],
+            start_new_session=True,  # it is to outlive us
+        )
+
+
+def _environment(directory: Path) -> dict[str, str]:
+    """Ours, without secrets that a keeper has no use for."""
+    kept = {name: value for name, value in os.environ.items() if "PASSWORD" not in name.upper()}
+    return {**kept, "KEEPWARM_RUNTIME_DIR": str(directory)}

@@ -1,0 +1,194 @@
+"""The keeper's side of templates: started once a node, asked for engines, held on a leash."""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import structlog
+
+from services.contexts import template
+from services.contexts.runtime_dir import log_tail, socket_path
+from services.contracts.errors import EngineStartError
+from services.leash import Leashed
+
+_POLL_SECONDS = 0.05
+_ANSWER_SECONDS = 30.0
+
+log = structlog.get_logger(__name__)
+
+
+class EngineProcess:
+    """An engine that a template forked, on the leash that our end of its connection is."""
+
+    def __init__(self, connection: socket.socket, grace_seconds: float) -> None:
+        """Raises EngineStartError when the template forks nothing, and says why."""
+        self._connection = connection
+        self._grace_seconds = grace_seconds
+        self._unread = b""
+        self._code: int | None = None
+        self._reading = threading.Lock()
+        word = self._next_word(_ANSWER_SECONDS)
+        if word is None or "pid" not in word:
+            self._connection.close()
+            raise EngineStartError(
+                f"the template forked no engine: {(word or {}).get('refused', 'it ended')}"
+            )
+        self.pid: int = word["pid"]
+
+    def exit_code(self) -> int | None:
+        """None while it runs; negative when a signal ended it, or its leash."""
+        return self._wait(0)
+
+    def stop(self) -> None:
+        """SIGTERM, the grace period, SIGKILL. Returns when all of it is gone."""
+        if self._code is None:
+            with contextlib.suppress(OSError):  # its leash may be gone
+                self._connection.shutdown(socket.SHUT_WR)
+            if self._wait(self._grace_seconds + 10) is None:
+                self._kill()
+        self._connection.close()
+
+    def _kill(self) -> None:
+        # The leash itself hangs: end the session that the engine leads.
+        for process in psutil.process_iter():
+            try:
+                if os.getsid(process.pid) == self.pid:
+                    process.kill()
+            except (ProcessLookupError, PermissionError, psutil.NoSuchProcess):
+                continue
+
+    def _wait(self, seconds: float) -> int | None:
+        with self._reading:
+            if self._code is None:
+                try:
+                    word = self._next_word(seconds)
+                except TimeoutError:
+                    return None
+                code = -9 if word is None else int(word["exit_code"])
+                # As shells do, the leash says 128 + N for signal N.
+                self._code = 128 - code if 128 < code < 128 + 65 else code
+            return self._code
+
+    def _next_word(self, seconds: float) -> dict[str, Any] | None:
+        """None when the other side is gone. Raises TimeoutError."""
+        deadline = time.monotonic() + seconds
+        while b"\n" not in self._unread:
+            self._connection.settimeout(max(0.0, deadline - time.monotonic()))
+            try:
+                piece = self._connection.recv(4096)
+            except BlockingIOError as error:
+                raise TimeoutError from error
+            except ConnectionError:
+                return None
+            if not piece:
+                return None
+            self._unread += piece
+        line, _, self._unread = self._unread.partition(b"\n")
+        word: dict[str, Any] = json.loads(line)
+        return word
+
+
+class Template:
+    """The process of services/contexts/template.py for one interpreter and one environment."""
+
+    def __init__(
+        self,
+        python: str,
+        module: str,
+        environment: Mapping[str, str],
+        directory: Path,
+        name: str,
+        grace_seconds: float,
+    ) -> None:
+        self._socket = socket_path(directory, name)
+        self._socket.unlink(missing_ok=True)  # of one that was killed
+        self._module = module
+        self.log_file = directory / f"{name}.log"
+        self._grace_seconds = grace_seconds
+        descriptor = os.open(self.log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        self._started = time.monotonic()
+        self._ready = threading.Lock()
+        self._imports: float | None = None
+        with os.fdopen(descriptor, "wb") as output:
+            self._process = Leashed(
+                [python, str(Path(template.__file__)), str(self._socket), module],
+                environment=environment,
+                # Engines in it get their own grace period when its end is theirs.
+                grace_seconds=grace_seconds,
+                output=output,
+            )
+
+    @property
+    def alive(self) -> bool:
+        return self._process.exit_code() is None
+
+    def ready(self, stop: threading.Event, timeout_seconds: float) -> float:
+        """Wait until engines can be forked. Seconds that the imports took, for whoever comes first
+        and waits for them; 0 for all others.
+
+        Raises EngineStartError with what it said last.
+        """
+        with self._ready:
+            if self._imports is not None:
+                return 0.0
+            deadline = self._started + timeout_seconds
+            while not self._socket.exists():
+                if not self.alive:
+                    raise EngineStartError(
+                        f"{self._module} cannot be imported (exit code "
+                        f"{self._process.exit_code()}); is vLLM installed for "
+                        f"KEEPWARM_ENGINE_PYTHON? {self.said()}"
+                    )
+                if time.monotonic() > deadline:
+                    raise EngineStartError(
+                        f"the imports took more than {timeout_seconds:g} s "
+                        f"(KEEPWARM_ENGINE_START_TIMEOUT_SECONDS). {self.said()}"
+                    )
+                if stop.wait(_POLL_SECONDS):
+                    return 0.0
+            self._imports = time.monotonic() - self._started
+            log.info("template.ready", seconds=round(self._imports, 2), log=str(self.log_file))
+            return self._imports
+
+    def fork(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        log_file: Path,
+        cores: Sequence[int],
+    ) -> EngineProcess:
+        """Raises EngineStartError when it cannot."""
+        connection = socket.socket(socket.AF_UNIX)
+        request = {
+            "name": name,
+            "argv": list(arguments),
+            "environment": dict(environment),
+            "log": str(log_file),
+            "cores": list(cores),
+            "grace_seconds": self._grace_seconds,
+        }
+        try:
+            connection.connect(str(self._socket))
+            connection.sendall(json.dumps(request).encode() + b"\n")
+        except OSError as error:
+            connection.close()
+            raise EngineStartError(f"the template is gone: {error}. {self.said()}") from error
+        return EngineProcess(connection, self._grace_seconds)
+
+    def said(self) -> str:
+        """The end of its log, as part of an error message."""
+        tail = "\n".join(f"  | {line}" for line in log_tail(self.log_file))
+        return f"The last lines of its log, {self.log_file}:\n{tail}"
+
+    def stop(self) -> None:
+        self._process.stop()
+        self._socket.unlink(missing_ok=True)
+        self.log_file.unlink(missing_ok=True)
