@@ -4,14 +4,17 @@ from services.broker.address import BrokerAddress
 from services.broker.consumer import Consumer, Delivery
 from services.broker.private_node import PrivateNode
 from services.broker.publisher import Outgoing, Publisher
+from services.broker.queue_counts import Counts, QueueCount
 from services.broker.topology import Declares
 
 __all__ = [
     "BrokerAddress",
     "Consumer",
+    "Counts",
     "Declares",
     "Delivery",
     "Outgoing",
     "PrivateNode",
     "Publisher",
+    "QueueCount",
 ]

@@ -3,7 +3,7 @@
 import contextlib
 import ssl
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import pika
@@ -24,6 +24,7 @@ from pika.exceptions import (
 )
 
 from services.broker.address import BrokerAddress
+from services.broker.queue_counts import Counts, count_queues
 from services.broker.topology import Declares, declare
 from services.contracts.backoff import growing_pause
 from services.contracts.errors import (
@@ -61,6 +62,7 @@ class Link:
         self._routinely = False
         self._was_open = False
         self._closing = False
+        self._counting = False
         self.blocked_by: str | None = None
         """The broker's alarm (memory, disk) that blocks publishing here, while it lasts."""
         self._error: BrokerError | None = None
@@ -96,6 +98,13 @@ class Link:
     @property
     def connected(self) -> bool:
         return self._channel is not None
+
+    def ask_counts(self, queues: Sequence[str], heard: Callable[[Counts], None]) -> None:
+        """Ask how long the queues are; never waits. `heard` is called on the link's thread.
+
+        No answer comes without a connection, or while an earlier question is not answered yet.
+        """
+        self._call_soon(lambda: self._ask_counts(queues, heard))
 
     # Hooks for the two kinds of link.
 
@@ -180,6 +189,15 @@ class Link:
         self._was_open = True
         self._opened_or_failed.set()
 
+    def _ask_counts(self, queues: Sequence[str], heard: Callable[[Counts], None]) -> None:
+        def done(counts: Counts) -> None:
+            self._counting = False
+            heard(counts)
+
+        if self._channel is not None and self._connection is not None and not self._counting:
+            self._counting = True
+            count_queues(self._connection, queues, done)
+
     def _on_channel_closed(self, _: Channel, reason: BaseException) -> None:
         self._forget_channel()
         if isinstance(reason, ChannelClosedByBroker):
@@ -216,7 +234,7 @@ class Link:
 
     def _on_connection_lost(self, _: Any, reason: BaseException | str) -> None:
         self._forget_channel()
-        self._connection, self.blocked_by = None, None
+        self._connection, self.blocked_by, self._counting = None, None, False
         if self._closing:
             self._loop.stop()
             return

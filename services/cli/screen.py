@@ -12,6 +12,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:  # a machine that only submits, or only reports, has not both
     from services.collector import Report, RunStatus
+    from services.collector.startups import Startups
     from services.producer import Submission
 
 
@@ -122,11 +123,20 @@ def print_report(console: Console, report: "Report") -> None:
         f"{status.returned:,} claims were returned unfinished; at most {status.lost_work:,} were "
         "computed again",
     )
+    if report.startups is not None and report.startups.warm is not None:
+        warm = report.startups.warm
+        facts.add_row(
+            "warm starts",
+            f"{warm.count:,} workers found the model warm, after {warm.median_seconds:.2g} s "
+            "(median)",
+        )
     console.print(facts, highlight=False)
     if report.quality is not None:
         console.print(_confusion_table(report), highlight=False)
     if report.workers:
         console.print(_workers_table(report), highlight=False)
+    if report.startups is not None and report.startups.cold:
+        console.print(_cold_starts_table(report.startups), highlight=False)
 
 
 def _claims_line(report: "Report") -> str:
@@ -165,5 +175,28 @@ def _workers_table(report: "Report") -> Table:
             f"{share.duplicates:,}",
             f"{share.prompt_tokens:,}",
             f"{share.engine_seconds:,.1f}",
+        )
+    return table
+
+
+def _cold_starts_table(startups: "Startups") -> Table:
+    """A column for each phase that somebody measured: the mean seconds of those who did."""
+    table = Table(title="cold starts, in seconds", title_justify="left", box=None)
+    table.add_column("device", overflow="fold")
+    measured = [
+        name
+        for name in type(startups.cold[0].phases).model_fields
+        if any(getattr(cold.phases, name) is not None for cold in startups.cold)
+    ]
+    for name in ("starts", "median", "longest", *(name.replace("_", " ") for name in measured)):
+        table.add_column(name, justify="right")
+    for cold in startups.cold:
+        means = (getattr(cold.phases, name) for name in measured)
+        table.add_row(
+            Text(cold.device),
+            f"{cold.count:,}",
+            f"{cold.median_seconds:,.1f}",
+            f"{cold.longest_seconds:,.1f}",
+            *("" if mean is None else f"{mean:,.1f}" for mean in means),
         )
     return table

@@ -8,10 +8,12 @@ from itertools import count
 import structlog
 
 from services.broker import BrokerAddress, Consumer, Declares, Delivery, Outgoing, Publisher
+from services.collector.directory import Directory
 from services.collector.returns import NotAnnounced, send_on
 from services.collector.store import Incoming, Store
 from services.contracts import (
     ClaimBatch,
+    ContextReady,
     DeadClaim,
     Notice,
     RunAnnouncement,
@@ -21,6 +23,7 @@ from services.contracts import (
 )
 from services.contracts.backoff import growing_pause
 from services.contracts.errors import BrokerUnreachable, MessageInvalid, StoreError
+from services.contracts.notices import NOTICE_SECONDS
 
 _QUEUES = (
     topology.RUNS_QUEUE,
@@ -36,7 +39,6 @@ _COMMIT_MESSAGES = _PREFETCH // 2
 _WINDOW = _PREFETCH * len(_QUEUES) + 1
 _TAKE_SECONDS = 0.1
 _LULL_SECONDS = 0.02
-_NOTICE_SECONDS = 2.0
 _ANNOUNCEMENT_SECONDS = 30.0
 _FLUSH_SECONDS = 2.0
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.2, 15.0
@@ -58,7 +60,8 @@ class Collector:
         self._stop = threading.Event()
         self._finish = threading.Event()
         self._notice_due = 0.0
-        self._noticed: tuple[str, ...] = ()
+        self._noticed = False
+        self._directory = Directory(store, settings)
         # Returned before their announcement came, each with the time until which we wait for it.
         self._early: list[tuple[ClaimBatch, Delivery, float]] = []
         self.waiting_for: str | None = None
@@ -100,6 +103,8 @@ class Collector:
                     break
                 looked = self._give_notice(publisher)
                 if looked:
+                    # On the consumer's connection, which an alarm of the broker does not block.
+                    self._directory.ask(consumer)
                     self._send_early(consumer, publisher)
                 if (looked or took) and _says_so(until):
                     break
@@ -181,7 +186,7 @@ class Collector:
         """Commit, however long it takes. False when told to stop before that was possible."""
         for failures in count(1):
             try:
-                self._store.write(incoming)
+                self._directory.note(self._store.write(incoming))
                 self.waiting_for = None
                 return True
             except StoreError as error:
@@ -197,22 +202,25 @@ class Collector:
         return False
 
     def _give_notice(self, publisher: Publisher) -> bool:
-        """Now and then tell every worker which submissions are cancelled; one may be new.
+        """Now and then tell every worker which submissions are cancelled, and which contexts have
+        claims waiting.
 
         False when it is not the time.
         """
         now = time.monotonic()
         if now < self._notice_due or publisher.pending:
             return False
-        self._notice_due = now + _NOTICE_SECONDS
+        self._notice_due = now + NOTICE_SECONDS
         try:
-            cancelled = self._store.cancelled_submissions()
+            notice = Notice(
+                cancelled=self._store.cancelled_submissions(), contexts=self._directory.look()
+            )
         except StoreError:
             return False  # whoever commits says so
-        if cancelled or self._noticed:
-            notice = Notice(cancelled=cancelled)
+        something = bool(notice.cancelled or notice.contexts)
+        if something or self._noticed:
             publisher.publish(Outgoing.of(notice, topology.NOTICES_EXCHANGE, "", notice=True))
-        self._noticed = cancelled
+        self._noticed = something
         return True
 
 
@@ -225,6 +233,9 @@ def _says_so(until: Callable[[], bool]) -> bool:
 
 def _add(incoming: Incoming, delivery: Delivery) -> int:
     """Decode a message into `incoming`; how many claims it has. Raises MessageInvalid."""
+    if delivery.queue == topology.VERDICTS_QUEUE and delivery.kind == ContextReady.__name__:
+        incoming.startups.append(delivery.message(ContextReady))
+        return 0
     if delivery.queue == topology.VERDICTS_QUEUE:
         batch = delivery.message(VerdictBatch)
         incoming.verdicts.append(batch)

@@ -1,4 +1,4 @@
-"""The report of a run: how right, how fast, by whom."""
+"""The report of a run: how right, how fast, by whom, and how long until they were ready."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection, Row, func, select
 
 from services.collector.schema import deliveries, outcomes
+from services.collector.startups import Startups, startups_of
 from services.collector.status import KnownRun, RunStatus, run_status
 from services.collector.store import Store
 from services.contracts import INVALID, Run
@@ -72,6 +73,8 @@ class Report(BaseModel):
     speed: Speed | None
     """None while there is no verdict."""
     workers: tuple[WorkerShare, ...]
+    startups: Startups | None
+    """None when no worker told of a start while the run lasted."""
 
 
 def build_report(store: Store, known: KnownRun) -> Report:
@@ -110,6 +113,10 @@ def build_report(store: Store, known: KnownRun) -> Report:
             quality=_quality([pair for pair in pairs if pair.gold is not None], labels),
             speed=_speed(connection, key),
             workers=_workers(connection, key),
+            startups=known.run
+            and startups_of(
+                connection, key, known.run.context.context_id, complete=status.complete
+            ),
         )
 
 

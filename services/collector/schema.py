@@ -5,6 +5,7 @@ from sqlalchemy import (
     Boolean,
     Column,
     Float,
+    Index,
     Integer,
     MetaData,
     String,
@@ -14,7 +15,7 @@ from sqlalchemy import (
     false,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 metadata = MetaData()
 
@@ -91,4 +92,34 @@ outcomes = Table(
     Column("failures", Integer),
     Column("dropped", Boolean, nullable=False, server_default=false()),
     sqlite_with_rowid=False,
+)
+
+# How many claims of a run are dead, without a look at all its outcomes. SQLite uses it only where
+# `reason` is a column of it.
+Index(
+    "outcomes_dead",
+    outcomes.c.run_key,
+    outcomes.c.reason,
+    sqlite_where=outcomes.c.reason.is_not(None),
+    postgresql_where=outcomes.c.reason.is_not(None),
+)
+
+# One row each time that a worker had a context ready. Seconds; NULL where it was not measured.
+startups = Table(
+    "startups",
+    metadata,
+    Column("startup_id", String(256), primary_key=True),
+    Column("worker_id", String(512), nullable=False),
+    Column("context_id", String(256), nullable=False, index=True),
+    Column("device", String(512), nullable=False),
+    # The engine was there already.
+    Column("warm", Boolean, nullable=False),
+    Column("seconds", Float, nullable=False),
+    Column("imports", Float),
+    Column("fetch", Float),
+    Column("load", Float),
+    Column("compile", Float),
+    Column("first_token", Float),
+    Column("total", Float),
+    Column("received_at", Float, nullable=False),
 )

@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,6 @@ from sqlalchemy import (
     and_,
     bindparam,
     insert,
-    inspect,
     select,
     update,
 )
@@ -27,21 +27,24 @@ from services.collector.database import open_engine, shown
 from services.collector.schema import (
     SCHEMA_VERSION,
     deliveries,
-    metadata,
     outcomes,
     runs,
-    schema_info,
+    startups,
     submissions,
 )
-from services.contracts import ClaimBatch, DeadClaim, RunAnnouncement, Settings, VerdictBatch
+from services.collector.versions import up_to_date
+from services.contracts import (
+    ClaimBatch,
+    ContextReady,
+    DeadClaim,
+    RunAnnouncement,
+    Settings,
+    VerdictBatch,
+)
 from services.contracts.errors import StoreError
 from services.contracts.notices import MAX_CANCELLED
 
 _MOST_PARAMETERS = 500
-_ONE_AT_A_TIME = {
-    "sqlite": "BEGIN IMMEDIATE",
-    "postgresql": "SELECT pg_advisory_xact_lock(75357110)",
-}
 
 _OUTCOME_COLUMNS = [column.name for column in outcomes.columns]
 
@@ -54,6 +57,7 @@ class Incoming:
     verdicts: list[VerdictBatch] = field(default_factory=list)
     dead: list[DeadClaim] = field(default_factory=list)
     returned: list[ClaimBatch] = field(default_factory=list)
+    startups: list[ContextReady] = field(default_factory=list)
 
     def run_ids(self) -> set[str]:
         return {
@@ -95,6 +99,7 @@ class Store:
         )
         self._insert_run = dialect.insert(runs).on_conflict_do_nothing(index_elements=["run_id"])
         self._insert_submission = dialect.insert(submissions).on_conflict_do_nothing()
+        self._insert_startup = dialect.insert(startups).on_conflict_do_nothing()
         # Wall-clock time that cannot jump while this process lives.
         self._clock_offset = time.time() - time.monotonic()
 
@@ -107,14 +112,8 @@ class Store:
         engine = open_engine(settings, create=create)
         store = cls(engine)
         with store.transaction() as connection:
-            if not inspect(connection).has_table(schema_info.name):
-                # Two services may open a new store at the same moment; one makes its tables.
-                connection.exec_driver_sql(_ONE_AT_A_TIME[engine.dialect.name])
-                metadata.create_all(connection)
-            version = connection.execute(select(schema_info.c.version)).scalar()
-            if version is None:
-                connection.execute(insert(schema_info).values(version=SCHEMA_VERSION))
-            elif version != SCHEMA_VERSION:
+            version = up_to_date(connection)
+            if version != SCHEMA_VERSION:
                 raise StoreError(
                     f"the store {shown(engine.url)} has schema version {version}; this Keepwarm "
                     f"knows {SCHEMA_VERSION}. Use another store, or the Keepwarm that made this one"
@@ -136,8 +135,12 @@ class Store:
                 "is there, that this user may write to it, and that its disk is not full"
             ) from error
 
-    def write(self, incoming: Incoming) -> None:
-        """Write it all or nothing. Claims that have a verdict keep it; they are counted."""
+    def write(self, incoming: Incoming) -> Counter[str]:
+        """Write it all or nothing; how many outcomes each run gained.
+
+        Claims that have a verdict keep it; they are counted. A death that comes twice is counted
+        as gained twice.
+        """
         now = self._now()
         with self.transaction() as connection:
             keys = {run: self._run_key(connection, run, now) for run in incoming.run_ids()}
@@ -161,6 +164,12 @@ class Store:
             if incoming.dead:
                 dead = [_dead_row(keys[claim.run_id], claim) for claim in incoming.dead]
                 connection.exec_driver_sql(self._insert_outcomes, dead)
+            for ready in incoming.startups:
+                connection.execute(self._insert_startup.values(_startup_row(ready, now)))
+        gained = Counter(claim.run_id for claim in incoming.dead)
+        for answered, row in zip(incoming.verdicts, rows, strict=True):
+            gained[answered.run_id] += row["fresh"]
+        return gained
 
     def finished(self, run_id: str, claim_ids: Sequence[str]) -> set[str]:
         """Those of the ids that have an outcome in the run."""
@@ -307,4 +316,12 @@ def _dead_row(key: int, dead: DeadClaim) -> dict[str, Any]:
         "dropped": False,
         # Tells this death from a later one of the same claim.
         "delivery_key": secrets.randbits(62),
+    }
+
+
+def _startup_row(ready: ContextReady, now: float) -> dict[str, Any]:
+    return {
+        **ready.model_dump(exclude={"schema_version", "phases"}),
+        **ready.phases.model_dump(),
+        "received_at": now,
     }

@@ -13,7 +13,6 @@ import structlog
 
 from services.contexts.completions import CompletionClient
 from services.contexts.engine_command import cores_of, engine_arguments, engine_environment
-from services.contexts.model_files import is_local
 from services.contexts.plan import EnginePlan
 from services.contexts.runtime_dir import log_tail, socket_path
 from services.contexts.template_process import EngineProcess, Template
@@ -65,7 +64,6 @@ class Engine:
         Raises EngineStartError, with the end of the engine's log, when it dies or stays silent.
         """
         started = time.monotonic()
-        fetch = self._fetch()
         imports = template.ready(stop, timeout_seconds)
         self.log_file.unlink(missing_ok=True)
         self.socket.unlink(missing_ok=True)  # of one that was killed
@@ -102,7 +100,7 @@ class Engine:
         finally:
             client.close()
         ready = time.monotonic()
-        return self._phases(imports, fetch, ready - answered, ready - started)
+        return self._phases(imports, ready - answered, ready - started)
 
     def stop(self) -> None:
         """Stop it, with every process that it started. May be called from any thread."""
@@ -157,26 +155,13 @@ class Engine:
         self.stop()
         return EngineStartError(what if code is None else f"{what} (exit code {code})")
 
-    def _fetch(self) -> float | None:
-        """Weights to the node, while the template imports; seconds, None where they are local."""
-        if is_local(self.plan.spec.model):
-            return None
-        from services.contexts import hub
-
-        started = time.monotonic()
-        hub.fetch_weights(self.plan.spec)
-        return round(time.monotonic() - started, 3)
-
-    def _phases(
-        self, imports: float, fetch: float | None, first_token: float, total: float
-    ) -> StartupPhases:
+    def _phases(self, imports: float, first_token: float, total: float) -> StartupPhases:
         try:
             said = self.log_file.read_text(encoding="utf-8", errors="replace")
         except OSError:
             said = ""
         return StartupPhases(
             imports=round(imports, 3),
-            fetch=fetch,
             load=_seconds(_LOAD, said),
             compile=_seconds(_COMPILE, said),
             first_token=round(first_token, 3),

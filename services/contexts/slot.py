@@ -12,6 +12,7 @@ import structlog
 from services.contexts.caches import EngineCaches, PastStart
 from services.contexts.engine import Engine, start_error
 from services.contexts.eviction import Candidate
+from services.contexts.model_files import is_local
 from services.contexts.plan import EnginePlan
 from services.contexts.records import ContextRecord, OwnRecord, State
 from services.contexts.template_process import Template
@@ -56,7 +57,7 @@ class Slot:
         """Why the engine is no more; None while it is, or may yet be."""
         past = house.caches.recall(plan.name)
         self.known_bytes = past.memory_bytes if past else None
-        self._start_seconds = past.phases.total if past else 0.0
+        self._start_seconds = (past.phases.total or 0.0) if past else 0.0
         now = time.monotonic()
         self.record = ContextRecord(
             name=plan.name,
@@ -188,8 +189,10 @@ class Slot:
         with self._house.room_for(self), self._house.caches.starting(self.plan.name) as cache:
             self._note_state("starting")
             log.info("context.starting", context=self.plan.name, log=str(self._engine.log_file))
+            template = self._house.template_for(self.plan)  # imports while we fetch
+            fetch = self._fetch()
             phases = self._engine.start(
-                self._house.template_for(self.plan),
+                template,
                 cache,
                 self._stop,
                 self._house.settings.engine_start_timeout_seconds,
@@ -197,8 +200,11 @@ class Slot:
             )
             if phases is None:
                 return
+        phases = phases.model_copy(
+            update={"fetch": fetch, "total": round((phases.total or 0.0) + (fetch or 0.0), 3)}
+        )
         memory = self._engine.memory_bytes() or 0
-        self._start_seconds = phases.total
+        self._start_seconds = phases.total or 0.0
         self._house.caches.remember(self.plan.name, PastStart(phases=phases, memory_bytes=memory))
         pid = self._engine.pid
         with self._lock:
@@ -211,6 +217,17 @@ class Slot:
                 phases=phases,
             )
         log.info("context.warm", context=self.plan.name, **phases.model_dump())
+
+    def _fetch(self) -> float | None:
+        """Weights to the node. Seconds; None where the model is a directory. Raises ModelError."""
+        if is_local(self.plan.spec.model):
+            return None
+        from services.contexts import hub  # slow to import, and seldom needed
+
+        started = time.monotonic()
+        self._note_locked(says="fetching weights")
+        hub.fetch_weights(self.plan.spec)
+        return round(time.monotonic() - started, 3)
 
     def _watch(self) -> str:
         """Until it ends, or has to. Why."""

@@ -3,10 +3,11 @@
 from services.contracts.claims import Claim, ClaimBatch
 from services.contracts.contexts import ContextSpec
 from services.contracts.errors import KeepwarmError
-from services.contracts.notices import Notice
+from services.contracts.notices import ContextDemand, Notice
 from services.contracts.prompts import INVALID, Label, PromptSpec
 from services.contracts.runs import Run, RunAnnouncement, Totals
 from services.contracts.settings import Settings, load_settings
+from services.contracts.startup import ContextReady, StartupPhases
 from services.contracts.verdicts import DeadClaim, DeadReason, Verdict, VerdictBatch
 from services.contracts.wire import decode, encode
 
@@ -14,6 +15,8 @@ __all__ = [
     "INVALID",
     "Claim",
     "ClaimBatch",
+    "ContextDemand",
+    "ContextReady",
     "ContextSpec",
     "DeadClaim",
     "DeadReason",
@@ -24,6 +27,7 @@ __all__ = [
     "Run",
     "RunAnnouncement",
     "Settings",
+    "StartupPhases",
     "Totals",
     "Verdict",
     "VerdictBatch",

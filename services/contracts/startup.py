@@ -1,27 +1,45 @@
-"""How long a context took to become warm, phase by phase."""
+"""How long a context took to be ready, phase by phase, as a worker tells it."""
 
 from typing import Annotated
 
 from pydantic import Field
 
+from services.contracts.bounds import Identity, Name
 from services.contracts.values import Value
+from services.contracts.wire import Message
 
-PhaseSeconds = Annotated[float, Field(ge=0)]
+MAX_STARTUP_SECONDS = 30 * 24 * 3600.0
+
+StartupSeconds = Annotated[float, Field(ge=0, le=MAX_STARTUP_SECONDS)]
 
 
 class StartupPhases(Value):
-    """Seconds of each phase; None where it was not measured. `total` is from wish to warmth, and
-    more than the sum: processes start, and the server puts up its routes.
+    """Seconds of each phase of a start; None where it was not measured.
+
+    `imports` is the engine's Python, `fetch` brings the weights to the node, `load` into memory,
+    `compile` compiles kernels, captures graphs and warms up, `first_token` is the first answer.
+    `total` is the whole of it; phases may overlap, and there may be time between them.
     """
 
-    imports: PhaseSeconds | None = None
-    """Environment and imports; 0 where a template had them done."""
-    fetch: PhaseSeconds | None = None
-    """Weights to the node."""
-    load: PhaseSeconds | None = None
-    """Weights to memory."""
-    compile: PhaseSeconds | None = None
-    """Compilation, memory profiling and warm-up."""
-    first_token: PhaseSeconds | None = None
-    """The first answer."""
-    total: PhaseSeconds
+    imports: StartupSeconds | None = None
+    fetch: StartupSeconds | None = None
+    load: StartupSeconds | None = None
+    compile: StartupSeconds | None = None
+    first_token: StartupSeconds | None = None
+    total: StartupSeconds | None = None
+
+
+class ContextReady(Message):
+    """A worker has its context: `seconds` from asking for it to having it.
+
+    `warm`: the engine was there already. `startup_id` is drawn for each start, so that a message
+    that comes twice counts once.
+    """
+
+    startup_id: Identity
+    worker_id: Name
+    context_id: Identity
+    device: Name
+    warm: bool
+    seconds: StartupSeconds
+    phases: StartupPhases = StartupPhases()

@@ -7,12 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from services.broker import PrivateNode
+from services.broker import BrokerAddress, Consumer, Outgoing, PrivateNode, Publisher
 from services.collector import Store
-from services.contracts import load_settings, topology
+from services.contexts import pin_model
+from services.contracts import (
+    ContextDemand,
+    ContextReady,
+    ContextSpec,
+    Notice,
+    StartupPhases,
+    decode,
+    load_settings,
+    topology,
+)
 from tests.conftest import REPOSITORY
 from tests.integration.conftest import Command, messages_in, wait_until
 from tests.integration.postgres import PostgreSQL
+from tests.integration.runs import end_well
 
 Start = Callable[..., Command]
 CLAIMS = str(REPOSITORY / "samples" / "claims.jsonl")
@@ -81,6 +92,94 @@ def test_a_locked_store_is_waited_for_and_nothing_is_lost(
     other.close()
     assert collecting.wait() == 0
     assert the_run(command)["done"] == 240
+
+
+class Listener:
+    """Hears what every worker hears."""
+
+    def __init__(self) -> None:
+        self.notices: list[Notice] = []
+
+    def hear(self, body: bytes) -> None:
+        self.notices.append(decode(Notice, body))
+
+    def hears(self, *, ready: int | None, warm: int) -> ContextDemand:
+        def heard() -> ContextDemand | None:
+            for line in self.notices[-1].contexts if self.notices else ():
+                if line.workers_warm == warm and ready in (None, line.claims_ready):
+                    return line
+            return None
+
+        return wait_until(heard, f"{ready} claims ready and {warm} workers in the directory")
+
+
+@pytest.fixture
+def listener(address: BrokerAddress) -> Iterator[Listener]:
+    listening = Listener()
+    with Consumer(
+        address, "test", queues=[], prefetch=1, on_notice=listening.hear, listener="test"
+    ).open(10):
+        yield listening
+
+
+def test_every_listener_hears_which_contexts_have_claims_and_workers(
+    command: Start, listener: Listener, environment: dict[str, str]
+) -> None:
+    submitting = command("submit", CLAIMS, "--batch-size", "8", KEEPWARM_STORE_URL="")
+    assert submitting.wait() == 0, submitting.output
+    collecting = command("collect")
+    waiting = listener.hears(ready=240, warm=0)
+    assert waiting.context.model == environment["KEEPWARM_MODEL"]
+    # Another collector, which knows nothing but the store and the broker, says the same.
+    collecting.signal(signal.SIGKILL)
+    collecting.wait()
+    listener.notices.clear()
+    command("collect")
+    assert listener.hears(ready=240, warm=0) == waiting
+    command("worker", TEST_ENGINE_CLAIM_SECONDS="0.1")
+    some = listener.hears(ready=None, warm=1)
+    assert some.claims_ready + some.claims_in_flight <= 240
+    assert some.context == waiting.context
+
+
+def test_what_a_worker_says_of_its_start_is_in_the_report_once_however_often_it_comes(
+    command: Start, node: PrivateNode, address: BrokerAddress, small_model: Path
+) -> None:
+    submitting = command("submit", CLAIMS, KEEPWARM_STORE_URL="")
+    assert submitting.wait() == 0, submitting.output
+    run_id = submitting.lines[-1].strip()
+    collecting = command("collect")
+    wait_until(lambda: messages_in(node, topology.RUNS_QUEUE) == 0, "the run's announcement taken")
+    ready = ContextReady(
+        startup_id="start-1",
+        worker_id="node-1",
+        context_id=pin_model(ContextSpec(model=str(small_model))).context_id,
+        device="Tesla T4",
+        warm=False,
+        seconds=61.5,
+        phases=StartupPhases(load=9.5, total=60.0),
+    )
+    attached = ready.model_copy(update={"startup_id": "start-2", "warm": True, "seconds": 0.5})
+    with Publisher(address, "test", window=10).open(10) as publisher:
+        for message in (ready, ready, attached):
+            publisher.publish(
+                Outgoing.of(message, topology.VERDICTS_EXCHANGE, topology.VERDICTS_QUEUE)
+            )
+        publisher.flush(10)
+
+    def all_told() -> dict | None:
+        report = command("report", run_id, "--json")
+        if report.wait() != 0:  # its announcement is not committed yet
+            return None
+        startups = json.loads(report.output)["startups"]
+        return startups if startups and startups["warm"] else None
+
+    startups = wait_until(all_told, "the last of the three in the report")
+    assert startups["warm"] == {"count": 1, "median_seconds": 0.5}
+    (cold,) = startups["cold"]
+    assert (cold["device"], cold["count"], cold["longest_seconds"]) == ("Tesla T4", 1, 61.5)
+    assert (cold["phases"]["load"], cold["phases"]["compile"]) == (9.5, None)
+    end_well(collecting)
 
 
 @pytest.fixture

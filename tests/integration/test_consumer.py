@@ -5,7 +5,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from services.broker import BrokerAddress, Consumer, Declares, Outgoing, PrivateNode, Publisher
+from services.broker import (
+    BrokerAddress,
+    Consumer,
+    Counts,
+    Declares,
+    Outgoing,
+    PrivateNode,
+    Publisher,
+    QueueCount,
+)
 from services.contracts import topology
 from tests.integration.conftest import cut, delete_queues, messages_in, wait_until
 
@@ -135,3 +144,35 @@ def test_a_deleted_queue_is_declared_again(
     wait_until(lambda: consumer._epoch > before + 1, "a new channel")
     publish(address, 1)
     assert consumer.take(10)
+
+
+def test_whoever_takes_can_ask_how_long_queues_are_and_goes_on_taking(
+    node: PrivateNode, address: BrokerAddress, consumer: Consumer
+) -> None:
+    publish(address, 5)
+    taken = [consumer.take(5), consumer.take(5)]
+    answers: list[Counts] = []
+    # Where a queue is missing, the broker closes the channel that asked.
+    consumer.ask_counts(["claims.no-such", QUEUE, "claims.nor-such"], answers.append)
+    wait_until(lambda: answers, "an answer")
+    assert answers == [{QUEUE: QueueCount(messages=3, consumers=1)}]
+    consumer.acknowledge(delivery for delivery in taken if delivery)
+    assert consumer.take(5)
+    consumer.ask_counts(["claims.no-such"], answers.append)
+    wait_until(lambda: len(answers) == 2, "a second answer")
+    assert answers[1] == {}
+
+
+def test_a_question_that_a_lost_connection_swallows_can_be_asked_again(
+    address: BrokerAddress, consumer: Consumer
+) -> None:
+    answers: list[Counts] = []
+    consumer.ask_counts([QUEUE] * 50, answers.append)
+    cut(consumer)
+
+    def answered() -> list[Counts]:
+        consumer.ask_counts([QUEUE], answers.append)
+        return answers
+
+    wait_until(answered, "an answer")
+    assert answers[-1][QUEUE].messages == 0

@@ -24,6 +24,8 @@ from services.contexts.completions import Answer, _answer, _choices
 from services.contracts import (
     Claim,
     ClaimBatch,
+    ContextDemand,
+    ContextReady,
     ContextSpec,
     DeadClaim,
     DeadReason,
@@ -32,6 +34,7 @@ from services.contracts import (
     Run,
     RunAnnouncement,
     Settings,
+    StartupPhases,
     Totals,
     Verdict,
     VerdictBatch,
@@ -164,7 +167,23 @@ MESSAGES: tuple[Message, ...] = (
     RunAnnouncement(
         run=RUN, submission_id="sub-1", totals=Totals(lines=6, claims=3, repeated=2, rejected=1)
     ),
-    Notice(cancelled=("sub-1",)),
+    Notice(
+        cancelled=("sub-1",),
+        contexts=(
+            ContextDemand(
+                context=RUN.context, claims_ready=640, claims_in_flight=192, workers_warm=1
+            ),
+        ),
+    ),
+    ContextReady(
+        startup_id="start-1",
+        worker_id="node-1",
+        context_id=RUN.context.context_id,
+        device="Tesla T4",
+        warm=False,
+        seconds=61.5,
+        phases=StartupPhases(load=9.5, total=60.0),
+    ),
 )
 KINDS = [type(message) for message in MESSAGES]
 every_kind = pytest.mark.parametrize("message", MESSAGES, ids=[kind.__name__ for kind in KINDS])

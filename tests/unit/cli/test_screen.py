@@ -8,6 +8,8 @@ from services.cli.live_view import LiveView
 from services.cli.screen import duration, line_progress, print_report, status_table
 from services.collector import Report, RunStatus
 from services.collector.report import Quality, Speed, WorkerShare
+from services.collector.startups import ColdStarts, Startups, WarmAttaches
+from services.contracts import StartupPhases
 from services.producer import Progress
 
 
@@ -79,6 +81,25 @@ REPORT = Report(
             engine_seconds=1_200.5,
         ),
     ),
+    startups=Startups(
+        cold=(
+            ColdStarts(
+                device="Tesla T4",
+                count=12,
+                median_seconds=61.25,
+                longest_seconds=1_090.5,
+                phases=StartupPhases(load=9.75, compile=40.5),
+            ),
+            ColdStarts(
+                device="CPU",
+                count=1,
+                median_seconds=30,
+                longest_seconds=30,
+                phases=StartupPhases(first_token=0.5),
+            ),
+        ),
+        warm=WarmAttaches(count=3, median_seconds=0.25),
+    ),
 )
 
 
@@ -144,6 +165,29 @@ def test_the_report_shows_quality_speed_and_workers(screen: Console, seen: Seen)
         "1,200.5",
     ):
         assert part in shown
+
+
+def test_the_report_shows_what_starts_took_phase_by_phase(screen: Console, seen: Seen) -> None:
+    print_report(screen, REPORT)
+    lines = seen().splitlines()
+    assert any("3 workers found the model warm, after 0.25 s (median)" in line for line in lines)
+    header = next(line.split() for line in lines if "longest" in line)
+    assert header == [
+        *("device", "starts", "median", "longest", "load", "compile"),
+        "first",
+        "token",
+    ]
+    rows = [line.split() for line in lines if "1,090.5" in line or line.split()[:1] == ["CPU"]]
+    assert rows == [
+        ["Tesla", "T4", "12", "61.2", "1,090.5", "9.8", "40.5"],
+        ["CPU", "1", "30.0", "30.0", "0.5"],
+    ]
+
+
+def test_a_report_without_starts_says_nothing_of_them(screen: Console, seen: Seen) -> None:
+    print_report(screen, reported(startups=None))
+    assert "warm" not in seen()
+    assert "cold starts" not in seen()
 
 
 def test_a_report_without_gold_labels_has_no_accuracy(screen: Console, seen: Seen) -> None:

@@ -11,6 +11,7 @@ from services.collector import Incoming, Store
 from services.contracts import (
     Claim,
     ClaimBatch,
+    ContextReady,
     ContextSpec,
     DeadClaim,
     DeadReason,
@@ -70,7 +71,7 @@ def store(open_store: Callable[..., Store]) -> Store:
 @pytest.fixture(scope="session")
 def make(run: Run) -> SimpleNamespace:
     """`make.verdict(3, "A")`, `make.batch(…)`, `make.dead(4)`, `make.announced(claims=5)`,
-    `make.returned(6, 7)`.
+    `make.returned(6, 7)`, `make.ready("start-1")`.
     """
 
     def claim(number: int) -> Claim:
@@ -144,7 +145,20 @@ def make(run: Run) -> SimpleNamespace:
         }
         return ClaimBatch(**{**fields, **changes})
 
-    def incoming(*messages: RunAnnouncement | VerdictBatch | DeadClaim | ClaimBatch) -> Incoming:
+    def ready(startup_id: str, **changes: Any) -> ContextReady:
+        fields: dict[str, Any] = {
+            "startup_id": startup_id,
+            "worker_id": "node-1",
+            "context_id": run.context.context_id,
+            "device": "Tesla T4",
+            "warm": False,
+            "seconds": 60.0,
+        }
+        return ContextReady(**{**fields, **changes})
+
+    def incoming(
+        *messages: RunAnnouncement | VerdictBatch | DeadClaim | ClaimBatch | ContextReady,
+    ) -> Incoming:
         gathered = Incoming()
         for message in messages:
             match message:
@@ -156,6 +170,8 @@ def make(run: Run) -> SimpleNamespace:
                     gathered.dead.append(message)
                 case ClaimBatch():
                     gathered.returned.append(message)
+                case ContextReady():
+                    gathered.startups.append(message)
         return gathered
 
     return SimpleNamespace(
@@ -164,6 +180,7 @@ def make(run: Run) -> SimpleNamespace:
         dead=dead,
         announced=announced,
         returned=returned,
+        ready=ready,
         incoming=incoming,
         claim=claim,
     )

@@ -2,15 +2,18 @@
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from sqlalchemy import select
 
-from services.broker import Delivery, Outgoing
+from services.broker import Counts, Delivery, Outgoing, QueueCount
 from services.collector import Collector, Incoming, Store, find_run, run_status
+from services.collector.schema import startups
 from services.contracts import ClaimBatch, Notice, Run, decode, encode, load_settings, topology
 from services.contracts.errors import StoreError
 from services.contracts.wire import Message
@@ -20,8 +23,12 @@ QUEUES = {
     "RunAnnouncement": topology.RUNS_QUEUE,
     "DeadClaim": topology.DEAD_CLAIMS_QUEUE,
     "ClaimBatch": topology.RETURNS_QUEUE,
+    "ContextReady": topology.VERDICTS_QUEUE,
 }
-KINDS = {queue: kind for kind, queue in QUEUES.items()}
+KINDS = {
+    queue: kind
+    for kind, queue in reversed(QUEUES.items())  # what a queue is named after
+}
 
 
 class Deliveries:
@@ -36,10 +43,12 @@ class Deliveries:
         for tag, message in enumerate(messages, 1):
             if isinstance(message, tuple):
                 queue, body = message
+                kind = KINDS[queue]
             else:
-                queue, body = QUEUES[type(message).__name__], encode(message)
+                kind = type(message).__name__
+                queue, body = QUEUES[kind], encode(message)
             self._waiting.append(
-                Delivery(queue, body, headers or {}, f"m-{tag}", False, tag, 1, kind=KINDS[queue])
+                Delivery(queue, body, headers or {}, f"m-{tag}", False, tag, 1, kind=kind)
             )
         self.on_acknowledge: Callable[[], None] = lambda: None
 
@@ -53,6 +62,9 @@ class Deliveries:
 
     def give_back(self, deliveries: Iterable[Delivery]) -> None:
         self.given_back += [delivery.tag for delivery in deliveries]
+
+    def ask_counts(self, queues: Sequence[str], heard: Callable[[Counts], None]) -> None:
+        heard({queue: QueueCount(messages=2, consumers=1) for queue in queues})
 
 
 class RecordingPublisher:
@@ -184,6 +196,27 @@ def test_a_message_of_another_queues_kind_is_refused(
     assert consumer.acknowledged == []
 
 
+def test_what_a_worker_says_of_its_start_is_stored_and_acknowledged(
+    store: Store, make: SimpleNamespace, publisher: RecordingPublisher
+) -> None:
+    consumer = Deliveries(make.ready("start-1"), make.batch(make.verdict(0)))
+    heard: list[Incoming] = []
+    collect(store, consumer, heard.append, publisher)
+    assert consumer.acknowledged == [1, 2]
+    assert [ready.startup_id for incoming in heard for ready in incoming.startups] == ["start-1"]
+    with store.transaction() as connection:
+        (told,) = connection.execute(select(startups)).all()
+    assert (told.startup_id, told.warm, told.seconds) == ("start-1", False, 60.0)
+
+
+def test_a_start_is_told_on_the_verdicts_queue_and_nowhere_else(
+    make: SimpleNamespace, store: Store, publisher: RecordingPublisher
+) -> None:
+    body = encode(make.ready("start-1"))
+    collect(store, Deliveries((topology.RUNS_QUEUE, body)), publisher=publisher)
+    assert refused(publisher) == [(topology.RUNS_QUEUE, body)]
+
+
 def test_what_is_refused_goes_aside_with_its_reason(
     store: Store, make: SimpleNamespace, publisher: RecordingPublisher
 ) -> None:
@@ -239,9 +272,9 @@ def test_a_store_that_fails_is_waited_for_and_nothing_is_acknowledged_meanwhile(
     failures: list[int] = []
     write = store.write
 
-    def failing_twice(incoming: Incoming) -> None:
+    def failing_twice(incoming: Incoming) -> Counter[str]:
         try:
-            write(incoming)
+            return write(incoming)
         except Exception:
             failures.append(len(consumer.acknowledged))
             if len(failures) == 2:
@@ -407,3 +440,27 @@ def test_a_store_that_cannot_say_what_is_cancelled_does_not_end_the_collector(
     with closing(sqlite3.connect(tmp_path / "store.sqlite")) as connection, connection:
         connection.execute("DROP TABLE submissions")
     assert give_notice(Collector(store, load_settings()), publisher) == []
+
+
+def test_workers_hear_which_contexts_have_claims_as_soon_as_the_broker_told_of_them(
+    store: Store, make: SimpleNamespace, run: Run, publisher: RecordingPublisher
+) -> None:
+    store.write(make.incoming(make.announced(claims=300), make.batch(make.verdict(0))))
+    collector = Collector(store, load_settings(batch_size=100))
+    assert give_notice(collector, publisher) == []
+    collector._directory.ask(Deliveries())  # type: ignore[arg-type]
+    assert give_notice(collector, publisher) == [()]
+    (line,) = decode(Notice, publisher.messages[0].body).contexts
+    assert (line.context, line.claims_ready, line.workers_warm) == (run.context, 2, 1)
+
+
+def test_the_last_notice_says_that_there_is_nothing_more(
+    store: Store, make: SimpleNamespace, run: Run, publisher: RecordingPublisher
+) -> None:
+    store.write(make.incoming(make.announced()))
+    collector = Collector(store, load_settings())
+    give_notice(collector, publisher)
+    collector._directory.ask(Deliveries())  # type: ignore[arg-type]
+    assert give_notice(collector, publisher) == [()]
+    collector._directory._counts = {}
+    assert [give_notice(collector, publisher) for _ in range(2)] == [[()], []]

@@ -14,7 +14,8 @@ from sqlalchemy import select
 
 from services.collector import Incoming, Store, find_run, run_status
 from services.collector.schema import SCHEMA_VERSION, metadata, outcomes, runs
-from services.contracts import DeadReason, Run, load_settings
+from services.collector.schema import startups as startups_table
+from services.contracts import DeadReason, Run, StartupPhases, load_settings
 from services.contracts.errors import StoreError, UsageError
 from services.contracts.notices import MAX_CANCELLED
 
@@ -468,10 +469,10 @@ def test_the_database_knows_the_columns_that_this_schema_version_promises(
         for table in metadata.tables.values():
             found = {row[1] for row in database.execute(f"PRAGMA table_info({table.name})")}
             assert found == set(table.columns.keys())
-        assert database.execute("SELECT version FROM keepwarm_schema").fetchall() == [(2,)]
+        assert database.execute("SELECT version FROM keepwarm_schema").fetchall() == [(3,)]
 
 
-@pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, SCHEMA_VERSION - 1, 0])
+@pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, 1, 0])
 def test_a_store_of_another_schema_version_is_refused(
     version: int, open_store: Opener, tmp_path: Path
 ) -> None:
@@ -480,6 +481,61 @@ def test_a_store_of_another_schema_version_is_refused(
         database.execute("UPDATE keepwarm_schema SET version = ?", (version,))
     with pytest.raises(StoreError, match=f"has schema version {version}; this Keepwarm knows"):
         open_store()
+
+
+def test_a_store_of_version_2_is_brought_up_to_date_and_keeps_what_it_has(
+    open_store: Opener, make: SimpleNamespace, run: Run, tmp_path: Path
+) -> None:
+    before = open_store()
+    before.write(make.incoming(make.batch(make.verdict(0)), make.dead(1)))
+    before.close()
+    file = tmp_path / "store.sqlite"
+    with closing(sqlite3.connect(file)) as database, database:
+        database.execute("DROP TABLE startups")
+        database.execute("DROP INDEX outcomes_dead")
+        database.execute("UPDATE keepwarm_schema SET version = 2")
+    with ThreadPoolExecutor(4) as pool:
+        store, *_ = pool.map(lambda _: open_store(), range(4))
+    store.write(make.incoming(make.batch(make.verdict(2)), make.ready("start-1")))
+    assert counted(store, run) == (2, 1, 0)
+    with closing(sqlite3.connect(file)) as database:
+        assert database.execute("SELECT version FROM keepwarm_schema").fetchall() == [(3,)]
+        assert database.execute("SELECT startup_id FROM startups").fetchall() == [("start-1",)]
+
+
+def test_dead_claims_are_counted_without_a_look_at_the_verdicts(
+    store: Store, tmp_path: Path
+) -> None:
+    with closing(sqlite3.connect(tmp_path / "store.sqlite")) as database:
+        plan = database.execute(
+            "EXPLAIN QUERY PLAN SELECT count(*) FROM outcomes WHERE run_key = 1 "
+            "AND reason IS NOT NULL"
+        ).fetchall()
+    assert "COVERING INDEX outcomes_dead" in plan[0][3]
+
+
+def test_a_startup_that_is_told_twice_is_stored_once(store: Store, make: SimpleNamespace) -> None:
+    told = make.ready("start-1", phases=StartupPhases(load=9.5))
+    for startups in ((told, make.ready("start-2", warm=True)), (told,)):
+        store.write(make.incoming(*startups))
+    with store.transaction() as connection:
+        rows = connection.execute(select(startups_table)).mappings().all()
+    assert [(row["startup_id"], row["warm"]) for row in rows] == [
+        ("start-1", False),
+        ("start-2", True),
+    ]
+    assert (rows[0]["seconds"], rows[0]["load"], rows[0]["compile"]) == (60.0, 9.5, None)
+
+
+def test_a_write_tells_how_many_outcomes_each_run_gained(
+    store: Store, make: SimpleNamespace, run: Run, other_run: Run
+) -> None:
+    first = make.incoming(make.batch(make.verdict(0), make.verdict(1)), make.dead(2))
+    assert store.write(first) == {run.run_id: 3}
+    again = make.incoming(
+        make.batch(make.verdict(1), make.verdict(3)), make.batch(make.verdict(0), of=other_run)
+    )
+    assert store.write(again) == {run.run_id: 1, other_run.run_id: 1}
 
 
 @pytest.mark.parametrize(

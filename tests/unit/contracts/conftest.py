@@ -5,6 +5,8 @@ import pytest
 from services.contracts import (
     Claim,
     ClaimBatch,
+    ContextDemand,
+    ContextReady,
     ContextSpec,
     DeadClaim,
     DeadReason,
@@ -12,6 +14,7 @@ from services.contracts import (
     PromptSpec,
     Run,
     RunAnnouncement,
+    StartupPhases,
     Totals,
     Verdict,
     VerdictBatch,
@@ -83,5 +86,23 @@ def messages() -> dict[str, Message]:
             submission_id="sub-1",
             totals=Totals(lines=6, claims=3, repeated=2, rejected=1),
         ),
-        "Notice": Notice(cancelled=("sub-1", "sub-2")),
+        "Notice": Notice(
+            cancelled=("sub-1", "sub-2"),
+            contexts=(
+                ContextDemand(
+                    context=context, claims_ready=640, claims_in_flight=192, workers_warm=1
+                ),
+            ),
+        ),
+        "ContextReady": ContextReady(
+            startup_id="start-1",
+            worker_id="node-1",
+            context_id=context.context_id,
+            device="Tesla T4",
+            warm=False,
+            seconds=61.5,
+            phases=StartupPhases(
+                imports=8.0, fetch=None, load=9.5, compile=40.0, first_token=0.5, total=60.0
+            ),
+        ),
     }

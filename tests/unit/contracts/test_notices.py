@@ -1,8 +1,8 @@
 import pytest
 
-from services.contracts import Notice, decode, encode
+from services.contracts import ContextDemand, ContextSpec, Notice, decode, encode
 from services.contracts.errors import MessageInvalid
-from services.contracts.notices import MAX_CANCELLED
+from services.contracts.notices import MAX_CANCELLED, MAX_CONTEXTS
 
 
 def test_a_notice_may_have_nothing_to_say() -> None:
@@ -20,3 +20,23 @@ def test_a_notice_holds_as_many_submissions_as_the_collector_tells_of_and_no_mor
 def test_a_notice_of_a_later_keepwarm_is_not_half_understood() -> None:
     with pytest.raises(MessageInvalid, match="not a Notice: paused: "):
         decode(Notice, b'{"cancelled": [], "paused": true}')
+
+
+def demand(number: int) -> ContextDemand:
+    return ContextDemand(
+        context=ContextSpec(model=f"org/model-{number}"),
+        claims_ready=number,
+        claims_in_flight=0,
+        workers_warm=0,
+    )
+
+
+def test_a_notice_holds_a_directory_of_contexts_of_bounded_length() -> None:
+    directory = tuple(map(demand, range(MAX_CONTEXTS)))
+    assert decode(Notice, encode(Notice(contexts=directory))).contexts == directory
+    with pytest.raises(ValueError, match="at most 256"):
+        Notice(contexts=(*directory, demand(MAX_CONTEXTS)))
+
+
+def test_a_notice_of_before_the_directory_has_none() -> None:
+    assert decode(Notice, b'{"cancelled": ["sub-1"]}').contexts == ()

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from services.contracts import (
     Claim,
     ClaimBatch,
+    ContextDemand,
+    ContextReady,
     ContextSpec,
     DeadClaim,
     DeadReason,
@@ -18,6 +20,7 @@ from services.contracts import (
     PromptSpec,
     Run,
     RunAnnouncement,
+    StartupPhases,
     Totals,
     Verdict,
     VerdictBatch,
@@ -30,7 +33,8 @@ from services.contracts.prompts import Example
 from services.contracts.wire import Message
 
 KINDS: dict[str, type[Message]] = {
-    kind.__name__: kind for kind in (ClaimBatch, VerdictBatch, DeadClaim, RunAnnouncement, Notice)
+    kind.__name__: kind
+    for kind in (ClaimBatch, VerdictBatch, DeadClaim, RunAnnouncement, Notice, ContextReady)
 }
 
 # What people write in any script, with all that JSON escapes; no NUL and no lone surrogates.
@@ -50,6 +54,7 @@ def words(size: int) -> st.SearchStrategy[str]:
 
 COUNT = st.integers(min_value=0, max_value=2**40)
 PROBABILITY = st.floats(min_value=0, max_value=1)
+SECONDS = st.floats(min_value=0, max_value=1e6)
 
 
 @st.composite
@@ -163,7 +168,33 @@ MESSAGES: dict[str, st.SearchStrategy[Message]] = {
             lambda c: Totals(lines=sum(c), claims=c[0], repeated=c[1], rejected=c[2])
         ),
     ),
-    "Notice": st.builds(Notice, cancelled=st.lists(words(20), max_size=3).map(tuple)),
+    "Notice": st.builds(
+        Notice,
+        cancelled=st.lists(words(20), max_size=3).map(tuple),
+        contexts=st.lists(
+            st.builds(
+                ContextDemand,
+                context=CONTEXTS,
+                claims_ready=COUNT,
+                claims_in_flight=COUNT,
+                workers_warm=st.integers(0, 10_000),
+            ),
+            max_size=3,
+        ).map(tuple),
+    ),
+    "ContextReady": st.builds(
+        ContextReady,
+        startup_id=words(20),
+        worker_id=words(20),
+        context_id=words(20),
+        device=words(20),
+        warm=st.booleans(),
+        seconds=SECONDS,
+        phases=st.builds(
+            StartupPhases,
+            **{name: st.none() | SECONDS for name in StartupPhases.model_fields},
+        ),
+    ),
 }
 
 

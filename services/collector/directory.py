@@ -1,0 +1,209 @@
+"""The directory: which contexts have claims waiting, and how many workers hold them warm.
+
+What is waiting is known to the broker, what is done to the store. Nothing here is kept: a collector
+that starts again makes the same directory from the two.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Row, func, select
+
+from services.broker import Consumer, Counts, QueueCount
+from services.collector.schema import deliveries, outcomes, runs, submissions
+from services.collector.store import Store
+from services.contracts import ContextDemand, ContextSpec, Settings, topology
+from services.contracts.notices import MAX_CONTEXTS, MAX_CONTEXTS_BYTES
+
+# Between two counts what each commit gained is added. A count sets right what that misses: other
+# collectors on this store, deaths that came twice, dead claims that a person sent again.
+_RECOUNT_SECONDS = 60.0
+# A run of 10 million claims has some 150,000 deliveries to add up: a tenth of a second. A store
+# with a hundred of them is gone through in several looks, the latest run first.
+_COUNTING_SECONDS = 0.25
+
+
+@dataclass
+class _Progress:
+    """How far one run is: counted at some moment, and moved on with each commit since."""
+
+    context: ContextSpec
+    sendings: int
+    outcomes: int
+    batch_claims: float | None
+    """Mean claims a message; None before the first verdicts."""
+    counted_at: float
+    exact: bool = True
+
+
+@dataclass
+class _Wanted:
+    """What the unfinished runs of one context want of it together."""
+
+    left: int = 0
+    all_sent: bool = True
+    batch_claims: float | None = None
+
+
+class Directory:
+    """Made anew for each notice, from the runs that are wanted and what the broker last said."""
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self._store = store
+        self._settings = settings
+        self._progress: dict[str, _Progress] = {}
+        self._wanted: dict[str, _Wanted] = {}
+        # Contexts without a queue, until a run wants them again.
+        self._gone: set[str] = set()
+        self._to_ask: list[str] = []
+        self._asked: list[str] = []
+        self._counts: Counts = {}
+
+    def note(self, gained: Mapping[str, int]) -> None:
+        """So many outcomes more, by run, were committed."""
+        for run_id, count in gained.items():
+            if run_id in self._progress:
+                self._progress[run_id].outcomes += count
+                self._progress[run_id].exact = False
+
+    def ask(self, link: Consumer) -> None:
+        """Ask the broker about the queues, for the next look. Never waits."""
+        contexts = self._to_ask
+
+        def hear(counts: Counts) -> None:
+            self._asked, self._counts = contexts, counts
+
+        link.ask_counts(list(map(topology.claims_queue, contexts)), hear)
+
+    def look(self) -> tuple[ContextDemand, ...]:
+        """The directory as it is now, the most wanted context first.
+
+        A context that the broker has not spoken of yet is left out. Raises StoreError.
+        """
+        asked, counts = self._asked, self._counts
+        contexts: dict[str, ContextSpec] = {}
+        self._wanted = {}
+        deadline = time.monotonic() + _COUNTING_SECONDS
+        for row in self._sent_runs():
+            progress = self._progress_of(row, deadline)
+            if progress is not None:
+                contexts.setdefault(progress.context.context_id, progress.context)
+                if row.wanted:
+                    self._want(row, progress)
+        self._gone |= {each for each in asked if topology.claims_queue(each) not in counts}
+        self._gone -= self._wanted.keys()
+        others = [each for each in contexts if each not in self._wanted and each not in self._gone]
+        self._to_ask = [*self._wanted, *others][:MAX_CONTEXTS]
+        lines = [
+            self._line(context, count)
+            for context_id, context in contexts.items()
+            if (count := counts.get(topology.claims_queue(context_id)))
+            and (context_id in self._wanted or count.consumers)
+        ]
+        lines.sort(key=lambda line: (-line.claims_ready, -line.claims_in_flight))
+        return tuple(_fitting(lines))
+
+    def _sent_runs(self) -> list[Row[Any]]:
+        """Every announced run, the latest first, and whether one of its sendings is wanted."""
+        query = (
+            select(
+                runs.c.run_key,
+                runs.c.run_id,
+                runs.c.claims,
+                func.count().label("sendings"),
+                (func.count() > func.count(submissions.c.cancelled_at)).label("wanted"),
+            )
+            .join(submissions, submissions.c.run_key == runs.c.run_key)
+            .where(runs.c.run.is_not(None))
+            .group_by(runs.c.run_key, runs.c.run_id, runs.c.claims, runs.c.first_seen)
+            .order_by(runs.c.first_seen.desc())
+        )
+        with self._store.transaction() as connection:
+            return list(connection.execute(query).all())
+
+    def _progress_of(self, row: Row[Any], deadline: float) -> _Progress | None:
+        """A run's progress, counted where need be; None where there is no time for it now."""
+        known = self._progress.get(row.run_id)
+        now = time.monotonic()
+        if known is not None and known.sendings == row.sendings:
+            complete = row.claims is not None and known.outcomes >= row.claims
+            # A complete run stays so, if an exact count says it; it is counted no more.
+            due = not known.exact if complete else now > known.counted_at + _RECOUNT_SECONDS
+            if not due or not row.wanted:
+                return known
+        if now > deadline:
+            return known
+        counted = self._progress[row.run_id] = self._count(row, known)
+        return counted
+
+    def _count(self, row: Row[Any], known: _Progress | None) -> _Progress:
+        with self._store.transaction() as connection:
+            fresh, answered, messages = connection.execute(
+                select(
+                    func.coalesce(func.sum(deliveries.c.fresh), 0),
+                    func.sum(deliveries.c.fresh + deliveries.c.duplicates),
+                    func.count(),
+                ).where(deliveries.c.run_key == row.run_key)
+            ).one()
+            dead = connection.execute(
+                select(func.count()).where(
+                    outcomes.c.run_key == row.run_key, outcomes.c.reason.is_not(None)
+                )
+            ).scalar_one()
+            if known is not None:
+                context = known.context
+            else:
+                text = connection.execute(
+                    select(runs.c.run).where(runs.c.run_key == row.run_key)
+                ).scalar_one()
+                context = ContextSpec.model_validate(json.loads(text)["context"])
+        return _Progress(
+            context=context,
+            sendings=row.sendings,
+            outcomes=int(fresh) + dead,
+            batch_claims=float(answered) / messages if messages else None,
+            counted_at=time.monotonic(),
+        )
+
+    def _want(self, row: Row[Any], progress: _Progress) -> None:
+        if row.claims is not None and progress.outcomes >= row.claims:
+            return
+        wanted = self._wanted.setdefault(progress.context.context_id, _Wanted())
+        if row.claims is None:
+            wanted.all_sent = False
+        else:
+            wanted.left += row.claims - progress.outcomes
+        # Of several runs the latest that knows: it is the one whose batches wait.
+        wanted.batch_claims = wanted.batch_claims or progress.batch_claims
+
+    def _line(self, context: ContextSpec, count: QueueCount) -> ContextDemand:
+        ready = in_flight = 0
+        wanted = self._wanted.get(context.context_id)
+        if wanted is not None:
+            batch_claims = wanted.batch_claims or self._settings.batch_size
+            ready = round(count.messages * batch_claims)
+            if wanted.all_sent:
+                ready = min(ready, wanted.left)
+                in_flight = wanted.left - ready
+            else:
+                # Until a producer has told its totals: as much as its workers' hands hold.
+                in_flight = round(count.consumers * self._settings.batches_in_flight * batch_claims)
+        return ContextDemand(
+            context=context,
+            claims_ready=ready,
+            claims_in_flight=in_flight,
+            workers_warm=count.consumers,
+        )
+
+
+def _fitting(lines: list[ContextDemand]) -> Iterator[ContextDemand]:
+    """As many as a notice holds, from the first on."""
+    size = 0
+    for line in lines[:MAX_CONTEXTS]:
+        size += len(line.model_dump_json().encode())
+        if size > MAX_CONTEXTS_BYTES:
+            return
+        yield line

@@ -1,0 +1,223 @@
+"""Which context a worker should serve next: a pure function of the directory and of the worker.
+
+docs/taking.md has the formulas, the constants with their reasons, and a worked example.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from sys import float_info
+
+from services.contracts import ContextDemand, ContextSpec
+from services.contracts.notices import NOTICE_SECONDS
+
+COLD_SECONDS = 120.0
+"""Until a context is ready that was never measured on this node: minutes, not seconds."""
+CLAIMS_PER_SECOND = 100.0
+"""A worker's speed before it was measured. Too high a guess makes it slower to move."""
+PATIENCE_SECONDS = NOTICE_SECONDS
+"""An empty queue is believed after this long: the directory is a notice old."""
+SHORTEST_STAY_SECONDS = 10.0
+STAY_COSTS = 3.0
+"""A worker with work stays this many times what the switch costs: at most a quarter of its time
+goes into getting ready."""
+BETTER_BY = 2.0
+"""So many times more work than here must wait elsewhere, for each worker, to leave work."""
+FIRST_NOTICES = 5
+"""Where nobody is, somebody goes after so many notices on average, however far it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What a worker knows of itself.
+
+    `here` is the context that it serves, None where it serves none yet. `warm` maps context ids to
+    the seconds until they are ready on this node: about 0 for a warm one, the time to wake one that
+    sleeps, the last cold start of one that was here before. `draw`, in [0, 1), is this worker's lot
+    for this notice: drawn anew for each.
+    """
+
+    here: str | None
+    queue_empty: bool
+    idle_seconds: float
+    """How long its own queue gave nothing."""
+    since_ready_seconds: float
+    """How long the present context has been ready."""
+    claims_per_second: float | None
+    """As measured on the present context."""
+    warm: Mapping[str, float]
+    draw: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """Go on with the present context, or with none. `reason` is for the log."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """Serve another context. `reason` is for the log."""
+
+    context: ContextSpec
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A context with claims ready, as this worker sees it."""
+
+    context: ContextSpec
+    ready: int
+    workers: int
+    cost_seconds: float
+    work_seconds: float
+    """How long the claims would last, if this worker joined those that are there."""
+    share: float
+    """Of the fleet, by ready claims."""
+    useful: float
+    """How many workers have work there for longer than it costs to come."""
+
+    @property
+    def lack(self) -> float:
+        """How many workers it should get. One, where nobody is: every run has to end."""
+        wanted = min(self.share, self.useful)
+        return max(wanted, 1.0) if self.workers == 0 else max(wanted - self.workers, 0.0)
+
+    @property
+    def notices(self) -> float:
+        """Over how many notices those who move are spread; see `_is_called`."""
+        spread = 2 * self.cost_seconds / NOTICE_SECONDS
+        if self.workers == 0:
+            spread = min(spread, FIRST_NOTICES * self.lack)
+        return max(1.0, spread)
+
+
+def next_context(directory: Sequence[ContextDemand], worker: Situation) -> Stay | Switch:
+    """Stay, or switch to the context where this worker is wanted most."""
+    rate = worker.claims_per_second or CLAIMS_PER_SECOND
+    ready = {line.context.context_id: line.claims_ready for line in directory}
+    workers = {line.context.context_id: line.workers_warm for line in directory}
+    if worker.here is not None:  # whoever decides is here, whatever the last notice says
+        workers[worker.here] = max(1, workers.get(worker.here, 0))
+    per_claim = sum(workers.values()) / max(1, sum(ready.values()))
+    places = [
+        _place(line, worker, rate, share=per_claim * line.claims_ready)
+        for line in directory
+        if line.claims_ready > 0 and line.context.context_id != worker.here
+    ]
+    if not places:
+        return Stay("no claims wait elsewhere")
+    if worker.here is None:
+        return _join([place for place in places if _pays(place, worker)], worker.draw)
+    if not worker.queue_empty:
+        work_here = ready.get(worker.here, 0) / (rate * workers[worker.here])
+        places = [place for place in places if _is_better(place, work_here)]
+    elif worker.idle_seconds < PATIENCE_SECONDS:
+        return Stay("the queue has only just become empty")
+    else:
+        places = [place for place in places if _pays(place, worker)]
+    if not places:
+        return Stay("no work elsewhere is worth the switch")
+    places = [place for place in places if _stayed_long_enough(place, worker)]
+    if not places:
+        return Stay("this context has not been here for long")
+    surplus = {
+        context_id: max(0.0, count - per_claim * ready.get(context_id, 0))
+        for context_id, count in workers.items()
+    }
+    leaving = surplus[worker.here] / workers[worker.here]
+    return _move(places, leaving, sum(surplus.values()), worker.draw)
+
+
+def _place(line: ContextDemand, worker: Situation, rate: float, *, share: float) -> _Place:
+    cost = worker.warm.get(line.context.context_id, COLD_SECONDS)
+    return _Place(
+        context=line.context,
+        ready=line.claims_ready,
+        workers=line.workers_warm,
+        cost_seconds=cost,
+        work_seconds=line.claims_ready / (rate * (line.workers_warm + 1)),
+        share=share,
+        useful=line.claims_ready / (rate * cost) if cost > 0 else inf,
+    )
+
+
+def _pays(place: _Place, worker: Situation) -> bool:
+    """For a worker with nothing to do. Where nobody is, it pays once as much time was lost idle as
+    the switch costs: rent, then buy.
+    """
+    if place.work_seconds > place.cost_seconds:
+        return True
+    return place.workers == 0 and worker.idle_seconds >= place.cost_seconds
+
+
+def _is_better(place: _Place, work_here_seconds: float) -> bool:
+    """For a worker with work: enough to come for, and much more than here."""
+    return place.work_seconds > BETTER_BY * work_here_seconds + place.cost_seconds
+
+
+def _stayed_long_enough(place: _Place, worker: Situation) -> bool:
+    least = SHORTEST_STAY_SECONDS
+    if not worker.queue_empty:
+        least = max(least, STAY_COSTS * place.cost_seconds)
+    return worker.since_ready_seconds >= least
+
+
+def _join(places: Sequence[_Place], draw: float) -> Stay | Switch:
+    """A worker without a context draws one: by ready claims, for each second until it is ready."""
+    if not places:
+        return Stay("no work is worth a start")
+    weighted = [(place, place.ready / (NOTICE_SECONDS + place.cost_seconds)) for place in places]
+    place, _ = _drawn(weighted, draw)
+    return _switch(place)
+
+
+def _move(places: Iterable[_Place], leaving: float, surplus: float, draw: float) -> Stay | Switch:
+    """The fleet's surplus is dealt to what others lack, the soonest ready first; this worker draws
+    whether it is one of those who go, and where.
+    """
+    dealt: list[tuple[_Place, float]] = []
+    left = surplus
+    for place in sorted(places, key=lambda place: (place.cost_seconds, -place.ready)):
+        given = min(place.lack, left)
+        if given > 0:
+            dealt.append((place, given))
+            left -= given
+    if leaving <= 0 or not dealt:
+        return Stay("the workers are where the claims are")
+    chance = min(1.0, leaving * (surplus - left) / surplus)
+    place, lot = _drawn(dealt, draw)
+    if not _is_called(place, chance, lot):
+        return Stay(f"others go, at a chance of {chance:.2f}")
+    return _switch(place)
+
+
+def _is_called(place: _Place, chance: float, lot: float) -> bool:
+    """Whether a worker that goes with this chance goes now.
+
+    Those who move are out of sight until they are ready, and as many more would be called at each
+    notice meanwhile. So the chance is that of going within twice the time that it takes.
+    """
+    staying: float = (1 - chance) ** (1 / place.notices)
+    return lot < 1 - staying
+
+
+def _drawn(weighted: Sequence[tuple[_Place, float]], draw: float) -> tuple[_Place, float]:
+    """The place on which the draw falls, by weight, and how far into it: another draw in [0, 1)."""
+    position = draw * sum(weight for _, weight in weighted)
+    for place, weight in weighted[:-1]:
+        if position < weight:
+            return place, position / weight
+        position -= weight
+    place, weight = weighted[-1]
+    return place, min(position / weight, 1 - float_info.epsilon)
+
+
+def _switch(place: _Place) -> Switch:
+    return Switch(
+        place.context,
+        f"{place.work_seconds:,.0f} s of work wait there, {place.workers} workers are there, and "
+        f"it is ready in {place.cost_seconds:,.1f} s",
+    )

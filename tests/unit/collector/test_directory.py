@@ -1,0 +1,307 @@
+"""The directory, from a real store and a broker's answers."""
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from services.broker import Counts, QueueCount
+from services.collector import Store, dead_claims, find_run, reopen_dead
+from services.collector.directory import Directory
+from services.contracts import ContextDemand, ContextSpec, Run, load_settings, topology
+from services.contracts.notices import MAX_CONTEXTS, MAX_CONTEXTS_BYTES, Notice
+from services.contracts.wire import encode
+
+
+class Broker:
+    """Answers with the queues that it has: context -> (batches ready, workers)."""
+
+    def __init__(self) -> None:
+        self.has: dict[ContextSpec, tuple[int, int]] = {}
+        self.asked: list[str] = []
+        self.answers = True
+
+    def ask_counts(self, queues: Sequence[str], heard: Callable[[Counts], None]) -> None:
+        self.asked = list(queues)
+        there = {
+            topology.claims_queue(context.context_id): QueueCount(*count)
+            for context, count in self.has.items()
+        }
+        if self.answers:
+            heard({queue: there[queue] for queue in queues if queue in there})
+
+
+@pytest.fixture
+def broker() -> Broker:
+    return Broker()
+
+
+@pytest.fixture
+def directory(store: Store) -> Directory:
+    return Directory(store, load_settings(batch_size=10, batches_in_flight=3))
+
+
+def looked(directory: Directory, broker: Broker) -> tuple[ContextDemand, ...]:
+    """After the broker was asked."""
+    directory.look()
+    directory.ask(broker)  # type: ignore[arg-type]
+    return directory.look()
+
+
+def of(run: Run, number: int) -> Run:
+    """Another run, which wants a context of its own."""
+    context = run.context.model_copy(update={"model": f"models/{number}"})
+    return run.model_copy(update={"context": context})
+
+
+def test_what_is_left_is_ready_or_in_flight(
+    store: Store, make: SimpleNamespace, run: Run, directory: Directory, broker: Broker
+) -> None:
+    # Batches of 2: that is what came back.
+    store.write(
+        make.incoming(
+            make.announced(claims=100),
+            make.batch(make.verdict(0), make.verdict(1)),
+            make.batch(make.verdict(2), make.verdict(3)),
+            make.dead(4),
+        )
+    )
+    broker.has[run.context] = (30, 7)
+    assert looked(directory, broker) == (
+        ContextDemand(context=run.context, claims_ready=60, claims_in_flight=35, workers_warm=7),
+    )
+
+
+def test_no_more_is_ready_than_is_left(
+    store: Store, make: SimpleNamespace, run: Run, directory: Directory, broker: Broker
+) -> None:
+    store.write(make.incoming(make.announced(claims=12)))
+    broker.has[run.context] = (30, 0)
+    (line,) = looked(directory, broker)
+    assert (line.claims_ready, line.claims_in_flight) == (12, 0)
+
+
+def test_before_all_is_sent_as_much_is_in_flight_as_its_workers_can_hold(
+    store: Store, make: SimpleNamespace, run: Run, directory: Directory, broker: Broker
+) -> None:
+    store.write(make.incoming(make.announced()))
+    broker.has[run.context] = (5, 2)
+    (line,) = looked(directory, broker)
+    assert (line.claims_ready, line.claims_in_flight) == (5 * 10, 2 * 3 * 10)
+
+
+def test_each_commit_moves_it_on_without_a_new_count(
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    directory: Directory,
+    broker: Broker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store.write(make.incoming(make.announced(claims=100)))
+    broker.has[run.context] = (0, 1)
+    looked(directory, broker)
+    monkeypatch.setattr(directory, "_count", lambda *_: pytest.fail("counted again"))
+    for number in range(5):
+        directory.note(store.write(make.incoming(make.batch(make.verdict(number)))))
+    directory.note({"run-unheard-of": 5})
+    (line,) = directory.look()
+    assert line.claims_in_flight == 95
+
+
+def test_what_was_counted_twice_is_set_right_before_a_run_counts_as_complete(
+    store: Store, make: SimpleNamespace, run: Run, directory: Directory, broker: Broker
+) -> None:
+    store.write(make.incoming(make.announced(claims=3)))
+    broker.has[run.context] = (1, 1)
+    looked(directory, broker)
+    for _ in range(3):
+        directory.note(store.write(make.incoming(make.dead(0))))
+    assert [line.claims_ready for line in directory.look()] == [2]
+
+
+def test_a_run_is_counted_anew_after_a_while_for_others_write_to_the_store_too(
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    directory: Directory,
+    broker: Broker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store.write(make.incoming(make.announced(claims=3)))
+    broker.has[run.context] = (0, 1)
+    looked(directory, broker)
+    store.write(make.incoming(make.batch(make.verdict(0))))
+    assert [line.claims_in_flight for line in directory.look()] == [3]
+    monkeypatch.setattr("services.collector.directory._RECOUNT_SECONDS", 0.0)
+    assert [line.claims_in_flight for line in directory.look()] == [2]
+
+
+def test_a_complete_run_is_counted_once_and_wants_nothing(
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    directory: Directory,
+    broker: Broker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store.write(make.incoming(make.announced(claims=1), make.batch(make.verdict(0))))
+    broker.has[run.context] = (4, 0)
+    assert looked(directory, broker) == ()
+    monkeypatch.setattr("services.collector.directory._RECOUNT_SECONDS", 0.0)
+    monkeypatch.setattr(directory, "_count", lambda *_: pytest.fail("counted again"))
+    assert directory.look() == ()
+
+
+def test_a_run_that_is_sent_again_is_counted_again(
+    store: Store, make: SimpleNamespace, run: Run, directory: Directory, broker: Broker
+) -> None:
+    store.write(make.incoming(make.announced(claims=2), make.batch(make.verdict(0)), make.dead(1)))
+    broker.has[run.context] = (1, 0)
+    assert looked(directory, broker) == ()
+    # As `keepwarm dead retry` does.
+    store.add_submission(find_run(store, run.run_id).run_key, "sub-again")
+    reopen_dead(store, dead_claims(store))
+    assert [line.claims_ready for line in directory.look()] == [1]
+
+
+def test_a_context_whose_runs_are_done_or_cancelled_is_listed_while_workers_hold_it(
+    store: Store, make: SimpleNamespace, run: Run, directory: Directory, broker: Broker
+) -> None:
+    cancelled, done, left_alone = of(run, 1), of(run, 2), of(run, 3)
+    store.write(
+        make.incoming(
+            make.announced(claims=5, of=cancelled),
+            make.announced(claims=1, of=done),
+            make.batch(make.verdict(0), of=done),
+            make.announced(claims=1, of=left_alone),
+            make.batch(make.verdict(0), of=left_alone),
+        )
+    )
+    store.cancel(find_run(store, cancelled.run_id).run_key)
+    broker.has = {cancelled.context: (5, 1), done.context: (0, 20), left_alone.context: (0, 0)}
+    found = {line.context: line for line in looked(directory, broker)}
+    assert found.keys() == {cancelled.context, done.context}
+    assert {line.claims_ready + line.claims_in_flight for line in found.values()} == {0}
+    assert found[done.context].workers_warm == 20
+
+
+def test_runs_on_one_context_are_one_line(
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    other_run: Run,
+    directory: Directory,
+    broker: Broker,
+) -> None:
+    store.write(make.incoming(make.announced(claims=10), make.announced(claims=20, of=other_run)))
+    broker.has[run.context] = (0, 1)
+    assert [line.claims_in_flight for line in looked(directory, broker)] == [30]
+
+
+def test_nothing_is_said_of_a_context_before_the_broker_spoke_of_it(
+    store: Store, make: SimpleNamespace, run: Run, directory: Directory, broker: Broker
+) -> None:
+    store.write(make.incoming(make.announced(claims=10)))
+    broker.has[run.context] = (1, 1)
+    broker.answers = False
+    assert looked(directory, broker) == ()
+    broker.answers = True
+    assert len(looked(directory, broker)) == 1
+    # No later answer: what was said last stays.
+    broker.answers = False
+    assert len(looked(directory, broker)) == 1
+
+
+def test_a_queue_that_is_gone_is_asked_about_again_only_when_a_run_wants_it(
+    store: Store, make: SimpleNamespace, run: Run, directory: Directory, broker: Broker
+) -> None:
+    store.write(make.incoming(make.announced(claims=1), make.batch(make.verdict(0))))
+    queue = topology.claims_queue(run.context.context_id)
+    asked = []
+    for _ in range(3):
+        looked(directory, broker)
+        asked.append(broker.asked)
+    assert asked == [[queue], [], []]
+    wanted = run.model_copy(update={"source_digest": "src-more"})
+    directory.note(store.write(make.incoming(make.announced(claims=1, of=wanted))))
+    looked(directory, broker)
+    assert broker.asked == [queue]
+
+
+def test_a_run_that_was_never_announced_has_no_context_to_tell(
+    store: Store, make: SimpleNamespace, directory: Directory, broker: Broker
+) -> None:
+    store.write(make.incoming(make.batch(make.verdict(0))))
+    assert looked(directory, broker) == ()
+    assert broker.asked == []
+
+
+def test_a_new_directory_on_the_same_store_and_broker_says_the_same(
+    store: Store, make: SimpleNamespace, run: Run, directory: Directory, broker: Broker
+) -> None:
+    directory.note(store.write(make.incoming(make.announced(claims=40), make.dead(0))))
+    broker.has[run.context] = (2, 3)
+    looked(directory, broker)
+    directory.note(store.write(make.incoming(make.batch(*map(make.verdict, range(1, 9))))))
+    again = Directory(store, load_settings())
+    # The mean of a batch is only counted, not moved on.
+    (before,), (after,) = directory.look(), looked(again, broker)
+    assert before.claims_ready + before.claims_in_flight == 31
+    assert after.claims_ready + after.claims_in_flight == 31
+
+
+def test_a_big_store_is_gone_through_in_several_looks_the_latest_run_first(
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    directory: Directory,
+    broker: Broker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    several = [of(run, number) for number in range(4)]
+    for each in several:
+        store.write(make.incoming(make.announced(claims=5, of=each)))
+        broker.has[each.context] = (1, 0)
+    monkeypatch.setattr("services.collector.directory._COUNTING_SECONDS", -1.0)
+    counted: list[Any] = []
+    count = directory._count
+
+    def noting(row: Any, known: Any) -> Any:
+        counted.append(row.run_id)
+        return count(row, known)
+
+    monkeypatch.setattr(directory, "_count", noting)
+    directory.look()
+    assert counted == []
+    monkeypatch.setattr("services.collector.directory._COUNTING_SECONDS", 60.0)
+    assert len(looked(directory, broker)) == 4
+    assert counted == [each.run_id for each in reversed(several)]
+
+
+def test_the_most_wanted_come_first_and_no_more_than_a_notice_holds(
+    store: Store, make: SimpleNamespace, run: Run, directory: Directory, broker: Broker
+) -> None:
+    for number in range(MAX_CONTEXTS + 1):
+        each = of(run, number)
+        store.write(make.incoming(make.announced(claims=10_000, of=each)))
+        broker.has[each.context] = (number % 7, number)
+    lines = looked(directory, broker)
+    assert len(lines) == MAX_CONTEXTS
+    ready = [line.claims_ready for line in lines]
+    assert ready == sorted(ready, reverse=True)
+
+
+def test_contexts_with_very_long_arguments_are_cut_so_that_every_worker_can_take_the_notice(
+    store: Store, make: SimpleNamespace, run: Run, directory: Directory, broker: Broker
+) -> None:
+    for number in range(30):
+        each = of(run, number)
+        long = each.context.model_copy(update={"engine_arguments": ("Ł" * 512,) * 128})
+        each = each.model_copy(update={"context": long})
+        store.write(make.incoming(make.announced(claims=10_000, of=each)))
+        broker.has[long] = (number, 0)
+    lines = looked(directory, broker)
+    assert [line.claims_ready for line in lines] == [10 * (29 - place) for place in range(7)]
+    assert len(encode(Notice(contexts=lines))) <= MAX_CONTEXTS_BYTES + 100
