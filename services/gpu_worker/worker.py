@@ -18,6 +18,7 @@ from services.contracts.errors import BrokerUnreachable, MessageInvalid
 from services.gpu_worker.examination import Examination
 from services.gpu_worker.in_hand import BatchInHand, Signature
 from services.gpu_worker.inference import Inference
+from services.gpu_worker.pacing import Pace
 from services.gpu_worker.tokenizer import ModelTokenizer
 
 _TAKE_SECONDS = 0.2
@@ -49,6 +50,7 @@ class Worker:
         self._examination = Examination(self._engine, self._inference, settings, self._stop)
         self._cancelled: frozenset[str] = frozenset()
         self._suspects: list[BatchInHand] = []
+        self._pace = Pace(settings.horizon_seconds, settings.batches_in_flight)
 
     def stop(self) -> None:
         """Begin to drain. Safe to call from a signal handler."""
@@ -76,7 +78,7 @@ class Worker:
                     address,
                     "worker-claims",
                     queues=[topology.claims_queue(self._spec.context_id)],
-                    prefetch=self._settings.batches_in_flight,
+                    prefetch=self._pace.batches,
                     on_notice=self._hear,
                     listener=worker_id,
                 ).open(timeout) as consumer:
@@ -134,8 +136,12 @@ class Worker:
         if hand.suspect:
             self._suspects.append(hand)
             return
+        self._trim(hand, consumer, publisher)
         places = list(hand.open)
+        begun = self._pace.begin()
         outcome = self._inference.infer(run.prompt, hand.claims(places))
+        self._pace.end(begun, 0 if outcome.failure else len(outcome.verdicts))
+        consumer.set_prefetch(self._pace.batches)
         hand.note(places, outcome)
         if hand.open and not isinstance(outcome.failure, Interrupted):
             log.warning("batch.failed", claims=len(hand.open), reason=str(outcome.failure))
@@ -144,6 +150,15 @@ class Worker:
             self._suspects.append(hand)
             return
         hand.settle(consumer, publisher, self._signature)
+
+    def _trim(self, hand: BatchInHand, consumer: Consumer, publisher: Publisher) -> None:
+        """Keep what is finished within the horizon; someone faster may have the rest."""
+        claims = len(hand.open)
+        keep = self._pace.keeps(claims)
+        consumer.set_prefetch(self._pace.batches)
+        if keep < claims:
+            log.debug("batch.trimmed", kept=keep, returned=claims - keep)
+            hand.trim(keep, consumer, publisher)
 
     def _engine_is_well(self) -> bool:
         if self._engine.alive:

@@ -164,6 +164,39 @@ def test_dead_claims_go_to_their_queue_and_the_batch_is_acknowledged_after_the_l
     assert broker.settled == [("acknowledged", 7)]
 
 
+# A batch that is larger than the horizon.
+
+
+def test_the_first_batch_is_cut_to_what_any_engine_can_finish_and_the_rest_goes_back(
+    worker: Worker, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+) -> None:
+    engine_answers(200)
+    see_through(worker, delivered(batch_of(spec, claims=200)), broker)
+    ids = [f"c{n}" for n in range(200)]
+    assert (verdicts_in(broker), returned_in(broker)) == (ids[:64], ids[64:])
+    for message in broker.messages:
+        assert broker.settled == []
+        broker.confirm(message)
+    assert broker.settled == [("acknowledged", 7)]
+
+
+def test_an_engine_that_turns_out_fast_gets_as_many_batches_as_it_may_have(
+    worker: Worker, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+) -> None:
+    engine_answers(64)
+    see_through(worker, delivered(batch_of(spec, claims=64)), broker)
+    assert broker.prefetch == worker._settings.batches_in_flight
+    see_through(worker, delivered(batch_of(spec, claims=200)), broker)
+    assert returned_in(broker) == []
+
+
+def test_a_batch_that_an_engine_failed_with_elsewhere_is_not_cut(
+    worker: Worker, spec: ContextSpec, broker: RecordingBroker
+) -> None:
+    see_through(worker, delivered(batch_of(spec, claims=200), failures=1), broker)
+    assert broker.messages == [] and len(worker._suspects[0].open) == 200
+
+
 # A batch that the engine fails with.
 
 
