@@ -166,6 +166,7 @@ class Consumer(Link):
 
     def _on_changed(self, _: Any) -> None:
         self._changing = False
+        self._unsettled = +self._unsettled  # forget the tags that have ended
         self._fit_prefetch()
 
     def _consume(self, name: str) -> Any:

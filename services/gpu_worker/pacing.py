@@ -9,8 +9,7 @@ from collections.abc import Callable
 _MEMORY_SECONDS = 30.0
 # Before the rate is known: enough to learn it from, and little enough for a slow engine to finish.
 _FIRST_CLAIMS = 64
-# Fewer leave an engine that batches by itself half empty; one that is slower than this in a whole
-# horizon is kept busy all the same.
+# Fewer would leave an engine that batches by itself half empty, and make crumbs of a batch.
 _LEAST_CLAIMS = 8
 # A batch that is a little too large is not worth a message.
 _TRIM_FROM = 1.5
@@ -60,8 +59,8 @@ class Pace:
             return 1
         return max(1, min(self._most_batches, math.floor(self.allowance / self._mean_batch)))
 
-    def keeps(self, claims: int) -> int:
-        """How many claims to keep of a batch that came with so many."""
+    def take(self, claims: int) -> int:
+        """A batch came with so many claims: how many of them to keep."""
         with self._lock:
             mean = self._mean_batch
             self._mean_batch = claims if mean is None else mean + (claims - mean) / 4

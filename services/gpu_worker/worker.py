@@ -154,7 +154,7 @@ class Worker:
     def _trim(self, hand: BatchInHand, consumer: Consumer, publisher: Publisher) -> None:
         """Keep what is finished within the horizon; someone faster may have the rest."""
         claims = len(hand.open)
-        keep = self._pace.keeps(claims)
+        keep = self._pace.take(claims)
         consumer.set_prefetch(self._pace.batches)
         if keep < claims:
             log.debug("batch.trimmed", kept=keep, returned=claims - keep)

@@ -154,7 +154,7 @@ def test_before_anything_is_known_one_batch_is_taken(pace: Pace) -> None:
 def test_before_the_rate_is_known_few_claims_are_taken_whatever_the_batches(
     size: int, batches: int, pace: Pace
 ) -> None:
-    pace.keeps(size)
+    pace.take(size)
     assert pace.batches == batches
 
 
@@ -166,19 +166,19 @@ def test_as_many_batches_are_taken_as_the_horizon_has_room_for(
 ) -> None:
     answer(pace, clock, 1_000, 1_000 / rate)
     for _ in range(5):
-        pace.keeps(64)
+        pace.take(64)
     assert pace.batches == batches
 
 
 def test_the_size_of_a_batch_is_a_mean_of_those_that_came_lately(pace: Pace, clock: Clock) -> None:
     answer(pace, clock, 100, 1)  # 400 claims
     for _ in range(40):
-        pace.keeps(300)
+        pace.take(300)
     assert pace.batches == 1
-    pace.keeps(1)  # a crumb does not change that
+    pace.take(1)  # a crumb does not change that
     assert pace.batches == 1
     for _ in range(40):
-        pace.keeps(100)
+        pace.take(100)
     assert pace.batches == 3
 
 
@@ -190,7 +190,7 @@ def test_a_batch_is_cut_only_when_it_is_much_larger_than_what_is_allowed(
     came: int, kept: int, pace: Pace, clock: Clock
 ) -> None:
     answer(pace, clock, 10, 1)
-    assert pace.keeps(came) == kept
+    assert pace.take(came) == kept
 
 
 @pytest.mark.parametrize(("came", "kept"), [(8, 8), (11, 11), (12, 8), (64, 8)])
@@ -198,11 +198,11 @@ def test_no_batch_is_cut_to_crumbs_however_slow_the_engine(
     came: int, kept: int, pace: Pace, clock: Clock
 ) -> None:
     answer(pace, clock, 1, 60)
-    assert pace.keeps(came) == kept
+    assert pace.take(came) == kept
 
 
 def test_with_a_horizon_without_end_nothing_is_cut(clock: Clock) -> None:
     pace = Pace(7 * 24 * 3600.0, 3, clock)
     answer(pace, clock, 1, 60)
-    assert pace.keeps(1_024) == 1_024
+    assert pace.take(1_024) == 1_024
     assert pace.batches == 3
