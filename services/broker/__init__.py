@@ -1,7 +1,8 @@
 """The only room that knows AMQP: topology, publisher with confirms, consumer with drain."""
 
 from services.broker.address import BrokerAddress
-from services.broker.consumer import Consumer, Delivery
+from services.broker.consumer import Consumer
+from services.broker.delivery import Delivery
 from services.broker.private_node import PrivateNode
 from services.broker.publisher import Outgoing, Publisher
 from services.broker.queue_counts import Counts, QueueCount

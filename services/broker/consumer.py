@@ -2,88 +2,30 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from itertools import count
+from typing import Any
 
 import structlog
 from pika.channel import Channel
 
 from services.broker.address import BrokerAddress
+from services.broker.delivery import Delivery
 from services.broker.link import Link
-from services.broker.publisher import Outgoing
 from services.broker.topology import Declares, listen_to_notices, run_in_order
 from services.contracts import topology
-from services.contracts.errors import MessageInvalid
-from services.contracts.wire import CONTENT_TYPE, Message, decode
 
-_DELIVERY_COUNT = "x-delivery-count"
 _LOOK_SECONDS = 15.0
 _MOST_IDLE_LOOKS = 4
-_MOST_REASON_CHARS = 1_000
-_MOST_FAILURES = 1_000_000
-
-M = TypeVar("M", bound=Message)
+_NUMBER_MARK = "#"
 
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """A message in our hands. Until it is settled it is the broker's, and comes again if we die."""
-
-    queue: str
-    body: bytes
-    headers: Mapping[str, Any]
-    message_id: str
-    redelivered: bool
-    tag: int
-    epoch: int
-    content_type: str = CONTENT_TYPE
-    kind: str = ""
-
-    @property
-    def attempt(self) -> int:
-        """1 for the first delivery; quorum queues count the earlier ones. It is only reported, so
-        a count that is none is no reason to refuse the message.
-        """
-        count = self.headers.get(_DELIVERY_COUNT, 0)
-        return count + 1 if isinstance(count, int) and 0 <= count < 2**31 - 1 else 1
-
-    def message(self, kind: type[M]) -> M:
-        """The message that it holds. Raises MessageInvalid, naming what is wrong with it."""
-        if self.content_type != CONTENT_TYPE:
-            raise MessageInvalid(f"its content type is {self.content_type!r}, not {CONTENT_TYPE}")
-        if self.kind != kind.__name__:
-            raise MessageInvalid(f"its type is {self.kind!r}, not {kind.__name__}")
-        return decode(kind, self.body)
-
-    @property
-    def failures(self) -> int:
-        """Failures of an engine that its claims were part of. Raises MessageInvalid."""
-        count = self.headers.get(topology.FAILURES_HEADER, 0)
-        if not isinstance(count, int) or not 0 <= count < _MOST_FAILURES:
-            raise MessageInvalid(f"its header {topology.FAILURES_HEADER} is no count")
-        return count
-
-    def refused(self, reason: str, on_confirmed: Callable[[], None]) -> Outgoing:
-        """The message as one for `dead-messages`, with the reason beside it."""
-        return Outgoing(
-            topology.DEAD_EXCHANGE,
-            topology.DEAD_MESSAGES_QUEUE,
-            self.body,
-            message_id=self.message_id,
-            kind=self.kind,
-            headers={
-                topology.REASON_HEADER: reason[:_MOST_REASON_CHARS],
-                topology.ORIGIN_HEADER: self.queue,
-            },
-            on_confirmed=on_confirmed,
-        )
-
-
 class Consumer(Link):
-    """Takes messages from `queues`, at most `prefetch` unsettled ones from each.
+    """Takes messages from `queues`, at most `prefetch` unsettled ones from each, or as many more as
+    `set_prefetch` says.
 
     Deliveries wait in memory until `take`; whoever took one settles it from any thread with
     `acknowledge` or `give_back`, minutes later if need be: the link's own thread keeps the
@@ -105,7 +47,7 @@ class Consumer(Link):
     ) -> None:
         super().__init__(address, name, declares)
         self._queues = tuple(queues)
-        self._prefetch = prefetch
+        self._prefetch = self._wanted_prefetch = prefetch
         self._on_notice = on_notice
         self._listener = listener
         self._inbox: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
@@ -114,7 +56,12 @@ class Consumer(Link):
         self._epoch = 0
         self._came_since_the_look = False
         self._idle_looks = 0
-        self._unsettled = 0
+        # By the consumer's tag:
+        self._unsettled: Counter[str] = Counter()
+        # By queue, the consumers of one message each that are there beside the first.
+        self._extra: dict[str, list[str]] = {name: [] for name in queues}
+        self._numbers = count(1)
+        self._consuming = self._changing = False
 
     def take(self, timeout_seconds: float) -> Delivery | None:
         """The next message, or None when none came in time. Raises BrokerError on a dead link."""
@@ -135,6 +82,17 @@ class Consumer(Link):
         """Return them unharmed, for someone else: `basic.nack`, which never counts as a failure."""
         self._settle(list(deliveries), lambda channel, tag: channel.basic_nack(tag, requeue=True))
 
+    def set_prefetch(self, prefetch: int) -> None:
+        """Have at most so many unsettled messages from each queue, but no fewer than at first. What
+        is in our hands already stays there. Any thread.
+        """
+
+        def want() -> None:
+            self._wanted_prefetch = prefetch
+            self._fit_prefetch()
+
+        self._call_soon(want)
+
     def stop_taking(self, timeout_seconds: float) -> None:
         """Take no more, and give back what nobody took. What was taken can still be settled."""
         self._call_soon(self._cancel)
@@ -150,7 +108,7 @@ class Consumer(Link):
         def now() -> None:
             for delivery in deliveries:
                 if self._channel is not None and delivery.epoch == self._epoch:
-                    self._unsettled -= 1
+                    self._unsettled[delivery.consumer] -= 1
                     settle(self._channel, delivery.tag)
 
         if deliveries:
@@ -158,8 +116,9 @@ class Consumer(Link):
 
     def _on_channel_ready(self, channel: Channel) -> None:
         self._epoch += 1
-        self._unsettled = 0
+        self._unsettled.clear()
         self._idle_looks = 0
+        self._extra = {name: [] for name in self._queues}
         if not self._taking:
             self._in_service()
             return
@@ -171,11 +130,47 @@ class Consumer(Link):
             # connection, and the queue that is its own, for some time.
             queue = topology.notices_queue(f"{self._listener}.{self._epoch}")
             steps += [*listen_to_notices(queue), self._consume_notices(queue)]
-        run_in_order(channel, iter(steps), self._in_service)
+        run_in_order(channel, iter(steps), self._on_consuming)
         self._look_later(self._epoch)
 
+    def _on_consuming(self) -> None:
+        self._consuming = True
+        self._in_service()
+        self._fit_prefetch()
+
+    def _fit_prefetch(self) -> None:
+        """A quorum queue fixes a consumer's prefetch when it begins; so what changes is how many
+        consumers of one message there are. One is ended only while it holds its message: then no
+        other can be on its way to it, which pika would reject, and the broker count as an attempt.
+        """
+        channel = self._channel
+        # One at a time: pika holds a request back while another is open, and settling overtakes it.
+        if channel is None or self._changing or not self._consuming or not self._taking:
+            return
+        wanted = self._wanted_prefetch - self._prefetch
+        for name, extra in self._extra.items():
+            full = next((tag for tag in extra if self._unsettled[tag]), None)
+            if len(extra) > wanted and full is not None:
+                self._changing = True
+                extra.remove(full)
+                channel.basic_cancel(full, callback=self._on_changed)
+                return
+            if len(extra) < wanted:
+                self._changing = True
+                extra.append(f"{name}{_NUMBER_MARK}{next(self._numbers)}")
+                channel.basic_qos(prefetch_count=1)
+                channel.basic_consume(
+                    name, self._on_message, consumer_tag=extra[-1], callback=self._on_changed
+                )
+                return
+
+    def _on_changed(self, _: Any) -> None:
+        self._changing = False
+        self._unsettled = +self._unsettled  # forget the tags that have ended
+        self._fit_prefetch()
+
     def _consume(self, name: str) -> Any:
-        # The consumer's tag is the queue's name, so that a delivery tells where it is from.
+        # The tag begins with the queue's name, so that a delivery tells where it is from.
         return lambda channel, done: channel.basic_consume(
             name, self._on_message, consumer_tag=name, callback=done
         )
@@ -193,6 +188,7 @@ class Consumer(Link):
     def _on_channel_lost(self) -> None:
         # An epoch without a channel: whatever is in hand is the broker's again.
         self._epoch += 1
+        self._consuming = self._changing = False
 
     def _look_later(self, epoch: int) -> None:
         self._loop.call_later(_LOOK_SECONDS, lambda: self._look(epoch))
@@ -204,7 +200,7 @@ class Consumer(Link):
         """
         if epoch != self._epoch or not self._taking or self._channel is None:
             return
-        idle = not self._came_since_the_look and self._unsettled == 0
+        idle = not self._came_since_the_look and self._unsettled.total() == 0
         self._came_since_the_look = False
         self._idle_looks = self._idle_looks + 1 if idle else 0
         if self._idle_looks == _MOST_IDLE_LOOKS:
@@ -225,10 +221,10 @@ class Consumer(Link):
 
     def _on_message(self, _: Channel, method: Any, properties: Any, body: bytes) -> None:
         self._came_since_the_look = True
-        self._unsettled += 1
+        self._unsettled[method.consumer_tag] += 1
         self._inbox.put(
             Delivery(
-                queue=method.consumer_tag,
+                queue=method.consumer_tag.partition(_NUMBER_MARK)[0],
                 body=body,
                 headers=properties.headers or {},
                 message_id=properties.message_id or "",
@@ -237,8 +233,10 @@ class Consumer(Link):
                 epoch=self._epoch,
                 content_type=properties.content_type or "",
                 kind=properties.type or "",
+                consumer=method.consumer_tag,
             )
         )
+        self._fit_prefetch()  # it may have come to a consumer that is not wanted any more
 
     def _on_cancelled_by_broker(self, frame: Any) -> None:
         # A deleted queue leaves a connection that is open and silent.
@@ -251,12 +249,13 @@ class Consumer(Link):
         if self._channel is None:
             self._stopped_taking.set()
             return
-        waiting = set(self._queues)
+        tags = [*self._queues, *(tag for extra in self._extra.values() for tag in extra)]
+        waiting = set(tags)
 
-        def cancelled(name: str) -> None:
-            waiting.discard(name)
+        def cancelled(tag: str) -> None:
+            waiting.discard(tag)
             if not waiting:
                 self._stopped_taking.set()
 
-        for name in self._queues:
-            self._channel.basic_cancel(name, callback=lambda _, name=name: cancelled(name))
+        for tag in tags:
+            self._channel.basic_cancel(tag, callback=lambda _, tag=tag: cancelled(tag))

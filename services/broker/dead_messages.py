@@ -5,7 +5,8 @@ from types import TracebackType
 from typing import Self
 
 from services.broker.address import BrokerAddress
-from services.broker.consumer import Consumer, Delivery
+from services.broker.consumer import Consumer
+from services.broker.delivery import Delivery
 from services.broker.publisher import Outgoing, Publisher
 from services.contracts import topology
 from services.contracts.values import content_id

@@ -175,6 +175,7 @@ class Desk:
                 publisher,
                 rejections,
                 batch_size=settings.batch_size,
+                order_by_evidence=settings.order_by_evidence,
                 finished=finished_in(self._database, self._run_id),
                 on_progress=self._note_progress,
             )

@@ -119,6 +119,7 @@ def submit(
                 publisher,
                 rejected_file,
                 batch_size=settings.batch_size,
+                order_by_evidence=settings.order_by_evidence,
                 finished=finished,
                 on_progress=show,
             )

@@ -15,6 +15,7 @@ from services.cli.options import (
 from services.cli.signals import before_the_walltime_ends, on_stop_signal
 from services.contexts import find_device, seconds_until_drain
 from services.contracts import load_settings
+from services.contracts.errors import UsageError
 from services.gpu_worker import Worker
 
 
@@ -26,7 +27,10 @@ def worker(
     max_model_tokens: MaxTokensOption = 1024,
     engine_argument: EngineArgumentOption = None,
 ) -> None:
-    """Keep a model warm and answer the claims that want it, until told to stop.
+    """Answer claims, until told to stop.
+
+    With a model it serves that one. Without --model and KEEPWARM_MODEL it serves what the claims
+    that wait want most, prefers what is warm on this node, and changes its context when that pays.
 
     SIGTERM drains: what is finished is published, the rest returned, within
     KEEPWARM_GRACE_SECONDS; the exit code is then 0. SIGUSR1, SIGUSR2 and the end of the walltime
@@ -34,9 +38,13 @@ def worker(
     """
     settings = load_settings(broker_url=broker)
     configure_logs(settings)
-    context = context_from_flags(
-        settings, model, revision, dtype, max_model_tokens, engine_argument
+    context = (
+        context_from_flags(settings, model, revision, dtype, max_model_tokens, engine_argument)
+        if model or settings.model
+        else None
     )
+    if context is None and (revision or engine_argument):
+        raise UsageError("--revision and --engine-argument are a model's; name it with --model")
     service = Worker(context, find_device(), settings)
     on_stop_signal(lambda _: service.stop())
     before_the_walltime_ends(service.stop, seconds_until_drain(settings))

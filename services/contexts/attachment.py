@@ -40,6 +40,8 @@ class Attachment:
         self._record: ContextRecord | None = None
         self._gone: str | None = None
         self._listening = threading.Lock()
+        self.starts = 0
+        """How often we came to have it."""
         self.warm = False
         """Whether the engine was warm when we came."""
         self.seconds = 0.0
@@ -94,6 +96,7 @@ class Attachment:
         if stop.is_set():
             self._let_go()
             return False
+        self.starts += 1
         self.seconds = time.monotonic() - started
         log.info(
             "engine.ready",

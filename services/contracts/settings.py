@@ -91,9 +91,13 @@ class Settings(BaseSettings):
     """A directory or a hub name; the demo model where neither this nor --model is given."""
     batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH_CLAIMS)] = 64
     """Claims a message."""
+    order_by_evidence: bool = True
+    """Let claims that share evidence travel together, so that an engine reads it once."""
 
     batches_in_flight: Annotated[int, Field(ge=1, le=256)] = 3
-    """Batches a worker has at its engine at once; also its prefetch."""
+    """The most batches that a worker has in hand; all of them are at its engine."""
+    horizon_seconds: Seconds = 4
+    """A worker keeps no more in hand than it finishes in so long, by its own measured speed."""
     grace_seconds: Seconds = 20
     """From SIGTERM to the worker's end, give or take a second for its connections."""
     walltime_seconds: Seconds | None = None

@@ -1,5 +1,6 @@
 """A batch in a worker's hands, from its delivery until every claim of it is accounted for."""
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,6 +38,9 @@ class BatchInHand:
         self._verdicts: list[Verdict] = []
         self._dead: list[tuple[Claim, Refusal, int]] = []
         self._engine_seconds = 0.0
+        self._published = self._confirmed = 0
+        self._settled = False
+        self._lock = threading.Lock()
 
     @property
     def suspect(self) -> bool:
@@ -66,24 +70,42 @@ class BatchInHand:
     def bury(self, place: int, refusal: Refusal) -> None:
         self._dead.append((self.batch.claims[place], refusal, self.open.pop(place)))
 
+    def trim(self, keep: int, consumer: Consumer, publisher: Publisher) -> None:
+        """Keep the first `keep` of the open claims, and return the others now, unharmed. They are
+        part of what has to be confirmed before the batch is acknowledged.
+        """
+        places = list(self.open)[keep:]
+        rest = list(self._returned(places))
+        for place in places:
+            del self.open[place]
+        self._publish(rest, consumer, publisher, last=False)
+
     def settle(self, consumer: Consumer, publisher: Publisher, signature: Signature) -> None:
         """Publish verdicts and dead claims, return the rest as a smaller batch, and acknowledge
         once the broker has confirmed all of them. A batch that nothing happened to goes back whole.
         """
         messages = list(self._messages(signature))
-        unconfirmed = len(messages)
         if not messages:
             consumer.give_back([self.delivery])
             return
+        self._publish(messages, consumer, publisher, last=True)
 
-        def confirmed() -> None:  # on the publisher's thread, one at a time
-            nonlocal unconfirmed
-            unconfirmed -= 1
-            if unconfirmed == 0:
+    def _publish(
+        self, messages: Sequence[Outgoing], consumer: Consumer, publisher: Publisher, *, last: bool
+    ) -> None:
+        def confirmed() -> None:  # on the publisher's thread
+            with self._lock:
+                self._confirmed += 1
+                done = self._settled and self._confirmed == self._published
+            if done:
                 consumer.acknowledge([self.delivery])
 
+        with self._lock:
+            first = self._published
+            self._published += len(messages)
+            self._settled = last
         batch = f"{self.batch.run.run_id}/{self.batch.batch_id}/{self.delivery.attempt}"
-        for number, message in enumerate(messages):
+        for number, message in enumerate(messages, first):
             publisher.publish(
                 replace(message, message_id=f"{batch}/{number}", on_confirmed=confirmed)
             )
@@ -94,9 +116,12 @@ class BatchInHand:
         yield from _fitting(self._verdicts, lambda some: self._verdict_batch(some, signature))
         if self.open == dict.fromkeys(range(len(self.batch.claims)), self.delivery.failures):
             return  # untouched
-        for failures in sorted(set(self.open.values())):
-            places = [place for place, count in self.open.items() if count == failures]
-            yield from _fitting(self.claims(places), partial(self._rest, failures=failures))
+        yield from self._returned(list(self.open))
+
+    def _returned(self, places: Sequence[int]) -> Iterator[Outgoing]:
+        for failures in sorted({self.open[place] for place in places}):
+            alike = [place for place in places if self.open[place] == failures]
+            yield from _fitting(self.claims(alike), partial(self._rest, failures=failures))
 
     def _dead_claim(
         self, claim: Claim, refusal: Refusal, failures: int, signature: Signature

@@ -1,55 +1,52 @@
-"""The worker: takes batches, has them answered, publishes verdicts, acknowledges, drains."""
+"""The worker: who it is, which context it serves, and when it takes another."""
 
 import os
+import random
 import secrets
 import socket
 import threading
-import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Sequence
 
 import structlog
 
-from services.broker import BrokerAddress, Consumer, Delivery, Publisher
-from services.contexts.attachment import Attachment
-from services.contexts.completions import Interrupted
+from services.broker import BrokerAddress, Consumer, Publisher
+from services.contexts import pin_model
 from services.contexts.device import Device
-from services.contexts.plan import EnginePlan
-from services.contracts import ContextSpec, Notice, Settings, decode, topology
-from services.contracts.errors import BrokerUnreachable, MessageInvalid
-from services.gpu_worker.examination import Examination
-from services.gpu_worker.in_hand import BatchInHand, Signature
-from services.gpu_worker.inference import Inference
-from services.gpu_worker.tokenizer import ModelTokenizer
+from services.contracts import ContextDemand, ContextSpec, Settings
+from services.contracts.errors import EngineError, UsageError
+from services.gpu_worker.in_hand import Signature
+from services.gpu_worker.news import News
+from services.gpu_worker.readiness import Readiness
+from services.gpu_worker.serving import Serving
+from services.gpu_worker.taking import Situation, Switch, next_context
 
-_TAKE_SECONDS = 0.2
+_LOOK_SECONDS = 0.2
 
 log = structlog.get_logger(__name__)
 
 
 class Worker:
-    """Serves one context on one device until it is told to stop.
+    """Serves one context on one device, or whatever is wanted most, until it is told to stop."""
 
-    Threads: the caller's takes batches and minds the engine; `batches_in_flight` pool threads each
-    see one batch through, so that the engine's continuous batching stays full; each link to the
-    broker has its own. A batch is acknowledged after the broker has confirmed all that became of
-    it. One that an engine failed with is a suspect, and is examined while there is no other job.
-    """
+    def __init__(self, spec: ContextSpec | None, device: Device, settings: Settings) -> None:
+        """Without a `spec` it goes by the directory, and changes its context when that pays.
 
-    def __init__(self, spec: ContextSpec, device: Device, settings: Settings) -> None:
-        """Raises ModelError or UsageError before anything is started."""
-        self._spec = spec
+        Raises ModelError or UsageError before anything is started.
+        """
+        self._device = device
         self._settings = settings
-        tokenizer = ModelTokenizer.load(spec)
-        self._engine = Attachment(EnginePlan.of(spec, device, settings), settings)
-        self._inference = Inference(
-            tokenizer, self._engine.client, max_model_tokens=spec.max_model_tokens
-        )
         worker_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
         self._signature = Signature(worker_id, device.name)
         self._stop = threading.Event()
-        self._examination = Examination(self._engine, self._inference, settings, self._stop)
-        self._cancelled: frozenset[str] = frozenset()
-        self._suspects: list[BatchInHand] = []
+        self._news = News()
+        self._heard = 0
+        self._next: ContextSpec | None = None
+        self._readiness: Readiness | None = None
+        self._only: Serving | None = None
+        if spec is None:
+            self._readiness = Readiness(device, settings)
+        else:
+            self._only = self._serving(spec)
 
     def stop(self) -> None:
         """Begin to drain. Safe to call from a signal handler."""
@@ -59,140 +56,115 @@ class Worker:
         """Serve until `stop`, then drain within the grace period.
 
         Raises BrokerError when the broker cannot be used at the start, EngineStartError when the
-        engine failed to start several times in a row; claims in hand are given back before.
+        engine of its only context failed to start several times in a row; claims in hand are given
+        back before.
         """
-        address = BrokerAddress.from_settings(self._settings)
-        timeout = self._settings.broker_connect_timeout_seconds
-        worker_id = self._signature.worker_id
-        log.info("worker.starting", worker=worker_id, context=self._spec.context_id)
+        only = self._only
+        log.info(
+            "worker.starting",
+            worker=self._signature.worker_id,
+            context=None if only is None else only.spec.context_id,
+        )
         try:
-            with Publisher(address, "worker-verdicts", window=self._settings.publish_window).open(
-                timeout
-            ) as publisher:
-                # Claims are taken only once there is an engine for them. An engine that never ran
-                # here is misconfigured: that is said now, not after several tries.
-                if not self._examination.start_engine(attempts=1):
-                    return
-                with Consumer(
-                    address,
-                    "worker-claims",
-                    queues=[topology.claims_queue(self._spec.context_id)],
-                    prefetch=self._settings.batches_in_flight,
-                    on_notice=self._hear,
-                    listener=worker_id,
-                ).open(timeout) as consumer:
-                    self._serve(consumer, publisher)
+            with Publisher(
+                BrokerAddress.from_settings(self._settings),
+                "worker-verdicts",
+                window=self._settings.publish_window,
+            ).open(self._settings.broker_connect_timeout_seconds) as publisher:
+                if only is not None:
+                    self._serve(only, publisher)
+                elif self._readiness is not None:
+                    self._serve_what_is_wanted(self._readiness, publisher)
         finally:
-            self._engine.close()
-            log.info("worker.stopped", worker=worker_id)
+            if only is not None:
+                only.close()
+            log.info("worker.stopped", worker=self._signature.worker_id)
 
-    def _hear(self, body: bytes) -> None:
-        try:
-            self._cancelled = frozenset(decode(Notice, body).cancelled)
-        except MessageInvalid as error:
-            log.warning("notice.refused", reason=str(error))
+    def _serving(self, spec: ContextSpec) -> Serving:
+        return Serving(spec, self._device, self._settings, self._signature, self._news, self._stop)
 
-    def _serve(self, consumer: Consumer, publisher: Publisher) -> None:
-        pool = ThreadPoolExecutor(self._settings.batches_in_flight, thread_name_prefix="batch")
-        work: set[Future[None]] = set()
-        log.info("worker.taking", worker=self._signature.worker_id)
+    def _serve(self, serving: Serving, publisher: Publisher) -> None:
         try:
-            while not self._stop.is_set():
-                _raise_bugs(work)
-                if self._suspects or not self._engine.alive:
-                    if work:  # whoever asks a dead engine comes back at once
-                        wait(work, timeout=_TAKE_SECONDS)
-                        continue
-                    if not self._engine_is_well():
-                        break
-                    if self._suspects:  # as the only job, so that nobody else is at the engine
-                        work.add(pool.submit(self._examine, consumer, publisher))
+            serving.run(publisher, lambda: self._leaves(serving))
+        finally:
+            serving.close()
+
+    def _leaves(self, serving: Serving) -> bool:
+        """Thinks anew with every notice."""
+        if self._news.number != self._heard:
+            self._heard = self._news.number
+            serving.tell_demand()
+            if self._readiness is not None:
+                idle_seconds = serving.idle_seconds
+                self._next = self._choose(
+                    self._readiness,
+                    Situation(
+                        here=serving.spec.context_id,
+                        queue_empty=idle_seconds > _LOOK_SECONDS,
+                        idle_seconds=idle_seconds,
+                        since_ready_seconds=serving.ready_seconds,
+                        claims_per_second=serving.claims_per_second,
+                        warm=self._readiness.seconds(self._contexts()),
+                        draw=random.random(),
+                    ),
+                )
+        return self._next is not None
+
+    def _serve_what_is_wanted(self, readiness: Readiness, publisher: Publisher) -> None:
+        while not self._stop.is_set():
+            spec = self._next or self._first_context(readiness)
+            self._next = None
+            if spec is None:
+                continue
+            try:
+                # A path that the producer knows must hold the same weights here.
+                self._serve(self._serving(pin_model(spec)), publisher)
+            except (EngineError, UsageError) as error:
+                # Another node may have what this one lacks; other contexts may work here.
+                log.error("context.unusable", context=spec.context_id, reason=str(error))
+                readiness.give_up(spec.context_id)
+
+    def _first_context(self, readiness: Readiness) -> ContextSpec | None:
+        """Listen until there is one that is worth a start; None when told to stop."""
+        log.info("worker.idle", worker=self._signature.worker_id)
+        with Consumer(
+            BrokerAddress.from_settings(self._settings),
+            "worker-notices",
+            queues=(),
+            prefetch=1,
+            on_notice=self._news.hear,
+            listener=self._signature.worker_id,
+        ).open(self._settings.broker_connect_timeout_seconds):
+            while not self._stop.wait(_LOOK_SECONDS):
+                if self._news.number == self._heard:
                     continue
-                delivery = consumer.take(_TAKE_SECONDS)
-                if delivery is not None:
-                    work.add(pool.submit(self._see_through, delivery, consumer, publisher))
-        finally:
-            self._drain(pool, work, consumer, publisher)
-            pool.shutdown(wait=False, cancel_futures=True)
+                self._heard = self._news.number
+                situation = Situation(
+                    here=None,
+                    queue_empty=True,
+                    idle_seconds=0.0,
+                    since_ready_seconds=0.0,
+                    claims_per_second=None,
+                    warm=readiness.seconds(self._contexts()),
+                    draw=random.random(),
+                )
+                chosen = self._choose(readiness, situation)
+                if chosen is not None:
+                    return chosen
+        return None
 
-    def _see_through(self, delivery: Delivery, consumer: Consumer, publisher: Publisher) -> None:
-        """On a pool thread: from a delivery to its settlement, or to the suspects."""
-        try:
-            hand = BatchInHand(delivery)
-            run = hand.batch.run
-            if run.context.context_id != self._spec.context_id:
-                raise MessageInvalid("the batch wants another context than its queue's")
-        except MessageInvalid as error:
-            log.error("batch.refused", reason=str(error), message_id=delivery.message_id)
-            publisher.publish(
-                delivery.refused(str(error), lambda: consumer.acknowledge([delivery]))
-            )
-            return
-        if hand.batch.submission_id in self._cancelled:
-            log.info("batch.cancelled", run=run.run_id, claims=len(hand.open))
-            consumer.acknowledge([delivery])
-            return
-        if hand.suspect:
-            self._suspects.append(hand)
-            return
-        places = list(hand.open)
-        outcome = self._inference.infer(run.prompt, hand.claims(places))
-        hand.note(places, outcome)
-        if hand.open and not isinstance(outcome.failure, Interrupted):
-            log.warning("batch.failed", claims=len(hand.open), reason=str(outcome.failure))
-            self._examination.note_failure(outcome.failure)
-            hand.blame(places)
-            self._suspects.append(hand)
-            return
-        hand.settle(consumer, publisher, self._signature)
+    def _contexts(self) -> Sequence[ContextSpec]:
+        return [line.context for line in self._news.contexts]
 
-    def _engine_is_well(self) -> bool:
-        if self._engine.alive:
-            return True
-        log.error("engine.died", log=str(self._engine.log_file))
-        return self._examination.start_engine(self._settings.engine_start_attempts)
-
-    def _examine(self, consumer: Consumer, publisher: Publisher) -> None:
-        """On a pool thread: the first suspect, to its settlement, or until told to stop."""
-        hand = self._suspects.pop(0)
-        try:
-            self._examination.examine(hand)
-        finally:
-            hand.settle(consumer, publisher, self._signature)
-
-    def _drain(
-        self,
-        pool: ThreadPoolExecutor,
-        work: set[Future[None]],
-        consumer: Consumer,
-        publisher: Publisher,
-    ) -> None:
-        """Finish what can be finished in the grace period; return the rest, claim by claim."""
-        # The other half is for the confirmations and for the engine's own end.
-        deadline = time.monotonic() + 0.5 * self._settings.grace_seconds
-        log.info("worker.draining", batches_in_hand=len(work) + len(self._suspects))
-        consumer.stop_taking(timeout_seconds=2.0)
-        if self._engine.alive:
-            wait(work, timeout=max(0.0, deadline - time.monotonic()))
-        # Each thread in the midst of a batch now publishes what was answered and returns the rest.
-        self._engine.client.interrupt()
-        confirmations = 0.15 * self._settings.grace_seconds
-        wait(work, timeout=confirmations / 2)
-        returned = [
-            pool.submit(hand.settle, consumer, publisher, self._signature)
-            for hand in self._suspects
+    def _choose(self, readiness: Readiness, situation: Situation) -> ContextSpec | None:
+        usable: Sequence[ContextDemand] = [
+            line
+            for line in self._news.contexts
+            if line.context.context_id not in readiness.unusable
         ]
-        wait(returned, timeout=confirmations / 2)
-        try:
-            publisher.flush(timeout_seconds=confirmations)
-        except BrokerUnreachable as error:
-            # Their batches were not acknowledged: someone else will answer them again.
-            log.warning("verdicts.unconfirmed", reason=str(error))
-        log.info("worker.drained")
-
-
-def _raise_bugs(work: set[Future[None]]) -> None:
-    """Forget what is done; a bug in a job ends the worker, loudly."""
-    for done in [future for future in work if future.done()]:
-        work.remove(done)
-        done.result()
+        decision = next_context(usable, situation)
+        log.debug("context.considered", reason=decision.reason)
+        if not isinstance(decision, Switch):
+            return None
+        log.info("context.switching", to=decision.context.context_id, reason=decision.reason)
+        return decision.context

@@ -19,6 +19,7 @@ from services.contracts import (
 from services.contracts.bounds import MAX_BATCH_BYTES, MAX_NAME_CHARS
 from services.contracts.errors import InputError
 from services.contracts.values import content_id
+from services.producer.ordering import together
 from services.producer.parse import Parser, Rejection
 from services.producer.rejected import RejectedFile
 from services.producer.sample import chosen
@@ -35,7 +36,7 @@ Finished = Callable[[Sequence[Claim]], Collection[str]]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a submission is. `published` counts claims handed to the broker."""
+    """How far a submission is. `published` counts claims sent, or about to be."""
 
     lines: int
     published: int
@@ -89,6 +90,7 @@ class Submission:
         rejections: RejectedFile,
         *,
         batch_size: int,
+        order_by_evidence: bool = True,
         finished: Finished = lambda _: (),
         on_progress: Callable[[Progress], None] = lambda _: None,
     ) -> Totals:
@@ -111,7 +113,8 @@ class Submission:
                         yield claim
                 on_progress(Progress(counts["lines"], published, counts["rejected"]))
 
-        for number, claims in enumerate(_batches(waiting(), batch_size)):
+        ordered = together(waiting()) if order_by_evidence else waiting()
+        for number, claims in enumerate(_batches(ordered, batch_size)):
             batch = ClaimBatch(
                 run=self.run,
                 submission_id=self.submission_id,

@@ -136,7 +136,7 @@ def test_every_listener_hears_which_contexts_have_claims_and_workers(
     listener.notices.clear()
     command("collect")
     assert listener.hears(ready=240, warm=0) == waiting
-    command("worker", TEST_ENGINE_CLAIM_SECONDS="0.1")
+    command("worker", VLLM_TEST_CLAIM_SECONDS="0.1")
     some = listener.hears(ready=None, warm=1)
     assert some.claims_ready + some.claims_in_flight <= 240
     assert some.context == waiting.context

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from random import Random
 
 import pytest
 
@@ -10,6 +11,7 @@ from services.broker import (
     Consumer,
     Counts,
     Declares,
+    Delivery,
     Outgoing,
     PrivateNode,
     Publisher,
@@ -50,6 +52,97 @@ def test_no_more_than_the_prefetch_is_taken(
     assert messages_in(node, QUEUE) == 3
     consumer.acknowledge([first])
     assert consumer.take(5)
+
+
+def take_all(consumer: Consumer) -> list[Delivery]:
+    """All that come before it is quiet."""
+    taken = []
+    while (delivery := consumer.take(0.5)) is not None:
+        taken.append(delivery)
+    return taken
+
+
+def test_the_prefetch_can_grow_and_shrink_and_nothing_is_lost_or_comes_twice(
+    address: BrokerAddress,
+) -> None:
+    publish(address, 40)
+    with new_consumer(address, 1) as consumer:
+        hand = take_all(consumer)
+        seen = list(hand)
+        for prefetch in (3, 5, 1, 2, 4, 1):
+            consumer.set_prefetch(prefetch)
+            came = take_all(consumer)
+            # What is in hand already stays there: only what is settled makes room.
+            assert len(hand + came) == max(len(hand), prefetch)
+            hand, seen = hand + came, seen + came
+            while hand:  # until all that was taken under another number is settled
+                consumer.acknowledge(hand)
+                hand = take_all(consumer)
+                seen += hand
+                if len(hand) == prefetch:
+                    break
+            assert len(hand) == min(prefetch, 40 - len(seen) + len(hand))
+        while hand:
+            consumer.acknowledge(hand)
+            hand = take_all(consumer)
+            seen += hand
+        assert sorted(int(delivery.body) for delivery in seen) == list(range(40))
+        assert {(delivery.attempt, delivery.redelivered) for delivery in seen} == {(1, False)}
+        assert {delivery.queue for delivery in seen} == {QUEUE}
+
+
+def test_a_prefetch_that_changes_while_work_goes_on_loses_and_doubles_nothing(
+    node: PrivateNode, address: BrokerAddress
+) -> None:
+    publish(address, 300)
+    chance = Random(7)
+    with new_consumer(address, 1) as consumer:
+        hand: list[Delivery] = []
+        seen: list[Delivery] = []
+        while len(seen) < 300:
+            consumer.set_prefetch(chance.randint(1, 5))
+            delivery = consumer.take(10 if not hand else 0.01)
+            if delivery is not None:
+                hand.append(delivery)
+                seen.append(delivery)
+            while hand and chance.random() < 0.6:
+                consumer.acknowledge([hand.pop(chance.randrange(len(hand)))])
+        consumer.acknowledge(hand)
+        assert take_all(consumer) == []
+    assert sorted(int(delivery.body) for delivery in seen) == list(range(300))
+    assert {delivery.attempt for delivery in seen} == {1}
+    assert messages_in(node, QUEUE) == 0
+
+
+def test_a_changed_prefetch_outlives_a_lost_connection(
+    node: PrivateNode, address: BrokerAddress
+) -> None:
+    publish(address, 9)
+    with new_consumer(address, 1) as consumer:
+        consumer.set_prefetch(4)
+        cut(consumer)  # in the midst of the change
+        first = consumer.take(10)
+        wait_until(lambda: messages_in(node, QUEUE) == 5, "four taken")
+        cut(consumer)
+        consumer.set_prefetch(2)  # while there is no connection
+        wait_until(lambda: messages_in(node, QUEUE) == 7, "two taken")
+        assert first and len(take_all(consumer)) == 2
+
+
+def test_a_prefetch_that_changes_as_the_drain_begins_leaves_nothing_in_our_hands(
+    node: PrivateNode, address: BrokerAddress
+) -> None:
+    publish(address, 50)
+    with new_consumer(address, 1) as consumer:
+        taken = consumer.take(5)
+        for prefetch in (5, 2, 4, 1, 3):
+            consumer.set_prefetch(prefetch)
+        consumer.stop_taking(5)
+        consumer.set_prefetch(6)
+        assert taken and take_all(consumer) == []
+        wait_until(lambda: messages_in(node, QUEUE) == 49, "all but one given back")
+        consumer.acknowledge([taken])
+    assert messages_in(node, QUEUE) == 49
 
 
 def test_heartbeats_go_on_while_a_batch_takes_long(

@@ -54,6 +54,10 @@ class RecordingBroker:
     def __init__(self) -> None:
         self.settled: list[tuple[str, int]] = []
         self.messages: list[Outgoing] = []
+        self.prefetch = 1
+
+    def set_prefetch(self, prefetch: int) -> None:
+        self.prefetch = prefetch
 
     def acknowledge(self, deliveries: Iterable[Delivery]) -> None:
         self.settled += [("acknowledged", delivery.tag) for delivery in deliveries]

@@ -277,6 +277,62 @@ def test_the_detail_of_a_death_is_cut_and_cleaned_to_fit_the_wire(
     assert "\0" not in sent
 
 
+# Trimming.
+
+
+def trimmed(batch: ClaimBatch, keep: int, broker: RecordingBroker) -> BatchInHand:
+    hand = BatchInHand(delivered(batch))
+    hand.trim(keep, broker, broker)  # type: ignore[arg-type]
+    return hand
+
+
+def test_what_is_trimmed_goes_back_at_once_and_unharmed_and_the_first_claims_stay(
+    batch: ClaimBatch, broker: RecordingBroker
+) -> None:
+    hand = trimmed(batch, 3, broker)
+    assert list(hand.open) == [0, 1, 2]
+    (message,) = broker.messages
+    assert Account.of([message]).returned == {f"c{n}": 0 for n in range(3, 7)}
+    assert broker.settled == []
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (2, 0, 1)])
+def test_a_trimmed_batch_is_acknowledged_only_after_its_rest_and_all_else_are_confirmed(
+    order: tuple[int, ...], batch: ClaimBatch, broker: RecordingBroker
+) -> None:
+    hand = trimmed(batch, 3, broker)
+    answered(hand, [0, 1])
+    hand.bury(2, REFUSAL)
+    settle(hand, broker)
+    assert len({message.message_id for message in broker.messages}) == 3
+    assert Account.of(broker.messages).all() == Counter(claim.claim_id for claim in batch.claims)
+    for number in order:
+        assert broker.settled == []
+        broker.confirm(broker.messages[number])
+    assert broker.settled == [("acknowledged", 7)]
+
+
+def test_a_rest_that_is_confirmed_before_anything_is_answered_acknowledges_nothing(
+    batch: ClaimBatch, broker: RecordingBroker
+) -> None:
+    hand = trimmed(batch, 3, broker)
+    broker.confirm(broker.messages[0])
+    assert broker.settled == []
+    answered(hand, [0, 1, 2])
+    settle(hand, broker)
+    assert broker.settled == []
+    broker.confirm(broker.messages[1])
+    assert broker.settled == [("acknowledged", 7)]
+
+
+def test_a_trimmed_batch_that_nobody_began_does_not_go_back_whole(
+    batch: ClaimBatch, broker: RecordingBroker
+) -> None:
+    settle(trimmed(batch, 3, broker), broker)
+    assert Account.of(broker.messages).all() == Counter(claim.claim_id for claim in batch.claims)
+    assert broker.settled == []
+
+
 # Messages over the bound.
 
 

@@ -72,6 +72,20 @@ def test_a_prompt_is_the_frame_the_constant_part_and_the_filled_template(
     )
 
 
+@pytest.mark.parametrize("spec", [PLAIN, CHAT, PromptSpec()], ids=["plain", "chat", "default"])
+@pytest.mark.parametrize("family", ["byte-level", "llama-3", "metaspace"])
+def test_prompts_with_the_same_evidence_begin_with_the_same_tokens_up_to_their_claims(
+    family: str,
+    spec: PromptSpec,
+    tokenizers: dict[str, ModelTokenizer],
+    raw: dict[str, Tokenizer],
+) -> None:
+    claims = [claim(text, "It was lit in 1874.") for text in ("It is old.", "Nobody lit it.")]
+    one, other = encoded(spec, tokenizers[family], *claims)
+    alike = next(n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    assert shown(one[:alike], raw[family]).rstrip().endswith("It was lit in 1874.\nClaim:")
+
+
 def test_without_chat_there_is_no_frame(
     tokenizer: ModelTokenizer, raw: dict[str, Tokenizer]
 ) -> None:

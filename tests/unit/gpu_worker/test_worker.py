@@ -1,6 +1,7 @@
 """What a worker does with one batch; that it takes and drains batches is shown on a real broker."""
 
 import gc
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,6 +28,9 @@ from services.contracts import (
 )
 from services.contracts.errors import EngineRequestError, ModelError
 from services.gpu_worker import Worker
+from services.gpu_worker.in_hand import Signature
+from services.gpu_worker.news import News
+from services.gpu_worker.serving import Serving
 from tests.unit.gpu_worker.conftest import RecordingBroker, delivered
 
 UNUSABLE = PromptSpec(labels=(Label(name="A", word="True"), Label(name="B", word="True")))
@@ -39,17 +43,19 @@ def spec(model_dir: Path) -> ContextSpec:
 
 
 @pytest.fixture
-def worker(spec: ContextSpec, tmp_path: Path) -> Iterator[Worker]:
-    made = Worker(spec, DEVICE, load_settings(runtime_dir=tmp_path / "run"))
+def worker(spec: ContextSpec, tmp_path: Path) -> Iterator[Serving]:
+    signature = Signature("worker-1", DEVICE.name)
+    settings = load_settings(runtime_dir=tmp_path / "run")
+    made = Serving(spec, DEVICE, settings, signature, News(), threading.Event())
     yield made
-    made._engine.close()
+    made.close()
 
 
 Answers = Callable[[int, Exception | None], None]
 
 
 @pytest.fixture
-def engine_answers(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> Answers:
+def engine_answers(worker: Serving, monkeypatch: pytest.MonkeyPatch) -> Answers:
     """`engine_answers(2, error)`: the engine answers the first two prompts and fails then."""
 
     def set_up(answers: int, failure: Exception | None = None) -> None:
@@ -75,7 +81,7 @@ def batch_of(spec: ContextSpec, prompt: PromptSpec | None = None, claims: int = 
     )
 
 
-def see_through(worker: Worker, delivery: Delivery, broker: RecordingBroker) -> None:
+def see_through(worker: Serving, delivery: Delivery, broker: RecordingBroker) -> None:
     worker._see_through(delivery, broker, broker)  # type: ignore[arg-type]
 
 
@@ -106,7 +112,7 @@ def returned_in(broker: RecordingBroker) -> list[str]:
 def test_what_is_no_batch_is_set_aside_with_the_reason_and_then_acknowledged(
     changes: dict[str, object],
     why: str,
-    worker: Worker,
+    worker: Serving,
     spec: ContextSpec,
     broker: RecordingBroker,
 ) -> None:
@@ -122,7 +128,7 @@ def test_what_is_no_batch_is_set_aside_with_the_reason_and_then_acknowledged(
     assert broker.settled == [("acknowledged", 7)]
 
 
-def test_a_batch_for_another_context_is_set_aside(worker: Worker, broker: RecordingBroker) -> None:
+def test_a_batch_for_another_context_is_set_aside(worker: Serving, broker: RecordingBroker) -> None:
     other = batch_of(ContextSpec(model="org/other"))
     see_through(worker, delivered(other), broker)
     (message,) = broker.messages
@@ -134,7 +140,7 @@ def test_a_batch_for_another_context_is_set_aside(worker: Worker, broker: Record
 
 
 def test_a_batch_is_answered_and_acknowledged_once_its_verdicts_are_confirmed(
-    worker: Worker, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+    worker: Serving, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
 ) -> None:
     engine_answers(3)
     see_through(worker, delivered(batch_of(spec), earlier=2), broker)
@@ -149,7 +155,7 @@ def test_a_batch_is_answered_and_acknowledged_once_its_verdicts_are_confirmed(
 
 
 def test_dead_claims_go_to_their_queue_and_the_batch_is_acknowledged_after_the_last(
-    worker: Worker, spec: ContextSpec, broker: RecordingBroker
+    worker: Serving, spec: ContextSpec, broker: RecordingBroker
 ) -> None:
     batch = batch_of(spec, UNUSABLE)
     see_through(worker, delivered(batch, earlier=4), broker)
@@ -164,6 +170,39 @@ def test_dead_claims_go_to_their_queue_and_the_batch_is_acknowledged_after_the_l
     assert broker.settled == [("acknowledged", 7)]
 
 
+# A batch that is larger than the horizon.
+
+
+def test_the_first_batch_is_cut_to_what_any_engine_can_finish_and_the_rest_goes_back(
+    worker: Serving, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+) -> None:
+    engine_answers(200)
+    see_through(worker, delivered(batch_of(spec, claims=200)), broker)
+    ids = [f"c{n}" for n in range(200)]
+    assert (verdicts_in(broker), returned_in(broker)) == (ids[:64], ids[64:])
+    for message in broker.messages:
+        assert broker.settled == []
+        broker.confirm(message)
+    assert broker.settled == [("acknowledged", 7)]
+
+
+def test_an_engine_that_turns_out_fast_gets_as_many_batches_as_it_may_have(
+    worker: Serving, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+) -> None:
+    engine_answers(64)
+    see_through(worker, delivered(batch_of(spec, claims=64)), broker)
+    assert broker.prefetch == worker._settings.batches_in_flight
+    see_through(worker, delivered(batch_of(spec, claims=200)), broker)
+    assert returned_in(broker) == []
+
+
+def test_a_batch_that_an_engine_failed_with_elsewhere_is_not_cut(
+    worker: Serving, spec: ContextSpec, broker: RecordingBroker
+) -> None:
+    see_through(worker, delivered(batch_of(spec, claims=200), failures=1), broker)
+    assert broker.messages == [] and len(worker._suspects[0].open) == 200
+
+
 # A batch that the engine fails with.
 
 
@@ -172,7 +211,7 @@ def test_dead_claims_go_to_their_queue_and_the_batch_is_acknowledged_after_the_l
 def test_a_batch_that_the_engine_fails_with_is_a_suspect_and_not_settled_yet(
     failure: Exception | None,
     answers: int,
-    worker: Worker,
+    worker: Serving,
     spec: ContextSpec,
     broker: RecordingBroker,
     engine_answers: Answers,
@@ -187,7 +226,7 @@ def test_a_batch_that_the_engine_fails_with_is_a_suspect_and_not_settled_yet(
 # httpcore leaves a socket that could not connect to Python's garbage collector.
 @pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 def test_a_batch_for_an_engine_that_is_not_there_is_a_suspect(
-    worker: Worker, spec: ContextSpec, broker: RecordingBroker
+    worker: Serving, spec: ContextSpec, broker: RecordingBroker
 ) -> None:
     see_through(worker, delivered(batch_of(spec)), broker)
     gc.collect()
@@ -195,7 +234,7 @@ def test_a_batch_for_an_engine_that_is_not_there_is_a_suspect(
 
 
 def test_a_batch_that_an_engine_failed_with_elsewhere_is_examined_before_it_is_asked_in_company(
-    worker: Worker, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+    worker: Serving, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
 ) -> None:
     engine_answers(3)
     see_through(worker, delivered(batch_of(spec), failures=1), broker)
@@ -208,7 +247,7 @@ def test_a_batch_that_an_engine_failed_with_elsewhere_is_examined_before_it_is_a
 @pytest.mark.parametrize("answers", [1, 2])
 def test_a_batch_that_is_broken_off_has_its_verdicts_and_the_rest_goes_back_unblamed(
     answers: int,
-    worker: Worker,
+    worker: Serving,
     spec: ContextSpec,
     broker: RecordingBroker,
     engine_answers: Answers,
@@ -223,7 +262,7 @@ def test_a_batch_that_is_broken_off_has_its_verdicts_and_the_rest_goes_back_unbl
 
 
 def test_a_batch_that_is_broken_off_before_the_first_answer_is_given_back_whole(
-    worker: Worker, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+    worker: Serving, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
 ) -> None:
     engine_answers(0, Interrupted("interrupted"))
     see_through(worker, delivered(batch_of(spec)), broker)
@@ -234,10 +273,10 @@ def test_a_batch_that_is_broken_off_before_the_first_answer_is_given_back_whole(
 
 
 def test_a_cancelled_batch_is_dropped_unanswered_and_others_are_not(
-    worker: Worker, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+    worker: Serving, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
 ) -> None:
     engine_answers(3)
-    worker._hear(encode(Notice(cancelled=("sub-0", "sub-1"))))
+    worker._news.hear(encode(Notice(cancelled=("sub-0", "sub-1"))))
     see_through(worker, delivered(batch_of(spec)), broker)
     assert (broker.messages, broker.settled) == ([], [("acknowledged", 7)])
     wanted = batch_of(spec).model_copy(update={"submission_id": "sub-2"})
@@ -246,29 +285,29 @@ def test_a_cancelled_batch_is_dropped_unanswered_and_others_are_not(
 
 
 def test_a_cancelled_suspect_is_dropped_as_well(
-    worker: Worker, spec: ContextSpec, broker: RecordingBroker
+    worker: Serving, spec: ContextSpec, broker: RecordingBroker
 ) -> None:
-    worker._hear(encode(Notice(cancelled=("sub-1",))))
+    worker._news.hear(encode(Notice(cancelled=("sub-1",))))
     see_through(worker, delivered(batch_of(spec), failures=2), broker)
     assert (broker.settled, worker._suspects) == ([("acknowledged", 7)], [])
 
 
 def test_the_latest_notice_replaces_what_was_said_before(
-    worker: Worker, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+    worker: Serving, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
 ) -> None:
     engine_answers(3)
-    worker._hear(encode(Notice(cancelled=("sub-1",))))
-    worker._hear(encode(Notice()))
+    worker._news.hear(encode(Notice(cancelled=("sub-1",))))
+    worker._news.hear(encode(Notice()))
     see_through(worker, delivered(batch_of(spec)), broker)
     assert verdicts_in(broker) == ["c0", "c1", "c2"]
 
 
 @pytest.mark.parametrize("body", [b"", b"{}x", b'{"cancelled": [""]}', b'{"schema_version": 2}'])
 def test_a_notice_that_is_none_changes_nothing(
-    body: bytes, worker: Worker, spec: ContextSpec, broker: RecordingBroker
+    body: bytes, worker: Serving, spec: ContextSpec, broker: RecordingBroker
 ) -> None:
-    worker._hear(encode(Notice(cancelled=("sub-1",))))
-    worker._hear(body)
+    worker._news.hear(encode(Notice(cancelled=("sub-1",))))
+    worker._news.hear(body)
     see_through(worker, delivered(batch_of(spec)), broker)
     assert broker.settled == [("acknowledged", 7)]
 
@@ -290,4 +329,4 @@ def test_two_workers_have_two_names(spec: ContextSpec, tmp_path: Path) -> None:
     assert workers[0]._signature.worker_id != workers[1]._signature.worker_id
     assert workers[0]._signature.device == "Xeon"
     for worker in workers:
-        worker._engine.close()
+        worker._only.close()  # type: ignore[union-attr]

@@ -243,6 +243,41 @@ def test_finished_claims_are_counted_but_not_sent(desk: Desk) -> None:
     assert asked == [f"c{n}" for n in range(10)]
 
 
+def evidence_rows(count: int) -> list[dict[str, Any]]:
+    return [
+        {"id": f"c{n}", "claim": f"Claim {n}.", "evidence": f"Evidence {n % 3}."}
+        for n in range(count)
+    ]
+
+
+def test_claims_that_share_evidence_travel_in_the_same_batch_with_their_places_in_the_file(
+    desk: Desk,
+) -> None:
+    desk.submit(desk.write(evidence_rows(9)), batch_size=3)
+    assert [
+        [(claim.position, claim.evidence) for claim in batch.claims]
+        for batch in desk.publisher.batches
+    ] == [[(n + 3 * k, f"Evidence {n}.") for k in range(3)] for n in range(3)]
+    assert len({batch.batch_id for batch in desk.publisher.batches}) == 3
+
+
+def test_claims_keep_the_files_order_where_that_is_wanted_and_the_run_is_the_same(
+    desk: Desk,
+) -> None:
+    path = desk.write(evidence_rows(9))
+    desk.submit(path, order_by_evidence=False)
+    assert desk.publisher.claim_ids == [f"c{n}" for n in range(9)]
+    run_id = desk.submission.run.run_id
+    desk.submit(path)
+    assert desk.publisher.claim_ids != [f"c{n}" for n in range(9)]
+    assert desk.submission.run.run_id == run_id
+
+
+def test_a_run_that_is_sent_again_sends_what_is_not_finished_with_its_evidence(desk: Desk) -> None:
+    desk.submit(desk.write(evidence_rows(9)), batch_size=2, finished=lambda _: {"c0", "c4", "c5"})
+    assert desk.publisher.claim_ids == ["c1", "c7", "c2", "c8", "c3", "c6"]
+
+
 def test_when_all_is_finished_only_the_announcements_are_sent(desk: Desk) -> None:
     totals = desk.submit(
         desk.write(rows(5)), finished=lambda claims: [claim.claim_id for claim in claims]

@@ -1,0 +1,71 @@
+"""A message in our hands: what it holds, how often it came, and how it is set aside."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from services.broker.publisher import Outgoing
+from services.contracts import topology
+from services.contracts.errors import MessageInvalid
+from services.contracts.wire import CONTENT_TYPE, Message, decode
+
+_DELIVERY_COUNT = "x-delivery-count"
+_MOST_REASON_CHARS = 1_000
+_MOST_FAILURES = 1_000_000
+
+M = TypeVar("M", bound=Message)
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A message in our hands. Until it is settled it is the broker's, and comes again if we die."""
+
+    queue: str
+    body: bytes
+    headers: Mapping[str, Any]
+    message_id: str
+    redelivered: bool
+    tag: int
+    epoch: int
+    content_type: str = CONTENT_TYPE
+    kind: str = ""
+    consumer: str = ""
+
+    @property
+    def attempt(self) -> int:
+        """1 for the first delivery; quorum queues count the earlier ones. It is only reported, so
+        a count that is none is no reason to refuse the message.
+        """
+        count = self.headers.get(_DELIVERY_COUNT, 0)
+        return count + 1 if isinstance(count, int) and 0 <= count < 2**31 - 1 else 1
+
+    def message(self, kind: type[M]) -> M:
+        """The message that it holds. Raises MessageInvalid, naming what is wrong with it."""
+        if self.content_type != CONTENT_TYPE:
+            raise MessageInvalid(f"its content type is {self.content_type!r}, not {CONTENT_TYPE}")
+        if self.kind != kind.__name__:
+            raise MessageInvalid(f"its type is {self.kind!r}, not {kind.__name__}")
+        return decode(kind, self.body)
+
+    @property
+    def failures(self) -> int:
+        """Failures of an engine that its claims were part of. Raises MessageInvalid."""
+        count = self.headers.get(topology.FAILURES_HEADER, 0)
+        if not isinstance(count, int) or not 0 <= count < _MOST_FAILURES:
+            raise MessageInvalid(f"its header {topology.FAILURES_HEADER} is no count")
+        return count
+
+    def refused(self, reason: str, on_confirmed: Callable[[], None]) -> Outgoing:
+        """The message as one for `dead-messages`, with the reason beside it."""
+        return Outgoing(
+            topology.DEAD_EXCHANGE,
+            topology.DEAD_MESSAGES_QUEUE,
+            self.body,
+            message_id=self.message_id,
+            kind=self.kind,
+            headers={
+                topology.REASON_HEADER: reason[:_MOST_REASON_CHARS],
+                topology.ORIGIN_HEADER: self.queue,
+            },
+            on_confirmed=on_confirmed,
+        )

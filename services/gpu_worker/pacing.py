@@ -1,0 +1,92 @@
+"""How much work a worker keeps in hand: what it finishes within its horizon, by its own speed."""
+
+import math
+import threading
+import time
+from collections.abc import Callable
+
+# How far back the rate remembers, in seconds of the engine's work.
+_MEMORY_SECONDS = 30.0
+# Before the rate is known: enough to learn it from, and little enough for a slow engine to finish.
+_FIRST_CLAIMS = 64
+# Fewer would leave an engine that batches by itself half empty, and make crumbs of a batch.
+_LEAST_CLAIMS = 8
+# A batch that is a little too large is not worth a message.
+_TRIM_FROM = 1.5
+
+
+class Pace:
+    """Measures claims/s while the engine works, and says how many claims and batches that allows.
+
+    Several batches are at the engine at once, so a batch's own seconds say little. Each is charged
+    its share instead: a second with n batches at the engine costs each a nth of it. Shares add up
+    to the time in which the engine had work, and idle time is nobody's. Any thread may ask.
+    """
+
+    def __init__(
+        self,
+        horizon_seconds: float,
+        most_batches: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._horizon_seconds = horizon_seconds
+        self._most_batches = most_batches
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._at_engine = 0
+        self._share = 0.0  # what a batch would have been charged that is there since the beginning
+        self._looked = clock()
+        self._claims = self._seconds = 0.0  # both fade, so that their ratio follows the engine
+        self._mean_batch: float | None = None
+
+    @property
+    def rate(self) -> float | None:
+        """Claims/s; None until a batch has been answered."""
+        return self._claims / self._seconds if self._seconds else None
+
+    @property
+    def allowance(self) -> int:
+        """How many claims the worker may have in hand."""
+        rate = self.rate
+        if rate is None:
+            return _FIRST_CLAIMS
+        return max(1, math.floor(self._horizon_seconds * rate))
+
+    @property
+    def batches(self) -> int:
+        """How many batches of the size that came lately make the allowance."""
+        if self._mean_batch is None:
+            return 1
+        return max(1, min(self._most_batches, math.floor(self.allowance / self._mean_batch)))
+
+    def take(self, claims: int) -> int:
+        """A batch came with so many claims: how many of them to keep."""
+        with self._lock:
+            mean = self._mean_batch
+            self._mean_batch = claims if mean is None else mean + (claims - mean) / 4
+        allowance = max(self.allowance, _LEAST_CLAIMS)
+        return allowance if claims >= _TRIM_FROM * allowance else claims
+
+    def begin(self) -> float:
+        """A batch goes to the engine. Give what this returns to `end`."""
+        with self._lock:
+            self._look()
+            self._at_engine += 1
+            return self._share
+
+    def end(self, begun: float, claims: int) -> None:
+        """It is back, with `claims` answered; 0 where the engine failed, which is no measure."""
+        with self._lock:
+            self._look()
+            self._at_engine -= 1
+            seconds = self._share - begun
+            if claims and seconds > 0:
+                left = math.exp(-seconds / _MEMORY_SECONDS)
+                self._claims = self._claims * left + claims
+                self._seconds = self._seconds * left + seconds
+
+    def _look(self) -> None:
+        now = self._clock()
+        if self._at_engine:
+            self._share += (now - self._looked) / self._at_engine
+        self._looked = now

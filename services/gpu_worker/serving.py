@@ -1,0 +1,256 @@
+"""One context, served: batches taken, answered, acknowledged once that is safe, and a drain."""
+
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+import structlog
+
+from services.broker import BrokerAddress, Consumer, Delivery, Outgoing, Publisher
+from services.contexts.attachment import Attachment
+from services.contexts.completions import Interrupted
+from services.contexts.device import Device
+from services.contexts.plan import EnginePlan
+from services.contracts import ContextReady, ContextSpec, Settings, StartupPhases, topology
+from services.contracts.errors import BrokerUnreachable, MessageInvalid
+from services.gpu_worker.examination import Examination
+from services.gpu_worker.in_hand import BatchInHand, Signature
+from services.gpu_worker.inference import Inference
+from services.gpu_worker.news import News
+from services.gpu_worker.pacing import Pace
+from services.gpu_worker.tokenizer import ModelTokenizer
+
+_TAKE_SECONDS = 0.2
+
+log = structlog.get_logger(__name__)
+
+
+class Serving:
+    """A worker's time with one context, from the lease on its engine to the drain.
+
+    Threads: the caller's takes batches and minds the engine; `batches_in_flight` pool threads each
+    see one batch through, so that the engine's continuous batching stays full; each link to the
+    broker has its own. A batch is acknowledged after the broker has confirmed all that became of
+    it. One that an engine failed with is a suspect, and is examined while there is no other job.
+    """
+
+    def __init__(
+        self,
+        spec: ContextSpec,
+        device: Device,
+        settings: Settings,
+        signature: Signature,
+        news: News,
+        stop: threading.Event,
+    ) -> None:
+        """Raises ModelError or UsageError before anything is started."""
+        self.spec = spec
+        self._settings = settings
+        self._signature = signature
+        self._news = news
+        self._stop = stop
+        tokenizer = ModelTokenizer.load(spec)
+        self._engine = Attachment(EnginePlan.of(spec, device, settings), settings)
+        self._inference = Inference(
+            tokenizer, self._engine.client, max_model_tokens=spec.max_model_tokens
+        )
+        self._examination = Examination(self._engine, self._inference, settings, stop)
+        self._suspects: list[BatchInHand] = []
+        self._pace = Pace(settings.horizon_seconds, settings.batches_in_flight)
+        self._announced = 0
+        self._had_work_at = self._ready_at = time.monotonic()
+
+    @property
+    def claims_per_second(self) -> float | None:
+        """As measured on this context; None until a batch was answered."""
+        return self._pace.rate
+
+    @property
+    def idle_seconds(self) -> float:
+        """How long the queue has given nothing; 0 while there is work in hand."""
+        return time.monotonic() - self._had_work_at
+
+    @property
+    def ready_seconds(self) -> float:
+        """How long the context has been ready."""
+        return time.monotonic() - self._ready_at
+
+    def run(self, publisher: Publisher, leave: Callable[[], bool]) -> None:
+        """Serve until `stop` is set or `leave`, asked several times a second, says so; then drain.
+
+        Raises BrokerError when the broker cannot be used, EngineStartError when there is no engine;
+        claims in hand are given back before.
+        """
+        # Claims are taken only once there is an engine for them. An engine that never ran here is
+        # misconfigured: that is said now, not after several tries.
+        if not self._examination.start_engine(attempts=1):
+            return
+        self._announce(publisher)
+        self._ready_at = self._had_work_at = time.monotonic()
+        with Consumer(
+            BrokerAddress.from_settings(self._settings),
+            "worker-claims",
+            queues=[topology.claims_queue(self.spec.context_id)],
+            prefetch=self._pace.batches,
+            on_notice=self._news.hear,
+            listener=self._signature.worker_id,
+        ).open(self._settings.broker_connect_timeout_seconds) as consumer:
+            self._serve(consumer, publisher, leave)
+
+    def tell_demand(self) -> None:
+        """Let the keeper know what waits: it may have to choose which engine goes."""
+        self._engine.tell_demand(
+            {line.context.context_id: line.claims_ready for line in self._news.contexts}
+        )
+
+    def close(self) -> None:
+        """Give the engine back. It stays warm for whoever comes next."""
+        self._engine.close()
+
+    def _announce(self, publisher: Publisher) -> None:
+        """Tell the collector what it took until there was an engine, once for each."""
+        if self._engine.starts == self._announced:
+            return
+        self._announced = self._engine.starts
+        startup_id = secrets.token_hex(8)
+        ready = ContextReady(
+            startup_id=startup_id,
+            worker_id=self._signature.worker_id,
+            context_id=self.spec.context_id,
+            device=self._signature.device,
+            warm=self._engine.warm,
+            seconds=self._engine.seconds,
+            phases=self._engine.phases or StartupPhases(),
+        )
+        publisher.publish(
+            Outgoing.of(
+                ready,
+                topology.VERDICTS_EXCHANGE,
+                topology.VERDICTS_QUEUE,
+                message_id=f"startup-{startup_id}",
+            )
+        )
+
+    def _serve(self, consumer: Consumer, publisher: Publisher, leave: Callable[[], bool]) -> None:
+        pool = ThreadPoolExecutor(self._settings.batches_in_flight, thread_name_prefix="batch")
+        work: set[Future[None]] = set()
+        log.info("worker.taking", worker=self._signature.worker_id)
+        try:
+            while not self._stop.is_set() and not leave():
+                _raise_bugs(work)
+                if work:
+                    self._had_work_at = time.monotonic()
+                if self._suspects or not self._engine.alive:
+                    if work:  # whoever asks a dead engine comes back at once
+                        wait(work, timeout=_TAKE_SECONDS)
+                        continue
+                    if not self._engine_is_well():
+                        break
+                    self._announce(publisher)
+                    if self._suspects:  # as the only job, so that nobody else is at the engine
+                        work.add(pool.submit(self._examine, consumer, publisher))
+                    continue
+                delivery = consumer.take(_TAKE_SECONDS)
+                if delivery is not None:
+                    self._had_work_at = time.monotonic()
+                    work.add(pool.submit(self._see_through, delivery, consumer, publisher))
+        finally:
+            self._drain(pool, work, consumer, publisher)
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _see_through(self, delivery: Delivery, consumer: Consumer, publisher: Publisher) -> None:
+        """On a pool thread: from a delivery to its settlement, or to the suspects."""
+        try:
+            hand = BatchInHand(delivery)
+            run = hand.batch.run
+            if run.context.context_id != self.spec.context_id:
+                raise MessageInvalid("the batch wants another context than its queue's")
+        except MessageInvalid as error:
+            log.error("batch.refused", reason=str(error), message_id=delivery.message_id)
+            publisher.publish(
+                delivery.refused(str(error), lambda: consumer.acknowledge([delivery]))
+            )
+            return
+        if hand.batch.submission_id in self._news.cancelled:
+            log.info("batch.cancelled", run=run.run_id, claims=len(hand.open))
+            consumer.acknowledge([delivery])
+            return
+        if hand.suspect:
+            self._suspects.append(hand)
+            return
+        self._trim(hand, consumer, publisher)
+        places = list(hand.open)
+        begun = self._pace.begin()
+        outcome = self._inference.infer(run.prompt, hand.claims(places))
+        self._pace.end(begun, 0 if outcome.failure else len(outcome.verdicts))
+        consumer.set_prefetch(self._pace.batches)
+        hand.note(places, outcome)
+        if hand.open and not isinstance(outcome.failure, Interrupted):
+            log.warning("batch.failed", claims=len(hand.open), reason=str(outcome.failure))
+            self._examination.note_failure(outcome.failure)
+            hand.blame(places)
+            self._suspects.append(hand)
+            return
+        hand.settle(consumer, publisher, self._signature)
+
+    def _trim(self, hand: BatchInHand, consumer: Consumer, publisher: Publisher) -> None:
+        """Keep what is finished within the horizon; someone faster may have the rest."""
+        claims = len(hand.open)
+        keep = self._pace.take(claims)
+        consumer.set_prefetch(self._pace.batches)
+        if keep < claims:
+            log.debug("batch.trimmed", kept=keep, returned=claims - keep)
+            hand.trim(keep, consumer, publisher)
+
+    def _engine_is_well(self) -> bool:
+        if self._engine.alive:
+            return True
+        log.error("engine.died", log=str(self._engine.log_file))
+        return self._examination.start_engine(self._settings.engine_start_attempts)
+
+    def _examine(self, consumer: Consumer, publisher: Publisher) -> None:
+        """On a pool thread: the first suspect, to its settlement, or until told to stop."""
+        hand = self._suspects.pop(0)
+        try:
+            self._examination.examine(hand)
+        finally:
+            hand.settle(consumer, publisher, self._signature)
+
+    def _drain(
+        self,
+        pool: ThreadPoolExecutor,
+        work: set[Future[None]],
+        consumer: Consumer,
+        publisher: Publisher,
+    ) -> None:
+        """Finish what can be finished in the grace period; return the rest, claim by claim."""
+        # The other half is for the confirmations and for the engine's own end.
+        deadline = time.monotonic() + 0.5 * self._settings.grace_seconds
+        log.info("worker.draining", batches_in_hand=len(work) + len(self._suspects))
+        consumer.stop_taking(timeout_seconds=2.0)
+        if self._engine.alive:
+            wait(work, timeout=max(0.0, deadline - time.monotonic()))
+        # Each thread in the midst of a batch now publishes what was answered and returns the rest.
+        self._engine.client.interrupt()
+        confirmations = 0.15 * self._settings.grace_seconds
+        wait(work, timeout=confirmations / 2)
+        returned = [
+            pool.submit(hand.settle, consumer, publisher, self._signature)
+            for hand in self._suspects
+        ]
+        wait(returned, timeout=confirmations / 2)
+        try:
+            publisher.flush(timeout_seconds=confirmations)
+        except BrokerUnreachable as error:
+            # Their batches were not acknowledged: someone else will answer them again.
+            log.warning("verdicts.unconfirmed", reason=str(error))
+        log.info("worker.drained")
+
+
+def _raise_bugs(work: set[Future[None]]) -> None:
+    """Forget what is done; a bug in a job ends the worker, loudly."""
+    for done in [future for future in work if future.done()]:
+        work.remove(done)
+        done.result()
