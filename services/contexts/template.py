@@ -231,6 +231,7 @@ def main() -> None:
         os.unlink(path)  # noqa: PTH108
     # Complete before anybody can see it: who finds the socket finds the listener.
     listener.bind(f"{path}.new")
+    os.chmod(f"{path}.new", 0o600)  # noqa: PTH101
     listener.listen(16)
     sys.stdout.write(f"imported {module} in {time.monotonic() - started:.2f} s\n")
     sys.stdout.flush()

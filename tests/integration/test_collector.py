@@ -35,7 +35,7 @@ def answered(command: Start, node: PrivateNode, broker) -> str:
     submitting = command("submit", CLAIMS, "--batch-size", "8", KEEPWARM_STORE_URL="")
     assert submitting.wait() == 0, submitting.output
     worker = command("worker")
-    wait_until(lambda: messages_in(node, topology.VERDICTS_QUEUE) == 30, "30 batches of verdicts")
+    wait_until(lambda: messages_in(node, topology.VERDICTS_QUEUE) == 31, "30 batches and a start")
     worker.signal(signal.SIGTERM)
     assert worker.wait() == 0
     return submitting.lines[-1].strip()

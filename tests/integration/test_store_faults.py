@@ -38,7 +38,7 @@ def answered(command: Start, node: PrivateNode) -> str:
     """A run whose verdicts, in thirty messages, all wait at the broker."""
     run_id = submit(command, CLAIMS, "--batch-size", "8", KEEPWARM_STORE_URL="")
     worker = command("worker")
-    wait_until(lambda: messages_in(node, topology.VERDICTS_QUEUE) == 30, "30 batches of verdicts")
+    wait_until(lambda: messages_in(node, topology.VERDICTS_QUEUE) == 31, "30 batches and a start")
     end_well(worker)
     return run_id
 
@@ -85,7 +85,7 @@ def test_what_was_committed_and_never_acknowledged_comes_again_and_is_counted_as
         wait_until(lambda: _done(environment, answered) == 240, "all committed")
         collecting.signal(signal.SIGKILL)
         collecting.wait()
-    wait_until(lambda: messages_in(node, topology.VERDICTS_QUEUE) == 30, "all back in the queue")
+    wait_until(lambda: messages_in(node, topology.VERDICTS_QUEUE) == 31, "all back in the queue")
     again = command("collect")
     wait_until(lambda: _duplicates(environment, answered) == 240, "all counted as duplicates")
     assert_complete(environment, answered)
