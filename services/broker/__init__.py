@@ -4,7 +4,7 @@ from services.broker.address import BrokerAddress
 from services.broker.consumer import Consumer, Delivery
 from services.broker.private_node import PrivateNode
 from services.broker.publisher import Outgoing, Publisher
-from services.broker.queue_counts import Counts, QueueCount
+from services.broker.queue_counts import Counts
 from services.broker.topology import Declares
 
 __all__ = [
@@ -16,5 +16,4 @@ __all__ = [
     "Outgoing",
     "PrivateNode",
     "Publisher",
-    "QueueCount",
 ]

@@ -9,6 +9,7 @@ import structlog
 
 from services.broker import BrokerAddress, Consumer, Declares, Delivery, Outgoing, Publisher
 from services.collector.directory import Directory
+from services.collector.fleet import Fleet
 from services.collector.returns import NotAnnounced, send_on
 from services.collector.store import Incoming, Store
 from services.contracts import (
@@ -19,6 +20,7 @@ from services.contracts import (
     RunAnnouncement,
     Settings,
     VerdictBatch,
+    WorkerReport,
     topology,
 )
 from services.contracts.backoff import growing_pause
@@ -61,7 +63,8 @@ class Collector:
         self._finish = threading.Event()
         self._notice_due = 0.0
         self._noticed = False
-        self._directory = Directory(store, settings)
+        self._fleet = Fleet()
+        self._directory = Directory(store, settings, self._fleet)
         # Returned before their announcement came, each with the time until which we wait for it.
         self._early: list[tuple[ClaimBatch, Delivery, float]] = []
         self.waiting_for: str | None = None
@@ -121,8 +124,9 @@ class Collector:
     def _collect_once(
         self, consumer: Consumer, publisher: Publisher, on_commit: Callable[[Incoming], None]
     ) -> bool:
-        """One transaction of what has come. False when nothing had."""
+        """One transaction of what has come. False when nothing had that is to be written."""
         incoming = Incoming()
+        reports: list[Delivery] = []
         taken: list[Delivery] = []
         returned: list[tuple[ClaimBatch, Delivery]] = []
         deadline: float | None = None
@@ -142,11 +146,16 @@ class Collector:
                     batch = delivery.message(ClaimBatch)
                     incoming.returned.append(batch)
                     returned.append((batch, delivery))
+                elif _is_report(delivery):
+                    self._fleet.note(delivery.message(WorkerReport))
+                    reports.append(delivery)
                 else:
                     claims += _add(incoming, delivery)
                     taken.append(delivery)
             except MessageInvalid as error:
                 _refuse(delivery, error, consumer, publisher)
+        if reports:  # nothing of them is stored, so no commit is waited for
+            consumer.acknowledge(reports)
         if (taken or returned) and self._write(incoming):
             consumer.acknowledge(taken)
             on_commit(incoming)
@@ -229,6 +238,10 @@ def _says_so(until: Callable[[], bool]) -> bool:
         return until()
     except StoreError:
         return False  # asked again
+
+
+def _is_report(delivery: Delivery) -> bool:
+    return delivery.queue == topology.VERDICTS_QUEUE and delivery.kind == WorkerReport.__name__
 
 
 def _add(incoming: Incoming, delivery: Delivery) -> int:

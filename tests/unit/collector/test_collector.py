@@ -5,13 +5,14 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import select
 
-from services.broker import Counts, Delivery, Outgoing, QueueCount
+from services.broker import Counts, Delivery, Outgoing
 from services.collector import Collector, Incoming, Store, find_run, run_status
 from services.collector.schema import startups
 from services.contracts import ClaimBatch, Notice, Run, decode, encode, load_settings, topology
@@ -24,6 +25,7 @@ QUEUES = {
     "DeadClaim": topology.DEAD_CLAIMS_QUEUE,
     "ClaimBatch": topology.RETURNS_QUEUE,
     "ContextReady": topology.VERDICTS_QUEUE,
+    "WorkerReport": topology.VERDICTS_QUEUE,
 }
 KINDS = {
     queue: kind
@@ -64,7 +66,7 @@ class Deliveries:
         self.given_back += [delivery.tag for delivery in deliveries]
 
     def ask_counts(self, queues: Sequence[str], heard: Callable[[Counts], None]) -> None:
-        heard({queue: QueueCount(messages=2, consumers=1) for queue in queues})
+        heard(dict.fromkeys(queues, 2))
 
 
 class RecordingPublisher:
@@ -215,6 +217,65 @@ def test_a_start_is_told_on_the_verdicts_queue_and_nowhere_else(
     body = encode(make.ready("start-1"))
     collect(store, Deliveries((topology.RUNS_QUEUE, body)), publisher=publisher)
     assert refused(publisher) == [(topology.RUNS_QUEUE, body)]
+
+
+def test_what_a_worker_reports_is_noted_and_acknowledged_and_nothing_of_it_is_stored(
+    store: Store, make: SimpleNamespace, run: Run, publisher: RecordingPublisher
+) -> None:
+    consumer = Deliveries(make.report("a"), make.batch(make.verdict(0)), make.report("b"))
+    heard: list[Incoming] = []
+    collector = collect(store, consumer, heard.append, publisher)
+    assert collector._fleet.workers_on(run.context.context_id) == 2
+    assert sorted(consumer.acknowledged) == [1, 2, 3]
+    assert heard == [make.incoming(make.batch(make.verdict(0)))]
+    assert publisher.messages == []
+
+
+def test_reports_alone_are_no_reason_to_commit_or_to_ask_whether_a_run_is_complete(
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    publisher: RecordingPublisher,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(store, "write", lambda _: pytest.fail("a transaction"))
+    collector = Collector(store, load_settings(store_commit_seconds=0.01))
+    consumer = Deliveries(make.report("a"), make.report("b"))
+    heard: list[Incoming] = []
+    assert collect_once(collector, consumer, publisher, heard.append) is False
+    assert (heard, consumer.acknowledged) == ([], [1, 2])
+    assert collector._fleet.workers_on(run.context.context_id) == 2
+
+
+def test_what_comes_behind_many_reports_is_in_the_same_transaction(
+    store: Store, make: SimpleNamespace, run: Run
+) -> None:
+    reports = [make.report(f"worker-{number}") for number in range(400)]
+    consumer = Deliveries(*reports, make.batch(make.verdict(0)))
+    collect(store, consumer, store_commit_seconds=60)
+    assert store.finished(run.run_id, ["c0"]) == {"c0"}
+
+
+def test_a_report_that_is_none_is_refused_and_changes_nothing(
+    store: Store, make: SimpleNamespace, run: Run, publisher: RecordingPublisher
+) -> None:
+    consumer = Deliveries(make.report("a"))
+    body = consumer._waiting[0].body.replace(b'"serving"', b'"asleep"')
+    consumer._waiting.append(replace(consumer._waiting[0], body=body, tag=2))
+    collector = collect(store, consumer, publisher=publisher)
+    assert refused(publisher) == [(topology.VERDICTS_QUEUE, body)]
+    assert consumer.acknowledged == [1]
+    assert collector._fleet.workers_on(run.context.context_id) == 1
+
+
+def test_a_report_comes_on_the_verdicts_queue_and_nowhere_else(
+    make: SimpleNamespace, store: Store, run: Run, publisher: RecordingPublisher
+) -> None:
+    consumer = Deliveries(make.report("a"))
+    consumer._waiting[0] = replace(consumer._waiting[0], queue=topology.RUNS_QUEUE)
+    collector = collect(store, consumer, publisher=publisher)
+    assert refused(publisher) == [(topology.RUNS_QUEUE, encode(make.report("a")))]
+    assert collector._fleet.workers_on(run.context.context_id) == 0
 
 
 def test_what_is_refused_goes_aside_with_its_reason(
@@ -442,6 +503,12 @@ def test_a_store_that_cannot_say_what_is_cancelled_does_not_end_the_collector(
     assert give_notice(Collector(store, load_settings()), publisher) == []
 
 
+@pytest.fixture
+def no_worker_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.collector.fleet.REPORT_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("no_worker_is_waited_for")
 def test_workers_hear_which_contexts_have_claims_as_soon_as_the_broker_told_of_them(
     store: Store, make: SimpleNamespace, run: Run, publisher: RecordingPublisher
 ) -> None:
@@ -449,11 +516,13 @@ def test_workers_hear_which_contexts_have_claims_as_soon_as_the_broker_told_of_t
     collector = Collector(store, load_settings(batch_size=100))
     assert give_notice(collector, publisher) == []
     collector._directory.ask(Deliveries())  # type: ignore[arg-type]
+    collect_once(collector, Deliveries(make.report("node-1")), publisher)
     assert give_notice(collector, publisher) == [()]
     (line,) = decode(Notice, publisher.messages[0].body).contexts
     assert (line.context, line.claims_ready, line.workers_warm) == (run.context, 2, 1)
 
 
+@pytest.mark.usefixtures("no_worker_is_waited_for")
 def test_the_last_notice_says_that_there_is_nothing_more(
     store: Store, make: SimpleNamespace, run: Run, publisher: RecordingPublisher
 ) -> None:
