@@ -5,7 +5,7 @@ from services.broker.consumer import Consumer
 from services.broker.delivery import Delivery
 from services.broker.private_node import PrivateNode
 from services.broker.publisher import Outgoing, Publisher
-from services.broker.queue_counts import Counts, QueueCount
+from services.broker.queue_counts import Counts
 from services.broker.topology import Declares
 
 __all__ = [
@@ -17,5 +17,4 @@ __all__ = [
     "Outgoing",
     "PrivateNode",
     "Publisher",
-    "QueueCount",
 ]

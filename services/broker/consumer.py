@@ -13,7 +13,7 @@ from pika.channel import Channel
 from services.broker.address import BrokerAddress
 from services.broker.delivery import Delivery
 from services.broker.link import Link
-from services.broker.topology import Declares, listen_to_notices, run_in_order
+from services.broker.topology import Declares, listen, run_in_order
 from services.contracts import topology
 
 _LOOK_SECONDS = 15.0
@@ -30,7 +30,8 @@ class Consumer(Link):
     Deliveries wait in memory until `take`; whoever took one settles it from any thread with
     `acknowledge` or `give_back`, minutes later if need be: the link's own thread keeps the
     heartbeats going. A delivery from before a lost connection is settled in vain, on purpose: the
-    broker has already given it to someone. `on_notice` hears the bodies of notices, on the link's
+    broker has already given it to someone. `on_notice` hears the bodies of notices, or with
+    `hears_presence` of workers' reports, on the link's
     thread.
     """
 
@@ -44,12 +45,14 @@ class Consumer(Link):
         declares: Declares = Declares(),  # noqa: B008  (frozen)
         on_notice: Callable[[bytes], None] | None = None,
         listener: str = "",
+        hears_presence: bool = False,
     ) -> None:
         super().__init__(address, name, declares)
         self._queues = tuple(queues)
         self._prefetch = self._wanted_prefetch = prefetch
         self._on_notice = on_notice
         self._listener = listener
+        self._hears_presence = hears_presence
         self._inbox: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self._taking = True
         self._stopped_taking = threading.Event()
@@ -128,8 +131,13 @@ class Consumer(Link):
         if self._on_notice is not None:
             # A name for each connection: after a network failed, the broker may hold the old
             # connection, and the queue that is its own, for some time.
-            queue = topology.notices_queue(f"{self._listener}.{self._epoch}")
-            steps += [*listen_to_notices(queue), self._consume_notices(queue)]
+            name = f"{self._listener}.{self._epoch}"
+            queue, exchange = (
+                (topology.presence_queue(name), topology.PRESENCE_EXCHANGE)
+                if self._hears_presence
+                else (topology.notices_queue(name), topology.NOTICES_EXCHANGE)
+            )
+            steps += [*listen(queue, exchange), self._consume_notices(queue)]
         run_in_order(channel, iter(steps), self._on_consuming)
         self._look_later(self._epoch)
 

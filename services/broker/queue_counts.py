@@ -1,23 +1,15 @@
-"""How long queues are and how many take from them, asked where the answer can do no harm."""
+"""How long queues are, asked where the answer can do no harm."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from pika.channel import Channel
 from pika.exceptions import ChannelClosedByBroker
 
-
-@dataclass(frozen=True, slots=True)
-class QueueCount:
-    """Messages that wait for a consumer, unacknowledged ones not counted, and the consumers."""
-
-    messages: int
-    consumers: int
-
-
-Counts = Mapping[str, QueueCount]
-"""By queue; one that does not exist is not in it."""
+Counts = Mapping[str, int]
+"""By queue, the messages that wait for a consumer, unacknowledged ones not counted; a queue that
+does not exist is not in it.
+"""
 
 
 def count_queues(connection: Any, queues: Iterable[str], done: Callable[[Counts], None]) -> None:
@@ -28,7 +20,7 @@ def count_queues(connection: Any, queues: Iterable[str], done: Callable[[Counts]
     lost meanwhile.
     """
     waiting = list(queues)
-    counts: dict[str, QueueCount] = {}
+    counts: dict[str, int] = {}
 
     def open_channel() -> None:
         if connection.is_open:  # not on its way out
@@ -50,7 +42,7 @@ def count_queues(connection: Any, queues: Iterable[str], done: Callable[[Counts]
             done(counts)
 
     def answered(channel: Channel, frame: Any) -> None:
-        counts[waiting.pop(0)] = QueueCount(frame.method.message_count, frame.method.consumer_count)
+        counts[waiting.pop(0)] = frame.method.message_count
         ask(channel)
 
     def closed(_: Channel, reason: BaseException) -> None:

@@ -19,6 +19,7 @@ from services.contracts import topology as names
 _NOTHING = "^$"
 _ANY_CLAIMS_QUEUE = names.claims_queue("*")
 _ANY_NOTICES_QUEUE = names.notices_queue("*")
+_ANY_PRESENCE_QUEUE = names.presence_queue("*")
 _FIXED_EXCHANGES = (
     names.CLAIMS_EXCHANGE,
     names.RETURNS_EXCHANGE,
@@ -26,6 +27,7 @@ _FIXED_EXCHANGES = (
     names.RUNS_EXCHANGE,
     names.DEAD_EXCHANGE,
     names.NOTICES_EXCHANGE,
+    names.PRESENCE_EXCHANGE,
 )
 _COLLECTED_QUEUES = (
     names.RETURNS_QUEUE,
@@ -34,7 +36,10 @@ _COLLECTED_QUEUES = (
     names.DEAD_CLAIMS_QUEUE,
 )
 _FIXED_QUEUES = (*_COLLECTED_QUEUES, names.DEAD_MESSAGES_QUEUE)
-_EVERYTHING = (*_FIXED_EXCHANGES, *_FIXED_QUEUES, _ANY_CLAIMS_QUEUE, _ANY_NOTICES_QUEUE)
+_EVERYTHING = (
+    *(*_FIXED_EXCHANGES, *_FIXED_QUEUES),
+    *(_ANY_CLAIMS_QUEUE, _ANY_NOTICES_QUEUE, _ANY_PRESENCE_QUEUE),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +91,14 @@ ROLES = (
     ),
     Role(
         "worker",
-        "takes claims; publishes verdicts, dead claims and returns; hears notices",
+        "takes claims; publishes verdicts, dead claims, returns and reports; hears notices",
         Permissions(
             configure=_only(_ANY_NOTICES_QUEUE),
             write=_only(
                 names.VERDICTS_EXCHANGE,
                 names.DEAD_EXCHANGE,
                 names.RETURNS_EXCHANGE,
+                names.PRESENCE_EXCHANGE,
                 _ANY_NOTICES_QUEUE,
             ),
             read=_only(_ANY_CLAIMS_QUEUE, names.NOTICES_EXCHANGE, _ANY_NOTICES_QUEUE),
@@ -103,13 +109,16 @@ ROLES = (
         "makes all queues; takes verdicts, runs, returns and dead claims; publishes returned "
         "claims, refused messages and notices",
         Permissions(
-            configure=_only(*_FIXED_EXCHANGES, *_FIXED_QUEUES, _ANY_CLAIMS_QUEUE),
+            configure=_only(
+                *_FIXED_EXCHANGES, *_FIXED_QUEUES, _ANY_CLAIMS_QUEUE, _ANY_PRESENCE_QUEUE
+            ),
             write=_only(
                 names.CLAIMS_EXCHANGE,
                 names.DEAD_EXCHANGE,
                 names.NOTICES_EXCHANGE,
                 *_FIXED_QUEUES,
                 _ANY_CLAIMS_QUEUE,
+                _ANY_PRESENCE_QUEUE,
             ),
             # Exchanges to bind from, and claims queues because those that it makes dead-letter.
             read=_only(
@@ -118,8 +127,10 @@ ROLES = (
                 names.VERDICTS_EXCHANGE,
                 names.RUNS_EXCHANGE,
                 names.DEAD_EXCHANGE,
+                names.PRESENCE_EXCHANGE,
                 *_COLLECTED_QUEUES,
                 _ANY_CLAIMS_QUEUE,
+                _ANY_PRESENCE_QUEUE,
             ),
         ),
     ),

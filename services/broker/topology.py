@@ -77,6 +77,7 @@ def _house(version: str) -> Iterator[Step]:
     yield from _queue(version, names.RETURNS_QUEUE, names.RETURNS_EXCHANGE)
     yield from _queue(version, names.VERDICTS_QUEUE, names.VERDICTS_EXCHANGE)
     yield from _queue(version, names.RUNS_QUEUE, names.RUNS_EXCHANGE)
+    yield _exchange(names.PRESENCE_EXCHANGE, "fanout")
     # The last one: where it is, all the others are.
     yield _exchange(names.NOTICES_EXCHANGE, "fanout")
 
@@ -121,9 +122,9 @@ def run_in_order(channel: Channel, steps: Iterator[Step], done: Callable[[], Non
     advance()
 
 
-def listen_to_notices(queue: str) -> Sequence[Step]:
-    """Steps that make a queue of notices, which goes when its connection does."""
+def listen(queue: str, exchange: str) -> Sequence[Step]:
+    """Steps that make a queue of what a fanout says, which goes when its connection does."""
     return (
         lambda channel, done: channel.queue_declare(queue, exclusive=True, callback=done),
-        lambda channel, done: channel.queue_bind(queue, names.NOTICES_EXCHANGE, callback=done),
+        lambda channel, done: channel.queue_bind(queue, exchange, callback=done),
     )

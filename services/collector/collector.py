@@ -1,5 +1,8 @@
 """The collector: takes verdicts, commits them in batches, acknowledges after the commit."""
 
+import os
+import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -9,6 +12,7 @@ import structlog
 
 from services.broker import BrokerAddress, Consumer, Declares, Delivery, Outgoing, Publisher
 from services.collector.directory import Directory
+from services.collector.fleet import Fleet
 from services.collector.returns import NotAnnounced, send_on
 from services.collector.store import Incoming, Store
 from services.contracts import (
@@ -19,6 +23,8 @@ from services.contracts import (
     RunAnnouncement,
     Settings,
     VerdictBatch,
+    WorkerReport,
+    decode,
     topology,
 )
 from services.contracts.backoff import growing_pause
@@ -61,7 +67,8 @@ class Collector:
         self._finish = threading.Event()
         self._notice_due = 0.0
         self._noticed = False
-        self._directory = Directory(store, settings)
+        self._fleet = Fleet()
+        self._directory = Directory(store, settings, self._fleet)
         # Returned before their announcement came, each with the time until which we wait for it.
         self._early: list[tuple[ClaimBatch, Delivery, float]] = []
         self.waiting_for: str | None = None
@@ -94,7 +101,14 @@ class Collector:
                 timeout
             ) as publisher,
             Consumer(
-                address, "collector", queues=_QUEUES, prefetch=_PREFETCH, declares=declares
+                address,
+                "collector",
+                queues=_QUEUES,
+                prefetch=_PREFETCH,
+                declares=declares,
+                on_notice=self._hear,
+                listener=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}",
+                hears_presence=True,
             ).open(timeout) as consumer,
         ):
             while not self._stop.is_set():
@@ -117,6 +131,13 @@ class Collector:
                 publisher.flush(_FLUSH_SECONDS)
             except BrokerUnreachable as error:
                 log.warning("claims.unconfirmed", reason=str(error))  # they come again
+
+    def _hear(self, body: bytes) -> None:
+        """A worker's report, on the link's thread."""
+        try:
+            self._fleet.note(decode(WorkerReport, body))
+        except MessageInvalid as error:
+            log.warning("report.refused", reason=str(error))
 
     def _collect_once(
         self, consumer: Consumer, publisher: Publisher, on_commit: Callable[[Incoming], None]

@@ -1,18 +1,20 @@
 """The directory: which contexts have claims waiting, and how many workers hold them warm.
 
-What is waiting is known to the broker, what is done to the store. Nothing here is kept: a collector
-that starts again makes the same directory from the two.
+What is waiting is known to the broker, what is done to the store, and who is there to the workers,
+which report it. Nothing here is kept: a collector that starts again makes the same directory from
+the three.
 """
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Row, func, select
 
-from services.broker import Consumer, Counts, QueueCount
+from services.broker import Consumer, Counts
+from services.collector.fleet import Fleet
 from services.collector.schema import deliveries, outcomes, runs, submissions
 from services.collector.store import Store
 from services.contracts import ContextDemand, ContextSpec, Settings, topology
@@ -49,17 +51,16 @@ class _Wanted:
 
 
 class Directory:
-    """Made anew for each notice, from the runs that are wanted and what the broker last said."""
+    """Made anew for each notice, from the runs that are wanted and what broker and workers last
+    said.
+    """
 
-    def __init__(self, store: Store, settings: Settings) -> None:
+    def __init__(self, store: Store, settings: Settings, fleet: Fleet) -> None:
         self._store = store
         self._settings = settings
+        self._fleet = fleet
         self._progress: dict[str, _Progress] = {}
         self._wanted: dict[str, _Wanted] = {}
-        # Contexts without a queue, until a run wants them again.
-        self._gone: set[str] = set()
-        self._to_ask: list[str] = []
-        self._asked: list[str] = []
         self._counts: Counts = {}
 
     def note(self, gained: Mapping[str, int]) -> None:
@@ -71,19 +72,20 @@ class Directory:
 
     def ask(self, link: Consumer) -> None:
         """Ask the broker about the queues, for the next look. Never waits."""
-        contexts = self._to_ask
 
         def hear(counts: Counts) -> None:
-            self._asked, self._counts = contexts, counts
+            self._counts = counts
 
-        link.ask_counts(list(map(topology.claims_queue, contexts)), hear)
+        queues = list(map(topology.claims_queue, self._wanted))
+        link.ask_counts(queues[:MAX_CONTEXTS], hear)
 
     def look(self) -> tuple[ContextDemand, ...]:
         """The directory as it is now, the most wanted context first.
 
-        A context that the broker has not spoken of yet is left out. Raises StoreError.
+        A wanted context that the broker has not spoken of yet is left out. Empty until all workers
+        had the time to report: one that finds the others missing would go to do their work. Raises
+        StoreError.
         """
-        asked, counts = self._asked, self._counts
         contexts: dict[str, ContextSpec] = {}
         self._wanted = {}
         deadline = time.monotonic() + _COUNTING_SECONDS
@@ -93,17 +95,12 @@ class Directory:
                 contexts.setdefault(progress.context.context_id, progress.context)
                 if row.wanted:
                     self._want(row, progress)
-        self._gone |= {each for each in asked if topology.claims_queue(each) not in counts}
-        self._gone -= self._wanted.keys()
-        others = [each for each in contexts if each not in self._wanted and each not in self._gone]
-        self._to_ask = [*self._wanted, *others][:MAX_CONTEXTS]
-        lines = [
-            self._line(context, count)
-            for context_id, context in contexts.items()
-            if (count := counts.get(topology.claims_queue(context_id)))
-            and (context_id in self._wanted or count.consumers)
-        ]
-        lines.sort(key=lambda line: (-line.claims_ready, -line.claims_in_flight))
+        if not self._fleet.heard_all():
+            return ()
+        lines = sorted(
+            self._lines(contexts.values()),
+            key=lambda line: (-line.claims_ready, -line.claims_in_flight),
+        )
         return tuple(_fitting(lines))
 
     def _sent_runs(self) -> list[Row[Any]]:
@@ -179,24 +176,36 @@ class Directory:
         # Of several runs the latest that knows: it is the one whose batches wait.
         wanted.batch_claims = wanted.batch_claims or progress.batch_claims
 
-    def _line(self, context: ContextSpec, count: QueueCount) -> ContextDemand:
-        ready = in_flight = 0
-        wanted = self._wanted.get(context.context_id)
-        if wanted is not None:
-            batch_claims = wanted.batch_claims or self._settings.batch_size
-            ready = round(count.messages * batch_claims)
-            if wanted.all_sent:
-                ready = min(ready, wanted.left)
-                in_flight = wanted.left - ready
+    def _lines(self, contexts: Iterable[ContextSpec]) -> Iterator[ContextDemand]:
+        counts = self._counts
+        for context in contexts:
+            workers = self._fleet.workers_on(context.context_id)
+            wanted = self._wanted.get(context.context_id)
+            messages = counts.get(topology.claims_queue(context.context_id))
+            if wanted is None:
+                if not workers:
+                    continue
+                ready = in_flight = 0
+            elif messages is None:
+                continue
             else:
-                # Until a producer has told its totals: as much as its workers' hands hold.
-                in_flight = round(count.consumers * self._settings.batches_in_flight * batch_claims)
-        return ContextDemand(
-            context=context,
-            claims_ready=ready,
-            claims_in_flight=in_flight,
-            workers_warm=count.consumers,
-        )
+                ready, in_flight = self._estimate(wanted, messages, workers)
+            yield ContextDemand(
+                context=context,
+                claims_ready=ready,
+                claims_in_flight=in_flight,
+                workers_warm=workers,
+            )
+
+    def _estimate(self, wanted: _Wanted, messages: int, workers: int) -> tuple[int, int]:
+        """Claims that are ready, and claims in flight."""
+        batch_claims = wanted.batch_claims or self._settings.batch_size
+        ready = round(messages * batch_claims)
+        if not wanted.all_sent:
+            # Until a producer has told its totals: as much as its workers' hands hold.
+            return ready, round(workers * self._settings.batches_in_flight * batch_claims)
+        ready = min(ready, wanted.left)
+        return ready, wanted.left - ready
 
 
 def _fitting(lines: list[ContextDemand]) -> Iterator[ContextDemand]:

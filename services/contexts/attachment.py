@@ -18,6 +18,7 @@ from services.contracts.errors import EngineStartError
 from services.contracts.startup import StartupPhases
 
 _WORD_SECONDS = 0.1
+_LOOK_SECONDS = 3.0
 _REPORT_SECONDS = 5.0
 _EVICT_SECONDS = 120.0
 
@@ -63,6 +64,12 @@ class Attachment:
         with self._listening:
             self._hear(0)
             return self._line is not None
+
+    def look(self) -> None:
+        """After a request failed: if the engine is gone, have heard so from the keeper."""
+        deadline = time.monotonic() + _LOOK_SECONDS
+        while self.alive and not self.client.healthy() and time.monotonic() < deadline:
+            time.sleep(_WORD_SECONDS)
 
     def start(self, stop: threading.Event) -> bool:
         """Have the engine, warm; it may be so already. False when `stop` was set meanwhile.

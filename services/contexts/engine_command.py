@@ -7,7 +7,7 @@ from pathlib import Path
 
 from services.contexts.device import Device
 from services.contexts.model_files import is_local
-from services.contexts.plan import EnginePlan
+from services.contexts.plan import EnginePlan, is_an_engines_own
 from services.contracts.bounds import MAX_LABELS
 
 ENGINE_MODULE = "vllm.entrypoints.openai.api_server"
@@ -57,13 +57,14 @@ def _device_arguments(device: Device, max_model_tokens: int) -> Sequence[str]:
 
 
 def template_environment(plan: EnginePlan) -> dict[str, str]:
-    """What engines of this plan's kind have in common: our environment without our secrets, the
-    plan's, and what suits the device. What the operator has set (`VLLM_…`) wins.
+    """What engines of this plan's kind have in common: our environment without our secrets and
+    without what is for the worker to say, the plan's, and what suits the device. What the operator
+    has set (`VLLM_…`) wins.
     """
     ours = {
         name: value
         for name, value in os.environ.items()
-        if not name.upper().startswith("KEEPWARM_")
+        if not name.upper().startswith("KEEPWARM_") and not is_an_engines_own(name)
     }
     chosen = {
         "VLLM_NO_USAGE_STATS": "1",

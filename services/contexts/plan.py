@@ -20,6 +20,11 @@ _ENGINES_OWN = re.compile(
 )
 
 
+def is_an_engines_own(variable: str) -> bool:
+    """Whether an engine reads this environment variable, so that its worker decides it."""
+    return _ENGINES_OWN.fullmatch(variable) is not None
+
+
 class EnginePlan(Value):
     """Equal plans are one engine: a second worker with the same one attaches to it."""
 
@@ -47,7 +52,7 @@ class EnginePlan(Value):
             arguments=tuple(arguments),
             trust_remote_code=settings.engine_trust_remote_code,
             environment={
-                name: value for name, value in os.environ.items() if _ENGINES_OWN.fullmatch(name)
+                name: value for name, value in os.environ.items() if is_an_engines_own(name)
             },
         )
 

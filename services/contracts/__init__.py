@@ -4,6 +4,7 @@ from services.contracts.claims import Claim, ClaimBatch
 from services.contracts.contexts import ContextSpec
 from services.contracts.errors import KeepwarmError
 from services.contracts.notices import ContextDemand, Notice
+from services.contracts.presence import WorkerReport
 from services.contracts.prompts import INVALID, Label, PromptSpec
 from services.contracts.runs import Run, RunAnnouncement, Totals
 from services.contracts.settings import Settings, load_settings
@@ -31,6 +32,7 @@ __all__ = [
     "Totals",
     "Verdict",
     "VerdictBatch",
+    "WorkerReport",
     "decode",
     "encode",
     "load_settings",

@@ -12,6 +12,8 @@ RUNS_EXCHANGE = "keepwarm.runs"
 DEAD_EXCHANGE = "keepwarm.dead"
 NOTICES_EXCHANGE = "keepwarm.notices"
 """To every worker that listens: what the collector wants all of them to know."""
+PRESENCE_EXCHANGE = "keepwarm.presence"
+"""To every collector that listens: which workers there are. What nobody hears is gone."""
 
 RETURNS_QUEUE = "returns"
 VERDICTS_QUEUE = "verdicts"
@@ -35,3 +37,8 @@ def claims_queue(context_id: str) -> str:
 def notices_queue(listener: str) -> str:
     """A listener's own queue for notices."""
     return f"notices.{listener}"
+
+
+def presence_queue(listener: str) -> str:
+    """A listener's own queue for what workers report."""
+    return f"presence.{listener}"

@@ -70,10 +70,14 @@ class Examination:
                 hand.bury(place, _engine_failed(outcome, failures, last_words))
 
     def note_failure(self, failure: EngineRequestError | None) -> None:
-        """An engine that hangs is ended: it would hang for whoever asks next."""
+        """An engine that hangs is ended: it would hang for whoever asks next. One that broke off
+        may be gone, which its keeper is about to say.
+        """
         if isinstance(failure, EngineSilent):
             log.error("engine.silent", reason=str(failure))
             self._engine.stop()
+        elif failure is not None:
+            self._engine.look()
 
     def start_engine(self, attempts: int) -> bool:
         """Start it, again with growing pauses if need be. False when told to stop meanwhile.

@@ -20,6 +20,7 @@ from services.gpu_worker.in_hand import BatchInHand, Signature
 from services.gpu_worker.inference import Inference
 from services.gpu_worker.news import News
 from services.gpu_worker.pacing import Pace
+from services.gpu_worker.reports import Reports
 from services.gpu_worker.tokenizer import ModelTokenizer
 
 _TAKE_SECONDS = 0.2
@@ -60,6 +61,7 @@ class Serving:
         self._suspects: list[BatchInHand] = []
         self._pace = Pace(settings.horizon_seconds, settings.batches_in_flight)
         self._announced = 0
+        self._reports = Reports(signature, spec.context_id)
         self._had_work_at = self._ready_at = time.monotonic()
 
     @property
@@ -140,6 +142,7 @@ class Serving:
         try:
             while not self._stop.is_set() and not leave():
                 _raise_bugs(work)
+                self._reports.say("serving", self._pace.rate, publisher)
                 if work:
                     self._had_work_at = time.monotonic()
                 if self._suspects or not self._engine.alive:
@@ -229,11 +232,13 @@ class Serving:
         # The other half is for the confirmations and for the engine's own end.
         deadline = time.monotonic() + 0.5 * self._settings.grace_seconds
         log.info("worker.draining", batches_in_hand=len(work) + len(self._suspects))
+        self._reports.say("draining", self._pace.rate, publisher)
         consumer.stop_taking(timeout_seconds=2.0)
         if self._engine.alive:
             wait(work, timeout=max(0.0, deadline - time.monotonic()))
         # Each thread in the midst of a batch now publishes what was answered and returns the rest.
         self._engine.client.interrupt()
+        self._reports.say("stopped", self._pace.rate, publisher)
         confirmations = 0.15 * self._settings.grace_seconds
         wait(work, timeout=confirmations / 2)
         returned = [

@@ -2,20 +2,24 @@
 
 import json
 import signal
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from services.broker import BrokerAddress, Consumer, Outgoing, PrivateNode, Publisher
-from services.collector import Store
+from services.collector import Collector, Store
 from services.contexts import pin_model
 from services.contracts import (
     ContextDemand,
     ContextReady,
     ContextSpec,
     Notice,
+    Settings,
     StartupPhases,
+    WorkerReport,
     decode,
     load_settings,
     topology,
@@ -122,8 +126,22 @@ def listener(address: BrokerAddress) -> Iterator[Listener]:
         yield listening
 
 
+def report(address: BrokerAddress, context: ContextSpec, state: str = "serving") -> None:
+    """As a worker says it."""
+    word = WorkerReport(
+        worker_id="node-1",
+        context_id=context.context_id,
+        device="Tesla T4",
+        state=state,
+        claims_per_second=None,
+    )
+    with Publisher(address, "test", window=1).open(10) as publisher:
+        publisher.publish(Outgoing.of(word, topology.PRESENCE_EXCHANGE, "", notice=True))
+        publisher.flush(10)
+
+
 def test_every_listener_hears_which_contexts_have_claims_and_workers(
-    command: Start, listener: Listener, environment: dict[str, str]
+    command: Start, listener: Listener, address: BrokerAddress, environment: dict[str, str]
 ) -> None:
     submitting = command("submit", CLAIMS, "--batch-size", "8", KEEPWARM_STORE_URL="")
     assert submitting.wait() == 0, submitting.output
@@ -140,6 +158,68 @@ def test_every_listener_hears_which_contexts_have_claims_and_workers(
     some = listener.hears(ready=None, warm=1)
     assert some.claims_ready + some.claims_in_flight <= 240
     assert some.context == waiting.context
+
+
+def test_a_worker_says_itself_that_it_is_there(
+    command: Start, address: BrokerAddress, broker: Settings
+) -> None:
+    said: list[WorkerReport] = []
+    with Consumer(
+        address,
+        "test",
+        queues=[],
+        prefetch=1,
+        on_notice=lambda body: said.append(decode(WorkerReport, body)),
+        listener="test",
+        hears_presence=True,
+    ).open(10):
+        worker = command("worker")
+        wait_until(lambda: [word.state for word in said] == ["serving"], "its first word")
+        end_well(worker)
+        states = ["serving", "draining", "stopped"]
+        wait_until(lambda: [word.state for word in said] == states, "its last word")
+    assert len({(word.worker_id, word.context_id) for word in said}) == 1
+
+
+@contextmanager
+def collecting_here(settings: Settings) -> Iterator[Collector]:
+    """A collector in this process, where a test can change what it waits for."""
+    store = Store.open(settings)
+    collector = Collector(store, settings)
+    thread = threading.Thread(target=collector.run)
+    thread.start()
+    try:
+        yield collector
+    finally:
+        collector.stop()
+        thread.join(30)
+        store.close()
+    assert not thread.is_alive()
+
+
+def test_a_report_puts_a_worker_into_the_next_notice_and_its_silence_takes_it_away(
+    command: Start,
+    node: PrivateNode,
+    broker: Settings,
+    listener: Listener,
+    address: BrokerAddress,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("services.collector.fleet.REPORT_SECONDS", 0.5)
+    submitting = command("submit", CLAIMS, "--batch-size", "8", KEEPWARM_STORE_URL="")
+    assert submitting.wait() == 0, submitting.output
+    with collecting_here(broker.model_copy(update={"store_url": str(tmp_path / "here.sqlite")})):
+        waiting = listener.hears(ready=240, warm=0)
+        report(address, waiting.context)
+        assert listener.hears(ready=240, warm=1).context == waiting.context
+        report(address, waiting.context, state="stopped")
+        listener.hears(ready=240, warm=0)
+        report(address, waiting.context, state="starting")
+        report(address, waiting.context)
+        listener.hears(ready=240, warm=1)
+        monkeypatch.setattr("services.collector.fleet.FORGOTTEN_SECONDS", 1.0)
+        listener.hears(ready=240, warm=0)
 
 
 def test_what_a_worker_says_of_its_start_is_in_the_report_once_however_often_it_comes(

@@ -15,7 +15,6 @@ from services.broker import (
     Outgoing,
     PrivateNode,
     Publisher,
-    QueueCount,
 )
 from services.contracts import topology
 from tests.integration.conftest import cut, delete_queues, messages_in, wait_until
@@ -248,7 +247,7 @@ def test_whoever_takes_can_ask_how_long_queues_are_and_goes_on_taking(
     # Where a queue is missing, the broker closes the channel that asked.
     consumer.ask_counts(["claims.no-such", QUEUE, "claims.nor-such"], answers.append)
     wait_until(lambda: answers, "an answer")
-    assert answers == [{QUEUE: QueueCount(messages=3, consumers=1)}]
+    assert answers == [{QUEUE: 3}]
     consumer.acknowledge(delivery for delivery in taken if delivery)
     assert consumer.take(5)
     consumer.ask_counts(["claims.no-such"], answers.append)
@@ -268,4 +267,4 @@ def test_a_question_that_a_lost_connection_swallows_can_be_asked_again(
         return answers
 
     wait_until(answered, "an answer")
-    assert answers[-1][QUEUE].messages == 0
+    assert answers[-1][QUEUE] == 0

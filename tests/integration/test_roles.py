@@ -180,6 +180,13 @@ def own_notices(channel: BlockingChannel) -> None:
     channel.basic_consume(queue, lambda *_: None)
 
 
+def own_presence(channel: BlockingChannel) -> None:
+    queue = names.presence_queue("collector-1")
+    channel.queue_declare(queue, exclusive=True, auto_delete=True)
+    channel.queue_bind(queue, names.PRESENCE_EXCHANGE)
+    channel.basic_consume(queue, lambda *_: None)
+
+
 ACTS: dict[str, Act] = {
     "publish claims": publish(names.CLAIMS_EXCHANGE, CLAIMS),
     "publish runs": publish(names.RUNS_EXCHANGE, names.RUNS_QUEUE),
@@ -187,6 +194,7 @@ ACTS: dict[str, Act] = {
     "publish returns": publish(names.RETURNS_EXCHANGE, names.RETURNS_QUEUE),
     "publish dead claims": publish(names.DEAD_EXCHANGE, names.DEAD_CLAIMS_QUEUE),
     "publish notices": publish(names.NOTICES_EXCHANGE),
+    "report presence": publish(names.PRESENCE_EXCHANGE),
     "publish by the default exchange": publish("", CLAIMS),
     "publish by amq.direct": publish("amq.direct", CLAIMS),
     "consume claims": consume(CLAIMS),
@@ -196,6 +204,7 @@ ACTS: dict[str, Act] = {
     "consume dead claims": consume(names.DEAD_CLAIMS_QUEUE),
     "consume dead messages": consume(names.DEAD_MESSAGES_QUEUE),
     "hear notices": own_notices,
+    "hear who is present": own_presence,
     "see whether there are notices": lambda channel: channel.exchange_declare(
         names.NOTICES_EXCHANGE, passive=True
     ),
@@ -229,14 +238,14 @@ MAY = {
     },
     "worker": {
         *("publish verdicts", "publish returns", "publish dead claims"),
-        *("consume claims", "hear notices"),
+        *("consume claims", "hear notices", "report presence"),
         # Because it consumes them: who may take all claims may throw them away as well.
         "purge claims",
     },
     "collector": {
         *("publish claims", "publish dead claims", "publish notices", "make a claims queue"),
         *("consume returns", "consume verdicts", "consume runs", "consume dead claims"),
-        *("make the fixed topology", "unbind verdicts"),
+        *("make the fixed topology", "unbind verdicts", "hear who is present"),
         # Because it declares them, as above.
         *("consume claims", "purge claims", "purge verdicts", "delete a claims queue"),
     },

@@ -38,6 +38,7 @@ from services.contracts import (
     Totals,
     Verdict,
     VerdictBatch,
+    WorkerReport,
     encode,
     load_settings,
     topology,
@@ -183,6 +184,13 @@ MESSAGES: tuple[Message, ...] = (
         warm=False,
         seconds=61.5,
         phases=StartupPhases(load=9.5, total=60.0),
+    ),
+    WorkerReport(
+        worker_id="node-1",
+        context_id=RUN.context.context_id,
+        device="Tesla T4",
+        state="serving",
+        claims_per_second=12.5,
     ),
 )
 KINDS = [type(message) for message in MESSAGES]

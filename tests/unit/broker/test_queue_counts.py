@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pika.exceptions import ChannelClosedByBroker, ChannelClosedByClient, ConnectionClosed
 
-from services.broker import Counts, QueueCount
+from services.broker import Counts
 from services.broker.queue_counts import count_queues
 
 
@@ -27,8 +27,8 @@ class OneChannel:
         if name == self._connection.lost_at:
             self._end(ConnectionClosed(320, "broker shut down"))
         elif name in self._connection.queues:
-            messages, consumers = self._connection.queues[name]
-            method = SimpleNamespace(message_count=messages, consumer_count=consumers)
+            messages = self._connection.queues[name]
+            method = SimpleNamespace(message_count=messages)
             self.is_open = name != self._connection.closing_at
             self._connection.is_open = self.is_open
             callback(SimpleNamespace(method=method))
@@ -47,7 +47,7 @@ class OneChannel:
 
 
 class RecordingConnection:
-    def __init__(self, lost_at: str = "", closing_at: str = "", **queues: tuple[int, int]) -> None:
+    def __init__(self, lost_at: str = "", closing_at: str = "", **queues: int) -> None:
         self.queues = queues
         self.lost_at, self.closing_at = lost_at, closing_at
         self.is_open = True
@@ -67,15 +67,15 @@ def heard(connection: RecordingConnection, *queues: str) -> list[Counts]:
 
 
 def test_each_queue_is_counted_once() -> None:
-    connection = RecordingConnection(a=(5, 0), b=(0, 3))
-    assert heard(connection, "a", "b") == [{"a": QueueCount(5, 0), "b": QueueCount(0, 3)}]
+    connection = RecordingConnection(a=5, b=0)
+    assert heard(connection, "a", "b") == [{"a": 5, "b": 0}]
     assert (connection.asked, connection.open_channels) == (["a", "b"], 0)
 
 
 @pytest.mark.parametrize("queues", [("x", "a", "b"), ("a", "x", "b"), ("a", "b", "x")])
 def test_a_queue_that_is_missing_is_left_out_and_hides_no_other(queues: tuple[str, ...]) -> None:
-    connection = RecordingConnection(a=(5, 0), b=(0, 3))
-    assert heard(connection, *queues) == [{"a": QueueCount(5, 0), "b": QueueCount(0, 3)}]
+    connection = RecordingConnection(a=5, b=0)
+    assert heard(connection, *queues) == [{"a": 5, "b": 0}]
     assert (connection.asked, connection.open_channels) == (list(queues), 0)
 
 
@@ -84,13 +84,13 @@ def test_to_ask_for_nothing_is_answered_too() -> None:
 
 
 def test_a_lost_connection_gives_no_answer_and_asks_no_further() -> None:
-    connection = RecordingConnection(lost_at="a", a=(5, 0), b=(0, 3))
+    connection = RecordingConnection(lost_at="a", a=5, b=0)
     assert heard(connection, "a", "b") == []
     assert connection.asked == ["a"]
 
 
 def test_nothing_more_is_asked_on_a_connection_that_is_being_closed() -> None:
-    connection = RecordingConnection(closing_at="a", a=(5, 0), b=(0, 3))
+    connection = RecordingConnection(closing_at="a", a=5, b=0)
     assert heard(connection, "a", "b") == []
     assert heard(connection, "b") == []
     assert connection.asked == ["a"]

@@ -15,6 +15,7 @@ EVERY_NAME = {
     *(value for name, value in vars(names).items() if name.endswith(("_EXCHANGE", "_QUEUE"))),
     names.claims_queue("ctx-0011223344556677"),
     names.notices_queue("node-1-2-3"),
+    names.presence_queue("node-1-2-3"),
 }
 
 
@@ -35,9 +36,10 @@ def test_nobody_gets_a_right_beyond_keepwarms_names(role: str, right: str, expre
         "claims",
         "claims.",
         "notices.",
+        "presence.",
     )
     near = (f"{a}{name}{b}" for name in EVERY_NAME for a, b in (("x", ""), ("", "x"), ("x.", "")))
-    ours = ("claims.", "notices.")
+    ours = ("claims.", "notices.", "presence.")
     for name in (*strange, *(n for n in near if not n.startswith(ours)), "keepwarmxclaims"):
         assert not re.search(expression, name), name
 
@@ -47,6 +49,7 @@ def test_a_worker_can_neither_make_others_work_nor_read_what_others_say() -> Non
         "keepwarm.verdicts",
         "keepwarm.dead",
         "keepwarm.returns",
+        "keepwarm.presence",
         "notices.node-1-2-3",
     }
     assert granted("worker", "read") == {

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from services.broker import Declares
-from services.broker.topology import declare, listen_to_notices, quorum_arguments, run_in_order
+from services.broker.topology import declare, listen, quorum_arguments, run_in_order
 from services.contracts import topology as names
 
 DEAD_LETTERS = {
@@ -119,7 +119,8 @@ def test_who_always_declares_makes_the_whole_house_and_its_claims_queues(missing
     assert set(channel.bindings) == HOUSE | CLAIMS
     assert {exchange for _, exchange, _ in channel.bindings} <= channel.exchanges.keys()
     assert channel.exchanges["keepwarm.notices"] == "fanout"
-    others = channel.exchanges.keys() - {"keepwarm.notices"}
+    assert channel.exchanges["keepwarm.presence"] == "fanout"
+    others = channel.exchanges.keys() - {"keepwarm.notices", "keepwarm.presence"}
     assert {channel.exchanges[name] for name in others} == {"direct"}
     every = {value for name, value in vars(names).items() if name.endswith("_EXCHANGE")}
     assert channel.exchanges.keys() == every
@@ -158,7 +159,7 @@ def test_a_listener_has_a_queue_of_its_own_for_notices_that_goes_when_it_goes() 
     channel, done = RecordingChannel(), []
     run_in_order(
         channel,  # type: ignore[arg-type]
-        iter(listen_to_notices("notices.node-1.1")),
+        iter(listen("notices.node-1.1", "keepwarm.notices")),
         lambda: done.append(True),
     )
     assert done == [True]

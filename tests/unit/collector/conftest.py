@@ -22,6 +22,7 @@ from services.contracts import (
     Totals,
     Verdict,
     VerdictBatch,
+    WorkerReport,
     load_settings,
 )
 
@@ -71,7 +72,7 @@ def store(open_store: Callable[..., Store]) -> Store:
 @pytest.fixture(scope="session")
 def make(run: Run) -> SimpleNamespace:
     """`make.verdict(3, "A")`, `make.batch(…)`, `make.dead(4)`, `make.announced(claims=5)`,
-    `make.returned(6, 7)`, `make.ready("start-1")`.
+    `make.returned(6, 7)`, `make.ready("start-1")`, `make.report("node-1")`.
     """
 
     def claim(number: int) -> Claim:
@@ -156,6 +157,16 @@ def make(run: Run) -> SimpleNamespace:
         }
         return ContextReady(**{**fields, **changes})
 
+    def report(worker_id: str, **changes: Any) -> WorkerReport:
+        fields: dict[str, Any] = {
+            "worker_id": worker_id,
+            "context_id": run.context.context_id,
+            "device": "Tesla T4",
+            "state": "serving",
+            "claims_per_second": None,
+        }
+        return WorkerReport(**{**fields, **changes})
+
     def incoming(
         *messages: RunAnnouncement | VerdictBatch | DeadClaim | ClaimBatch | ContextReady,
     ) -> Incoming:
@@ -181,6 +192,7 @@ def make(run: Run) -> SimpleNamespace:
         announced=announced,
         returned=returned,
         ready=ready,
+        report=report,
         incoming=incoming,
         claim=claim,
     )

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from sqlalchemy import select
 
-from services.broker import Counts, Delivery, Outgoing, QueueCount
+from services.broker import Counts, Delivery, Outgoing
 from services.collector import Collector, Incoming, Store, find_run, run_status
 from services.collector.schema import startups
 from services.contracts import ClaimBatch, Notice, Run, decode, encode, load_settings, topology
@@ -24,6 +24,7 @@ QUEUES = {
     "DeadClaim": topology.DEAD_CLAIMS_QUEUE,
     "ClaimBatch": topology.RETURNS_QUEUE,
     "ContextReady": topology.VERDICTS_QUEUE,
+    "WorkerReport": topology.VERDICTS_QUEUE,
 }
 KINDS = {
     queue: kind
@@ -64,7 +65,7 @@ class Deliveries:
         self.given_back += [delivery.tag for delivery in deliveries]
 
     def ask_counts(self, queues: Sequence[str], heard: Callable[[Counts], None]) -> None:
-        heard({queue: QueueCount(messages=2, consumers=1) for queue in queues})
+        heard(dict.fromkeys(queues, 2))
 
 
 class RecordingPublisher:
@@ -215,6 +216,27 @@ def test_a_start_is_told_on_the_verdicts_queue_and_nowhere_else(
     body = encode(make.ready("start-1"))
     collect(store, Deliveries((topology.RUNS_QUEUE, body)), publisher=publisher)
     assert refused(publisher) == [(topology.RUNS_QUEUE, body)]
+
+
+def test_what_a_worker_reports_is_noted_and_what_is_no_report_changes_nothing(
+    store: Store, make: SimpleNamespace, run: Run
+) -> None:
+    collector = Collector(store, load_settings())
+    collector._hear(encode(make.report("a")))
+    collector._hear(encode(make.report("b")))
+    collector._hear(encode(make.report("b")).replace(b'"serving"', b'"asleep"'))
+    collector._hear(b"nonsense")
+    assert collector._fleet.workers_on(run.context.context_id) == 2
+    collector._hear(encode(make.report("b", state="stopped")))
+    assert collector._fleet.workers_on(run.context.context_id) == 1
+
+
+def test_a_report_among_verdicts_is_refused(
+    store: Store, make: SimpleNamespace, run: Run, publisher: RecordingPublisher
+) -> None:
+    collector = collect(store, Deliveries(make.report("a")), publisher=publisher)
+    assert refused(publisher) == [(topology.VERDICTS_QUEUE, encode(make.report("a")))]
+    assert collector._fleet.workers_on(run.context.context_id) == 0
 
 
 def test_what_is_refused_goes_aside_with_its_reason(
@@ -442,6 +464,12 @@ def test_a_store_that_cannot_say_what_is_cancelled_does_not_end_the_collector(
     assert give_notice(Collector(store, load_settings()), publisher) == []
 
 
+@pytest.fixture
+def no_worker_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.collector.fleet.REPORT_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("no_worker_is_waited_for")
 def test_workers_hear_which_contexts_have_claims_as_soon_as_the_broker_told_of_them(
     store: Store, make: SimpleNamespace, run: Run, publisher: RecordingPublisher
 ) -> None:
@@ -449,11 +477,13 @@ def test_workers_hear_which_contexts_have_claims_as_soon_as_the_broker_told_of_t
     collector = Collector(store, load_settings(batch_size=100))
     assert give_notice(collector, publisher) == []
     collector._directory.ask(Deliveries())  # type: ignore[arg-type]
+    collector._hear(encode(make.report("node-1")))
     assert give_notice(collector, publisher) == [()]
     (line,) = decode(Notice, publisher.messages[0].body).contexts
     assert (line.context, line.claims_ready, line.workers_warm) == (run.context, 2, 1)
 
 
+@pytest.mark.usefixtures("no_worker_is_waited_for")
 def test_the_last_notice_says_that_there_is_nothing_more(
     store: Store, make: SimpleNamespace, run: Run, publisher: RecordingPublisher
 ) -> None:

@@ -6,30 +6,40 @@ from typing import Any
 
 import pytest
 
-from services.broker import Counts, QueueCount
+from services.broker import Counts
 from services.collector import Store, dead_claims, find_run, reopen_dead
 from services.collector.directory import Directory
+from services.collector.fleet import Fleet
 from services.contracts import ContextDemand, ContextSpec, Run, load_settings, topology
 from services.contracts.notices import MAX_CONTEXTS, MAX_CONTEXTS_BYTES, Notice
+from services.contracts.presence import FORGOTTEN_SECONDS, REPORT_SECONDS
 from services.contracts.wire import encode
 
 
 class Broker:
-    """Answers with the queues that it has: context -> (batches ready, workers)."""
+    """Answers with the queues that it has: context -> batches ready."""
 
     def __init__(self) -> None:
-        self.has: dict[ContextSpec, tuple[int, int]] = {}
+        self.has: dict[ContextSpec, int] = {}
         self.asked: list[str] = []
         self.answers = True
 
     def ask_counts(self, queues: Sequence[str], heard: Callable[[Counts], None]) -> None:
         self.asked = list(queues)
         there = {
-            topology.claims_queue(context.context_id): QueueCount(*count)
-            for context, count in self.has.items()
+            topology.claims_queue(context.context_id): batches
+            for context, batches in self.has.items()
         }
         if self.answers:
             heard({queue: there[queue] for queue in queues if queue in there})
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 @pytest.fixture
@@ -38,8 +48,37 @@ def broker() -> Broker:
 
 
 @pytest.fixture
-def directory(store: Store) -> Directory:
-    return Directory(store, load_settings(batch_size=10, batches_in_flight=3))
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def fleet(clock: Clock) -> Fleet:
+    """One that was listened to for long enough."""
+    listening = Fleet(clock)
+    listening.heard_all()
+    clock.now += REPORT_SECONDS
+    return listening
+
+
+Serve = Callable[[Run, int], None]
+
+
+@pytest.fixture
+def serve(fleet: Fleet, make: SimpleNamespace) -> Serve:
+    """`serve(run, 7)`: seven workers say that they serve the context of the run."""
+
+    def report(run: Run, workers: int) -> None:
+        context_id = run.context.context_id
+        for number in range(workers):
+            fleet.note(make.report(f"{context_id}-{number}", context_id=context_id))
+
+    return report
+
+
+@pytest.fixture
+def directory(store: Store, fleet: Fleet) -> Directory:
+    return Directory(store, load_settings(batch_size=10, batches_in_flight=3), fleet)
 
 
 def looked(directory: Directory, broker: Broker) -> tuple[ContextDemand, ...]:
@@ -56,7 +95,12 @@ def of(run: Run, number: int) -> Run:
 
 
 def test_what_is_left_is_ready_or_in_flight(
-    store: Store, make: SimpleNamespace, run: Run, directory: Directory, broker: Broker
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    directory: Directory,
+    broker: Broker,
+    serve: Serve,
 ) -> None:
     # Batches of 2: that is what came back.
     store.write(
@@ -67,7 +111,8 @@ def test_what_is_left_is_ready_or_in_flight(
             make.dead(4),
         )
     )
-    broker.has[run.context] = (30, 7)
+    broker.has[run.context] = 30
+    serve(run, 7)
     assert looked(directory, broker) == (
         ContextDemand(context=run.context, claims_ready=60, claims_in_flight=35, workers_warm=7),
     )
@@ -77,16 +122,22 @@ def test_no_more_is_ready_than_is_left(
     store: Store, make: SimpleNamespace, run: Run, directory: Directory, broker: Broker
 ) -> None:
     store.write(make.incoming(make.announced(claims=12)))
-    broker.has[run.context] = (30, 0)
+    broker.has[run.context] = 30
     (line,) = looked(directory, broker)
     assert (line.claims_ready, line.claims_in_flight) == (12, 0)
 
 
 def test_before_all_is_sent_as_much_is_in_flight_as_its_workers_can_hold(
-    store: Store, make: SimpleNamespace, run: Run, directory: Directory, broker: Broker
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    directory: Directory,
+    broker: Broker,
+    serve: Serve,
 ) -> None:
     store.write(make.incoming(make.announced()))
-    broker.has[run.context] = (5, 2)
+    broker.has[run.context] = 5
+    serve(run, 2)
     (line,) = looked(directory, broker)
     assert (line.claims_ready, line.claims_in_flight) == (5 * 10, 2 * 3 * 10)
 
@@ -100,7 +151,7 @@ def test_each_commit_moves_it_on_without_a_new_count(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store.write(make.incoming(make.announced(claims=100)))
-    broker.has[run.context] = (0, 1)
+    broker.has[run.context] = 0
     looked(directory, broker)
     monkeypatch.setattr(directory, "_count", lambda *_: pytest.fail("counted again"))
     for number in range(5):
@@ -114,7 +165,7 @@ def test_what_was_counted_twice_is_set_right_before_a_run_counts_as_complete(
     store: Store, make: SimpleNamespace, run: Run, directory: Directory, broker: Broker
 ) -> None:
     store.write(make.incoming(make.announced(claims=3)))
-    broker.has[run.context] = (1, 1)
+    broker.has[run.context] = 1
     looked(directory, broker)
     for _ in range(3):
         directory.note(store.write(make.incoming(make.dead(0))))
@@ -130,7 +181,7 @@ def test_a_run_is_counted_anew_after_a_while_for_others_write_to_the_store_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store.write(make.incoming(make.announced(claims=3)))
-    broker.has[run.context] = (0, 1)
+    broker.has[run.context] = 0
     looked(directory, broker)
     store.write(make.incoming(make.batch(make.verdict(0))))
     assert [line.claims_in_flight for line in directory.look()] == [3]
@@ -147,7 +198,7 @@ def test_a_complete_run_is_counted_once_and_wants_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store.write(make.incoming(make.announced(claims=1), make.batch(make.verdict(0))))
-    broker.has[run.context] = (4, 0)
+    broker.has[run.context] = 4
     assert looked(directory, broker) == ()
     monkeypatch.setattr("services.collector.directory._RECOUNT_SECONDS", 0.0)
     monkeypatch.setattr(directory, "_count", lambda *_: pytest.fail("counted again"))
@@ -158,16 +209,22 @@ def test_a_run_that_is_sent_again_is_counted_again(
     store: Store, make: SimpleNamespace, run: Run, directory: Directory, broker: Broker
 ) -> None:
     store.write(make.incoming(make.announced(claims=2), make.batch(make.verdict(0)), make.dead(1)))
-    broker.has[run.context] = (1, 0)
+    broker.has[run.context] = 1
     assert looked(directory, broker) == ()
     # As `keepwarm dead retry` does.
     store.add_submission(find_run(store, run.run_id).run_key, "sub-again")
     reopen_dead(store, dead_claims(store))
-    assert [line.claims_ready for line in directory.look()] == [1]
+    assert [line.claims_ready for line in looked(directory, broker)] == [1]
 
 
 def test_a_context_whose_runs_are_done_or_cancelled_is_listed_while_workers_hold_it(
-    store: Store, make: SimpleNamespace, run: Run, directory: Directory, broker: Broker
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    directory: Directory,
+    broker: Broker,
+    serve: Serve,
+    clock: Clock,
 ) -> None:
     cancelled, done, left_alone = of(run, 1), of(run, 2), of(run, 3)
     store.write(
@@ -180,11 +237,47 @@ def test_a_context_whose_runs_are_done_or_cancelled_is_listed_while_workers_hold
         )
     )
     store.cancel(find_run(store, cancelled.run_id).run_key)
-    broker.has = {cancelled.context: (5, 1), done.context: (0, 20), left_alone.context: (0, 0)}
+    broker.has = {cancelled.context: 5, left_alone.context: 0}
+    serve(cancelled, 1)
+    serve(done, 20)
     found = {line.context: line for line in looked(directory, broker)}
     assert found.keys() == {cancelled.context, done.context}
     assert {line.claims_ready + line.claims_in_flight for line in found.values()} == {0}
+    assert found[cancelled.context].workers_warm == 1
     assert found[done.context].workers_warm == 20
+    clock.now += FORGOTTEN_SECONDS
+    assert looked(directory, broker) == ()
+
+
+def test_a_wanted_context_stays_when_its_workers_fall_silent(
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    directory: Directory,
+    broker: Broker,
+    serve: Serve,
+    clock: Clock,
+) -> None:
+    store.write(make.incoming(make.announced(claims=30)))
+    broker.has[run.context] = 2
+    serve(run, 3)
+    assert [line.workers_warm for line in looked(directory, broker)] == [3]
+    clock.now += FORGOTTEN_SECONDS - REPORT_SECONDS
+    assert [line.workers_warm for line in directory.look()] == [3]
+    clock.now += REPORT_SECONDS
+    assert [(line.claims_ready, line.workers_warm) for line in directory.look()] == [(20, 0)]
+
+
+def test_nothing_is_said_before_every_worker_had_the_time_to_report(
+    store: Store, make: SimpleNamespace, run: Run, directory: Directory, broker: Broker
+) -> None:
+    store.write(make.incoming(make.announced(claims=30)))
+    broker.has[run.context] = 2
+    clock = Clock()
+    fresh = Directory(store, load_settings(batch_size=10), Fleet(clock))
+    assert looked(fresh, broker) == ()
+    clock.now += REPORT_SECONDS
+    assert [line.claims_ready for line in fresh.look()] == [20]
 
 
 def test_runs_on_one_context_are_one_line(
@@ -196,7 +289,7 @@ def test_runs_on_one_context_are_one_line(
     broker: Broker,
 ) -> None:
     store.write(make.incoming(make.announced(claims=10), make.announced(claims=20, of=other_run)))
-    broker.has[run.context] = (0, 1)
+    broker.has[run.context] = 0
     assert [line.claims_in_flight for line in looked(directory, broker)] == [30]
 
 
@@ -204,7 +297,7 @@ def test_nothing_is_said_of_a_context_before_the_broker_spoke_of_it(
     store: Store, make: SimpleNamespace, run: Run, directory: Directory, broker: Broker
 ) -> None:
     store.write(make.incoming(make.announced(claims=10)))
-    broker.has[run.context] = (1, 1)
+    broker.has[run.context] = 1
     broker.answers = False
     assert looked(directory, broker) == ()
     broker.answers = True
@@ -214,20 +307,25 @@ def test_nothing_is_said_of_a_context_before_the_broker_spoke_of_it(
     assert len(looked(directory, broker)) == 1
 
 
-def test_a_queue_that_is_gone_is_asked_about_again_only_when_a_run_wants_it(
-    store: Store, make: SimpleNamespace, run: Run, directory: Directory, broker: Broker
+def test_the_broker_is_asked_about_the_queues_that_runs_want_and_no_others(
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    directory: Directory,
+    broker: Broker,
+    serve: Serve,
 ) -> None:
     store.write(make.incoming(make.announced(claims=1), make.batch(make.verdict(0))))
+    serve(run, 1)
     queue = topology.claims_queue(run.context.context_id)
-    asked = []
-    for _ in range(3):
-        looked(directory, broker)
-        asked.append(broker.asked)
-    assert asked == [[queue], [], []]
+    looked(directory, broker)
+    assert broker.asked == []
     wanted = run.model_copy(update={"source_digest": "src-more"})
     directory.note(store.write(make.incoming(make.announced(claims=1, of=wanted))))
-    looked(directory, broker)
-    assert broker.asked == [queue]
+    for _ in range(2):  # one that is missing may come
+        broker.asked = []
+        looked(directory, broker)
+        assert broker.asked == [queue]
 
 
 def test_a_run_that_was_never_announced_has_no_context_to_tell(
@@ -238,18 +336,26 @@ def test_a_run_that_was_never_announced_has_no_context_to_tell(
     assert broker.asked == []
 
 
-def test_a_new_directory_on_the_same_store_and_broker_says_the_same(
-    store: Store, make: SimpleNamespace, run: Run, directory: Directory, broker: Broker
+def test_a_new_directory_on_the_same_store_broker_and_workers_says_the_same(
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    directory: Directory,
+    broker: Broker,
+    fleet: Fleet,
+    serve: Serve,
 ) -> None:
     directory.note(store.write(make.incoming(make.announced(claims=40), make.dead(0))))
-    broker.has[run.context] = (2, 3)
+    broker.has[run.context] = 2
+    serve(run, 3)
     looked(directory, broker)
     directory.note(store.write(make.incoming(make.batch(*map(make.verdict, range(1, 9))))))
-    again = Directory(store, load_settings())
+    again = Directory(store, load_settings(), fleet)
     # The mean of a batch is only counted, not moved on.
     (before,), (after,) = directory.look(), looked(again, broker)
     assert before.claims_ready + before.claims_in_flight == 31
     assert after.claims_ready + after.claims_in_flight == 31
+    assert before.workers_warm == after.workers_warm == 3
 
 
 def test_a_big_store_is_gone_through_in_several_looks_the_latest_run_first(
@@ -263,7 +369,7 @@ def test_a_big_store_is_gone_through_in_several_looks_the_latest_run_first(
     several = [of(run, number) for number in range(4)]
     for each in several:
         store.write(make.incoming(make.announced(claims=5, of=each)))
-        broker.has[each.context] = (1, 0)
+        broker.has[each.context] = 1
     monkeypatch.setattr("services.collector.directory._COUNTING_SECONDS", -1.0)
     counted: list[Any] = []
     count = directory._count
@@ -281,12 +387,18 @@ def test_a_big_store_is_gone_through_in_several_looks_the_latest_run_first(
 
 
 def test_the_most_wanted_come_first_and_no_more_than_a_notice_holds(
-    store: Store, make: SimpleNamespace, run: Run, directory: Directory, broker: Broker
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    directory: Directory,
+    broker: Broker,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("services.collector.directory._COUNTING_SECONDS", 60.0)
     for number in range(MAX_CONTEXTS + 1):
         each = of(run, number)
         store.write(make.incoming(make.announced(claims=10_000, of=each)))
-        broker.has[each.context] = (number % 7, number)
+        broker.has[each.context] = number % 7
     lines = looked(directory, broker)
     assert len(lines) == MAX_CONTEXTS
     ready = [line.claims_ready for line in lines]
@@ -301,7 +413,7 @@ def test_contexts_with_very_long_arguments_are_cut_so_that_every_worker_can_take
         long = each.context.model_copy(update={"engine_arguments": ("Ł" * 512,) * 128})
         each = each.model_copy(update={"context": long})
         store.write(make.incoming(make.announced(claims=10_000, of=each)))
-        broker.has[long] = (number, 0)
+        broker.has[long] = number
     lines = looked(directory, broker)
     assert [line.claims_ready for line in lines] == [10 * (29 - place) for place in range(7)]
     assert len(encode(Notice(contexts=lines))) <= MAX_CONTEXTS_BYTES + 100

@@ -245,3 +245,11 @@ def test_an_engines_variables_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("HF_TOKEN", "a-token")
     assert plan().environment["HF_TOKEN"] == "a-token"
     assert "a-token" not in repr(plan())
+
+
+def test_a_keepers_own_variables_for_engines_do_not_reach_those_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wanted = plan()  # by a worker without it
+    monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "TRITON_ATTN")  # the keeper was started with it
+    assert "VLLM_ATTENTION_BACKEND" not in template_environment(wanted)

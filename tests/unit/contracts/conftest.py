@@ -18,6 +18,7 @@ from services.contracts import (
     Totals,
     Verdict,
     VerdictBatch,
+    WorkerReport,
 )
 from services.contracts.prompts import Example
 from services.contracts.wire import Message
@@ -104,5 +105,12 @@ def messages() -> dict[str, Message]:
             phases=StartupPhases(
                 imports=8.0, fetch=None, load=9.5, compile=40.0, first_token=0.5, total=60.0
             ),
+        ),
+        "WorkerReport": WorkerReport(
+            worker_id="node-1",
+            context_id=context.context_id,
+            device="Tesla T4",
+            state="serving",
+            claims_per_second=12.5,
         ),
     }

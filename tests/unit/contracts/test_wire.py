@@ -24,6 +24,7 @@ from services.contracts import (
     Totals,
     Verdict,
     VerdictBatch,
+    WorkerReport,
     decode,
     encode,
 )
@@ -34,7 +35,10 @@ from services.contracts.wire import Message
 
 KINDS: dict[str, type[Message]] = {
     kind.__name__: kind
-    for kind in (ClaimBatch, VerdictBatch, DeadClaim, RunAnnouncement, Notice, ContextReady)
+    for kind in (
+        *(ClaimBatch, VerdictBatch, DeadClaim, RunAnnouncement, Notice, ContextReady),
+        WorkerReport,
+    )
 }
 
 # What people write in any script, with all that JSON escapes; no NUL and no lone surrogates.
@@ -194,6 +198,14 @@ MESSAGES: dict[str, st.SearchStrategy[Message]] = {
             StartupPhases,
             **{name: st.none() | SECONDS for name in StartupPhases.model_fields},
         ),
+    ),
+    "WorkerReport": st.builds(
+        WorkerReport,
+        worker_id=words(20),
+        context_id=st.none() | words(20),
+        device=words(20),
+        state=st.sampled_from(["starting", "serving", "draining", "stopped"]),
+        claims_per_second=st.none() | st.floats(min_value=0, max_value=1e9),
     ),
 }
 

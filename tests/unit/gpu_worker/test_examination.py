@@ -58,6 +58,9 @@ class Engine:
     def stop(self) -> None:
         self.alive = False
 
+    def look(self) -> None:
+        """What happened is known here at once."""
+
     def last_words(self) -> list[str]:
         return ["INFO loading", "Segmentation fault"]
 

@@ -1,0 +1,108 @@
+"""Who is there, by a clock that the tests move."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from services.collector.fleet import Fleet
+from services.contracts.presence import FORGOTTEN_SECONDS, REPORT_SECONDS
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def fleet(clock: Clock) -> Fleet:
+    return Fleet(clock)
+
+
+def test_workers_are_counted_on_the_context_that_they_serve(
+    fleet: Fleet, make: SimpleNamespace
+) -> None:
+    for worker, context in [("a", "ctx-1"), ("b", "ctx-1"), ("c", "ctx-2")]:
+        fleet.note(make.report(worker, context_id=context))
+    assert [fleet.workers_on(each) for each in ("ctx-1", "ctx-2", "ctx-3")] == [2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"state": "starting"}, {"state": "draining"}, {"state": "stopped"}, {"context_id": None}],
+)
+def test_one_that_serves_nothing_any_more_is_counted_no_more(
+    changes: dict[str, object], fleet: Fleet, make: SimpleNamespace
+) -> None:
+    fleet.note(make.report("a", context_id="ctx-1"))
+    fleet.note(make.report("b", context_id="ctx-1"))
+    fleet.note(make.report("a", **{"context_id": "ctx-1", **changes}))
+    assert fleet.workers_on("ctx-1") == 1
+
+
+def test_only_the_latest_word_of_a_worker_counts(fleet: Fleet, make: SimpleNamespace) -> None:
+    for context in ("ctx-1", "ctx-1", "ctx-2"):
+        fleet.note(make.report("a", context_id=context))
+    assert (fleet.workers_on("ctx-1"), fleet.workers_on("ctx-2")) == (0, 1)
+
+
+def test_who_was_silent_for_too_long_is_gone_and_who_reports_again_is_back(
+    fleet: Fleet, clock: Clock, make: SimpleNamespace
+) -> None:
+    report_a, report_b = make.report("a", context_id="ctx-1"), make.report("b", context_id="ctx-1")
+    fleet.note(report_a)
+    fleet.note(report_b)
+    clock.now += FORGOTTEN_SECONDS / 2
+    fleet.note(report_a)
+    clock.now += FORGOTTEN_SECONDS / 2 - 0.1
+    assert fleet.workers_on("ctx-1") == 2
+    clock.now += 0.1
+    assert fleet.workers_on("ctx-1") == 1
+    fleet.note(report_b)
+    assert fleet.workers_on("ctx-1") == 2
+    clock.now += FORGOTTEN_SECONDS
+    assert fleet.workers_on("ctx-1") == 0
+
+
+def test_of_too_many_workers_those_that_were_silent_for_longest_are_forgotten(
+    fleet: Fleet, make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.collector.fleet.MAX_WORKERS", 3)
+    for worker in "abcade":  # `a` again: `b` and `c` are then the longest silent
+        fleet.note(make.report(worker, context_id=f"ctx-{worker}"))
+    assert [worker for worker in "abcde" if fleet.workers_on(f"ctx-{worker}")] == ["a", "d", "e"]
+
+
+def test_nothing_is_kept_of_those_that_are_gone(fleet: Fleet, make: SimpleNamespace) -> None:
+    for number in range(100):
+        fleet.note(make.report("a", context_id=f"ctx-{number}"))
+    fleet.note(make.report("a", state="stopped"))
+    assert (fleet._serving, fleet._on) == ({}, {})
+
+
+def test_who_begins_to_listen_has_heard_all_once_each_had_the_time_to_report(
+    fleet: Fleet, clock: Clock
+) -> None:
+    clock.now += 10  # a collector may be made long before it is connected
+    assert not fleet.heard_all()
+    clock.now += REPORT_SECONDS - 0.1
+    assert not fleet.heard_all()
+    clock.now += 0.1
+    assert fleet.heard_all()
+
+
+def test_who_did_not_listen_for_a_while_begins_anew(fleet: Fleet, clock: Clock) -> None:
+    fleet.heard_all()
+    clock.now += FORGOTTEN_SECONDS - REPORT_SECONDS  # in so short a time nobody is forgotten
+    assert fleet.heard_all()
+    clock.now += FORGOTTEN_SECONDS
+    assert not fleet.heard_all()
+    clock.now += REPORT_SECONDS
+    assert fleet.heard_all()
