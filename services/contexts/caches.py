@@ -60,6 +60,13 @@ class EngineCaches:
         new.write_text(start.model_dump_json(), encoding="utf-8")
         new.replace(path)
 
+    def all_seconds(self) -> Iterator[float]:
+        """What each engine that was ever started here took the last time."""
+        for path in self._directory.glob(f"*/{_STARTUP}"):
+            past = self.recall(path.parent.name)
+            if past is not None and past.phases.total is not None:
+                yield past.phases.total
+
     def recall(self, name: str) -> PastStart | None:
         try:
             return PastStart.model_validate_json((self._directory / name / _STARTUP).read_bytes())

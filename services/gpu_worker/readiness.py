@@ -29,8 +29,11 @@ class Readiness:
         self.unusable.add(context_id)
 
     def seconds(self, contexts: Iterable[ContextSpec]) -> dict[str, float]:
-        """By context id; those of which nothing is known are left out."""
+        """By context id. One that was never here is taken to start like the slowest of those that
+        were; on a node without any, nothing is known of it, and it is left out.
+        """
         live = {record.name: record for record in live_records(self._directory)}
+        slowest = max(self._caches.all_seconds(), default=None)
         known: dict[str, float] = {}
         for spec in contexts:
             name = EnginePlan.of(spec, self._device, self._settings).name
@@ -39,4 +42,6 @@ class Readiness:
                 known[spec.context_id] = 0.0 if record.state == "warm" else _WAKE_SECONDS
             elif past is not None and past.phases.total is not None:
                 known[spec.context_id] = past.phases.total
+            elif slowest is not None:
+                known[spec.context_id] = slowest
         return known

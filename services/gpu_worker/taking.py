@@ -11,8 +11,8 @@ from sys import float_info
 from services.contracts import ContextDemand, ContextSpec
 from services.contracts.notices import NOTICE_SECONDS
 
-COLD_SECONDS = 120.0
-"""Until a context is ready that was never measured on this node: minutes, not seconds."""
+COLD_SECONDS = 60.0
+"""Until a context is ready, on a node where none was ever started."""
 CLAIMS_PER_SECOND = 100.0
 """A worker's speed before it was measured. Too high a guess makes it slower to move."""
 PATIENCE_SECONDS = NOTICE_SECONDS
@@ -25,6 +25,8 @@ BETTER_BY = 2.0
 """So many times more work than here must wait elsewhere, for each worker, to leave work."""
 FIRST_NOTICES = 5
 """Where nobody is, somebody goes after so many notices on average, however far it is."""
+
+_OTHER_DIGITS = 1_009
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ class Situation:
     here: str | None
     queue_empty: bool
     idle_seconds: float
-    """How long its own queue gave nothing."""
+    """How long its own queue gave nothing, or how long it has had no context."""
     since_ready_seconds: float
     """How long the present context has been ready."""
     claims_per_second: float | None
@@ -110,7 +112,9 @@ def next_context(directory: Sequence[ContextDemand], worker: Situation) -> Stay 
     if not places:
         return Stay("no claims wait elsewhere")
     if worker.here is None:
-        return _join([place for place in places if _pays(place, worker)], worker.draw)
+        # Where to is drawn by other digits of the lot than whether.
+        where = worker.draw * _OTHER_DIGITS % 1.0
+        return _join([place for place in places if _pays(place, worker)], where)
     if not worker.queue_empty:
         work_here = ready.get(worker.here, 0) / (rate * workers[worker.here])
         places = [place for place in places if _is_better(place, work_here)]
@@ -146,11 +150,13 @@ def _place(line: ContextDemand, worker: Situation, rate: float, *, share: float)
 
 def _pays(place: _Place, worker: Situation) -> bool:
     """For a worker with nothing to do. Where nobody is, it pays once as much time was lost idle as
-    the switch costs: rent, then buy.
+    the switch costs: rent, then buy. One that has no context at all loses nothing by going but the
+    start, so it buys after a part of that time, drawn anew: of many that wait, one is soon there.
     """
     if place.work_seconds > place.cost_seconds:
         return True
-    return place.workers == 0 and worker.idle_seconds >= place.cost_seconds
+    patience = place.cost_seconds * (worker.draw if worker.here is None else 1.0)
+    return place.workers == 0 and worker.idle_seconds >= patience
 
 
 def _is_better(place: _Place, work_here_seconds: float) -> bool:

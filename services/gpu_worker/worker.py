@@ -5,6 +5,7 @@ import random
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Sequence
 
 import structlog
@@ -127,6 +128,7 @@ class Worker:
     def _first_context(self, readiness: Readiness) -> ContextSpec | None:
         """Listen until there is one that is worth a start; None when told to stop."""
         log.info("worker.idle", worker=self._signature.worker_id)
+        idle_since = time.monotonic()
         with Consumer(
             BrokerAddress.from_settings(self._settings),
             "worker-notices",
@@ -142,7 +144,7 @@ class Worker:
                 situation = Situation(
                     here=None,
                     queue_empty=True,
-                    idle_seconds=0.0,
+                    idle_seconds=time.monotonic() - idle_since,
                     since_ready_seconds=0.0,
                     claims_per_second=None,
                     warm=readiness.seconds(self._contexts()),

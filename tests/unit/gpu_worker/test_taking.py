@@ -120,6 +120,21 @@ def test_a_new_worker_prefers_what_its_node_holds_warm() -> None:
     assert drawn.count(C) > 80
 
 
+def test_of_many_new_workers_one_soon_goes_where_nobody_is_and_the_others_do_not() -> None:
+    directory = [line(B, 10)]  # a second's work, a minute away
+    lots = [n / 1_000 for n in range(1_000)]
+    for seconds, goers in ((2.0, 33), (30.0, 500), (60.0, 1_000)):
+        drawn = [
+            goes_to(
+                next_context(
+                    directory, idle(None, warm=ready_in(B=60), idle_seconds=seconds, draw=draw)
+                )
+            )
+            for draw in lots
+        ]
+        assert drawn.count(B) == pytest.approx(goers, abs=2)
+
+
 def test_new_workers_spread_in_proportion_to_the_work() -> None:
     directory = [line(B, 30_000), line(C, 60_000), line(D, 0, 3)]
     drawn = [

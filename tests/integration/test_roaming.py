@@ -1,0 +1,98 @@
+"""Workers without a context of their own: they serve what is wanted, and change when that pays."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from services.contexts.records import live_records
+from tests.integration.conftest import Command, wait_until
+from tests.integration.runs import CLAIMS, end_well, status_of, submit
+
+Start = Callable[..., Command]
+
+
+@pytest.fixture
+def roaming(environment: dict[str, str]) -> dict[str, str]:
+    """What takes the model from a worker's environment."""
+    return {"KEEPWARM_MODEL": ""}
+
+
+@pytest.fixture
+def other_model(small_model: Path, tmp_path: Path) -> Path:
+    other = tmp_path / "other-model"
+    shutil.copytree(small_model, other)
+    (other / "config.json").write_text('{"model_type": "other"}')
+    return other
+
+
+def events(command: Command, name: str) -> list[dict]:
+    return [json.loads(line) for line in command.lines if f'"event": "{name}"' in line]
+
+
+def test_a_worker_without_a_model_serves_one_run_after_the_other_whatever_they_want(
+    command: Start,
+    environment: dict[str, str],
+    roaming: dict[str, str],
+    other_model: Path,
+) -> None:
+    worker = command("worker", **roaming)
+    worker.said("worker.idle")
+    collecting = command("collect")
+    first = submit(command)
+    second = submit(command, CLAIMS, "--model", str(other_model))
+
+    def both_are_complete() -> bool:
+        found = [status_of(environment, run_id) for run_id in (first, second)]
+        return all(status is not None and status.complete for status in found)
+
+    wait_until(both_are_complete, "both runs complete", seconds=120)
+    contexts = {event["to"] for event in events(worker, "context.switching")}
+    assert len(contexts) == 2
+    # Both stay warm: a third run on either finds its engine.
+    records = live_records(Path(environment["KEEPWARM_RUNTIME_DIR"]))
+    assert {record.context.context_id for record in records} == contexts
+    end_well(worker, collecting)
+
+
+def test_a_context_that_cannot_be_had_here_is_left_to_other_nodes(
+    command: Start, environment: dict[str, str], roaming: dict[str, str], other_model: Path
+) -> None:
+    away = submit(command, CLAIMS, "--model", str(other_model))
+    shutil.rmtree(other_model)  # this node does not have it
+    here = submit(command)
+    collecting = command("collect")
+    worker = command("worker", **roaming)
+    wait_until(
+        lambda: (status := status_of(environment, here)) is not None and status.complete,
+        "the run that can be answered here",
+        seconds=120,
+    )
+    worker.said("context.unusable")
+    status = status_of(environment, away)
+    assert status is not None and (status.done, status.dead, status.complete) == (0, 0, False)
+    end_well(worker, collecting)
+
+
+def test_an_idle_worker_prefers_what_is_warm_here(
+    command: Start, environment: dict[str, str], roaming: dict[str, str], other_model: Path
+) -> None:
+    warming = command("contexts", "warm")
+    assert warming.wait() == 0, warming.output
+    # As many claims wait for a context that is not: it would take 120 s, for all that is known.
+    submit(command, CLAIMS, "--model", str(other_model))
+    wanted = submit(command)
+    collecting = command("collect", "--until", wanted)
+    worker = command("worker", **roaming)
+    assert collecting.wait(90) == 0, collecting.output
+    assert events(worker, "engine.ready")[0]["warm"] is True
+    assert len(events(worker, "context.switching")) == 1
+    end_well(worker)
+
+
+def test_flags_of_a_model_without_a_model_are_refused(command: Start) -> None:
+    worker = command("worker", "--revision", "main", KEEPWARM_MODEL="")
+    assert worker.wait() == 2
+    assert "name it with --model" in worker.output
