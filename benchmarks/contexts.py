@@ -9,9 +9,10 @@ none        every batch starts from nothing: weights fetched and converted, engi
 partial     weights stay on the node, the engine starts for every batch
 pervasive   the engine is started once and kept
 
-Then, on a warm engine: batch sizes of 1 to 128, a worker that is taken away every ten seconds, and
-twenty starts of a worker until its first verdict. Prefix caching is off, for the same claims come
-again. Prints tables, writes a JSON file and a plot. Takes about 20 minutes on two cores.
+Then, on a warm engine: batch sizes of 1 to 128, a worker that is replaced every ten seconds
+(SIGTERM, and SIGKILL), and twenty starts of a worker until its first verdict. Prefix caching is
+off, for the same claims come again. Prints tables, writes a JSON file and a plot. Takes about 20
+minutes on two cores.
 """
 
 import argparse
@@ -230,20 +231,20 @@ def sizes(desk: Desk, lines: list[str], rounds: int) -> dict[int, list[float]]:
     return taken
 
 
-def preempted(desk: Desk, lines: list[str], size: int, every_seconds: float | None) -> float:
-    """Claims/s, calm or with the worker killed (SIGKILL) and replaced every so many seconds."""
+def preempted(
+    desk: Desk, lines: list[str], size: int, number: int | None, every_seconds: float = 10.0
+) -> float:
+    """Claims/s, calm, or with the worker replaced every so many seconds: its group gets the signal
+    of this number, and another worker is started at once.
+    """
     run_id = desk.submit(lines, size)
     done = threading.Event()
-    current = [desk.worker()]
-    kills = 0
+    workers = [desk.worker()]
 
     def preempt() -> None:
-        nonlocal kills
-        while every_seconds is not None and not done.wait(every_seconds):
-            os.killpg(current[0].pid, signal.SIGKILL)
-            current[0].wait()
-            current[0] = desk.worker()
-            kills += 1
+        while number is not None and not done.wait(every_seconds):
+            os.killpg(workers[-1].pid, number)
+            workers.append(desk.worker())
 
     started = time.monotonic()
     preemption = threading.Thread(target=preempt)
@@ -252,9 +253,10 @@ def preempted(desk: Desk, lines: list[str], size: int, every_seconds: float | No
     seconds = time.monotonic() - started
     done.set()
     preemption.join()
-    current[0].terminate()
-    current[0].wait(60)
-    assert every_seconds is None or kills
+    for worker in workers:
+        worker.terminate()
+        worker.wait(60)
+    assert number is None or len(workers) > 1
     return len(lines) / seconds
 
 
@@ -330,23 +332,27 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 }
                 for size, seconds in taken.items()
             }
-            calm, taken_away = [], []
+            rates: dict[str, list[float]] = {"calm": [], "SIGTERM": [], "SIGKILL": []}
             for _ in range(arguments.rounds):
-                calm.append(step("calm", lambda: preempted(desk, many, arguments.batch, None)))
-                taken_away.append(
-                    step("preempted", lambda: preempted(desk, many, arguments.batch, 10.0))
-                )
-            ratios = [b / a for a, b in zip(calm, taken_away, strict=True)]
-            result["preemption"] = {
-                "claims": len(many),
-                "calm_claims_per_second": calm,
-                "preempted_claims_per_second": taken_away,
-                "ratio": {
+                for how, number in (
+                    ("calm", None),
+                    ("SIGTERM", signal.SIGTERM),
+                    ("SIGKILL", signal.SIGKILL),
+                ):
+                    rates[how].append(
+                        step(
+                            f"preemption: {how}",
+                            lambda number=number: preempted(desk, many, arguments.batch, number),
+                        )
+                    )
+            result["preemption"] = {"claims": len(many), "claims_per_second": rates, "ratios": {}}
+            for how in ("SIGTERM", "SIGKILL"):
+                ratios = [b / a for a, b in zip(rates["calm"], rates[how], strict=True)]
+                result["preemption"]["ratios"][how] = {
                     "median": statistics.median(ratios),
                     "min": min(ratios),
                     "max": max(ratios),
-                },
-            }
+                }
             attached = step("warm attaches", lambda: attaches(desk, lines, arguments.attaches))
             result["warm_attach_seconds"] = {
                 "all": attached,
@@ -378,11 +384,11 @@ def show(result: dict[str, Any]) -> None:
     best = max(rates.values())
     for size, rate in rates.items():
         console.print(f"{size:4} claims a batch: {rate:6.1f} claims/s, {rate / best:.3f} of best")
-    preemption = result["preemption"]["ratio"]
-    console.print(
-        f"worker killed every 10 s: {preemption['median']:.3f} of the calm rate "
-        f"({preemption['min']:.3f}-{preemption['max']:.3f})"
-    )
+    for how, ratio in result["preemption"]["ratios"].items():
+        console.print(
+            f"worker replaced every 10 s, {how}: {ratio['median']:.3f} of the calm rate "
+            f"({ratio['min']:.3f}-{ratio['max']:.3f})"
+        )
     attached = result["warm_attach_seconds"]
     console.print(
         f"worker start to first verdict, warm: median {attached['median']:.2f} s, "

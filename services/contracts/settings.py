@@ -94,7 +94,7 @@ class Settings(BaseSettings):
     order_by_evidence: bool = True
     """Let claims that share evidence travel together, so that an engine reads it once."""
 
-    batches_in_flight: Annotated[int, Field(ge=1, le=256)] = 3
+    batches_in_flight: Annotated[int, Field(ge=1, le=256)] = 64
     """The most batches that a worker has in hand; all of them are at its engine."""
     horizon_seconds: Seconds = 4
     """A worker keeps no more in hand than it finishes in so long, by its own measured speed."""

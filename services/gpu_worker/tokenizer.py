@@ -7,6 +7,7 @@ from typing import Any
 from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pydantic_core import from_json, to_json
 from tokenizers import Tokenizer
 
 from services.contexts.model_files import model_file
@@ -26,13 +27,15 @@ class ModelTokenizer:
     def __init__(
         self, definition: bytes, configuration: dict[str, Any], chat_template: str | None
     ) -> None:
+        # Megabytes of vocabulary: read as fast as it gets, for a worker is to be at work at once.
+        parsed = from_json(definition)
+        unknown = _unknown_token(parsed)
         self._trusted = Tokenizer.from_buffer(definition)
-        self._plain = Tokenizer.from_buffer(_without_mark_up(definition))
+        self._plain = Tokenizer.from_buffer(_without_mark_up(parsed))
         self._plain.encode_special_tokens = True
         for tokenizer in (self._trusted, self._plain):
             tokenizer.no_padding()
             tokenizer.no_truncation()
-        unknown = _unknown_token(json.loads(definition))
         mark_up = {
             number: added.content
             for number, added in self._plain.get_added_tokens_decoder().items()
@@ -143,15 +146,14 @@ class ModelTokenizer:
         return str(token["content"]) if isinstance(token, dict) else str(token)
 
 
-def _without_mark_up(definition: bytes) -> bytes:
+def _without_mark_up(tokenizer: dict[str, Any]) -> bytes:
     """The tokenizer with every added token marked special, so that `encode_special_tokens` covers
     the likes of `<tool_call>` too; added runs of white space are ordinary vocabulary and stay.
     """
-    tokenizer = json.loads(definition)
     for token in tokenizer.get("added_tokens", ()):
         if token["content"].replace(_SENTENCEPIECE_SPACE, " ").strip():
             token["special"] = True
-    return json.dumps(tokenizer).encode()
+    return to_json(tokenizer)
 
 
 def _unknown_token(definition: dict[str, Any]) -> str | None:

@@ -175,6 +175,7 @@ def environment(
         "KEEPWARM_RUNTIME_DIR": str(runtime_dir),
         "KEEPWARM_CACHE_DIR": str(runtime_dir.parent / "cache"),
         "KEEPWARM_GRACE_SECONDS": "6",
+        "KEEPWARM_BATCHES_IN_FLIGHT": "3",
         "KEEPWARM_LOG_FORMAT": "json",
     }
 

@@ -15,7 +15,7 @@ def test_without_any_setting_the_defaults_hold() -> None:
     settings = load_settings()
     assert settings.broker_url is None
     assert settings.batch_size == 64
-    assert settings.batches_in_flight == 3
+    assert settings.batches_in_flight == 64
     assert not settings.engine_trust_remote_code
 
 
