@@ -143,6 +143,7 @@ class Serving:
             while not self._stop.is_set() and not leave():
                 _raise_bugs(work)
                 self._reports.say("serving", self._pace.rate, publisher)
+                self._announce(publisher)
                 if work:
                     self._had_work_at = time.monotonic()
                 if self._suspects or not self._engine.alive:
@@ -151,7 +152,6 @@ class Serving:
                         continue
                     if not self._engine_is_well():
                         break
-                    self._announce(publisher)
                     if self._suspects:  # as the only job, so that nobody else is at the engine
                         work.add(pool.submit(self._examine, consumer, publisher))
                     continue

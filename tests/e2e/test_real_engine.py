@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 from services.contexts import find_device, pin_model
-from services.contexts.engine import Engine
+from services.contexts.attachment import Attachment, drain
+from services.contexts.plan import EnginePlan
 from services.contracts import Claim, ContextSpec, PromptSpec, load_settings
 from services.gpu_worker import CompiledPrompt, ModelTokenizer
 from services.producer import read_prompt
 from tests.conftest import DEMO_MODEL, REPOSITORY, sample_lines
 from tests.integration.conftest import Command, commands, wait_until
+from tests.integration.runs import outcomes
 
 Start = Callable[..., Command]
 CLAIMS = str(REPOSITORY / "samples" / "claims.jsonl")
@@ -69,21 +71,29 @@ def test_a_run_that_loses_its_worker_or_its_engine_completes_with_one_verdict_a_
         *("--model", str(DEMO_MODEL), "--prompt", str(REPOSITORY / "samples" / "prompt.yaml")),
     )
     wait_until(lambda: running.output.count("engine: warm"), "a warm engine", ENGINE_SECONDS)
+    store = {"KEEPWARM_STORE_URL": str(out / "keepwarm.sqlite")}
+    wait_until(lambda: outcomes(store), "the first verdicts")
     worker = next(
         process
         for process in running.descendants()
         if process.cmdline()[2:4] == ["services.cli.main", "worker"]
     )
-    engine = worker.children(recursive=True)
-    assert any("vllm" in " ".join(process.cmdline()) for process in engine)
     # The process that holds the model is not the one that speaks HTTP.
-    core = next(process for process in engine if "EngineCore" in "".join(process.cmdline()))
+    core = next(p for p in running.descendants() if "EngineCore" in "".join(p.cmdline()))
     (worker if victim == "worker" else core).send_signal(number)
-    wait_until(lambda: not any(process.is_running() for process in engine), "the engine gone")
+    if victim == "worker":
+        log = out / "logs" / "run.log"
+        wait_until(lambda: "worker.lost" in log.read_text(), "another worker")
+        assert core.is_running()  # the context outlives its worker
     assert running.wait(ENGINE_SECONDS) == 0, running.output
+    assert not core.is_running()  # and not its run, which found none when it began
     assert_whole(out, 160)
     report = json.loads((out / "report.json").read_text())
     assert len(report["workers"]) == (1 if victim == "engine" else 2)
+    cold = sum(line["count"] for line in report["startups"]["cold"])
+    assert cold == (2 if victim == "engine" else 1)
+    warm = report["startups"]["warm"]
+    assert warm is None if victim == "engine" else warm["count"] == 1
     status = report["status"]
     # At most what the lost worker had in hand was computed again; after a drain, nothing was.
     assert status["lost_work"] <= 3 * 8
@@ -92,14 +102,28 @@ def test_a_run_that_loses_its_worker_or_its_engine_completes_with_one_verdict_a_
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[tuple[Engine, ContextSpec]]:
+def engine() -> Iterator[tuple[Attachment, ContextSpec]]:
     """A real engine, held for several tests."""
     spec = pin_model(ContextSpec(model=str(DEMO_MODEL)))
-    with tempfile.TemporaryDirectory(prefix="kw-") as directory:
-        running = Engine(spec, find_device(), load_settings(runtime_dir=directory))
-        assert running.start(threading.Event())
-        yield running, spec
-        running.close()
+    with tempfile.TemporaryDirectory(prefix="kw-") as name:
+        settings = load_settings(runtime_dir=f"{name}/run", cache_dir=f"{name}/cache")
+        running = Attachment(EnginePlan.of(spec, find_device(), settings), settings)
+        try:
+            assert running.start(threading.Event())
+            yield running, spec
+        finally:
+            running.close()
+            drain(settings)
+
+
+def test_a_start_is_measured_phase_by_phase(engine: tuple[Attachment, ContextSpec]) -> None:
+    running, _ = engine
+    phases = running.phases
+    assert phases is not None and not running.warm
+    measured = (phases.imports, phases.load, phases.compile, phases.first_token, phases.total)
+    assert all(seconds for seconds in measured)  # vLLM still says what we read from its log
+    assert phases.fetch is None  # the model is a directory
+    assert sum(seconds or 0 for seconds in measured[:-1]) <= (phases.total or 0)
 
 
 def claim(text: str, evidence: str | None = None) -> Claim:
@@ -107,7 +131,7 @@ def claim(text: str, evidence: str | None = None) -> Claim:
 
 
 def test_special_tokens_in_a_claim_are_text_to_the_model(
-    engine: tuple[Engine, ContextSpec],
+    engine: tuple[Attachment, ContextSpec],
 ) -> None:
     running, spec = engine
     prompt = CompiledPrompt(PromptSpec(), ModelTokenizer.load(spec))
@@ -121,7 +145,7 @@ def test_special_tokens_in_a_claim_are_text_to_the_model(
 
 
 def test_a_batch_is_answered_as_each_of_its_claims_alone(
-    engine: tuple[Engine, ContextSpec],
+    engine: tuple[Attachment, ContextSpec],
 ) -> None:
     running, spec = engine
     prompt = CompiledPrompt(
