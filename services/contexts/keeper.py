@@ -111,7 +111,7 @@ class Keeper:
                 warm = slot.record.state == "warm"
             if slot.attach():
                 return slot, warm
-            slot.join()  # on its way out; then a new one
+            slot.join(_LOOK_SECONDS)  # on its way out, then a new one; or falling asleep
 
     def evict(self, wanted: tuple[str, ...] | None) -> tuple[str, ...]:
         """Stop the engines of these names or contexts, or all. The names of those that went."""

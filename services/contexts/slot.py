@@ -98,9 +98,9 @@ class Slot:
         """One less. A start that nobody waits for any more is given up: others want the room."""
         with self._lock:
             self._note(attached=self.record.attached - 1)
-            forlorn = not self.record.attached and self.record.state in ("waiting", "starting")
-        if forlorn:
-            self.stop("nobody waits for it any more")
+            if not self.record.attached and self.record.state in ("waiting", "starting"):
+                # At once, so that nobody attaches to a start that is being given up.
+                self._begin_to_stop("nobody waits for it any more")
 
     def hear_demand(self, claims: int) -> None:
         with self._lock:
@@ -112,12 +112,16 @@ class Slot:
     def stop(self, why: str) -> None:
         """Begin to stop it, whoever uses it. Safe from any thread, more than once."""
         with self._lock:
-            if not self._stop.is_set():
-                log.info("context.stopping", context=self.plan.name, why=why)
-                self._why = why
-                self._stop.set()
-                if not self.finished:
-                    self._note(state="stopping")
+            self._begin_to_stop(why)
+
+    def _begin_to_stop(self, why: str) -> None:
+        """With the lock held."""
+        if not self._stop.is_set():
+            log.info("context.stopping", context=self.plan.name, why=why)
+            self._why = why
+            self._stop.set()
+            if not self.finished:
+                self._note(state="stopping")
         self._awake.set()
 
     def join(self, timeout_seconds: float | None = None) -> None:
@@ -152,6 +156,8 @@ class Slot:
                 log.warning("context.sleepless", context=self.plan.name, reason=str(error))
             else:
                 with self._lock:
+                    if self._stop.is_set():
+                        return  # it was told to stop while it fell asleep
                     self._note(state="asleep")
                 log.info("context.asleep", context=self.plan.name)
                 return
