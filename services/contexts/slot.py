@@ -2,7 +2,8 @@
 
 import threading
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +23,10 @@ from services.contracts.errors import EngineRequestError, EngineStartError, Keep
 _LOOK_SECONDS = 0.1
 
 log = structlog.get_logger(__name__)
+
+
+class _BrokenOff(Exception):
+    """It was told to stop while it started."""
 
 
 class House(Protocol):
@@ -176,10 +181,12 @@ class Slot:
             self._own = OwnRecord(self._house.directory, self.plan.name)
             self._start()
             why = self._watch()
+        except _BrokenOff:
+            why = self._why
         except EngineStartError as error:
             why = str(start_error(self.plan, self._engine.log_file, str(error)))
             log.error("context.failed", context=self.plan.name, reason=str(error))
-        except (KeepwarmError, OSError) as error:
+        except (KeepwarmError, OSError, psutil.Error) as error:
             why = str(error)
             log.error("context.failed", context=self.plan.name, reason=why)
         finally:
@@ -192,7 +199,7 @@ class Slot:
             log.info("context.gone", context=self.plan.name, why=why.partition("\n")[0])
 
     def _start(self) -> None:
-        with self._house.room_for(self), self._house.caches.starting(self.plan.name) as cache:
+        with self._room(), self._house.caches.starting(self.plan.name) as cache:
             self._note_state("starting")
             log.info("context.starting", context=self.plan.name, log=str(self._engine.log_file))
             template = self._house.template_for(self.plan)  # imports while we fetch
@@ -205,7 +212,7 @@ class Slot:
                 loading=lambda says: self._note_locked(says=says),
             )
             if phases is None:
-                return
+                raise _BrokenOff  # and leave the mark of what is half-written
         phases = phases.model_copy(
             update={"fetch": fetch, "total": round((phases.total or 0.0) + (fetch or 0.0), 3)}
         )
@@ -223,6 +230,13 @@ class Slot:
                 phases=phases,
             )
         log.info("context.warm", context=self.plan.name, **phases.model_dump())
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        with self._house.room_for(self):
+            if self.stopped:
+                raise _BrokenOff  # nothing to start, and nothing to fetch
+            yield
 
     def _fetch(self) -> float | None:
         """Weights to the node. Seconds; None where the model is a directory. Raises ModelError."""
@@ -256,7 +270,7 @@ class Slot:
         return self._why
 
     def _wake(self) -> None:
-        with self._house.room_for(self):
+        with self._room():
             try:
                 self._engine.wake()
             except EngineRequestError as error:
