@@ -74,6 +74,11 @@ class Keeper:
         deadline = time.monotonic() + _DRAIN_PART * self.settings.grace_seconds
         with self._changed:
             self._draining = True
+            slots = list(self._slots.values())
+        for slot in slots:
+            if slot.record.state in ("waiting", "starting"):
+                slot.stop("the node is draining")
+        with self._changed:
             while time.monotonic() < deadline and self._in_use():
                 self._changed.wait(_LOOK_SECONDS)
         self.evict(None)
