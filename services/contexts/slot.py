@@ -19,6 +19,7 @@ from services.contexts.records import ContextRecord, OwnRecord, State
 from services.contexts.template_process import Template
 from services.contracts import Settings
 from services.contracts.errors import EngineRequestError, EngineStartError, KeepwarmError
+from services.contracts.startup import StartupPhases
 
 _LOOK_SECONDS = 0.1
 
@@ -62,7 +63,7 @@ class Slot:
         """Why the engine is no more; None while it is, or may yet be."""
         past = house.caches.recall(plan.name)
         self.known_bytes = past.memory_bytes if past else None
-        self._start_seconds = (past.phases.total or 0.0) if past else 0.0
+        self._start_seconds = _seconds_again(past.phases) if past else 0.0
         now = time.monotonic()
         self.record = ContextRecord(
             name=plan.name,
@@ -217,7 +218,7 @@ class Slot:
             update={"fetch": fetch, "total": round((phases.total or 0.0) + (fetch or 0.0), 3)}
         )
         memory = self._engine.memory_bytes() or 0
-        self._start_seconds = phases.total or 0.0
+        self._start_seconds = _seconds_again(phases)
         self._house.caches.remember(self.plan.name, PastStart(phases=phases, memory_bytes=memory))
         pid = self._engine.pid
         with self._lock:
@@ -301,3 +302,8 @@ class Slot:
         if self._own is not None and not self.finished:
             self._own.write(self.record)
         self._house.changed()
+
+
+def _seconds_again(phases: StartupPhases) -> float:
+    """What the next start takes: the template has the imports done."""
+    return max(0.0, (phases.total or 0.0) - (phases.imports or 0.0))
