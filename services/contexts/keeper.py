@@ -74,6 +74,11 @@ class Keeper:
         deadline = time.monotonic() + _DRAIN_PART * self.settings.grace_seconds
         with self._changed:
             self._draining = True
+            slots = list(self._slots.values())
+        for slot in slots:
+            if slot.record.state in ("waiting", "starting"):
+                slot.stop("the node is draining")
+        with self._changed:
             while time.monotonic() < deadline and self._in_use():
                 self._changed.wait(_LOOK_SECONDS)
         self.evict(None)
@@ -111,7 +116,7 @@ class Keeper:
                 warm = slot.record.state == "warm"
             if slot.attach():
                 return slot, warm
-            slot.join()  # on its way out; then a new one
+            slot.join(_LOOK_SECONDS)  # on its way out, then a new one; or falling asleep
 
     def evict(self, wanted: tuple[str, ...] | None) -> tuple[str, ...]:
         """Stop the engines of these names or contexts, or all. The names of those that went."""

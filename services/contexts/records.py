@@ -66,14 +66,12 @@ class OwnRecord:
         """Raises BlockingIOError when another keeper has it."""
         self._path = directory / f"{name}.json"
         self._lock_path = directory / f"{name}.lock"
-        self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         for _ in range(_LOCK_TRIES):
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = _take_lock(self._lock_path)
+            if lock is not None:
+                self._lock = lock
                 return
-            except BlockingIOError:  # somebody looks whether we live, which takes no time
-                time.sleep(_LOCK_PAUSE_SECONDS)
-        os.close(self._lock)
+            time.sleep(_LOCK_PAUSE_SECONDS)  # somebody looks whether we live, which takes no time
         raise BlockingIOError(f"{self._lock_path} is held by another keeper")
 
     def write(self, record: ContextRecord) -> None:
@@ -107,28 +105,39 @@ def _live(directory: Path) -> Iterator[ContextRecord]:
             if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
                 log.warning("record.not_ours", path=str(path))
                 continue
-            if not _is_held(path.with_suffix(".lock")):
+            if _remove_if_stale(path):
                 log.info("record.stale", path=str(path))
-                for suffix in (".json", ".sock", ".lock"):
-                    path.with_suffix(suffix).unlink(missing_ok=True)
                 continue
             yield ContextRecord.model_validate_json(path.read_bytes()[:_MOST_RECORD_BYTES])
         except FileNotFoundError:
             continue  # it has just ended
-        except ValidationError:
+        except (OSError, ValidationError):
             log.warning("record.unreadable", path=str(path))
 
 
-def _is_held(lock_path: Path) -> bool:
-    try:
-        lock = os.open(lock_path, os.O_RDWR | os.O_NOFOLLOW)
-    except FileNotFoundError:
+def _remove_if_stale(path: Path) -> bool:
+    lock = _take_lock(path.with_suffix(".lock"))
+    if lock is None:
         return False
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        for suffix in (".json", ".sock", ".lock"):
+            path.with_suffix(suffix).unlink(missing_ok=True)
         return True
-    else:
-        return False
     finally:
         os.close(lock)
+
+
+def _take_lock(path: Path) -> int | None:
+    """A descriptor that holds the lock; None while somebody else has it."""
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock), path.lstat()):
+                return lock
+        except BlockingIOError:
+            os.close(lock)
+            return None
+        except FileNotFoundError:
+            pass
+        os.close(lock)  # removed between the two steps: there is, or will be, another file

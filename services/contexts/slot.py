@@ -2,7 +2,8 @@
 
 import threading
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -18,10 +19,15 @@ from services.contexts.records import ContextRecord, OwnRecord, State
 from services.contexts.template_process import Template
 from services.contracts import Settings
 from services.contracts.errors import EngineRequestError, EngineStartError, KeepwarmError
+from services.contracts.startup import StartupPhases
 
 _LOOK_SECONDS = 0.1
 
 log = structlog.get_logger(__name__)
+
+
+class _BrokenOff(Exception):
+    """It was told to stop while it started."""
 
 
 class House(Protocol):
@@ -57,7 +63,7 @@ class Slot:
         """Why the engine is no more; None while it is, or may yet be."""
         past = house.caches.recall(plan.name)
         self.known_bytes = past.memory_bytes if past else None
-        self._start_seconds = (past.phases.total or 0.0) if past else 0.0
+        self._start_seconds = _seconds_again(past.phases) if past else 0.0
         now = time.monotonic()
         self.record = ContextRecord(
             name=plan.name,
@@ -98,9 +104,9 @@ class Slot:
         """One less. A start that nobody waits for any more is given up: others want the room."""
         with self._lock:
             self._note(attached=self.record.attached - 1)
-            forlorn = not self.record.attached and self.record.state in ("waiting", "starting")
-        if forlorn:
-            self.stop("nobody waits for it any more")
+            if not self.record.attached and self.record.state in ("waiting", "starting"):
+                # At once, so that nobody attaches to a start that is being given up.
+                self._begin_to_stop("nobody waits for it any more")
 
     def hear_demand(self, claims: int) -> None:
         with self._lock:
@@ -112,12 +118,16 @@ class Slot:
     def stop(self, why: str) -> None:
         """Begin to stop it, whoever uses it. Safe from any thread, more than once."""
         with self._lock:
-            if not self._stop.is_set():
-                log.info("context.stopping", context=self.plan.name, why=why)
-                self._why = why
-                self._stop.set()
-                if not self.finished:
-                    self._note(state="stopping")
+            self._begin_to_stop(why)
+
+    def _begin_to_stop(self, why: str) -> None:
+        """With the lock held."""
+        if not self._stop.is_set():
+            log.info("context.stopping", context=self.plan.name, why=why)
+            self._why = why
+            self._stop.set()
+            if not self.finished:
+                self._note(state="stopping")
         self._awake.set()
 
     def join(self, timeout_seconds: float | None = None) -> None:
@@ -152,6 +162,8 @@ class Slot:
                 log.warning("context.sleepless", context=self.plan.name, reason=str(error))
             else:
                 with self._lock:
+                    if self._stop.is_set():
+                        return  # it was told to stop while it fell asleep
                     self._note(state="asleep")
                 log.info("context.asleep", context=self.plan.name)
                 return
@@ -170,10 +182,12 @@ class Slot:
             self._own = OwnRecord(self._house.directory, self.plan.name)
             self._start()
             why = self._watch()
+        except _BrokenOff:
+            why = self._why
         except EngineStartError as error:
             why = str(start_error(self.plan, self._engine.log_file, str(error)))
             log.error("context.failed", context=self.plan.name, reason=str(error))
-        except (KeepwarmError, OSError) as error:
+        except (KeepwarmError, OSError, psutil.Error) as error:
             why = str(error)
             log.error("context.failed", context=self.plan.name, reason=why)
         finally:
@@ -186,7 +200,7 @@ class Slot:
             log.info("context.gone", context=self.plan.name, why=why.partition("\n")[0])
 
     def _start(self) -> None:
-        with self._house.room_for(self), self._house.caches.starting(self.plan.name) as cache:
+        with self._room(), self._house.caches.starting(self.plan.name) as cache:
             self._note_state("starting")
             log.info("context.starting", context=self.plan.name, log=str(self._engine.log_file))
             template = self._house.template_for(self.plan)  # imports while we fetch
@@ -199,12 +213,12 @@ class Slot:
                 loading=lambda says: self._note_locked(says=says),
             )
             if phases is None:
-                return
+                raise _BrokenOff  # and leave the mark of what is half-written
         phases = phases.model_copy(
             update={"fetch": fetch, "total": round((phases.total or 0.0) + (fetch or 0.0), 3)}
         )
         memory = self._engine.memory_bytes() or 0
-        self._start_seconds = phases.total or 0.0
+        self._start_seconds = _seconds_again(phases)
         self._house.caches.remember(self.plan.name, PastStart(phases=phases, memory_bytes=memory))
         pid = self._engine.pid
         with self._lock:
@@ -217,6 +231,13 @@ class Slot:
                 phases=phases,
             )
         log.info("context.warm", context=self.plan.name, **phases.model_dump())
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        with self._house.room_for(self):
+            if self.stopped:
+                raise _BrokenOff  # nothing to start, and nothing to fetch
+            yield
 
     def _fetch(self) -> float | None:
         """Weights to the node. Seconds; None where the model is a directory. Raises ModelError."""
@@ -250,7 +271,7 @@ class Slot:
         return self._why
 
     def _wake(self) -> None:
-        with self._house.room_for(self):
+        with self._room():
             try:
                 self._engine.wake()
             except EngineRequestError as error:
@@ -281,3 +302,8 @@ class Slot:
         if self._own is not None and not self.finished:
             self._own.write(self.record)
         self._house.changed()
+
+
+def _seconds_again(phases: StartupPhases) -> float:
+    """What the next start takes: the template has the imports done."""
+    return max(0.0, (phases.total or 0.0) - (phases.imports or 0.0))

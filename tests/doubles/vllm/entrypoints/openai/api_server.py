@@ -1,9 +1,9 @@
 """A stand-in for vLLM's server that answers at once. It stands where `python -m vllm.entrypoints…`
 finds it when PYTHONPATH names `tests/doubles`, so that the worker's own code starts it unchanged.
 
-It speaks as much of the protocol as a worker needs: `/health` and `/v1/completions` with token ids
-and `logprob_token_ids`, as a stream. A prompt's answer depends on its token ids alone.
-`VLLM_TEST_…` variables make it slow or faulty.
+It speaks as much of the protocol as a worker needs: `/health`, `/sleep`, `/wake_up`, and
+`/v1/completions` with token ids and `logprob_token_ids`, as a stream. A prompt's answer depends on
+its token ids alone. `VLLM_TEST_…` variables make it slow or faulty.
 """
 
 import argparse
@@ -27,7 +27,8 @@ over 200 tokens; `crash-long`: end at such a prompt; `nan-long`: score such a pr
 `crash-once`, `hang-once`: end, or fall silent, in the midst of the first request after the probe,
 the first time (a file remembers)."""
 JOURNAL = os.environ.get("VLLM_TEST_JOURNAL", "")
-"""A file that gets a line for each prompt of a claim whose answer was sent."""
+"""A file that gets a line for each prompt of a claim whose answer was sent, and for each time that
+the engine was put to sleep or woken."""
 LONG_TOKENS = 200
 PROBE_TOKENS = 3
 
@@ -69,6 +70,12 @@ def note(prompts: list[list[int]]) -> None:
         claims = [prompt for prompt in prompts if len(prompt) > PROBE_TOKENS]
         with Path(JOURNAL).open("a") as file:
             file.write("".join(f"{zlib.crc32(repr(claim).encode())}\n" for claim in claims))
+
+
+def note_sleep(head: str) -> None:
+    if JOURNAL and head.startswith(("POST /sleep", "POST /wake_up")):
+        with Path(JOURNAL).open("a") as file:
+            file.write(f"{head.split()[1]}\n")
 
 
 async def events(arguments: argparse.Namespace, request: dict, turn: asyncio.Lock):
@@ -121,7 +128,8 @@ async def main() -> None:
                     0,
                 )
                 body = await reader.readexactly(length)
-                request = from_json(body) if head.startswith("POST") else {"prompt": []}
+                request = from_json(body) if body else {"prompt": []}
+                note_sleep(head)
                 if FAULT == "refuse-long" and any(map(is_long, request["prompt"])):
                     content = b'{"error": {"message": "a prompt is too long"}}'
                     status = f"400 Bad Request\r\nContent-Length: {len(content)}"

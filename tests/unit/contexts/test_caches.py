@@ -1,0 +1,107 @@
+"""Compile caches: one directory an engine, thrown away when half-written, and never shared."""
+
+import os
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from services.contexts.caches import EngineCaches, PastStart
+from services.contracts.errors import UsageError
+from services.contracts.startup import StartupPhases
+
+NAME = "ctx-0011-2233"
+GENEROUS_SECONDS = 30.0
+
+
+def test_what_a_finished_start_wrote_is_there_at_the_next(tmp_path: Path) -> None:
+    caches = EngineCaches(tmp_path / "cache")
+    with caches.starting(NAME) as directory:
+        (directory / "kernel").write_text("compiled")
+    with caches.starting(NAME) as again:
+        assert again == directory
+        assert (again / "kernel").read_text() == "compiled"
+
+
+def test_what_a_broken_off_start_left_is_thrown_away(tmp_path: Path) -> None:
+    caches = EngineCaches(tmp_path / "cache")
+    with pytest.raises(ConnectionError), caches.starting(NAME) as directory:
+        (directory / "kernel").write_text("compi")
+        raise ConnectionError
+    with caches.starting(NAME) as directory:
+        assert not (directory / "kernel").exists()
+
+
+def test_what_a_killed_keeper_left_is_thrown_away(tmp_path: Path) -> None:
+    caches = EngineCaches(tmp_path / "cache")
+    pid = os.fork()
+    if pid == 0:
+        with caches.starting(NAME) as directory:
+            (directory / "kernel").write_text("compi")
+            os._exit(0)
+    os.waitpid(pid, 0)
+    assert (tmp_path / "cache" / NAME / "kernel").exists()
+    with caches.starting(NAME) as directory:
+        assert not (directory / "kernel").exists()
+
+
+def test_two_starts_of_one_engine_take_turns(tmp_path: Path) -> None:
+    first, second = EngineCaches(tmp_path / "cache"), EngineCaches(tmp_path / "cache")
+    order: list[str] = []
+    trying = threading.Event()
+
+    def start() -> None:
+        trying.set()
+        with second.starting(NAME):
+            order.append("second")
+
+    other = threading.Thread(target=start)
+    with first.starting(NAME):
+        other.start()
+        assert trying.wait(GENEROUS_SECONDS)
+        other.join(0.3)  # it would be in by now, were it let in
+        order.append("first")
+    other.join(GENEROUS_SECONDS)
+    assert order == ["first", "second"]
+
+
+def test_starts_of_two_engines_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    caches = EngineCaches(tmp_path / "cache")
+    with caches.starting(NAME) as one, caches.starting("ctx-other") as other:
+        assert one != other
+
+
+def test_the_directory_is_for_its_owner_alone(tmp_path: Path) -> None:
+    caches = EngineCaches(tmp_path / "cache")
+    with caches.starting(NAME) as directory:
+        for path in (directory, directory.parent):
+            assert stat.S_IMODE(path.stat().st_mode) == 0o700
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's directory")
+def test_another_users_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    os.chown(tmp_path / "cache", 65534, 65534)
+    with pytest.raises(UsageError, match="KEEPWARM_CACHE_DIR: .* not a directory of this user's"):
+        EngineCaches(tmp_path / "cache")
+
+
+def test_a_start_is_remembered_beyond_its_keeper(tmp_path: Path) -> None:
+    past = PastStart(phases=StartupPhases(imports=9.5, total=21.0), memory_bytes=2**31)
+    caches = EngineCaches(tmp_path / "cache")
+    with caches.starting(NAME):
+        pass
+    caches.remember(NAME, past)
+    assert EngineCaches(tmp_path / "cache").recall(NAME) == past
+    with caches.starting(NAME):
+        assert caches.recall(NAME) == past
+
+
+@pytest.mark.parametrize("nonsense", [b"", b"{", b"\xff\xfe", b'{"memory_bytes": "much"}', b"[]"])
+def test_a_memory_that_makes_no_sense_is_none(tmp_path: Path, nonsense: bytes) -> None:
+    caches = EngineCaches(tmp_path / "cache")
+    assert caches.recall(NAME) is None
+    with caches.starting(NAME) as directory:
+        (directory / "startup.json").write_bytes(nonsense)
+    assert caches.recall(NAME) is None

@@ -1,0 +1,484 @@
+"""The keeper in this process, on the test engine: who makes room for whom, and who waits."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from services.contexts import Device
+from services.contexts.engine import Engine
+from services.contexts.keeper import Keeper
+from services.contexts.plan import EnginePlan
+from services.contexts.records import ContextRecord, State, live_records
+from services.contexts.slot import Slot
+from services.contracts import ContextSpec, load_settings
+from services.contracts.errors import EngineRequestError, KeeperError
+
+# httpcore leaves a socket that could not connect to Python's garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+
+GENEROUS_SECONDS = 60.0
+
+
+def wait_until(met: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + GENEROUS_SECONDS
+    while not met():
+        assert time.monotonic() < deadline, f"never happened: {what}"
+        time.sleep(0.02)
+
+
+class Node:
+    """A keeper, and leases on its engines as workers would have them."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.keeper = Keeper(load_settings())
+        self.holds: tuple[State, ...] = ("starting", "warm", "stopping")
+        """Engines in these states take the whole of the node's memory."""
+
+    def free_bytes(self, _: Device) -> int:
+        slots = self.keeper._slots.values()
+        return 0 if any(not s.finished and s.record.state in self.holds for s in slots) else 1
+
+    def plan(self, context: str) -> EnginePlan:
+        spec = ContextSpec(model=str(self._directory / context))
+        device = Device("cpu", "Xeon", 2**34, tuple(os.sched_getaffinity(0)))
+        return EnginePlan.of(spec, device, load_settings())
+
+    def attach(self, context: str) -> Slot:
+        slot, _ = self.keeper.attach(self.plan(context))
+        return slot
+
+    def warm(self, context: str) -> Slot:
+        """With a lease on it."""
+        slot = self.attach(context)
+        self.comes(slot, "warm")
+        return slot
+
+    def idle(self, context: str) -> Slot:
+        slot = self.warm(context)
+        slot.detach()
+        return slot
+
+    def comes(self, slot: Slot, state: State) -> None:
+        wait_until(lambda: slot.record.state == state or slot.gone, f"{state}: {slot.record}")
+        assert slot.gone is None, slot.gone
+
+    def goes(self, slot: Slot) -> str:
+        slot.join(GENEROUS_SECONDS)
+        assert slot.gone is not None
+        return slot.gone
+
+    def records(self) -> list[ContextRecord]:
+        return live_records(self.keeper.directory)
+
+
+@pytest.fixture
+def start(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Node]]:
+    nodes: list[Node] = []
+
+    def start(**settings: str) -> Node:
+        for name, value in {
+            "PYTHONPATH": str(repository / "tests" / "doubles"),
+            "VLLM_TEST_JOURNAL": str(tmp_path / "journal"),
+            "KEEPWARM_RUNTIME_DIR": str(tmp_path / "run"),
+            "KEEPWARM_CACHE_DIR": str(tmp_path / "cache"),
+            "KEEPWARM_GRACE_SECONDS": "5",
+            **settings,
+        }.items():
+            monkeypatch.setenv(name, value)
+        nodes.append(Node(tmp_path))
+        # One engine fits, and no two.
+        monkeypatch.setattr("services.contexts.keeper.needed_bytes", lambda *_: 1)
+        monkeypatch.setattr("services.contexts.keeper.free_bytes", nodes[-1].free_bytes)
+        return nodes[-1]
+
+    yield start
+    for node in nodes:
+        for slot in node.keeper._slots.values():
+            slot.stop("the test is over")
+            slot.join(GENEROUS_SECONDS)
+        node.keeper.close()
+
+
+@pytest.fixture
+def sleepy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines can sleep, as on CUDA."""
+    monkeypatch.setattr(Slot, "_can_sleep", lambda _: True)
+
+
+def journal(directory: Path) -> list[str]:
+    return (directory / "journal").read_text().split()
+
+
+def process_of(slot: Slot) -> psutil.Process:
+    assert slot.record.pid is not None
+    return psutil.Process(slot.record.pid)
+
+
+# One engine for all who want it.
+
+
+def test_a_second_keeper_of_the_same_directory_is_refused(start: Callable[..., Node]) -> None:
+    node = start()
+    with pytest.raises(KeeperError, match=f"a keeper already, in {node.keeper.directory}"):
+        Keeper(load_settings())
+
+
+def test_equal_plans_have_one_engine_and_it_stays_when_all_let_go(
+    start: Callable[..., Node],
+) -> None:
+    node = start()
+    first = node.warm("a")
+    second, warm = node.keeper.attach(node.plan("a"))
+    assert second is first and warm
+    assert (first.record.attached, first.record.used) == (2, 2)
+    first.detach()
+    first.detach()
+    (record,) = node.records()
+    assert (record.state, record.attached) == ("warm", 0)
+    assert process_of(first).is_running()
+
+
+def test_a_start_that_nobody_waits_for_any_more_is_given_up(start: Callable[..., Node]) -> None:
+    node = start(VLLM_TEST_START_SECONDS="600")
+    slot = node.attach("a")
+    node.comes(slot, "starting")
+    slot.detach()
+    assert not slot.attach()  # from the very moment on
+    assert node.goes(slot) == "nobody waits for it any more"
+    assert node.records() == []
+
+
+def test_a_broken_off_start_leaves_its_cache_marked_as_half_written(
+    start: Callable[..., Node], tmp_path: Path
+) -> None:
+    node = start(VLLM_TEST_START_SECONDS="600")
+    slot = node.attach("a")
+    wait_until(lambda: slot.record.says, "a word of the engine's")
+    slot.stop("the test wants it")
+    assert node.goes(slot) == "the test wants it"
+    assert (tmp_path / "cache" / slot.plan.name / "unfinished").exists()
+
+
+def test_an_engine_that_dies_is_said_to_and_the_next_one_is_new(
+    start: Callable[..., Node],
+) -> None:
+    node = start()
+    slot = node.warm("a")
+    process_of(slot).kill()
+    assert node.goes(slot) == "it ended (exit code -9)"
+    assert node.warm("a") is not slot
+
+
+def test_one_that_does_not_start_says_why_with_its_log(start: Callable[..., Node]) -> None:
+    node = start(VLLM_TEST_FAULT="no-start")
+    said = node.goes(node.attach("a"))
+    assert "it ended (exit code 3)" in said
+    assert "  | RuntimeError: out of memory, says the test engine" in said
+
+
+# Room.
+
+
+def test_an_idle_engine_makes_room_for_one_that_is_wanted(start: Callable[..., Node]) -> None:
+    node = start()
+    idle = node.idle("a")
+    process = process_of(idle)
+    wanted = node.warm("b")
+    assert node.goes(idle) == "its room is needed for another context"
+    assert not process.is_running()
+    assert [record.name for record in node.records()] == [wanted.plan.name]
+
+
+def test_one_in_use_stays_and_who_waits_for_its_room_says_so_and_goes_on_when_it_is_let_go(
+    start: Callable[..., Node],
+) -> None:
+    node = start()
+    used = node.warm("a")
+    process = process_of(used)
+    waiting = node.attach("b")
+    wait_until(lambda: waiting.record.says, "a word of what it waits for")
+    shown = {record.name: record for record in node.records()}[waiting.plan.name]
+    assert shown.state == "waiting"
+    assert shown.says == "waiting for memory that engines in use hold"
+    assert process.is_running() and used.record.state == "warm"
+    used.detach()
+    node.comes(waiting, "warm")
+    assert not process.is_running()
+
+
+def test_who_waits_in_vain_is_told_which_setting_would_help(start: Callable[..., Node]) -> None:
+    node = start(KEEPWARM_ENGINE_START_TIMEOUT_SECONDS="5")
+    used = node.warm("a")
+    said = node.goes(node.attach("b"))
+    assert "engines that are in use hold them" in said
+    assert "KEEPWARM_CONTEXT_MEMORY_GIB" in said
+    assert process_of(used).is_running()
+
+
+def test_who_waits_for_room_and_is_let_go_starts_nothing(
+    start: Callable[..., Node], tmp_path: Path
+) -> None:
+    node = start()
+    used = node.warm("a")
+    waiting = node.attach("b")
+    wait_until(lambda: waiting.record.says, "that it waits")
+    waiting.detach()
+    assert node.goes(waiting) == "nobody waits for it any more"
+    assert not (tmp_path / "cache" / waiting.plan.name).exists()
+    assert used.record.state == "warm"
+
+
+def test_the_budget_counts_and_not_what_is_free(
+    start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = start(KEEPWARM_CONTEXT_MEMORY_GIB="0.001")
+    monkeypatch.setattr("services.contexts.keeper.free_bytes", lambda _: 2**50)
+    idle = node.idle("a")
+    assert (idle.record.memory_bytes or 0) > 2**20
+    node.warm("b")
+    assert node.goes(idle) == "its room is needed for another context"
+
+
+def test_without_a_budget_what_is_free_counts(
+    start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = start()
+    monkeypatch.setattr("services.contexts.keeper.free_bytes", lambda _: 2**50)
+    first = node.idle("a")
+    node.warm("b")
+    assert first.record.state == "warm"
+
+
+@pytest.mark.parametrize("wanted", ["a", "b"])
+def test_the_context_that_claims_wait_for_stays_and_the_other_goes(
+    start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch, wanted: str
+) -> None:
+    node = start()
+    with monkeypatch.context() as roomy:
+        roomy.setattr("services.contexts.keeper.free_bytes", lambda _: 1)
+        engines = {name: node.idle(name) for name in ("a", "b")}
+    for slot in engines.values():
+        slot._start_seconds = 20.0  # equally dear but for the demand
+    node.keeper.hear_demand({node.plan(wanted).spec.context_id: 5})
+    assert engines[wanted].record.demand == 5
+    # The third has room once one of the two has gone.
+    monkeypatch.setattr(
+        "services.contexts.keeper.free_bytes",
+        lambda _: int(any(slot.finished for slot in engines.values())),
+    )
+    third = node.warm("c")
+    (other,) = {"a", "b"} - {wanted}
+    assert node.goes(engines[other]) == "its room is needed for another context"
+    assert engines[wanted].record.state == third.record.state == "warm"
+
+
+def test_demand_is_known_to_engines_that_come_after_it(start: Callable[..., Node]) -> None:
+    node = start()
+    node.keeper.hear_demand({node.plan("a").spec.context_id: 3})
+    assert node.attach("a").record.demand == 3
+    node.keeper.hear_demand({})
+    assert node.attach("a").record.demand == 0
+
+
+def test_an_engine_that_nobody_uses_for_long_is_stopped(start: Callable[..., Node]) -> None:
+    node = start(KEEPWARM_CONTEXT_IDLE_SECONDS="0.5")
+    assert node.goes(node.idle("a")) == "no worker used it for 0.5 s"
+
+
+def test_imports_that_need_not_be_done_again_make_no_engine_dear(
+    start: Callable[..., Node],
+) -> None:
+    node = start()
+    candidate = node.idle("a").candidate()
+    (record,) = node.records()
+    assert candidate is not None and record.phases is not None
+    assert record.phases.total is not None and record.phases.imports is not None
+    assert candidate.start_seconds <= record.phases.total - record.phases.imports + 0.001
+
+
+# Sleep.
+
+
+def test_an_engine_that_can_sleep_gives_its_room_up_and_lives(
+    start: Callable[..., Node], sleepy: None, tmp_path: Path
+) -> None:
+    node = start()
+    idle = node.idle("a")
+    node.warm("b")
+    assert idle.record.state == "asleep" and idle.gone is None
+    assert process_of(idle).is_running()
+    assert journal(tmp_path) == ["/sleep?level=1"]
+
+
+def test_one_that_is_asleep_is_woken_by_the_next_who_attaches_once_there_is_room(
+    start: Callable[..., Node], sleepy: None, tmp_path: Path
+) -> None:
+    node = start()
+    sleeper = node.idle("a")
+    process = process_of(sleeper)
+    other = node.warm("b")
+    again, warm = node.keeper.attach(node.plan("a"))
+    assert again is sleeper and not warm
+    wait_until(lambda: sleeper.record.says, "that it waits for room")
+    assert sleeper.record.state == "asleep"
+    other.detach()
+    node.comes(sleeper, "warm")
+    assert process.is_running() and process_of(sleeper) == process
+    assert other.record.state == "asleep"
+    assert journal(tmp_path) == ["/sleep?level=1", "/sleep?level=1", "/wake_up"]
+
+
+def test_one_that_will_not_sleep_is_stopped(
+    start: Callable[..., Node], sleepy: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sleepless(_: Engine) -> None:
+        raise EngineRequestError("the engine refused /sleep")
+
+    node = start()
+    idle = node.idle("a")
+    monkeypatch.setattr(Engine, "sleep", sleepless)
+    node.warm("b")
+    assert node.goes(idle) == "its room is needed for another context"
+
+
+def test_one_that_does_not_wake_is_gone_and_the_next_is_new(
+    start: Callable[..., Node], sleepy: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dead_to_the_world(_: Engine) -> None:
+        raise EngineRequestError("the engine refused /wake_up")
+
+    node = start()
+    sleeper = node.idle("a")
+    node.idle("b")
+    monkeypatch.setattr(Engine, "wake", dead_to_the_world)
+    assert node.attach("a") is sleeper
+    assert "it did not wake up: the engine refused /wake_up" in node.goes(sleeper)
+    assert node.warm("a") is not sleeper
+
+
+class Dozing:
+    """An engine on its way to sleep, for as long as we like."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.goes_on = threading.Event(), threading.Event()
+        sleep = Engine.sleep
+
+        def slowly(engine: Engine) -> None:
+            self.begun.set()
+            assert self.goes_on.wait(GENEROUS_SECONDS)
+            sleep(engine)
+
+        monkeypatch.setattr(Engine, "sleep", slowly)
+
+
+def test_who_attaches_while_it_falls_asleep_has_it_woken(
+    start: Callable[..., Node], sleepy: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = start()
+    slot = node.idle("a")
+    dozing = Dozing(monkeypatch)
+    giving = threading.Thread(target=slot.give_way)
+    giving.start()
+    assert dozing.begun.wait(GENEROUS_SECONDS)
+    got: list[Slot] = []
+    attaching = threading.Thread(target=lambda: got.append(node.attach("a")))
+    attaching.start()
+    attaching.join(0.3)
+    assert not got  # nobody knows yet whether it stays
+    dozing.goes_on.set()
+    attaching.join(GENEROUS_SECONDS)
+    assert got == [slot]
+    node.comes(slot, "warm")
+    giving.join()
+
+
+def test_one_that_is_stopped_while_it_falls_asleep_is_never_called_asleep(
+    start: Callable[..., Node], sleepy: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = start()
+    slot = node.idle("a")
+    dozing = Dozing(monkeypatch)
+    stopping, stopped = Engine.stop, threading.Event()
+
+    def hold_back(engine: Engine) -> None:
+        stopped.wait(GENEROUS_SECONDS)
+        stopping(engine)
+
+    monkeypatch.setattr(Engine, "stop", hold_back)
+    giving = threading.Thread(target=slot.give_way)
+    giving.start()
+    assert dozing.begun.wait(GENEROUS_SECONDS)
+    slot.stop("it was evicted")
+    dozing.goes_on.set()
+    giving.join(GENEROUS_SECONDS)
+    assert slot.record.state == "stopping" and not slot.attach()
+    stopped.set()
+    assert node.goes(slot) == "it was evicted"
+
+
+def test_one_that_somebody_uses_again_does_not_give_way(
+    start: Callable[..., Node], sleepy: None
+) -> None:
+    node = start()
+    slot = node.warm("a")
+    slot.give_way()  # chosen while it was idle
+    assert slot.record.state == "warm"
+
+
+# The end.
+
+
+def test_evicting_ends_what_is_named_by_itself_or_by_its_context_and_no_other(
+    start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = start()
+    monkeypatch.setattr("services.contexts.keeper.free_bytes", lambda _: 2**50)
+    slots = {name: node.warm(name) for name in ("a", "b", "c")}
+    named = (slots["a"].plan.name, slots["b"].plan.spec.context_id)
+    assert sorted(node.keeper.evict(named)) == sorted(slots[x].plan.name for x in ("a", "b"))
+    assert slots["a"].gone == slots["b"].gone == "it was evicted"
+    assert slots["c"].record.state == "warm"
+
+
+def test_a_node_that_drains_starts_no_engine_and_gives_no_lease(
+    start: Callable[..., Node],
+) -> None:
+    node = start()
+    idle = node.idle("a")
+    node.keeper.drain()
+    assert node.goes(idle) == "the node is draining"
+    with pytest.raises(KeeperError, match="this node is draining"):
+        node.attach("a")
+    assert node.keeper.empty and node.records() == []
+
+
+def test_a_drain_waits_for_those_in_use_and_gives_up_who_waits_for_room(
+    start: Callable[..., Node],
+) -> None:
+    node = start(KEEPWARM_GRACE_SECONDS="60")
+    used = node.warm("a")
+    waiting = node.attach("b")
+    wait_until(lambda: waiting.record.says, "that it waits")
+    draining = threading.Thread(target=node.keeper.drain)
+    draining.start()
+    assert node.goes(waiting) == "the node is draining"
+    assert used.record.state == "warm" and draining.is_alive()
+    used.detach()
+    draining.join(GENEROUS_SECONDS)
+    assert used.gone == "the node is draining"
+
+
+def test_a_drain_does_not_wait_for_ever(start: Callable[..., Node]) -> None:
+    node = start(KEEPWARM_GRACE_SECONDS="2")
+    used = node.warm("a")
+    node.keeper.drain()
+    assert used.gone == "the node is draining"
+    assert not node.records()

@@ -1,0 +1,163 @@
+"""What is said between workers and keepers, over a real socket."""
+
+import os
+import socket
+import struct
+from collections.abc import Iterator
+
+import pytest
+
+from services.contexts import Device
+from services.contexts.plan import EnginePlan
+from services.contexts.protocol import Attach, Demand, Drain, Evict, Line, Request, Word
+from services.contexts.records import ContextRecord
+from services.contracts import ContextSpec, load_settings
+from services.contracts.errors import KeeperError
+
+GENEROUS_SECONDS = 30.0
+
+
+class Ends:
+    """Both ends of a connection, one of them bare."""
+
+    def __init__(self) -> None:
+        self.bare, other = socket.socketpair(socket.AF_UNIX)
+        self.line = Line(other)
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    both = Ends()
+    yield both
+    both.bare.close()
+    both.line.close()
+
+
+def plan(context: ContextSpec) -> EnginePlan:
+    return EnginePlan.of(context, Device("cpu", "Xeon", 2**34, (0, 1)), load_settings())
+
+
+def test_every_request_survives_the_way(ends: Ends, context: ContextSpec) -> None:
+    wanted = plan(context)
+    said: list[Request] = [
+        Attach(plan=wanted),
+        Demand(claims={context.context_id: 7}),
+        Evict(wanted=("ctx-1", "ctx-2")),
+        Drain(),
+    ]
+    keeper = Line(ends.bare)
+    for request in said:
+        ends.line.send(request)
+    assert [keeper.request(GENEROUS_SECONDS) for _ in said] == said
+
+
+def test_a_plan_that_came_over_the_socket_is_the_same_engine(
+    ends: Ends, context: ContextSpec
+) -> None:
+    ends.line.send(Attach(plan=plan(context)))
+    heard = Line(ends.bare).request(GENEROUS_SECONDS)
+    assert isinstance(heard, Attach) and heard.plan.name == plan(context).name
+
+
+def test_a_word_survives_the_way(ends: Ends, context: ContextSpec) -> None:
+    record = ContextRecord(
+        name="ctx-1-2",
+        context=context,
+        device="Xeon",
+        state="starting",
+        says="Loading weights: 50 %",
+        socket="/run/e.sock",
+        log="/run/e.log",
+        since=1.5,
+        last_used=2.5,
+    )
+    said = [
+        Word(record=record, warm=True),
+        Word(gone="it ended\nwith a log"),
+        Word(done=("a", "b")),
+    ]
+    for word in said:
+        ends.line.send(word)
+    keeper = Line(ends.bare)
+    assert [keeper.word(GENEROUS_SECONDS) for _ in said] == said
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        b"",
+        b"hello",
+        b"{}",
+        b'{"verb": "reboot"}',
+        b'{"verb": "attach"}',
+        b'{"verb": "drain", "now": true}',
+        b'{"verb": "demand", "claims": {"ctx-1": -1}}',
+        b"\xff\xfe",
+    ],
+)
+def test_what_is_no_request_is_refused(ends: Ends, nonsense: bytes) -> None:
+    ends.bare.sendall(nonsense + b"\n")
+    with pytest.raises(KeeperError, match="not a request"):
+        ends.line.request(GENEROUS_SECONDS)
+
+
+def test_a_word_of_another_version_tells_how_to_be_rid_of_that_keeper(ends: Ends) -> None:
+    ends.bare.sendall(b'{"state": "warm"}\n')
+    with pytest.raises(KeeperError, match="another version of Keepwarm; .*evict --all"):
+        ends.line.word(GENEROUS_SECONDS)
+
+
+def test_a_line_without_end_is_broken_off(ends: Ends) -> None:
+    ends.bare.setblocking(False)
+    with pytest.raises(KeeperError, match="more than 1,048,576 bytes"):
+        while True:
+            try:
+                ends.bare.send(b"x" * 65_536)
+            except BlockingIOError:
+                try:
+                    ends.line.request(0)
+                except TimeoutError:
+                    continue
+
+
+def test_a_side_that_is_gone_is_no_error(ends: Ends) -> None:
+    ends.bare.sendall(b'{"verb": "dr')  # in the midst of a word
+    ends.bare.close()
+    assert ends.line.request(GENEROUS_SECONDS) is None
+    assert ends.line.word(GENEROUS_SECONDS) is None
+
+
+def test_a_side_that_was_reset_is_no_error(ends: Ends) -> None:
+    ends.line.send(Drain())
+    ends.bare.close()  # with something unread: the kernel resets the connection
+    assert ends.line.request(GENEROUS_SECONDS) is None
+
+
+@pytest.mark.parametrize("seconds", [0, 0.05])
+def test_silence_is_a_timeout_and_what_has_come_is_kept(ends: Ends, seconds: float) -> None:
+    ends.bare.sendall(b'{"verb": ')
+    with pytest.raises(TimeoutError):
+        ends.line.request(seconds)
+    ends.bare.sendall(b'"drain"}\n')
+    assert ends.line.request(GENEROUS_SECONDS) == Drain()
+
+
+def test_another_users_end_is_refused(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 12_345)
+    one, other = socket.socketpair(socket.AF_UNIX)
+    with pytest.raises(KeeperError, match="belongs to another user"):
+        Line(one)
+    assert one.fileno() == -1  # closed
+    other.close()
+
+
+def test_the_kernel_says_who_the_other_end_is(ends: Ends) -> None:
+    raw = ends.bare.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    assert struct.unpack("3i", raw)[:2] == (os.getpid(), os.geteuid())
+
+
+def test_a_plan_shows_no_environment(context: ContextSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    wanted = plan(context)
+    assert wanted.environment["HF_TOKEN"] == "hf_secret"
+    assert "hf_secret" not in repr(Attach(plan=wanted))
