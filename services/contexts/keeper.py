@@ -4,6 +4,7 @@ import fcntl
 import os
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,11 +53,12 @@ class Keeper:
         live_records(self.directory)  # removes what a keeper that was killed has left
         self._slots: dict[str, Slot] = {}
         self._templates: dict[str, Template] = {}
+        self._templating = threading.Lock()
         self._demand: dict[str, int] = {}
         self._changed = threading.Condition()
-        # One engine starts, or wakes, at a time: two would wait for each other, and count the same
-        # memory as free.
-        self._room = threading.Lock()
+        # By device, one engine starts or wakes at a time: two would wait for each other, and count
+        # the same memory as free.
+        self._room: defaultdict[tuple[str, str], threading.Lock] = defaultdict(threading.Lock)
         self._draining = False
 
     def close(self) -> None:
@@ -160,20 +162,21 @@ class Keeper:
         """A process with this plan's imports done, or doing them."""
         environment = template_environment(plan)
         name = content_id("template", [plan.python, environment], hex_digits=8)
-        template = self._templates.get(name)
-        if template is not None and not template.alive:
-            template.stop()
-            template = None
-        if template is None:
-            template = self._templates[name] = Template(
-                plan.python,
-                ENGINE_MODULE,
-                environment,
-                self.directory,
-                name,
-                0.2 * self.settings.grace_seconds,
-            )
-        return template
+        with self._templating:
+            template = self._templates.get(name)
+            if template is not None and not template.alive:
+                template.stop()
+                template = None
+            if template is None:
+                template = self._templates[name] = Template(
+                    plan.python,
+                    ENGINE_MODULE,
+                    environment,
+                    self.directory,
+                    name,
+                    0.2 * self.settings.grace_seconds,
+                )
+            return template
 
     @contextmanager
     def room_for(self, slot: Slot) -> Iterator[None]:
@@ -181,7 +184,9 @@ class Keeper:
 
         Raises EngineStartError when others hold it and do not let go in time.
         """
-        with self._room:
+        with self._changed:
+            room = self._room[_place(slot)]
+        with room:
             self._make_room(slot)
             yield
 
@@ -220,7 +225,6 @@ class Keeper:
 
     def _others_on(self, slot: Slot) -> list[Slot]:
         """Engines that hold memory of the same device."""
-        device = slot.plan.device
         with self._changed:
             return [
                 other
@@ -228,5 +232,10 @@ class Keeper:
                 if other is not slot
                 and not other.finished
                 and other.record.state in ("warm", "stopping")
-                and (other.plan.device.kind, other.plan.device.gpu) == (device.kind, device.gpu)
+                and _place(other) == _place(slot)
             ]
+
+
+def _place(slot: Slot) -> tuple[str, str]:
+    """Engines of one place share their memory."""
+    return slot.plan.device.kind, slot.plan.device.gpu
