@@ -1,5 +1,6 @@
 """The life of an engine, shown on the test engine that answers at once (tests/doubles)."""
 
+import gc
 import os
 import signal
 import socket
@@ -80,6 +81,7 @@ def forge(
     forge = Forge(tmp_path, context)
     yield forge
     forge.close()
+    gc.collect()  # here, and not in the midst of another file's tests
 
 
 def server_of(directory: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:

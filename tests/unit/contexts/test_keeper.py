@@ -1,5 +1,6 @@
 """The keeper in this process, on the test engine: who makes room for whom, and who waits."""
 
+import gc
 import os
 import threading
 import time
@@ -105,6 +106,7 @@ def start(
             slot.stop("the test is over")
             slot.join(GENEROUS_SECONDS)
         node.keeper.close()
+    gc.collect()  # here, and not in the midst of another file's tests
 
 
 @pytest.fixture
