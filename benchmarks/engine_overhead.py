@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -174,6 +174,13 @@ class Keepwarm:
     def worker_pid(self) -> int:
         return self._worker.pid
 
+    @property
+    def engine_pids(self) -> list[int]:
+        from services.contexts.records import live_records
+
+        records = live_records(self._worker_settings.runtime_dir)
+        return [record.pid for record in records if record.pid is not None]
+
     def close(self) -> None:
         from services.contexts.attachment import drain
 
@@ -187,13 +194,12 @@ class Keepwarm:
 
 
 @contextmanager
-def suspended(pid: int) -> Iterator[None]:
+def suspended(pid: int, engines: Sequence[int] = ()) -> Iterator[None]:
     """Hold a process and all that it started: idle, an engine's threads still spin, and on few
     cores they would take their turns from the engine that is measured.
     """
-    owner = psutil.Process(pid)
-    # The keeper that a worker started, and its engine, are among its children.
-    processes = [owner, *owner.children(recursive=True)]
+    owners = [psutil.Process(pid), *map(psutil.Process, engines)]
+    processes = [p for owner in owners for p in (owner, *owner.children(recursive=True))]
     for process in processes:
         process.suspend()
     try:
@@ -233,7 +239,7 @@ def main() -> None:
             assert alone.stdout.readline() == "ready\n", "vLLM alone did not start"
             rounds = []
             for number in range(arguments.rounds + 1):
-                with suspended(keepwarm.worker_pid):
+                with suspended(keepwarm.worker_pid, keepwarm.engine_pids):
                     alone.stdin.write("go\n")
                     alone_seconds = float(alone.stdout.readline())
                 with suspended(alone.pid):

@@ -17,6 +17,7 @@ from services.leash import Leashed
 
 _POLL_SECONDS = 0.02
 _ANSWER_SECONDS = 20.0
+_AGAIN_SECONDS = 2.0
 _COMMAND = (sys.executable, "-m", "services.cli.main", "keeper")
 
 
@@ -38,12 +39,14 @@ def open_keeper(settings: Settings) -> Line:
     """
     directory = open_runtime_dir(settings.runtime_dir)
     log_file = directory / "keeper.log"
-    keeper: list[subprocess.Popen[bytes]] = []
+    again_at = 0.0
 
     def have_one_started() -> None:
-        # Of two that start one, the second ends at once: there is a lock.
-        if not keeper or keeper[-1].poll() is not None:
-            keeper.append(_start(directory, log_file))
+        # One that finds another, or one that is about to end, ends at once: there is a lock.
+        nonlocal again_at
+        if time.monotonic() >= again_at:
+            again_at = time.monotonic() + _AGAIN_SECONDS
+            _start(directory, log_file)
 
     return _wait(directory, log_file, have_one_started)
 
@@ -86,17 +89,18 @@ def _wait(directory: Path, log_file: Path, meanwhile: Callable[[], None]) -> Lin
     return line
 
 
-def _start(directory: Path, log_file: Path) -> subprocess.Popen[bytes]:
+def _start(directory: Path, log_file: Path) -> None:
+    """In a session of its own and as no child of ours: it is to outlive us (setsid(1))."""
     descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     with os.fdopen(descriptor, "ab") as output:
-        return subprocess.Popen(
-            [*_COMMAND, "--until-idle"],
+        subprocess.run(
+            ["setsid", "--fork", *_COMMAND, "--until-idle"],  # noqa: S607
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             env=_environment(directory),
             cwd=Path(__file__).resolve().parents[2],
-            start_new_session=True,  # it is to outlive us
+            check=False,  # whether it came up is seen at its socket
         )
 
 

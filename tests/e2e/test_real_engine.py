@@ -69,6 +69,7 @@ def test_a_run_that_loses_its_worker_or_its_engine_completes_with_one_verdict_a_
     running = command(
         *("run", CLAIMS, "--limit", "160", "--batch-size", "8", "--out", str(out)),
         *("--model", str(DEMO_MODEL), "--prompt", str(REPOSITORY / "samples" / "prompt.yaml")),
+        KEEPWARM_BATCHES_IN_FLIGHT="3",
     )
     wait_until(lambda: running.output.count("engine: warm"), "a warm engine", ENGINE_SECONDS)
     store = {"KEEPWARM_STORE_URL": str(out / "keepwarm.sqlite")}

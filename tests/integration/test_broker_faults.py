@@ -14,6 +14,7 @@ import pytest
 from services.broker import PrivateNode
 from services.broker.topology import quorum_arguments
 from services.contexts import pin_model
+from services.contexts.records import live_records
 from services.contracts import ContextSpec, Settings, topology
 from tests.integration.conftest import (
     delete_queues,
@@ -239,11 +240,8 @@ def test_a_worker_that_held_claims_for_too_long_answers_them_all_the_same(
     command: Start, environment: dict[str, str]
 ) -> None:
     run = begin(command, environment)
-    engine = next(
-        process
-        for process in run.worker.descendants()
-        if "--uds" in process.cmdline() and "services.leash" not in process.cmdline()
-    )
+    (record,) = live_records(Path(environment["KEEPWARM_RUNTIME_DIR"]))
+    engine = psutil.Process(record.pid)
     engine.suspend()
     try:
         run.worker.said("PRECONDITION_FAILED")

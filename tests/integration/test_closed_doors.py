@@ -96,17 +96,20 @@ def test_another_user_can_neither_ask_the_engine_nor_see_that_there_is_one(
     runtime = open_directory / "run"
     worker = command("worker", KEEPWARM_RUNTIME_DIR=str(runtime))
     worker.said("worker.taking")
-    (socket,), (log,) = runtime.glob("*.sock"), runtime.glob("*.log")
-    said = as_nobody(TRY, str(runtime), str(socket), str(log))
-    assert said.splitlines() == [
-        *("parent allowed", "list refused", "connect refused", "log refused")
-    ]
-    # The directory is one door, the socket's own mode another.
-    runtime.chmod(0o755)
-    said = as_nobody(TRY, str(runtime), str(socket), str(log))
-    assert said.splitlines() == [
-        *("parent allowed", "list allowed", "connect refused", "log refused")
-    ]
+    sockets, logs = sorted(runtime.glob("*.sock")), sorted(runtime.glob("*.log"))
+    assert len(sockets) == len(logs) == 3  # the engine's, its template's, its keeper's
+    for socket, log in zip(sockets, logs, strict=True):
+        runtime.chmod(0o700)
+        said = as_nobody(TRY, str(runtime), str(socket), str(log))
+        assert said.splitlines() == [
+            *("parent allowed", "list refused", "connect refused", "log refused")
+        ]
+        # The directory is one door, the socket's own mode another.
+        runtime.chmod(0o755)
+        said = as_nobody(TRY, str(runtime), str(socket), str(log))
+        assert said.splitlines() == [
+            *("parent allowed", "list allowed", "connect refused", "log refused")
+        ]
     runtime.chmod(0o700)
     end_well(worker)
 
