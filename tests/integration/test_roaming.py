@@ -76,13 +76,9 @@ def test_a_context_that_cannot_be_had_here_is_left_to_other_nodes(
     end_well(worker, collecting)
 
 
-def test_an_idle_worker_prefers_what_is_warm_here(
-    command: Start, environment: dict[str, str], roaming: dict[str, str], other_model: Path
-) -> None:
+def test_an_idle_worker_uses_what_is_warm_here(command: Start, roaming: dict[str, str]) -> None:
     warming = command("contexts", "warm")
     assert warming.wait() == 0, warming.output
-    # As many claims wait for a context that is not: it would take 120 s, for all that is known.
-    submit(command, CLAIMS, "--model", str(other_model))
     wanted = submit(command)
     collecting = command("collect", "--until", wanted)
     worker = command("worker", **roaming)
