@@ -90,7 +90,7 @@ class Leashed:
     def exit_code(self) -> int | None:
         """None while it runs; negative when a signal ended the command."""
         code = self._process.poll()
-        return None if code is None else _from_shell(code)
+        return None if code is None else from_shell(code)
 
     def wait(self, timeout_seconds: float | None = None) -> int | None:
         """The exit code, or None when the time is over."""
@@ -108,11 +108,11 @@ class Leashed:
         self.terminate()
         self._release()
         try:
-            return _from_shell(self._process.wait(self._grace_seconds + 10))
+            return from_shell(self._process.wait(self._grace_seconds + 10))
         except subprocess.TimeoutExpired:
             _kill_all(psutil.Process(self._process.pid))
             self._process.kill()
-            return _from_shell(self._process.wait())
+            return from_shell(self._process.wait())
 
     def _release(self) -> None:
         assert self._process.stdin is not None
@@ -126,7 +126,7 @@ class Leashed:
         self._process.wait(10)
 
 
-def _from_shell(code: int) -> int:
+def from_shell(code: int) -> int:
     """The leash reports a command's death by signal N as 128 + N, as shells do."""
     return 128 - code if code - 128 in signal.valid_signals() else code
 

@@ -1,6 +1,7 @@
 """A worker's lease on an engine of its node: found or started, watched, given back."""
 
 import contextlib
+import os
 import threading
 import time
 
@@ -11,7 +12,13 @@ from services.contexts.engine import start_error
 from services.contexts.plan import EnginePlan
 from services.contexts.protocol import Attach, Demand, Drain, Evict, Line, Word
 from services.contexts.records import ContextRecord
-from services.contexts.runtime_dir import log_tail, open_runtime_dir, socket_path
+from services.contexts.runtime_dir import (
+    keeper_lock,
+    log_tail,
+    open_runtime_dir,
+    socket_path,
+    take_lock,
+)
 from services.contexts.start_keeper import connected, open_keeper
 from services.contracts import Settings
 from services.contracts.errors import EngineStartError
@@ -21,6 +28,7 @@ _WORD_SECONDS = 0.1
 _LOOK_SECONDS = 3.0
 _REPORT_SECONDS = 5.0
 _EVICT_SECONDS = 120.0
+_END_SECONDS = 10.0
 
 log = structlog.get_logger(__name__)
 
@@ -166,8 +174,14 @@ def evict(settings: Settings, wanted: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def drain(settings: Settings) -> None:
-    """Stop every engine of this node, and its keeper."""
+    """Stop every engine of this node, and its keeper. Returns when it is gone."""
     _ask(settings, Drain())
+    lock = keeper_lock(open_runtime_dir(settings.runtime_dir))
+    deadline = time.monotonic() + _END_SECONDS
+    while (free := take_lock(lock)) is None and time.monotonic() < deadline:
+        time.sleep(_WORD_SECONDS)
+    if free is not None:
+        os.close(free)
 
 
 def _ask(settings: Settings, request: Evict | Drain) -> Word:

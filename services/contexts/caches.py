@@ -40,6 +40,8 @@ class EngineCaches:
     def starting(self, name: str) -> Iterator[Path]:
         """The engine's own directory, for as long as the start lasts; waits for whoever has it."""
         directory = self._directory / name
+        # It may have been deleted since: that is how a person makes room.
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(self._directory / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)

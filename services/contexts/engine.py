@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -14,7 +15,7 @@ import structlog
 from services.contexts.completions import CompletionClient
 from services.contexts.engine_command import cores_of, engine_arguments, engine_environment
 from services.contexts.plan import EnginePlan
-from services.contexts.runtime_dir import log_tail, socket_path
+from services.contexts.runtime_dir import log_tail, quoted_tail, socket_path
 from services.contexts.template_process import EngineProcess, Template
 from services.contracts.errors import EngineRequestError, EngineStartError
 from services.contracts.startup import StartupPhases
@@ -42,8 +43,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        process = self._process
-        return process is not None and process.exit_code() is None
+        return self._process is not None and self.exit_code() is None
 
     @property
     def pid(self) -> int | None:
@@ -76,8 +76,7 @@ class Engine:
             self.log_file,
             cores_of(self.plan),
         )
-        client = CompletionClient(self.socket, self.plan.spec.context_id, _PROBE_SECONDS)
-        try:
+        with closing(self._client()) as client:
             reported = started
             while not client.healthy():
                 now = time.monotonic()
@@ -97,8 +96,6 @@ class Engine:
             self.socket.chmod(0o600)
             answered = time.monotonic()
             self._probe(client)
-        finally:
-            client.close()
         ready = time.monotonic()
         return self._phases(imports, ready - answered, ready - started)
 
@@ -118,11 +115,11 @@ class Engine:
         self._ask(CompletionClient.wake)
 
     def _ask(self, what: Callable[[CompletionClient], None]) -> None:
-        client = CompletionClient(self.socket, self.plan.spec.context_id, _PROBE_SECONDS)
-        try:
+        with closing(self._client()) as client:
             what(client)
-        finally:
-            client.close()
+
+    def _client(self) -> CompletionClient:
+        return CompletionClient(self.socket, self.plan.spec.context_id, _PROBE_SECONDS)
 
     def memory_bytes(self) -> int | None:
         """What it holds now: of its GPU, or of the node. None when it cannot be told."""
@@ -171,10 +168,9 @@ class Engine:
 
 def start_error(plan: EnginePlan, log_file: str | os.PathLike[str], what: str) -> EngineStartError:
     """What to tell a person when an engine cannot be used, with the end of its log."""
-    tail = "\n".join(f"  | {line}" for line in log_tail(Path(log_file)))
     return EngineStartError(
         f"no engine for {plan.spec.model} on {plan.device.name}: {what}. "
-        f"The last lines of its log, {log_file}:\n{tail}\n"
+        f"The last lines of its log, {log_file}:\n{quoted_tail(Path(log_file))}\n"
         "A smaller --max-model-tokens, or other KEEPWARM_ENGINE_ARGUMENTS, may help"
     )
 

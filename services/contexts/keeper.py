@@ -1,6 +1,5 @@
 """The keeper of a node: owns its engines' lives, whoever comes and goes."""
 
-import fcntl
 import os
 import threading
 import time
@@ -17,7 +16,7 @@ from services.contexts.eviction import cheapest_to_lose
 from services.contexts.memory import free_bytes, needed_bytes
 from services.contexts.plan import EnginePlan
 from services.contexts.records import live_records
-from services.contexts.runtime_dir import open_runtime_dir
+from services.contexts.runtime_dir import keeper_lock, open_runtime_dir, take_lock
 from services.contexts.slot import Slot
 from services.contexts.template_process import Template
 from services.contracts import Settings
@@ -41,14 +40,10 @@ class Keeper:
         """Raises UsageError for a directory that is not ours, KeeperError where a keeper is."""
         self.settings = settings
         self.directory: Path = open_runtime_dir(settings.runtime_dir)
-        self._lock_file = os.open(
-            self.directory / "keeper.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600
-        )
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._lock_file)
-            raise KeeperError(f"this node has a keeper already, in {self.directory}") from error
+        lock = take_lock(keeper_lock(self.directory))
+        if lock is None:
+            raise KeeperError(f"this node has a keeper already, in {self.directory}")
+        self._lock = lock
         self.caches = EngineCaches(settings.cache_dir)
         live_records(self.directory)  # removes what a keeper that was killed has left
         self._slots: dict[str, Slot] = {}
@@ -66,7 +61,7 @@ class Keeper:
         self.drain()
         for template in self._templates.values():
             template.stop()
-        os.close(self._lock_file)
+        os.close(self._lock)
 
     def drain(self) -> None:
         """The node is going: start no engine any more, let workers finish with those that there
@@ -91,10 +86,6 @@ class Keeper:
             for slot in self._slots.values()
             if not slot.finished
         )
-
-    @property
-    def draining(self) -> bool:
-        return self._draining
 
     @property
     def empty(self) -> bool:

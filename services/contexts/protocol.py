@@ -11,13 +11,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from services.contexts.lines import Lines
 from services.contexts.plan import EnginePlan
 from services.contexts.records import ContextRecord
 from services.contracts.bounds import Identity
 from services.contracts.errors import KeeperError
 from services.contracts.values import Value
-
-_MOST_LINE_BYTES = 1024 * 1024
 
 
 class Attach(Value):
@@ -70,7 +69,7 @@ class Line:
     def __init__(self, connection: socket.socket) -> None:
         """Raises KeeperError when the other end belongs to another user."""
         self._connection = connection
-        self._unread = b""
+        self._lines = Lines(connection)
         credentials = connection.getsockopt(
             socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
         )
@@ -90,17 +89,17 @@ class Line:
         self._connection.settimeout(5.0)
         self._connection.sendall(value.model_dump_json().encode() + b"\n")
 
-    def request(self, timeout_seconds: float | None) -> Attach | Demand | Evict | Drain | None:
+    def request(self, timeout_seconds: float) -> Attach | Demand | Evict | Drain | None:
         """The next request; None when the other side is gone. Raises TimeoutError, KeeperError."""
-        line = self._line(timeout_seconds)
+        line = self._lines.next(timeout_seconds)
         try:
             return None if line is None else _REQUEST.validate_json(line)
         except ValidationError as error:
             raise KeeperError(f"not a request: {error.error_count()} faults") from error
 
-    def word(self, timeout_seconds: float | None) -> Word | None:
+    def word(self, timeout_seconds: float) -> Word | None:
         """The next answer; None when the keeper is gone. Raises TimeoutError, KeeperError."""
-        line = self._line(timeout_seconds)
+        line = self._lines.next(timeout_seconds)
         try:
             return None if line is None else Word.model_validate_json(line)
         except ValidationError as error:
@@ -108,20 +107,3 @@ class Line:
                 "this node's keeper is of another version of Keepwarm; end it with "
                 "`keepwarm contexts evict --all`, or with SIGTERM"
             ) from error
-
-    def _line(self, timeout_seconds: float | None) -> bytes | None:
-        self._connection.settimeout(timeout_seconds)
-        while b"\n" not in self._unread:
-            try:
-                piece = self._connection.recv(65536)
-            except BlockingIOError as error:
-                raise TimeoutError from error
-            except ConnectionError:
-                return None
-            if not piece:
-                return None
-            self._unread += piece
-            if len(self._unread) > _MOST_LINE_BYTES:
-                raise KeeperError(f"a line of more than {_MOST_LINE_BYTES:,} bytes")
-        line, _, self._unread = self._unread.partition(b"\n")
-        return line

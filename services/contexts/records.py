@@ -2,7 +2,6 @@
 holds for as long as the engine lives.
 """
 
-import fcntl
 import os
 import stat
 import time
@@ -13,6 +12,7 @@ from typing import Literal
 import structlog
 from pydantic import ValidationError
 
+from services.contexts.runtime_dir import take_lock
 from services.contracts import ContextSpec
 from services.contracts.startup import StartupPhases
 from services.contracts.values import Value
@@ -67,7 +67,7 @@ class OwnRecord:
         self._path = directory / f"{name}.json"
         self._lock_path = directory / f"{name}.lock"
         for _ in range(_LOCK_TRIES):
-            lock = _take_lock(self._lock_path)
+            lock = take_lock(self._lock_path)
             if lock is not None:
                 self._lock = lock
                 return
@@ -116,7 +116,7 @@ def _live(directory: Path) -> Iterator[ContextRecord]:
 
 
 def _remove_if_stale(path: Path) -> bool:
-    lock = _take_lock(path.with_suffix(".lock"))
+    lock = take_lock(path.with_suffix(".lock"))
     if lock is None:
         return False
     try:
@@ -125,19 +125,3 @@ def _remove_if_stale(path: Path) -> bool:
         return True
     finally:
         os.close(lock)
-
-
-def _take_lock(path: Path) -> int | None:
-    """A descriptor that holds the lock; None while somebody else has it."""
-    while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(lock), path.lstat()):
-                return lock
-        except BlockingIOError:
-            os.close(lock)
-            return None
-        except FileNotFoundError:
-            pass
-        os.close(lock)  # removed between the two steps: there is, or will be, another file

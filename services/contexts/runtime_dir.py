@@ -1,8 +1,10 @@
-"""Directories of our own, closed to every other user: that of sockets, records and logs first."""
+"""Directories of our own, closed to every other user, and what is in them: sockets, logs, locks."""
 
+import fcntl
 import os
 import stat
 from pathlib import Path
+from typing import IO
 
 from services.contracts.errors import UsageError
 
@@ -45,6 +47,38 @@ def log_tail(path: Path, lines: int = _SHOWN_LOG_LINES) -> list[str]:
     except OSError:
         return []
     return [line for line in text.splitlines() if line.strip()][-lines:]
+
+
+def quoted_tail(path: Path) -> str:
+    """The end of a log as a part of what a person is told."""
+    return "\n".join(f"  | {line}" for line in log_tail(path))
+
+
+def open_log(path: Path) -> IO[bytes]:
+    """A log to write on at its end, for its owner alone."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    return os.fdopen(descriptor, "ab")
+
+
+def take_lock(path: Path) -> int | None:
+    """A descriptor that holds the lock, until it is closed; None while somebody else has it."""
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock), path.lstat()):
+                return lock
+        except BlockingIOError:
+            os.close(lock)
+            return None
+        except FileNotFoundError:
+            pass
+        os.close(lock)  # removed between the two steps: there is, or will be, another file
+
+
+def keeper_lock(directory: Path) -> Path:
+    """What the keeper of this node holds while it lives."""
+    return directory / "keeper.lock"
 
 
 def keeper_socket(directory: Path) -> Path:

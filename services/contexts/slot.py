@@ -262,9 +262,7 @@ class Slot:
             elif not record.attached and time.monotonic() - record.last_used > idle_seconds:
                 with self._lock:
                     if not self.record.attached:
-                        self._stop.set()
-                        self._why = f"no worker used it for {idle_seconds:g} s"
-                        self._note(state="stopping")
+                        self._begin_to_stop(f"no worker used it for {idle_seconds:g} s")
                 continue
             self._awake.wait(_LOOK_SECONDS)
             self._awake.clear()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from services.contexts.protocol import Line
-from services.contexts.runtime_dir import keeper_socket, log_tail, open_runtime_dir
+from services.contexts.runtime_dir import keeper_socket, open_log, open_runtime_dir, quoted_tail
 from services.contracts import Settings
 from services.contracts.errors import KeeperError
 from services.leash import Leashed
@@ -18,6 +18,12 @@ from services.leash import Leashed
 _POLL_SECONDS = 0.02
 _ANSWER_SECONDS = 20.0
 _AGAIN_SECONDS = 2.0
+# What a keeper reads; flags and callers may have chosen them, and not the environment.
+_KEEPERS_SETTINGS = {
+    *("runtime_dir", "cache_dir", "context_idle_seconds", "context_memory_gib"),
+    *("engine_start_timeout_seconds", "grace_seconds", "walltime_seconds"),
+    *("log_level", "log_format"),
+}
 _COMMAND = (sys.executable, "-m", "services.cli.main", "keeper")
 
 
@@ -46,7 +52,7 @@ def open_keeper(settings: Settings) -> Line:
         nonlocal again_at
         if time.monotonic() >= again_at:
             again_at = time.monotonic() + _AGAIN_SECONDS
-            _start(directory, log_file)
+            _start(settings, log_file)
 
     return _wait(directory, log_file, have_one_started)
 
@@ -62,11 +68,10 @@ def kept_meanwhile(settings: Settings, log_file: Path) -> Iterator[None]:
         line.close()
         yield
         return
-    descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    with os.fdopen(descriptor, "ab") as output:
+    with open_log(log_file) as output:
         keeper = Leashed(
             _COMMAND,
-            environment=_environment(directory),
+            environment=_environment(settings),
             # It drains within its grace period; the leash comes after it.
             grace_seconds=settings.grace_seconds + 10,
             output=output,
@@ -83,28 +88,29 @@ def _wait(directory: Path, log_file: Path, meanwhile: Callable[[], None]) -> Lin
     while (line := connected(directory)) is None:
         meanwhile()
         if time.monotonic() > deadline:
-            said = "\n".join(f"  | {words}" for words in log_tail(log_file))
-            raise KeeperError(f"no keeper answers in {directory}; its log ended with:\n{said}")
+            raise KeeperError(
+                f"no keeper answers in {directory}; its log ended with:\n{quoted_tail(log_file)}"
+            )
         time.sleep(_POLL_SECONDS)
     return line
 
 
-def _start(directory: Path, log_file: Path) -> None:
+def _start(settings: Settings, log_file: Path) -> None:
     """In a session of its own and as no child of ours: it is to outlive us (setsid(1))."""
-    descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    with os.fdopen(descriptor, "ab") as output:
+    with open_log(log_file) as output:
         subprocess.run(
             ["setsid", "--fork", *_COMMAND, "--until-idle"],  # noqa: S607
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env=_environment(directory),
+            env=_environment(settings),
             cwd=Path(__file__).resolve().parents[2],
             check=False,  # whether it came up is seen at its socket
         )
 
 
-def _environment(directory: Path) -> dict[str, str]:
-    """Ours, without secrets that a keeper has no use for."""
+def _environment(settings: Settings) -> dict[str, str]:
+    """Ours without secrets, which a keeper has no use for, and with the settings as they are."""
     kept = {name: value for name, value in os.environ.items() if "PASSWORD" not in name.upper()}
-    return {**kept, "KEEPWARM_RUNTIME_DIR": str(directory)}
+    chosen = settings.model_dump(mode="json", include=_KEEPERS_SETTINGS, exclude_none=True)
+    return {**kept, **{f"KEEPWARM_{name.upper()}": str(value) for name, value in chosen.items()}}

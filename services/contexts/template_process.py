@@ -14,9 +14,10 @@ import psutil
 import structlog
 
 from services.contexts import template
-from services.contexts.runtime_dir import log_tail, socket_path
+from services.contexts.lines import Lines
+from services.contexts.runtime_dir import open_log, quoted_tail, socket_path
 from services.contracts.errors import EngineStartError
-from services.leash import Leashed
+from services.leash import Leashed, from_shell
 
 _POLL_SECONDS = 0.05
 _ANSWER_SECONDS = 30.0
@@ -31,7 +32,7 @@ class EngineProcess:
         """Raises EngineStartError when the template forks nothing, and says why."""
         self._connection = connection
         self._grace_seconds = grace_seconds
-        self._unread = b""
+        self._lines = Lines(connection)
         self._code: int | None = None
         self._reading = threading.Lock()
         word = self._next_word(_ANSWER_SECONDS)
@@ -71,26 +72,14 @@ class EngineProcess:
                     word = self._next_word(seconds)
                 except TimeoutError:
                     return None
-                code = -9 if word is None else int(word["exit_code"])
-                # As shells do, the leash says 128 + N for signal N.
-                self._code = 128 - code if 128 < code < 128 + 65 else code
+                self._code = -9 if word is None else from_shell(word["exit_code"])
             return self._code
 
     def _next_word(self, seconds: float) -> dict[str, Any] | None:
         """None when the other side is gone. Raises TimeoutError."""
-        deadline = time.monotonic() + seconds
-        while b"\n" not in self._unread:
-            self._connection.settimeout(max(0.0, deadline - time.monotonic()))
-            try:
-                piece = self._connection.recv(4096)
-            except BlockingIOError as error:
-                raise TimeoutError from error
-            except ConnectionError:
-                return None
-            if not piece:
-                return None
-            self._unread += piece
-        line, _, self._unread = self._unread.partition(b"\n")
+        line = self._lines.next(seconds)
+        if line is None:
+            return None
         word: dict[str, Any] = json.loads(line)
         return word
 
@@ -112,11 +101,11 @@ class Template:
         self._module = module
         self.log_file = directory / f"{name}.log"
         self._grace_seconds = grace_seconds
-        descriptor = os.open(self.log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        self.log_file.unlink(missing_ok=True)
         self._started = time.monotonic()
         self._ready = threading.Lock()
         self._imports: float | None = None
-        with os.fdopen(descriptor, "wb") as output:
+        with open_log(self.log_file) as output:
             self._process = Leashed(
                 [python, str(Path(template.__file__)), str(self._socket), module],
                 environment=environment,
@@ -185,8 +174,7 @@ class Template:
 
     def said(self) -> str:
         """The end of its log, as part of an error message."""
-        tail = "\n".join(f"  | {line}" for line in log_tail(self.log_file))
-        return f"The last lines of its log, {self.log_file}:\n{tail}"
+        return f"The last lines of its log, {self.log_file}:\n{quoted_tail(self.log_file)}"
 
     def stop(self) -> None:
         self._process.stop()

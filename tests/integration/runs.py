@@ -9,6 +9,7 @@ from pathlib import Path
 from sqlalchemy import create_engine, text
 
 from services.collector import RunStatus, Store, run_status
+from services.contexts.records import ContextRecord, live_records
 from services.contracts import load_settings
 from tests.conftest import REPOSITORY, sample_lines
 from tests.integration.conftest import Command, wait_until
@@ -47,6 +48,11 @@ def status_of(environment: dict[str, str], run_id: str) -> RunStatus | None:
         return run_status(store, run_id)
     finally:
         store.close()
+
+
+def warm_here(environment: dict[str, str]) -> list[ContextRecord]:
+    """The engines that are warm on the commands' node, or on their way."""
+    return live_records(Path(environment["KEEPWARM_RUNTIME_DIR"]))
 
 
 def wait_for_the_first_verdicts(collecting: Command, environment: dict[str, str]) -> None:

@@ -14,7 +14,6 @@ import pytest
 from services.broker import PrivateNode
 from services.broker.topology import quorum_arguments
 from services.contexts import pin_model
-from services.contexts.records import live_records
 from services.contracts import ContextSpec, Settings, topology
 from tests.integration.conftest import (
     delete_queues,
@@ -33,6 +32,7 @@ from tests.integration.runs import (
     go_on,
     status_of,
     submit,
+    warm_here,
 )
 from tests.proxy import Proxy
 
@@ -240,7 +240,7 @@ def test_a_worker_that_held_claims_for_too_long_answers_them_all_the_same(
     command: Start, environment: dict[str, str]
 ) -> None:
     run = begin(command, environment)
-    (record,) = live_records(Path(environment["KEEPWARM_RUNTIME_DIR"]))
+    (record,) = warm_here(environment)
     engine = psutil.Process(record.pid)
     engine.suspend()
     try:

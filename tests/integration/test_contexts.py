@@ -9,16 +9,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from services.contexts.records import ContextRecord, live_records
 from tests.conftest import holds
 from tests.integration.conftest import Command, wait_until
-from tests.integration.runs import CLAIMS, assert_complete, begin, end_well, submit
+from tests.integration.runs import CLAIMS, assert_complete, begin, end_well, submit, warm_here
 
 Start = Callable[..., Command]
-
-
-def warm_here(environment: dict[str, str]) -> list[ContextRecord]:
-    return live_records(Path(environment["KEEPWARM_RUNTIME_DIR"]))
 
 
 def the_engine(environment: dict[str, str]) -> psutil.Process:
@@ -119,7 +114,7 @@ def test_an_engine_that_nobody_uses_is_stopped_and_one_in_use_is_not(
     end_well(worker)
     wait_until(lambda: not engine.is_running(), "the engine gone")
     assert "no worker used it for 1 s" in keeper_log(environment)
-    assert not warm_here(environment)
+    wait_until(lambda: not warm_here(environment), "its record gone too")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from services.contexts.records import live_records
 from tests.integration.conftest import Command, wait_until
-from tests.integration.runs import CLAIMS, end_well, status_of, submit
+from tests.integration.runs import CLAIMS, end_well, status_of, submit, warm_here
 
 Start = Callable[..., Command]
 
@@ -52,7 +51,7 @@ def test_a_worker_without_a_model_serves_one_run_after_the_other_whatever_they_w
     contexts = {event["to"] for event in events(worker, "context.switching")}
     assert len(contexts) == 2
     # Both stay warm: a third run on either finds its engine.
-    records = live_records(Path(environment["KEEPWARM_RUNTIME_DIR"]))
+    records = warm_here(environment)
     assert {record.context.context_id for record in records} == contexts
     end_well(worker, collecting)
 

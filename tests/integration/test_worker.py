@@ -11,7 +11,6 @@ import pytest
 
 from services.broker import BrokerAddress, Consumer, Delivery, PrivateNode
 from services.collector import Store, dead_claims
-from services.contexts.records import ContextRecord, live_records
 from services.contracts import (
     ClaimBatch,
     DeadClaim,
@@ -29,6 +28,7 @@ from tests.integration.runs import (
     outcomes,
     submit,
     wait_for_the_first_verdicts,
+    warm_here,
 )
 
 
@@ -83,10 +83,6 @@ def test_every_claim_of_a_batch_gets_a_verdict_that_tells_all(
     assert batches[0].attempt == 1 and batches[0].worker_id and batches[0].device
     worker.signal(signal.SIGTERM)
     assert worker.wait() == 0, worker.output
-
-
-def warm_here(environment: dict[str, str]) -> list[ContextRecord]:
-    return live_records(Path(environment["KEEPWARM_RUNTIME_DIR"]))
 
 
 def states(environment: dict[str, str]) -> list[str]:

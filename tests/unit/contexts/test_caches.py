@@ -46,6 +46,14 @@ def test_what_a_killed_keeper_left_is_thrown_away(tmp_path: Path) -> None:
         assert not (directory / "kernel").exists()
 
 
+def test_a_directory_that_somebody_deleted_is_made_again(tmp_path: Path) -> None:
+    caches = EngineCaches(tmp_path / "cache")
+    (tmp_path / "cache").rmdir()
+    with caches.starting(NAME) as directory:
+        assert directory.is_dir()
+    assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
+
+
 def test_two_starts_of_one_engine_take_turns(tmp_path: Path) -> None:
     first, second = EngineCaches(tmp_path / "cache"), EngineCaches(tmp_path / "cache")
     order: list[str] = []

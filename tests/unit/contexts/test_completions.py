@@ -145,6 +145,8 @@ def streamed(*pieces: bytes) -> Reply:
 
 class SocketServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     daemon_threads = True
+    # With Python's five, a slow machine refuses some of eight clients that come at once.
+    request_queue_size = 64
 
     def handle_error(self, *_: object) -> None:
         """Clients leave when they please."""
