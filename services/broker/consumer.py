@@ -30,9 +30,8 @@ class Consumer(Link):
     Deliveries wait in memory until `take`; whoever took one settles it from any thread with
     `acknowledge` or `give_back`, minutes later if need be: the link's own thread keeps the
     heartbeats going. A delivery from before a lost connection is settled in vain, on purpose: the
-    broker has already given it to someone. `on_notice` hears the bodies of notices, or with
-    `hears_presence` of workers' reports, on the link's
-    thread.
+    broker has already given it to someone. `on_notice` hears what the fanout `hears` says,
+    notices unless told otherwise, on the link's thread.
     """
 
     def __init__(
@@ -45,14 +44,14 @@ class Consumer(Link):
         declares: Declares = Declares(),  # noqa: B008  (frozen)
         on_notice: Callable[[bytes], None] | None = None,
         listener: str = "",
-        hears_presence: bool = False,
+        hears: str = topology.NOTICES_EXCHANGE,
     ) -> None:
         super().__init__(address, name, declares)
         self._queues = tuple(queues)
         self._prefetch = self._wanted_prefetch = prefetch
         self._on_notice = on_notice
         self._listener = listener
-        self._hears_presence = hears_presence
+        self._hears = hears
         self._inbox: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self._taking = True
         self._stopped_taking = threading.Event()
@@ -131,13 +130,8 @@ class Consumer(Link):
         if self._on_notice is not None:
             # A name for each connection: after a network failed, the broker may hold the old
             # connection, and the queue that is its own, for some time.
-            name = f"{self._listener}.{self._epoch}"
-            queue, exchange = (
-                (topology.presence_queue(name), topology.PRESENCE_EXCHANGE)
-                if self._hears_presence
-                else (topology.notices_queue(name), topology.NOTICES_EXCHANGE)
-            )
-            steps += [*listen(queue, exchange), self._consume_notices(queue)]
+            queue = topology.listener_queue(self._hears, f"{self._listener}.{self._epoch}")
+            steps += [*listen(queue, self._hears), self._consume_notices(queue)]
         run_in_order(channel, iter(steps), self._on_consuming)
         self._look_later(self._epoch)
 

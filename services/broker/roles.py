@@ -18,8 +18,8 @@ from services.contracts import topology as names
 
 _NOTHING = "^$"
 _ANY_CLAIMS_QUEUE = names.claims_queue("*")
-_ANY_NOTICES_QUEUE = names.notices_queue("*")
-_ANY_PRESENCE_QUEUE = names.presence_queue("*")
+_ANY_NOTICES_QUEUE = names.listener_queue(names.NOTICES_EXCHANGE, "*")
+_ANY_PRESENCE_QUEUE = names.listener_queue(names.PRESENCE_EXCHANGE, "*")
 _FIXED_EXCHANGES = (
     names.CLAIMS_EXCHANGE,
     names.RETURNS_EXCHANGE,

@@ -1,8 +1,5 @@
 """The collector: takes verdicts, commits them in batches, acknowledges after the commit."""
 
-import os
-import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -30,6 +27,7 @@ from services.contracts import (
 from services.contracts.backoff import growing_pause
 from services.contracts.errors import BrokerUnreachable, MessageInvalid, StoreError
 from services.contracts.notices import NOTICE_SECONDS
+from services.contracts.presence import own_name
 
 _QUEUES = (
     topology.RUNS_QUEUE,
@@ -107,8 +105,8 @@ class Collector:
                 prefetch=_PREFETCH,
                 declares=declares,
                 on_notice=self._hear,
-                listener=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}",
-                hears_presence=True,
+                listener=own_name(),
+                hears=topology.PRESENCE_EXCHANGE,
             ).open(timeout) as consumer,
         ):
             while not self._stop.is_set():

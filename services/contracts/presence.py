@@ -1,5 +1,8 @@
 """That a worker is there, and what it serves, as it says itself again and again."""
 
+import os
+import secrets
+import socket
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -11,6 +14,11 @@ REPORT_SECONDS = 5.0
 """From one report of a worker to its next; a change is reported at once."""
 FORGOTTEN_SECONDS = 20.0
 """A worker that was silent for so long is gone: three of its reports may be lost or late."""
+
+
+def own_name() -> str:
+    """A name for this process that no other has, here or elsewhere."""
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
 
 
 WorkerState = Literal["starting", "serving", "draining", "stopped"]

@@ -34,11 +34,6 @@ def claims_queue(context_id: str) -> str:
     return f"claims.{context_id}"
 
 
-def notices_queue(listener: str) -> str:
-    """A listener's own queue for notices."""
-    return f"notices.{listener}"
-
-
-def presence_queue(listener: str) -> str:
-    """A listener's own queue for what workers report."""
-    return f"presence.{listener}"
+def listener_queue(exchange: str, listener: str) -> str:
+    """A listener's own queue for what a fanout says: `notices.…`, `presence.…`."""
+    return f"{exchange.removeprefix('keepwarm.')}.{listener}"

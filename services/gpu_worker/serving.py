@@ -89,7 +89,6 @@ class Serving:
         # misconfigured: that is said now, not after several tries.
         if not self._examination.start_engine(attempts=1):
             return
-        self._announce(publisher)
         self._ready_at = self._had_work_at = time.monotonic()
         with Consumer(
             BrokerAddress.from_settings(self._settings),

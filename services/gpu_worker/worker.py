@@ -1,12 +1,11 @@
 """The worker: who it is, which context it serves, and when it takes another."""
 
-import os
 import random
-import secrets
-import socket
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
 
 import structlog
 
@@ -15,6 +14,7 @@ from services.contexts import pin_model
 from services.contexts.device import Device
 from services.contracts import ContextDemand, ContextSpec, Settings
 from services.contracts.errors import EngineError, UsageError
+from services.contracts.presence import own_name
 from services.gpu_worker.in_hand import Signature
 from services.gpu_worker.news import News
 from services.gpu_worker.readiness import Readiness
@@ -36,8 +36,7 @@ class Worker:
         """
         self._device = device
         self._settings = settings
-        worker_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
-        self._signature = Signature(worker_id, device.name)
+        self._signature = Signature(own_name(), device.name)
         self._stop = threading.Event()
         self._news = News()
         self._heard = 0
@@ -73,7 +72,7 @@ class Worker:
                 window=self._settings.publish_window,
             ).open(self._settings.broker_connect_timeout_seconds) as publisher:
                 if only is not None:
-                    self._serve(only, publisher)
+                    only.run(publisher, partial(self._leaves, only))
                 elif self._readiness is not None:
                     self._serve_what_is_wanted(self._readiness, publisher)
         finally:
@@ -83,12 +82,6 @@ class Worker:
 
     def _serving(self, spec: ContextSpec) -> Serving:
         return Serving(spec, self._device, self._settings, self._signature, self._news, self._stop)
-
-    def _serve(self, serving: Serving, publisher: Publisher) -> None:
-        try:
-            serving.run(publisher, lambda: self._leaves(serving))
-        finally:
-            serving.close()
 
     def _leaves(self, serving: Serving) -> bool:
         """Thinks anew with every notice."""
@@ -119,7 +112,8 @@ class Worker:
                 continue
             try:
                 # A path that the producer knows must hold the same weights here.
-                self._serve(self._serving(pin_model(spec)), publisher)
+                with closing(self._serving(pin_model(spec))) as serving:
+                    serving.run(publisher, partial(self._leaves, serving))
             except (EngineError, UsageError) as error:
                 # Another node may have what this one lacks; other contexts may work here.
                 log.error("context.unusable", context=spec.context_id, reason=str(error))

@@ -171,7 +171,7 @@ def test_a_worker_says_itself_that_it_is_there(
         prefetch=1,
         on_notice=lambda body: said.append(decode(WorkerReport, body)),
         listener="test",
-        hears_presence=True,
+        hears=topology.PRESENCE_EXCHANGE,
     ).open(10):
         worker = command("worker")
         wait_until(lambda: [word.state for word in said] == ["serving"], "its first word")

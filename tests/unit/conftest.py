@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from services.contracts import ContextSpec, PromptSpec, Run
+from tests.unit.clock import Clock
 from tests.unit.tokenizers_of_models import (
     CHAT_TEMPLATE,
     byte_level,
@@ -112,3 +113,8 @@ def tmp_path() -> Iterator[Path]:
     """Shorter than pytest's own: engines' sockets are made here, and a path may have 107 bytes."""
     with tempfile.TemporaryDirectory(prefix="kw-") as name:
         yield Path(name)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()

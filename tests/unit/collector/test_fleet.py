@@ -6,19 +6,7 @@ import pytest
 
 from services.collector.fleet import Fleet
 from services.contracts.presence import FORGOTTEN_SECONDS, REPORT_SECONDS
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
+from tests.unit.clock import Clock
 
 
 @pytest.fixture

@@ -5,19 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.gpu_worker.pacing import Pace
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
+from tests.unit.clock import Clock
 
 
 @pytest.fixture
