@@ -123,7 +123,6 @@ def main() -> None:
                 evict(settings, (plan.name,))
                 taken["later"].append(attached(plan, settings))
                 drain(settings)
-                time.sleep(1)  # the keeper's own end
         finally:
             drain(settings)
     table = Table(box=None)

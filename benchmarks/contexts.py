@@ -37,69 +37,31 @@ from rich.table import Table
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from services.broker import PrivateNode  # noqa: E402
-from services.collector import Collector, Store, run_status  # noqa: E402
+from benchmarks.desk import KEEPWARM, Desk  # noqa: E402
 from services.contexts.attachment import drain  # noqa: E402
 from services.contexts.records import live_records  # noqa: E402
-from services.contracts import load_settings  # noqa: E402
 
-MODEL = REPOSITORY / ".models" / "SmolLM2-135M-Instruct"
 SYMMETRIC = REPOSITORY.parent / "shared" / "data" / "fever_symmetric_dev.jsonl"
 SAMPLES = REPOSITORY / "samples" / "claims.jsonl"
-KEEPWARM = [sys.executable, "-m", "services.cli.main"]
 SIZES = (1, 8, 32, 128)
 console = Console(width=110)
 
 
-class Desk:
-    """A node, a collector, and workers that come and go."""
+class Place(Desk):
+    """Claims come as lines here, and what is warm can be forgotten."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._node = PrivateNode(directory / "node")
-        self._node.start()
-        self.environment = {
-            **{k: v for k, v in os.environ.items() if not k.startswith("KEEPWARM_")},
-            "KEEPWARM_BROKER_URL": self._node.url,
-            "KEEPWARM_BROKER_PASSWORD": self._node.password,
-            "KEEPWARM_RUNTIME_DIR": str(directory / "run"),
-            "KEEPWARM_CACHE_DIR": str(directory / "cache"),
-            "KEEPWARM_MODEL": str(MODEL),
-            "KEEPWARM_STORE_URL": str(directory / "store.sqlite"),
-            "KEEPWARM_ENGINE_ARGUMENTS": "--no-enable-prefix-caching",
-            "KEEPWARM_LOG_LEVEL": "WARNING",
-        }
-        self.settings = load_settings(
-            broker_url=self._node.url,
-            broker_password=self._node.password,
-            store_url=str(directory / "store.sqlite"),
-            runtime_dir=directory / "run",
-            cache_dir=directory / "cache",
+        super().__init__(
+            directory,
+            KEEPWARM_ENGINE_ARGUMENTS="--no-enable-prefix-caching",
+            KEEPWARM_LOG_LEVEL="WARNING",
         )
-        self._store = Store.open(self.settings)
-        self._collector = Collector(self._store, self.settings)
-        self._committed = threading.Condition()
-        self._commits = 0
-        self._collecting = threading.Thread(target=self._collector.run, args=(self._note,))
-        self._collecting.start()
         self._runs = 0
-
-    def _note(self, _: object) -> None:
-        with self._committed:
-            self._commits += 1
-            self._committed.notify_all()
-
-    def close(self) -> None:
-        drain(self.settings)
-        self._collector.stop()
-        self._collecting.join(30)
-        self._store.close()
-        self._node.stop()
 
     def submit(self, lines: list[str], batch_size: int) -> str:
         """Send claims as a run of their own; its id."""
         self._runs += 1
-        file = self._directory / f"claims-{self._runs}.jsonl"
+        file = self.directory / f"claims-{self._runs}.jsonl"
         rows = [{**json.loads(line), "id": f"{self._runs}-{n}"} for n, line in enumerate(lines)]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         sending = subprocess.run(
@@ -112,52 +74,15 @@ class Desk:
         )
         return sending.stdout.split()[-1]
 
-    def worker(self) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [*KEEPWARM, "worker"], env=self.environment, cwd=REPOSITORY, start_new_session=True
-        )
-
-    def wait_for(self, run_id: str, claims: int | None = None) -> None:
-        """Until so many claims of the run have verdicts in the store; all of them otherwise."""
-        while True:
-            status = run_status(self._store, run_id)
-            if status is not None and (
-                status.complete if claims is None else status.done >= claims
-            ):
-                return
-            with self._committed:
-                before = self._commits
-                if not self._committed.wait(0.02) and before == self._commits:
-                    continue
-
     def phases(self) -> dict[str, float]:
         """Of the start of the engine that is here."""
         (record,) = live_records(self.settings.runtime_dir)
         assert record.phases is not None
         return {k: v for k, v in record.phases.model_dump().items() if v is not None}
 
-    def forget(self) -> None:
-        """Nothing is warm any more: engines, template and keeper are gone."""
-        drain(self.settings)
-        while self._keeper_lock_is_held():
-            time.sleep(0.02)
-
-    def _keeper_lock_is_held(self) -> bool:
-        import fcntl
-
-        path = self._directory / "run" / "keeper.lock"
-        if not path.exists():
-            return False
-        with path.open("r+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            return False
-
 
 @contextmanager
-def serving(desk: Desk) -> Iterator[subprocess.Popen[bytes]]:
+def serving(desk: Place) -> Iterator[subprocess.Popen[bytes]]:
     worker = desk.worker()
     try:
         yield worker
@@ -188,7 +113,7 @@ def in_batches(lines: list[str], size: int) -> list[list[str]]:
     return [lines[start : start + size] for start in range(0, len(lines), size)]
 
 
-def cold(desk: Desk, lines: list[str], size: int, directory: Path, *, fetch: bool) -> dict:
+def cold(desk: Place, lines: list[str], size: int, directory: Path, *, fetch: bool) -> dict:
     """Every batch starts its engine, and where `fetch` is set its weights' way to the node too."""
     phases: dict[str, float] = {}
     seconds = 0.0
@@ -202,12 +127,12 @@ def cold(desk: Desk, lines: list[str], size: int, directory: Path, *, fetch: boo
             desk.wait_for(run_id)
             for name, took in desk.phases().items():
                 phases[name] = phases.get(name, 0.0) + took
-        desk.forget()
+        drain(desk.settings)
         seconds += time.monotonic() - started
     return {"seconds": seconds, "phases": phases}
 
 
-def pervasive(desk: Desk, lines: list[str], size: int) -> dict:
+def pervasive(desk: Place, lines: list[str], size: int) -> dict:
     """The engine is started once, for the first batch, and is there for all others."""
     run_id = desk.submit(lines, size)
     started = time.monotonic()
@@ -218,7 +143,7 @@ def pervasive(desk: Desk, lines: list[str], size: int) -> dict:
     return {"seconds": seconds, "phases": phases}
 
 
-def sizes(desk: Desk, lines: list[str], rounds: int) -> dict[int, list[float]]:
+def sizes(desk: Place, lines: list[str], rounds: int) -> dict[int, list[float]]:
     """Seconds on a warm engine for each batch size, from the worker's start; sizes take turns."""
     taken: dict[int, list[float]] = {size: [] for size in SIZES}
     for _ in range(rounds):
@@ -232,7 +157,7 @@ def sizes(desk: Desk, lines: list[str], rounds: int) -> dict[int, list[float]]:
 
 
 def preempted(
-    desk: Desk, lines: list[str], size: int, number: int | None, every_seconds: float = 10.0
+    desk: Place, lines: list[str], size: int, number: int | None, every_seconds: float = 10.0
 ) -> float:
     """Claims/s, calm, or with the worker replaced every so many seconds: its group gets the signal
     of this number, and another worker is started at once.
@@ -260,14 +185,14 @@ def preempted(
     return len(lines) / seconds
 
 
-def attaches(desk: Desk, lines: list[str], repetitions: int) -> list[float]:
+def attaches(desk: Place, lines: list[str], repetitions: int) -> list[float]:
     """Seconds from a worker's start to its first verdict in the store, on a warm engine."""
     taken = []
     for _ in range(repetitions):
         run_id = desk.submit(lines[:8], 8)
         started = time.monotonic()
         with serving(desk):
-            desk.wait_for(run_id, claims=1)
+            desk.wait_for(run_id, lambda status: status.done >= 1)
             taken.append(time.monotonic() - started)
     return taken
 
@@ -312,7 +237,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory(prefix="kw-") as name:
         directory = Path(name)
-        desk = Desk(directory)
+        desk = Place(directory)
         try:
             modes = result["modes"]
             for mode, fetch in (("none", True), ("partial", False)):

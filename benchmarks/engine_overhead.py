@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -93,112 +92,50 @@ class Keepwarm:
     """A node, a warm worker and a collector; `run` sends the claims once more, as a new run."""
 
     def __init__(self, directory: Path, batch_size: int) -> None:
-        from services.broker import PrivateNode
-        from services.collector import Collector, Store
-        from services.contracts import load_settings
+        from benchmarks.desk import Desk
 
         self._batch_size = batch_size
-        self._node = PrivateNode(directory / "node")
-        self._node.start()
-        self._settings = load_settings(
-            broker_url=self._node.url,
-            broker_password=self._node.password,
-            store_url=str(directory / "store.sqlite"),
+        self._desk = Desk(
+            directory,
+            KEEPWARM_ENGINE_ARGUMENTS=(
+                f"--no-enable-prefix-caching --max-num-seqs {MAX_SEQUENCES}"
+            ),
         )
-        self._store = Store.open(self._settings)
-        self._collector = Collector(self._store, self._settings)
-        self._committed = threading.Event()
-        self._thread = threading.Thread(
-            target=self._collector.run, args=(lambda _: self._committed.set(),)
-        )
-        self._thread.start()
-        self._worker_settings = load_settings(runtime_dir=directory / "run")
-        self._worker = subprocess.Popen(
-            [sys.executable, "-m", "services.cli.main", "worker", "--model", str(MODEL)],
-            cwd=REPOSITORY,
-            env={
-                **os.environ,
-                "KEEPWARM_BROKER_URL": self._node.url,
-                "KEEPWARM_BROKER_PASSWORD": self._node.password,
-                "KEEPWARM_RUNTIME_DIR": str(directory / "run"),
-                "KEEPWARM_ENGINE_ARGUMENTS": (
-                    f"--no-enable-prefix-caching --max-num-seqs {MAX_SEQUENCES}"
-                ),
-            },
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for line in self._worker.stderr:
-            if "worker.taking" in line:
-                break
-        else:
-            raise SystemExit("the worker ended; run it by hand to see why")
-        threading.Thread(target=self._worker.stderr.read, daemon=True).start()
+        self._worker, _ = self._desk.ready_worker()
 
     def run(self, claims_file: Path, limit: int, name: str) -> float:
         """Seconds from the opening of the file to the last verdict in the store."""
-        from services.broker import BrokerAddress, Declares, Publisher
-        from services.collector import run_status
         from services.contexts import pin_model
         from services.contracts import ContextSpec, PromptSpec
-        from services.producer import RejectedFile, Source, Submission
 
-        spec = pin_model(ContextSpec(model=str(MODEL), max_model_tokens=MAX_TOKENS))
-        with (
-            Publisher(
-                BrokerAddress.from_settings(self._settings),
-                "benchmark",
-                window=128,
-                declares=Declares("always", (spec.context_id,)),
-            ).open(10) as publisher,
-            RejectedFile(Path(tempfile.gettempdir()) / "keepwarm-rejected.jsonl") as rejected,
-        ):
-            started = time.monotonic()
-            with Source.open(str(claims_file)) as source:
-                submission = Submission(
-                    source,
-                    source.survey(),
-                    context=spec,
-                    prompt=PromptSpec(name=name),
-                    limit=limit,
-                )
-                submission.publish(publisher, rejected, batch_size=self._batch_size)
-            while True:
-                self._committed.wait(60)
-                self._committed.clear()
-                status = run_status(self._store, submission.run.run_id)
-                if status is not None and status.complete:
-                    return time.monotonic() - started
+        context = pin_model(ContextSpec(model=str(MODEL), max_model_tokens=MAX_TOKENS))
+        started = time.monotonic()
+        self._desk.wait_for(
+            self._desk.publish(claims_file, PromptSpec(name=name), context, self._batch_size, limit)
+        )
+        return time.monotonic() - started
 
     @property
-    def worker_pid(self) -> int:
-        return self._worker.pid
-
-    @property
-    def engine_pids(self) -> list[int]:
+    def pids(self) -> list[int]:
+        """Of the worker and of its engine."""
         from services.contexts.records import live_records
 
-        records = live_records(self._worker_settings.runtime_dir)
-        return [record.pid for record in records if record.pid is not None]
+        records = live_records(self._desk.settings.runtime_dir)
+        engines = [record.pid for record in records if record.pid is not None]
+        return [self._worker.pid, *engines]
 
     def close(self) -> None:
-        from services.contexts.attachment import drain
-
         self._worker.terminate()
         self._worker.wait()
-        drain(self._worker_settings)
-        self._collector.stop()
-        self._thread.join()
-        self._store.close()
-        self._node.stop()
+        self._desk.close()
 
 
 @contextmanager
-def suspended(pid: int, engines: Sequence[int] = ()) -> Iterator[None]:
-    """Hold a process and all that it started: idle, an engine's threads still spin, and on few
+def suspended(pids: Sequence[int]) -> Iterator[None]:
+    """Hold processes and all that they started: idle, an engine's threads still spin, and on few
     cores they would take their turns from the engine that is measured.
     """
-    owners = [psutil.Process(pid), *map(psutil.Process, engines)]
+    owners = map(psutil.Process, pids)
     processes = [p for owner in owners for p in (owner, *owner.children(recursive=True))]
     for process in processes:
         process.suspend()
@@ -239,10 +176,10 @@ def main() -> None:
             assert alone.stdout.readline() == "ready\n", "vLLM alone did not start"
             rounds = []
             for number in range(arguments.rounds + 1):
-                with suspended(keepwarm.worker_pid, keepwarm.engine_pids):
+                with suspended(keepwarm.pids):
                     alone.stdin.write("go\n")
                     alone_seconds = float(alone.stdout.readline())
-                with suspended(alone.pid):
+                with suspended([alone.pid]):
                     keepwarm_seconds = keepwarm.run(file, count, f"round {number}")
                 if number:  # the first round warms both up
                     rounds.append((count / alone_seconds, count / keepwarm_seconds))

@@ -11,12 +11,9 @@ makespan / ideal, from the opening of the file to the last verdict in the store.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,113 +25,52 @@ from rich.table import Table
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from services.broker import BrokerAddress, Declares, PrivateNode, Publisher  # noqa: E402
-from services.collector import Collector, Store, build_report, find_run, run_status  # noqa: E402
+from benchmarks.desk import MODEL, Desk  # noqa: E402
+from services.collector import build_report, find_run  # noqa: E402
 from services.contexts import pin_model  # noqa: E402
-from services.contracts import ContextSpec, PromptSpec, load_settings  # noqa: E402
-from services.producer import RejectedFile, Source, Submission  # noqa: E402
+from services.contracts import ContextSpec, PromptSpec  # noqa: E402
 
-MODEL = REPOSITORY / ".models" / "SmolLM2-135M-Instruct"
 HORIZONS = {"paced": "4", "not paced": "604800"}
 console = Console(width=110)
 
 
-class House:
-    """A node and a collector, for runs one after the other."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._node = PrivateNode(directory / "node")
-        self._node.start()
-        self._settings = load_settings(
-            broker_url=self._node.url,
-            broker_password=self._node.password,
-            store_url=str(directory / "store.sqlite"),
-        )
-        self._store = Store.open(self._settings)
-        self._collector = Collector(self._store, self._settings)
-        self._committed = threading.Event()
-        self._thread = threading.Thread(
-            target=self._collector.run, args=(lambda _: self._committed.set(),)
-        )
-        self._thread.start()
-
-    @contextmanager
-    def worker(self, claim_seconds: float, horizon_seconds: str) -> Iterator[str]:
-        """A worker that takes claims; its id."""
-        process = subprocess.Popen(
-            [sys.executable, "-m", "services.cli.main", "worker", "--model", str(MODEL)],
-            cwd=REPOSITORY,
-            env={
-                **os.environ,
-                "PYTHONPATH": str(REPOSITORY / "tests" / "doubles"),
-                "KEEPWARM_BROKER_URL": self._node.url,
-                "KEEPWARM_BROKER_PASSWORD": self._node.password,
-                "KEEPWARM_RUNTIME_DIR": str(self._directory / "run"),
-                "KEEPWARM_LOG_FORMAT": "json",
-                "KEEPWARM_HORIZON_SECONDS": horizon_seconds,
-                "VLLM_TEST_CLAIM_SECONDS": str(claim_seconds),
-            },
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            for line in process.stderr:
-                if "worker.taking" in line:
-                    break
-            else:
-                raise SystemExit("a worker ended; run it by hand to see why")
-            threading.Thread(target=process.stderr.read, daemon=True).start()
-            yield json.loads(line)["worker"]
-        finally:
-            process.terminate()
-            process.wait()
-
-    def run(self, count: int, batch_size: int, name: str) -> tuple[float, dict[str, int]]:
-        """Seconds from the opening of the file to the last verdict, and verdicts by worker."""
-        file = self._directory / "claims.jsonl"
-        file.write_text("".join(f'{{"id": {n}, "claim": "Claim {n}."}}\n' for n in range(count)))
-        spec = pin_model(ContextSpec(model=str(MODEL)))
-        with (
-            Publisher(
-                BrokerAddress.from_settings(self._settings),
-                "benchmark",
-                window=128,
-                declares=Declares("always", (spec.context_id,)),
-            ).open(10) as publisher,
-            RejectedFile(self._directory / "rejected.jsonl") as rejected,
-            Source.open(str(file)) as source,
-        ):
-            started = time.monotonic()
-            submission = Submission(
-                source, source.survey(), context=spec, prompt=PromptSpec(name=name)
-            )
-            submission.publish(publisher, rejected, batch_size=batch_size)
-            while True:
-                self._committed.wait(60)
-                self._committed.clear()
-                status = run_status(self._store, submission.run.run_id)
-                if status is not None and status.complete:
-                    break
-            seconds = time.monotonic() - started
-        assert status.lost_work == status.duplicates == status.dead == 0, status
-        report = build_report(self._store, find_run(self._store, submission.run.run_id))
-        return seconds, {worker.worker_id: worker.verdicts for worker in report.workers}
-
-    def close(self) -> None:
-        self._collector.stop()
-        self._thread.join()
-        self._store.close()
-        self._node.stop()
+@contextmanager
+def worker(desk: Desk, claim_seconds: float, horizon_seconds: str) -> Iterator[str]:
+    """A worker that takes claims; its id."""
+    process, line = desk.ready_worker(
+        PYTHONPATH=str(REPOSITORY / "tests" / "doubles"),
+        KEEPWARM_LOG_FORMAT="json",
+        KEEPWARM_HORIZON_SECONDS=horizon_seconds,
+        VLLM_TEST_CLAIM_SECONDS=str(claim_seconds),
+    )
+    try:
+        yield json.loads(line)["worker"]
+    finally:
+        process.terminate()
+        process.wait()
 
 
-def measure(arguments: argparse.Namespace, house: House) -> dict[str, object]:
+def run(desk: Desk, count: int, batch_size: int, name: str) -> tuple[float, dict[str, int]]:
+    """Seconds from the opening of the file to the last verdict, and verdicts by worker."""
+    file = desk.directory / "claims.jsonl"
+    file.write_text("".join(f'{{"id": {n}, "claim": "Claim {n}."}}\n' for n in range(count)))
+    context = pin_model(ContextSpec(model=str(MODEL)))
+    started = time.monotonic()
+    run_id = desk.publish(file, PromptSpec(name=name), context, batch_size)
+    status = desk.wait_for(run_id)
+    seconds = time.monotonic() - started
+    assert status.lost_work == status.duplicates == status.dead == 0, status
+    report = build_report(desk.store, find_run(desk.store, run_id))
+    return seconds, {worker.worker_id: worker.verdicts for worker in report.workers}
+
+
+def measure(arguments: argparse.Namespace, desk: Desk) -> dict[str, object]:
     """Rates alone, then every round: makespan / ideal and the slow worker's share."""
     rates = []
     for claim_seconds in (arguments.claim_seconds, arguments.claim_seconds * arguments.slower):
         count = round(arguments.ideal_seconds / 3 / claim_seconds)
-        with house.worker(claim_seconds, HORIZONS["paced"]):
-            seconds, _ = house.run(count, 64, f"alone {claim_seconds}")
+        with worker(desk, claim_seconds, HORIZONS["paced"]):
+            seconds, _ = run(desk, count, 64, f"alone {claim_seconds}")
         rates.append(count / seconds)
     fast, slow = rates
     claims = round(arguments.ideal_seconds * (fast + slow))
@@ -147,11 +83,11 @@ def measure(arguments: argparse.Namespace, house: House) -> dict[str, object]:
         for batch_size in arguments.batch_size:
             for way, horizon in HORIZONS.items():
                 with (
-                    house.worker(arguments.claim_seconds * arguments.slower, horizon) as slow_one,
-                    house.worker(arguments.claim_seconds, horizon),
+                    worker(desk, arguments.claim_seconds * arguments.slower, horizon) as slow_one,
+                    worker(desk, arguments.claim_seconds, horizon),
                 ):
                     name = f"{way} {batch_size} {number}"
-                    seconds, by_worker = house.run(claims, batch_size, name)
+                    seconds, by_worker = run(desk, claims, batch_size, name)
                 share = by_worker.get(slow_one, 0) / claims
                 rounds.append((way, batch_size, seconds / ideal, share))
                 console.print(f"{name}: {seconds / ideal:.3f}", highlight=False)
@@ -171,11 +107,11 @@ def main() -> None:
         raise SystemExit("the demo model is not there: run `make setup` first")
 
     with tempfile.TemporaryDirectory(prefix="keepwarm-benchmark-") as name:
-        house = House(Path(name))
+        desk = Desk(Path(name))
         try:
-            figures = measure(arguments, house)
+            figures = measure(arguments, desk)
         finally:
-            house.close()
+            desk.close()
     fast, slow = figures["rates"]
     table = Table(
         title=f"{figures['claims']:,} claims on workers of {fast:.0f} and {slow:.0f} claims/s; "

@@ -1,0 +1,123 @@
+"""What several benchmarks need: a node and a collector here, workers and engines as processes."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from services.broker import BrokerAddress, Declares, PrivateNode, Publisher
+from services.collector import Collector, RunStatus, Store, run_status
+from services.contexts.attachment import drain
+from services.contracts import ContextSpec, PromptSpec, load_settings
+from services.producer import RejectedFile, Source, Submission
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MODEL = REPOSITORY / ".models" / "SmolLM2-135M-Instruct"
+KEEPWARM = (sys.executable, "-m", "services.cli.main")
+
+
+class Desk:
+    """Runs one after the other, and workers that come and go. `variables` are for all commands."""
+
+    def __init__(self, directory: Path, **variables: str) -> None:
+        self.directory = directory
+        self._node = PrivateNode(directory / "node")
+        self._node.start()
+        self.settings = load_settings(
+            broker_url=self._node.url,
+            broker_password=self._node.password,
+            store_url=str(directory / "store.sqlite"),
+            runtime_dir=directory / "run",
+            cache_dir=directory / "cache",
+        )
+        self.environment = {
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith("KEEPWARM_")
+            },
+            "KEEPWARM_BROKER_URL": self._node.url,
+            "KEEPWARM_BROKER_PASSWORD": self._node.password,
+            "KEEPWARM_STORE_URL": str(directory / "store.sqlite"),
+            "KEEPWARM_RUNTIME_DIR": str(directory / "run"),
+            "KEEPWARM_CACHE_DIR": str(directory / "cache"),
+            "KEEPWARM_MODEL": str(MODEL),
+            **variables,
+        }
+        self.store = Store.open(self.settings)
+        self._collector = Collector(self.store, self.settings)
+        self._committed = threading.Event()
+        self._collecting = threading.Thread(
+            target=self._collector.run, args=(lambda _: self._committed.set(),)
+        )
+        self._collecting.start()
+
+    def worker(self, **variables: str) -> subprocess.Popen[bytes]:
+        """A worker that has just been started."""
+        return subprocess.Popen(
+            [*KEEPWARM, "worker"],
+            env={**self.environment, **variables},
+            cwd=REPOSITORY,
+            start_new_session=True,
+        )
+
+    def ready_worker(self, **variables: str) -> tuple[subprocess.Popen[str], str]:
+        """A worker that takes claims, and the log line that says so."""
+        process = subprocess.Popen(
+            [*KEEPWARM, "worker"],
+            env={**self.environment, **variables},
+            cwd=REPOSITORY,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "worker.taking" in line:
+                threading.Thread(target=process.stderr.read, daemon=True).start()
+                return process, line
+        raise SystemExit("a worker ended; run it by hand to see why")
+
+    def publish(
+        self,
+        file: Path,
+        prompt: PromptSpec,
+        context: ContextSpec,
+        batch_size: int,
+        limit: int | None = None,
+    ) -> str:
+        """Send a run; its id."""
+        with (
+            Publisher(
+                BrokerAddress.from_settings(self.settings),
+                "benchmark",
+                window=128,
+                declares=Declares("always", (context.context_id,)),
+            ).open(10) as publisher,
+            RejectedFile(self.directory / "rejected.jsonl") as rejected,
+            Source.open(str(file)) as source,
+        ):
+            submission = Submission(
+                source, source.survey(), context=context, prompt=prompt, limit=limit
+            )
+            submission.publish(publisher, rejected, batch_size=batch_size)
+            return submission.run.run_id
+
+    def wait_for(
+        self, run_id: str, enough: Callable[[RunStatus], bool] = lambda status: status.complete
+    ) -> RunStatus:
+        """Until the store has enough of a run: all of it, unless told otherwise."""
+        while True:
+            self._committed.clear()
+            status = run_status(self.store, run_id)
+            if status is not None and enough(status):
+                return status
+            self._committed.wait(60)
+
+    def close(self) -> None:
+        drain(self.settings)
+        self._collector.stop()
+        self._collecting.join()
+        self.store.close()
+        self._node.stop()
