@@ -1,6 +1,7 @@
 """`keepwarm broker setup` on a real broker, and what its users then can and cannot do there."""
 
 import gc
+import json
 import os
 import signal
 import stat
@@ -20,12 +21,12 @@ from pika.exceptions import AMQPConnectionError, ChannelClosedByBroker
 from services.broker import PrivateNode
 from services.broker.topology import quorum_arguments
 from services.contracts import topology as names
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, sample_lines
 from tests.integration.conftest import Command, wait_until
+from tests.integration.runs import wait_for_the_first_verdicts
 
 ROLES = ("producer", "worker", "collector", "operator")
 VHOST = "keepwarm"
-CLAIMS_FILE = str(REPOSITORY / "samples" / "claims.jsonl")
 CLAIMS = names.claims_queue("ctx-roles")
 BOUND = {
     names.DEAD_MESSAGES_QUEUE: names.DEAD_EXCHANGE,
@@ -174,14 +175,14 @@ def consume(queue: str) -> Act:
 
 
 def own_notices(channel: BlockingChannel) -> None:
-    queue = names.notices_queue("node-1")
+    queue = names.listener_queue(names.NOTICES_EXCHANGE, "node-1")
     channel.queue_declare(queue, exclusive=True, auto_delete=True)
     channel.queue_bind(queue, names.NOTICES_EXCHANGE)
     channel.basic_consume(queue, lambda *_: None)
 
 
 def own_presence(channel: BlockingChannel) -> None:
-    queue = names.presence_queue("collector-1")
+    queue = names.listener_queue(names.PRESENCE_EXCHANGE, "collector-1")
     channel.queue_declare(queue, exclusive=True, auto_delete=True)
     channel.queue_bind(queue, names.PRESENCE_EXCHANGE)
     channel.basic_consume(queue, lambda *_: None)
@@ -342,7 +343,7 @@ def test_the_services_do_their_work_with_the_rights_of_their_roles(
                     "PYTHONPATH": str(REPOSITORY / "tests" / "doubles"),
                     "KEEPWARM_BROKER_URL": f"amqp://{VHOST}-{role}@{host}/{VHOST}",
                     "KEEPWARM_BROKER_PASSWORD_FILE": str(broker.secrets / f"{role}.password"),
-                    "KEEPWARM_STORE_URL": str(tmp_path / "store.sqlite"),
+                    "KEEPWARM_STORE_URL": str(store),
                     "KEEPWARM_MODEL": str(small_model),
                     "KEEPWARM_RUNTIME_DIR": str(runtime_dir),
                     "KEEPWARM_GRACE_SECONDS": "3",
@@ -355,6 +356,9 @@ def test_the_services_do_their_work_with_the_rights_of_their_roles(
         return services[-1]
 
     host = f"127.0.0.1:{broker.node.port}"
+    store = tmp_path / "store.sqlite"
+    claims = tmp_path / "claims.jsonl"
+    claims.write_text("".join(f"{json.dumps(line)}\n" for line in sample_lines()[:48]))
     # What the tests before this one put there in the name of some role.
     connection = broker.connection(f"{VHOST}-operator", broker.password("operator"))
     for queue in BOUND:
@@ -363,13 +367,15 @@ def test_the_services_do_their_work_with_the_rights_of_their_roles(
     services: list[Command] = []
     try:
         # The worker comes first: it finds no claims queue, and may not make one.
-        worker = start("worker", "worker", VLLM_TEST_CLAIM_SECONDS="0.1")
+        # It does one batch at a time, and each takes longer than its grace.
+        slow = {"KEEPWARM_BATCHES_IN_FLIGHT": "1", "VLLM_TEST_CLAIM_SECONDS": "0.4"}
+        worker = start("worker", "worker", **slow)
         worker.said("waiting for a producer and a collector to make it")
-        submitting = start("producer", "submit", CLAIMS_FILE, "--batch-size", "16")
+        submitting = start("producer", "submit", str(claims), "--batch-size", "16")
         assert submitting.wait() == 0, submitting.output
         collecting = start("collector", "collect", "--until", submitting.lines[-1].strip())
-        collecting.said("store.committed")
-        worker.signal(signal.SIGTERM)  # in the midst of its batches: it returns what is left
+        wait_for_the_first_verdicts(collecting, {"KEEPWARM_STORE_URL": str(store)})
+        worker.signal(signal.SIGTERM)  # in the midst of its second batch: it returns what is left
         assert worker.wait() == 0, worker.output
         collecting.said("claims.returned")
         heir = start("worker", "worker")
