@@ -64,7 +64,7 @@ class PrivateNode:
 
     def start(self) -> None:
         """Start it and wait until it listens. Raises BrokerError with its last log lines."""
-        server = _find_server()
+        server = find_server()
         self._write_configuration()
         with self.log_file.open("ab") as output:
             self._node = Leashed(
@@ -93,7 +93,7 @@ class PrivateNode:
 
     def control(self, *command: str) -> str:
         """What `rabbitmqctl` says to a command. Raises BrokerError when it fails."""
-        server = _find_server()
+        server = find_server()
         done = subprocess.run(
             [str(server.parent / "rabbitmqctl"), "-q", *command],
             env=self._environment(server),
@@ -165,7 +165,8 @@ class PrivateNode:
         }
 
 
-def _find_server() -> Path:
+def find_server() -> Path:
+    """The installed server. Raises BrokerError where there is none."""
     for place in _PLACES:
         if os.access(place, os.X_OK):
             return Path(place)

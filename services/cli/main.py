@@ -13,7 +13,7 @@ _VERBS = (
     *("run", "submit", "worker", "collect", "status", "report", "export", "cancel"),
     *("contexts list", "contexts warm", "contexts evict", "contexts logs", "keeper"),
     *("dead list", "dead show", "dead retry", "dead drop"),
-    "broker setup",
+    *("broker setup", "doctor"),
 )
 
 app = typer.Typer(
@@ -28,7 +28,8 @@ app = typer.Typer(
         "[bold]submit[/bold] publishes claims, [bold]worker[/bold] answers them, "
         "[bold]collect[/bold] stores the verdicts; [bold]status[/bold], [bold]report[/bold] and "
         "[bold]export[/bold] read the store. [bold]contexts[/bold] shows and prepares what is warm "
-        "on this node; [bold]broker setup[/bold] prepares a broker.\n\n"
+        "on this node; [bold]broker setup[/bold] prepares a broker; [bold]doctor[/bold] says what "
+        "is wrong with a machine.\n\n"
         "Settings come from KEEPWARM_… variables (docs/settings.md); flags win. Exit codes: "
         "0 well, 1 a bug, 2 a bad flag or setting, 3 a bad file of claims or prompt, 4 no engine, "
         "5 no broker, 6 no store or output, 7 some claims have no outcome yet; [bold]run[/bold] "

@@ -53,6 +53,12 @@ def _checked_url(settings: Settings) -> URL:
     return url.set(drivername="postgresql+psycopg", password=password)
 
 
+def sqlite_file(settings: Settings) -> Path | None:
+    """The store's file, where it is SQLite. Raises UsageError when the URL is none."""
+    url = _checked_url(settings)
+    return Path(url.database or "") if url.get_backend_name() == "sqlite" else None
+
+
 def shown(url: URL) -> str:
     """Without a password, wherever in the URL it stands."""
     return url.set(query={}).render_as_string(hide_password=True)

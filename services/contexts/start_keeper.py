@@ -29,9 +29,10 @@ _COMMAND = (sys.executable, "-m", "services.cli.main", "keeper")
 
 def connected(directory: Path) -> Line | None:
     """A connection to the keeper of this runtime directory; None where there is none."""
+    path = keeper_socket(directory)
     connection = socket.socket(socket.AF_UNIX)
     try:
-        connection.connect(str(keeper_socket(directory)))
+        connection.connect(str(path))
     except OSError:
         connection.close()
         return None

@@ -386,6 +386,9 @@ def test_the_services_do_their_work_with_the_rights_of_their_roles(
             assert "ACCESS_REFUSED" not in service.output
         listing = start("operator", "dead", "list")
         assert listing.wait() == 0 and "no message is dead" in listing.output, listing.output
+        for role, says in (("worker", "may not make queues"), ("operator", "as they should be")):
+            doctor = start(role, "doctor", "--json")
+            assert doctor.wait() == 0 and says in doctor.output, doctor.output
     finally:
         for service in services:
             service.end()

@@ -1,0 +1,78 @@
+"""`keepwarm doctor`."""
+
+import json
+from collections.abc import Mapping
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from services.cli import node_checks, service_checks
+from services.cli.findings import Check
+from services.cli.options import BrokerOption, StoreOption
+from services.contracts import KeepwarmError, Settings, load_settings
+
+# In the order in which a person would mend them.
+CHECKS: Mapping[str, Check] = {
+    "python": node_checks.python,
+    "packages": node_checks.packages,
+    "limits": node_checks.limits,
+    "clock": node_checks.clock,
+    "runtime directory": node_checks.runtime_dir,
+    "caches": node_checks.caches,
+    "device": node_checks.device,
+    "engine": node_checks.engine,
+    "keeper": node_checks.keeper,
+    "private broker": service_checks.private_broker,
+    "broker": service_checks.broker,
+    "store": service_checks.store,
+}
+_STYLES = {"well": "green", "note": "yellow", "fault": "bold red"}
+
+
+def doctor(
+    broker: BrokerOption = None,
+    store: StoreOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Check this machine and this installation, and say how to mend what is wrong.
+
+    It starts nothing and changes nothing but directories of its own, which it makes. A note needs
+    nobody where the machine is not meant for that work. The exit code is 0, or that of the first
+    fault: 2 a setting, 4 the engine, 5 the broker, 6 the store.
+    """
+    settings = load_settings(broker_url=broker, store_url=store)
+    console = Console(stderr=as_json)
+    exit_code = 0
+    for name, check in CHECKS.items():
+        with console.status(f"{name} …"):
+            level, says, code = _found(check, settings)
+        exit_code = exit_code or code
+        if as_json:
+            print(json.dumps({"check": name, "level": level, "says": says}), flush=True)
+        else:
+            console.print(_line(name, level, says))
+    if exit_code:
+        raise typer.Exit(exit_code)
+
+
+def _found(check: Check, settings: Settings) -> tuple[str, str, int]:
+    """Level, what to say, and the exit code that it asks for."""
+    try:
+        finding = check(settings)
+    except KeepwarmError as error:
+        return "fault", str(error), error.exit_code
+    except ModuleNotFoundError as error:
+        return "note", f"not looked at: {error.name} is not installed here", 0
+    return finding.level, finding.says, 0
+
+
+def _line(name: str, level: str, says: str) -> Table:
+    row = Table.grid(padding=(0, 2))
+    row.add_column(width=5)
+    row.add_column(width=max(map(len, CHECKS)))
+    row.add_column(overflow="fold")
+    row.add_row(Text(level, style=_STYLES[level]), name, Text(says))
+    return row

@@ -1,0 +1,181 @@
+"""What `keepwarm doctor` looks at on a node: the machine, and what engines need of it."""
+
+import ctypes
+import json
+import platform
+import resource
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+from services.cli.findings import GIB, ROOM_BYTES, Finding, note, shared_file_system, well
+from services.contracts import Settings
+from services.contracts.errors import EngineStartError, UsageError
+
+_FILES, _FEW_FILES = 4_096, 256
+_IMPORT_SECONDS = 300
+_EXTRAS = {
+    "gpu-worker": ("httpx_sse", "tokenizers", "jinja2", "huggingface_hub", "pynvml"),
+    "collector": ("sqlalchemy", "psycopg", "sklearn", "scipy", "pyarrow"),
+}
+_ASK_ENGINE = """
+import json, vllm
+try:
+    from torch.version import cuda
+except ImportError:
+    cuda = None
+print(json.dumps({"vllm": getattr(vllm, "__version__", "unknown"), "cuda": cuda}))
+"""
+# adjtimex(2): the kernel's clock is not held by any other.
+_TIME_ERROR = 5
+
+
+def python(_: Settings) -> Finding:
+    return well(f"Python {platform.python_version()} on {platform.platform()}")
+
+
+def packages(_: Settings) -> Finding:
+    """Raises UsageError where no service's packages are complete."""
+    try:
+        ours = version("keepwarm")
+    except PackageNotFoundError:
+        ours = "of a checkout"
+    missing = {
+        extra: [module for module in modules if find_spec(module) is None]
+        for extra, modules in _EXTRAS.items()
+    }
+    whole = [extra for extra, modules in missing.items() if not modules]
+    lacking = "; ".join(
+        f"{extra} lacks {', '.join(modules)}" for extra, modules in missing.items() if modules
+    )
+    if not whole:
+        raise UsageError(f"no service can run: {lacking}. Run `make setup`")
+    says = f"Keepwarm {ours}, ready for: {', '.join(whole)}"
+    return note(f"{says}; {lacking}, which only matters on its node") if lacking else well(says)
+
+
+def device(_: Settings) -> Finding:
+    """Raises EngineStartError when the environment names a GPU that is not there."""
+    from services.contexts import find_device
+
+    device = find_device()
+    memory = f"{device.memory_bytes / GIB:.1f} GiB free"
+    if device.kind == "cuda":
+        return well(f"{device.name}, {memory}, driver {_driver()}")
+    return note(
+        f"no GPU, so the processors: {device.name}, {len(device.cores)} cores, {memory}. Where "
+        "there should be one, see whether `nvidia-smi` lists it and CUDA_VISIBLE_DEVICES does not "
+        "hide it"
+    )
+
+
+def _driver() -> str:
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def engine(settings: Settings) -> Finding:
+    """Raises EngineStartError when its interpreter cannot import vLLM."""
+    from services.contexts import find_device
+
+    python = settings.engine_python
+    try:
+        done = subprocess.run(
+            [str(python), "-c", _ASK_ENGINE],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_IMPORT_SECONDS,
+            stdin=subprocess.DEVNULL,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise EngineStartError(
+            f"{python} does not import vLLM: {error}; KEEPWARM_ENGINE_PYTHON names another"
+        ) from error
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise EngineStartError(
+            f"{python} does not import vLLM: {last}. Run `make setup`, or name an interpreter that "
+            "has it with KEEPWARM_ENGINE_PYTHON"
+        )
+    found = json.loads(done.stdout.splitlines()[-1])
+    cuda = found["cuda"]
+    says = f"vLLM {found['vllm']} in {python}, built for {f'CUDA {cuda}' if cuda else 'processors'}"
+    if (find_device().kind == "cuda") != bool(cuda):
+        return note(
+            f"{says}, which is not what this node has; `make setup ENGINE=cpu` or `ENGINE=cuda` "
+            "installs the other"
+        )
+    return well(says)
+
+
+def runtime_dir(settings: Settings) -> Finding:
+    """Raises UsageError for a directory that is not ours, too long, or shared with other nodes."""
+    from services.contexts.runtime_dir import open_runtime_dir, socket_path
+
+    directory = open_runtime_dir(settings.runtime_dir)
+    # As long as an engine's name: a context's and a digest.
+    longest = socket_path(directory, f"ctx-{16 * 'f'}-{8 * 'f'}")
+    kind = shared_file_system(directory)
+    if kind:
+        raise UsageError(
+            f"KEEPWARM_RUNTIME_DIR: {directory} is on {kind}, and its sockets and locks belong to "
+            "one node; name a directory on the node itself"
+        )
+    return well(f"{directory}, ours alone; its longest socket path has {len(str(longest))} bytes")
+
+
+def caches(settings: Settings) -> Finding:
+    """Raises UsageError for a directory that is not ours."""
+    from services.contexts.runtime_dir import open_private_dir
+
+    directory = open_private_dir(settings.cache_dir, "KEEPWARM_CACHE_DIR")
+    free = shutil.disk_usage(directory).free
+    says = f"{directory}, {free / GIB:.1f} GiB free"
+    kind = shared_file_system(directory)
+    if kind:
+        return note(f"{says}, on {kind}; a directory on the node's own disk is faster")
+    if free < ROOM_BYTES:
+        return note(f"{says}; make room, or name another with KEEPWARM_CACHE_DIR")
+    return well(says)
+
+
+def keeper(settings: Settings) -> Finding:
+    from services.contexts.records import live_records
+    from services.contexts.runtime_dir import open_runtime_dir
+    from services.contexts.start_keeper import connected
+
+    directory = open_runtime_dir(settings.runtime_dir)
+    line = connected(directory)
+    if line is None:
+        return well("none runs here; a worker starts it")
+    line.close()
+    return well(f"it answers; engines: {len(live_records(directory))}")
+
+
+def limits(_: Settings) -> Finding:
+    """Raises UsageError where nothing could work."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    says = f"open files: {soft:,} (at most {hard:,})"
+    if soft < _FEW_FILES:
+        raise UsageError(f"{says}, which is too few; run `ulimit -n {_FILES}` before the service")
+    if soft < _FILES:
+        return note(f"{says}; engines and brokers want {_FILES:,}: `ulimit -n {_FILES}`")
+    return well(says)
+
+
+def clock(_: Settings) -> Finding:
+    # Room for a struct timex, whose first field, all zero, asks and sets nothing.
+    state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))
+    if state == _TIME_ERROR:
+        return note(
+            "nothing keeps it right (install chrony, or ask the administrator); results stay "
+            "right, their times of day may not be, and a wrong date fails TLS"
+        )
+    return well("kept right by another")

@@ -1,0 +1,98 @@
+"""What `keepwarm doctor` looks at around a node: the broker and the store."""
+
+import os
+import shutil
+import threading
+
+from services.broker import BrokerAddress, Declares, Publisher
+from services.broker.private_node import find_server
+from services.broker.queue_counts import Counts
+from services.cli.findings import GIB, ROOM_BYTES, Finding, note, shared_file_system, well
+from services.contracts import Settings, topology
+from services.contracts.errors import BrokerError, BrokerRefused, StoreError
+
+_ANSWER_SECONDS = 10.0
+
+
+def private_broker(_: Settings) -> Finding:
+    try:
+        return well(f"{find_server()}, for `keepwarm run` without a broker")
+    except BrokerError as error:
+        return note(f"{error}; only `keepwarm run` without a broker needs it here")
+
+
+def broker(settings: Settings) -> Finding:
+    """Raises BrokerError when it cannot be reached, refuses us, or has queues of another kind."""
+    if settings.broker_url is None:
+        return note("none is named (KEEPWARM_BROKER_URL): only `keepwarm run` works")
+    address = BrokerAddress.from_settings(settings)
+    with Publisher(address, "doctor", window=1).open(_ANSWER_SECONDS) as link:
+        counts = _counts(link)
+    if topology.VERDICTS_QUEUE not in counts:
+        return note(f"{address} takes us, and has no queues yet: a collector makes them")
+    lengths = ", ".join(f"{queue} {count:,}" for queue, count in counts.items())
+    try:
+        # Who may declares them once more, which changes nothing; the broker compares the arguments.
+        Publisher(address, "doctor", window=1, declares=Declares("always")).open(
+            _ANSWER_SECONDS
+        ).close()
+    except BrokerRefused:
+        return well(
+            f"{address} takes us; this user may not make queues, as is right for a worker or a "
+            f"producer, so their arguments were not compared. Waiting: {lengths}"
+        )
+    return well(f"{address} takes us, and its queues are as they should be. Waiting: {lengths}")
+
+
+def _counts(link: Publisher) -> Counts:
+    """Raises BrokerError when no answer comes."""
+    heard = threading.Event()
+    told: dict[str, int] = {}
+
+    def hear(counts: Counts) -> None:
+        told.update(counts)
+        heard.set()
+
+    queues = (
+        topology.VERDICTS_QUEUE,
+        topology.RETURNS_QUEUE,
+        topology.RUNS_QUEUE,
+        topology.DEAD_CLAIMS_QUEUE,
+        topology.DEAD_MESSAGES_QUEUE,
+    )
+    link.ask_counts(queues, hear)
+    if not heard.wait(_ANSWER_SECONDS):
+        raise BrokerError(
+            "the broker took us and then did not say how long its queues are; see its log"
+        )
+    return told
+
+
+def store(settings: Settings) -> Finding:
+    """Raises StoreError when it cannot be used or written."""
+    from services.collector import Store
+    from services.collector.database import open_engine, shown, sqlite_file
+
+    file = sqlite_file(settings)
+    if file is None:
+        Store.open(settings, create=False).close()
+        return well(shown(open_engine(settings, create=False).url))
+    directory = next(parent for parent in file.absolute().parents if parent.exists())
+    if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
+        raise StoreError(
+            f"{directory} cannot be written by user {os.geteuid()}, and SQLite writes files beside "
+            f"{file.name}; mend its permissions, or name another store with KEEPWARM_STORE_URL"
+        )
+    kind = shared_file_system(directory)
+    if kind:
+        raise StoreError(
+            f"{file} is on {kind}, where SQLite can lose what it wrote; name a file on a disk of "
+            "the collector's node with KEEPWARM_STORE_URL, or use PostgreSQL"
+        )
+    says = f"{file}, {shutil.disk_usage(directory).free / GIB:.1f} GiB free"
+    if not file.exists():
+        return well(f"{says}; not there yet, the collector makes it")
+    Store.open(settings, create=False).close()
+    if shutil.disk_usage(directory).free < ROOM_BYTES:
+        return note(f"{says}; make room before a large run")
+    return well(says)
