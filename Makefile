@@ -6,7 +6,7 @@ export PYTHON
 MODEL  := .models/SmolLM2-135M-Instruct
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lock clean
+.PHONY: help setup demo test check docs lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ check: ## lint, types and unit tests, in seconds and without an engine
 	.venv/bin/ruff format --check
 	.venv/bin/mypy --strict services
 	.venv/bin/pytest tests/unit -q $(ARGS)
+
+docs: ## make the tables of docs/settings.md anew
+	@.venv/bin/python setup/settings_page.py
 
 lock: ## rewrite setup/requirements/*.lock (ARGS=--upgrade for newer versions)
 	@setup/lock.sh $(ARGS)

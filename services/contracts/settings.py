@@ -1,4 +1,5 @@
-"""Every setting, once: a field here, `KEEPWARM_<FIELD>` outside, a line in docs/settings.md.
+"""Every setting, once: a field here, `KEEPWARM_<FIELD>` outside. The tables of docs/settings.md are
+made from what stands here (`make docs`).
 
 Secrets are given as `KEEPWARM_BROKER_PASSWORD` and its like, or as files named by
 `…_PASSWORD_FILE`; never on a command line, where every user of the machine can read them.
@@ -64,71 +65,97 @@ class Settings(BaseSettings):
     )
 
     broker_url: Annotated[str | None, Field(repr=False)] = None
-    """`amqp[s]://user@host[:port]/vhost`. No default: `keepwarm run` starts a private node."""
+    """`amqp[s]://user@host[:port]/vhost`. Without it `keepwarm run` starts a private node; the
+    other verbs need it."""
     broker_password: SecretStr | None = None
+    """The user's password. A password in the URL is used where this one is not set."""
     broker_password_file: Path | None = None
+    """A file with the password instead; a line end after it is dropped. Set only one of the two."""
     broker_admin_password: SecretStr | None = None
-    """The administrator's, for `keepwarm broker setup` alone."""
+    """The password of the administrator that `--admin` names; that of the user guest is `guest`
+    unless told otherwise."""
     broker_admin_password_file: Path | None = None
+    """A file with the password instead. Set only one of the two."""
     broker_ca_file: Path | None = None
-    """PEM bundle that signs the broker's certificate, for `amqps://`; the system's otherwise."""
+    """PEM bundle that signs the broker's certificate, with `amqps://` only; the system's
+    otherwise."""
     broker_connect_timeout_seconds: Seconds = 30
     """How long a command waits for a broker that is not there before it gives up."""
     broker_heartbeat_seconds: Annotated[int, Field(ge=5, le=600)] = 30
+    """From one sign of life to the next, on every connection."""
     publish_window: Annotated[int, Field(ge=1, le=10_000)] = 128
     """Messages that may await the broker's confirmation before a publisher has to wait."""
 
     store_url: Annotated[str | None, Field(repr=False)] = None
-    """An SQLAlchemy URL or an SQLite file; `~/.local/state/keepwarm/keepwarm.sqlite` otherwise."""
+    """An SQLite file, `sqlite:///FILE`, or `postgresql://user@host/database`; see below
+    otherwise."""
     store_password: SecretStr | None = None
+    """The PostgreSQL user's password."""
     store_password_file: Path | None = None
+    """A file with the password instead. Set only one of the two."""
     store_commit_verdicts: Annotated[int, Field(ge=1, le=1_000_000)] = 20_000
+    """The collector commits at so many claims …"""
     store_commit_seconds: Seconds = 0.5
-    """A transaction is committed at whichever comes first: this many verdicts, this long after its
-    first, or a lull."""
+    """… or so long after the first message, whichever comes first; also at 256 messages."""
 
     model: str | None = None
-    """A directory or a hub name; the demo model where neither this nor --model is given."""
+    """A directory or a name on the hub; the demo model otherwise, which is
+    `.models/SmolLM2-135M-Instruct` where that exists, else `HuggingFaceTB/SmolLM2-135M-Instruct`. A
+    worker without a model serves what claims wait for ([taking.md](taking.md))."""
     batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH_CLAIMS)] = 64
     """Claims a message."""
     order_by_evidence: bool = True
-    """Let claims that share evidence travel together, so that an engine reads it once."""
+    """Among 16,384 claims or about 64 MiB of text, put those with the same evidence beside each
+    other before they are sent, so that an engine reads it once. Results keep the file's order."""
 
     batches_in_flight: Annotated[int, Field(ge=1, le=256)] = 64
-    """The most batches that a worker has in hand; all of them are at its engine."""
+    """The most batches that a worker has in hand; all of them are at its engine. Fewer, where
+    `KEEPWARM_HORIZON_SECONDS` says so."""
     horizon_seconds: Seconds = 4
-    """A worker keeps no more in hand than it finishes in so long, by its own measured speed."""
+    """A worker measures its claims/s, and keeps no more in hand than it finishes in so long: fewer
+    batches, and of one that is too large only a part. The rest goes back for others."""
     grace_seconds: Seconds = 20
-    """From SIGTERM to the worker's end, give or take a second for its connections."""
+    """From SIGTERM to the worker's end: 50 % for the batches in hand, 15 % for confirmations, the
+    rest in reserve. From SIGTERM to the keeper's: 60 % for workers to finish, 20 % for the engines'
+    end."""
     walltime_seconds: Seconds | None = None
-    """The worker's time on its node, from its start: it drains by itself before that is over.
-    `SLURM_JOB_END_TIME` counts where this is not set."""
+    """The worker's or keeper's time on its node, from its start. It drains by itself 5 s before the
+    grace period would no longer fit in. Where it is not set, `SLURM_JOB_END_TIME` counts."""
     engine_python: Path = Path(sys.executable)
-    """The interpreter that has vLLM; another than the worker's, where they must not share one."""
+    """The interpreter that has vLLM: a path, or a name that is found in `PATH`; the worker's own
+    otherwise."""
     engine_arguments: str = ""
-    """Further arguments for the engine, as in a shell; they win over what the worker chooses."""
+    """Further arguments for the engine, as in a shell. They win over the worker's choice and the
+    context's, and are not part of the context."""
     engine_start_timeout_seconds: Seconds = 1_800
+    """How long an engine may load before it is given up."""
     engine_request_timeout_seconds: Seconds = 120
-    """How long the engine may be silent, with claims in its hands, before it counts as hung."""
+    """How long the engine may be silent, with claims in its hands, before it counts as hung and is
+    started again."""
     engine_start_attempts: Annotated[int, Field(ge=1, le=100)] = 3
-    """Failed starts in a row before a worker gives its node up."""
+    """Failed starts in a row before a worker returns its claims and exits with 4. The first start
+    of a worker is tried once only."""
     claim_failures: Annotated[int, Field(ge=2, le=100)] = 3
-    """Failures of an engine that a claim may be part of, all but the first alone."""
+    """Failures of an engine that a claim may be part of, all but the first alone; then it is a dead
+    claim."""
     engine_trust_remote_code: bool = False
-    """Let a model repository's own Python code run. Off: it is code from strangers."""
+    """Lets a model repository's own Python code run. It is code from strangers."""
 
     context_idle_seconds: Seconds = 600
-    """How long an engine that no worker uses stays warm."""
+    """How long an engine stays that no worker uses ([contexts.md](contexts.md))."""
     context_memory_gib: Annotated[float, Field(gt=0)] | None = None
-    """Memory that this node's engines may hold together, of each GPU or of the host; all that is
-    free otherwise."""
+    """How much memory engines may hold together on one device, of each GPU or of the node; all that
+    is free otherwise."""
 
     runtime_dir: Path = Field(default_factory=_runtime_directory)
-    """Sockets, records and logs of engines; made for the owner alone, and on this node."""
+    """Sockets, records and logs of keeper and engines, for the owner alone. Short: a socket's path
+    may have 107 bytes."""
     cache_dir: Path = Field(default_factory=_cache_directory)
-    """What makes the next cold start cheaper: compile caches, and how starts went."""
+    """What engines compile, and what their starts took, for the owner alone."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """DEBUG, INFO, WARNING or ERROR."""
     log_format: Literal["console", "json"] = "console"
+    """`console` for people, `json` for machines."""
 
     @field_validator(
         "broker_password_file",
