@@ -22,9 +22,13 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from services.contracts.addresses import is_host, split_address
 from services.contracts.bounds import MAX_BATCH_CLAIMS
 from services.contracts.errors import UsageError
 from services.contracts.wire import first_fault
+
+METRICS_OFF = "off"
+"""In place of an address: serve no metrics."""
 
 Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
 
@@ -127,6 +131,11 @@ class Settings(BaseSettings):
     """Sockets, records and logs of engines; made for the owner alone, and on this node."""
     cache_dir: Path = Field(default_factory=_cache_directory)
     """What makes the next cold start cheaper: compile caches, and how starts went."""
+    metrics_address: str = "127.0.0.1:0"
+    """Where a service tells of itself over HTTP, `host:port`. Port 0 is one that is free, so that
+    services on one node never collide; `off` is no such server."""
+    metrics_advertise: str | None = None
+    """`host[:port]` at which others reach that, where it is not the address that it listens at."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["console", "json"] = "console"
 
@@ -142,6 +151,20 @@ class Settings(BaseSettings):
     def _absolute(cls, path: Path | None) -> Path | None:
         # Processes that inherit the environment start in other directories.
         return None if path is None else _expanded(path).absolute()
+
+    @field_validator("metrics_address")
+    @classmethod
+    def _address_or_off(cls, address: str) -> str:
+        if address != METRICS_OFF:
+            split_address(address)
+        return address
+
+    @field_validator("metrics_advertise")
+    @classmethod
+    def _host_with_or_without_port(cls, address: str | None) -> str | None:
+        if address is not None and not is_host(address):
+            split_address(address)
+        return address
 
     @field_validator("engine_python")
     @classmethod
