@@ -103,6 +103,14 @@ class Link:
     def connected(self) -> bool:
         return self._channel is not None
 
+    @property
+    def unready(self) -> str | None:
+        """Why nothing can be done with it now; None while it is open, and no alarm blocks it."""
+        if not self.connected:
+            return f"no connection to the broker ({self._name})"
+        blocked_by = self.blocked_by
+        return None if blocked_by is None else f"the broker blocks publishing: {blocked_by}"
+
     def ask_counts(self, queues: Sequence[str], heard: Callable[[Counts], None]) -> None:
         """Ask how long the queues are; never waits. `heard` is called on the link's thread.
 

@@ -27,6 +27,11 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def any_port(address: str) -> str:
+    """The same host, at a port that is free."""
+    return join_address(split_address(address)[0], 0)
+
+
 def is_host(text: str) -> bool:
     """Whether it is a name or an address alone, without a port."""
     return _HOST_ALONE.fullmatch(text) is not None

@@ -69,9 +69,9 @@ class Reports:
         """
         with self._lock:
             now = time.monotonic()
-            if (state, doing.context_id) == self._said and now < self._due:
-                return
-            if publisher.blocked_by is not None or not publisher.connected:
+            same = (state, doing.context_id) == self._said and now < self._due
+            gone = self._said is not None and self._said[0] == "stopped"
+            if same or gone or publisher.unready is not None:
                 return
             self._said, self._due = (state, doing.context_id), now + REPORT_SECONDS
         report = WorkerReport(

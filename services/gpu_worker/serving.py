@@ -82,9 +82,7 @@ class Serving:
         """Why it cannot answer claims now. Never waits."""
         if self._engine.state != "warm":
             return f"its engine is {self._engine.state or 'not there'}"
-        if self._consumer is None or not self._consumer.connected:
-            return "no connection to the broker to take claims from"
-        return None
+        return "no connection to the broker" if self._consumer is None else self._consumer.unready
 
     @property
     def engine_state(self) -> State | None:

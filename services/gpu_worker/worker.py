@@ -76,10 +76,12 @@ class Worker:
     def unready(self) -> str | None:
         if self._stop.is_set():
             return "it drains"
-        if self._publisher is None or not self._publisher.connected:
+        if self._publisher is None:
             return "no connection to the broker"
         serving = self._serving_now
-        return "it waits for a context that is wanted" if serving is None else serving.unready
+        return self._publisher.unready or (
+            "it waits for a context that is wanted" if serving is None else serving.unready
+        )
 
     def run(self) -> None:
         """Serve until `stop`, then drain within the grace period.

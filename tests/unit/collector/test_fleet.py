@@ -72,7 +72,7 @@ def test_nothing_is_kept_of_those_that_are_gone(fleet: Fleet, make: SimpleNamesp
     for number in range(100):
         fleet.note(make.report("a", context_id=f"ctx-{number}"))
     fleet.note(make.report("a", state="stopped"))
-    assert (fleet._serving, fleet._on) == ({}, {})
+    assert (fleet._living, fleet._on) == ({}, {})
 
 
 def test_who_begins_to_listen_has_heard_all_once_each_had_the_time_to_report(
