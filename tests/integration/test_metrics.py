@@ -176,3 +176,16 @@ def test_nobody_is_ready_without_a_broker_and_everybody_is_again_with_it(
         # That nobody could be heard is nobody's fault.
         assert not samples(collecting)["keepwarm_preemptions_total"]
         end_well(worker, collecting)
+
+
+def test_status_shows_who_works_on_what_while_it_lasts(
+    command: Start, environment: dict[str, str]
+) -> None:
+    under_way = begin(command, environment)
+    watching = command("status", "--watch", "--every", "0.3", COLUMNS="240")
+    watching.said(under_way.run_id)
+    for heard in (f"-{under_way.worker.process.pid}-", "serving", "messages waiting: runs 0"):
+        watching.said(heard)
+    end_well(under_way.worker)
+    watching.said("no worker is there")
+    watching.end()
