@@ -15,6 +15,11 @@ VERDICTS = Counter(
     "Verdicts committed, by device and label; those that came twice are among them.",
     ["device", "label"],
 )
+JUDGED = Counter(
+    "keepwarm_store_gold_verdicts_total",
+    "Verdicts committed of claims whose gold label is known, by whether the two agree.",
+    ["correct"],
+)
 DUPLICATES = Counter(
     "keepwarm_store_duplicate_verdicts_total",
     "Verdicts that were ignored, for their claims had one.",
@@ -73,8 +78,11 @@ def count_in(incoming: Incoming, fresh: int) -> None:
     answered = 0
     for batch in incoming.verdicts:
         answered += len(batch.verdicts)
-        for label, number in Counts(verdict.label for verdict in batch.verdicts).items():
+        kinds = Counts((verdict.label, verdict.gold) for verdict in batch.verdicts)
+        for (label, gold), number in kinds.items():
             VERDICTS.labels(_device(batch.device), _label(label)).inc(number)
+            if gold is not None:
+                JUDGED.labels("true" if label == gold else "false").inc(number)
         if batch.attempt > 1:
             LOST_WORK.inc(len(batch.verdicts))
     DUPLICATES.inc(answered - fresh)
