@@ -13,8 +13,7 @@ def job_id(environment: Mapping[str, str] = os.environ) -> str | None:
     """Slurm's `JOB`, or `ARRAY_TASK` as `squeue` writes it; HTCondor's `CLUSTER.PROC`; else None.
 
     Slurm: https://slurm.schedmd.com/sbatch.html (output environment variables). HTCondor puts the
-    job's advertisement into the file that `_CONDOR_JOB_AD` names:
-    https://htcondor.readthedocs.io/en/latest/users-manual/env-of-job.html
+    job's advertisement, a line for each attribute, into the file that `_CONDOR_JOB_AD` names.
     """
     array, task = (environment.get(f"SLURM_ARRAY_{name}_ID", "") for name in ("JOB", "TASK"))
     advertisement = environment.get("_CONDOR_JOB_AD", "")
