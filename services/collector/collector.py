@@ -92,8 +92,11 @@ class Collector:
 
     @property
     def stuck(self) -> str | None:
-        """See `telemetry.server.Service`. What is told to end does so in its time."""
-        return None if self._stop.is_set() else self._pulse.stuck
+        """See `telemetry.server.Service`. To wait for a broker at the start, and to end, may take
+        long, and ends.
+        """
+        waits = self._links is None or self._stop.is_set()
+        return None if waits else self._pulse.stuck
 
     @property
     def unready(self) -> str | None:
@@ -171,6 +174,7 @@ class Collector:
     @contextmanager
     def _seen(self, publisher: Publisher, consumer: Consumer) -> Iterator[None]:
         """By whoever asks for its metrics, while it runs."""
+        self._pulse.beat()
         self._links = publisher, consumer
         gauges = Gauges(self._fleet, self._directory, self._run_counts)
         REGISTRY.register(gauges)

@@ -122,7 +122,7 @@ class CompletionClient:
                     text += piece
                     if len(text) > _MOST_METRICS_BYTES or time.monotonic() > deadline:
                         raise EngineRequestError("the engine's metrics are too large, or too slow")
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, RuntimeError) as error:  # or we were closed meanwhile
             raise EngineRequestError(f"the engine told no metrics: {error!r}") from error
         return text.decode(errors="replace")
 

@@ -49,8 +49,3 @@ DEVICE_SECONDS = Counter(
     "without an answer that counts.",
     ["device", "use"],
 )
-DRAINS = Counter(
-    "keepwarm_drains_total",
-    "Ends of this worker, by cause: a signal, the walltime, or a failure.",
-    ["cause"],
-)

@@ -19,7 +19,6 @@ from services.contracts import ContextDemand, ContextSpec, Settings
 from services.contracts.errors import EngineError, UsageError
 from services.contracts.presence import Ending, own_name
 from services.gpu_worker.in_hand import Signature
-from services.gpu_worker.metrics import DRAINS
 from services.gpu_worker.readiness import Readiness
 from services.gpu_worker.reports import Doing, Post
 from services.gpu_worker.serving import Serving
@@ -69,8 +68,11 @@ class Worker:
 
     @property
     def stuck(self) -> str | None:
-        """See `telemetry.server.Service`. A drain takes its time, and ends."""
-        return None if self._stop.is_set() else self._shift.pulse.stuck
+        """See `telemetry.server.Service`. To wait for a broker at the start, and to drain, may
+        take long, and ends.
+        """
+        waits = self._publisher is None or self._stop.is_set()
+        return None if waits else self._shift.pulse.stuck
 
     @property
     def unready(self) -> str | None:
@@ -117,6 +119,7 @@ class Worker:
     @contextmanager
     def _present(self, publisher: Publisher) -> Iterator[None]:
         """Seen by others: in its metrics, and in its last report as one that is gone."""
+        self._shift.pulse.beat()
         self._publisher = publisher
         told = (ContextStates(self._states), EngineMetrics(self._client))
         for collector in told:
@@ -126,7 +129,6 @@ class Worker:
         finally:
             reports = self._shift.reports
             reports.ending = reports.ending or "failure"
-            DRAINS.labels(reports.ending).inc()
             reports.say("stopped", Doing(), publisher)
             for collector in told:
                 REGISTRY.unregister(collector)

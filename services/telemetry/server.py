@@ -117,24 +117,31 @@ def _application(
 ) -> Callable[[WSGIEnvironment, StartResponse], Iterable[bytes]]:
     metrics = make_wsgi_app(REGISTRY)
 
-    def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
-        body: Iterable[bytes]
-        if method not in ("GET", "HEAD"):
-            body = _say(start_response, "405 Method Not Allowed", "only GET and HEAD")
-        elif path == "/metrics":
-            body = metrics({**environ, "REQUEST_METHOD": "GET"}, start_response)
-        elif path == "/healthz":
-            body = _state(start_response, service.stuck)
-        elif path == "/readyz":
-            body = _state(start_response, service.stuck or service.unready)
-        elif path in pages:
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        path = environ["PATH_INFO"]
+        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            return _say(start_response, "405 Method Not Allowed", "only GET and HEAD")
+        if path == "/metrics":
+            told: Iterable[bytes] = metrics({**environ, "REQUEST_METHOD": "GET"}, start_response)
+            return told
+        if path == "/healthz":
+            return _state(start_response, service.stuck)
+        if path == "/readyz":
+            return _state(start_response, service.stuck or service.unready)
+        if path in pages:
             shown = json.dumps(pages[path]())
-            body = _say(start_response, "200 OK", shown, "application/json")
-        else:
-            known = ", ".join(("/metrics", "/healthz", "/readyz", *pages))
-            body = _say(start_response, "404 Not Found", f"there are {known}")
-        return () if method == "HEAD" else body
+            return _say(start_response, "200 OK", shown, "application/json")
+        known = ", ".join(("/metrics", "/healthz", "/readyz", *pages))
+        return _say(start_response, "404 Not Found", f"there are {known}")
+
+    def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        try:
+            body = answer(environ, start_response)
+        except Exception:
+            # A bug in what is told is no reason for anything else to end.
+            log.exception("metrics.page_failed", path=environ["PATH_INFO"])
+            body = _say(start_response, "500 Internal Server Error", "a bug; the log has it")
+        return () if environ["REQUEST_METHOD"] == "HEAD" else body
 
     return application
 

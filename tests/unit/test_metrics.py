@@ -20,7 +20,7 @@ from services.contracts import load_settings
 ROOMS = ("broker", "producer", "contexts", "gpu_worker", "collector")
 # What tells one claim, one worker or one message from another would be a series for each.
 LABELS = {
-    *("link", "became", "outcome", "label", "reason", "why", "phase", "device", "use", "cause"),
+    *("link", "became", "outcome", "label", "reason", "why", "phase", "device", "use"),
     *("correct", "kind", "state", "queue"),
 }
 OF_THE_COLLECTOR = {"run_id", "context_id", "source", "model", "prompt"}

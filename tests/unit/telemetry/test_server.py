@@ -8,6 +8,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from structlog.testing import capture_logs
 
 from services.contracts import load_settings
 from services.contracts.errors import UsageError
@@ -77,6 +78,18 @@ def test_a_page_is_json(serve: Serve) -> None:
     answer = ask(serve({"/sd": lambda: [{"targets": ["node:1"]}]}), "/sd")
     assert answer.headers["content-type"] == "application/json"
     assert answer.json() == [{"targets": ["node:1"]}]
+
+
+def test_a_bug_in_a_page_is_logged_and_the_others_are_served(serve: Serve) -> None:
+    def bug() -> object:
+        raise KeyError("a bug")
+
+    server = serve({"/sd": bug})
+    with capture_logs() as logs:
+        answer = ask(server, "/sd")
+    assert (answer.status_code, answer.text) == (500, "a bug; the log has it\n")
+    assert [(log["event"], log["path"]) for log in logs] == [("metrics.page_failed", "/sd")]
+    assert ask(server, "/healthz").status_code == 200
 
 
 def test_servers_on_one_node_do_not_collide(serve: Serve) -> None:
