@@ -13,6 +13,7 @@ from pika.channel import Channel
 from services.broker.address import BrokerAddress
 from services.broker.delivery import Delivery
 from services.broker.link import Link
+from services.broker.metrics import REDELIVERED
 from services.broker.topology import Declares, listen, run_in_order
 from services.contracts import topology
 
@@ -52,6 +53,7 @@ class Consumer(Link):
         self._on_notice = on_notice
         self._listener = listener
         self._hears = hears
+        self._redelivered_metric = REDELIVERED.labels(name)
         self._inbox: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self._taking = True
         self._stopped_taking = threading.Event()
@@ -224,6 +226,8 @@ class Consumer(Link):
     def _on_message(self, _: Channel, method: Any, properties: Any, body: bytes) -> None:
         self._came_since_the_look = True
         self._unsettled[method.consumer_tag] += 1
+        if method.redelivered:
+            self._redelivered_metric.inc()
         self._inbox.put(
             Delivery(
                 queue=method.consumer_tag.partition(_NUMBER_MARK)[0],

@@ -1,7 +1,8 @@
 """A message in our hands: what it holds, how often it came, and how it is set aside."""
 
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from services.broker.publisher import Outgoing
@@ -30,6 +31,8 @@ class Delivery:
     content_type: str = CONTENT_TYPE
     kind: str = ""
     consumer: str = ""
+    came_at: float = field(default_factory=time.monotonic, compare=False)
+    """When the broker handed it over, by the monotonic clock."""
 
     @property
     def attempt(self) -> int:

@@ -24,6 +24,7 @@ from pika.exceptions import (
 )
 
 from services.broker.address import BrokerAddress
+from services.broker.metrics import BLOCKED, CONNECTED, RECONNECTS
 from services.broker.queue_counts import Counts, count_queues
 from services.broker.topology import Declares, declare
 from services.contracts.backoff import growing_pause
@@ -60,11 +61,14 @@ class Link:
         self._failures = 0
         self._lost_because = ""
         self._routinely = False
-        self._was_open = False
+        self._was_open = self._was_in_service = False
         self._closing = False
         self._counting = False
         self.blocked_by: str | None = None
         """The broker's alarm (memory, disk) that blocks publishing here, while it lasts."""
+        self._connected_metric = CONNECTED.labels(name)
+        self._blocked_metric = BLOCKED.labels(name)
+        self._reconnects_metric = RECONNECTS.labels(name)
         self._error: BrokerError | None = None
         self._opened_or_failed = threading.Event()
         self._thread = threading.Thread(target=self._own, name=f"link-{name}", daemon=True)
@@ -98,6 +102,14 @@ class Link:
     @property
     def connected(self) -> bool:
         return self._channel is not None
+
+    @property
+    def unready(self) -> str | None:
+        """Why nothing can be done with it now; None while it is open, and no alarm blocks it."""
+        if not self.connected:
+            return f"no connection to the broker ({self._name})"
+        blocked_by = self.blocked_by
+        return None if blocked_by is None else f"the broker blocks publishing: {blocked_by}"
 
     def ask_counts(self, queues: Sequence[str], heard: Callable[[Counts], None]) -> None:
         """Ask how long the queues are; never waits. `heard` is called on the link's thread.
@@ -136,6 +148,8 @@ class Link:
             raise
         finally:
             self._channel = None
+            self._connected_metric.set(0)
+            self._blocked_metric.set(0)
             # Other threads may still call `_call_soon`; on a closed loop it does nothing.
             self._loop.close()
             self._opened_or_failed.set()
@@ -156,10 +170,12 @@ class Link:
 
     def _on_blocked(self, _: Any, frame: Any) -> None:
         self.blocked_by = str(frame.method.reason)
+        self._blocked_metric.set(1)
         log.warning("broker.blocked", link=self._name, reason=self.blocked_by)
 
     def _on_unblocked(self, *_: Any) -> None:
         self.blocked_by = None
+        self._blocked_metric.set(0)
         log.info("broker.unblocked", link=self._name)
 
     def _on_channel_open(self, channel: Channel) -> None:
@@ -180,6 +196,10 @@ class Link:
 
     def _in_service(self) -> None:
         self._failures = 0
+        self._connected_metric.set(1)
+        if self._was_in_service:
+            self._reconnects_metric.inc()
+        self._was_in_service = True
         say = log.debug if self._routinely else log.info
         say("broker.connected", link=self._name, broker=str(self._address))
         self._routinely = False
@@ -235,6 +255,7 @@ class Link:
     def _on_connection_lost(self, _: Any, reason: BaseException | str) -> None:
         self._forget_channel()
         self._connection, self.blocked_by, self._counting = None, None, False
+        self._blocked_metric.set(0)
         if self._closing:
             self._loop.stop()
             return
@@ -268,6 +289,7 @@ class Link:
             self._connect()
 
     def _forget_channel(self) -> None:
+        self._connected_metric.set(0)
         if self._channel is not None:
             self._channel = None
             self._on_channel_lost()

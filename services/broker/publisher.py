@@ -14,6 +14,7 @@ from pika.spec import Basic
 
 from services.broker.address import BrokerAddress
 from services.broker.link import Link
+from services.broker.metrics import UNCONFIRMED
 from services.broker.topology import Declares
 from services.contracts.errors import BrokerUnreachable
 from services.contracts.wire import CONTENT_TYPE, Message, encode
@@ -64,6 +65,8 @@ class Publisher(Link):
         super().__init__(address, name, declares)
         self._free = threading.Semaphore(window)
         self._pending = 0
+        # Counted already: asked for when somebody looks, it costs a message nothing.
+        UNCONFIRMED.labels(name).set_function(lambda: self._pending)
         self._idle = threading.Condition()
         self._outbox: deque[Outgoing] = deque()
         self._wake_requested = False

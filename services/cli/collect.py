@@ -12,6 +12,7 @@ from services.cli.signals import on_stop_signal
 from services.collector import Collector, Incoming, RunStatus, Store, run_status
 from services.contracts import load_settings
 from services.contracts.errors import RunIncomplete
+from services.telemetry import MetricsServer
 
 log = structlog.get_logger(__name__)
 
@@ -45,9 +46,11 @@ def collect(
         return now is not None and (now.complete or now.cancelled)
 
     try:
-        if not ended():
-            collector.run(_log_commit, ended)
-        last = status()
+        with MetricsServer(settings) as metrics:
+            if not ended():
+                metrics.serve(collector, {"/sd": collector.targets})
+                collector.run(_log_commit, ended)
+            last = status()
     finally:
         database.close()
     if last is not None and last.cancelled and not last.complete:

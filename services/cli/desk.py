@@ -22,6 +22,7 @@ from services.contexts.start_keeper import kept_meanwhile
 from services.contracts import Settings
 from services.contracts.errors import BrokerError, RunIncomplete, StoreError
 from services.producer import Progress, RejectedFile, Submission
+from services.telemetry import MetricsServer
 
 _LOOK_SECONDS = 0.25
 _COLLECT_SECONDS = 30.0
@@ -68,6 +69,8 @@ class Desk:
         with ExitStack() as parts:
             settings, environment = self._broker(parts)
             collector = Collector(self._database, settings)
+            metrics = parts.enter_context(MetricsServer(settings))
+            metrics.serve(collector, {"/sd": collector.targets})
             collecting = self._thread("collector", collector.run)
             # Undone from the last to the first: workers publish what they have finished, the
             # collector takes it, and then the node may go.

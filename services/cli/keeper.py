@@ -3,13 +3,16 @@
 from typing import Annotated
 
 import typer
+from prometheus_client import REGISTRY
 
 from services.cli.logs import configure_logs
 from services.cli.signals import before_the_walltime_ends, on_stop_signal
 from services.contexts import seconds_until_drain
 from services.contexts.keeper import Keeper
 from services.contexts.keeper_server import KeeperServer
+from services.contexts.metrics import ContextStates
 from services.contracts import load_settings
+from services.telemetry import MetricsServer
 
 
 def keeper(
@@ -31,7 +34,11 @@ def keeper(
     """
     settings = load_settings()
     configure_logs(settings)
-    server = KeeperServer(Keeper(settings), for_ever=not until_idle)
-    on_stop_signal(lambda _: server.stop())
-    before_the_walltime_ends(server.stop, seconds_until_drain(settings))
-    server.serve()
+    with MetricsServer(settings) as metrics:
+        kept = Keeper(settings)
+        server = KeeperServer(kept, for_ever=not until_idle)
+        on_stop_signal(lambda _: server.stop())
+        before_the_walltime_ends(server.stop, seconds_until_drain(settings))
+        REGISTRY.register(ContextStates(kept.states))
+        metrics.serve(server)
+        server.serve()

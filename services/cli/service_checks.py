@@ -53,14 +53,7 @@ def _counts(link: Publisher) -> Counts:
         told.update(counts)
         heard.set()
 
-    queues = (
-        topology.VERDICTS_QUEUE,
-        topology.RETURNS_QUEUE,
-        topology.RUNS_QUEUE,
-        topology.DEAD_CLAIMS_QUEUE,
-        topology.DEAD_MESSAGES_QUEUE,
-    )
-    link.ask_counts(queues, hear)
+    link.ask_counts(topology.HOUSE_QUEUES, hear)
     if not heard.wait(_ANSWER_SECONDS):
         raise BrokerError(
             "the broker took us and then did not say how long its queues are; see its log"

@@ -1,27 +1,40 @@
 """`keepwarm status`."""
 
 import json
+import os
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 
-from services.cli.options import StoreOption
+from services.cli.fleet_screen import heard_tables
+from services.cli.listening import Heard, broker_heard
+from services.cli.logs import configure_logs
+from services.cli.options import BrokerOption, StoreOption
 from services.cli.screen import status_table
 from services.collector import Store, run_statuses
-from services.contracts import load_settings
+from services.contracts import Settings, load_settings
 
 
 def status(
     store: StoreOption = None,
+    broker: BrokerOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    watch: Annotated[bool, typer.Option(help="Go on showing it, until Ctrl-C.")] = False,
+    watch: Annotated[
+        bool, typer.Option(help="Go on showing it, with workers and queues, until Ctrl-C.")
+    ] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 2.0,
 ) -> None:
-    """Tell of every run: how many claims, how many done, how fast, how long still."""
-    database = Store.open(load_settings(store_url=store), create=False)
+    """Tell of every run: how many claims, how many done, how fast, how long still.
+
+    With --watch also of workers, contexts and queues, as they are heard of at the broker; where
+    there is none, the runs alone.
+    """
+    settings = load_settings(store_url=store, broker_url=broker)
+    database = Store.open(settings, create=False)
 
     def show_json() -> None:
         print(json.dumps([run.model_dump() for run in run_statuses(database)]), flush=True)
@@ -31,12 +44,28 @@ def status(
         while watch:
             time.sleep(every)
             show_json()
-        return
+    elif watch:
+        _watch(settings, database, every)
+    else:
+        Console().print(status_table(run_statuses(database)))
+
+
+def _watch(settings: Settings, database: Store, every: float) -> None:
     console = Console()
-    if not watch:
-        console.print(status_table(run_statuses(database)))
-        return
-    with Live(status_table(run_statuses(database)), console=console) as live:
-        while True:
-            time.sleep(every)
-            live.update(status_table(run_statuses(database)))
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+        # Events would be written across the table; what matters of them is in it.
+        configure_logs(settings, nowhere)
+        with broker_heard(settings) as broker:
+
+            def view() -> Group:
+                heard = broker if isinstance(broker, Heard) else broker.look()
+                return Group(status_table(run_statuses(database)), heard_tables(heard))
+
+            if not console.is_terminal:
+                while True:
+                    console.print(view())
+                    time.sleep(every)
+            with Live(view(), console=console) as live:
+                while True:
+                    time.sleep(every)
+                    live.update(view())

@@ -1,5 +1,6 @@
 """`keepwarm submit`."""
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -37,6 +38,19 @@ from services.cli.screen import line_progress
 from services.contracts import load_settings
 from services.producer import Format, Progress, RejectedFile
 from services.producer.submission import Finished
+from services.telemetry import MetricsServer
+
+
+@dataclass(frozen=True)
+class _Submitting:
+    """As `telemetry.server.Service` wants it. To wait for the broker is not to be stuck."""
+
+    publisher: Publisher
+    stuck: str | None = None
+
+    @property
+    def unready(self) -> str | None:
+        return self.publisher.unready
 
 
 def submit(
@@ -105,9 +119,11 @@ def submit(
                 window=settings.publish_window,
                 declares=Declares("if-missing", (submission.run.context.context_id,)),
             ).open(settings.broker_connect_timeout_seconds) as publisher,
+            MetricsServer(settings) as metrics,
             RejectedFile(rejected_path) as rejected_file,
             line_progress(console, "publishing", submission.lines) as publishing,
         ):
+            metrics.serve(_Submitting(publisher))
             sent = 0
 
             def show(progress: Progress) -> None:

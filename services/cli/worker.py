@@ -1,5 +1,8 @@
 """`keepwarm worker`."""
 
+import signal
+from collections.abc import Mapping
+
 from services.cli.context_options import (
     DTypeOption,
     EngineArgumentOption,
@@ -16,7 +19,16 @@ from services.cli.signals import before_the_walltime_ends, on_stop_signal
 from services.contexts import find_device, seconds_until_drain
 from services.contracts import load_settings
 from services.contracts.errors import UsageError
+from services.contracts.presence import Ending
 from services.gpu_worker import Worker
+from services.telemetry import MetricsServer
+
+_ENDINGS: Mapping[int, Ending] = {
+    signal.SIGTERM: "SIGTERM",
+    signal.SIGINT: "SIGINT",
+    signal.SIGUSR1: "SIGUSR1",
+    signal.SIGUSR2: "SIGUSR2",
+}
 
 
 def worker(
@@ -45,7 +57,9 @@ def worker(
     )
     if context is None and (revision or engine_argument):
         raise UsageError("--revision and --engine-argument are a model's; name it with --model")
-    service = Worker(context, find_device(), settings)
-    on_stop_signal(lambda _: service.stop())
-    before_the_walltime_ends(service.stop, seconds_until_drain(settings))
-    service.run()
+    with MetricsServer(settings) as metrics:
+        service = Worker(context, find_device(), settings, metrics.advertised)
+        on_stop_signal(lambda number: service.stop(_ENDINGS[number]))
+        before_the_walltime_ends(lambda: service.stop("walltime"), seconds_until_drain(settings))
+        metrics.serve(service)
+        service.run()

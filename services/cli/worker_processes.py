@@ -15,8 +15,10 @@ import structlog
 
 from services.contexts import Device, visible_gpus
 from services.contracts import ContextSpec, Settings
+from services.contracts.addresses import any_port, is_host, split_address
 from services.contracts.backoff import growing_pause
 from services.contracts.errors import EngineError, RunIncomplete, UsageError
+from services.contracts.settings import METRICS_OFF
 from services.leash import Leashed
 
 _SHOWN_LINES = 40
@@ -197,6 +199,7 @@ def worker_processes(
                 {
                     **broker_environment,
                     **share,
+                    **_metrics_of_their_own(settings),
                     "KEEPWARM_LOG_FORMAT": "json",
                     # What the workers' states are read from.
                     "KEEPWARM_LOG_LEVEL": "DEBUG" if settings.log_level == "DEBUG" else "INFO",
@@ -207,6 +210,17 @@ def worker_processes(
         )
         for number, share in enumerate(shares)
     ]
+
+
+def _metrics_of_their_own(settings: Settings) -> dict[str, str | None]:
+    """Where ours are, but at a free port of each worker's own: two cannot have the same."""
+    address, advertised = settings.metrics_address, settings.metrics_advertise
+    if advertised is not None and not is_host(advertised):
+        advertised = split_address(advertised)[0]
+    return {
+        "KEEPWARM_METRICS_ADDRESS": address if address == METRICS_OFF else any_port(address),
+        "KEEPWARM_METRICS_ADVERTISE": advertised,
+    }
 
 
 def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:

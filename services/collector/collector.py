@@ -1,16 +1,30 @@
 """The collector: takes verdicts, commits them in batches, acknowledges after the commit."""
 
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
+from typing import Any
 
 import structlog
+from prometheus_client import REGISTRY
 
 from services.broker import BrokerAddress, Consumer, Declares, Delivery, Outgoing, Publisher
 from services.collector.directory import Directory
+from services.collector.discovery import targets
 from services.collector.fleet import Fleet
+from services.collector.gauges import Gauges
+from services.collector.metrics import (
+    COMMIT_FAILURES,
+    COMMIT_SECONDS,
+    LAG_SECONDS,
+    REFUSED,
+    count_in,
+)
 from services.collector.returns import NotAnnounced, send_on
+from services.collector.run_counts import RunCounts
 from services.collector.store import Incoming, Store
 from services.contracts import (
     ClaimBatch,
@@ -28,6 +42,7 @@ from services.contracts.backoff import growing_pause
 from services.contracts.errors import BrokerUnreachable, MessageInvalid, StoreError
 from services.contracts.notices import NOTICE_SECONDS
 from services.contracts.presence import own_name
+from services.telemetry import Pulse
 
 _QUEUES = (
     topology.RUNS_QUEUE,
@@ -67,10 +82,32 @@ class Collector:
         self._noticed = False
         self._fleet = Fleet()
         self._directory = Directory(store, settings, self._fleet)
+        self._run_counts = RunCounts(store)
+        self._pulse = Pulse()
+        self._links: tuple[Publisher, Consumer] | None = None
         # Returned before their announcement came, each with the time until which we wait for it.
         self._early: list[tuple[ClaimBatch, Delivery, float]] = []
         self.waiting_for: str | None = None
         """What keeps it from committing, in words, while something does."""
+
+    @property
+    def stuck(self) -> str | None:
+        """See `telemetry.server.Service`. To wait for a broker at the start, and to end, may take
+        long, and ends.
+        """
+        waits = self._links is None or self._stop.is_set()
+        return None if waits else self._pulse.stuck
+
+    @property
+    def unready(self) -> str | None:
+        if self._links is None:
+            return "no connection to the broker"
+        faults = (link.unready for link in self._links)
+        return next(filter(None, faults), None) or self.waiting_for
+
+    def targets(self) -> list[dict[str, Any]]:
+        """Where Prometheus finds the workers that are there."""
+        return targets(self._fleet.workers(), socket.gethostname())
 
     def stop(self) -> None:
         """End after the next commit. Safe to call from a signal handler."""
@@ -108,15 +145,19 @@ class Collector:
                 listener=own_name(),
                 hears=topology.PRESENCE_EXCHANGE,
             ).open(timeout) as consumer,
+            self._seen(publisher, consumer),
         ):
             while not self._stop.is_set():
+                self._pulse.beat()
+                if not consumer.connected:
+                    self._fleet.note_deaf()
                 took = self._collect_once(consumer, publisher, on_commit)
                 if self._finish.is_set() and not took:
                     break
                 looked = self._give_notice(publisher)
                 if looked:
                     # On the consumer's connection, which an alarm of the broker does not block.
-                    self._directory.ask(consumer)
+                    self._directory.ask(consumer, topology.HOUSE_QUEUES)
                     self._send_early(consumer, publisher)
                 if (looked or took) and _says_so(until):
                     break
@@ -129,6 +170,20 @@ class Collector:
                 publisher.flush(_FLUSH_SECONDS)
             except BrokerUnreachable as error:
                 log.warning("claims.unconfirmed", reason=str(error))  # they come again
+
+    @contextmanager
+    def _seen(self, publisher: Publisher, consumer: Consumer) -> Iterator[None]:
+        """By whoever asks for its metrics, while it runs."""
+        self._pulse.beat()
+        self._links = publisher, consumer
+        gauges = Gauges(self._fleet, self._directory, self._run_counts)
+        REGISTRY.register(gauges)
+        try:
+            yield
+        finally:
+            REGISTRY.unregister(gauges)
+            self._links = None
+            self._run_counts.close()
 
     def _hear(self, body: bytes) -> None:
         """A worker's report, on the link's thread."""
@@ -168,6 +223,9 @@ class Collector:
                 _refuse(delivery, error, consumer, publisher)
         if (taken or returned) and self._write(incoming):
             consumer.acknowledge(taken)
+            committed = time.monotonic()
+            for delivery in (*taken, *(delivery for _, delivery in returned)):
+                LAG_SECONDS.observe(committed - delivery.came_at)
             on_commit(incoming)
             deadline = time.monotonic() + _ANNOUNCEMENT_SECONDS
             for batch, delivery in returned:
@@ -204,11 +262,12 @@ class Collector:
     def _write(self, incoming: Incoming) -> bool:
         """Commit, however long it takes. False when told to stop before that was possible."""
         for failures in count(1):
+            self._pulse.beat()
             try:
-                self._directory.note(self._store.write(incoming))
-                self.waiting_for = None
-                return True
+                with COMMIT_SECONDS.time():
+                    gained = self._store.write(incoming)
             except StoreError as error:
+                COMMIT_FAILURES.inc()
                 pause = growing_pause(
                     failures,
                     first_seconds=_FIRST_PAUSE_SECONDS,
@@ -218,6 +277,12 @@ class Collector:
                 log.error("store.waiting", reason=str(error), again_in_seconds=round(pause, 1))
                 if self._finish.is_set() or self._stop.wait(pause):
                     break
+            else:
+                self.waiting_for = None
+                self._directory.note(gained)
+                self._run_counts.note(incoming.run_ids())
+                count_in(incoming, gained.total() - len(incoming.dead))
+                return True
         return False
 
     def _give_notice(self, publisher: Publisher) -> bool:
@@ -269,5 +334,6 @@ def _add(incoming: Incoming, delivery: Delivery) -> int:
 def _refuse(
     delivery: Delivery, error: MessageInvalid, consumer: Consumer, publisher: Publisher
 ) -> None:
+    REFUSED.inc()
     log.error("message.refused", queue=delivery.queue, reason=str(error))
     publisher.publish(delivery.refused(str(error), lambda: consumer.acknowledge([delivery])))

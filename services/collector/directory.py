@@ -62,6 +62,8 @@ class Directory:
         self._progress: dict[str, _Progress] = {}
         self._wanted: dict[str, _Wanted] = {}
         self._counts: Counts = {}
+        self.lines: tuple[ContextDemand, ...] = ()
+        """As it was at the last look."""
 
     def note(self, gained: Mapping[str, int]) -> None:
         """So many outcomes more, by run, were committed."""
@@ -70,14 +72,19 @@ class Directory:
                 self._progress[run_id].outcomes += count
                 self._progress[run_id].exact = False
 
-    def ask(self, link: Consumer) -> None:
-        """Ask the broker about the queues, for the next look. Never waits."""
+    @property
+    def counts(self) -> Counts:
+        """How long the queues were that the broker was asked about last."""
+        return self._counts
+
+    def ask(self, link: Consumer, also: Iterable[str] = ()) -> None:
+        """Ask the broker about the queues, and some others, for the next look. Never waits."""
 
         def hear(counts: Counts) -> None:
             self._counts = counts
 
         queues = list(map(topology.claims_queue, self._wanted))
-        link.ask_counts(queues[:MAX_CONTEXTS], hear)
+        link.ask_counts([*also, *queues[:MAX_CONTEXTS]], hear)
 
     def look(self) -> tuple[ContextDemand, ...]:
         """The directory as it is now, the most wanted context first.
@@ -95,13 +102,15 @@ class Directory:
                 contexts.setdefault(progress.context.context_id, progress.context)
                 if row.wanted:
                     self._want(row, progress)
+        self.lines = ()
         if not self._fleet.heard_all():
             return ()
         lines = sorted(
             self._lines(contexts.values()),
             key=lambda line: (-line.claims_ready, -line.claims_in_flight),
         )
-        return tuple(_fitting(lines))
+        self.lines = tuple(_fitting(lines))
+        return self.lines
 
     def _sent_runs(self) -> list[Row[Any]]:
         """Every announced run, the latest first, and whether one of its sendings is wanted."""

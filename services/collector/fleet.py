@@ -1,4 +1,4 @@
-"""The fleet: how many workers serve each context, as they say themselves."""
+"""The fleet: which workers there are, and how many serve each context, as they say themselves."""
 
 import threading
 import time
@@ -6,6 +6,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from math import inf
 
+from services.collector.metrics import PREEMPTIONS
 from services.contracts import WorkerReport
 from services.contracts.presence import FORGOTTEN_SECONDS, REPORT_SECONDS
 
@@ -15,7 +16,7 @@ _PAUSE_SECONDS = FORGOTTEN_SECONDS - REPORT_SECONDS
 
 
 class Fleet:
-    """The workers that serve a context, by the latest report of each.
+    """The workers that are there, by the latest report of each.
 
     Nothing of it is stored: workers report again and again, and `REPORT_SECONDS` after a collector
     began to listen it has heard from all of them.
@@ -24,37 +25,49 @@ class Fleet:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()  # reports come on a link's thread
-        self._began = self._listened = -inf
-        # By worker, its context and when it said so; who is silent for longest comes first.
-        self._serving: OrderedDict[str, tuple[str, float]] = OrderedDict()
+        self._began = self._listened = self._deaf = -inf
+        # By worker, its report and when it came; who is silent for longest comes first.
+        self._living: OrderedDict[str, tuple[WorkerReport, float]] = OrderedDict()
         self._on: Counter[str] = Counter()
 
     def heard_all(self) -> bool:
         """Whether every worker that is there has had the time to say so."""
         with self._lock:
-            return self._now() - self._began >= REPORT_SECONDS
+            now = self._now()
+            self._forget_silent(now)
+            return now - self._began >= REPORT_SECONDS
 
     def note(self, report: WorkerReport) -> None:
         """The worker's latest word: what it said before is forgotten."""
         with self._lock:
             now = self._now()
-            self._forget(report.worker_id)
-            if report.state == "serving" and report.context_id is not None:
-                if len(self._serving) >= MAX_WORKERS:
-                    self._forget(next(iter(self._serving)))
-                self._serving[report.worker_id] = report.context_id, now
-                self._on[report.context_id] += 1
+            before = self._forget(report.worker_id)
+            if report.ending is not None and (before is None or before.ending is None):
+                PREEMPTIONS.labels(report.ending).inc()
+            if report.state == "stopped":
+                return
+            if len(self._living) >= MAX_WORKERS:
+                self._forget(next(iter(self._living)))
+            self._living[report.worker_id] = report, now
+            if (context_id := _serves(report)) is not None:
+                self._on[context_id] += 1
+
+    def note_deaf(self) -> None:
+        """Nothing can be heard now, so nobody's silence means anything."""
+        with self._lock:
+            self._deaf = self._clock()
 
     def workers_on(self, context_id: str) -> int:
         """How many workers serve the context now."""
         with self._lock:
-            latest_gone = self._now() - FORGOTTEN_SECONDS
-            while self._serving:
-                worker_id, (_, heard) = next(iter(self._serving.items()))
-                if heard > latest_gone:
-                    break
-                self._forget(worker_id)
+            self._forget_silent(self._now())
             return self._on[context_id]
+
+    def workers(self) -> list[WorkerReport]:
+        """The latest word of each worker that is there, the latest last."""
+        with self._lock:
+            self._forget_silent(self._clock())
+            return [report for report, _ in self._living.values()]
 
     def _now(self) -> float:
         """Whoever did not listen, waiting for a store or a broker, begins anew: a silence of that
@@ -66,9 +79,27 @@ class Fleet:
         self._listened = now
         return now
 
-    def _forget(self, worker_id: str) -> None:
-        if worker_id in self._serving:
-            context_id, _ = self._serving.pop(worker_id)
+    def _forget_silent(self, now: float) -> None:
+        latest_gone = now - FORGOTTEN_SECONDS
+        if self._deaf > latest_gone:
+            return
+        while self._living:
+            worker_id, (report, heard) = next(iter(self._living.items()))
+            if heard > latest_gone:
+                return
+            self._forget(worker_id)
+            # Who said that it goes was counted then; while we did not listen, anybody is silent.
+            if report.ending is None and self._began <= heard:
+                PREEMPTIONS.labels("vanished").inc()
+
+    def _forget(self, worker_id: str) -> WorkerReport | None:
+        report, _ = self._living.pop(worker_id, (None, 0.0))
+        if report is not None and (context_id := _serves(report)) is not None:
             self._on[context_id] -= 1
             if not self._on[context_id]:
                 del self._on[context_id]
+        return report
+
+
+def _serves(report: WorkerReport) -> str | None:
+    return report.context_id if report.state == "serving" else None

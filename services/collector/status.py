@@ -1,6 +1,7 @@
 """How far every run is."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
@@ -8,7 +9,7 @@ from sqlalchemy import Connection, Row, case, func, select
 
 from services.collector.schema import deliveries, outcomes, runs, submissions
 from services.collector.store import Store
-from services.contracts import Run
+from services.contracts import ContextSpec, Run
 from services.contracts.errors import StoreError
 
 _RATE_WINDOW_SECONDS = 60.0
@@ -25,6 +26,7 @@ class RunStatus(BaseModel):
     run_id: str
     source: str | None
     model: str | None
+    context_id: str | None
     prompt: str | None
     total: int | None
     done: int
@@ -60,6 +62,16 @@ def run_statuses(store: Store) -> list[RunStatus]:
     with store.transaction() as connection:
         rows = connection.execute(select(runs).order_by(runs.c.first_seen.desc())).all()
         return [_status(connection, row) for row in rows]
+
+
+def latest_statuses(store: Store, most: int, complete: Mapping[str, RunStatus]) -> list[RunStatus]:
+    """The `most` latest runs, the latest first. Those in `complete` are taken as they are there."""
+    with store.transaction() as connection:
+        query = select(runs).order_by(runs.c.first_seen.desc()).limit(most)
+        return [
+            complete.get(row.run_id) or _status(connection, row)
+            for row in connection.execute(query).all()
+        ]
 
 
 def run_status(store: Store, run_id: str) -> RunStatus | None:
@@ -118,6 +130,7 @@ def _status(connection: Connection, row: Row[tuple[object, ...]]) -> RunStatus:
         run_id=row.run_id,
         source=run and run["source"],
         model=run and run["context"]["model"],
+        context_id=run and ContextSpec.model_validate(run["context"]).context_id,
         prompt=run and run["prompt"]["name"],
         total=row.claims,
         done=int(done),

@@ -4,14 +4,16 @@ import contextlib
 import os
 import threading
 import time
+from collections.abc import Callable
 
 import structlog
 
 from services.contexts.completions import CompletionClient
 from services.contexts.engine import start_error
+from services.contexts.metrics import ATTACHES
 from services.contexts.plan import EnginePlan
 from services.contexts.protocol import Attach, Demand, Drain, Evict, Line, Word
-from services.contexts.records import ContextRecord
+from services.contexts.records import ContextRecord, State
 from services.contexts.runtime_dir import (
     keeper_lock,
     log_tail,
@@ -40,9 +42,18 @@ class Attachment:
     After the engine has died, `start` asks for a new one. `stop` may be called from any thread.
     """
 
-    def __init__(self, plan: EnginePlan, settings: Settings) -> None:
-        """Raises UsageError for a runtime directory that is unusable."""
+    def __init__(
+        self,
+        plan: EnginePlan,
+        settings: Settings,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`meanwhile` is called several times a second by whoever waits in `start`.
+
+        Raises UsageError for a runtime directory that is unusable.
+        """
         self.plan = plan
+        self._meanwhile = meanwhile
         self._settings = settings
         self._directory = open_runtime_dir(settings.runtime_dir)
         self._line: Line | None = None
@@ -66,6 +77,12 @@ class Attachment:
     def phases(self) -> StartupPhases | None:
         """Of the engine's start, whoever it was started for."""
         return None if self._record is None else self._record.phases
+
+    @property
+    def state(self) -> State | None:
+        """As last heard; None where there is no engine. Unlike `alive` it never waits."""
+        record = self._record
+        return None if record is None else record.state
 
     @property
     def alive(self) -> bool:
@@ -97,7 +114,9 @@ class Attachment:
                 if stop.is_set():
                     break
                 self._hear(_WORD_SECONDS)
+                self._meanwhile()
                 if self._line is None:
+                    ATTACHES.labels("failed").inc()
                     raise EngineStartError(self._gone or "its keeper ended")
                 now = time.monotonic()
                 if self._record is not None and now - reported >= _REPORT_SECONDS:
@@ -112,6 +131,7 @@ class Attachment:
             self._let_go()
             return False
         self.starts += 1
+        ATTACHES.labels("warm" if self.warm else "cold").inc()
         self.seconds = time.monotonic() - started
         log.info(
             "engine.ready",

@@ -4,6 +4,7 @@ import contextlib
 import math
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from services.contracts.wire import first_fault
 
 _TOKEN = "token_id:"  # noqa: S105  (how vLLM spells a token id)
 _LAST_EVENT = "[DONE]"
+# An engine that is slow to tell of itself must not hold up whoever asks.
+_METRICS_SECONDS = 0.5
+_MOST_METRICS_BYTES = 4 * 1024 * 1024
 
 
 class EngineRefused(EngineRequestError):
@@ -102,6 +106,26 @@ class CompletionClient:
         except httpx.HTTPError:
             return False
 
+    def metrics(self) -> str:
+        """What the engine tells of itself, in the form that Prometheus reads; within a second.
+
+        Raises EngineRequestError when it tells nothing, too much, or too slowly.
+        """
+        if not self._someone_listens():
+            raise EngineRequestError("nobody listens at the engine's socket")
+        deadline = time.monotonic() + _METRICS_SECONDS
+        text = b""
+        try:
+            with self._http.stream("GET", "/metrics", timeout=_METRICS_SECONDS) as response:
+                response.raise_for_status()
+                for piece in response.iter_bytes():
+                    text += piece
+                    if len(text) > _MOST_METRICS_BYTES or time.monotonic() > deadline:
+                        raise EngineRequestError("the engine's metrics are too large, or too slow")
+        except (httpx.HTTPError, RuntimeError) as error:  # or we were closed meanwhile
+            raise EngineRequestError(f"the engine told no metrics: {error!r}") from error
+        return text.decode(errors="replace")
+
     def sleep(self) -> None:
         """Weights go to host memory, the key-value cache is dropped (vLLM's sleep mode, level 1).
 
@@ -122,6 +146,7 @@ class CompletionClient:
     def _someone_listens(self) -> bool:
         """Asked first, since httpcore leaves its socket open where nobody does."""
         with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(_METRICS_SECONDS)  # its backlog may be full
             try:
                 probe.connect(str(self._socket_path))
             except OSError:

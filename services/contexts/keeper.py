@@ -15,7 +15,7 @@ from services.contexts.engine_command import ENGINE_MODULE, template_environment
 from services.contexts.eviction import cheapest_to_lose
 from services.contexts.memory import free_bytes, needed_bytes
 from services.contexts.plan import EnginePlan
-from services.contexts.records import live_records
+from services.contexts.records import State, live_records
 from services.contexts.runtime_dir import keeper_lock, open_runtime_dir, take_lock
 from services.contexts.slot import Slot
 from services.contexts.template_process import Template
@@ -91,6 +91,11 @@ class Keeper:
     def empty(self) -> bool:
         with self._changed:
             return all(slot.finished for slot in self._slots.values())
+
+    def states(self) -> list[State]:
+        """Of every engine that is there, or on its way."""
+        with self._changed:
+            return [slot.record.state for slot in self._slots.values() if not slot.finished]
 
     def attach(self, plan: EnginePlan) -> tuple[Slot, bool]:
         """A lease on the engine of this plan, which is started if need be; and whether it was warm.

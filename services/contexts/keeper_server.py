@@ -14,6 +14,7 @@ from services.contexts.protocol import Attach, Demand, Drain, Evict, Line, Word
 from services.contexts.runtime_dir import keeper_socket
 from services.contexts.slot import Slot
 from services.contracts.errors import KeeperError, KeepwarmError
+from services.telemetry import Pulse
 
 _LOOK_SECONDS = 0.05
 _REQUEST_SECONDS = 10.0
@@ -31,8 +32,18 @@ class KeeperServer:
         self._keeper = keeper
         self._for_ever = for_ever
         self._stop = threading.Event()
+        self._pulse = Pulse()
         self._connections = 0
         self._counting = threading.Lock()
+
+    @property
+    def stuck(self) -> str | None:
+        """See `telemetry.server.Service`. A drain takes its time."""
+        return None if self._stop.is_set() else self._pulse.stuck
+
+    @property
+    def unready(self) -> str | None:
+        return "it drains" if self._stop.is_set() else None
 
     def stop(self) -> None:
         """Begin to end. Safe to call from a signal handler."""
@@ -57,6 +68,7 @@ class KeeperServer:
     def _accept(self, listener: socket.socket) -> None:
         needed = time.monotonic()
         while not self._stop.is_set():
+            self._pulse.beat()
             if self._connections or not self._keeper.empty or self._for_ever:
                 needed = time.monotonic()
             elif time.monotonic() - needed > _LINGER_SECONDS:

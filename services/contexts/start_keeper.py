@@ -13,6 +13,7 @@ from services.contexts.protocol import Line
 from services.contexts.runtime_dir import keeper_socket, open_log, open_runtime_dir, quoted_tail
 from services.contracts import Settings
 from services.contracts.errors import KeeperError
+from services.contracts.settings import METRICS_OFF
 from services.leash import Leashed
 
 _POLL_SECONDS = 0.02
@@ -111,7 +112,10 @@ def _start(settings: Settings, log_file: Path) -> None:
 
 
 def _environment(settings: Settings) -> dict[str, str]:
-    """Ours without secrets, which a keeper has no use for, and with the settings as they are."""
+    """Ours without secrets, which a keeper has no use for, and with the settings as they are. Our
+    address for metrics is ours: whoever wants a keeper's runs one as a service.
+    """
     kept = {name: value for name, value in os.environ.items() if "PASSWORD" not in name.upper()}
     chosen = settings.model_dump(mode="json", include=_KEEPERS_SETTINGS, exclude_none=True)
+    chosen["metrics_address"] = METRICS_OFF
     return {**kept, **{f"KEEPWARM_{name.upper()}": str(value) for name, value in chosen.items()}}

@@ -5,9 +5,10 @@ import secrets
 import socket
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
-from services.contracts.bounds import Identity, Name
+from services.contracts.addresses import ReachableAddress
+from services.contracts.bounds import Identity, Int31, Name
 from services.contracts.wire import Message
 
 REPORT_SECONDS = 5.0
@@ -21,15 +22,20 @@ def own_name() -> str:
     return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
 
 
-WorkerState = Literal["starting", "serving", "draining", "stopped"]
+WorkerState = Literal["idle", "starting", "serving", "draining", "stopped"]
+
+Ending = Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "walltime", "failure"]
+"""What ends a worker: a signal, its walltime, or that it cannot go on."""
+
+JobId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._+-]{1,64}$")]
 
 
 class WorkerReport(Message):
     """A worker's latest word; it replaces what that worker said before.
 
-    `context_id` is the context that it serves, None while it has none or loads one.
-    `claims_per_second` is as measured on that context, None before. One that says `stopped` is
-    gone at once.
+    `context_id` is the context that it serves, or loads while it is `starting`; None while it is
+    `idle` and waits for one. `claims_per_second` is as measured on that context, None before. One
+    that says `stopped` is gone at once. Older workers tell nothing of what has a default.
     """
 
     worker_id: Name
@@ -37,3 +43,15 @@ class WorkerReport(Message):
     device: Name
     state: WorkerState
     claims_per_second: Annotated[float, Field(ge=0)] | None
+    host: Name | None = None
+    job_id: JobId | None = None
+    """As the cluster's scheduler calls the job that it is."""
+    walltime_left_seconds: Annotated[float, Field(ge=0)] | None = None
+    """Until its node is taken away; None where nobody said when."""
+    batches_in_hand: Int31 = 0
+    claims_in_hand: Int31 = 0
+    """Claims that it has taken and not given an outcome yet."""
+    metrics_address: ReachableAddress | None = None
+    """Where it serves its metrics."""
+    ending: Ending | None = None
+    """Why it is going, once it is."""

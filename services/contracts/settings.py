@@ -23,9 +23,13 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from services.contracts.addresses import is_host, split_address
 from services.contracts.bounds import MAX_BATCH_CLAIMS
 from services.contracts.errors import UsageError
 from services.contracts.wire import first_fault
+
+METRICS_OFF = "off"
+"""In place of an address: serve no metrics."""
 
 Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
 
@@ -152,6 +156,13 @@ class Settings(BaseSettings):
     may have 107 bytes."""
     cache_dir: Path = Field(default_factory=_cache_directory)
     """What engines compile, and what their starts took, for the owner alone."""
+    metrics_address: str = "127.0.0.1:0"
+    """Where a service serves `/metrics`, `/healthz` and `/readyz`: `host:port`, with an IPv6 host
+    in brackets. Port 0 is one that is free; the event `metrics.serving` says which. `off`: nowhere. A
+    port that is taken ends the command with exit code 2."""
+    metrics_advertise: str | None = None
+    """`host` or `host:port` at which others reach it; workers tell it with their reports. See below
+    otherwise."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """DEBUG, INFO, WARNING or ERROR."""
     log_format: Literal["console", "json"] = "console"
@@ -169,6 +180,20 @@ class Settings(BaseSettings):
     def _absolute(cls, path: Path | None) -> Path | None:
         # Processes that inherit the environment start in other directories.
         return None if path is None else _expanded(path).absolute()
+
+    @field_validator("metrics_address")
+    @classmethod
+    def _address_or_off(cls, address: str) -> str:
+        if address != METRICS_OFF:
+            split_address(address)
+        return address
+
+    @field_validator("metrics_advertise")
+    @classmethod
+    def _host_with_or_without_port(cls, address: str | None) -> str | None:
+        if address is not None and not is_host(address):
+            split_address(address)
+        return address
 
     @field_validator("engine_python")
     @classmethod

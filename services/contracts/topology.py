@@ -20,6 +20,8 @@ VERDICTS_QUEUE = "verdicts"
 RUNS_QUEUE = "runs"
 DEAD_CLAIMS_QUEUE = "dead-claims"
 DEAD_MESSAGES_QUEUE = "dead-messages"
+HOUSE_QUEUES = (RUNS_QUEUE, VERDICTS_QUEUE, RETURNS_QUEUE, DEAD_CLAIMS_QUEUE, DEAD_MESSAGES_QUEUE)
+"""Those that are there whatever is verified."""
 
 FAILURES_HEADER = "keepwarm-failures"
 """How many failures of an engine a returned batch's claims were part of."""

@@ -1,18 +1,39 @@
 """A batch in a worker's hands, from its delivery until every claim of it is accounted for."""
 
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
 from services.broker import Consumer, Delivery, Outgoing, Publisher
-from services.contracts import Claim, ClaimBatch, DeadClaim, Verdict, VerdictBatch, topology
+from services.contracts import (
+    INVALID,
+    Claim,
+    ClaimBatch,
+    DeadClaim,
+    Verdict,
+    VerdictBatch,
+    topology,
+)
 from services.contracts.bounds import MAX_DETAIL_CHARS
 from services.contracts.errors import MessageInvalid
 from services.gpu_worker.inference import Outcome, Refusal
+from services.gpu_worker.metrics import (
+    BATCH_SECONDS,
+    DEAD,
+    INVALID_VERDICTS,
+    REDELIVERED,
+    RETURNED,
+    VERDICTS,
+)
+from services.telemetry import Few
 
 T = TypeVar("T")
+
+_label = Few()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +62,8 @@ class BatchInHand:
         self._published = self._confirmed = 0
         self._settled = False
         self._lock = threading.Lock()
+        if delivery.redelivered:
+            REDELIVERED.inc(len(self.batch.claims))
 
     @property
     def suspect(self) -> bool:
@@ -49,6 +72,11 @@ class BatchInHand:
 
     def claims(self, places: Sequence[int]) -> list[Claim]:
         return [self.batch.claims[place] for place in places]
+
+    @property
+    def engine_seconds(self) -> float:
+        """How long the engine was asked about its claims."""
+        return self._engine_seconds
 
     def note(self, places: Sequence[int], outcome: Outcome) -> None:
         """Take in what became of the claims at `places`, in the order they were asked in."""
@@ -75,6 +103,7 @@ class BatchInHand:
         part of what has to be confirmed before the batch is acknowledged.
         """
         places = list(self.open)[keep:]
+        RETURNED.labels("trimmed").inc(len(places))
         rest = list(self._returned(places))
         for place in places:
             del self.open[place]
@@ -84,20 +113,33 @@ class BatchInHand:
         """Publish verdicts and dead claims, return the rest as a smaller batch, and acknowledge
         once the broker has confirmed all of them. A batch that nothing happened to goes back whole.
         """
+        self._count()
         messages = list(self._messages(signature))
         if not messages:
             consumer.give_back([self.delivery])
             return
         self._publish(messages, consumer, publisher, last=True)
 
+    def _count(self) -> None:
+        labels = Counter(verdict.label for verdict in self._verdicts)
+        for label, count in labels.items():
+            VERDICTS.labels(_label(label)).inc(count)
+        INVALID_VERDICTS.inc(labels[INVALID])
+        for _, refusal, _ in self._dead:
+            DEAD.labels(refusal.reason.value).inc()
+        RETURNED.labels("unfinished").inc(len(self.open))
+
     def _publish(
         self, messages: Sequence[Outgoing], consumer: Consumer, publisher: Publisher, *, last: bool
     ) -> None:
+        began = time.monotonic()
+
         def confirmed() -> None:  # on the publisher's thread
             with self._lock:
                 self._confirmed += 1
                 done = self._settled and self._confirmed == self._published
             if done:
+                BATCH_SECONDS.labels("confirming").observe(time.monotonic() - began)
                 consumer.acknowledge([self.delivery])
 
         with self._lock:

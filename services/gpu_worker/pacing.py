@@ -74,8 +74,10 @@ class Pace:
             self._at_engine += 1
             return self._share
 
-    def end(self, begun: float, claims: int) -> None:
-        """It is back, with `claims` answered; 0 where the engine failed, which is no measure."""
+    def end(self, begun: float, claims: int) -> float:
+        """It is back, with `claims` answered; 0 where the engine failed, which is no measure. Its
+        share of the engine's seconds.
+        """
         with self._lock:
             self._look()
             self._at_engine -= 1
@@ -84,6 +86,7 @@ class Pace:
                 left = math.exp(-seconds / _MEMORY_SECONDS)
                 self._claims = self._claims * left + claims
                 self._seconds = self._seconds * left + seconds
+            return seconds
 
     def _look(self) -> None:
         now = self._clock()

@@ -1,37 +1,91 @@
-"""What a worker says of itself: that it is there, what it serves, how fast."""
+"""What a worker says of itself: that it is there, where, what it serves, how fast."""
 
+import socket
+import threading
 import time
+from dataclasses import dataclass
+from typing import Self
 
 from services.broker import Outgoing, Publisher
-from services.contracts import WorkerReport, topology
-from services.contracts.presence import REPORT_SECONDS, WorkerState
+from services.contexts import seconds_left
+from services.contracts import Settings, WorkerReport, topology
+from services.contracts.presence import REPORT_SECONDS, Ending, WorkerState
 from services.gpu_worker.in_hand import Signature
+from services.gpu_worker.job import job_id
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """Where a worker stands, as those know it who put it there."""
+
+    host: str
+    job_id: str | None = None
+    metrics_address: str | None = None
+    ends_at: float | None = None
+    """When its node is taken away, by the monotonic clock."""
+
+    @classmethod
+    def of(cls, settings: Settings, metrics_address: str | None) -> Self:
+        """Raises UsageError when the scheduler's end of the job is no time."""
+        left = seconds_left(settings)
+        return cls(
+            host=socket.gethostname(),
+            job_id=job_id(),
+            metrics_address=metrics_address,
+            ends_at=None if left is None else time.monotonic() + left,
+        )
+
+    @property
+    def seconds_left(self) -> float | None:
+        return None if self.ends_at is None else max(0.0, self.ends_at - time.monotonic())
+
+
+@dataclass(frozen=True, slots=True)
+class Doing:
+    """What a worker is at."""
+
+    context_id: str | None = None
+    claims_per_second: float | None = None
+    batches_in_hand: int = 0
+    claims_in_hand: int = 0
 
 
 class Reports:
     """Sends one every `REPORT_SECONDS`, and one at each change; never waits for the broker."""
 
-    def __init__(self, signature: Signature, context_id: str) -> None:
+    def __init__(self, signature: Signature, post: Post) -> None:
         self._signature = signature
-        self._context_id = context_id
-        self._said: WorkerState | None = None
+        self._post = post
+        self._lock = threading.Lock()
+        self._said: tuple[WorkerState, str | None] | None = None
         self._due = 0.0
+        self.ending: Ending | None = None
+        """Why the worker is going, once it is."""
 
-    def say(
-        self, state: WorkerState, claims_per_second: float | None, publisher: Publisher
-    ) -> None:
-        """Tell the collectors that listen, if it is time. With messages waiting for a broker that
-        takes none, it is not: a report is only worth something now.
+    def say(self, state: WorkerState, doing: Doing, publisher: Publisher) -> None:
+        """Tell the collectors that listen, if it is time. Any thread.
+
+        While the broker takes nothing it is not: a report is only worth something now.
         """
-        now = time.monotonic()
-        if (state == self._said and now < self._due) or publisher.blocked_by is not None:
-            return
-        self._said, self._due = state, now + REPORT_SECONDS
+        with self._lock:
+            now = time.monotonic()
+            same = (state, doing.context_id) == self._said and now < self._due
+            gone = self._said is not None and self._said[0] == "stopped"
+            if same or gone or publisher.unready is not None:
+                return
+            self._said, self._due = (state, doing.context_id), now + REPORT_SECONDS
         report = WorkerReport(
             worker_id=self._signature.worker_id,
-            context_id=self._context_id,
             device=self._signature.device,
             state=state,
-            claims_per_second=claims_per_second,
+            context_id=doing.context_id,
+            claims_per_second=doing.claims_per_second,
+            batches_in_hand=doing.batches_in_hand,
+            claims_in_hand=doing.claims_in_hand,
+            host=self._post.host,
+            job_id=self._post.job_id,
+            metrics_address=self._post.metrics_address,
+            walltime_left_seconds=self._post.seconds_left,
+            ending=self.ending,
         )
         publisher.publish(Outgoing.of(report, topology.PRESENCE_EXCHANGE, "", notice=True))

@@ -1,7 +1,6 @@
 """One context, served: batches taken, answered, acknowledged once that is safe, and a drain."""
 
 import secrets
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -10,17 +9,21 @@ import structlog
 
 from services.broker import BrokerAddress, Consumer, Delivery, Outgoing, Publisher
 from services.contexts.attachment import Attachment
-from services.contexts.completions import Interrupted
+from services.contexts.completions import CompletionClient, Interrupted
 from services.contexts.device import Device
 from services.contexts.plan import EnginePlan
+from services.contexts.records import State
 from services.contracts import ContextReady, ContextSpec, Settings, StartupPhases, topology
 from services.contracts.errors import BrokerUnreachable, MessageInvalid
+from services.contracts.presence import WorkerState
+from services.gpu_worker.device_time import Use
 from services.gpu_worker.examination import Examination
-from services.gpu_worker.in_hand import BatchInHand, Signature
+from services.gpu_worker.in_hand import BatchInHand
 from services.gpu_worker.inference import Inference
-from services.gpu_worker.news import News
+from services.gpu_worker.metrics import BATCH_SECONDS, CANCELLED, IN_HAND, SUSPECTS
 from services.gpu_worker.pacing import Pace
-from services.gpu_worker.reports import Reports
+from services.gpu_worker.reports import Doing
+from services.gpu_worker.shift import Shift
 from services.gpu_worker.tokenizer import ModelTokenizer
 
 _TAKE_SECONDS = 0.2
@@ -37,31 +40,26 @@ class Serving:
     it. One that an engine failed with is a suspect, and is examined while there is no other job.
     """
 
-    def __init__(
-        self,
-        spec: ContextSpec,
-        device: Device,
-        settings: Settings,
-        signature: Signature,
-        news: News,
-        stop: threading.Event,
-    ) -> None:
+    def __init__(self, spec: ContextSpec, device: Device, settings: Settings, shift: Shift) -> None:
         """Raises ModelError or UsageError before anything is started."""
         self.spec = spec
         self._settings = settings
-        self._signature = signature
-        self._news = news
-        self._stop = stop
+        self._shift = shift
+        self._signature = shift.signature
+        self._news = shift.news
+        self._stop = shift.stop
         tokenizer = ModelTokenizer.load(spec)
-        self._engine = Attachment(EnginePlan.of(spec, device, settings), settings)
+        self._engine = Attachment(EnginePlan.of(spec, device, settings), settings, self._load)
         self._inference = Inference(
             tokenizer, self._engine.client, max_model_tokens=spec.max_model_tokens
         )
-        self._examination = Examination(self._engine, self._inference, settings, stop)
+        self._examination = Examination(self._engine, self._inference, settings, self._stop)
+        self._publisher: Publisher | None = None
+        self._consumer: Consumer | None = None
+        self._in_hand: set[BatchInHand] = set()
         self._suspects: list[BatchInHand] = []
         self._pace = Pace(settings.horizon_seconds, settings.batches_in_flight)
         self._announced = 0
-        self._reports = Reports(signature, spec.context_id)
         self._had_work_at = self._ready_at = time.monotonic()
 
     @property
@@ -79,6 +77,23 @@ class Serving:
         """How long the context has been ready."""
         return time.monotonic() - self._ready_at
 
+    @property
+    def unready(self) -> str | None:
+        """Why it cannot answer claims now. Never waits."""
+        if self._engine.state != "warm":
+            return f"its engine is {self._engine.state or 'not there'}"
+        return "no connection to the broker" if self._consumer is None else self._consumer.unready
+
+    @property
+    def engine_state(self) -> State | None:
+        """As last heard from its keeper."""
+        return self._engine.state
+
+    @property
+    def client(self) -> CompletionClient:
+        """Of its engine."""
+        return self._engine.client
+
     def run(self, publisher: Publisher, leave: Callable[[], bool]) -> None:
         """Serve until `stop` is set or `leave`, asked several times a second, says so; then drain.
 
@@ -87,6 +102,8 @@ class Serving:
         """
         # Claims are taken only once there is an engine for them. An engine that never ran here is
         # misconfigured: that is said now, not after several tries.
+        self._publisher = publisher
+        self._load()
         if not self._examination.start_engine(attempts=1):
             return
         self._ready_at = self._had_work_at = time.monotonic()
@@ -98,6 +115,7 @@ class Serving:
             on_notice=self._news.hear,
             listener=self._signature.worker_id,
         ).open(self._settings.broker_connect_timeout_seconds) as consumer:
+            self._consumer = consumer
             self._serve(consumer, publisher, leave)
 
     def tell_demand(self) -> None:
@@ -109,6 +127,30 @@ class Serving:
     def close(self) -> None:
         """Give the engine back. It stays warm for whoever comes next."""
         self._engine.close()
+
+    def _load(self) -> None:
+        """Again and again while the engine is on its way."""
+        self._shift.pulse.beat()
+        self._shift.device_time.lap("loading")
+        self._say("starting")
+
+    def _say(self, state: WorkerState) -> None:
+        if self._publisher is not None:
+            hands = list(self._in_hand)
+            doing = Doing(
+                context_id=self.spec.context_id,
+                claims_per_second=self._pace.rate,
+                batches_in_hand=len(hands),
+                claims_in_hand=sum(len(hand.open) for hand in hands),
+            )
+            self._shift.reports.say(state, doing, self._publisher)
+
+    def _note_time(self, *, busy: bool) -> None:
+        """Once in each turn of the main loop."""
+        self._shift.pulse.beat()
+        IN_HAND.set(len(self._in_hand))
+        use: Use = "batches" if busy else "idle"
+        self._shift.device_time.lap(use if self._engine.state == "warm" else "loading")
 
     def _announce(self, publisher: Publisher) -> None:
         """Tell the collector what it took until there was an engine, once for each."""
@@ -141,7 +183,8 @@ class Serving:
         try:
             while not self._stop.is_set() and not leave():
                 _raise_bugs(work)
-                self._reports.say("serving", self._pace.rate, publisher)
+                self._note_time(busy=bool(work))
+                self._say("serving" if self._engine.state == "warm" else "starting")
                 self._announce(publisher)
                 if work:
                     self._had_work_at = time.monotonic()
@@ -177,25 +220,40 @@ class Serving:
             return
         if hand.batch.submission_id in self._news.cancelled:
             log.info("batch.cancelled", run=run.run_id, claims=len(hand.open))
+            CANCELLED.inc(len(hand.open))
             consumer.acknowledge([delivery])
             return
+        self._in_hand.add(hand)
         if hand.suspect:
-            self._suspects.append(hand)
+            self._suspect(hand)
             return
         self._trim(hand, consumer, publisher)
         places = list(hand.open)
+        BATCH_SECONDS.labels("waiting").observe(time.monotonic() - delivery.came_at)
         begun = self._pace.begin()
         outcome = self._inference.infer(run.prompt, hand.claims(places))
-        self._pace.end(begun, 0 if outcome.failure else len(outcome.verdicts))
+        seconds = self._pace.end(begun, 0 if outcome.failure else len(outcome.verdicts))
+        BATCH_SECONDS.labels("inferring").observe(outcome.engine_seconds)
         consumer.set_prefetch(self._pace.batches)
         hand.note(places, outcome)
+        self._shift.device_time.computed(
+            seconds, answered=len(places) - len(hand.open), asked=len(places)
+        )
         if hand.open and not isinstance(outcome.failure, Interrupted):
             log.warning("batch.failed", claims=len(hand.open), reason=str(outcome.failure))
             self._examination.note_failure(outcome.failure)
             hand.blame(places)
-            self._suspects.append(hand)
+            self._suspect(hand)
             return
+        self._settle(hand, consumer, publisher)
+
+    def _suspect(self, hand: BatchInHand) -> None:
+        SUSPECTS.inc()
+        self._suspects.append(hand)
+
+    def _settle(self, hand: BatchInHand, consumer: Consumer, publisher: Publisher) -> None:
         hand.settle(consumer, publisher, self._signature)
+        self._in_hand.discard(hand)
 
     def _trim(self, hand: BatchInHand, consumer: Consumer, publisher: Publisher) -> None:
         """Keep what is finished within the horizon; someone faster may have the rest."""
@@ -215,10 +273,12 @@ class Serving:
     def _examine(self, consumer: Consumer, publisher: Publisher) -> None:
         """On a pool thread: the first suspect, to its settlement, or until told to stop."""
         hand = self._suspects.pop(0)
+        before = hand.engine_seconds
         try:
             self._examination.examine(hand)
         finally:
-            hand.settle(consumer, publisher, self._signature)
+            self._shift.device_time.computed(hand.engine_seconds - before, answered=1, asked=1)
+            self._settle(hand, consumer, publisher)
 
     def _drain(
         self,
@@ -231,19 +291,16 @@ class Serving:
         # The other half is for the confirmations and for the engine's own end.
         deadline = time.monotonic() + 0.5 * self._settings.grace_seconds
         log.info("worker.draining", batches_in_hand=len(work) + len(self._suspects))
-        self._reports.say("draining", self._pace.rate, publisher)
+        self._say("draining")
         consumer.stop_taking(timeout_seconds=2.0)
         if self._engine.alive:
             wait(work, timeout=max(0.0, deadline - time.monotonic()))
         # Each thread in the midst of a batch now publishes what was answered and returns the rest.
         self._engine.client.interrupt()
-        self._reports.say("stopped", self._pace.rate, publisher)
+        self._say("stopped" if self._stop.is_set() else "draining")
         confirmations = 0.15 * self._settings.grace_seconds
         wait(work, timeout=confirmations / 2)
-        returned = [
-            pool.submit(hand.settle, consumer, publisher, self._signature)
-            for hand in self._suspects
-        ]
+        returned = [pool.submit(self._settle, hand, consumer, publisher) for hand in self._suspects]
         wait(returned, timeout=confirmations / 2)
         try:
             publisher.flush(timeout_seconds=confirmations)

@@ -1,24 +1,28 @@
 """The worker: who it is, which context it serves, and when it takes another."""
 
 import random
-import threading
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 
 import structlog
+from prometheus_client import REGISTRY
 
 from services.broker import BrokerAddress, Consumer, Publisher
 from services.contexts import pin_model
+from services.contexts.completions import CompletionClient
 from services.contexts.device import Device
+from services.contexts.metrics import ContextStates, EngineMetrics
+from services.contexts.records import State
 from services.contracts import ContextDemand, ContextSpec, Settings
 from services.contracts.errors import EngineError, UsageError
-from services.contracts.presence import own_name
+from services.contracts.presence import Ending, own_name
 from services.gpu_worker.in_hand import Signature
-from services.gpu_worker.news import News
 from services.gpu_worker.readiness import Readiness
+from services.gpu_worker.reports import Doing, Post
 from services.gpu_worker.serving import Serving
+from services.gpu_worker.shift import Shift
 from services.gpu_worker.taking import Situation, Switch, next_context
 
 _LOOK_SECONDS = 0.2
@@ -29,16 +33,25 @@ log = structlog.get_logger(__name__)
 class Worker:
     """Serves one context on one device, or whatever is wanted most, until it is told to stop."""
 
-    def __init__(self, spec: ContextSpec | None, device: Device, settings: Settings) -> None:
+    def __init__(
+        self,
+        spec: ContextSpec | None,
+        device: Device,
+        settings: Settings,
+        metrics_address: str | None = None,
+    ) -> None:
         """Without a `spec` it goes by the directory, and changes its context when that pays.
+        `metrics_address` is where others find its metrics.
 
         Raises ModelError or UsageError before anything is started.
         """
         self._device = device
         self._settings = settings
         self._signature = Signature(own_name(), device.name)
-        self._stop = threading.Event()
-        self._news = News()
+        self._shift = Shift.begin(self._signature, Post.of(settings, metrics_address))
+        self._stop, self._news = self._shift.stop, self._shift.news
+        self._publisher: Publisher | None = None
+        self._serving_now: Serving | None = None
         self._heard = 0
         self._next: ContextSpec | None = None
         self._readiness: Readiness | None = None
@@ -48,9 +61,29 @@ class Worker:
         else:
             self._only = self._serving(spec)
 
-    def stop(self) -> None:
+    def stop(self, why: Ending = "SIGTERM") -> None:
         """Begin to drain. Safe to call from a signal handler."""
+        self._shift.reports.ending = self._shift.reports.ending or why
         self._stop.set()
+
+    @property
+    def stuck(self) -> str | None:
+        """See `telemetry.server.Service`. To wait for a broker at the start, and to drain, may
+        take long, and ends.
+        """
+        waits = self._publisher is None or self._stop.is_set()
+        return None if waits else self._shift.pulse.stuck
+
+    @property
+    def unready(self) -> str | None:
+        if self._stop.is_set():
+            return "it drains"
+        if self._publisher is None:
+            return "no connection to the broker"
+        serving = self._serving_now
+        return self._publisher.unready or (
+            "it waits for a context that is wanted" if serving is None else serving.unready
+        )
 
     def run(self) -> None:
         """Serve until `stop`, then drain within the grace period.
@@ -66,13 +99,16 @@ class Worker:
             context=None if only is None else only.spec.context_id,
         )
         try:
-            with Publisher(
-                BrokerAddress.from_settings(self._settings),
-                "worker-verdicts",
-                window=self._settings.publish_window,
-            ).open(self._settings.broker_connect_timeout_seconds) as publisher:
+            with (
+                Publisher(
+                    BrokerAddress.from_settings(self._settings),
+                    "worker-verdicts",
+                    window=self._settings.publish_window,
+                ).open(self._settings.broker_connect_timeout_seconds) as publisher,
+                self._present(publisher),
+            ):
                 if only is not None:
-                    only.run(publisher, partial(self._leaves, only))
+                    self._serve(only, publisher)
                 elif self._readiness is not None:
                     self._serve_what_is_wanted(self._readiness, publisher)
         finally:
@@ -80,8 +116,41 @@ class Worker:
                 only.close()
             log.info("worker.stopped", worker=self._signature.worker_id)
 
+    @contextmanager
+    def _present(self, publisher: Publisher) -> Iterator[None]:
+        """Seen by others: in its metrics, and in its last report as one that is gone."""
+        self._shift.pulse.beat()
+        self._publisher = publisher
+        told = (ContextStates(self._states), EngineMetrics(self._client))
+        for collector in told:
+            REGISTRY.register(collector)
+        try:
+            yield
+        finally:
+            reports = self._shift.reports
+            reports.ending = reports.ending or "failure"
+            reports.say("stopped", Doing(), publisher)
+            for collector in told:
+                REGISTRY.unregister(collector)
+
+    def _states(self) -> Sequence[State]:
+        serving = self._serving_now
+        state = None if serving is None else serving.engine_state
+        return () if state is None else (state,)
+
+    def _client(self) -> CompletionClient | None:
+        serving = self._serving_now
+        return None if serving is None or serving.engine_state != "warm" else serving.client
+
+    def _serve(self, serving: Serving, publisher: Publisher) -> None:
+        self._serving_now = serving
+        try:
+            serving.run(publisher, partial(self._leaves, serving))
+        finally:
+            self._serving_now = None
+
     def _serving(self, spec: ContextSpec) -> Serving:
-        return Serving(spec, self._device, self._settings, self._signature, self._news, self._stop)
+        return Serving(spec, self._device, self._settings, self._shift)
 
     def _leaves(self, serving: Serving) -> bool:
         """Thinks anew with every notice."""
@@ -106,20 +175,20 @@ class Worker:
 
     def _serve_what_is_wanted(self, readiness: Readiness, publisher: Publisher) -> None:
         while not self._stop.is_set():
-            spec = self._next or self._first_context(readiness)
+            spec = self._next or self._first_context(readiness, publisher)
             self._next = None
             if spec is None:
                 continue
             try:
                 # A path that the producer knows must hold the same weights here.
                 with closing(self._serving(pin_model(spec))) as serving:
-                    serving.run(publisher, partial(self._leaves, serving))
+                    self._serve(serving, publisher)
             except (EngineError, UsageError) as error:
                 # Another node may have what this one lacks; other contexts may work here.
                 log.error("context.unusable", context=spec.context_id, reason=str(error))
                 readiness.give_up(spec.context_id)
 
-    def _first_context(self, readiness: Readiness) -> ContextSpec | None:
+    def _first_context(self, readiness: Readiness, publisher: Publisher) -> ContextSpec | None:
         """Listen until there is one that is worth a start; None when told to stop."""
         log.info("worker.idle", worker=self._signature.worker_id)
         idle_since = time.monotonic()
@@ -132,6 +201,9 @@ class Worker:
             listener=self._signature.worker_id,
         ).open(self._settings.broker_connect_timeout_seconds):
             while not self._stop.wait(_LOOK_SECONDS):
+                self._shift.pulse.beat()
+                self._shift.device_time.lap("idle")
+                self._shift.reports.say("idle", Doing(), publisher)
                 if self._news.number == self._heard:
                     continue
                 self._heard = self._news.number

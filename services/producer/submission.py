@@ -19,6 +19,7 @@ from services.contracts import (
 from services.contracts.bounds import MAX_BATCH_BYTES, MAX_NAME_CHARS
 from services.contracts.errors import InputError
 from services.contracts.values import content_id
+from services.producer.metrics import LINES, PUBLISHED
 from services.producer.ordering import together
 from services.producer.parse import Parser, Rejection
 from services.producer.rejected import RejectedFile
@@ -100,12 +101,13 @@ class Submission:
         Raises InputError when not one line is a claim.
         """
         self._announce(publisher, None)
-        counts = _nothing_counted()
+        counts, counted = _nothing_counted(), _nothing_counted()
         published = 0
 
         def waiting() -> Iterator[Claim]:
             nonlocal published
             for claims in self._distinct_claims(counts, rejections.write):
+                _count_lines(counts, counted)
                 done = finished(claims)
                 for claim in claims:
                     if claim.claim_id not in done:
@@ -129,6 +131,7 @@ class Submission:
                     message_id=f"{self.run.run_id}/{batch.batch_id}",
                 )
             )
+            PUBLISHED.inc(len(claims))
         totals = Totals(**counts)
         publisher.flush()
         self._announce(publisher, totals)
@@ -186,6 +189,13 @@ class Submission:
 
 def _nothing_counted() -> dict[str, int]:
     return dict.fromkeys(("lines", "claims", "repeated", "rejected"), 0)
+
+
+def _count_lines(counts: Mapping[str, int], counted: dict[str, int]) -> None:
+    """Count what is new in `counts`, and note it in `counted`."""
+    for name, became in (("claims", "claim"), ("repeated", "repeated"), ("rejected", "rejected")):
+        LINES.labels(became).inc(counts[name] - counted[name])
+    counted.update(counts)
 
 
 def _batches(claims: Iterable[Claim], batch_size: int) -> Iterator[list[Claim]]:

@@ -50,6 +50,12 @@ def status_of(environment: dict[str, str], run_id: str) -> RunStatus | None:
         store.close()
 
 
+def context_of(worker: Command) -> str:
+    """The context that it said it would serve."""
+    (said,) = (line for line in worker.lines if "worker.starting" in line)
+    return str(json.loads(said)["context"])
+
+
 def warm_here(environment: dict[str, str]) -> list[ContextRecord]:
     """The engines that are warm on the commands' node, or on their way."""
     return live_records(Path(environment["KEEPWARM_RUNTIME_DIR"]))

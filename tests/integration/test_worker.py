@@ -25,6 +25,7 @@ from tests.integration.runs import (
     CLAIMS,
     Start,
     assert_complete,
+    context_of,
     outcomes,
     submit,
     wait_for_the_first_verdicts,
@@ -146,7 +147,7 @@ def test_what_cannot_be_finished_in_the_grace_period_is_returned(
     run_id = submit(command)
     worker = command("worker", VLLM_TEST_CLAIM_SECONDS="60", KEEPWARM_GRACE_SECONDS="3")
     worker.said("worker.taking")
-    queue = json.loads(worker.lines[0])["context"]
+    queue = context_of(worker)
     wait_until(lambda: messages_in(node, topology.claims_queue(queue)) == 12, "three taken")
     worker.signal(signal.SIGTERM)
     assert worker.wait(30) == 0, worker.output
@@ -243,7 +244,7 @@ def test_an_engine_that_aborts_whatever_it_is_asked_is_given_up_on_and_its_claim
     # Only what the worker says of its start.
     assert messages_in(node, topology.VERDICTS_QUEUE) == 1
     assert messages_in(node, topology.DEAD_CLAIMS_QUEUE) == 0
-    context = topology.claims_queue(json.loads(worker.lines[0])["context"])
+    context = topology.claims_queue(context_of(worker))
     returned = messages_in(node, topology.RETURNS_QUEUE)
     assert 1 <= returned <= 3 and messages_in(node, context) == 15 - returned
     waiting = take(address, topology.RETURNS_QUEUE, returned) + take(
@@ -337,7 +338,7 @@ def test_a_message_that_is_not_ours_goes_to_the_dead_messages(
 
     worker = command("worker")
     worker.said("worker.taking")
-    context = json.loads(worker.lines[0])["context"]
+    context = context_of(worker)
     connection = plain_connection(node)
     connection.channel().basic_publish(
         topology.CLAIMS_EXCHANGE, topology.claims_queue(context), b'{"schema_version": 99}'

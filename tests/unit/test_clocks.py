@@ -14,7 +14,7 @@ ALLOWED = {
     ("collector/store.py", "Store.__init__"): (
         "`received_at` is a date: one look when the store is opened, monotonic from there"
     ),
-    ("contexts/walltime.py", "seconds_until_drain"): (
+    ("contexts/walltime.py", "seconds_left"): (
         "the scheduler says when the job ends as a date: one look at the start"
     ),
 }

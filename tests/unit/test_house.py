@@ -10,12 +10,16 @@ import pytest
 
 ROOMS = {
     "contracts": set(),
-    "broker": {"contracts", "leash"},
-    "producer": {"contracts", "broker"},
-    "contexts": {"contracts", "leash"},
-    "gpu_worker": {"contracts", "broker", "contexts"},
-    "collector": {"contracts", "broker"},
-    "cli": {"contracts", "broker", "producer", "contexts", "gpu_worker", "collector", "leash"},
+    "telemetry": {"contracts"},
+    "broker": {"contracts", "leash", "telemetry"},
+    "producer": {"contracts", "broker", "telemetry"},
+    "contexts": {"contracts", "leash", "telemetry"},
+    "gpu_worker": {"contracts", "broker", "contexts", "telemetry"},
+    "collector": {"contracts", "broker", "telemetry"},
+    "cli": {
+        *("contracts", "telemetry", "broker", "producer", "contexts", "gpu_worker", "collector"),
+        "leash",
+    },
 }
 
 

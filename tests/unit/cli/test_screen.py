@@ -38,6 +38,7 @@ STATUS = RunStatus(
     run_id="run-0123456789abcdef",
     source="claims.jsonl",
     model="models/small",
+    context_id="ctx-0011223344556677",
     prompt="fever",
     total=12_000,
     done=3_456,

@@ -232,3 +232,27 @@ def test_a_workers_log_is_what_its_state_is_read_from(
     found = environment(tmp_path)
     assert found["KEEPWARM_LOG_FORMAT"] == "json"
     assert found["KEEPWARM_LOG_LEVEL"] == workers
+
+
+@pytest.mark.parametrize(
+    ("address", "advertised", "workers"),
+    [
+        (None, None, ("127.0.0.1:0", None)),
+        ("off", None, ("off", None)),
+        ("0.0.0.0:9464", "node-7", ("0.0.0.0:0", "node-7")),
+        ("[::]:9464", "node-7:80", ("[::]:0", "node-7")),
+    ],
+)
+def test_workers_serve_metrics_where_the_run_does_each_at_a_port_of_its_own(
+    address: str | None,
+    advertised: str | None,
+    workers: tuple[str, str | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (("ADDRESS", address), ("ADVERTISE", advertised)):
+        if value is not None:
+            monkeypatch.setenv(f"KEEPWARM_METRICS_{name}", value)
+    found = environment(tmp_path)
+    assert found["KEEPWARM_METRICS_ADDRESS"] == workers[0]
+    assert found.get("KEEPWARM_METRICS_ADVERTISE") == workers[1]

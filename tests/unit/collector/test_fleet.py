@@ -1,8 +1,10 @@
 """Who is there, by a clock that the tests move."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
+from prometheus_client import REGISTRY
 
 from services.collector.fleet import Fleet
 from services.contracts.presence import FORGOTTEN_SECONDS, REPORT_SECONDS
@@ -72,7 +74,7 @@ def test_nothing_is_kept_of_those_that_are_gone(fleet: Fleet, make: SimpleNamesp
     for number in range(100):
         fleet.note(make.report("a", context_id=f"ctx-{number}"))
     fleet.note(make.report("a", state="stopped"))
-    assert (fleet._serving, fleet._on) == ({}, {})
+    assert (fleet._living, fleet._on) == ({}, {})
 
 
 def test_who_begins_to_listen_has_heard_all_once_each_had_the_time_to_report(
@@ -94,3 +96,83 @@ def test_who_did_not_listen_for_a_while_begins_anew(fleet: Fleet, clock: Clock) 
     assert not fleet.heard_all()
     clock.now += REPORT_SECONDS
     assert fleet.heard_all()
+
+
+# Who is there, and who went.
+
+
+def preempted(kind: str) -> float:
+    return REGISTRY.get_sample_value("keepwarm_preemptions_total", {"kind": kind}) or 0.0
+
+
+@pytest.fixture
+def preemptions() -> Callable[[], dict[str, float]]:
+    """How many there were since, by kind."""
+    kinds = ("SIGTERM", "SIGUSR1", "walltime", "failure", "vanished")
+    before = {kind: preempted(kind) for kind in kinds}
+    return lambda: {k: n for k in kinds if (n := preempted(k) - before[k])}
+
+
+def test_every_worker_that_is_not_gone_is_there(fleet: Fleet, make: SimpleNamespace) -> None:
+    reports = [make.report(state, state=state) for state in ("idle", "starting", "serving")]
+    for report in (*reports, make.report("gone", state="stopped")):
+        fleet.note(report)
+    assert fleet.workers() == reports
+
+
+def test_a_worker_that_goes_is_counted_once_by_its_reason(
+    fleet: Fleet, make: SimpleNamespace, preemptions: Callable[[], dict[str, float]]
+) -> None:
+    fleet.note(make.report("a"))
+    for state in ("serving", "draining", "stopped"):
+        fleet.note(make.report("a", state=state, ending="SIGUSR1"))
+    fleet.note(make.report("b", state="stopped", ending="walltime"))
+    assert preemptions() == {"SIGUSR1": 1, "walltime": 1}
+
+
+def test_a_worker_that_falls_silent_has_vanished(
+    fleet: Fleet,
+    make: SimpleNamespace,
+    clock: Clock,
+    preemptions: Callable[[], dict[str, float]],
+) -> None:
+    fleet.note(make.report("a"))
+    fleet.note(make.report("b", state="draining", ending="SIGTERM"))
+    for _ in range(8):
+        clock.now += REPORT_SECONDS
+        fleet.heard_all()
+    assert fleet.workers() == []
+    assert preemptions() == {"SIGTERM": 1, "vanished": 1}
+
+
+def test_a_silence_while_nothing_could_be_heard_is_nobodys(
+    fleet: Fleet,
+    make: SimpleNamespace,
+    clock: Clock,
+    preemptions: Callable[[], dict[str, float]],
+) -> None:
+    fleet.note(make.report("a"))
+    for _ in range(10):
+        clock.now += REPORT_SECONDS
+        fleet.note_deaf()
+        fleet.heard_all()
+    assert [report.worker_id for report in fleet.workers()] == ["a"]
+    for _ in range(3):
+        clock.now += REPORT_SECONDS
+        assert fleet.workers()
+        fleet.heard_all()
+    clock.now += REPORT_SECONDS
+    assert fleet.workers() == []
+    assert preemptions() == {"vanished": 1}
+
+
+def test_a_silence_while_nobody_listened_is_nobodys(
+    fleet: Fleet,
+    make: SimpleNamespace,
+    clock: Clock,
+    preemptions: Callable[[], dict[str, float]],
+) -> None:
+    fleet.note(make.report("a"))
+    clock.now += 10 * FORGOTTEN_SECONDS
+    fleet.heard_all()
+    assert (fleet.workers(), preemptions()) == ([], {})

@@ -45,6 +45,7 @@ def test_a_run_that_has_begun_has_no_total_yet(
         run_id=run.run_id,
         source="claims.jsonl",
         model="models/small",
+        context_id=run.context.context_id,
         prompt="abc",
         total=None,
         done=0,

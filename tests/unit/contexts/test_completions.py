@@ -511,3 +511,46 @@ def test_several_threads_may_ask_at_once(served: Serve) -> None:
     for thread in threads:
         thread.join()
     assert found == {number: -number for number in range(8)}
+
+
+# What the engine tells of itself.
+
+
+def test_the_engines_metrics_are_as_it_tells_them(served: Serve) -> None:
+    paths: list[str] = []
+
+    def reply(path: str, _: dict[str, Any]) -> tuple[int, Iterable[bytes]]:
+        paths.append(path)
+        return 200, [b"vllm:x 1\n"]
+
+    assert served(reply).metrics() == "vllm:x 1\n"
+    assert paths == ["/metrics"]
+
+
+def test_metrics_that_do_not_come_are_a_failure(served: Serve) -> None:
+    over = threading.Event()
+
+    def silent(*_: object) -> tuple[int, Iterable[bytes]]:
+        over.wait(GENEROUS_SECONDS)
+        raise BreakOff
+
+    with pytest.raises(EngineRequestError, match="told no metrics"):
+        served(silent).metrics()
+    over.set()
+
+
+@pytest.mark.parametrize(
+    ("status", "text"), [(500, b""), (404, b"vllm:x 1\n"), (200, b"x" * (4 * 1024 * 1024 + 1))]
+)
+def test_metrics_that_are_none_or_too_many_are_a_failure(
+    status: int, text: bytes, served: Serve
+) -> None:
+    with pytest.raises(EngineRequestError):
+        served(lambda *_: (status, [text])).metrics()
+
+
+def test_an_engine_that_is_not_there_tells_no_metrics(tmp_path: Path) -> None:
+    client = CompletionClient(tmp_path / "none.sock", "ctx-1", 5)
+    with pytest.raises(EngineRequestError, match="nobody listens"):
+        client.metrics()
+    client.close()

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from services.contexts import Device
+from services.contexts import Device, start_keeper
 from services.contexts.engine import Engine
 from services.contexts.keeper import Keeper
 from services.contexts.plan import EnginePlan
@@ -484,3 +484,23 @@ def test_a_drain_does_not_wait_for_ever(start: Callable[..., Node]) -> None:
     node.keeper.drain()
     assert used.gone == "the node is draining"
     assert not node.records()
+
+
+# What is told of it.
+
+
+def test_a_keeper_tells_its_contexts_by_state(start: Callable[..., Node]) -> None:
+    node = start()
+    assert node.keeper.states() == []
+    slot = node.idle("a")
+    assert node.keeper.states() == ["warm"]
+    slot.stop("it was evicted")
+    node.goes(slot)
+    assert node.keeper.states() == []
+
+
+def test_a_keeper_that_a_worker_starts_leaves_the_workers_port_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("KEEPWARM_METRICS_ADDRESS", "127.0.0.1:9464")
+    assert start_keeper._environment(load_settings())["KEEPWARM_METRICS_ADDRESS"] == "off"

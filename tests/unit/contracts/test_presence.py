@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from services.contracts import WorkerReport, decode, encode
@@ -30,3 +32,30 @@ def test_a_state_that_nobody_knows_is_refused(messages: dict[str, Message]) -> N
 
 def test_a_worker_is_not_forgotten_when_some_reports_are_late() -> None:
     assert FORGOTTEN_SECONDS >= 3 * REPORT_SECONDS
+
+
+def test_a_report_of_an_older_worker_is_understood(messages: dict[str, Message]) -> None:
+    body = (
+        b'{"schema_version":1,"worker_id":"node-1","context_id":"ctx-1","device":"Tesla T4",'
+        b'"state":"serving","claims_per_second":12.5}'
+    )
+    report = decode(WorkerReport, body)
+    assert (report.host, report.job_id, report.metrics_address, report.ending) == (None,) * 4
+    assert (report.batches_in_hand, report.walltime_left_seconds) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("job_id", "71 3"),
+        ("job_id", "x" * 65),
+        ("walltime_left_seconds", -1),
+        ("claims_in_hand", -1),
+        ("ending", "bored"),
+        ("metrics_address", "node:0"),
+    ],
+)
+def test_what_cannot_be_is_refused(field: str, value: object, messages: dict[str, Message]) -> None:
+    fields = {**messages["WorkerReport"].model_dump(), field: value}
+    with pytest.raises(MessageInvalid, match=f"not a WorkerReport: {field}: "):
+        decode(WorkerReport, json.dumps(fields).encode())

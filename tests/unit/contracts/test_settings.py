@@ -35,6 +35,10 @@ def test_without_any_setting_the_defaults_hold() -> None:
         ("KEEPWARM_WALLTIME_SECONDS", "3600", "walltime_seconds", 3600),
         ("KEEPWARM_ENGINE_START_ATTEMPTS", "5", "engine_start_attempts", 5),
         ("KEEPWARM_CLAIM_FAILURES", "2", "claim_failures", 2),
+        ("KEEPWARM_METRICS_ADDRESS", "off", "metrics_address", "off"),
+        ("KEEPWARM_METRICS_ADDRESS", "[::]:9464", "metrics_address", "[::]:9464"),
+        ("KEEPWARM_METRICS_ADVERTISE", "node-7", "metrics_advertise", "node-7"),
+        ("KEEPWARM_METRICS_ADVERTISE", "node-7:80", "metrics_advertise", "node-7:80"),
     ],
 )
 def test_a_variable_sets_its_field(
@@ -88,6 +92,10 @@ def test_settings_do_not_change_under_anyones_hands() -> None:
         ("KEEPWARM_CLAIM_FAILURES", "101"),
         ("KEEPWARM_LOG_LEVEL", "LOUD"),
         ("KEEPWARM_LOG_FORMAT", "xml"),
+        ("KEEPWARM_METRICS_ADDRESS", "9464"),
+        ("KEEPWARM_METRICS_ADDRESS", "localhost"),
+        ("KEEPWARM_METRICS_ADVERTISE", "http://node:9464"),
+        ("KEEPWARM_METRICS_ADVERTISE", "node:"),
     ],
 )
 def test_a_bad_value_is_told_with_the_name_of_its_variable(

@@ -1,7 +1,6 @@
 """What a worker does with one batch; that it takes and drains batches is shown on a real broker."""
 
 import gc
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,8 +28,9 @@ from services.contracts import (
 from services.contracts.errors import EngineRequestError, ModelError
 from services.gpu_worker import Worker
 from services.gpu_worker.in_hand import Signature
-from services.gpu_worker.news import News
+from services.gpu_worker.reports import Post
 from services.gpu_worker.serving import Serving
+from services.gpu_worker.shift import Shift
 from tests.unit.gpu_worker.conftest import RecordingBroker, delivered
 
 UNUSABLE = PromptSpec(labels=(Label(name="A", word="True"), Label(name="B", word="True")))
@@ -46,7 +46,7 @@ def spec(model_dir: Path) -> ContextSpec:
 def worker(spec: ContextSpec, tmp_path: Path) -> Iterator[Serving]:
     signature = Signature("worker-1", DEVICE.name)
     settings = load_settings(runtime_dir=tmp_path / "run")
-    made = Serving(spec, DEVICE, settings, signature, News(), threading.Event())
+    made = Serving(spec, DEVICE, settings, Shift.begin(signature, Post(host="node-1")))
     yield made
     made.close()
 

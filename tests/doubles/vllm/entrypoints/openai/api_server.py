@@ -1,9 +1,9 @@
 """A stand-in for vLLM's server that answers at once. It stands where `python -m vllm.entrypoints…`
 finds it when PYTHONPATH names `tests/doubles`, so that the worker's own code starts it unchanged.
 
-It speaks as much of the protocol as a worker needs: `/health`, `/sleep`, `/wake_up`, and
-`/v1/completions` with token ids and `logprob_token_ids`, as a stream. A prompt's answer depends on
-its token ids alone. `VLLM_TEST_…` variables make it slow or faulty.
+It speaks as much of the protocol as a worker needs: `/health`, `/metrics`, `/sleep`, `/wake_up`,
+and `/v1/completions` with token ids and `logprob_token_ids`, as a stream. A prompt's answer depends
+on its token ids alone. `VLLM_TEST_…` variables make it slow or faulty.
 """
 
 import argparse
@@ -30,6 +30,7 @@ JOURNAL = os.environ.get("VLLM_TEST_JOURNAL", "")
 """A file that gets a line for each prompt of a claim whose answer was sent, and for each time that
 the engine was put to sleep or woken."""
 LONG_TOKENS = 200
+answered = {"tokens": 0}
 PROBE_TOKENS = 3
 
 
@@ -66,6 +67,7 @@ def once(arguments: argparse.Namespace) -> bool:
 
 
 def note(prompts: list[list[int]]) -> None:
+    answered["tokens"] += sum(map(len, prompts))
     if JOURNAL:
         claims = [prompt for prompt in prompts if len(prompt) > PROBE_TOKENS]
         with Path(JOURNAL).open("a") as file:
@@ -76,6 +78,22 @@ def note_sleep(head: str) -> None:
     if JOURNAL and head.startswith(("POST /sleep", "POST /wake_up")):
         with Path(JOURNAL).open("a") as file:
             file.write(f"{head.split()[1]}\n")
+
+
+def metrics(arguments: argparse.Namespace) -> bytes:
+    """A little of what vLLM tells, in its form."""
+    labels = f'{{engine="0",model_name="{arguments.served_model_name}"}}'
+    return (
+        "# HELP vllm:num_requests_running Number of requests in model execution batches.\n"
+        "# TYPE vllm:num_requests_running gauge\n"
+        f"vllm:num_requests_running{labels} 0.0\n"
+        "# HELP vllm:prompt_tokens_total Number of prefill tokens processed.\n"
+        "# TYPE vllm:prompt_tokens_total counter\n"
+        f"vllm:prompt_tokens_total{labels} {answered['tokens']}\n"
+        "# HELP process_open_fds Number of open file descriptors.\n"
+        "# TYPE process_open_fds gauge\n"
+        "process_open_fds 12.0\n"
+    ).encode()
 
 
 async def events(arguments: argparse.Namespace, request: dict, turn: asyncio.Lock):
@@ -107,6 +125,7 @@ async def events(arguments: argparse.Namespace, request: dict, turn: asyncio.Loc
 async def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--uds", required=True)
+    parser.add_argument("--served-model-name", default="")
     arguments, _ = parser.parse_known_args()
     print("the test engine is starting", flush=True)
     if FAULT == "no-start":
@@ -134,6 +153,11 @@ async def main() -> None:
                     content = b'{"error": {"message": "a prompt is too long"}}'
                     status = f"400 Bad Request\r\nContent-Length: {len(content)}"
                     writer.write(f"HTTP/1.1 {status}\r\n\r\n".encode() + content)
+                elif head.startswith("GET /metrics"):
+                    content = metrics(arguments)
+                    kind = "Content-Type: text/plain; version=0.0.4; charset=utf-8"
+                    told = f"HTTP/1.1 200 OK\r\n{kind}\r\nContent-Length: {len(content)}\r\n\r\n"
+                    writer.write(told.encode() + content)
                 elif not request["prompt"]:
                     writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
                 else:

@@ -1,0 +1,85 @@
+"""The fleet on the screen: workers, contexts, queues. What they say is a stranger's text."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from services.cli.screen import duration
+from services.contracts import ContextDemand, WorkerReport
+
+if TYPE_CHECKING:
+    from services.cli.listening import Heard
+
+_MOST_ROWS = 50
+
+
+def heard_tables(heard: "Heard") -> Group:
+    """All that was heard, and in a line why it may not be all."""
+    parts: list[Table | Text] = []
+    if heard.queues is not None:
+        parts += [_workers(heard.workers), _contexts(heard.contexts), _queues(heard.queues)]
+    if heard.fault is not None:
+        parts.append(_plain(f"no workers are shown: {heard.fault}"))
+    return Group(*(each for part in parts for each in (Text(), part)))
+
+
+def _table(*columns: str, numbers: Sequence[str] = ()) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _workers(workers: Sequence[WorkerReport]) -> Table:
+    table = _table(
+        *("worker", "device", "state", "context"), numbers=("claims/s", "in hand", "job", "left")
+    )
+    ordered = sorted(workers, key=lambda each: (each.context_id or "", each.worker_id))
+    for report in ordered[:_MOST_ROWS]:
+        speed, left = report.claims_per_second, report.walltime_left_seconds
+        table.add_row(
+            _plain(report.worker_id),
+            _plain(report.device),
+            report.state,
+            _plain(report.context_id or ""),
+            "" if speed is None else f"{speed:,.1f}",
+            f"{report.claims_in_hand:,}",
+            report.job_id or "",
+            "" if left is None else duration(left),
+        )
+    if len(ordered) > _MOST_ROWS:
+        table.add_row(f"and {len(ordered) - _MOST_ROWS:,} more")
+    if not ordered:
+        table.add_row("no worker is there")
+    return table
+
+
+def _contexts(contexts: Sequence[ContextDemand]) -> Table:
+    table = _table("context", "model", numbers=("ready", "in flight", "workers"))
+    for line in contexts[:_MOST_ROWS]:
+        table.add_row(
+            line.context.context_id,
+            _plain(PurePath(line.context.model).name),
+            f"{line.claims_ready:,}",
+            f"{line.claims_in_flight:,}",
+            f"{line.workers_warm:,}",
+        )
+    if not contexts:
+        table.add_row("no context is wanted")
+    return table
+
+
+def _queues(queues: Mapping[str, int]) -> Text:
+    listed = ", ".join(f"{name} {messages:,}" for name, messages in queues.items())
+    return Text(f"messages waiting: {listed or 'the broker has no queue of ours yet'}")
+
+
+def _plain(text: str) -> Text:
+    """Without what a terminal would obey."""
+    return Text("".join(each if each.isprintable() else "?" for each in text))

@@ -1,0 +1,49 @@
+"""Where Prometheus finds the workers that are there: its HTTP service discovery.
+
+https://prometheus.io/docs/prometheus/latest/http_sd/ has the form. `__meta_keepwarm_…`
+labels are there for relabelling only: no series gets the id of a worker unless someone wants it.
+"""
+
+from collections.abc import Iterable
+from ipaddress import ip_address
+from typing import Any
+
+from services.contracts import WorkerReport
+from services.contracts.addresses import split_address
+
+
+def targets(workers: Iterable[WorkerReport], own_host: str) -> list[dict[str, Any]]:
+    """A target for each address; of several workers that claim one, the last in the list has it.
+
+    A worker that can be reached on its own machine alone is left out elsewhere: whoever scrapes
+    would find something else there.
+    """
+    reachable = {
+        report.metrics_address: report
+        for report in workers
+        if report.metrics_address is not None
+        and (report.host == own_host or not _is_loopback(report.metrics_address))
+    }
+    return [
+        {
+            "targets": [address],
+            "labels": {
+                "service": "worker",
+                "__meta_keepwarm_worker": report.worker_id,
+                "__meta_keepwarm_host": report.host or "",
+                "__meta_keepwarm_device": report.device,
+                "__meta_keepwarm_job_id": report.job_id or "",
+                "__meta_keepwarm_state": report.state,
+                "__meta_keepwarm_context": report.context_id or "",
+            },
+        }
+        for address, report in reachable.items()
+    ]
+
+
+def _is_loopback(address: str) -> bool:
+    host, _ = split_address(address)
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")

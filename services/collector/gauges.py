@@ -1,0 +1,149 @@
+"""How things stand, read when somebody asks: runs, contexts, workers, queues."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from services.broker import Counts
+from services.collector.directory import Directory
+from services.collector.fleet import Fleet
+from services.collector.run_counts import RunCounts
+from services.collector.status import RunStatus
+from services.contracts import ContextDemand, WorkerReport, topology
+from services.telemetry import Few
+
+_MOST_CONTEXTS = 100
+_MOST_INFO_CHARS = 128
+
+_RUN_GAUGES = {
+    "keepwarm_run_claims": ("Claims of the run; missing until all are sent.", "total"),
+    "keepwarm_run_done_claims": ("Claims of the run that have a verdict.", "done"),
+    "keepwarm_run_dead_claims": ("Claims of the run that were given up on.", "dead"),
+    "keepwarm_run_rejected_lines": ("Lines of the run's file that are no claims.", "rejected"),
+    "keepwarm_run_duplicate_verdicts": ("Verdicts of the run that came twice.", "duplicates"),
+    "keepwarm_run_returned_claims": ("Claims of the run given back unfinished.", "returned"),
+    "keepwarm_run_lost_claims": (
+        "Claims of the run that were computed again because a worker was lost, at most.",
+        "lost_work",
+    ),
+    "keepwarm_run_claims_per_second": (
+        "Claims a second, over the last minute in which verdicts of the run came.",
+        "claims_per_second",
+    ),
+    "keepwarm_run_left_seconds": ("Until the run is complete, at this speed.", "eta_seconds"),
+    "keepwarm_run_complete": ("Whether every claim of the run has an outcome.", "complete"),
+    "keepwarm_run_cancelled": ("Whether nobody wants the run any more.", "cancelled"),
+}
+_CONTEXT_GAUGES = {
+    "keepwarm_context_ready_claims": (
+        "Claims that wait in the context's queue, as estimated.",
+        "claims_ready",
+    ),
+    "keepwarm_context_in_flight_claims": (
+        "Claims that are wanted and wait no more, as estimated.",
+        "claims_in_flight",
+    ),
+    "keepwarm_context_workers": ("Workers that serve the context.", "workers_warm"),
+}
+
+
+class Gauges(Collector):
+    """A collector in Prometheus' sense: asked at each scrape, and never long in answering."""
+
+    def __init__(self, fleet: Fleet, directory: Directory, runs: RunCounts) -> None:
+        self._fleet = fleet
+        self._directory = directory
+        self._runs = runs
+        self._device = Few()
+
+    def describe(self) -> Iterable[Metric]:
+        yield from _runs([], 0.0)
+        yield from _contexts([])
+        yield from _workers([], self._device)
+        yield from _queues({})
+
+    def collect(self) -> Iterable[Metric]:
+        yield from _runs(*self._runs.latest())
+        yield from _contexts(self._directory.lines[:_MOST_CONTEXTS])
+        yield from _workers(self._fleet.workers(), self._device)
+        yield from _queues(self._directory.counts)
+
+
+def _runs(statuses: Sequence[RunStatus], age_seconds: float) -> Iterator[Metric]:
+    info = GaugeMetricFamily(
+        "keepwarm_run_info",
+        "Always 1: what the run is of.",
+        labels=["run_id", "context_id", "source", "model", "prompt"],
+    )
+    for status in statuses:
+        texts = (status.context_id, status.source, status.model, status.prompt)
+        info.add_metric([status.run_id, *((text or "")[-_MOST_INFO_CHARS:] for text in texts)], 1)
+    yield info
+    for name, (meaning, field) in _RUN_GAUGES.items():
+        family = GaugeMetricFamily(name, meaning, labels=["run_id"])
+        for status in statuses:
+            value = getattr(status, field)
+            if value is not None:
+                family.add_metric([status.run_id], value)
+        yield family
+    yield GaugeMetricFamily(
+        "keepwarm_run_counts_age_seconds",
+        "How old the gauges of runs are; they age while the store cannot be read.",
+        value=age_seconds,
+    )
+
+
+def _contexts(lines: Sequence[ContextDemand]) -> Iterator[Metric]:
+    info = GaugeMetricFamily(
+        "keepwarm_context_info", "Always 1: the context's model.", labels=["context_id", "model"]
+    )
+    for line in lines:
+        model = line.context.model[-_MOST_INFO_CHARS:]
+        info.add_metric([line.context.context_id, model], 1)
+    yield info
+    for name, (meaning, field) in _CONTEXT_GAUGES.items():
+        family = GaugeMetricFamily(name, meaning, labels=["context_id"])
+        for line in lines:
+            family.add_metric([line.context.context_id], getattr(line, field))
+        yield family
+
+
+def _workers(reports: Sequence[WorkerReport], device_label: Few) -> Iterator[Metric]:
+    counts: Counter[tuple[str, str]] = Counter()
+    speeds: defaultdict[str, float] = defaultdict(float)
+    for report in reports:
+        device = device_label(report.device)
+        counts[report.state, device] += 1
+        if report.state == "serving":
+            speeds[device] += report.claims_per_second or 0.0
+    workers = GaugeMetricFamily(
+        "keepwarm_workers",
+        "Workers that are there, by state and device, as they say themselves.",
+        labels=["state", "device"],
+    )
+    for labels, number in counts.items():
+        workers.add_metric(labels, number)
+    yield workers
+    speed = GaugeMetricFamily(
+        "keepwarm_workers_claims_per_second",
+        "What the workers that serve could do together, by device and their own measure.",
+        labels=["device"],
+    )
+    for device, claims_per_second in speeds.items():
+        speed.add_metric([device], claims_per_second)
+    yield speed
+
+
+def _queues(counts: Counts) -> Iterator[Metric]:
+    family = GaugeMetricFamily(
+        "keepwarm_queue_messages",
+        "Messages that wait in a queue of the house; those that somebody has do not count.",
+        labels=["queue"],
+    )
+    for queue in topology.HOUSE_QUEUES:
+        if queue in counts:
+            family.add_metric([queue], counts[queue])
+    yield family

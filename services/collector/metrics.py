@@ -1,0 +1,99 @@
+"""What a collector counts. All goes through its hands, and it does not vanish with workers."""
+
+from collections import Counter as Counts
+
+from prometheus_client import Counter, Histogram
+
+from services.collector.store import Incoming
+from services.contracts import StartupPhases
+from services.telemetry import Few
+
+_device, _label = Few(), Few()
+
+VERDICTS = Counter(
+    "keepwarm_store_verdicts_total",
+    "Verdicts committed, by device and label; those that came twice are among them.",
+    ["device", "label"],
+)
+JUDGED = Counter(
+    "keepwarm_store_gold_verdicts_total",
+    "Verdicts committed of claims whose gold label is known, by whether the two agree.",
+    ["correct"],
+)
+DUPLICATES = Counter(
+    "keepwarm_store_duplicate_verdicts_total",
+    "Verdicts that were ignored, for their claims had one.",
+)
+LOST_WORK = Counter(
+    "keepwarm_store_lost_claims_total",
+    "Claims answered by a worker that was not the first to have them: at most so many were "
+    "computed again because a worker was lost.",
+)
+DEAD = Counter(
+    "keepwarm_store_dead_claims_total",
+    "Dead claims committed, by reason.",
+    ["reason"],
+)
+RETURNED = Counter(
+    "keepwarm_store_returned_claims_total",
+    "Claims that workers gave back, as committed.",
+)
+REFUSED = Counter(
+    "keepwarm_store_refused_messages_total",
+    "Messages that could not be used and went to dead-messages.",
+)
+COMMIT_SECONDS = Histogram(
+    "keepwarm_store_commit_seconds",
+    "How long a transaction took, whether it was committed or failed.",
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+)
+COMMIT_FAILURES = Counter(
+    "keepwarm_store_commit_failures_total",
+    "Transactions that failed, and were tried again.",
+)
+LAG_SECONDS = Histogram(
+    "keepwarm_store_lag_seconds",
+    "From a message's arrival at the collector to its commit.",
+    buckets=(0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
+)
+COLD_START_SECONDS = Histogram(
+    "keepwarm_cold_start_seconds",
+    "How long a phase of an engine's start took, where it was measured; `total` is all of it.",
+    ["phase"],
+    buckets=(0.1, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1800),
+)
+WARM_ATTACHES = Counter(
+    "keepwarm_warm_attaches_total",
+    "Times that a worker found its context warm.",
+)
+PREEMPTIONS = Counter(
+    "keepwarm_preemptions_total",
+    "Workers that went, by kind: a signal, the walltime, a failure, or vanished without a word.",
+    ["kind"],
+)
+
+
+def count_in(incoming: Incoming, fresh: int) -> None:
+    """What was committed; `fresh` of its verdicts were the first of their claims."""
+    answered = 0
+    for batch in incoming.verdicts:
+        answered += len(batch.verdicts)
+        kinds = Counts((verdict.label, verdict.gold) for verdict in batch.verdicts)
+        for (label, gold), number in kinds.items():
+            VERDICTS.labels(_device(batch.device), _label(label)).inc(number)
+            if gold is not None:
+                JUDGED.labels("true" if label == gold else "false").inc(number)
+        if batch.attempt > 1:
+            LOST_WORK.inc(len(batch.verdicts))
+    DUPLICATES.inc(answered - fresh)
+    for dead in incoming.dead:
+        DEAD.labels(dead.reason.value).inc()
+    RETURNED.inc(sum(len(batch.claims) for batch in incoming.returned))
+    for ready in incoming.startups:
+        if ready.warm:
+            WARM_ATTACHES.inc()
+            continue
+        for phase in StartupPhases.model_fields:
+            seconds = getattr(ready.phases, phase)
+            if seconds is not None:
+                COLD_START_SECONDS.labels(phase).observe(seconds)

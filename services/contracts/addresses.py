@@ -1,0 +1,47 @@
+"""Addresses of HTTP servers, `host:port`, as settings and messages have them."""
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, StringConstraints
+
+_HOST = r"(?:\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9](?:[A-Za-z0-9._-]{0,252}[A-Za-z0-9])?)"
+_HOST_ALONE = re.compile(_HOST)
+_HOST_AND_PORT = re.compile(rf"({_HOST}):([0-9]{{1,5}})")
+_LAST_PORT = 65_535
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port. An IPv6 host is written in brackets, and comes without them.
+
+    Raises ValueError for what is no `host:port`.
+    """
+    found = _HOST_AND_PORT.fullmatch(address)
+    if found is None or int(found[2]) > _LAST_PORT:
+        raise ValueError("write it like 127.0.0.1:9464, [::1]:9464 or node-7.example.org:9464")
+    return found[1].strip("[]"), int(found[2])
+
+
+def join_address(host: str, port: int) -> str:
+    """The opposite of `split_address`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def any_port(address: str) -> str:
+    """The same host, at a port that is free."""
+    return join_address(split_address(address)[0], 0)
+
+
+def is_host(text: str) -> bool:
+    """Whether it is a name or an address alone, without a port."""
+    return _HOST_ALONE.fullmatch(text) is not None
+
+
+def _reachable(address: str) -> str:
+    if split_address(address)[1] == 0:
+        raise ValueError("nobody can be reached at port 0")
+    return address
+
+
+ReachableAddress = Annotated[str, StringConstraints(max_length=300), AfterValidator(_reachable)]
+"""A `host:port` at which others can be."""

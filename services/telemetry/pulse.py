@@ -1,0 +1,24 @@
+"""Whether a main loop moves: it beats, and somebody looks how long ago that was."""
+
+import time
+from collections.abc import Callable
+
+STUCK_SECONDS = 120.0
+"""Longer than whatever a loop may have to wait for in one piece: a broker, a database, a hub."""
+
+
+class Pulse:
+    """Beaten by one thread, looked at by any."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._beaten = clock()
+
+    def beat(self) -> None:
+        self._beaten = self._clock()
+
+    @property
+    def stuck(self) -> str | None:
+        """In words, how long the loop has stood still, if that is too long."""
+        seconds = self._clock() - self._beaten
+        return f"its main loop stood still for {seconds:.0f} s" if seconds > STUCK_SECONDS else None

@@ -1,0 +1,160 @@
+"""What every service serves: `/metrics`, `/healthz`, `/readyz`, and pages of its own."""
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from ipaddress import ip_address
+from typing import Protocol, Self
+from wsgiref.types import StartResponse, WSGIEnvironment
+
+import structlog
+from prometheus_client import REGISTRY, disable_created_metrics, make_wsgi_app
+
+from services.contracts import Settings
+from services.contracts.addresses import is_host, join_address, split_address
+from services.contracts.errors import UsageError
+from services.contracts.settings import METRICS_OFF
+from services.telemetry.http_server import BoundedServer
+
+_POLL_SECONDS = 0.2
+_TEXT = "text/plain; charset=utf-8"
+
+Page = Callable[[], object]
+"""What a page shows, as JSON can hold it."""
+
+log = structlog.get_logger(__name__)
+
+
+class Service(Protocol):
+    """What the server asks of whom it serves, from threads of its own. Must not wait."""
+
+    @property
+    def stuck(self) -> str | None:
+        """Why it does nothing any more; None while its main loop moves."""
+
+    @property
+    def unready(self) -> str | None:
+        """Why it cannot do its work now; None while it can."""
+
+
+class MetricsServer:
+    """Listens once made, answers once it `serve`s; does neither where metrics are off."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises UsageError when it cannot listen at KEEPWARM_METRICS_ADDRESS."""
+        self._server: BoundedServer | None = None
+        self._thread: threading.Thread | None = None
+        self.advertised: str | None = None
+        """`host:port` at which others find it; None where it is off."""
+        if settings.metrics_address == METRICS_OFF:
+            return
+        self._server = _listening(settings.metrics_address)
+        self.advertised = _advertised(settings.metrics_advertise, *_bound(self._server))
+
+    def serve(self, service: Service, pages: Mapping[str, Page] | None = None) -> None:
+        """Begin to answer. `pages` are further paths, each with what it shows."""
+        if self._server is None:
+            return
+        # A counter's time of creation would be a series more for each.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self._server.set_app(_application(service, pages or {}))
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(_POLL_SECONDS,), name="metrics", daemon=True
+        )
+        self._thread.start()
+        log.info(
+            "metrics.serving",
+            address=join_address(*_bound(self._server)),
+            advertised=self.advertised,
+        )
+
+    def close(self) -> None:
+        if self._server is None:
+            return
+        if self._thread is not None:
+            self._server.shutdown()
+            self._thread.join()
+        self._server.server_close()
+        self._server = self._thread = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _bound(server: BoundedServer) -> tuple[str, int]:
+    host, port = server.server_address[:2]
+    return str(host), int(port)
+
+
+def _listening(address: str) -> BoundedServer:
+    host, port = split_address(address)
+    try:
+        family, _, _, _, where = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return BoundedServer((str(where[0]), port), family)
+    except OSError as error:
+        raise UsageError(
+            f"KEEPWARM_METRICS_ADDRESS: cannot listen at {address}: {error.strerror or error}; "
+            "take port 0 for one that is free, an address of this machine, or `off`"
+        ) from error
+
+
+def _advertised(wanted: str | None, host: str, port: int) -> str:
+    if wanted is not None and not is_host(wanted):
+        return wanted
+    if wanted is not None:
+        return join_address(wanted.strip("[]"), port)
+    return join_address(socket.gethostname() if ip_address(host).is_unspecified else host, port)
+
+
+def _application(
+    service: Service, pages: Mapping[str, Page]
+) -> Callable[[WSGIEnvironment, StartResponse], Iterable[bytes]]:
+    metrics = make_wsgi_app(REGISTRY)
+
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        path = environ["PATH_INFO"]
+        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            return _say(start_response, "405 Method Not Allowed", "only GET and HEAD")
+        if path == "/metrics":
+            told: Iterable[bytes] = metrics({**environ, "REQUEST_METHOD": "GET"}, start_response)
+            return told
+        if path == "/healthz":
+            return _state(start_response, service.stuck)
+        if path == "/readyz":
+            return _state(start_response, service.stuck or service.unready)
+        if path in pages:
+            shown = json.dumps(pages[path]())
+            return _say(start_response, "200 OK", shown, "application/json")
+        known = ", ".join(("/metrics", "/healthz", "/readyz", *pages))
+        return _say(start_response, "404 Not Found", f"there are {known}")
+
+    def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        try:
+            body = answer(environ, start_response)
+        except Exception:
+            # A bug in what is told is no reason for anything else to end.
+            log.exception("metrics.page_failed", path=environ["PATH_INFO"])
+            body = _say(start_response, "500 Internal Server Error", "a bug; the log has it")
+        return () if environ["REQUEST_METHOD"] == "HEAD" else body
+
+    return application
+
+
+def _state(start_response: StartResponse, fault: str | None) -> Iterable[bytes]:
+    if fault is None:
+        return _say(start_response, "200 OK", "ok")
+    return _say(start_response, "503 Service Unavailable", " ".join(fault.split()))
+
+
+def _say(
+    start_response: StartResponse, status: str, text: str, kind: str = _TEXT
+) -> Iterable[bytes]:
+    body = f"{text}\n".encode()
+    start_response(status, [("Content-Type", kind), ("Content-Length", str(len(body)))])
+    return (body,)

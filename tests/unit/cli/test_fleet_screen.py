@@ -1,0 +1,88 @@
+"""Workers, contexts and queues as a person sees them."""
+
+import pytest
+from rich.console import Console
+
+from services.cli.fleet_screen import heard_tables
+from services.cli.listening import Heard, Listener, broker_heard
+from services.contracts import ContextDemand, ContextSpec, WorkerReport, encode, load_settings
+
+WORKER = WorkerReport(
+    worker_id="node-7-1",
+    context_id="ctx-1",
+    device="Tesla T4",
+    state="serving",
+    claims_per_second=1234.56,
+    job_id="71_3",
+    walltime_left_seconds=3_700,
+    claims_in_hand=640,
+)
+LINE = ContextDemand(
+    context=ContextSpec(model="/models/small"),
+    claims_ready=64_000,
+    claims_in_flight=640,
+    workers_warm=1,
+)
+
+
+def shown(heard: Heard) -> str:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(heard_tables(heard))
+    return capture.get()
+
+
+def row(text: str, first: str) -> list[str]:
+    (line,) = (line for line in text.splitlines() if line.startswith(first))
+    return line.split("  ")
+
+
+def test_a_worker_is_a_line_with_all_that_it_said() -> None:
+    text = shown(Heard([WORKER], [LINE], {"verdicts": 3, "returns": 0}))
+    cells = [cell.strip() for cell in row(text, "node-7-1") if cell.strip()]
+    assert cells == [
+        *("node-7-1", "Tesla T4", "serving", "ctx-1", "1,234.6", "640", "71_3", "1 h 01 min")
+    ]
+    cells = [cell.strip() for cell in row(text, "ctx-") if cell.strip()]
+    assert cells == [LINE.context.context_id, "small", "64,000", "640", "1"]
+    assert "messages waiting: verdicts 3, returns 0" in text
+
+
+def test_where_nobody_is_it_says_so() -> None:
+    text = shown(Heard((), (), {}))
+    assert "no worker is there" in text and "no context is wanted" in text
+
+
+def test_of_many_workers_some_are_listed_and_the_rest_counted() -> None:
+    many = [WORKER.model_copy(update={"worker_id": f"node-{n}"}) for n in range(60)]
+    text = shown(Heard(many, (), {}))
+    assert text.count("Tesla T4") == 50 and "and 10 more" in text
+
+
+def test_what_a_worker_says_cannot_command_the_terminal() -> None:
+    bad = WORKER.model_copy(update={"worker_id": "\x1b[31mred[bold]\r", "device": "\x9b2J"})
+    text = shown(Heard([bad], (), {}))
+    assert "?[31mred[bold]?" in text and not {"\x1b", "\x9b", "\r"} & set(text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({}, "no broker is named"),
+        ({"broker_url": "amqp://127.0.0.1:1/v"}, "no connection to the broker"),
+    ],
+)
+def test_without_a_broker_there_is_a_line_that_says_why(settings: dict[str, str], why: str) -> None:
+    with broker_heard(load_settings(**settings, broker_connect_timeout_seconds=0.5)) as heard:
+        assert isinstance(heard, Heard)
+        text = shown(heard)
+    assert f"no workers are shown: {why}" in text
+    assert "worker " not in text
+
+
+def test_what_is_no_message_of_ours_is_not_heard() -> None:
+    listener = Listener(load_settings(broker_url="amqp://127.0.0.1:1/v"))
+    for hear in (listener.hear_report, listener.hear_notice):
+        hear(b"nonsense")
+    listener.hear_report(encode(WORKER))
+    assert listener._fleet.workers() == [WORKER]

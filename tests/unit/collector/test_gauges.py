@@ -1,0 +1,199 @@
+"""How things stand, as a scrape reads it from a store."""
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+
+from services.collector import Store
+from services.collector.directory import Directory
+from services.collector.fleet import Fleet
+from services.collector.gauges import Gauges
+from services.collector.metrics import count_in
+from services.collector.run_counts import RunCounts
+from services.contracts import Run, load_settings, topology
+from services.contracts.errors import StoreError
+
+
+@pytest.fixture
+def fleet() -> Fleet:
+    return Fleet()
+
+
+@pytest.fixture
+def counts(store: Store) -> RunCounts:
+    return RunCounts(store)
+
+
+@pytest.fixture
+def registry(store: Store, fleet: Fleet, counts: RunCounts) -> CollectorRegistry:
+    made = CollectorRegistry()
+    directory = Directory(store, load_settings(), fleet)
+    directory._counts = {topology.VERDICTS_QUEUE: 3, "claims.ctx-1": 9}
+    made.register(Gauges(fleet, directory, counts))
+    return made
+
+
+def scraped(registry: CollectorRegistry, name: str) -> dict[tuple[str, ...], float]:
+    """By the values of its labels."""
+    return {
+        tuple(sample.labels.values()): sample.value
+        for family in registry.collect()
+        for sample in family.samples
+        if sample.name == name
+    }
+
+
+def again(counts: RunCounts) -> None:
+    """Have the next look count anew."""
+    counts.close()
+    counts._due = 0.0
+
+
+def test_a_run_is_told_as_the_store_has_it(
+    registry: CollectorRegistry, store: Store, counts: RunCounts, make: SimpleNamespace, run: Run
+) -> None:
+    store.write(make.incoming(make.announced(), make.batch(make.verdict(0), make.verdict(1))))
+    assert scraped(registry, "keepwarm_run_done_claims") == {(run.run_id,): 2}
+    assert scraped(registry, "keepwarm_run_claims") == {}  # not all are sent
+    again(counts)
+    store.write(make.incoming(make.announced(claims=3, rejected=4), make.dead(2)))
+    expected = {
+        "keepwarm_run_claims": 3,
+        "keepwarm_run_done_claims": 2,
+        "keepwarm_run_dead_claims": 1,
+        "keepwarm_run_rejected_lines": 4,
+        "keepwarm_run_complete": 1,
+        "keepwarm_run_cancelled": 0,
+    }
+    assert {name: scraped(registry, name) for name in expected} == {
+        name: {(run.run_id,): value} for name, value in expected.items()
+    }
+    info = scraped(registry, "keepwarm_run_info")
+    context_id = run.context.context_id
+    assert info == {(run.run_id, context_id, "claims.jsonl", "models/small", "abc"): 1}
+
+
+def test_a_complete_run_is_not_counted_again_until_something_of_it_comes(
+    store: Store, counts: RunCounts, make: SimpleNamespace, run: Run
+) -> None:
+    store.write(make.incoming(make.announced(claims=1), make.batch(make.verdict(0))))
+    assert [status.complete for status in counts.latest()[0]] == [True]
+    store.write(make.incoming(make.batch(make.verdict(0))))
+    again(counts)
+    assert [status.duplicates for status in counts.latest()[0]] == [0]
+    counts.note([run.run_id])
+    again(counts)
+    assert [status.duplicates for status in counts.latest()[0]] == [1]
+
+
+def test_runs_that_are_not_complete_come_first(
+    store: Store, counts: RunCounts, make: SimpleNamespace, run: Run, other_run: Run
+) -> None:
+    store.write(make.incoming(make.announced(claims=1)))
+    store.write(
+        make.incoming(
+            make.announced(claims=1, of=other_run), make.batch(make.verdict(0), of=other_run)
+        )
+    )
+    assert [status.run_id for status in counts.latest()[0]] == [run.run_id, other_run.run_id]
+
+
+def test_a_scrape_does_not_wait_for_a_store_that_takes_its_time(
+    store: Store, counts: RunCounts, make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.write(make.incoming(make.announced()))
+    assert len(counts.latest()[0]) == 1
+    again(counts)
+    go_on = threading.Event()
+
+    def slow(*_: object) -> list[object]:
+        go_on.wait(60)
+        raise StoreError("it is locked")
+
+    monkeypatch.setattr("services.collector.run_counts.latest_statuses", slow)
+    for _ in range(2):  # the second finds the first's count under way
+        shown, age = counts.latest()
+        assert len(shown) == 1 and age > 0
+    assert sum(thread.name == "run-counts" for thread in threading.enumerate()) == 1
+    go_on.set()
+    counts.close()
+    assert len(counts.latest()[0]) == 1
+
+
+def test_workers_are_counted_by_state_and_device(
+    registry: CollectorRegistry, fleet: Fleet, make: SimpleNamespace
+) -> None:
+    for worker, changes in {
+        "a": {"claims_per_second": 10.0},
+        "b": {"claims_per_second": 5.0},
+        "c": {"state": "starting", "device": "H100", "claims_per_second": 99.0},
+    }.items():
+        fleet.note(make.report(worker, **changes))
+    assert scraped(registry, "keepwarm_workers") == {
+        ("serving", "Tesla T4"): 2,
+        ("starting", "H100"): 1,
+    }
+    assert scraped(registry, "keepwarm_workers_claims_per_second") == {("Tesla T4",): 15.0}
+
+
+def test_devices_that_workers_invent_do_not_make_a_series_each(
+    registry: CollectorRegistry, fleet: Fleet, make: SimpleNamespace
+) -> None:
+    for number in range(500):
+        fleet.note(make.report(f"w-{number}", device=f"GPU {number}"))
+    workers = scraped(registry, "keepwarm_workers")
+    assert len(workers) == 65 and workers["serving", "other"] == 436
+
+
+def test_queues_of_the_house_are_told_and_no_others(registry: CollectorRegistry) -> None:
+    assert scraped(registry, "keepwarm_queue_messages") == {("verdicts",): 3}
+
+
+def test_what_strangers_say_cannot_break_the_form(
+    registry: CollectorRegistry, fleet: Fleet, make: SimpleNamespace
+) -> None:
+    fleet.note(make.report("a", device='T4"} 1\nkeepwarm_workers{x="\\'))
+    text = generate_latest(registry).decode()
+    (line,) = (line for line in text.splitlines() if line.startswith("keepwarm_workers{"))
+    device = 'T4\\"} 1\\nkeepwarm_workers{x=\\"\\\\'
+    assert line == f'keepwarm_workers{{device="{device}",state="serving"}} 1.0'
+
+
+def test_what_was_committed_is_counted(make: SimpleNamespace) -> None:
+    def value(name: str, **labels: str) -> float:
+        return REGISTRY.get_sample_value(f"keepwarm_{name}", labels) or 0.0
+
+    def all_values() -> list[float]:
+        return [
+            value("store_verdicts_total", device="counted", label="A"),
+            value("store_verdicts_total", device="counted", label="INVALID"),
+            value("store_gold_verdicts_total", correct="true"),
+            value("store_gold_verdicts_total", correct="false"),
+            value("store_duplicate_verdicts_total"),
+            value("store_lost_claims_total"),
+            value("store_dead_claims_total", reason="too-long"),
+            value("store_returned_claims_total"),
+            value("warm_attaches_total"),
+            value("cold_start_seconds_count", phase="load"),
+            value("cold_start_seconds_count", phase="fetch"),
+        ]
+
+    before = all_values()
+    count_in(
+        make.incoming(
+            make.batch(
+                *(make.verdict(0), make.verdict(1, gold="A"), make.verdict(2, "INVALID", gold="A")),
+                device="counted",
+                attempt=2,
+            ),
+            make.dead(3),
+            make.returned(4, 5),
+            make.ready("s-1", warm=True),
+            make.ready("s-2", phases={"load": 2.0, "total": 3.0}),
+        ),
+        fresh=2,
+    )
+    gained = [after - first for after, first in zip(all_values(), before, strict=True)]
+    assert gained == [2, 1, 1, 1, 1, 3, 1, 2, 1, 1, 0]
