@@ -158,8 +158,8 @@ class Settings(BaseSettings):
     """What engines compile, and what their starts took, for the owner alone."""
     metrics_address: str = "127.0.0.1:0"
     """Where a service serves `/metrics`, `/healthz` and `/readyz`: `host:port`, with an IPv6 host
-    in brackets. Port 0 is one that is free; the event `metrics.serving` says which. `off`: nowhere. A
-    port that is taken ends the command with exit code 2."""
+    in brackets. Port 0 is one that is free; the event `metrics.serving` says which. `off`: nowhere.
+    A port that is taken ends the command with exit code 2."""
     metrics_advertise: str | None = None
     """`host` or `host:port` at which others reach it; workers tell it with their reports. See below
     otherwise."""
