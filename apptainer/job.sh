@@ -8,13 +8,15 @@ set -euo pipefail
 
 say() { echo "job: $*" >&2; }
 
-# A signal may come before there is a worker, and more than once.
-asked=no again=no worker=
+# A signal may come before there is a worker, before it listens, and more than once. It is passed on as
+# SIGUSR1, which drains like SIGTERM and may come as often as it likes: Slurm sends its SIGTERM to every
+# process of a job, so the worker has that one already, and a second one would end it on the spot.
+asked=no again=no worker='' asking=''
 pass_on() {
     asked=yes again=yes
-    # Always SIGUSR1, which drains like SIGTERM: Slurm sends its SIGTERM to every process of a job, so
-    # the worker has that one already, and a second one would end it on the spot.
-    [[ -z $worker ]] || kill -USR1 "$worker" 2>/dev/null || true
+    [[ -n $worker && -z $asking ]] || return 0
+    while kill -USR1 "$worker" 2>/dev/null; do sleep 1; done &
+    asking=$!
 }
 trap pass_on TERM INT USR1 USR2
 
@@ -53,12 +55,17 @@ if [[ -n ${KEEPWARM_IMAGE-} ]]; then
         "$KEEPWARM_IMAGE" env -u KEEPWARM_IMAGE -u KEEPWARM_COMMAND bash /opt/keepwarm/apptainer/job.sh
     )
 else
-    read -ra command <<<"${KEEPWARM_COMMAND:-keepwarm}"
-    command+=(worker)
+    read -ra keepwarm <<<"${KEEPWARM_COMMAND:-keepwarm}"
+    command=("${keepwarm[@]}" worker)
 fi
 
 say "on $(uname -n), scratch $scratch, ends ${SLURM_JOB_END_TIME:-at a time unknown}, restarts ${SLURM_RESTART_COUNT:-0}"
-"${command[@]}" "$@" &
+(
+    # Worker and keeper listen all the same; their engines would end at a signal that all processes get.
+    # A shell, which the image has for the same purpose, could not: there, the inner one does this.
+    [[ -n ${KEEPWARM_IMAGE-} ]] || trap '' USR1 USR2
+    exec "${command[@]}" "$@"
+) &
 worker=$!
 [[ $asked == no ]] || pass_on
 while true; do
@@ -67,6 +74,9 @@ while true; do
     # A signal of ours ends `wait`, and not the worker.
     [[ $again == yes ]] || break
 done
+[[ -z $asking ]] || kill "$asking" 2>/dev/null || true
+# The keeper is nobody's child, and not every scheduler finds it. It must not hold the GPU after us.
+[[ -n ${KEEPWARM_IMAGE-} ]] || timeout 20 "${keepwarm[@]}" contexts evict --all >&2 || true
 # It had not come so far as to listen to signals: nothing was begun.
 if [[ $asked == yes ]] && ((code == 128 + 10 || code == 128 + 15)); then
     code=0
