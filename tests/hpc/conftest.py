@@ -1,4 +1,4 @@
-"""What tests of batch jobs share with those of services: a real broker, commands, the tests' engine."""
+"""What tests of batch jobs share with those of services: a broker, commands, an engine."""
 
 from tests.integration.conftest import broker, command, environment, node
 

@@ -142,7 +142,7 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
         return done.stdout.strip()
 
     def job(self, task: str) -> dict[str, str]:
-        """What Slurm knows of a job or of an array's task: JobState, Restarts, ExitCode and so on."""
+        """What Slurm knows of a job, or of an array's task: JobState, Restarts, ExitCode, …"""
         words = self.call("scontrol", "-o", "show", "job", task).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 

@@ -56,7 +56,7 @@ def test_a_definition_is_whole(file: Path) -> None:
 
 
 def test_the_job_scripts_say_where_the_job_is() -> None:
-    """The one that Slurm runs is a copy elsewhere; the one in an image is where the image has it."""
+    """Slurm runs a copy that is elsewhere; an image has it in a place of its own."""
     worker = read_definition(APPTAINER / "worker.def")
     assert (APPTAINER / "job.sh", "/opt/keepwarm/apptainer/job.sh") in worker.files
     assert "/opt/keepwarm/apptainer/job.sh" in (APPTAINER / "job.sh").read_text()

@@ -1,4 +1,4 @@
-"""The Slurm script as users submit it, on a real Slurm of one node: signalled, taken away, put back."""
+"""The Slurm script as users submit it, on a real Slurm: signalled, taken away, put back."""
 
 import sys
 import tempfile

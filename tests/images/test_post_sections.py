@@ -1,6 +1,6 @@
 """What the definition files do when an image is built, in scratch roots made with debootstrap.
 
-Apptainer itself is not needed for it: %files is a copy, %post and %test are shell scripts in the root.
+Apptainer itself is not needed for it: %files is a copy, %post and %test are shell scripts.
 The worker's image is built with the services' lock alone; vLLM for CUDA is several GB.
 """
 
@@ -14,14 +14,9 @@ import pytest
 
 from tests.hpc.definitions import APPTAINER, read_definition
 
-# Where a machine's own authorities and mirrors are, so that apt and pip work in the root as well.
-_OURS = (
-    "etc/apt",
-    "etc/ssl/certs",
-    "usr/local/share/ca-certificates",
-    "etc/resolv.conf",
-    "etc/hosts",
-)
+# What this machine reaches the network with, so that apt and pip do from the root as well.
+_NETWORK_FILES = ("etc/ssl/certs/ca-certificates.crt", "etc/resolv.conf", "etc/hosts")
+_NETWORK_VARIABLES = ("PIP_CERT", "PIP_INDEX_URL", "http_proxy", "https_proxy", "no_proxy")
 
 
 @pytest.fixture(scope="module")
@@ -71,19 +66,16 @@ def put_files(root: Path, files: list[tuple[Path, str]]) -> None:
 
 
 def give_network(root: Path) -> None:
-    for name in _OURS:
-        source, place = Path("/", name), root / name
-        if source.is_dir():
-            shutil.copytree(source, place, dirs_exist_ok=True)
-        elif source.exists():
-            shutil.copy2(source, place)
+    for name in _NETWORK_FILES:
+        shutil.copy2(Path("/", name), root / name)
+    own = Path("/usr/local/share/ca-certificates")
+    if own.is_dir():
+        shutil.copytree(own, root / own.relative_to("/"), dirs_exist_ok=True)
 
 
 def run_in(root: Path, script: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """As Apptainer runs a section: the shell ends at the first error."""
-    passed = {
-        name: os.environ[name] for name in os.environ if name.startswith(("PIP_", "http", "HTTP"))
-    }
+    passed = {name: os.environ[name] for name in _NETWORK_VARIABLES if name in os.environ}
     return subprocess.run(
         ["chroot", root, "/bin/sh", "-e", "-c", script],
         env={
