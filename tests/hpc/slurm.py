@@ -27,7 +27,7 @@ class OneNodeSlurm:
         directory.mkdir()
         self._running = ExitStack()
         self.host = socket.gethostname()
-        controller, node = _free_ports(2)
+        controller, node = free_ports(2)
         (directory / "slurm.conf").write_text(
             f"""
 ClusterName=keepwarm-test
@@ -158,7 +158,7 @@ def _me() -> str:
     return subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     try:
         return [held.getsockname()[1] for held in sockets]
