@@ -2,7 +2,7 @@
 # A RabbitMQ node as this user, for those who have no broker: data, configuration and log in DIRECTORY.
 #   apptainer/broker.sh DIRECTORY                     until SIGTERM
 #   apptainer/broker.sh DIRECTORY rabbitmqctl ...     a command for the node that runs there
-# Without a rabbitmq.conf in DIRECTORY it listens on loopback alone; docs/hpc.md says what to write there.
+# Without a rabbitmq.conf in DIRECTORY it listens on loopback alone; docs/hpc.md says what to write.
 set -eu
 if [ $# -eq 0 ]; then
     echo "usage: broker.sh DIRECTORY [COMMAND...]" >&2

@@ -10,7 +10,7 @@ packages=$2
 export DEBIAN_FRONTEND=noninteractive
 apt-get update
 # shellcheck disable=SC2086 # a list of packages
-apt-get install -y --no-install-recommends ca-certificates python3 python3-venv procps $packages
+apt-get install -y --no-install-recommends ca-certificates python3 python3-venv $packages
 apt-get clean
 rm -rf /var/lib/apt/lists/*
 
@@ -30,8 +30,9 @@ from pathlib import Path
 requirements, locks = Path(sys.argv[1]), sys.argv[2].split()
 engines = "".join((requirements / lock).read_text() for lock in locks if lock.startswith("engine-"))
 needed = set(re.findall(r"^([a-z0-9-]+)==", engines, re.MULTILINE))
-project = tomllib.loads(Path("/opt/keepwarm/pyproject.toml").read_text())
-tools = {re.split(r"[<>=\[ ]", line)[0].lower() for line in project["project"]["optional-dependencies"]["dev"]}
+project = tomllib.loads(Path("/opt/keepwarm/pyproject.toml").read_text())["project"]
+dev = project["optional-dependencies"]["dev"]
+tools = {re.split(r"[<>=\[ ]", line)[0].lower() for line in dev}
 print(*sorted(tools - needed))
 PYTHON
 )

@@ -24,8 +24,8 @@ trap pass_on TERM INT USR1 USR2
 scratch=${SLURM_TMPDIR:-${_CONDOR_SCRATCH_DIR:-${TMPDIR:-/tmp}}}
 export KEEPWARM_CACHE_DIR=${KEEPWARM_CACHE_DIR:-$scratch/keepwarm-cache-$UID}
 if [[ -z ${KEEPWARM_RUNTIME_DIR-} ]]; then
-    # A keeper lives no longer than its job, so another job's is of no use. mktemp makes it for us alone.
-    # A socket's path has at most 107 bytes, and 35 of them are the socket's name.
+    # A keeper lives no longer than its job, so another job's is of no use. mktemp makes it for us
+    # alone. A socket's path has at most 107 bytes, and 35 of them are the socket's name.
     place=$scratch
     bytes=$(printf %s "$scratch/kw-XXXXXX" | wc -c)
     ((bytes <= 72)) || place=/tmp
@@ -39,7 +39,7 @@ job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID-}}
 job=${job:-${SLURM_JOB_ID-}}
 in_slurm() { [[ -n $job ]] && command -v scontrol >/dev/null; }
 if in_slurm && [[ -z ${KEEPWARM_WALLTIME_SECONDS-} ]]; then
-    # Slurm 22.05 does not set SLURM_JOB_END_TIME; and one that came with the submission is another job's.
+    # Slurm 22.05 does not set SLURM_JOB_END_TIME; one that came with the submission is another job's.
     if end=$(squeue -h -j "$job" -o %e) && end=$(date -d "$end" +%s 2>/dev/null); then
         export SLURM_JOB_END_TIME=$end
     fi
@@ -51,7 +51,7 @@ if [[ -n ${KEEPWARM_IMAGE-} ]]; then
         "$(command -v apptainer || command -v singularity || echo apptainer)" exec --nv
         --bind "$KEEPWARM_CACHE_DIR" --bind "$KEEPWARM_RUNTIME_DIR" --bind "$scratch"
         ${HF_HOME:+--bind "$HF_HOME"}
-        # Apptainer passes signals on to this one process; it must not be the worker, which has them already.
+        # Apptainer passes signals on to this one process: not to the worker, which may have them already.
         "$KEEPWARM_IMAGE" env -u KEEPWARM_IMAGE -u KEEPWARM_COMMAND bash /opt/keepwarm/apptainer/job.sh
     )
 else
@@ -59,7 +59,7 @@ else
     command=("${keepwarm[@]}" worker)
 fi
 
-say "on $(uname -n), scratch $scratch, ends ${SLURM_JOB_END_TIME:-at a time unknown}, restarts ${SLURM_RESTART_COUNT:-0}"
+say "on $(uname -n), scratch $scratch, restarts ${SLURM_RESTART_COUNT:-0}"
 (
     # Worker and keeper listen all the same; their engines would end at a signal that all processes get.
     # A shell, which the image has for the same purpose, could not: there, the inner one does this.
@@ -82,8 +82,8 @@ if [[ $asked == yes ]] && ((code == 128 + 10 || code == 128 + 15)); then
     code=0
 fi
 
-# Drained, the worker ends with 0, and the job shall go on elsewhere or later: until `scancel`. Only while
-# Slurm calls it running: else it was cancelled, or is being put back already.
+# Drained, the worker ends with 0, and the job shall go on elsewhere or later: until `scancel`. Only
+# while Slurm calls it running: else it was cancelled, or is being put back already.
 if ((code == 0)) && in_slurm && [[ $(squeue -h -j "$job" -o %T) == RUNNING ]]; then
     if scontrol requeue "$job"; then
         say "drained; $job is back in the queue"
