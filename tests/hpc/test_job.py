@@ -87,9 +87,16 @@ def signal_all(job: Job, number: int) -> None:
         process.send_signal(number)
 
 
-@pytest.mark.parametrize("image", ["", "worker.sif"], ids=["plain", "in a container"])
-@pytest.mark.parametrize("to", ["the script", "all processes"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("image", "to", "number"),
+    [
+        ("", "the script", signal.SIGTERM),
+        ("", "all processes", signal.SIGTERM),
+        ("", "all processes", signal.SIGUSR1),
+        ("worker.sif", "the script", signal.SIGUSR1),
+        ("worker.sif", "all processes", signal.SIGTERM),
+    ],
+)
 def test_a_signal_drains_the_worker_however_often_it_gets_there(
     image: str,
     to: str,
