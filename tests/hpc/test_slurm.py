@@ -53,11 +53,14 @@ def of_the_job(
 class Job:
     """One task of the array."""
 
-    def __init__(self, slurm: OneNodeSlurm, log: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self, slurm: OneNodeSlurm, log: Path, environment: dict[str, str], *flags: str
+    ) -> None:
         number = slurm.call(
             *("sbatch", "--parsable", f"--chdir={REPOSITORY}"),
             # The node is a small one; everything else is as the script says.
             *("--array=3", "--cpus-per-task=1", "--mem=100", "--time=30", f"--output={log}"),
+            *flags,
             str(REPOSITORY / "apptainer" / "slurm" / "worker.sbatch"),
             **environment,
             KEEPWARM_HOME=str(REPOSITORY),
@@ -146,3 +149,14 @@ def test_a_job_whose_worker_failed_is_failed_and_not_put_back(
         job.ends_as("FAILED", restarts=0)
         assert slurm.job(job.task)["ExitCode"] == "4:0", job.output
         assert not list(scratch.glob("kw-*"))
+
+
+def test_a_job_that_is_not_to_be_put_back_drains_and_is_done(
+    of_the_job: dict[str, str], scratch: Path, tmp_path: Path
+) -> None:
+    with OneNodeSlurm(scratch) as slurm:
+        job = Job(slurm, tmp_path / "job.log", of_the_job, "--no-requeue")
+        job.said("walltime.known")
+        slurm.call("scancel", "--signal=USR1", "--batch", job.task)
+        job.ends_as("COMPLETED", restarts=0)
+        job.said("submitted with --no-requeue")
