@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # Makes sure that the system packages Keepwarm needs are there:
-#   setup/system.sh [--with-postgres]
+#   setup/system.sh [--with-postgres] [--with-hpc]
 # Needs root or passwordless sudo only when something is missing; then it says what.
 set -euo pipefail
 
-with_postgres=no
-case "${1-}" in
-    '') ;;
-    --with-postgres) with_postgres=yes ;;
-    *) echo "usage: setup/system.sh [--with-postgres]" >&2; exit 2 ;;
-esac
+with_postgres=no with_hpc=no
+for flag in "$@"; do
+    case "$flag" in
+        --with-postgres) with_postgres=yes ;;
+        --with-hpc) with_hpc=yes ;;
+        *) echo "usage: setup/system.sh [--with-postgres] [--with-hpc]" >&2; exit 2 ;;
+    esac
+done
 python=${PYTHON:-python3}
 
 runs() { "$python" -c "$1" 2>/dev/null; }
@@ -35,6 +37,14 @@ find_missing() {
     if [[ $with_postgres == yes ]] && ! compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null; then
         missing+=(postgresql)
     fi
+    # A Slurm of one node, scratch roots for the images' %post sections, and the shell's own lint.
+    if [[ $with_hpc == yes ]]; then
+        [[ -x /usr/sbin/slurmctld && -x /usr/sbin/slurmd ]] || missing+=(slurmctld slurmd)
+        [[ -x /usr/bin/sbatch ]] || missing+=(slurm-client)
+        [[ -x /usr/sbin/munged ]] || missing+=(munge)
+        [[ -x /usr/sbin/debootstrap ]] || missing+=(debootstrap)
+        command -v shellcheck >/dev/null || missing+=(shellcheck)
+    fi
 }
 
 # Debian starts a service as soon as its package is installed. Keepwarm and its tests start private
@@ -48,7 +58,7 @@ refuse_services() {
 #!/bin/sh
 # Made by Keepwarm's setup/system.sh for the time of one apt-get.
 for word in "\$@"; do
-    case \$word in rabbitmq-server*|epmd*|postgresql*) exit 101 ;; esac
+    case \$word in rabbitmq-server*|epmd*|postgresql*|slurm*|munge*) exit 101 ;; esac
 done
 [ ! -x $saved ] || exec $saved "\$@"
 POLICY
@@ -90,7 +100,9 @@ if ((${#missing[@]} > 0)); then
     # Nor at the next boot; only for what was not there before.
     for package in "${wanted[@]}"; do
         case $package in
-            rabbitmq-server | postgresql) systemctl disable --quiet "$package" 2>/dev/null || true ;;
+            rabbitmq-server | postgresql | slurmctld | slurmd | munge)
+                systemctl disable --quiet "$package" 2>/dev/null || true
+                ;;
         esac
     done
     find_missing

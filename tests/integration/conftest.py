@@ -45,9 +45,11 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = PATI
 class Command:
     """A `keepwarm` command as a process of its own, its output at hand."""
 
+    program = (sys.executable, "-m", "services.cli.main")
+
     def __init__(self, environment: dict[str, str], *arguments: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "services.cli.main", *arguments],
+            [*self.program, *arguments],
             env=environment,
             cwd=REPOSITORY,
             stdin=subprocess.DEVNULL,

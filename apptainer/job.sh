@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# One worker as a batch job: directories for as long as the job lasts, signals passed on, and the end
+# that the scheduler understands. docs/hpc.md says why each of it is so.
+#   apptainer/job.sh [ARGUMENT OF keepwarm worker]...
+# KEEPWARM_IMAGE    an Apptainer image, in which this very script then runs once more
+# KEEPWARM_COMMAND  without an image: how keepwarm is called, as words; else `keepwarm`
+set -euo pipefail
+
+say() { echo "job: $*" >&2; }
+
+# A signal may come before there is a worker, before it listens, and more than once. It is passed on as
+# SIGUSR1, which drains like SIGTERM and may come as often as it likes: Slurm sends its SIGTERM to every
+# process of a job, so the worker has that one already, and a second one would end it on the spot.
+asked=no again=no worker='' asking=''
+pass_on() {
+    asked=yes again=yes
+    [[ -n $worker && -z $asking ]] || return 0
+    while kill -USR1 "$worker" 2>/dev/null; do sleep 1; done &
+    asking=$!
+}
+trap pass_on TERM INT USR1 USR2
+
+# The node's own disk, not the home that all nodes share.
+scratch=${SLURM_TMPDIR:-${_CONDOR_SCRATCH_DIR:-${TMPDIR:-/tmp}}}
+export KEEPWARM_CACHE_DIR=${KEEPWARM_CACHE_DIR:-$scratch/keepwarm-cache-$UID}
+if [[ -z ${KEEPWARM_RUNTIME_DIR-} ]]; then
+    # A keeper lives no longer than its job, so another job's is of no use. mktemp makes it for us
+    # alone. A socket's path has at most 107 bytes, and 35 of them are the socket's name.
+    place=$scratch
+    bytes=$(printf %s "$scratch/kw-XXXXXX" | wc -c)
+    ((bytes <= 72)) || place=/tmp
+    KEEPWARM_RUNTIME_DIR=$(mktemp -d "$place/kw-XXXXXX")
+    export KEEPWARM_RUNTIME_DIR
+    trap 'rm -rf "$KEEPWARM_RUNTIME_DIR"' EXIT
+fi
+
+# An array's first task has the array's own number: it must be called by both.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID-}}
+job=${job:-${SLURM_JOB_ID-}}
+in_slurm() { [[ -n $job ]] && command -v scontrol >/dev/null; }
+if in_slurm && [[ -z ${KEEPWARM_WALLTIME_SECONDS-} ]]; then
+    # Slurm 22.05 does not set SLURM_JOB_END_TIME; one that came with the submission is another job's.
+    if end=$(squeue -h -j "$job" -o %e) && end=$(date -d "$end" +%s 2>/dev/null); then
+        export SLURM_JOB_END_TIME=$end
+    fi
+fi
+
+if [[ -n ${KEEPWARM_IMAGE-} ]]; then
+    mkdir -p "$KEEPWARM_CACHE_DIR"
+    command=(
+        "$(command -v apptainer || command -v singularity || echo apptainer)" exec --nv
+        --bind "$KEEPWARM_CACHE_DIR" --bind "$KEEPWARM_RUNTIME_DIR" --bind "$scratch"
+        ${HF_HOME:+--bind "$HF_HOME"}
+        # Apptainer passes signals on to this one process: not to the worker, which may have them already.
+        "$KEEPWARM_IMAGE" env -u KEEPWARM_IMAGE -u KEEPWARM_COMMAND bash /opt/keepwarm/apptainer/job.sh
+    )
+else
+    read -ra keepwarm <<<"${KEEPWARM_COMMAND:-keepwarm}"
+    command=("${keepwarm[@]}" worker)
+fi
+
+say "on $(uname -n), scratch $scratch, restarts ${SLURM_RESTART_COUNT:-0}"
+(
+    # Worker and keeper listen all the same; their engines would end at a signal that all processes get.
+    # A shell, which the image has for the same purpose, could not: there, the inner one does this.
+    [[ -n ${KEEPWARM_IMAGE-} ]] || trap '' USR1 USR2
+    exec "${command[@]}" "$@"
+) &
+worker=$!
+[[ $asked == no ]] || pass_on
+while true; do
+    again=no
+    if wait "$worker"; then code=0; else code=$?; fi
+    # A signal of ours ends `wait`, and not the worker.
+    [[ $again == yes ]] || break
+done
+[[ -z $asking ]] || kill "$asking" 2>/dev/null || true
+# The keeper is nobody's child, and not every scheduler finds it. It must not hold the GPU after us.
+[[ -n ${KEEPWARM_IMAGE-} ]] || timeout 20 "${keepwarm[@]}" contexts evict --all >&2 || true
+# It had not come so far as to listen to signals: nothing was begun.
+if [[ $asked == yes ]] && ((code == 128 + 10 || code == 128 + 15)); then
+    code=0
+fi
+
+# Drained, the worker ends with 0, and the job shall go on elsewhere or later: until `scancel`. Only
+# while Slurm calls it running: else it was cancelled, or is being put back already.
+if ((code == 0)) && in_slurm && [[ $(squeue -h -j "$job" -o %T) == RUNNING ]]; then
+    if scontrol requeue "$job"; then
+        say "drained; $job is back in the queue"
+    else
+        say "drained; $job was submitted with --no-requeue, and ends"
+    fi
+else
+    say "the worker ended with $code"
+fi
+exit "$code"

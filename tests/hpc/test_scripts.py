@@ -1,0 +1,64 @@
+"""Every shell script passes shellcheck, also those within other files."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.hpc.definitions import APPTAINER, read_definition
+
+SCRIPTS = sorted(
+    [
+        *(REPOSITORY / "setup").glob("*.sh"),
+        REPOSITORY / ".ci" / "run",
+        *APPTAINER.rglob("*.sh"),
+        *APPTAINER.rglob("*.sbatch"),
+    ]
+)
+DEFINITIONS = sorted(APPTAINER.glob("*.def"))
+SHELL_SECTIONS = ("post", "environment", "runscript", "test")
+
+
+def shellcheck(*arguments: str, script: str | None = None) -> None:
+    done = subprocess.run(
+        ["shellcheck", *arguments], input=script, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_a_script_passes_shellcheck(script: Path) -> None:
+    shellcheck(str(script))
+
+
+@pytest.mark.parametrize("section", SHELL_SECTIONS)
+@pytest.mark.parametrize("file", DEFINITIONS, ids=lambda path: path.name)
+def test_a_section_of_a_definition_passes_shellcheck(file: Path, section: str) -> None:
+    shellcheck("--shell=sh", "-", script=read_definition(file).sections[section])
+
+
+@pytest.mark.parametrize("file", DEFINITIONS, ids=lambda path: path.name)
+def test_a_definition_is_whole(file: Path) -> None:
+    definition = read_definition(file)
+    assert definition.header["Bootstrap"] == "docker"
+    assert re.fullmatch(r"debian:bookworm-\d{8}-slim", definition.header["From"])
+    assert {"files", "labels", "help", *SHELL_SECTIONS} == definition.sections.keys()
+    for source, target in definition.files:
+        assert source.exists(), source
+        assert target.startswith("/opt/keepwarm/")
+    # What it calls in the image has been put there.
+    called = set(
+        re.findall(r"/opt/keepwarm/apptainer/[\w.]+", "".join(definition.sections.values()))
+    )
+    assert called <= {target for _, target in definition.files}
+
+
+def test_the_job_scripts_say_where_the_job_is() -> None:
+    """Slurm runs a copy that is elsewhere; an image has it in a place of its own."""
+    worker = read_definition(APPTAINER / "worker.def")
+    assert (APPTAINER / "job.sh", "/opt/keepwarm/apptainer/job.sh") in worker.files
+    assert "/opt/keepwarm/apptainer/job.sh" in (APPTAINER / "job.sh").read_text()
+    submitted = (APPTAINER / "htcondor" / "worker.sub").read_text()
+    assert re.search(r"^executable +=\s*apptainer/job\.sh$", submitted, re.MULTILINE)
