@@ -174,11 +174,14 @@ def test_a_worker_says_itself_that_it_is_there(
         hears=topology.PRESENCE_EXCHANGE,
     ).open(10):
         worker = command("worker")
-        wait_until(lambda: [word.state for word in said] == ["serving"], "its first word")
+        begun = ["starting", "serving"]
+        wait_until(lambda: [word.state for word in said] == begun, "its first words")
         end_well(worker)
-        states = ["serving", "draining", "stopped"]
+        states = [*begun, "draining", "stopped"]
         wait_until(lambda: [word.state for word in said] == states, "its last word")
     assert len({(word.worker_id, word.context_id) for word in said}) == 1
+    assert [word.ending for word in said] == [None, None, "SIGTERM", "SIGTERM"]
+    assert all(word.host and word.metrics_address for word in said)
 
 
 @contextmanager
