@@ -1,6 +1,9 @@
 """Where the store is: an SQLAlchemy engine for SQLite or PostgreSQL, opened with care."""
 
 import os
+import sqlite3
+import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ from sqlalchemy import URL, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError
 
 from services.contracts import Settings
+from services.contracts.backoff import growing_pause
 from services.contracts.errors import StoreError, UsageError
 
 _SQLITE_CACHE_KIB = 16_384
@@ -90,9 +94,25 @@ def _prepare_sqlite_file(url: URL, *, create: bool) -> None:
 def _set_up_sqlite(connection: Any, _: Any) -> None:
     # A write-ahead log lets `status` read while the collector writes. FULL: what is committed
     # survives a power cut, for it is acknowledged to the broker right after.
+    _write_ahead(connection)
     for pragma in (
-        "journal_mode = WAL",
         "synchronous = FULL",
         f"cache_size = -{_SQLITE_CACHE_KIB}",
     ):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _write_ahead(connection: Any) -> None:
+    """Several that open a new store at once all want to change its journal, and for that SQLite
+    refuses at once where it waits for other locks.
+    """
+    deadline = time.monotonic() + _BUSY_SECONDS
+    for failures in count(1):
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(growing_pause(failures, first_seconds=0.01, longest_seconds=0.5))
+        else:
+            return

@@ -241,8 +241,9 @@ def test_an_engine_that_aborts_whatever_it_is_asked_is_given_up_on_and_its_claim
     worker = command("worker", VLLM_TEST_FAULT="abort", KEEPWARM_ENGINE_START_ATTEMPTS="2")
     assert worker.wait() == 4
     assert "it gave no usable answer: aborted" in worker.output
-    # Only what the worker says of its start.
-    assert messages_in(node, topology.VERDICTS_QUEUE) == 1
+    # Only what the worker says of its starts; it may end before it says so of the second. Of claims
+    # there is nothing: all of them are still waiting.
+    assert 1 <= messages_in(node, topology.VERDICTS_QUEUE) <= 2
     assert messages_in(node, topology.DEAD_CLAIMS_QUEUE) == 0
     context = topology.claims_queue(context_of(worker))
     returned = messages_in(node, topology.RETURNS_QUEUE)
