@@ -24,7 +24,7 @@ test: ## all tests but those of clusters, with a real broker, engine and Postgre
 	@setup/system.sh --with-postgres
 	@setup/python.sh $(ENGINE)
 	@.venv/bin/python setup/demo_model.py
-	.venv/bin/pytest tests/e2e tests/integration tests/unit -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	.venv/bin/pytest tests/e2e tests/integration tests/unit -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-hpc: ## batch jobs on a real Slurm, and what builds the images of apptainer/; as root
 	@setup/system.sh --with-hpc

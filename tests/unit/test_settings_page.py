@@ -30,6 +30,7 @@ def test_every_setting_says_what_it_means(repository: Path) -> None:
         for line in (repository / "docs" / "settings.md").read_text().splitlines()
         if line.startswith("| `KEEPWARM_")
     ]
-    assert {row[1] for row in rows} == {f"`KEEPWARM_{n.upper()}`" for n in Settings.model_fields}
+    # Batch jobs have variables of their own, which no service reads.
+    assert {row[1] for row in rows} >= {f"`KEEPWARM_{n.upper()}`" for n in Settings.model_fields}
     for _, variable, default, meaning, *_ in rows:
         assert default and len(meaning) > 8, variable
