@@ -39,7 +39,7 @@ class PrivateNode:
         self.log_file = log_file or directory / "rabbitmq.log"
         self._password = secrets.token_urlsafe(24)
         self._plugins = tuple(plugins)
-        self.port, self._distribution_port, self._mapper_port, self.management_port = _free_ports(4)
+        self.port, self._distribution_port, self._mapper_port, self.management_port = free_ports(4)
         self._node: Leashed | None = None
 
     @property
@@ -179,7 +179,7 @@ def find_server() -> Path:
     )
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that were free a moment ago; held together, so that they differ."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     try:

@@ -83,6 +83,7 @@ def _driver() -> str:
 def engine(settings: Settings) -> Finding:
     """Raises EngineStartError when its interpreter cannot import vLLM."""
     from services.contexts import find_device
+    from services.contexts.start_keeper import without_secrets
 
     python = settings.engine_python
     try:
@@ -93,6 +94,7 @@ def engine(settings: Settings) -> Finding:
             check=False,
             timeout=_IMPORT_SECONDS,
             stdin=subprocess.DEVNULL,
+            env=without_secrets(),
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise EngineStartError(

@@ -3,6 +3,7 @@
 import os
 import shutil
 import threading
+from pathlib import Path
 
 from services.broker import BrokerAddress, Declares, Publisher
 from services.broker.private_node import find_server
@@ -64,12 +65,13 @@ def _counts(link: Publisher) -> Counts:
 def store(settings: Settings) -> Finding:
     """Raises StoreError when it cannot be used or written."""
     from services.collector import Store
-    from services.collector.database import open_engine, shown, sqlite_file
+    from services.collector.database import checked_url, shown
 
-    file = sqlite_file(settings)
-    if file is None:
+    url = checked_url(settings)
+    if url.get_backend_name() != "sqlite":
         Store.open(settings, create=False).close()
-        return well(shown(open_engine(settings, create=False).url))
+        return well(shown(url))
+    file = Path(url.database or "")
     directory = next(parent for parent in file.absolute().parents if parent.exists())
     if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
         raise StoreError(
@@ -82,10 +84,11 @@ def store(settings: Settings) -> Finding:
             f"{file} is on {kind}, where SQLite can lose what it wrote; name a file on a disk of "
             "the collector's node with KEEPWARM_STORE_URL, or use PostgreSQL"
         )
-    says = f"{file}, {shutil.disk_usage(directory).free / GIB:.1f} GiB free"
+    free = shutil.disk_usage(directory).free
+    says = f"{file}, {free / GIB:.1f} GiB free"
     if not file.exists():
         return well(f"{says}; not there yet, the collector makes it")
     Store.open(settings, create=False).close()
-    if shutil.disk_usage(directory).free < ROOM_BYTES:
+    if free < ROOM_BYTES:
         return note(f"{says}; make room before a large run")
     return well(says)

@@ -20,7 +20,7 @@ _BUSY_SECONDS = 30
 
 def open_engine(settings: Settings, *, create: bool) -> Engine:
     """Raises UsageError when the URL is none, StoreError when an SQLite file cannot be used."""
-    url = _checked_url(settings)
+    url = checked_url(settings)
     if url.get_backend_name() == "sqlite":
         _prepare_sqlite_file(url, create=create)
         engine = create_engine(url, connect_args={"timeout": _BUSY_SECONDS}, paramstyle="named")
@@ -33,7 +33,8 @@ def open_engine(settings: Settings, *, create: bool) -> Engine:
     )
 
 
-def _checked_url(settings: Settings) -> URL:
+def checked_url(settings: Settings) -> URL:
+    """The store's URL, with its password. Raises UsageError when it is none."""
     text = settings.store
     if "://" not in text:
         return URL.create("sqlite", database=text)
@@ -55,12 +56,6 @@ def _checked_url(settings: Settings) -> URL:
         )
     password = settings.secret("store") or url.password
     return url.set(drivername="postgresql+psycopg", password=password)
-
-
-def sqlite_file(settings: Settings) -> Path | None:
-    """The store's file, where it is SQLite. Raises UsageError when the URL is none."""
-    url = _checked_url(settings)
-    return Path(url.database or "") if url.get_backend_name() == "sqlite" else None
 
 
 def shown(url: URL) -> str:

@@ -111,11 +111,18 @@ def _start(settings: Settings, log_file: Path) -> None:
         )
 
 
+def without_secrets() -> dict[str, str]:
+    """Our environment, for processes that have no use for passwords."""
+    return {name: value for name, value in os.environ.items() if "PASSWORD" not in name.upper()}
+
+
 def _environment(settings: Settings) -> dict[str, str]:
     """Ours without secrets, which a keeper has no use for, and with the settings as they are. Our
     address for metrics is ours: whoever wants a keeper's runs one as a service.
     """
-    kept = {name: value for name, value in os.environ.items() if "PASSWORD" not in name.upper()}
     chosen = settings.model_dump(mode="json", include=_KEEPERS_SETTINGS, exclude_none=True)
     chosen["metrics_address"] = METRICS_OFF
-    return {**kept, **{f"KEEPWARM_{name.upper()}": str(value) for name, value in chosen.items()}}
+    return {
+        **without_secrets(),
+        **{f"KEEPWARM_{name.upper()}": str(value) for name, value in chosen.items()},
+    }

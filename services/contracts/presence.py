@@ -27,7 +27,8 @@ WorkerState = Literal["idle", "starting", "serving", "draining", "stopped"]
 Ending = Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "walltime", "failure"]
 """What ends a worker: a signal, its walltime, or that it cannot go on."""
 
-JobId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._+-]{1,64}$")]
+JOB_ID = r"^[A-Za-z0-9._+-]{1,64}$"
+JobId = Annotated[str, StringConstraints(pattern=JOB_ID)]
 
 
 class WorkerReport(Message):

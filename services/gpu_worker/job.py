@@ -5,8 +5,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from services.contracts.presence import JOB_ID
+
 _MOST_AD_BYTES = 1024 * 1024
-_ID = re.compile(r"[A-Za-z0-9._+-]{1,64}")
 
 
 def job_id(environment: Mapping[str, str] = os.environ) -> str | None:
@@ -23,7 +24,7 @@ def job_id(environment: Mapping[str, str] = os.environ) -> str | None:
         found = _condor_job(Path(advertisement))
     else:
         found = environment.get("SLURM_JOB_ID", "")
-    return found if _ID.fullmatch(found) else None
+    return found if re.fullmatch(JOB_ID, found) else None
 
 
 def _condor_job(advertisement: Path) -> str:

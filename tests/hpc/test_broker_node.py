@@ -7,9 +7,9 @@ from pathlib import Path
 
 import psutil
 
+from services.broker.private_node import free_ports
 from services.leash import Leashed
 from tests.conftest import REPOSITORY
-from tests.hpc.slurm import free_ports
 from tests.integration.conftest import Command, wait_until
 
 NODE = REPOSITORY / "apptainer" / "broker.sh"
