@@ -79,6 +79,9 @@ def template_environment(plan: EnginePlan) -> dict[str, str]:
         # since that is where it can set what OpenMP reads at its start. We set it here.
         chosen["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         chosen["OMP_NUM_THREADS"] = str(len(cores_of(plan)))
+        # vLLM 0.32 has torch.compile make a small function of its sampler even where it is told to
+        # compile nothing: that takes longer than the model's load, and a C++ compiler on the node.
+        chosen["TORCHDYNAMO_DISABLE"] = "1"
     else:
         # Endpoints that put it to sleep and wake it; its socket is ours alone.
         chosen["VLLM_SERVER_DEV_MODE"] = "1"

@@ -253,3 +253,11 @@ def test_a_keepers_own_variables_for_engines_do_not_reach_those_of_others(
     wanted = plan()  # by a worker without it
     monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "TRITON_ATTN")  # the keeper was started with it
     assert "VLLM_ATTENTION_BACKEND" not in template_environment(wanted)
+
+
+def test_an_engine_on_processors_needs_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    assert environment_of()["TORCHDYNAMO_DISABLE"] == "1"
+    assert "TORCHDYNAMO_DISABLE" not in environment_of(device=GPU)
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+    assert environment_of()["TORCHDYNAMO_DISABLE"] == "0"
