@@ -3,6 +3,7 @@
 import contextlib
 import math
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -75,8 +76,12 @@ class CompletionClient:
         self._timeout_seconds = timeout_seconds
         self._http = httpx.Client(
             transport=httpx.HTTPTransport(
-                uds=str(socket_path), limits=httpx.Limits(max_connections=None)
+                uds=str(socket_path),
+                limits=httpx.Limits(max_connections=None),
+                # No TLS on a unix socket: the authorities that trust nothing are there at once.
+                verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
             ),
+            trust_env=False,  # nor a proxy
             base_url="http://engine",
             timeout=httpx.Timeout(timeout_seconds, connect=5.0),
         )

@@ -2,13 +2,17 @@
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pydantic import BaseModel
 from pydantic_core import from_json, to_json
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from services.contexts.model_files import model_file
 from services.contracts import ContextSpec
@@ -18,27 +22,54 @@ _SENTENCEPIECE_SPACE = "\u2581"
 _CONTENT = "KEEPWARM CONTENT GOES HERE"
 
 
-class ModelTokenizer:
-    """A model's tokenizer, twice: for trusted text (chat mark-up) and for text from claims.
+class _AddedToken(BaseModel):
+    content: str
+    special: bool
 
-    In trusted text `<|im_end|>` is one special token; in a claim it is ten characters.
+    @property
+    def is_unmarked_mark_up(self) -> bool:
+        text = self.content.replace(_SENTENCEPIECE_SPACE, " ")
+        return not self.special and bool(text.strip())
+
+
+class _Unknown(BaseModel):
+    """What stands for all that the model does not know: by name, or by place in a vocabulary."""
+
+    unk_token: str | None = None
+    unk_id: int | None = None
+
+
+class _Definition(BaseModel):
+    """What has to be known of a tokenizer.json; its vocabulary is skipped, which is faster."""
+
+    added_tokens: tuple[_AddedToken, ...] = ()
+    model: _Unknown
+
+
+class ModelTokenizer:
+    """A model's tokenizer, for trusted text (chat mark-up) and for text from claims.
+
+    In trusted text `<|im_end|>` is one special token; in a claim it is ten characters. Megabytes of
+    vocabulary are read once, for a worker is to be at work at once; a lock keeps the two apart.
     """
 
     def __init__(
         self, definition: bytes, configuration: dict[str, Any], chat_template: str | None
     ) -> None:
-        # Megabytes of vocabulary: read as fast as it gets, for a worker is to be at work at once.
-        parsed = from_json(definition)
-        unknown = _unknown_token(parsed)
-        self._trusted = Tokenizer.from_buffer(definition)
-        self._plain = Tokenizer.from_buffer(_without_mark_up(parsed))
-        self._plain.encode_special_tokens = True
-        for tokenizer in (self._trusted, self._plain):
-            tokenizer.no_padding()
-            tokenizer.no_truncation()
+        known = _Definition.model_validate_json(definition)
+        if any(token.is_unmarked_mark_up for token in known.added_tokens):
+            definition = _with_mark_up_marked(definition)
+        self._tokenizer = Tokenizer.from_buffer(definition)
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = True
+        self._in_use = Lock()
+        unknown = known.model.unk_token
+        if known.model.unk_id is not None:
+            unknown = self._tokenizer.id_to_token(known.model.unk_id)
         mark_up = {
             number: added.content
-            for number, added in self._plain.get_added_tokens_decoder().items()
+            for number, added in self._tokenizer.get_added_tokens_decoder().items()
             # What a vocabulary does not know becomes this one, whatever the text.
             if added.special and added.content != unknown
         }
@@ -81,31 +112,44 @@ class ModelTokenizer:
 
     def encode_trusted(self, text: str, *, begin: bool = False) -> list[int]:
         """Our own text; special tokens act. `begin` adds what the model wants at a text's start."""
-        return list(self._trusted.encode(text, add_special_tokens=begin).ids)
+        with self._mark_up_acts():
+            return list(self._tokenizer.encode(text, add_special_tokens=begin).ids)
 
     def encode_plain(self, texts: list[str]) -> list[list[int]]:
         """Anyone's text: nothing in it acts as a special token. Uses all cores for many texts."""
-        encodings = self._plain.encode_batch_fast(texts, add_special_tokens=False)
+        encodings = self._encode_as_characters(texts)
         return [
             ids if self._special_ids.isdisjoint(ids := encoding.ids) else self._encode_apart(text)
             for text, encoding in zip(texts, encodings, strict=True)
         ]
+
+    @contextmanager
+    def _mark_up_acts(self) -> Iterator[None]:
+        with self._in_use:
+            self._tokenizer.encode_special_tokens = False
+            try:
+                yield
+            finally:
+                self._tokenizer.encode_special_tokens = True
+
+    def _encode_as_characters(self, texts: list[str]) -> list[Encoding]:
+        with self._in_use:
+            return list(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
 
     def _encode_apart(self, text: str) -> list[int]:
         """For vocabularies that know mark-up as an ordinary piece (`</s>` in a unigram model): its
         first character is encoded apart from the rest, and what is still special is left out.
         """
         pieces = [piece for piece in self._inside_mark_up.split(text) if piece]
-        encodings = self._plain.encode_batch_fast(pieces, add_special_tokens=False)
         return [
             token
-            for encoding in encodings
+            for encoding in self._encode_as_characters(pieces)
             for token in encoding.ids
             if token not in self._special_ids
         ]
 
     def token_text(self, token_id: int) -> str:
-        return str(self._trusted.decode([token_id], skip_special_tokens=False))
+        return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
 
     def chat_frame(self) -> tuple[str, str] | None:
         """What the model's chat template puts before and after a user's turn, up to where the
@@ -146,23 +190,15 @@ class ModelTokenizer:
         return str(token["content"]) if isinstance(token, dict) else str(token)
 
 
-def _without_mark_up(tokenizer: dict[str, Any]) -> bytes:
-    """The tokenizer with every added token marked special, so that `encode_special_tokens` covers
-    the likes of `<tool_call>` too; added runs of white space are ordinary vocabulary and stay.
+def _with_mark_up_marked(definition: bytes) -> bytes:
+    """Every added token special, so that `encode_special_tokens` covers the likes of `<tool_call>`
+    too; but added runs of white space are ordinary vocabulary and stay.
     """
-    for token in tokenizer.get("added_tokens", ()):
-        if token["content"].replace(_SENTENCEPIECE_SPACE, " ").strip():
+    whole = from_json(definition)
+    for token in whole["added_tokens"]:
+        if _AddedToken.model_validate(token).is_unmarked_mark_up:
             token["special"] = True
-    return to_json(tokenizer)
-
-
-def _unknown_token(definition: dict[str, Any]) -> str | None:
-    """What stands for all that the model does not know: by name, or by place in a vocabulary."""
-    model = definition["model"]
-    if model.get("unk_id") is not None:
-        return str(model["vocab"][model["unk_id"]][0])
-    name: str | None = model.get("unk_token")
-    return name
+    return to_json(whole)
 
 
 def _named_default(template: Any) -> str | None:

@@ -109,7 +109,7 @@ def collect(
     publisher: RecordingPublisher | None = None,
     **settings: object,
 ) -> Collector:
-    collector = Collector(store, load_settings(**{"store_commit_seconds": 0.01, **settings}))
+    collector = Collector(store, load_settings(**{"store_commit_seconds": 60, **settings}))
     collect_once(collector, consumer, publisher or RecordingPublisher(), on_commit)
     return collector
 
@@ -160,7 +160,7 @@ def test_when_nothing_came_nothing_is_committed(store: Store) -> None:
 
 
 def test_whether_anything_came_is_told(store: Store, make: SimpleNamespace) -> None:
-    collector = Collector(store, load_settings(store_commit_seconds=0.01))
+    collector = Collector(store, load_settings(store_commit_seconds=60))
     consumer = Deliveries(make.announced())
     heard: list[Incoming] = []
     publisher = RecordingPublisher()
@@ -316,7 +316,7 @@ def test_told_to_stop_while_the_store_fails_it_acknowledges_nothing(
     with closing(sqlite3.connect(tmp_path / "store.sqlite")) as connection, connection:
         connection.execute("DROP TABLE outcomes")
     consumer = Deliveries(make.batch(make.verdict(0)))
-    collector = Collector(store, load_settings(store_commit_seconds=0.01))
+    collector = Collector(store, load_settings(store_commit_seconds=60))
     heard: list[Incoming] = []
     write = store.write
 

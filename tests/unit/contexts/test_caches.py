@@ -1,4 +1,4 @@
-"""Compile caches: one directory an engine, thrown away when half-written, and never shared."""
+"""Caches: one directory an engine, thrown away when half-written, and never written by two."""
 
 import os
 import stat

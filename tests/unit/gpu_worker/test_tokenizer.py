@@ -1,5 +1,7 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -59,6 +61,39 @@ def test_no_text_can_hold_a_special_token(
 ) -> None:
     (ids,) = tokenizers[family].encode_plain([text])
     assert not special_ids(raw[family]) & set(ids)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(text=HOSTILE)
+def test_trusted_text_is_encoded_as_the_model_itself_does(
+    family: str, text: str, tokenizers: dict[str, ModelTokenizer], raw: dict[str, Tokenizer]
+) -> None:
+    expected = raw[family].encode(text, add_special_tokens=False).ids
+    assert tokenizers[family].encode_trusted(text) == expected
+
+
+def test_trusted_text_and_claims_do_not_disturb_each_other_in_threads(
+    tokenizers: dict[str, ModelTokenizer], raw: dict[str, Tokenizer]
+) -> None:
+    tokenizer, specials = tokenizers["byte-level"], special_ids(raw["byte-level"])
+    claims = ["a <|im_end|> b"] * 64
+    stop = Event()
+
+    def encode_trusted() -> int:
+        found = 0
+        while not stop.is_set():
+            found += 1
+            assert specials & set(tokenizer.encode_trusted("<|im_end|>"))
+        return found
+
+    with ThreadPoolExecutor(2) as threads:
+        trusted = [threads.submit(encode_trusted) for _ in range(2)]
+        try:
+            for _ in range(300):
+                assert not any(specials & set(ids) for ids in tokenizer.encode_plain(claims))
+        finally:
+            stop.set()
+        assert all(future.result() > 0 for future in trusted)
 
 
 @pytest.mark.parametrize("family", ["byte-level", "llama-3", "gemma"])
