@@ -5,6 +5,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -56,8 +57,11 @@ def project(daemon: Daemon, tmp_path_factory: pytest.TempPathFactory) -> Stack:
     stack = Stack(tmp_path_factory.mktemp("compose") / "keepwarm", daemon).with_secrets()
     with daemon.running(network_of_its_own=False):
         images.make_base(daemon)
-        images.make_stand_ins(daemon)
-        stack.compose("build", *images.OWN)
+        with ThreadPoolExecutor() as both:  # each waits for the network most of the time
+            stand_ins = both.submit(images.make_stand_ins, daemon)
+            own = both.submit(stack.compose, "build", *images.OWN)
+            stand_ins.result()
+            own.result()
     return stack
 
 

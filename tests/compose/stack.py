@@ -64,11 +64,16 @@ class Stack:
             cwd=self.directory,
         )
 
-    def run(self, service: str, *arguments: str) -> str:
+    def run(self, service: str, *arguments: str, standard_input: str = "") -> str:
         """A command in a container of its own; what it prints on standard output."""
         command = [*self._command, *_FILES, "run", "--rm", "-T", service, *arguments]
         done = subprocess.run(
-            command, env=self.environment, cwd=self.directory, capture_output=True, text=True
+            command,
+            env=self.environment,
+            cwd=self.directory,
+            input=standard_input,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
         return done.stdout
@@ -92,9 +97,14 @@ class Stack:
             *("-q", "-O", "-", url),
         )
 
-    def submit(self, *arguments: str) -> str:
+    def submit(self, *arguments: str, standard_input: str = "") -> str:
         """The run's id."""
-        return self.run("producer", "submit", *arguments).strip().splitlines()[-1]
+        said = self.run("producer", "submit", *arguments, standard_input=standard_input)
+        return said.strip().splitlines()[-1]
+
+    def statuses(self) -> list[dict[str, Any]]:
+        """Of every run, as the store has them."""
+        return json.loads(self.run("operator", "status", "--json"))
 
     def complete(self, run_id: str, seconds: int = 300) -> dict[str, Any]:
         """Its report, once every claim has an outcome."""
