@@ -36,6 +36,7 @@ def main() -> None:
     (SECRETS / "broker").chmod(0o700)
     made = [name for name in PASSWORDS if make_password(SECRETS / name)]
     write_admin()
+    (SECRETS / "hf.token").touch()  # for who has one to put there
     added = extend_dotenv(known, uid, gid)
     give((SECRETS, *SECRETS.rglob("*"), RESULTS), uid, gid)
     print(f"secrets/: {len(made)} passwords made, {len(PASSWORDS) - len(made)} kept; of user {uid}")

@@ -61,11 +61,11 @@ def test_claims_come_from_standard_input(stack: Stack) -> None:
 def test_the_engine_stays_warm_while_its_worker_is_replaced(stack: Stack) -> None:
     (before,) = stack.engines()
     (first,) = stack.containers("gpu-worker")
-    run = stack.submit("/data/claims.jsonl", "--limit", "200")
+    run = stack.submit("/data/claims.jsonl", "--limit", "120")
     wait_until(lambda: stack.engines()[0]["attached"] == 1, "the worker at its engine")
     stack.compose("restart", "gpu-worker")
     all_of_it = stack.complete(run)
-    assert sum(all_of_it["verdicts"].values()) == 200
+    assert sum(all_of_it["verdicts"].values()) == 120
     (after,) = stack.engines()
     (again,) = stack.containers("gpu-worker")
     assert started(again) > started(first)
@@ -79,7 +79,7 @@ def test_the_engine_stays_warm_while_its_worker_is_replaced(stack: Stack) -> Non
 def test_workers_are_scaled_and_share_the_engine(stack: Stack) -> None:
     stack.compose("up", "-d", "--no-recreate", "--scale", "gpu-worker=3")
     wait_until(lambda: stack.engines()[0]["attached"] == 3, "three workers at one engine", 120)
-    run = stack.submit("/data/claims.jsonl", "--limit", "150")
+    run = stack.submit("/data/claims.jsonl", "--limit", "60")
     assert len(stack.complete(run)["workers"]) >= 1
     listed = json.loads(stack.inside("collector", "python3", "-c", _GET.format("/sd")))
     assert len({target for group in listed for target in group["targets"]}) == 3
@@ -95,13 +95,13 @@ _GET = (
 def test_a_worker_that_is_stopped_drains_and_ends_well(stack: Stack) -> None:
     stack.compose("up", "-d", "--no-recreate", "--scale", "gpu-worker=1")
     (only,) = stack.containers("gpu-worker")
-    run = stack.submit("/data/claims.jsonl", "--limit", "180")
+    run = stack.submit("/data/claims.jsonl", "--limit", "100")
     stack.compose("stop", "gpu-worker")
     (stopped,) = stack.inspect(only["Id"])
     assert stopped["State"]["ExitCode"] == 0 and not stopped["State"]["OOMKilled"]
     assert stack.containers("engine-cpu")[0]["State"]["Running"]
     stack.compose("start", "gpu-worker")
-    assert sum(stack.complete(run)["verdicts"].values()) == 180
+    assert sum(stack.complete(run)["verdicts"].values()) == 100
 
 
 def test_workers_outlast_their_keeper(stack: Stack) -> None:

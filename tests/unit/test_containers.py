@@ -74,9 +74,10 @@ def test_passwords_are_files_and_a_service_has_its_own_alone(
         if "PASSWORD" in name and not name.startswith("#"):
             assert value.strip().startswith("/run/secrets/"), line
     has = {name: each.get("secrets", []) for name, each in file["services"].items()}
-    assert has["gpu-worker"] == ["worker"] and has["producer"] == ["producer"]
+    assert has["gpu-worker"] == ["worker", "hf_token"]
+    assert has["producer"] == ["producer", "hf_token"]
     assert has["collector"] == ["collector", "postgres"]
-    assert not {"engine-cpu", "engine-cuda", "prometheus"} & {n for n, each in has.items() if each}
+    assert has["engine-cpu"] == has["engine-cuda"] == ["hf_token"] and not has["prometheus"]
     for secret in file["secrets"].values():
         assert secret["file"].startswith("./secrets/")
 
