@@ -73,7 +73,7 @@ def stack(project: Stack, daemon: Daemon) -> Iterator[Stack]:
             project.compose("up", "-d")
             yield project
         finally:
-            if os.environ.get("KEEPWARM_TEST_LOGS"):
-                logs = project.compose("logs", "--no-color", check=False)
-                Path(os.environ["KEEPWARM_TEST_LOGS"]).write_text(logs)
+            # Kept for a while with pytest's temporary files.
+            logs = project.compose("logs", "--no-color", check=False)
+            (project.directory / "services.log").write_text(logs)
             project.compose("down", "--volumes", "--timeout", "60", check=False)
