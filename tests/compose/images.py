@@ -37,9 +37,10 @@ def make_base(daemon: Daemon) -> None:
         policy = root / "usr/sbin/policy-rc.d"
         policy.write_text("#!/bin/sh\nexit 101\n")
         policy.chmod(0o755)
-        packed = subprocess.Popen(["tar", "-C", root, "-c", "."], stdout=subprocess.PIPE)
-        daemon.docker("import", "-", BASE, stdin=packed.stdout)
-        assert packed.wait() == 0
+        command = ["tar", "-C", root, "-c", "."]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as packed:
+            daemon.docker("import", "-", BASE, stdin=packed.stdout)
+        assert packed.returncode == 0
     finally:
         remove_root(root)
 
