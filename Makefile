@@ -6,10 +6,10 @@ export PYTHON
 MODEL  := .models/SmolLM2-135M-Instruct
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-hpc check docs lock clean
+.PHONY: help setup demo secrets test test-hpc test-compose check docs lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## system packages, .venv with an engine (ENGINE=cpu|cuda|auto), the demo model
 	@setup/system.sh
@@ -20,7 +20,10 @@ demo: setup ## verify the sample claims with a real broker and a real engine
 	@rm -rf results/demo # a finished run would only be reported again
 	.venv/bin/keepwarm run samples/claims.jsonl --model $(MODEL) --prompt samples/prompt.yaml --out results/demo
 
-test: ## all tests but those of clusters, with a real broker, engine and PostgreSQL (ARGS='-k drain')
+secrets: ## passwords and .env for docker compose; what is there is kept
+	@$(PYTHON) setup/compose_secrets.py
+
+test: ## all tests but those of clusters and containers, with a real broker, engine and PostgreSQL (ARGS='-k drain')
 	@setup/system.sh --with-postgres
 	@setup/python.sh $(ENGINE)
 	@.venv/bin/python setup/demo_model.py
@@ -30,6 +33,12 @@ test-hpc: ## batch jobs on a real Slurm, and what builds the images of apptainer
 	@setup/system.sh --with-hpc
 	@setup/python.sh services
 	.venv/bin/pytest tests/hpc tests/images -n 2 --dist loadfile $(ARGS)
+
+test-compose: ## docker-compose.yml on a Docker daemon of its own, with the CPU engine; as root
+	@setup/system.sh --with-compose
+	@setup/python.sh cpu
+	@.venv/bin/python setup/demo_model.py
+	.venv/bin/pytest tests/compose $(ARGS)
 
 check: ## lint, types and unit tests, in seconds and without an engine
 	@setup/python.sh services

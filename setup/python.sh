@@ -6,6 +6,12 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# In a second worktree it may be a link: what others use is not made anew for us.
+if [[ -L .venv && -x .venv/bin/python ]]; then
+    echo "python: .venv is a link to $(readlink .venv), used as it is"
+    exit
+fi
+
 engine=${1-}
 case "$engine" in
     cpu | cuda | services) ;;

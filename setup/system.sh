@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Makes sure that the system packages Keepwarm needs are there:
-#   setup/system.sh [--with-postgres] [--with-hpc]
+#   setup/system.sh [--with-postgres] [--with-hpc] [--with-compose]
 # Needs root or passwordless sudo only when something is missing; then it says what.
 set -euo pipefail
 
-with_postgres=no with_hpc=no
+with_postgres=no with_hpc=no with_compose=no
 for flag in "$@"; do
     case "$flag" in
         --with-postgres) with_postgres=yes ;;
         --with-hpc) with_hpc=yes ;;
-        *) echo "usage: setup/system.sh [--with-postgres] [--with-hpc]" >&2; exit 2 ;;
+        --with-compose) with_compose=yes ;;
+        *) echo "usage: setup/system.sh [--with-postgres] [--with-hpc] [--with-compose]" >&2; exit 2 ;;
     esac
 done
 python=${PYTHON:-python3}
@@ -45,6 +46,15 @@ find_missing() {
         [[ -x /usr/sbin/debootstrap ]] || missing+=(debootstrap)
         command -v shellcheck >/dev/null || missing+=(shellcheck)
     fi
+    # A Docker daemon, and a Debian to make images of.
+    if [[ $with_compose == yes ]]; then
+        command -v dockerd >/dev/null || missing+=(docker.io)
+        docker compose version >/dev/null 2>&1 || command -v docker-compose >/dev/null ||
+            missing+=(docker-compose)
+        command -v iptables >/dev/null || missing+=(iptables)
+        command -v ip >/dev/null || missing+=(iproute2)
+        [[ -x /usr/sbin/debootstrap ]] || missing+=(debootstrap)
+    fi
 }
 
 # Debian starts a service as soon as its package is installed. Keepwarm and its tests start private
@@ -58,7 +68,7 @@ refuse_services() {
 #!/bin/sh
 # Made by Keepwarm's setup/system.sh for the time of one apt-get.
 for word in "\$@"; do
-    case \$word in rabbitmq-server*|epmd*|postgresql*|slurm*|munge*) exit 101 ;; esac
+    case \$word in rabbitmq-server*|epmd*|postgresql*|slurm*|munge*|docker*|containerd*) exit 101 ;; esac
 done
 [ ! -x $saved ] || exec $saved "\$@"
 POLICY
@@ -102,6 +112,9 @@ if ((${#missing[@]} > 0)); then
         case $package in
             rabbitmq-server | postgresql | slurmctld | slurmd | munge)
                 systemctl disable --quiet "$package" 2>/dev/null || true
+                ;;
+            docker.io)
+                systemctl disable --quiet docker.service docker.socket containerd.service 2>/dev/null || true
                 ;;
         esac
     done

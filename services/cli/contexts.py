@@ -19,12 +19,12 @@ from services.cli.context_options import (
 )
 from services.cli.logs import configure_logs
 from services.cli.signals import on_stop_signal
-from services.contexts import find_device
 from services.contexts.attachment import Attachment, drain
 from services.contexts.attachment import evict as evict_engines
 from services.contexts.plan import EnginePlan
 from services.contexts.records import ContextRecord, live_records
 from services.contexts.runtime_dir import open_runtime_dir
+from services.contexts.start_keeper import node_device
 from services.contracts import Settings, load_settings
 from services.contracts.errors import UsageError
 
@@ -59,7 +59,7 @@ def warm(
         stop.set()
 
     on_stop_signal(interrupted)
-    attachment = Attachment(EnginePlan.of(context, find_device(), settings), settings)
+    attachment = Attachment(EnginePlan.of(context, node_device(settings), settings), settings)
     try:
         ready = attachment.start(stop)
     finally:

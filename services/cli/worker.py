@@ -16,7 +16,8 @@ from services.cli.options import (
     BrokerOption,
 )
 from services.cli.signals import before_the_walltime_ends, on_stop_signal
-from services.contexts import find_device, seconds_until_drain
+from services.contexts import seconds_until_drain
+from services.contexts.start_keeper import node_device
 from services.contracts import load_settings
 from services.contracts.errors import UsageError
 from services.contracts.presence import Ending
@@ -58,7 +59,7 @@ def worker(
     if context is None and (revision or engine_argument):
         raise UsageError("--revision and --engine-argument are a model's; name it with --model")
     with MetricsServer(settings) as metrics:
-        service = Worker(context, find_device(), settings, metrics.advertised)
+        service = Worker(context, node_device(settings), settings, metrics.advertised)
         on_stop_signal(lambda number: service.stop(_ENDINGS[number]))
         before_the_walltime_ends(lambda: service.stop("walltime"), seconds_until_drain(settings))
         metrics.serve(service)

@@ -106,7 +106,9 @@ class Attachment:
         log.info("engine.starting", context=self.plan.spec.context_id, log=str(self.log_file))
         self._let_go()
         self._gone = None
-        line = open_keeper(self._settings)
+        line = open_keeper(self._settings, stop.is_set)
+        if line is None:
+            return False
         line.send(Attach(plan=self.plan))
         with self._listening:
             self._line = line

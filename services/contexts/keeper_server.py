@@ -9,8 +9,9 @@ import time
 
 import structlog
 
+from services.contexts.device import find_device
 from services.contexts.keeper import Keeper
-from services.contexts.protocol import Attach, Demand, Drain, Evict, Line, Word
+from services.contexts.protocol import Attach, Demand, Drain, Evict, Line, Look, Word
 from services.contexts.runtime_dir import keeper_socket
 from services.contexts.slot import Slot
 from services.contracts.errors import KeeperError, KeepwarmError
@@ -104,6 +105,11 @@ class KeeperServer:
                 slot.detach()
         elif isinstance(request, Demand):
             self._keeper.hear_demand(request.claims)
+        elif isinstance(request, Look):
+            try:
+                line.send(Word(device=find_device()))
+            except KeepwarmError as error:
+                line.send(Word(gone=str(error)))
         elif isinstance(request, Evict):
             line.send(Word(done=self._keeper.evict(request.wanted)))
         elif isinstance(request, Drain):

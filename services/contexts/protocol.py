@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from services.contexts.device import Device
 from services.contexts.lines import Lines
 from services.contexts.plan import EnginePlan
 from services.contexts.records import ContextRecord
@@ -33,6 +34,12 @@ class Demand(Value):
     claims: Annotated[dict[Identity, Annotated[int, Field(ge=0)]], Field(max_length=10_000)]
 
 
+class Look(Value):
+    """What do engines here compute on? For workers that do not see it themselves."""
+
+    verb: Literal["look"] = "look"
+
+
 class Evict(Value):
     """Stop these engines, named by themselves or by their contexts, in use or not. The answer comes
     when they are gone.
@@ -48,8 +55,8 @@ class Drain(Value):
     verb: Literal["drain"] = "drain"
 
 
-Request = Annotated[Attach | Demand | Evict | Drain, Field(discriminator="verb")]
-_REQUEST: TypeAdapter[Attach | Demand | Evict | Drain] = TypeAdapter(Request)
+Request = Attach | Demand | Look | Evict | Drain
+_REQUEST: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discriminator="verb")])
 
 
 class Word(Value):
@@ -57,10 +64,12 @@ class Word(Value):
 
     record: ContextRecord | None = None
     gone: str | None = None
-    """Why the engine is no more, or never was."""
+    """Why the engine is no more, or never was; or why there is no device."""
     warm: bool = False
     """Whether it was warm when we came."""
     done: tuple[str, ...] = ()
+    device: Device | None = None
+    """What engines here compute on, for whoever looked."""
 
 
 class Line:
@@ -89,7 +98,7 @@ class Line:
         self._connection.settimeout(5.0)
         self._connection.sendall(value.model_dump_json().encode() + b"\n")
 
-    def request(self, timeout_seconds: float) -> Attach | Demand | Evict | Drain | None:
+    def request(self, timeout_seconds: float) -> Request | None:
         """The next request; None when the other side is gone. Raises TimeoutError, KeeperError."""
         line = self._lines.next(timeout_seconds)
         try:

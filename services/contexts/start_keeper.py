@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from services.contexts.protocol import Line
+from services.contexts.device import Device, find_device
+from services.contexts.protocol import Line, Look
 from services.contexts.runtime_dir import keeper_socket, open_log, open_runtime_dir, quoted_tail
 from services.contracts import Settings
-from services.contracts.errors import KeeperError
+from services.contracts.errors import EngineStartError, KeeperError
 from services.contracts.settings import METRICS_OFF
 from services.leash import Leashed
 
@@ -40,8 +41,9 @@ def connected(directory: Path) -> Line | None:
     return Line(connection)
 
 
-def open_keeper(settings: Settings) -> Line:
-    """A connection to this node's keeper, which is started if there is none, and then outlives us.
+def open_keeper(settings: Settings, stopped: Callable[[], bool] = lambda: False) -> Line | None:
+    """A connection to this node's keeper, which is started if there is none, and then outlives us;
+    where that is not for us to do, it is waited for. None when `stopped` said so meanwhile.
 
     Raises KeeperError when it does not come up.
     """
@@ -49,14 +51,15 @@ def open_keeper(settings: Settings) -> Line:
     log_file = directory / "keeper.log"
     again_at = 0.0
 
-    def have_one_started() -> None:
+    def go_on() -> bool:
         # One that finds another, or one that is about to end, ends at once: there is a lock.
         nonlocal again_at
-        if time.monotonic() >= again_at:
+        if settings.start_keeper and time.monotonic() >= again_at:
             again_at = time.monotonic() + _AGAIN_SECONDS
             _start(settings, log_file)
+        return not stopped()
 
-    return _wait(directory, log_file, have_one_started)
+    return _wait(directory, log_file, go_on)
 
 
 @contextlib.contextmanager
@@ -79,19 +82,42 @@ def kept_meanwhile(settings: Settings, log_file: Path) -> Iterator[None]:
             output=output,
         )
     try:
-        _wait(directory, log_file, lambda: None).close()
+        line = _wait(directory, log_file, lambda: True)
+        assert line is not None
+        line.close()
         yield
     finally:
         keeper.stop()
 
 
-def _wait(directory: Path, log_file: Path, meanwhile: Callable[[], None]) -> Line:
+def node_device(settings: Settings) -> Device:
+    """What engines of this node compute on. A keeper that is a service of its own may see a GPU
+    that we do not see, so it is asked; otherwise we look ourselves.
+
+    Raises EngineStartError where a GPU that is named is not there, KeeperError without a keeper.
+    """
+    if settings.start_keeper:
+        return find_device()
+    line = open_keeper(settings)
+    assert line is not None
+    with contextlib.closing(line):
+        line.send(Look())
+        word = line.word(_ANSWER_SECONDS)
+    if word is None or word.device is None:
+        raise EngineStartError((word and word.gone) or "the keeper ended before it told its device")
+    return word.device
+
+
+def _wait(directory: Path, log_file: Path, go_on: Callable[[], bool]) -> Line | None:
     deadline = time.monotonic() + _ANSWER_SECONDS
     while (line := connected(directory)) is None:
-        meanwhile()
+        if not go_on():
+            return None
         if time.monotonic() > deadline:
             raise KeeperError(
-                f"no keeper answers in {directory}; its log ended with:\n{quoted_tail(log_file)}"
+                f"no keeper answers in {directory}. One that is a service of its own "
+                "(KEEPWARM_START_KEEPER=false) must run, as the same user and with the same "
+                f"KEEPWARM_RUNTIME_DIR; the log of any other ended with:\n{quoted_tail(log_file)}"
             )
         time.sleep(_POLL_SECONDS)
     return line

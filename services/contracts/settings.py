@@ -145,6 +145,10 @@ class Settings(BaseSettings):
     engine_trust_remote_code: bool = False
     """Lets a model repository's own Python code run. It is code from strangers."""
 
+    start_keeper: bool = True
+    """Whether a worker that finds no keeper on its node starts one. False where the keeper is a
+    service of its own, like a container: the worker then waits 20 s for it, and asks it for the
+    device."""
     context_idle_seconds: Seconds = 600
     """How long an engine stays that no worker uses ([contexts.md](contexts.md))."""
     context_memory_gib: Annotated[float, Field(gt=0)] | None = None

@@ -15,6 +15,7 @@ SCRIPTS = sorted(
         REPOSITORY / ".ci" / "run",
         *APPTAINER.rglob("*.sh"),
         *APPTAINER.rglob("*.sbatch"),
+        *(REPOSITORY / "tests" / "compose").rglob("*.sh"),
     ]
 )
 DEFINITIONS = sorted(APPTAINER.glob("*.def"))
@@ -49,9 +50,8 @@ def test_a_definition_is_whole(file: Path) -> None:
         assert source.exists(), source
         assert target.startswith("/opt/keepwarm/")
     # What it calls in the image has been put there.
-    called = set(
-        re.findall(r"/opt/keepwarm/apptainer/[\w.]+", "".join(definition.sections.values()))
-    )
+    sections = "".join(definition.sections.values())
+    called = set(re.findall(r"/opt/keepwarm/(?:apptainer|setup)/[\w.]+", sections))
     assert called <= {target for _, target in definition.files}
 
 

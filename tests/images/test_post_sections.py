@@ -4,7 +4,6 @@ Apptainer itself is not needed for it: %files is a copy, %post and %test are she
 The worker's image is built with the services' lock alone; vLLM for CUDA is several GB.
 """
 
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -12,31 +11,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.debian import give_network, make_root, network_variables, remove_root
 from tests.hpc.definitions import APPTAINER, read_definition
-
-# What this machine reaches the network with, so that apt and pip do from the root as well.
-_NETWORK_FILES = ("etc/ssl/certs/ca-certificates.crt", "etc/resolv.conf", "etc/hosts")
-_NETWORK_VARIABLES = ("PIP_CERT", "PIP_INDEX_URL", "http_proxy", "https_proxy", "no_proxy")
 
 
 @pytest.fixture(scope="module")
 def bare_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A Debian with nothing but what every Debian has."""
-    assert os.geteuid() == 0, "chroot and debootstrap are root's"
     root = tmp_path_factory.mktemp("bare") / "root"
     try:
-        command = [
-            "debootstrap",
-            "--variant=minbase",
-            "--include=ca-certificates",
-            "bookworm",
-            root,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        make_root(root)
         yield root
     finally:
-        remove(root)
+        remove_root(root)
 
 
 @pytest.fixture
@@ -46,13 +32,7 @@ def root(bare_root: Path, tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["cp", "-a", bare_root, root], check=True)
         yield root
     finally:
-        remove(root)
-
-
-def remove(root: Path) -> None:
-    # Nothing may be mounted in it: then removing it would remove what is mounted.
-    assert str(root) not in Path("/proc/self/mounts").read_text()
-    shutil.rmtree(root, ignore_errors=True)
+        remove_root(root)
 
 
 def put_files(root: Path, files: list[tuple[Path, str]]) -> None:
@@ -65,21 +45,12 @@ def put_files(root: Path, files: list[tuple[Path, str]]) -> None:
             shutil.copy2(source, place)
 
 
-def give_network(root: Path) -> None:
-    for name in _NETWORK_FILES:
-        shutil.copy2(Path("/", name), root / name)
-    own = Path("/usr/local/share/ca-certificates")
-    if own.is_dir():
-        shutil.copytree(own, root / own.relative_to("/"), dirs_exist_ok=True)
-
-
 def run_in(root: Path, script: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """As Apptainer runs a section: the shell ends at the first error."""
-    passed = {name: os.environ[name] for name in _NETWORK_VARIABLES if name in os.environ}
     return subprocess.run(
         ["chroot", root, "/bin/sh", "-e", "-c", script],
         env={
-            **passed,
+            **network_variables(),
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "LANG": "C.UTF-8",
             **environment,

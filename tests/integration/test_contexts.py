@@ -52,6 +52,21 @@ def test_workers_that_race_for_a_context_start_one_engine(
     wait_until(lambda: warm_here(environment)[0].attached == 0, "all leases given back")
 
 
+def test_workers_of_a_keeper_that_is_a_service_never_bring_their_own(
+    command: Start, environment: dict[str, str]
+) -> None:
+    alone = {"KEEPWARM_START_KEEPER": "false"}
+    worker = command("worker", **alone)  # before the keeper, as containers may start
+    keeper = command("keeper")
+    keeper.said("keeper.ready")
+    worker.said("worker.taking")
+    end_well(keeper)  # its engine goes with it; another keeper comes
+    again = command("keeper")
+    again.said("keeper.ready")
+    worker.said("engine.ready", times=2)
+    end_well(worker, again)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_the_engine_stays_for_the_next_worker_whatever_ends_the_first(
     command: Start, environment: dict[str, str], number: int

@@ -13,11 +13,12 @@ import pytest
 from services.contexts import Device, start_keeper
 from services.contexts.engine import Engine
 from services.contexts.keeper import Keeper
+from services.contexts.keeper_server import KeeperServer
 from services.contexts.plan import EnginePlan
 from services.contexts.records import ContextRecord, State, live_records
 from services.contexts.slot import Slot
 from services.contracts import ContextSpec, load_settings
-from services.contracts.errors import EngineRequestError, KeeperError
+from services.contracts.errors import EngineRequestError, EngineStartError, KeeperError
 
 # httpcore leaves a socket that could not connect to Python's garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
@@ -504,3 +505,66 @@ def test_a_keeper_that_a_worker_starts_leaves_the_workers_port_alone(
 ) -> None:
     monkeypatch.setenv("KEEPWARM_METRICS_ADDRESS", "127.0.0.1:9464")
     assert start_keeper._environment(load_settings())["KEEPWARM_METRICS_ADDRESS"] == "off"
+
+
+# A keeper that is a service of its own, perhaps in another container.
+
+
+@pytest.fixture
+def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KeeperServer]:
+    monkeypatch.setenv("KEEPWARM_RUNTIME_DIR", str(tmp_path / "run"))
+    monkeypatch.setenv("KEEPWARM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("KEEPWARM_START_KEEPER", "false")
+    server = KeeperServer(Keeper(load_settings()), for_ever=True)
+    serving = threading.Thread(target=server.serve)
+    serving.start()
+    yield server
+    server.stop()
+    serving.join(GENEROUS_SECONDS)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Device:
+    """What the keeper sees, and this process does not."""
+    device = Device("cuda", "H100", 2**36, (0, 1), gpu="0")
+    monkeypatch.setattr("services.contexts.keeper_server.find_device", lambda: device)
+    return device
+
+
+@pytest.mark.usefixtures("service")
+def test_a_worker_has_the_device_that_its_keeper_sees(
+    gpu: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert start_keeper.node_device(load_settings()) == gpu
+    assert start_keeper.node_device(load_settings(start_keeper=True)).kind == "cpu"
+
+
+@pytest.mark.usefixtures("service")
+def test_a_keeper_says_why_it_has_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> Device:
+        raise EngineStartError("there is no GPU '7' here")
+
+    monkeypatch.setattr("services.contexts.keeper_server.find_device", missing)
+    with pytest.raises(EngineStartError, match="there is no GPU '7' here"):
+        start_keeper.node_device(load_settings())
+
+
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No keeper, and none to be started."""
+    monkeypatch.setenv("KEEPWARM_RUNTIME_DIR", str(tmp_path / "run"))
+    monkeypatch.setenv("KEEPWARM_START_KEEPER", "false")
+    monkeypatch.setattr(start_keeper, "_ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(start_keeper, "_start", lambda *_: pytest.fail("it was started"))
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_worker_that_may_start_no_keeper_says_what_is_missing() -> None:
+    with pytest.raises(KeeperError, match="KEEPWARM_START_KEEPER=false"):
+        start_keeper.open_keeper(load_settings())
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_worker_that_is_told_to_stop_waits_for_no_keeper() -> None:
+    assert start_keeper.open_keeper(load_settings(), lambda: True) is None

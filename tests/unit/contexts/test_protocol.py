@@ -9,7 +9,7 @@ import pytest
 
 from services.contexts import Device
 from services.contexts.plan import EnginePlan
-from services.contexts.protocol import Attach, Demand, Drain, Evict, Line, Request, Word
+from services.contexts.protocol import Attach, Demand, Drain, Evict, Line, Look, Request, Word
 from services.contexts.records import ContextRecord
 from services.contracts import ContextSpec, load_settings
 from services.contracts.errors import KeeperError
@@ -42,6 +42,7 @@ def test_every_request_survives_the_way(ends: Ends, context: ContextSpec) -> Non
     said: list[Request] = [
         Attach(plan=wanted),
         Demand(claims={context.context_id: 7}),
+        Look(),
         Evict(wanted=("ctx-1", "ctx-2")),
         Drain(),
     ]
@@ -75,6 +76,7 @@ def test_a_word_survives_the_way(ends: Ends, context: ContextSpec) -> None:
         Word(record=record, warm=True),
         Word(gone="it ended\nwith a log"),
         Word(done=("a", "b")),
+        Word(device=Device("cuda", "H100", 2**36, (0, 1), gpu="0")),
     ]
     for word in said:
         ends.line.send(word)

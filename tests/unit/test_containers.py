@@ -1,0 +1,258 @@
+"""What docker-compose.yml and the Dockerfiles promise, read from the files; no Docker is needed.
+
+`make test-compose` runs them.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import tomllib
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from services.broker.roles import ROLES
+from services.cli.secrets_dir import SecretsDir
+
+OWN = ("collector", "producer", "gpu-worker", "engine-cpu", "engine-cuda")
+ENDS = ("broker-setup", "producer", "operator")  # they do one thing, and are not there for ever
+ROOMS = ("collector", "contexts", "gpu_worker", "producer")
+PINNED = re.compile(r"[a-z0-9./-]+:v?\d+\.\d+\.\d+[a-z0-9.-]*|[a-z]+:\d+\.\d+-[a-z]+")
+
+
+@pytest.fixture(scope="module")
+def file(repository: Path) -> dict[str, Any]:
+    return yaml.safe_load((repository / "docker-compose.yml").read_text())
+
+
+@pytest.fixture(scope="module")
+def services(file: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return file["services"]
+
+
+def test_every_service_is_closed_and_bounded(services: dict[str, dict[str, Any]]) -> None:
+    for name, service in services.items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["user"].split(":")[0] not in ("", "0", "root"), name
+        assert service["mem_limit"] and service["pids_limit"], name
+        assert service["logging"]["options"]["max-size"], name
+        assert "privileged" not in service and "cap_add" not in service, name
+        assert service.get("healthcheck") or name in OWN, name  # ours have one in the image
+        assert service["restart"] == ("no" if name in ENDS else "unless-stopped"), name
+
+
+def test_every_image_is_pinned(services: dict[str, dict[str, Any]], repository: Path) -> None:
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    for name, service in services.items():
+        assert PINNED.fullmatch(service["image"]), name
+        if "build" in service:
+            assert service["image"].endswith(f":{project['version']}"), name
+            assert (repository / service["build"]["dockerfile"]).exists(), name
+
+
+def test_ports_are_published_on_loopback_alone(services: dict[str, dict[str, Any]]) -> None:
+    published = {name: port for name, each in services.items() for port in each.get("ports", ())}
+    assert published.keys() == {"rabbitmq", "prometheus", "grafana"}
+    assert all(port.startswith("127.0.0.1:") for port in published.values())
+    assert not any(each.get("network_mode") == "host" for each in services.values())
+
+
+def test_passwords_are_files_and_a_service_has_its_own_alone(
+    file: dict[str, Any], repository: Path
+) -> None:
+    text = (repository / "docker-compose.yml").read_text()
+    for line in text.splitlines():
+        name, _, value = line.strip().partition(":")
+        if "PASSWORD" in name and not name.startswith("#"):
+            assert value.strip().startswith("/run/secrets/"), line
+    has = {name: each.get("secrets", []) for name, each in file["services"].items()}
+    assert has["gpu-worker"] == ["worker", "hf_token"]
+    assert has["producer"] == ["producer", "hf_token"]
+    assert has["collector"] == ["collector", "postgres"]
+    assert has["engine-cpu"] == has["engine-cuda"] == ["hf_token"] and not has["prometheus"]
+    for secret in file["secrets"].values():
+        assert secret["file"].startswith("./secrets/")
+
+
+def test_only_those_that_need_it_have_a_way_out(services: dict[str, dict[str, Any]]) -> None:
+    for name in ("collector", "operator", "postgres"):
+        assert services[name]["networks"] == ["inside"], name
+
+
+def test_a_worker_and_its_engines_share_their_places(services: dict[str, dict[str, Any]]) -> None:
+    worker = services["gpu-worker"]["volumes"]
+    assert worker == services["engine-cpu"]["volumes"] == services["engine-cuda"]["volumes"]
+    assert {"node:/run/keepwarm", "cache:/var/cache/keepwarm"} <= set(worker)
+    users = {services[name]["user"] for name in OWN}
+    assert len(users) == 1
+
+
+def test_a_container_has_longer_to_end_than_its_service(
+    services: dict[str, dict[str, Any]],
+) -> None:
+    for name in OWN:
+        assert int(services[name]["stop_grace_period"].removesuffix("s")) >= 40
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_dockerfile_keeps_the_rules(room: str, repository: Path) -> None:
+    text = (repository / "services" / room / "Dockerfile").read_text()
+    froms = re.findall(r"^FROM (\S+)", text, re.MULTILINE)
+    assert froms == ["debian:bookworm-20250520-slim", "base", "base"], froms
+    final = text.rpartition("\nFROM ")[2]
+    assert "COPY --from=builder" in final and "USER 10001:10001" in final
+    assert "STOPSIGNAL SIGTERM" in final and "HEALTHCHECK" in final
+    assert 'ENTRYPOINT ["tini", "--"' in final
+    assert "ADD " not in text and "latest" not in text
+    if room != "contexts":  # the engine for CUDA keeps one, and says why
+        assert not re.search(r"gcc|clang|build-essential|-dev\b", text)
+
+
+def test_images_are_alike_where_engines_are_named_by_it(repository: Path) -> None:
+    """A worker's variables that an engine reads are a part of the engine's name."""
+    common = {
+        re.search(
+            rf"^.*\b({name}=\S+)", (repository / "services" / room / "Dockerfile").read_text(), re.M
+        )[1]
+        for room in ("contexts", "gpu_worker")
+        for name in ("HF_HOME", "PYTHONNOUSERSITE")
+    }
+    assert len(common) == 2
+
+
+def test_images_hold_neither_secrets_nor_results(repository: Path) -> None:
+    lines = (repository / ".dockerignore").read_text().splitlines()
+    assert [line for line in lines if line and not line.startswith(("#", "!"))] == [
+        "*",
+        "**/__pycache__",
+    ]
+    taken = [line.removeprefix("!") for line in lines if line.startswith("!")]
+    assert set(taken) == {
+        *("README.md", "pyproject.toml", "services", "setup/health.py", "setup/image.sh"),
+        *("setup/requirements", "setup/unneeded.py"),
+    }
+
+
+# setup/compose_secrets.py, in a checkout of its own.
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, repository: Path) -> Path:
+    script = tmp_path / "setup" / "compose_secrets.py"
+    script.parent.mkdir()
+    script.write_bytes((repository / "setup" / "compose_secrets.py").read_bytes())
+    return tmp_path
+
+
+def make_secrets(checkout: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, checkout / "setup" / "compose_secrets.py"],
+        env={"PATH": os.environ["PATH"], **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def contents(checkout: Path) -> dict[str, str]:
+    files = [checkout / ".env", *(f for f in (checkout / "secrets").rglob("*") if f.is_file())]
+    return {str(file.relative_to(checkout)): file.read_text() for file in files}
+
+
+def test_secrets_are_made_for_one_user_alone(checkout: Path, file: dict[str, Any]) -> None:
+    done = make_secrets(checkout)
+    assert done.returncode == 0, done.stderr
+    made = contents(checkout)
+    assert {each["file"].removeprefix("./") for each in file["secrets"].values()} < made.keys()
+    passwords = [text.strip() for name, text in made.items() if name.endswith(".password")]
+    assert len(set(passwords)) == len(passwords) == 7
+    assert all(len(password) == 64 for password in passwords)
+    assert not any(password in done.stdout for password in passwords)
+    secrets = checkout / "secrets"
+    for path in (secrets, *secrets.rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
+    uid = int(re.search(r"KEEPWARM_UID=(\d+)", made[".env"])[1])
+    assert uid != 0 and {path.stat().st_uid for path in secrets.rglob("*")} == {uid}
+
+
+def test_the_broker_is_set_up_with_them(checkout: Path) -> None:
+    make_secrets(checkout)
+    directory = SecretsDir(checkout / "secrets" / "broker")
+    assert all(directory.read(role.name) for role in ROLES)
+    admin = (checkout / "secrets" / "admin.password").read_text().strip()
+    conf = (checkout / "secrets" / "rabbitmq-admin.conf").read_text()
+    assert conf == f"default_user = keepwarm-admin\ndefault_pass = {admin}\n"
+
+
+def test_what_is_there_is_kept(checkout: Path) -> None:
+    (checkout / ".env").write_text("KEEPWARM_MODEL=mine\n")
+    make_secrets(checkout)
+    before = contents(checkout)
+    assert before[".env"].startswith("KEEPWARM_MODEL=mine\n")
+    assert before[".env"].count("KEEPWARM_MODEL") == 1
+    (checkout / "secrets" / "grafana.password").unlink()
+    again = make_secrets(checkout)
+    assert "1 passwords made, 6 kept" in again.stdout
+    after = contents(checkout)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"secrets/grafana.password"}
+
+
+# setup/health.py
+
+
+@pytest.fixture
+def answering() -> Iterator[tuple[HTTPServer, list[int]]]:
+    codes = [200]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            assert self.path == "/healthz"
+            self.send_response(codes[0])
+            self.end_headers()
+            self.wfile.write(b"the reason\n")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    yield server, codes
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def health(repository: Path, address: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-I", repository / "setup" / "health.py"],
+        env={"KEEPWARM_METRICS_ADDRESS": address},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(("code", "expected"), [(200, 0), (503, 1)])
+def test_the_health_check_says_what_the_service_says(
+    repository: Path, answering: tuple[HTTPServer, list[int]], code: int, expected: int
+) -> None:
+    server, codes = answering
+    codes[0] = code
+    done = health(repository, f"0.0.0.0:{server.server_address[1]}")
+    assert (done.returncode, done.stdout) == (expected, "the reason\n"), done.stderr
+
+
+@pytest.mark.parametrize("address", ["", "off", "127.0.0.1:0", "127.0.0.1:1"])
+def test_the_health_check_fails_where_nobody_answers(repository: Path, address: str) -> None:
+    done = health(repository, address)
+    assert done.returncode == 1 and done.stderr
