@@ -1,4 +1,4 @@
-"""How many verdicts a run has of each label, and how many are right: counted as they are written."""
+"""Verdicts of a run by label, and how many are right: counted as they are written."""
 
 from collections import Counter
 from collections.abc import Iterable
