@@ -78,6 +78,10 @@ class System:
         assert submitting.wait() == 0, submitting.output
         return submitting.lines[-1].strip()
 
+    def cancel(self, run: str) -> None:
+        cancelling = self._start("cancel", run)
+        assert cancelling.wait() == 0, cancelling.output
+
     def publish_nonsense(self) -> None:
         """Where verdicts are expected."""
         connection = plain_connection(self.node)

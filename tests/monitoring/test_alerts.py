@@ -52,8 +52,14 @@ def worker(system: System) -> Iterator[Command]:
     end_well(running)
 
 
+@pytest.fixture(scope="module")
+def long_run(system: System) -> str:
+    """Longer than all of this takes."""
+    return system.submit(20_000)
+
+
+@pytest.mark.usefixtures("long_run")
 def test_while_all_is_well_nothing_fires(system: System) -> None:
-    system.submit(20_000)
     workers = at_work(system, 2)
     # Longer than the longest `for`.
     before = verdicts(system)
@@ -100,12 +106,6 @@ def test_the_broker_has_no_memory_left(system: System) -> None:
 
 
 @pytest.mark.usefixtures("worker")
-def test_claims_die(system: System) -> None:
-    system.submit(400, long=40)
-    fires(system, "KeepwarmDeadClaims")
-
-
-@pytest.mark.usefixtures("worker")
 def test_messages_cannot_be_used(system: System) -> None:
     system.publish_nonsense()
     fires(system, "KeepwarmMessagesRefused")
@@ -128,6 +128,14 @@ def test_the_store_takes_nothing(system: System) -> None:
     with broken(system.environment["KEEPWARM_STORE_URL"]):
         fires(system, "KeepwarmStoreLagging")
     falls_silent(system, "KeepwarmStoreLagging")
+
+
+def test_claims_die(system: System, long_run: str) -> None:
+    system.cancel(long_run)  # they would wait behind it
+    system.submit(400, long=40)
+    worker = system.worker(**SLOWLY)
+    fires(system, "KeepwarmDeadClaims")
+    end_well(worker)
 
 
 def test_engines_do_not_start(system: System) -> None:
