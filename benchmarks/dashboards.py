@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+from itertools import count
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -25,70 +26,58 @@ from tests.monitoring.system import System, whole_system  # noqa: E402
 
 MODEL = REPOSITORY / ".models" / "SmolLM2-135M-Instruct"
 # Seconds a claim: what a GPU is to the tests' engine.
-FLEET = {"NVIDIA H100 80GB HBM3": 0.004, "NVIDIA A10": 0.012, "Tesla T4": 0.03}
+GPUS = {"NVIDIA H100 80GB HBM3": 0.01, "NVIDIA A10": 0.03, "Tesla T4": 0.08}
+LOSSES = 24
 
 
 class Fleet:
-    """Workers on GPUs that come and go, until told to stop."""
+    """Workers on GPUs that come and go."""
 
     def __init__(self, system: System, seed: int) -> None:
         self._system = system
         self._draw = random.Random(seed)
-        self._living: list[tuple[str, Command]] = []
+        self._nodes = count(1)
+        self._living: list[tuple[str, int, Command]] = []
 
-    def grow(self, number: int) -> None:
-        for gpu in list(FLEET)[:number] * (1 if number < len(FLEET) else 2):
-            self._add(gpu)
+    def grow(self) -> None:
+        """A node of each kind more."""
+        for gpu in GPUS:
+            self._add(gpu, next(self._nodes))
 
     def lose_one(self) -> None:
-        """To a signal or without a word; another comes in its place."""
-        place = self._draw.randrange(len(self._living))
-        gpu, worker = self._living.pop(place)
-        if self._draw.random() < 0.4:
-            worker.signal(signal.SIGKILL)
-        else:
-            worker.signal(signal.SIGTERM)
-        self._add(gpu)
+        """To a signal or without a word. The next comes to the same node, or to a new one."""
+        gpu, node, worker = self._living.pop(self._draw.randrange(len(self._living)))
+        worker.signal(signal.SIGKILL if self._draw.random() < 0.4 else signal.SIGTERM)
+        self._add(gpu, node if self._draw.random() < 0.7 else next(self._nodes))
 
-    def end(self) -> None:
-        for _, worker in self._living:
-            worker.signal(signal.SIGTERM)
-        for _, worker in self._living:
-            worker.wait()
-
-    def _add(self, gpu: str) -> None:
+    def _add(self, gpu: str, node: int) -> None:
         worker = self._system.worker(
             gpu,
-            VLLM_TEST_CLAIM_SECONDS=str(FLEET[gpu]),
-            VLLM_TEST_START_SECONDS=str(self._draw.randrange(3, 12)),
-            KEEPWARM_GRACE_SECONDS="1",
+            node,
+            VLLM_TEST_CLAIM_SECONDS=str(GPUS[gpu]),
+            VLLM_TEST_START_SECONDS=str(10 + 10 * list(GPUS).index(gpu)),
+            KEEPWARM_GRACE_SECONDS="1",  # too short to finish what is in hand: some is returned
         )
-        self._living.append((gpu, worker))
+        self._living.append((gpu, node, worker))
 
 
 def story(system: System, seconds: float, seed: int) -> None:
+    """After it the fleet is still at work."""
     system.submit(24, unreadable=True)
-    system.submit(40_000, long=8)
-    real = system.worker()
+    system.submit(60_000, long=8)
+    system.worker()
     fleet = Fleet(system, seed)
-    fleet.grow(3)
-    began = time.monotonic()
-    alarm_at, more_at = 0.75 * seconds, 0.3 * seconds
-    while (now := time.monotonic() - began) < seconds:
-        time.sleep(seconds / 24)
-        if now > more_at:
-            fleet.grow(2)
-            more_at = seconds
-        if now > alarm_at:
+    fleet.grow()
+    for number in range(LOSSES):
+        time.sleep(seconds / LOSSES)
+        if number == LOSSES // 3:
+            fleet.grow()
+        if number == LOSSES * 2 // 3:
             system.publish_nonsense()
             system.node.control("set_vm_memory_high_watermark", "0.000001")
-            time.sleep(seconds / 16)
+            time.sleep(seconds / LOSSES)
             system.node.control("set_vm_memory_high_watermark", "0.4")
-            alarm_at = seconds
         fleet.lose_one()
-    fleet.end()
-    real.signal(signal.SIGTERM)
-    real.wait()
 
 
 def main() -> None:

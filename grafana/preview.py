@@ -16,9 +16,12 @@ from typing import Any
 
 import httpx
 import matplotlib as mpl
+import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+from numpy.typing import NDArray
+from PIL import Image
 
 from grafana.blocks import WIDTH
 from grafana.read import dashboards, panels, substituted
@@ -28,6 +31,9 @@ _POINTS = 240
 _COLOURS = ("#3b7dd8", "#e07b39", "#3f9b57", "#b0417a", "#8064c8", "#8a7a2f", "#2a9da8", "#888888")
 _COLOUR_NAMES = {"green": "#2e7d32", "orange": "#d17a00", "red": "#c62828"}
 _MOST_SERIES = 10
+_PALETTE = 96
+
+Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,13 @@ class Span:
 
     @property
     def step(self) -> float:
-        return max(1.0, (self.end - self.start) / _POINTS)
+        return float(max(1, math.ceil((self.end - self.start) / _POINTS)))
+
+    def times(self) -> list[float]:
+        """At which values are asked for."""
+        return [
+            self.start + n * self.step for n in range(int((self.end - self.start) / self.step) + 1)
+        ]
 
 
 class Source:
@@ -61,11 +73,17 @@ class Source:
         found = self._ask("query", target, time=self.span.end)
         return [(each["metric"], float(each["value"][1])) for each in found]
 
-    def over_time(self, target: Mapping[str, Any]) -> list[tuple[dict[str, str], list[Any]]]:
-        """Labels of each series, with times and values."""
+    def over_time(self, target: Mapping[str, Any]) -> list[tuple[dict[str, str], Values]]:
+        """Labels of each series, and its values at the span's times, NaN where there are none."""
         span = self.span
         found = self._ask("query_range", target, start=span.start, end=span.end, step=span.step)
-        return [(each["metric"], each["values"]) for each in found]
+        series = []
+        for each in found:
+            values = np.full(len(span.times()), np.nan)
+            for at, value in each["values"]:
+                values[round((at - span.start) / span.step)] = float(value)
+            series.append((each["metric"], values))
+        return series
 
     def _ask(self, page: str, target: Mapping[str, Any], **when: float) -> list[Any]:
         asked = {"query": substituted(target["expr"], self._variables), **when}
@@ -84,8 +102,10 @@ def draw(dashboard: Mapping[str, Any], source: Source, file: Path) -> None:
         figure.text(0.01, 1 - 0.2 / figure.get_figheight(), dashboard["title"], fontsize=11)
         for panel in shown:
             _draw_panel(figure, panel, source, height)
-        figure.savefig(file, dpi=90, pil_kwargs={"optimize": True})
+        figure.savefig(file, dpi=90)
         pyplot.close(figure)
+    with Image.open(file) as drawn:
+        drawn.convert("RGB").quantize(_PALETTE).save(file, optimize=True)
 
 
 def _draw_panel(figure: Any, panel: Mapping[str, Any], source: Source, rows: int) -> None:
@@ -98,9 +118,9 @@ def _draw_panel(figure: Any, panel: Mapping[str, Any], source: Source, rows: int
     small = panel["type"] == "stat"
     axes = figure.add_axes(
         (
-            left + (0.006 if small else 0.035),
+            left + (0.006 if small else 0.042),
             bottom + (0.3 if small else 2.6) * row,
-            width - (0.012 if small else 0.045),
+            width - (0.012 if small else 0.054),
             height - (1.6 if small else 4.2) * row,
         )
     )
@@ -114,7 +134,8 @@ def _draw_stat(axes: Axes, panel: Mapping[str, Any], source: Source) -> None:
     if found:
         value = found[0][1]
         defaults = panel["fieldConfig"]["defaults"]
-        text, colour = _shown(value, defaults.get("unit", "short")), "#222222"
+        text = _shown(value, defaults.get("unit", "short"), defaults.get("decimals"))
+        colour = "#222222"
         for step in defaults.get("thresholds", {}).get("steps", ()):
             if step["value"] is None or value >= step["value"]:
                 colour = _COLOUR_NAMES[step["color"]]
@@ -126,22 +147,19 @@ def _draw_lines(axes: Axes, panel: Mapping[str, Any], source: Source) -> None:
         (_legend(target, labels), values)
         for target in panel["targets"]
         for labels, values in source.over_time(target)
+        if not np.isnan(values).all()
     ]
-    drawn = [each for each in drawn if any(not math.isnan(float(v)) for _, v in each[1])]
     defaults = panel["fieldConfig"]["defaults"]
     stacked = defaults.get("custom", {}).get("stacking", {}).get("mode") == "normal"
-    below: dict[float, float] = {}
+    dates = [datetime.fromtimestamp(at) for at in source.span.times()]
+    floor = np.zeros(len(dates))
     for number, (legend, values) in enumerate(drawn[:_MOST_SERIES]):
         colour = _COLOURS[number % len(_COLOURS)]
-        dates = [datetime.fromtimestamp(at) for at, _ in values]
-        numbers = [float(value) for _, value in values]
         if stacked:
-            floor = [below.get(at, 0.0) for at, _ in values]
-            tops = [f + (0 if math.isnan(n) else n) for f, n in zip(floor, numbers, strict=True)]
-            axes.fill_between(dates, floor, tops, color=colour, alpha=0.45, linewidth=0)
-            below.update({at: top for (at, _), top in zip(values, tops, strict=True)})
-            numbers = tops
-        axes.plot(dates, numbers, color=colour, linewidth=1, label=_short(legend))
+            top = floor + np.nan_to_num(values)
+            axes.fill_between(dates, floor, top, color=colour, alpha=0.45, linewidth=0)
+            values, floor = np.where(np.isnan(values), np.nan, top), top
+        axes.plot(dates, values, color=colour, linewidth=1, label=_short(legend))
     unit = defaults.get("unit", "short")
     axes.yaxis.set_major_formatter(lambda value, _: _shown(value, unit))
     axes.set_ylim(bottom=0, top=defaults.get("max"))
@@ -156,7 +174,7 @@ def _draw_lines(axes: Axes, panel: Mapping[str, Any], source: Source) -> None:
         axes.legend(
             loc="upper left",
             bbox_to_anchor=(0, -0.16),
-            ncols=min(4, len(drawn)),
+            ncols=min(3, len(drawn)),
             frameon=False,
             fontsize=6,
             borderaxespad=0,
@@ -186,10 +204,11 @@ def _draw_rows(axes: Axes, panel: Mapping[str, Any], source: Source) -> None:
     (options,) = (each["options"] for each in panel["transformations"])
     columns = options["include"]["names"]
     found = [
-        [_short(labels.get(column, ""), 24) for column in columns]
+        [_short(labels.get(column, "").rpartition("/")[2], 22) for column in columns]
         for labels, _ in source.now(panel["targets"][0])
     ]
     table = axes.table([columns, *found], loc="upper left", cellLoc="left", edges="horizontal")
+    table.auto_set_column_width(range(len(columns)))
     table.auto_set_font_size(False)
     table.set_fontsize(6)
 
@@ -213,9 +232,11 @@ def _short(text: str, most: int = 40) -> str:
     return text if len(text) <= most else f"{text[: most // 2]}…{text[1 - most // 2 :]}"
 
 
-def _shown(value: float, unit: str) -> str:
+def _shown(value: float, unit: str, decimals: int | None = None) -> str:
     if math.isnan(value):
         return "no data"
+    if decimals is not None and unit != "s":
+        return f"{value:,.{decimals}{'%' if unit == 'percentunit' else 'f'}}"
     if unit == "percentunit":
         return f"{value:.1%}" if 0 < value < 0.1 or 0.9 < value < 1 else f"{value:.0%}"
     if unit in ("s", "dtdurations"):

@@ -40,19 +40,19 @@ class System:
     _runtime: Path
     _numbers: Iterator[int]
 
-    def worker(self, gpu: str | None = None, **variables: str) -> Command:
-        """One on this node, by the keeper that runs as a service; or one on a node of its own,
-        which seems to have a GPU of that name.
+    def worker(self, gpu: str | None = None, node: int = 0, **variables: str) -> Command:
+        """One on this node, by the keeper that runs as a service; or on another node, which seems
+        to have a GPU of that name.
         """
         if gpu is None:
             return self._start("worker", **variables)
-        node = self._runtime.parent / f"gpu-{next(self._numbers)}"
+        directory = self._runtime.parent / f"node-{node}"
         return self._start(
             "worker",
             PYTHONPATH=f"{DOUBLES / 'gpus'}:{DOUBLES}",
             NVML_TEST_GPU=gpu,
-            KEEPWARM_RUNTIME_DIR=str(node),
-            KEEPWARM_CACHE_DIR=str(node / "cache"),
+            KEEPWARM_RUNTIME_DIR=str(directory),
+            KEEPWARM_CACHE_DIR=str(directory / "cache"),
             **variables,
         )
 

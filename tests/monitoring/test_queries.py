@@ -19,6 +19,7 @@ from tests.monitoring.system import System, whole_system
 STEP_SECONDS = 1.0
 ENGINE_SECONDS = 300.0
 ZERO_IS_WELL = {
+    "keepwarm_context_in_flight_claims": "estimated from a queue as it was up to 4 s before",
     "rabbitmq_alarms_memory_used_watermark": "no alarm here; the tests of alerts have one",
     "rabbitmq_alarms_free_disk_space_watermark": "no alarm here",
     "keepwarm_broker_blocked": "no alarm here",
@@ -33,23 +34,38 @@ SLOWLY = {"VLLM_TEST_CLAIM_SECONDS": "0.05", "VLLM_TEST_START_SECONDS": "1", **N
 
 
 def lose_workers(system: System, start: Callable[[], Command], run: str) -> list[Command]:
-    """A run in the midst of which one worker is killed, and one drains; those that are left."""
-    workers = [start() for _ in range(2)]
+    """A run in the midst of which one worker is killed, and others drain; those that are left."""
+
+    def told(series: str) -> float:
+        return system.prometheus.value(f"sum({series})") or 0.0
+
+    killed, drained = start(), start()
     done = f'keepwarm_run_done_claims{{run_id="{run}"}}'
-    wait_until(lambda: (system.prometheus.value(done) or 0) > 0, "verdicts", ENGINE_SECONDS)
+    wait_until(lambda: told(done) > 0, "verdicts", ENGINE_SECONDS)
+    killed.said("worker.taking")
+    busy = "count(keepwarm_batches_in_hand > 1) == count(keepwarm_batches_in_hand) > 1"
+    wait_until(lambda: told(busy) > 1, "batches in everyone's hands")
     system.publish_nonsense()
-    killed, drained = workers
     killed.signal(signal.SIGKILL)
-    end_well(drained)
-    left = [start()]
-    # So long does the collector wait for a word of one that vanished.
-    vanished = 'keepwarm_preemptions_total{kind="vanished"}'
-    wait_until(lambda: (system.prometheus.value(vanished) or 0) > 0, "that it vanished")
-    lost = "keepwarm_store_lost_claims_total"
-    wait_until(lambda: (system.prometheus.value(lost) or 0) > 0, "that its claims came again")
-    for name in ("keepwarm_run_dead_claims", 'keepwarm_run_verdicts{label="INVALID"}'):
-        wait_until(lambda name=name: (system.prometheus.value(f"sum({name})") or 0) > 0, name)
-    return left
+
+    def returns_something() -> bool:
+        """One that drains may have nothing in hand just then."""
+        nonlocal drained
+        drained.said("worker.taking")
+        end_well(drained)
+        drained = start()
+        return told("keepwarm_store_returned_claims_total") > 0
+
+    wait_until(returns_something, "that claims were returned")
+    for series in (
+        'keepwarm_preemptions_total{kind="vanished"}',
+        "keepwarm_store_lost_claims_total",
+        "keepwarm_run_dead_claims",
+        "keepwarm_run_returned_claims",
+        'keepwarm_run_verdicts{label="INVALID"}',
+    ):
+        wait_until(lambda series=series: told(series) > 0, series)
+    return [drained]
 
 
 def assert_all_give_something(prometheus: Prometheus, since: float) -> None:
