@@ -64,7 +64,7 @@ class Fleet:
 def story(system: System, seconds: float, seed: int) -> None:
     """After it the fleet is still at work."""
     system.submit(24, unreadable=True)
-    system.submit(60_000, long=8)
+    system.submit(100_000, long=8)
     system.worker()
     fleet = Fleet(system, seed)
     fleet.grow()

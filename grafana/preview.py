@@ -28,9 +28,12 @@ from grafana.read import dashboards, panels, substituted
 
 _INCHES_A_COLUMN, _INCHES_A_ROW = 0.5, 0.26
 _POINTS = 240
-_COLOURS = ("#3b7dd8", "#e07b39", "#3f9b57", "#b0417a", "#8064c8", "#8a7a2f", "#2a9da8", "#888888")
+_COLOURS = (
+    *("#3b7dd8", "#e07b39", "#3f9b57", "#b0417a", "#8064c8", "#8a7a2f"),
+    *("#2a9da8", "#888888", "#9ec1f0", "#f3b98d", "#98cfa8", "#d99abc"),
+)
 _COLOUR_NAMES = {"green": "#2e7d32", "orange": "#d17a00", "red": "#c62828"}
-_MOST_SERIES = 10
+_MOST_SERIES = 12
 _PALETTE = 96
 
 Values = NDArray[np.float64]
