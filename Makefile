@@ -6,7 +6,7 @@ export PYTHON
 MODEL  := .models/SmolLM2-135M-Instruct
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo secrets test test-hpc test-compose check docs lock clean
+.PHONY: help setup demo secrets test test-hpc test-compose test-monitoring check docs dashboards previews lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,12 @@ test-compose: ## docker-compose.yml on a Docker daemon of its own, with the CPU 
 	@.venv/bin/python setup/demo_model.py
 	.venv/bin/pytest tests/compose $(ARGS)
 
+test-monitoring: ## dashboards and alert rules, against a real Prometheus
+	@setup/system.sh --with-prometheus
+	@setup/python.sh $(ENGINE)
+	@.venv/bin/python setup/demo_model.py
+	.venv/bin/pytest tests/monitoring -n 2 --dist loadfile $(ARGS)
+
 check: ## lint, types and unit tests, in seconds and without an engine
 	@setup/python.sh services
 	.venv/bin/ruff check
@@ -49,6 +55,13 @@ check: ## lint, types and unit tests, in seconds and without an engine
 
 docs: ## make the tables of docs/settings.md anew
 	@.venv/bin/python setup/settings_page.py
+
+dashboards: ## make grafana/dashboards/*.json anew
+	@.venv/bin/python -m grafana.make
+
+previews: ## make docs/dashboard-*.png anew, from a run that takes some minutes
+	@setup/system.sh --with-prometheus
+	@.venv/bin/python benchmarks/dashboards.py
 
 lock: ## rewrite setup/requirements/*.lock (ARGS=--upgrade for newer versions)
 	@setup/lock.sh $(ARGS)

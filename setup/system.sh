@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
 # Makes sure that the system packages Keepwarm needs are there:
-#   setup/system.sh [--with-postgres] [--with-hpc] [--with-compose]
+#   setup/system.sh [--with-postgres|--with-hpc|--with-compose|--with-prometheus]...
 # Needs root or passwordless sudo only when something is missing; then it says what.
 set -euo pipefail
 
-with_postgres=no with_hpc=no with_compose=no
+with_postgres=no with_hpc=no with_compose=no with_prometheus=no
 for flag in "$@"; do
     case "$flag" in
         --with-postgres) with_postgres=yes ;;
         --with-hpc) with_hpc=yes ;;
         --with-compose) with_compose=yes ;;
-        *) echo "usage: setup/system.sh [--with-postgres] [--with-hpc] [--with-compose]" >&2; exit 2 ;;
+        --with-prometheus) with_prometheus=yes ;;
+        *)
+            echo "usage: setup/system.sh [--with-postgres|--with-hpc|--with-compose|--with-prometheus]..." >&2
+            exit 2
+            ;;
     esac
 done
 python=${PYTHON:-python3}
@@ -37,6 +41,10 @@ find_missing() {
     fi
     if [[ $with_postgres == yes ]] && ! compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null; then
         missing+=(postgresql)
+    fi
+    # promtool comes with it.
+    if [[ $with_prometheus == yes ]] && ! command -v prometheus >/dev/null; then
+        missing+=(prometheus)
     fi
     # A Slurm of one node, scratch roots for the images' %post sections, and the shell's own lint.
     if [[ $with_hpc == yes ]]; then
@@ -68,7 +76,9 @@ refuse_services() {
 #!/bin/sh
 # Made by Keepwarm's setup/system.sh for the time of one apt-get.
 for word in "\$@"; do
-    case \$word in rabbitmq-server*|epmd*|postgresql*|slurm*|munge*|docker*|containerd*) exit 101 ;; esac
+    case \$word in
+        rabbitmq-server*|epmd*|postgresql*|slurm*|munge*|docker*|containerd*|prometheus*) exit 101 ;;
+    esac
 done
 [ ! -x $saved ] || exec $saved "\$@"
 POLICY
@@ -110,7 +120,7 @@ if ((${#missing[@]} > 0)); then
     # Nor at the next boot; only for what was not there before.
     for package in "${wanted[@]}"; do
         case $package in
-            rabbitmq-server | postgresql | slurmctld | slurmd | munge)
+            rabbitmq-server | postgresql | slurmctld | slurmd | munge | prometheus)
                 systemctl disable --quiet "$package" 2>/dev/null || true
                 ;;
             docker.io)

@@ -16,6 +16,9 @@ import structlog
 from services.contracts.errors import BrokerError
 from services.leash import Leashed
 
+# Plug-ins that listen, and what their settings begin with. The node refuses those of one that is
+# off.
+_LISTENING_PLUGINS = {"rabbitmq_management": "management", "rabbitmq_prometheus": "prometheus"}
 _START_TIMEOUT_SECONDS = 120.0
 _STOP_SECONDS = 20.0
 # Debian's /usr/sbin/rabbitmq-server is a wrapper that insists on root or the user rabbitmq.
@@ -29,7 +32,7 @@ class PrivateNode:
 
     Its data lives in `directory`, which is made for the owner alone. Use it as a context manager;
     it is taken down at the end, and by its leash when this process is killed. Without `plugins` it
-    has none; rabbitmq_management listens on `management_port`.
+    has none; rabbitmq_management and rabbitmq_prometheus listen on `plugin_ports`.
     """
 
     def __init__(
@@ -39,7 +42,10 @@ class PrivateNode:
         self.log_file = log_file or directory / "rabbitmq.log"
         self._password = secrets.token_urlsafe(24)
         self._plugins = tuple(plugins)
-        self.port, self._distribution_port, self._mapper_port, self.management_port = free_ports(4)
+        self.port, self._distribution_port, self._mapper_port, *others = free_ports(
+            3 + len(_LISTENING_PLUGINS)
+        )
+        self.plugin_ports = dict(zip(_LISTENING_PLUGINS, others, strict=True))
         self._node: Leashed | None = None
 
     @property
@@ -126,18 +132,19 @@ class PrivateNode:
             "log.file = false\n"
             # A desk has other uses for its memory and disk; below these the node blocks publishers.
             "vm_memory_high_watermark.relative = 0.4\n"
-            "disk_free_limit.absolute = 256MB\n" + self._management(),
+            "disk_free_limit.absolute = 256MB\n" + self._plugin_listeners(),
             encoding="utf-8",
         )
         (self._directory / "enabled_plugins").write_text(
             f"[{','.join(self._plugins)}].\n", encoding="utf-8"
         )
 
-    def _management(self) -> str:
-        # The node refuses settings of a plug-in that is off.
-        if "rabbitmq_management" not in self._plugins:
-            return ""
-        return f"management.tcp.ip = 127.0.0.1\nmanagement.tcp.port = {self.management_port}\n"
+    def _plugin_listeners(self) -> str:
+        return "".join(
+            f"{settings}.tcp.ip = 127.0.0.1\n{settings}.tcp.port = {self.plugin_ports[plugin]}\n"
+            for plugin, settings in _LISTENING_PLUGINS.items()
+            if plugin in self._plugins
+        )
 
     def _environment(self, server: Path) -> dict[str, str]:
         here = self._directory

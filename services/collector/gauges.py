@@ -57,16 +57,19 @@ class Gauges(Collector):
         self._fleet = fleet
         self._directory = directory
         self._runs = runs
-        self._device = Few()
+        self._device, self._label = Few(), Few()
 
     def describe(self) -> Iterable[Metric]:
         yield from _runs([], 0.0)
+        yield from _verdicts([], self._label)
         yield from _contexts([])
         yield from _workers([], self._device)
         yield from _queues({})
 
     def collect(self) -> Iterable[Metric]:
-        yield from _runs(*self._runs.latest())
+        statuses, age_seconds = self._runs.latest()
+        yield from _runs(statuses, age_seconds)
+        yield from _verdicts(statuses, self._label)
         yield from _contexts(self._directory.lines[:_MOST_CONTEXTS])
         yield from _workers(self._fleet.workers(), self._device)
         yield from _queues(self._directory.counts)
@@ -94,6 +97,27 @@ def _runs(statuses: Sequence[RunStatus], age_seconds: float) -> Iterator[Metric]
         "How old the gauges of runs are; they age while the store cannot be read.",
         value=age_seconds,
     )
+
+
+def _verdicts(statuses: Sequence[RunStatus], label_label: Few) -> Iterator[Metric]:
+    verdicts = GaugeMetricFamily(
+        "keepwarm_run_verdicts", "Verdicts of the run, by label.", labels=["run_id", "label"]
+    )
+    judged = GaugeMetricFamily(
+        "keepwarm_run_gold_verdicts",
+        "Verdicts of the run of claims whose gold label is known, by whether the two agree.",
+        labels=["run_id", "correct"],
+    )
+    for status in statuses:
+        counts: Counter[str] = Counter()
+        for label, number in status.verdicts.items():
+            counts[label_label(label)] += number
+        for label, number in counts.items():
+            verdicts.add_metric([status.run_id, label], number)
+        judged.add_metric([status.run_id, "true"], status.correct)
+        judged.add_metric([status.run_id, "false"], status.judged - status.correct)
+    yield verdicts
+    yield judged
 
 
 def _contexts(lines: Sequence[ContextDemand]) -> Iterator[Metric]:

@@ -1,11 +1,13 @@
 """What a collector counts. All goes through its hands, and it does not vanish with workers."""
 
 from collections import Counter as Counts
+from typing import get_args
 
 from prometheus_client import Counter, Histogram
 
 from services.collector.store import Incoming
-from services.contracts import StartupPhases
+from services.contracts import DeadReason, StartupPhases
+from services.contracts.presence import Ending
 from services.telemetry import Few
 
 _device, _label = Few(), Few()
@@ -71,6 +73,16 @@ PREEMPTIONS = Counter(
     "Workers that went, by kind: a signal, the walltime, a failure, or vanished without a word.",
     ["kind"],
 )
+
+# A series that begins with its first event hides it: nothing has increased.
+for _kind in (*get_args(Ending), "vanished"):
+    PREEMPTIONS.labels(_kind)
+for _reason in DeadReason:
+    DEAD.labels(_reason.value)
+for _correct in ("true", "false"):
+    JUDGED.labels(_correct)
+for _phase in StartupPhases.model_fields:
+    COLD_START_SECONDS.labels(_phase)
 
 
 def count_in(incoming: Incoming, fresh: int) -> None:

@@ -15,7 +15,7 @@ from sqlalchemy import (
     false,
 )
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 metadata = MetaData()
 
@@ -102,6 +102,19 @@ Index(
     outcomes.c.reason,
     sqlite_where=outcomes.c.reason.is_not(None),
     postgresql_where=outcomes.c.reason.is_not(None),
+)
+
+# How many verdicts of a run have a label; of these how many claims have a gold label, and for how
+# many the two agree. Whoever writes verdicts counts them here too, so that nobody has to go through
+# `outcomes` for it.
+verdict_counts = Table(
+    "verdict_counts",
+    metadata,
+    Column("run_key", BigInteger, primary_key=True, autoincrement=False),
+    Column("label", String(64), primary_key=True),
+    Column("verdicts", BigInteger, nullable=False),
+    Column("judged", BigInteger, nullable=False),
+    Column("correct", BigInteger, nullable=False),
 )
 
 # One row each time that a worker had a context ready. Seconds; NULL where it was not measured.

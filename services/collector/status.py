@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection, Row, case, func, select
 
-from services.collector.schema import deliveries, outcomes, runs, submissions
+from services.collector.schema import deliveries, outcomes, runs, submissions, verdict_counts
 from services.collector.store import Store
-from services.contracts import ContextSpec, Run
+from services.contracts import INVALID, ContextSpec, Run
 from services.contracts.errors import StoreError
 
 _RATE_WINDOW_SECONDS = 60.0
@@ -41,6 +41,12 @@ class RunStatus(BaseModel):
     """Claims answered by a worker that was not the first to have them: at most so many were
     computed again because a worker was lost.
     """
+    verdicts: dict[str, int]
+    """By label."""
+    judged: int
+    """Claims with a verdict whose gold label is known."""
+    correct: int
+    """Of these, the verdicts that agree."""
     claims_per_second: float
     eta_seconds: float | None
     workers_seen: int
@@ -123,9 +129,13 @@ def _status(connection: Connection, row: Row[tuple[object, ...]]) -> RunStatus:
     dead = connection.execute(
         select(func.count()).where(outcomes.c.run_key == key, outcomes.c.reason.is_not(None))
     ).scalar_one()
+    counted = connection.execute(
+        select(verdict_counts).where(verdict_counts.c.run_key == key)
+    ).all()
     rate = _recent_rate(connection, key, last) if last is not None else 0.0
     left = None if row.claims is None else row.claims - done - dead
     run = json.loads(row.run) if row.run else None
+    labels = (*(label["name"] for label in run["prompt"]["labels"]), INVALID) if run else ()
     return RunStatus(
         run_id=row.run_id,
         source=run and run["source"],
@@ -140,6 +150,9 @@ def _status(connection: Connection, row: Row[tuple[object, ...]]) -> RunStatus:
         duplicates=int(duplicates),
         returned=row.returned,
         lost_work=int(lost_work),
+        verdicts=dict.fromkeys(labels, 0) | {each.label: each.verdicts for each in counted},
+        judged=sum(each.judged for each in counted),
+        correct=sum(each.correct for each in counted),
         claims_per_second=round(rate, 2),
         eta_seconds=None if left is None or rate == 0 else round(left / rate, 1),
         workers_seen=workers,

@@ -32,6 +32,7 @@ from services.collector.schema import (
     startups,
     submissions,
 )
+from services.collector.verdict_counts import Gained
 from services.collector.versions import up_to_date
 from services.contracts import (
     ClaimBatch,
@@ -155,8 +156,9 @@ class Store:
                     .where(runs.c.run_id == batch.run.run_id)
                     .values(returned=runs.c.returned + len(batch.claims))
                 )
+            counts = Gained()
             rows = [
-                self._write_verdicts(connection, keys[batch.run_id], batch, now)
+                self._write_verdicts(connection, keys[batch.run_id], batch, now, counts)
                 for batch in incoming.verdicts
             ]
             if rows:
@@ -166,6 +168,7 @@ class Store:
                 connection.exec_driver_sql(self._insert_outcomes, dead)
             for ready in incoming.startups:
                 connection.execute(self._insert_startup.values(_startup_row(ready, now)))
+            counts.write(connection)
         gained = Counter(claim.run_id for claim in incoming.dead)
         for answered, row in zip(incoming.verdicts, rows, strict=True):
             gained[answered.run_id] += row["fresh"]
@@ -233,7 +236,7 @@ class Store:
         return self._clock_offset + time.monotonic()
 
     def _write_verdicts(
-        self, connection: Connection, key: int, batch: VerdictBatch, now: float
+        self, connection: Connection, key: int, batch: VerdictBatch, now: float, counts: Gained
     ) -> dict[str, Any]:
         delivery = secrets.randbits(62)
         rows = [
@@ -258,6 +261,10 @@ class Store:
             for verdict in batch.verdicts
         ]
         fresh = connection.exec_driver_sql(self._insert_outcomes, rows).rowcount
+        if fresh == len(rows):
+            counts.add(key, ((verdict.label, verdict.gold) for verdict in batch.verdicts))
+        elif fresh:
+            counts.add(key, _written(connection, key, delivery, batch))
         return {
             "delivery_key": delivery,
             "run_key": key,
@@ -280,6 +287,20 @@ class Store:
             key = _find_run_key(connection, run_id)
             assert key is not None
         return key
+
+
+def _written(
+    connection: Connection, key: int, delivery: int, batch: VerdictBatch
+) -> Iterator[tuple[str, str | None]]:
+    """Label and gold label of those verdicts of a batch that were the first of their claims."""
+    ids = [verdict.claim_id for verdict in batch.verdicts]
+    for start in range(0, len(ids), _MOST_PARAMETERS):
+        query = select(outcomes.c.label, outcomes.c.gold).where(
+            outcomes.c.run_key == key,
+            outcomes.c.claim_id.in_(ids[start : start + _MOST_PARAMETERS]),
+            outcomes.c.delivery_key == delivery,
+        )
+        yield from ((row.label, row.gold) for row in connection.execute(query))
 
 
 def _find_run_key(connection: Connection, run_id: str) -> int | None:

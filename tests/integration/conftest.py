@@ -162,13 +162,18 @@ def address(broker: Settings) -> BrokerAddress:
     return BrokerAddress.from_settings(broker)
 
 
+def clean_environment() -> dict[str, str]:
+    """The machine's own, without settings of ours."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("KEEPWARM_")}
+
+
 @pytest.fixture
 def environment(
     node: PrivateNode, broker: Settings, small_model: Path, tmp_path: Path, runtime_dir: Path
 ) -> dict[str, str]:
     """What a command needs to find the node, the small model and the tests' engine."""
     return {
-        **{k: v for k, v in os.environ.items() if not k.startswith("KEEPWARM_")},
+        **clean_environment(),
         "PYTHONPATH": str(REPOSITORY / "tests" / "doubles"),
         "KEEPWARM_BROKER_URL": node.url,
         "KEEPWARM_BROKER_PASSWORD": node.password,

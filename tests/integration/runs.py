@@ -2,6 +2,7 @@
 
 import json
 import signal
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,8 @@ def assert_complete(environment: dict[str, str], run_id: str, ids: list[str] | N
     status = status_of(environment, run_id)
     assert status is not None
     assert (status.total, status.done, status.dead) == (len(wanted), len(wanted), 0)
+    # What was counted as it was written is what is there.
+    assert Counter(label for _, label, _ in found) == Counter(status.verdicts)
 
 
 @dataclass

@@ -41,6 +41,12 @@ def total(told: dict[str, list[tuple[dict[str, str], float]]], name: str, **labe
     return sum(v for own, v in told[name] if labels.items() <= own.items())
 
 
+def preemptions(collecting: Command) -> dict[str, float]:
+    """By kind, those that there were."""
+    told = samples(collecting)["keepwarm_preemptions_total"]
+    return {own["kind"]: value for own, value in told if value}
+
+
 def discovered(collecting: Command) -> dict[str, dict[str, str]]:
     """Labels by address."""
     return {each["targets"][0]: each["labels"] for each in get(collecting, "/sd").json()}
@@ -90,6 +96,10 @@ def test_after_a_run_the_metrics_agree_with_the_store(
         "keepwarm_run_lost_claims": status.lost_work,
     }
     assert {name: total(told, name, run_id=run_id) for name in by_name} == by_name
+    by_label = {own["label"]: value for own, value in told["keepwarm_run_verdicts"] if value}
+    assert by_label == labels and Counter(status.verdicts) == labels
+    judged = {own["correct"]: value for own, value in told["keepwarm_run_gold_verdicts"]}
+    assert judged == {"true": status.correct, "false": len(ids) - status.correct}
     (info,) = (own for own, _ in told["keepwarm_run_info"])
     assert (info["run_id"], info["context_id"]) == (run_id, status.context_id)
     assert total(told, "keepwarm_workers", state="serving") == 1
@@ -119,10 +129,7 @@ def test_workers_are_found_on_ports_of_their_own_and_gone_when_they_drain(
     end_well(workers[0])
     # At once: its last report says so.
     wait_until(lambda: discovered(collecting).keys() == {left}, "one of them", 5)
-    told = samples(collecting)
-    assert {own["kind"]: value for own, value in told["keepwarm_preemptions_total"]} == {
-        "SIGTERM": 1
-    }
+    assert preemptions(collecting) == {"SIGTERM": 1}
     end_well(workers[1], collecting)
 
 
@@ -134,9 +141,8 @@ def test_a_worker_that_is_killed_is_gone_within_half_a_minute(
     assert address_of(under_way.worker) in discovered(collecting)
     os.killpg(under_way.worker.process.pid, signal.SIGKILL)
     wait_until(lambda: not discovered(collecting), "nobody in /sd", 30)
-    told = samples(collecting)
-    assert total(told, "keepwarm_preemptions_total", kind="vanished") == 1
-    assert total(told, "keepwarm_workers") == 0
+    assert preemptions(collecting) == {"vanished": 1}
+    assert total(samples(collecting), "keepwarm_workers") == 0
     end_well(collecting)
 
 
@@ -174,7 +180,7 @@ def test_nobody_is_ready_without_a_broker_and_everybody_is_again_with_it(
         for service in services:
             assert total(samples(service), "keepwarm_broker_reconnects_total") >= 2
         # That nobody could be heard is nobody's fault.
-        assert not samples(collecting)["keepwarm_preemptions_total"]
+        assert not preemptions(collecting)
         end_well(worker, collecting)
 
 

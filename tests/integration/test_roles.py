@@ -45,7 +45,8 @@ class Broker:
     def __init__(self, node: PrivateNode, secrets: Path) -> None:
         self.node = node
         self.secrets = secrets
-        self.management = f"http://127.0.0.1:{node.management_port}"
+        port = node.plugin_ports["rabbitmq_management"]
+        self.management = f"http://127.0.0.1:{port}"
         self.seen: set[str] = set()
         """Every command line that was to be seen while a set-up ran."""
 

@@ -204,3 +204,17 @@ def test_a_collector_killed_in_the_midst_of_a_transaction_has_written_none_of_it
 def _waits_for_the_lock(connection: psycopg.Connection) -> bool:
     query = "SELECT count(*) FROM pg_locks WHERE NOT granted"
     return connection.execute(query).fetchone() != (0,)
+
+
+def test_collectors_that_share_postgresql_count_each_verdict_once(
+    command: Start, answered: str, environment: dict[str, str], database: str
+) -> None:
+    collecting = [command("collect", "--until", answered, **OFTEN) for _ in range(2)]
+    for each in collecting:
+        assert each.wait() == 0, each.output
+    assert_complete(environment, answered)
+    # As a store of before has it: whoever opens it counts.
+    with psycopg.connect(database) as other:
+        other.execute("DROP TABLE verdict_counts")
+        other.execute("UPDATE keepwarm_schema SET version = 3")
+    assert_complete(environment, answered)

@@ -91,7 +91,10 @@ def test_stopping_what_was_never_started_is_quiet(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("server_that_fails")
-@pytest.mark.parametrize("plugins", [(), ("rabbitmq_management",)])
+@pytest.mark.parametrize(
+    "plugins",
+    [(), ("rabbitmq_prometheus",), ("rabbitmq_management", "rabbitmq_prometheus")],
+)
 def test_a_node_has_the_plug_ins_that_were_asked_for_and_by_default_none(
     plugins: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -99,10 +102,16 @@ def test_a_node_has_the_plug_ins_that_were_asked_for_and_by_default_none(
     with pytest.raises(BrokerError):
         node.start()
     assert (tmp_path / "node" / "enabled_plugins").read_text() == f"[{','.join(plugins)}].\n"
-    management = [
+    listeners = [
         line
         for line in (tmp_path / "node" / "rabbitmq.conf").read_text().splitlines()
-        if line.startswith("management.")
+        if line.startswith(("management.", "prometheus."))
     ]
-    expected = ["management.tcp.ip = 127.0.0.1", f"management.tcp.port = {node.management_port}"]
-    assert management == (expected if plugins else [])
+    assert listeners == [
+        line
+        for plugin in plugins
+        for line in (
+            f"{plugin.removeprefix('rabbitmq_')}.tcp.ip = 127.0.0.1",
+            f"{plugin.removeprefix('rabbitmq_')}.tcp.port = {node.plugin_ports[plugin]}",
+        )
+    ]

@@ -15,6 +15,8 @@ from services.collector.run_counts import RunCounts
 from services.contracts import Run, load_settings, topology
 from services.contracts.errors import StoreError
 
+VERDICTS = "keepwarm_run_verdicts"
+
 
 @pytest.fixture
 def fleet() -> Fleet:
@@ -73,6 +75,30 @@ def test_a_run_is_told_as_the_store_has_it(
     info = scraped(registry, "keepwarm_run_info")
     context_id = run.context.context_id
     assert info == {(run.run_id, context_id, "claims.jsonl", "models/small", "abc"): 1}
+
+
+def test_verdicts_of_a_run_are_told_by_label_and_by_whether_they_are_right(
+    registry: CollectorRegistry, store: Store, make: SimpleNamespace, run: Run
+) -> None:
+    verdicts = (make.verdict(0, gold="A"), make.verdict(1, "C", gold="A"), make.verdict(2))
+    store.write(make.incoming(make.announced(), make.batch(*verdicts)))
+    by_label = {label: number for (_, label), number in scraped(registry, VERDICTS).items()}
+    assert by_label == {"A": 2, "B B": 0, "C": 1, "INVALID": 0}
+    assert scraped(registry, "keepwarm_run_gold_verdicts") == {
+        (run.run_id, "true"): 1,
+        (run.run_id, "false"): 1,
+    }
+
+
+def test_labels_that_workers_invent_do_not_make_a_series_each(
+    registry: CollectorRegistry, store: Store, make: SimpleNamespace, run: Run
+) -> None:
+    verdicts = (make.verdict(n, f"L{n:03}") for n in range(100))
+    store.write(make.incoming(make.announced(), make.batch(*verdicts)))
+    told = scraped(registry, VERDICTS)
+    # 64, of which the prompt's own come first.
+    assert len(told) == 65 and told[run.run_id, "other"] == 40
+    assert sum(told.values()) == 100
 
 
 def test_a_complete_run_is_not_counted_again_until_something_of_it_comes(

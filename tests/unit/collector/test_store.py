@@ -469,7 +469,9 @@ def test_the_database_knows_the_columns_that_this_schema_version_promises(
         for table in metadata.tables.values():
             found = {row[1] for row in database.execute(f"PRAGMA table_info({table.name})")}
             assert found == set(table.columns.keys())
-        assert database.execute("SELECT version FROM keepwarm_schema").fetchall() == [(3,)]
+        assert database.execute("SELECT version FROM keepwarm_schema").fetchall() == [
+            (SCHEMA_VERSION,)
+        ]
 
 
 @pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, 1, 0])
@@ -492,6 +494,7 @@ def test_a_store_of_version_2_is_brought_up_to_date_and_keeps_what_it_has(
     file = tmp_path / "store.sqlite"
     with closing(sqlite3.connect(file)) as database, database:
         database.execute("DROP TABLE startups")
+        database.execute("DROP TABLE verdict_counts")
         database.execute("DROP INDEX outcomes_dead")
         database.execute("UPDATE keepwarm_schema SET version = 2")
     with ThreadPoolExecutor(4) as pool:
@@ -499,7 +502,9 @@ def test_a_store_of_version_2_is_brought_up_to_date_and_keeps_what_it_has(
     store.write(make.incoming(make.batch(make.verdict(2)), make.ready("start-1")))
     assert counted(store, run) == (2, 1, 0)
     with closing(sqlite3.connect(file)) as database:
-        assert database.execute("SELECT version FROM keepwarm_schema").fetchall() == [(3,)]
+        assert database.execute("SELECT version FROM keepwarm_schema").fetchall() == [
+            (SCHEMA_VERSION,)
+        ]
         assert database.execute("SELECT startup_id FROM startups").fetchall() == [("start-1",)]
 
 

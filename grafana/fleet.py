@@ -1,0 +1,212 @@
+"""The dashboard of the fleet: who is there, what is warm, what is lost."""
+
+from grafana_foundation_sdk.builders.dashboard import Dashboard
+
+from grafana.blocks import bars, board, context, lines, number, run
+
+_OF = 'context_id=~"$context"'
+_SECONDS = f"keepwarm_device_seconds_total{{{_OF}}}"
+_USEFUL = f'keepwarm_device_seconds_total{{{_OF},use="inferring"}}'
+_COLD = "keepwarm_cold_start_seconds"
+
+
+def fleet() -> Dashboard:
+    return (
+        board("fleet", "Fleet", "Workers, their contexts, and what preemptions take.")
+        .with_variable(context())
+        .with_variable(run())
+        .with_panel(
+            number(
+                "Workers that serve",
+                'sum(keepwarm_workers{state="serving"}) or vector(0)',
+                "As they say themselves, no longer than 20 seconds ago.",
+                good=((0, "red"), (1, "green")),
+            )
+        )
+        .with_panel(
+            number(
+                "Contexts warm",
+                f"count(keepwarm_context_workers{{{_OF}}} > 0) or vector(0)",
+                "Contexts that at least one worker serves.",
+                good=((0, "red"), (1, "green")),
+            )
+        )
+        .with_panel(
+            number(
+                "Claims that wait",
+                f"sum(keepwarm_context_ready_claims{{{_OF}}})",
+                "In the queues of the contexts, as estimated.",
+            )
+        )
+        .with_panel(
+            number(
+                "Goodput",
+                f"sum(rate({_USEFUL}[$__rate_interval])) / sum(rate({_SECONDS}[$__rate_interval]))",
+                "The part of the devices' time that went into answers that count.",
+                "percentunit",
+                decimals=0,
+            )
+        )
+        .with_panel(
+            number(
+                "Preemptions",
+                'sum(increase(keepwarm_preemptions_total{kind!="SIGINT"}[$__range]))',
+                "Workers that went, in the time that is shown.",
+                decimals=0,
+            )
+        )
+        .with_panel(
+            number(
+                "Lost work",
+                "sum(increase(keepwarm_store_lost_claims_total[$__range]))",
+                "Claims that were computed again because a worker was lost, at most, in the time "
+                "that is shown.",
+                good=((0, "green"), (1, "orange")),
+                decimals=0,
+            )
+        )
+        .with_panel(
+            lines(
+                "Workers by device and state",
+                [("sum by (device, state) (keepwarm_workers)", "{{device}}, {{state}}")],
+                "As they say themselves. One that is killed is shown for 20 seconds more.",
+                stacked=True,
+            )
+        )
+        .with_panel(
+            lines(
+                "Throughput by device",
+                [
+                    (
+                        "sum by (device) (rate(keepwarm_store_verdicts_total[$__rate_interval]))",
+                        "{{device}}",
+                    )
+                ],
+                "Verdicts a second that were committed.",
+                stacked=True,
+            )
+        )
+        .with_panel(
+            lines(
+                "Workers by context",
+                [(f"keepwarm_context_workers{{{_OF}}}", "{{context_id}}")],
+                "Workers that serve it: it is warm there.",
+            )
+        )
+        .with_panel(
+            lines(
+                "Claims by context",
+                [
+                    (f"keepwarm_context_ready_claims{{{_OF}}}", "{{context_id}}, waiting"),
+                    (f"keepwarm_context_in_flight_claims{{{_OF}}}", "{{context_id}}, in flight"),
+                ],
+                "As estimated from messages, workers and the store.",
+            )
+        )
+        .with_panel(
+            lines(
+                "Contexts of workers by state",
+                [
+                    (
+                        f'sum by (state) (keepwarm_contexts{{job="keepwarm-workers",{_OF}}})',
+                        "{{state}}",
+                    )
+                ],
+                "Each worker's own. Two workers may share an engine.",
+                stacked=True,
+            )
+        )
+        .with_panel(
+            lines(
+                "Engines of keepers by state",
+                [
+                    (
+                        'sum by (instance, state) (keepwarm_contexts{job="keepwarm-keepers"}) > 0',
+                        "{{instance}}, {{state}}",
+                    )
+                ],
+                "Of nodes whose keeper runs as a service.",
+                stacked=True,
+            )
+        )
+        .with_panel(
+            lines(
+                "Where the devices' time goes",
+                [(f"sum by (use) (rate({_SECONDS}[$__rate_interval]))", "{{use}}")],
+                "In devices: 1 is all of the time of one.",
+                stacked=True,
+            )
+        )
+        .with_panel(
+            lines(
+                "Goodput by device",
+                [
+                    (
+                        f"sum by (device) (rate({_USEFUL}[$__rate_interval]))"
+                        f" / sum by (device) (rate({_SECONDS}[$__rate_interval]))",
+                        "{{device}}",
+                    )
+                ],
+                "The part of the time that went into answers that count.",
+                "percentunit",
+            )
+        )
+        .with_panel(
+            lines(
+                "Preemptions by kind",
+                [
+                    (
+                        "sum by (kind) (increase(keepwarm_preemptions_total[$__rate_interval]))"
+                        " > 0",
+                        "{{kind}}",
+                    )
+                ],
+                "Workers that went: a signal, the walltime, a failure, or without a word.",
+                stacked=True,
+            )
+        )
+        .with_panel(
+            lines(
+                "What preemptions cost",
+                [
+                    (
+                        "sum(rate(keepwarm_store_lost_claims_total[$__rate_interval]))",
+                        "computed again, at most",
+                    ),
+                    (
+                        "sum(rate(keepwarm_store_returned_claims_total[$__rate_interval]))",
+                        "returned unharmed",
+                    ),
+                ],
+                "Claims a second. What was returned cost nothing.",
+            )
+        )
+        .with_panel(
+            lines(
+                "Starts",
+                [
+                    (
+                        f'sum(increase({_COLD}_count{{phase="total"}}[$__rate_interval]))',
+                        "cold: an engine was started",
+                    ),
+                    (
+                        "sum(increase(keepwarm_warm_attaches_total[$__rate_interval]))",
+                        "warm: it was there",
+                    ),
+                ],
+                "Times that a worker had its context.",
+            )
+        )
+        .with_panel(
+            bars(
+                "Cold starts by phase",
+                (
+                    f"sum by (phase) (increase({_COLD}_sum[$__range]))"
+                    f" / (sum by (phase) (increase({_COLD}_count[$__range])) > 0)",
+                    "{{phase}}",
+                ),
+                "Mean seconds in the time that is shown, where they were measured; total is all.",
+                "s",
+            )
+        )
+    )

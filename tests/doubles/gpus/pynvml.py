@@ -1,0 +1,50 @@
+"""A stand-in for NVIDIA's library: one GPU, with the name that NVML_TEST_GPU says. It stands where
+services find it when PYTHONPATH names `tests/doubles/gpus`, so that a fleet has several devices.
+"""
+# ruff: noqa: N802
+
+import os
+from types import SimpleNamespace
+
+NAME = os.environ["NVML_TEST_GPU"]
+MEMORY = SimpleNamespace(total=24 * 2**30, free=23 * 2**30)
+
+
+class NVMLError(Exception):
+    pass
+
+
+def nvmlInit():
+    pass
+
+
+def nvmlShutdown():
+    pass
+
+
+def nvmlSystemGetDriverVersion():
+    return "000.00"
+
+
+def nvmlDeviceGetCount():
+    return 1
+
+
+def nvmlDeviceGetHandleByIndex(index):
+    return index
+
+
+def nvmlDeviceGetHandleByUUID(uuid):
+    return uuid
+
+
+def nvmlDeviceGetName(handle):
+    return NAME
+
+
+def nvmlDeviceGetMemoryInfo(handle):
+    return MEMORY
+
+
+def nvmlDeviceGetComputeRunningProcesses(handle):
+    return []

@@ -1,0 +1,83 @@
+"""The dashboards as files: what the code says, whole, and of metrics that there are."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from grafana.blocks import SOURCE, TAG
+from grafana.read import dashboards, panels, substituted
+from tests.monitoring.queries import Query, panel_queries, rule_queries
+from tests.unit.test_metrics import METRICS
+
+VARIABLES = {"context": ".*", "run": ".*", "__rate_interval": "1m", "__range": "1h"}
+SUFFIXES = {"histogram": ("_bucket", "_sum", "_count"), "counter": ("",), "gauge": ("",)}
+
+
+def test_the_files_are_what_the_code_says(repository: Path) -> None:
+    made = subprocess.run(
+        [sys.executable, "-m", "grafana.make", "--check"],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert made.returncode == 0, made.stderr
+
+
+@pytest.mark.parametrize(
+    "query", [*panel_queries(VARIABLES), *rule_queries()], ids=lambda query: query.where
+)
+def test_a_query_names_metrics_of_the_house_that_there_are(query: Query) -> None:
+    known = {told.name + suffix for told in METRICS for suffix in SUFFIXES[told.type]}
+    ours = {name for name in query.names() if name.startswith("keepwarm")}
+    assert ours <= known
+    assert all(name.startswith(("rabbitmq_", "up")) for name in query.names() - ours)
+
+
+@pytest.mark.parametrize("dashboard", dashboards(), ids=lambda each: each["uid"])
+def test_a_dashboard_is_whole(dashboard: dict[str, Any]) -> None:
+    shown = list(panels(dashboard))
+    assert len({panel["id"] for panel in shown}) == len(shown)
+    for panel in shown:
+        assert panel["title"] and panel["description"].endswith(".")
+        letters = [target["refId"] for target in panel["targets"]]
+        assert all(letters) and len(set(letters)) == len(letters)
+        for source in (panel["datasource"], *(each["datasource"] for each in panel["targets"])):
+            assert source == {"type": SOURCE.type_val, "uid": SOURCE.uid}
+    assert [each["name"] for each in dashboard["templating"]["list"]] == ["context", "run"]
+    (link,) = dashboard["links"]
+    assert TAG in dashboard["tags"] and link["tags"] == [TAG]
+    assert link["includeVars"] and link["keepTime"]
+
+
+def test_panels_do_not_lie_on_each_other() -> None:
+    for dashboard in dashboards():
+        taken: set[tuple[int, int]] = set()
+        for panel in panels(dashboard):
+            at = panel["gridPos"]
+            cells = {
+                (x, y)
+                for x in range(at["x"], at["x"] + at["w"])
+                for y in range(at["y"], at["y"] + at["h"])
+            }
+            assert not cells & taken and max(x for x, _ in cells) < 24
+            taken |= cells
+
+
+def test_grafana_is_given_the_source_that_they_name(repository: Path) -> None:
+    provisioning = repository / "grafana" / "provisioning"
+    sources = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())
+    (source,) = sources["datasources"]
+    assert (source["type"], source["uid"]) == (SOURCE.type_val, SOURCE.uid)
+    scrapes = yaml.safe_load((repository / "prometheus" / "prometheus.yml").read_text())
+    assert source["jsonData"]["timeInterval"] == scrapes["global"]["scrape_interval"]
+
+
+def test_a_variable_without_a_value_is_an_error() -> None:
+    with pytest.raises(ValueError, match=re.escape("$range")):
+        substituted("rate(x[$range])", {})
