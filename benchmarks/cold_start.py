@@ -4,9 +4,8 @@
 
 The same model and arguments, taking turns in one run; each from the start of a process to the first
 answer. "First" is the first start on a node, with keeper and imports, "later" another one while the
-keeper lives; caches of vLLM are empty before each of these. "Another context" then starts where
-these are, and "the same again" where its own are. Prints seconds, and the ratio to vLLM in one
-process, which has no server and is the least that a start can take.
+keeper lives. Caches of vLLM are empty before each start. Prints seconds, and the ratio to vLLM in
+one process, which has no server and is the least that a start can take.
 """
 
 import argparse
@@ -94,12 +93,12 @@ def server(plan: EnginePlan, directory: Path) -> float:
 
 
 def attached(plan: EnginePlan, settings: Settings) -> float:
+    shutil.rmtree(settings.cache_dir, ignore_errors=True)
     started = time.monotonic()
     attachment = Attachment(plan, settings)
     assert attachment.start(NEVER)
     seconds = time.monotonic() - started
     attachment.close()
-    evict(settings, (plan.name,))
     return seconds
 
 
@@ -110,27 +109,19 @@ def main() -> None:
     arguments = parser.parse_args()
     spec = pin_model(ContextSpec(model=str(MODEL)))
     taken: dict[str, list[float]] = {
-        name: []
-        for name in (
-            *("one process", "server as it comes", "first", "later"),
-            *("another context", "the same again"),
-        )
+        name: [] for name in ("one process", "server as it comes", "first", "later")
     }
-    other = spec.model_copy(update={"max_model_tokens": spec.max_model_tokens // 2})
     with tempfile.TemporaryDirectory(prefix="kw-") as name:
         directory = Path(name)
         settings = load_settings(runtime_dir=directory / "run", cache_dir=directory / "cache")
         plan = EnginePlan.of(spec, find_device(), settings)
-        other_plan = EnginePlan.of(other, find_device(), settings)
         try:
             for _ in range(arguments.rounds):
                 taken["one process"].append(one_process(plan, directory))
                 taken["server as it comes"].append(server(plan, directory))
-                for how in ("first", "later"):
-                    shutil.rmtree(settings.cache_dir, ignore_errors=True)
-                    taken[how].append(attached(plan, settings))
-                for how in ("another context", "the same again"):
-                    taken[how].append(attached(other_plan, settings))
+                taken["first"].append(attached(plan, settings))
+                evict(settings, (plan.name,))
+                taken["later"].append(attached(plan, settings))
                 drain(settings)
         finally:
             drain(settings)

@@ -190,13 +190,15 @@ def preempted(
     started = time.monotonic()
     preemption = threading.Thread(target=preempt)
     preemption.start()
-    desk.wait_for(run_id)
-    seconds = time.monotonic() - started
-    done.set()
-    preemption.join()
-    for worker in workers:
-        worker.terminate()
-        worker.wait(60)
+    try:
+        desk.wait_for(run_id)
+        seconds = time.monotonic() - started
+    finally:
+        done.set()
+        preemption.join()
+    for one in workers:
+        one.terminate()
+        one.wait(60)
     assert number is None or len(workers) > 1
     return len(lines) / seconds
 

@@ -1,6 +1,7 @@
 """What several benchmarks need: a node and a collector here, workers and engines as processes."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -53,15 +54,20 @@ class Desk:
             target=self._collector.run, args=(lambda _: self._committed.set(),)
         )
         self._collecting.start()
+        self._workers: list[subprocess.Popen[bytes]] = []
+        # Whoever ends a benchmark half-way finds nothing left of it, as after Ctrl-C.
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
     def worker(self, **variables: str) -> subprocess.Popen[bytes]:
-        """A worker that has just been started."""
-        return subprocess.Popen(
+        """A worker that has just been started. It is gone when the desk is closed."""
+        worker = subprocess.Popen(
             [*KEEPWARM, "worker"],
             env={**self.environment, **variables},
             cwd=REPOSITORY,
             start_new_session=True,
         )
+        self._workers.append(worker)
+        return worker
 
     def ready_worker(self, **variables: str) -> tuple[subprocess.Popen[str], str]:
         """A worker that takes claims, and the log line that says so."""
@@ -116,6 +122,9 @@ class Desk:
             self._committed.wait(60)
 
     def close(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+            worker.wait()
         drain(self.settings)
         self._collector.stop()
         self._collecting.join()
