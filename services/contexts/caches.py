@@ -2,7 +2,7 @@
 
 Each engine has a directory of its own under `KEEPWARM_CACHE_DIR`, so that no two write to one: it
 is locked while its engine starts, and one that was left half-written, by a start that was killed,
-is thrown away at the next. A new one begins with what others of its kind have compiled.
+is thrown away at the next.
 """
 
 import fcntl
@@ -14,7 +14,6 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from services.contexts.compiled import Compiled
 from services.contexts.runtime_dir import open_private_dir
 from services.contracts.startup import StartupPhases
 from services.contracts.values import Value
@@ -41,8 +40,6 @@ class EngineCaches:
     def starting(self, name: str) -> Iterator[Path]:
         """The engine's own directory, for as long as the start lasts; waits for whoever has it."""
         directory = self._directory / name
-        # The name of a plan ends with the digest of all but its context.
-        compiled = Compiled(self._directory, kind=name.rpartition("-")[2])
         # It may have been deleted since: that is how a person makes room.
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(self._directory / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -51,16 +48,11 @@ class EngineCaches:
             marker = directory / _UNFINISHED
             if marker.exists():
                 shutil.rmtree(directory)
-            new = not directory.exists()
             directory.mkdir(mode=0o700, exist_ok=True)
             marker.touch()
-            if new:
-                compiled.hand_to(directory)
             yield directory
             # Not in a `finally`: a start that failed leaves its marker.
             marker.unlink()
-            if new:
-                compiled.take_from(directory)
         finally:
             os.close(lock)
 

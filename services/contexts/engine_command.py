@@ -5,7 +5,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from services.contexts.compiled import INDUCTOR, TRITON
 from services.contexts.device import Device
 from services.contexts.model_files import is_local
 from services.contexts.plan import EnginePlan, is_an_engines_own
@@ -93,8 +92,8 @@ def engine_environment(plan: EnginePlan, cache: Path) -> dict[str, str]:
     """What an engine has beyond its template's environment."""
     environment = {
         "VLLM_CACHE_ROOT": str(cache / "vllm"),
-        "TORCHINDUCTOR_CACHE_DIR": str(cache / INDUCTOR),
-        "TRITON_CACHE_DIR": str(cache / TRITON),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        "TRITON_CACHE_DIR": str(cache / "triton"),
     }
     if is_local(plan.spec.model):
         environment["HF_HUB_OFFLINE"] = "1"

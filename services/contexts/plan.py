@@ -58,8 +58,7 @@ class EnginePlan(Value):
 
     @cached_property
     def name(self) -> str:
-        """The engine's name on its node: the context's, and a digest of all else that matters, its
-        kind. Engines of one kind compile alike.
+        """The engine's name on its node: the context's, and a digest of all else that matters.
 
         How much memory is free is not part of it: that changes as soon as the engine runs.
         """

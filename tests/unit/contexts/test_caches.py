@@ -1,4 +1,4 @@
-"""Caches: one directory an engine, thrown away when half-written, and never written by two."""
+"""Compile caches: one directory an engine, thrown away when half-written, and never shared."""
 
 import os
 import stat
