@@ -9,7 +9,7 @@ MODEL  := .models/SmolLM2-135M-Instruct
 .PHONY: help setup demo secrets test test-hpc test-compose test-monitoring check docs dashboards previews lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## system packages, .venv with an engine (ENGINE=cpu|cuda|auto), the demo model
 	@setup/system.sh
@@ -23,7 +23,7 @@ demo: setup ## verify the sample claims with a real broker and a real engine
 secrets: ## passwords and .env for docker compose; what is there is kept
 	@$(PYTHON) setup/compose_secrets.py
 
-test: ## all tests but those of clusters and containers, with a real broker, engine and PostgreSQL (ARGS='-k drain')
+test: ## all tests but those of clusters, containers and monitoring, with a real broker, engine and PostgreSQL (ARGS='-k drain')
 	@setup/system.sh --with-postgres
 	@setup/python.sh $(ENGINE)
 	@.venv/bin/python setup/demo_model.py
@@ -61,7 +61,9 @@ dashboards: ## make grafana/dashboards/*.json anew
 
 previews: ## make docs/dashboard-*.png anew, from a run that takes some minutes
 	@setup/system.sh --with-prometheus
-	@.venv/bin/python benchmarks/dashboards.py
+	@setup/python.sh $(ENGINE)
+	@.venv/bin/python setup/demo_model.py
+	.venv/bin/python benchmarks/dashboards.py
 
 lock: ## rewrite setup/requirements/*.lock (ARGS=--upgrade for newer versions)
 	@setup/lock.sh $(ARGS)
