@@ -110,7 +110,8 @@ class Stack:
         """Its report, once every claim has an outcome."""
         # One process that tells every second: to start one takes time from the engine.
         told = f"timeout {seconds} keepwarm status --json --watch --every 1 2>/dev/null"
-        wanted = f'"run_id": "{run_id}"[^}}]*"complete": true'
+        # Of this run alone, whose status has one object in it: the verdicts by label.
+        wanted = rf'"run_id": "{run_id}"\([^{{}}]\|{{[^{{}}]*}}\)*"complete": true'
         self.inside("collector", "sh", "-c", f"{told} | grep -q -m 1 '{wanted}'")
         return json.loads(self.inside("collector", "keepwarm", "report", run_id, "--json"))
 
