@@ -63,7 +63,7 @@ previews: ## make docs/dashboard-*.png anew, from a run that takes some minutes
 	@setup/system.sh --with-prometheus
 	@setup/python.sh $(ENGINE)
 	@.venv/bin/python setup/demo_model.py
-	.venv/bin/python benchmarks/dashboards.py
+	.venv/bin/python -m tests.monitoring.previews
 
 lock: ## rewrite setup/requirements/*.lock (ARGS=--upgrade for newer versions)
 	@setup/lock.sh $(ARGS)

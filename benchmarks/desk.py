@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from services.broker import BrokerAddress, Declares, PrivateNode, Publisher
 from services.collector import Collector, RunStatus, Store, run_status
@@ -54,7 +55,7 @@ class Desk:
             target=self._collector.run, args=(lambda _: self._committed.set(),)
         )
         self._collecting.start()
-        self._workers: list[subprocess.Popen[bytes]] = []
+        self._workers: list[subprocess.Popen[Any]] = []
         # Whoever ends a benchmark half-way finds nothing left of it, as after Ctrl-C.
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
@@ -82,6 +83,7 @@ class Desk:
         for line in process.stderr:
             if "worker.taking" in line:
                 threading.Thread(target=process.stderr.read, daemon=True).start()
+                self._workers.append(process)
                 return process, line
         raise SystemExit("a worker ended; run it by hand to see why")
 

@@ -7,7 +7,6 @@ with one that is killed.
 """
 
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -70,9 +69,6 @@ class Daemon:
         kept = {"PATH": os.environ["PATH"], "HOME": str(self.directory), "LANG": "C.UTF-8"}
         address = {"DOCKER_HOST": f"unix://{self.socket}"}
         return {**kept, **address, "DOCKER_BUILDKIT": "0", "COMPOSE_DOCKER_CLI_BUILD": "0"}
-
-    def remove(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
 
     @property
     def _control_group(self) -> str:

@@ -15,7 +15,12 @@ _PARTS = (
     *("pyproject.toml", "rabbitmq", "samples", "services", "setup"),
 )
 _FILES = ("-f", "docker-compose.yml", "-f", "override.yml")
-_NOTHING_TO_SCRAPE = "scrape_configs: []\n"
+# Reads what `status --json --watch` prints, a list of runs a line, until a run is complete.
+_UNTIL_COMPLETE = """
+import json, sys
+told = (run for line in sys.stdin for run in json.loads(line))
+sys.exit(not any(run["run_id"] == sys.argv[1] and run["complete"] for run in told))
+"""
 
 
 def compose_command() -> list[str]:
@@ -35,12 +40,9 @@ class Stack:
             source, target = REPOSITORY / part, directory / part
             if source.is_dir():
                 shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
-            elif source.exists():
+            else:
                 shutil.copy2(source, target)
         shutil.copy2(REPOSITORY / "tests" / "compose" / "override.yml", directory)
-        if not (directory / "prometheus").exists():
-            (directory / "prometheus").mkdir()
-            (directory / "prometheus" / "prometheus.yml").write_text(_NOTHING_TO_SCRAPE)
 
     def with_secrets(self, **variables: str) -> "Stack":
         """As `make secrets` makes them, with settings in .env beside them."""
@@ -110,9 +112,8 @@ class Stack:
         """Its report, once every claim has an outcome."""
         # One process that tells every second: to start one takes time from the engine.
         told = f"timeout {seconds} keepwarm status --json --watch --every 1 2>/dev/null"
-        # Of this run alone, whose status has one object in it: the verdicts by label.
-        wanted = rf'"run_id": "{run_id}"\([^{{}}]\|{{[^{{}}]*}}\)*"complete": true'
-        self.inside("collector", "sh", "-c", f"{told} | grep -q -m 1 '{wanted}'")
+        until = (f'{told} | python3 -c "$1" "$2"', "sh", _UNTIL_COMPLETE, run_id)
+        self.inside("collector", "sh", "-c", *until)
         return json.loads(self.inside("collector", "keepwarm", "report", run_id, "--json"))
 
     def engines(self) -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """A real Prometheus of a test's own, with the files of prometheus/."""
 
+import os
 import re
 import shutil
-import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +12,12 @@ import httpx
 import yaml
 
 from services.broker.private_node import free_ports
+from services.leash import Leashed
 from tests.conftest import REPOSITORY
 
 FILES = REPOSITORY / "prometheus"
 CONFIGURATION, RULES = FILES / "prometheus.yml", FILES / "alerts.yml"
-_START_SECONDS = 30.0
+_START_SECONDS, _STOP_SECONDS = 30.0, 10.0
 _MINUTES = re.compile(r"\b(\d+)m\b")
 
 
@@ -54,16 +55,19 @@ class Prometheus:
             f"--storage.tsdb.path={directory / 'data'}",
             f"--web.listen-address=127.0.0.1:{port}",
         ]
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Leashed | None = None
 
     def __enter__(self) -> Self:
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            self._process = Leashed(
+                self._command,
+                environment={"PATH": os.environ["PATH"]},
+                grace_seconds=_STOP_SECONDS,
+                output=log,
             )
         deadline = time.monotonic() + _START_SECONDS
         while not self._is_ready():
-            if self._process.poll() is not None or time.monotonic() > deadline:
+            if self._process.exit_code() is not None or time.monotonic() > deadline:
                 self.__exit__()
                 raise AssertionError(f"Prometheus did not start:\n{self._log.read_text()}")
             time.sleep(0.05)
@@ -71,8 +75,7 @@ class Prometheus:
 
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+            self._process.stop()
 
     def query(self, expression: str) -> list[dict[str, Any]]:
         """What it is now: labels (`metric`) and value."""

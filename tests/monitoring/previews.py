@@ -1,6 +1,6 @@
 """Previews of the dashboards: a fleet that loses workers, watched by a real Prometheus.
 
-    .venv/bin/python benchmarks/dashboards.py
+    .venv/bin/python -m tests.monitoring.previews
 
 Starts a broker, a keeper, a collector, Prometheus with the files of prometheus/ (every second, so
 that minutes are enough), and a fleet: a worker with the real engine and the demo model, and workers
@@ -11,20 +11,16 @@ away by real signals, claims die, the broker has an alarm. Then it draws docs/da
 import argparse
 import random
 import signal
-import sys
 import tempfile
 import time
 from itertools import count
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
+from grafana.preview import Span, draw_all
+from tests.conftest import DEMO_MODEL, REPOSITORY
+from tests.integration.conftest import Command
+from tests.monitoring.system import System, whole_system
 
-from grafana.preview import Span, draw_all  # noqa: E402
-from tests.integration.conftest import Command  # noqa: E402
-from tests.monitoring.system import System, whole_system  # noqa: E402
-
-MODEL = REPOSITORY / ".models" / "SmolLM2-135M-Instruct"
 # Seconds a claim: what a GPU is to the tests' engine.
 GPUS = {"NVIDIA H100 80GB HBM3": 0.01, "NVIDIA A10": 0.03, "Tesla T4": 0.08}
 LOSSES = 24
@@ -86,11 +82,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=REPOSITORY / "docs")
     arguments = parser.parse_args()
-    if not MODEL.is_dir():
+    if not DEMO_MODEL.is_dir():
         raise SystemExit("the demo model is not there: run `make setup` first")
     with (
         tempfile.TemporaryDirectory(prefix="keepwarm-dashboards-") as name,
-        whole_system(Path(name), MODEL, real_engine=True) as system,
+        whole_system(Path(name), DEMO_MODEL, real_engine=True) as system,
     ):
         start = time.time()
         story(system, 60 * arguments.minutes, arguments.seed)
