@@ -71,7 +71,13 @@ def test_a_run_that_loses_its_worker_or_its_engine_completes_with_one_verdict_a_
         *("--model", str(DEMO_MODEL), "--prompt", str(REPOSITORY / "samples" / "prompt.yaml")),
         KEEPWARM_BATCHES_IN_FLIGHT="3",
     )
-    wait_until(lambda: running.output.count("engine: warm"), "a warm engine", ENGINE_SECONDS)
+    # Of the lines on the screen, five seconds apart, none may fall between warm and done.
+    said = out / "logs" / "worker-0.log"
+    wait_until(
+        lambda: said.exists() and '"engine.ready"' in said.read_text(),
+        "a warm engine",
+        ENGINE_SECONDS,
+    )
     store = {"KEEPWARM_STORE_URL": str(out / "keepwarm.sqlite")}
     wait_until(lambda: outcomes(store), "the first verdicts")
     worker = next(
