@@ -1,6 +1,7 @@
 """What a worker does with one batch; that it takes and drains batches is shown on a real broker."""
 
 import gc
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from services.contracts import (
 from services.contracts.errors import EngineRequestError, ModelError
 from services.gpu_worker import Worker
 from services.gpu_worker.in_hand import Signature
+from services.gpu_worker.pacing import Pace
 from services.gpu_worker.reports import Post
 from services.gpu_worker.serving import Serving
 from services.gpu_worker.shift import Shift
@@ -189,9 +191,14 @@ def test_the_first_batch_is_cut_to_what_any_engine_can_finish_and_the_rest_goes_
 def test_an_engine_that_turns_out_fast_gets_as_many_batches_as_it_may_have(
     worker: Serving, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
 ) -> None:
+    tick = itertools.count()
+    settings = worker._settings
+    worker._pace = Pace(
+        settings.horizon_seconds, settings.batches_in_flight, clock=lambda: next(tick) / 1000
+    )
     engine_answers(64)
     see_through(worker, delivered(batch_of(spec, claims=64)), broker)
-    assert broker.prefetch == worker._settings.batches_in_flight
+    assert broker.prefetch == settings.batches_in_flight
     see_through(worker, delivered(batch_of(spec, claims=200)), broker)
     assert returned_in(broker) == []
 
