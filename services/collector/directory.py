@@ -187,6 +187,7 @@ class Directory:
 
     def _lines(self, contexts: Iterable[ContextSpec]) -> Iterator[ContextDemand]:
         counts = self._counts
+        held = self._fleet.claims_held()
         for context in contexts:
             workers = self._fleet.workers_on(context.context_id)
             wanted = self._wanted.get(context.context_id)
@@ -198,7 +199,7 @@ class Directory:
             elif messages is None:
                 continue
             else:
-                ready, in_flight = self._estimate(wanted, messages, workers)
+                ready, in_flight = self._estimate(wanted, messages, held[context.context_id])
             yield ContextDemand(
                 context=context,
                 claims_ready=ready,
@@ -206,15 +207,19 @@ class Directory:
                 workers_warm=workers,
             )
 
-    def _estimate(self, wanted: _Wanted, messages: int, workers: int) -> tuple[int, int]:
-        """Claims that are ready, and claims in flight."""
+    def _estimate(self, wanted: _Wanted, messages: int, held: int) -> tuple[int, int]:
+        """Claims that are ready, and claims in flight, of which workers have `held` in hand.
+
+        The queue was counted a while ago, so what is left without it may be less than workers say
+        that they hold. What is ready is not made smaller by their word: a worker that was killed
+        is still believed for a while, and its claims wait for somebody else.
+        """
         batch_claims = wanted.batch_claims or self._settings.batch_size
         ready = round(messages * batch_claims)
         if not wanted.all_sent:
-            # Until a producer has told its totals: as much as its workers' hands hold.
-            return ready, round(workers * self._settings.batches_in_flight * batch_claims)
+            return ready, held  # until a producer has told its totals, nobody knows what is left
         ready = min(ready, wanted.left)
-        return ready, wanted.left - ready
+        return ready, max(wanted.left - ready, min(held, wanted.left))
 
 
 def _fitting(lines: list[ContextDemand]) -> Iterator[ContextDemand]:

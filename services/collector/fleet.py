@@ -63,6 +63,14 @@ class Fleet:
             self._forget_silent(self._now())
             return self._on[context_id]
 
+    def claims_held(self) -> Counter[str]:
+        """How many claims its workers have in hand, by context."""
+        held: Counter[str] = Counter()
+        for report in self.workers():
+            if report.context_id is not None:
+                held[report.context_id] += report.claims_in_hand
+        return held
+
     def workers(self) -> list[WorkerReport]:
         """The latest word of each worker that is there, the latest last."""
         with self._lock:

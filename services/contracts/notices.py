@@ -23,7 +23,8 @@ class ContextDemand(Value):
     """A context's line in the directory: how much is to be done there, and by how many.
 
     `claims_ready` wait in its queue, `claims_in_flight` are wanted and wait no more: a worker, or
-    a message on its way, has them. Both are estimates. `workers_warm` say that they serve it.
+    a message on its way, has them. Both are estimates, of different moments. `workers_warm` say
+    that they serve it.
     """
 
     context: ContextSpec

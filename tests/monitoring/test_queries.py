@@ -19,7 +19,6 @@ from tests.monitoring.system import System, whole_system
 STEP_SECONDS = 1.0
 ENGINE_SECONDS = 300.0
 ZERO_IS_WELL = {
-    "keepwarm_context_in_flight_claims": "estimated from a queue as it was up to 4 s before",
     "rabbitmq_alarms_memory_used_watermark": "no alarm here; the tests of alerts have one",
     "rabbitmq_alarms_free_disk_space_watermark": "no alarm here",
     "keepwarm_broker_blocked": "no alarm here",

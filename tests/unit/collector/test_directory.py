@@ -127,19 +127,33 @@ def test_no_more_is_ready_than_is_left(
     assert (line.claims_ready, line.claims_in_flight) == (12, 0)
 
 
-def test_before_all_is_sent_as_much_is_in_flight_as_its_workers_can_hold(
+@pytest.mark.parametrize(
+    ("claims", "ready", "in_flight"),
+    [
+        (None, 50, 40),  # not all are sent: what is left is not known
+        (100, 50, 50),
+        (60, 50, 40),  # the queue was counted before the workers took the last batches
+        (30, 30, 30),
+    ],
+)
+def test_no_less_is_in_flight_than_workers_hold(
+    claims: int | None,
+    ready: int,
+    in_flight: int,
     store: Store,
     make: SimpleNamespace,
     run: Run,
     directory: Directory,
     broker: Broker,
-    serve: Serve,
+    fleet: Fleet,
 ) -> None:
-    store.write(make.incoming(make.announced()))
+    store.write(make.incoming(make.announced(claims=claims)))
     broker.has[run.context] = 5
-    serve(run, 2)
+    for worker, held, state in (("one", 25, "serving"), ("other", 15, "draining")):
+        report = make.report(worker, context_id=run.context.context_id, state=state)
+        fleet.note(report.model_copy(update={"claims_in_hand": held}))
     (line,) = looked(directory, broker)
-    assert (line.claims_ready, line.claims_in_flight) == (5 * 10, 2 * 3 * 10)
+    assert (line.claims_ready, line.claims_in_flight) == (ready, in_flight)
 
 
 def test_each_commit_moves_it_on_without_a_new_count(
