@@ -73,7 +73,8 @@ def evict(
     wanted: Annotated[
         Names | None,
         typer.Argument(
-            help="Engines or contexts, as `contexts list` names them, or their beginnings."
+            metavar="NAME",
+            help="Engines or contexts, as `contexts list` names them, or their beginnings.",
         ),
     ] = None,
     everything: Annotated[
@@ -98,7 +99,8 @@ def evict(
 
 def logs(
     wanted: Annotated[
-        str, typer.Argument(help="An engine or a context, as `contexts list` names it.")
+        str,
+        typer.Argument(metavar="NAME", help="An engine or a context, as `contexts list` names it."),
     ],
 ) -> None:
     """Print an engine's own log."""

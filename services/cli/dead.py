@@ -43,7 +43,9 @@ ClaimsArgument = Annotated[
 
 def show(
     what: RunArgument,
-    claim: Annotated[str | None, typer.Argument(help="The id of a claim of that run.")] = None,
+    claim: Annotated[
+        str | None, typer.Argument(metavar="CLAIM", help="The id of a claim of that run.")
+    ] = None,
     broker: BrokerOption = None,
     store: StoreOption = None,
 ) -> None:
@@ -116,7 +118,9 @@ def drop(
 
 
 def list(
-    run: Annotated[str | None, typer.Argument(help="Of one run; of all otherwise.")] = None,
+    run: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="Of one run; of all otherwise.")
+    ] = None,
     broker: BrokerOption = None,
     store: StoreOption = None,
 ) -> None:

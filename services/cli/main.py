@@ -1,9 +1,10 @@
 """The command's front door: verbs, and what every one of them does with an error."""
 
 import gc
-import importlib
+import importlib.metadata
 import sys
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import typer
 
@@ -82,6 +83,11 @@ def _wanted(arguments: Sequence[str]) -> Sequence[str]:
     return [name for name in _VERBS if line.startswith(f"{name} ")] or _VERBS
 
 
+def _flowing(text: str) -> str:
+    """Its paragraphs without line breaks of their own: a terminal has another width."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+
+
 gc.disable()  # nothing that is imported is garbage, and to look for it takes a tenth of the time
 for _name in _wanted(sys.argv[1:]):
     _function = _verb(_name)
@@ -89,9 +95,27 @@ for _name in _wanted(sys.argv[1:]):
     _any = {"ignore_unknown_options": True, "allow_extra_args": True}
     _group, _, _last = _name.rpartition(" ")
     _GROUPS[_group].command(
-        _last, context_settings=_any if _function.__name__ == "unavailable" else None
+        _last,
+        help=_flowing(_function.__doc__ or ""),
+        context_settings=_any if _function.__name__ == "unavailable" else None,
     )(_function)
 gc.enable()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"keepwarm {importlib.metadata.version('keepwarm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """What comes before a verb."""
 
 
 def main() -> None:

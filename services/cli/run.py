@@ -46,7 +46,10 @@ from services.producer import Format
 
 def run(
     file: Annotated[
-        str, typer.Argument(help="JSONL or CSV, one claim a line; - for standard input.")
+        str,
+        typer.Argument(
+            metavar="FILE", help="JSONL or CSV, one claim a line; - for standard input."
+        ),
     ],
     model: ModelOption = None,
     prompt: PromptOption = None,

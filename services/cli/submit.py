@@ -55,7 +55,10 @@ class _Submitting:
 
 def submit(
     file: Annotated[
-        str, typer.Argument(help="JSONL or CSV, one claim a line; - for standard input.")
+        str,
+        typer.Argument(
+            metavar="FILE", help="JSONL or CSV, one claim a line; - for standard input."
+        ),
     ],
     model: ModelOption = None,
     prompt: PromptOption = None,

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -14,22 +15,38 @@ from services.contracts.errors import KeepwarmError
 
 VERBS = (
     *("run", "submit", "worker", "collect", "status", "report", "export", "cancel"),
-    *("dead list", "dead show", "dead retry", "dead drop", "broker setup"),
+    *("contexts list", "contexts warm", "contexts evict", "contexts logs", "keeper"),
+    *("dead list", "dead show", "dead retry", "dead drop", "broker setup", "doctor"),
 )
 FLAGS = {
-    "run": ("--model", "--prompt", "--limit", "--batch-size", "--workers", "--out", "--broker"),
-    "submit": ("--model", "--prompt", "--limit", "--batch-size", "--broker", "--column"),
+    "run": (
+        "FILE",
+        "--model",
+        "--prompt",
+        "--limit",
+        "--batch-size",
+        "--workers",
+        "--out",
+        "--broker",
+    ),
+    "submit": ("FILE", "--model", "--prompt", "--limit", "--batch-size", "--broker", "--column"),
     "worker": ("--model", "--broker", "--max-model-tokens", "--engine-argument"),
     "collect": ("--broker", "--store", "--until"),
     "status": ("--json", "--watch", "--store"),
     "report": ("RUN", "--json", "--store"),
     "export": ("RUN", "--format", "--out", "--store"),
     "cancel": ("RUN", "--store"),
-    "dead list": ("--broker", "--store"),
+    "contexts list": ("--json",),
+    "contexts warm": ("--model", "--max-model-tokens", "--engine-argument"),
+    "contexts evict": ("NAME", "--all"),
+    "contexts logs": ("NAME",),
+    "keeper": (),
+    "dead list": ("RUN", "--broker", "--store"),
     "dead show": ("RUN|MESSAGE", "--broker", "--store"),
     "dead retry": ("RUN|MESSAGE", "CLAIM", "--broker", "--store"),
     "dead drop": ("RUN|MESSAGE", "CLAIM", "--broker", "--store"),
     "broker setup": ("--admin", "--vhost"),
+    "doctor": ("--json",),
 }
 
 Command = Callable[..., int]
@@ -46,6 +63,11 @@ def test_the_help_names_every_verb_and_every_exit_code() -> None:
     }
     text = " ".join(shown.output.split())
     assert all(f" {code} " in text for code in codes | {130, 143})
+
+
+def test_it_tells_its_version() -> None:
+    shown = CliRunner().invoke(app, ["--version"])
+    assert (shown.exit_code, shown.output) == (0, f"keepwarm {version('keepwarm')}\n")
 
 
 @pytest.mark.parametrize("verb", VERBS)
