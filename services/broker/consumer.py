@@ -54,7 +54,9 @@ class Consumer(Link):
         self._listener = listener
         self._hears = hears
         self._redelivered_metric = REDELIVERED.labels(name)
-        self._inbox: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        # No SimpleQueue: until Python 3.13 its `get` waits for ever where a signal's handler runs
+        # past the time-out, and a service that was told to end would not.
+        self._inbox: queue.Queue[Delivery] = queue.Queue()
         self._taking = True
         self._stopped_taking = threading.Event()
         self._epoch = 0

@@ -1,6 +1,7 @@
 """The first signal asks for an orderly end; a second SIGTERM or Ctrl-C ends at once."""
 
 import os
+import queue
 import signal
 import threading
 from collections.abc import Callable
@@ -32,17 +33,22 @@ def before_the_walltime_ends(stop: Callable[[], None], seconds: float | None) ->
 
 
 def on_stop_signal(stop: Callable[[int], None]) -> None:
-    """Call `stop` with the signal's number at the first one. Engines and nodes are on leashes, so
-    that nothing stays behind when a second SIGTERM or Ctrl-C ends this process on the spot.
+    """Call `stop` with the signal's number at the first one, on a thread of its own: a handler
+    interrupts the main thread anywhere, also while it holds a lock that `stop` needs.
+
+    Engines and nodes are on leashes, so that nothing stays behind when a second SIGTERM or Ctrl-C
+    ends this process on the spot.
     """
     came: list[int] = []
+    first: queue.SimpleQueue[int] = queue.SimpleQueue()  # its `put` is safe in a handler
 
     def handle(number: int, _: FrameType | None) -> None:
         if number in _STOP_SIGNALS and any(earlier in _STOP_SIGNALS for earlier in came):
             os._exit(128 + number)
         came.append(number)
         if len(came) == 1:
-            stop(number)
+            first.put(number)
 
+    threading.Thread(target=lambda: stop(first.get()), name="signals", daemon=True).start()
     for number in (*_STOP_SIGNALS, *_WARNINGS):
         signal.signal(number, handle)

@@ -110,7 +110,7 @@ class Collector:
         return targets(self._fleet.workers(), socket.gethostname())
 
     def stop(self) -> None:
-        """End after the next commit. Safe to call from a signal handler."""
+        """End after the next commit. Any thread may call it."""
         self._stop.set()
 
     def finish(self) -> None:

@@ -47,7 +47,7 @@ class KeeperServer:
         return "it drains" if self._stop.is_set() else None
 
     def stop(self) -> None:
-        """Begin to end. Safe to call from a signal handler."""
+        """Begin to end. Any thread may call it."""
         self._stop.set()
 
     def serve(self) -> None:

@@ -62,7 +62,7 @@ class Worker:
             self._only = self._serving(spec)
 
     def stop(self, why: Ending = "SIGTERM") -> None:
-        """Begin to drain. Safe to call from a signal handler."""
+        """Begin to drain. Any thread may call it."""
         self._shift.reports.ending = self._shift.reports.ending or why
         self._stop.set()
 

@@ -1,6 +1,7 @@
 """A real RabbitMQ node, and the real commands as processes, with the tests' engine behind them."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -50,7 +51,7 @@ class Command:
     def __init__(self, environment: dict[str, str], *arguments: str) -> None:
         self.process = subprocess.Popen(
             [*self.program, *arguments],
-            env=environment,
+            env={**environment, "PYTHONFAULTHANDLER": "1"},
             cwd=REPOSITORY,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -81,7 +82,14 @@ class Command:
         wait_until(has_said, f"{text!r} in the output")
 
     def wait(self, seconds: float = PATIENCE_SECONDS) -> int:
-        code = self.process.wait(seconds)
+        """Its exit code. One that does not end tells where each of its threads is."""
+        try:
+            code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.signal(signal.SIGABRT)
+            self.process.wait(10)
+            self._reader.join(10)
+            raise AssertionError(f"alive after {seconds:g} s:\n{self.output}") from None
         self._reader.join(10)
         return code
 

@@ -1,5 +1,7 @@
 """The consumer, against a real node."""
 
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from random import Random
@@ -51,6 +53,29 @@ def test_no_more_than_the_prefetch_is_taken(
     assert messages_in(node, QUEUE) == 3
     consumer.acknowledge([first])
     assert consumer.take(5)
+
+
+def test_taking_ends_in_time_whatever_a_signals_handler_takes(
+    address: BrokerAddress, consumer: Consumer
+) -> None:
+    handled: list[int] = []
+
+    def handle(number: int, _: object) -> None:
+        time.sleep(0.3)
+        handled.append(number)
+
+    before = signal.signal(signal.SIGALRM, handle)
+    late = threading.Timer(20, publish, (address, 1))  # ends what would otherwise never end
+    late.start()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        assert consumer.take(0.2) is None
+        assert handled == [signal.SIGALRM]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        late.cancel()
+        late.join()
 
 
 def take_all(consumer: Consumer) -> list[Delivery]:

@@ -1,4 +1,5 @@
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -22,24 +23,47 @@ def _handlers_are_set_back() -> Iterator[None]:
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_the_first_signal_asks_for_an_orderly_end(number: signal.Signals) -> None:
-    asked: list[int] = []
-    on_stop_signal(asked.append)
+    asked: queue.Queue[int] = queue.Queue()
+    on_stop_signal(asked.put)
     os.kill(os.getpid(), number)
-    assert asked == [number]
+    assert asked.get(timeout=60) == number
 
 
-def sent(names: str, repository: Path) -> tuple[int, str]:
-    """Exit code and words of a process that sends itself these signals, and ends with 0 then."""
-    code = (
-        "import os, signal, sys\n"
-        "from services.cli.signals import on_stop_signal\n"
-        "on_stop_signal(lambda number: print('asked', number, flush=True))\n"
-        "for name in sys.argv[1:]:\n"
-        "    os.kill(os.getpid(), signal.Signals[name])\n"
-        "print('alive', flush=True)\n"
-    )
+SENDS_ITSELF = """
+import os, signal, sys, threading
+from services.cli.signals import on_stop_signal
+
+asked = threading.Event()
+
+def stop(number):
+    print("asked", number, flush=True)
+    asked.set()
+
+on_stop_signal(stop)
+for name in sys.argv[1:]:
+    os.kill(os.getpid(), signal.Signals[name])
+    asked.wait()
+print("alive", flush=True)
+"""
+INTERRUPTED = """
+import os, signal, threading
+from services.cli.signals import on_stop_signal
+
+stop = threading.Event()
+on_stop_signal(lambda _: stop.set())
+with stop._cond:  # as in the midst of `wait`
+    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(1000):
+        pass  # the handler runs here
+stop.wait()
+print("stopped", flush=True)
+"""
+
+
+def told(code: str, repository: Path, *arguments: str) -> tuple[int, str]:
+    """Exit code and words of a process that runs this code."""
     done = subprocess.run(
-        [sys.executable, "-c", code, *names.split()],
+        [sys.executable, "-c", code, *arguments],
         cwd=repository,
         capture_output=True,
         text=True,
@@ -47,6 +71,10 @@ def sent(names: str, repository: Path) -> tuple[int, str]:
         timeout=60,
     )
     return done.returncode, done.stdout
+
+
+def test_what_stops_may_take_a_lock_that_the_main_thread_holds(repository: Path) -> None:
+    assert told(INTERRUPTED, repository) == (0, "stopped\n")
 
 
 @pytest.mark.parametrize(
@@ -62,7 +90,7 @@ def sent(names: str, repository: Path) -> tuple[int, str]:
 )
 def test_the_second_stop_signal_ends_at_once(names: str, repository: Path) -> None:
     first, *_, last = (signal.Signals[name] for name in names.split())
-    assert sent(names, repository) == (128 + last, f"asked {first:d}\n")
+    assert told(SENDS_ITSELF, repository, *names.split()) == (128 + last, f"asked {first:d}\n")
 
 
 @pytest.mark.parametrize(
@@ -79,4 +107,4 @@ def test_a_schedulers_early_warning_asks_for_the_end_once_and_forces_nothing(
     names: str, repository: Path
 ) -> None:
     first = signal.Signals[names.split()[0]]
-    assert sent(names, repository) == (0, f"asked {first:d}\nalive\n")
+    assert told(SENDS_ITSELF, repository, *names.split()) == (0, f"asked {first:d}\nalive\n")
