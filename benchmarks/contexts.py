@@ -10,10 +10,9 @@ partial     weights stay on the node, the engine starts for every batch
 pervasive   the engine is started once and kept
 
 Then, on a warm engine: batch sizes of 1 to 128, a worker that is replaced every ten seconds
-(SIGTERM, and SIGKILL), and twenty starts of a worker until its first verdict. Prefix caching is
-off, for the same claims come again; only where workers are replaced it is on, as always, and all
-claims are different. Prints tables, writes a JSON file and a plot. Takes about 20 minutes on two
-cores.
+(SIGTERM, and SIGKILL), and twenty starts of a worker until its first verdict. The engine is as a
+worker has it; what it has seen it keeps, so there each run's claims begin with numbers of their
+own. Prints tables, writes a JSON file and a plot. Takes about 20 minutes on two cores.
 """
 
 import argparse
@@ -52,12 +51,19 @@ class Place(Desk):
     """Claims come as lines here, and what is warm can be forgotten."""
 
     def __init__(self, directory: Path) -> None:
-        super().__init__(
-            directory,
-            KEEPWARM_ENGINE_ARGUMENTS="--no-enable-prefix-caching",
-            KEEPWARM_LOG_LEVEL="WARNING",
-        )
-        self._runs = 0
+        super().__init__(directory, KEEPWARM_LOG_LEVEL="WARNING")
+        self._runs = self._numbered = 0
+
+    def numbered(self, lines: list[str]) -> list[str]:
+        """Claims that no engine has seen, for they begin with a number of their own."""
+        self._numbered += len(lines)
+        rows = [json.loads(line) for line in lines]
+        return [
+            json.dumps(
+                {**row, **{key: f"{n}. {row[key]}" for key in ("claim", "evidence") if key in row}}
+            )
+            for n, row in enumerate(rows, self._numbered)
+        ]
 
     def submit(self, lines: list[str], batch_size: int) -> str:
         """Send claims as a run of their own; its id."""
@@ -151,7 +157,7 @@ def sizes(desk: Place, lines: list[str], rounds: int) -> dict[int, list[float]]:
     taken: dict[int, list[float]] = {size: [] for size in SIZES}
     for _ in range(rounds):
         for size in SIZES:
-            run_id = desk.submit(lines, size)
+            run_id = desk.submit(desk.numbered(lines), size)
             started = time.monotonic()
             with serving(desk):
                 desk.wait_for(run_id)
@@ -159,35 +165,20 @@ def sizes(desk: Place, lines: list[str], rounds: int) -> dict[int, list[float]]:
     return taken
 
 
-def numbered(lines: list[str], start: int) -> list[str]:
-    """Claims that an engine has not seen, for they begin with a number of their own."""
-    rows = [json.loads(line) for line in lines]
-    return [
-        json.dumps(
-            {**row, **{key: f"{n}. {row[key]}" for key in ("claim", "evidence") if key in row}}
-        )
-        for n, row in enumerate(rows, start)
-    ]
-
-
 def preempted(
     desk: Place, lines: list[str], size: int, number: int | None, every_seconds: float = 10.0
 ) -> float:
     """Claims/s, calm, or with the worker replaced every so many seconds: its group gets the signal
-    of this number, and another worker is started at once. With the engine as a worker has it.
+    of this number, and another worker is started at once.
     """
-    run_id = desk.submit(lines, size)
+    run_id = desk.submit(desk.numbered(lines), size)
     done = threading.Event()
-
-    def worker() -> subprocess.Popen[bytes]:
-        return desk.worker(KEEPWARM_ENGINE_ARGUMENTS="")
-
-    workers = [worker()]
+    workers = [desk.worker()]
 
     def preempt() -> None:
         while number is not None and not done.wait(every_seconds):
             os.killpg(workers[-1].pid, number)
-            workers.append(worker())
+            workers.append(desk.worker())
 
     started = time.monotonic()
     preemption = threading.Thread(target=preempt)
@@ -209,7 +200,7 @@ def attaches(desk: Place, lines: list[str], repetitions: int) -> list[float]:
     """Seconds from a worker's start to its first verdict in the store, on a warm engine."""
     taken = []
     for _ in range(repetitions):
-        run_id = desk.submit(lines[:8], 8)
+        run_id = desk.submit(desk.numbered(lines[:8]), 8)
         started = time.monotonic()
         with serving(desk):
             desk.wait_for(run_id, lambda status: status.done >= 1)
@@ -279,18 +270,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 for size, seconds in taken.items()
             }
             rates: dict[str, list[float]] = {"calm": [], "SIGTERM": [], "SIGKILL": []}
-            preempted(desk, numbered(lines, 0), arguments.batch, None)  # its engine is warm then
-            for turn in range(arguments.rounds):
-                for place, (how, number) in enumerate(
-                    (("calm", None), ("SIGTERM", signal.SIGTERM), ("SIGKILL", signal.SIGKILL)), 1
-                ):
-                    new = numbered(many, (3 * turn + place) * len(many))
+            numbers = {"calm": None, "SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}
+            for _ in range(arguments.rounds):
+                for how, number in numbers.items():
                     rates[how].append(
                         step(
                             f"preemption: {how}",
-                            lambda new=new, number=number: preempted(
-                                desk, new, arguments.batch, number
-                            ),
+                            lambda number=number: preempted(desk, many, arguments.batch, number),
                         )
                     )
             result["preemption"] = {"claims": len(many), "claims_per_second": rates, "ratios": {}}
@@ -348,7 +334,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--claims", type=int, default=256)
     parser.add_argument("--batch", type=int, default=32, help="claims a batch")
-    parser.add_argument("--preempted", type=int, default=1_024, help="claims under preemption")
+    parser.add_argument("--preempted", type=int, default=2_304, help="claims under preemption")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--attaches", type=int, default=20)
     parser.add_argument("--skip", nargs="*", default=[], choices=("none", "partial"))
