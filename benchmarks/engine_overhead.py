@@ -57,6 +57,7 @@ def serve_alone(claims_file: Path, limit: int) -> None:
         max_num_seqs=MAX_SEQUENCES,
         enforce_eager=True,
         enable_prefix_caching=False,
+        block_size=32 if plan.device.kind == "cpu" else None,
         distributed_executor_backend="uni",
         generation_config="vllm",
     )

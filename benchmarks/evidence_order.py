@@ -46,8 +46,7 @@ MODEL = REPOSITORY / ".models" / "SmolLM2-135M-Instruct"
 SYMMETRIC = REPOSITORY.parent / "shared" / "data" / "fever_symmetric_dev.jsonl"
 SAMPLES = REPOSITORY / "samples" / "claims.jsonl"
 BATCH_SIZE, IN_FLIGHT = 64, 3
-# vLLM caches whole blocks only: these are its own on GPUs, and the smallest it has on processors,
-# where by itself it takes 128, more than most evidence has.
+# vLLM caches whole blocks only; these are what Keepwarm's engines have.
 BLOCK_TOKENS = {"cuda": 16, "cpu": 32}
 console = Console(width=120)
 
