@@ -15,6 +15,7 @@ from services.contexts.engine import Engine
 from services.contexts.keeper import Keeper
 from services.contexts.keeper_server import KeeperServer
 from services.contexts.plan import EnginePlan
+from services.contexts.protocol import Drain
 from services.contexts.records import ContextRecord, State, live_records
 from services.contexts.slot import Slot
 from services.contracts import ContextSpec, load_settings
@@ -521,6 +522,19 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KeeperS
     yield server
     server.stop()
     serving.join(GENEROUS_SECONDS)
+
+
+def test_a_keeper_that_was_told_to_drain_ends_though_nobody_waits_for_its_answer(
+    service: KeeperServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = threading.Event()
+    monkeypatch.setattr(service._keeper, "drain", lambda: left.wait(GENEROUS_SECONDS))
+    line = start_keeper.open_keeper(load_settings())
+    assert line is not None
+    line.send(Drain())
+    line.close()
+    left.set()
+    wait_until(lambda: service.unready, "its end")
 
 
 @pytest.fixture
