@@ -3,6 +3,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -227,3 +228,27 @@ def test_a_hub_models_file_that_is_not_there_is_none_and_offline_is_an_error(
     else:
         with pytest.raises(ModelError, match="cannot get the model"):
             model_file(spec, "chat_template.jinja")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (httpx.ReadError("connection reset by peer"), "connection reset by peer"),
+        (httpx.ReadTimeout(""), "ReadTimeout"),
+        (httpx.RemoteProtocolError("peer closed connection"), "peer closed connection"),
+        (OSError("no space left on device"), "no space left on device"),
+    ],
+)
+def test_whatever_breaks_a_download_off_is_told_in_words(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr(hub, "snapshot_download", broken)
+    monkeypatch.setattr(hub, "hf_hub_download", broken)
+    spec = ContextSpec(model="org/model", revision="c0ffee")
+    with pytest.raises(ModelError, match=f"cannot get the model 'org/model' .*: {said}"):
+        hub.fetch_weights(spec)
+    with pytest.raises(ModelError, match=f"cannot get the model 'org/model' .*: {said}"):
+        hub.small_file(spec, "config.json")
