@@ -26,7 +26,8 @@ class PastStart(Value):
     """What is known of an engine from its last start here."""
 
     phases: StartupPhases
-    memory_bytes: int
+    memory_bytes: int | None = None
+    """None where it could not be told."""
 
 
 class EngineCaches:

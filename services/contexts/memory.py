@@ -24,7 +24,7 @@ log = structlog.get_logger(__name__)
 
 
 def needed_bytes(plan: EnginePlan, known_bytes: int | None) -> int:
-    """What the engine is going to take; `known_bytes` is what it took the last time.
+    """What the engine is going to take; `known_bytes` is what it took the last time, if known.
 
     A GPU engine takes a share of the GPU, whatever the model; one on processors its weights, its
     key-value cache and a constant.
@@ -32,7 +32,7 @@ def needed_bytes(plan: EnginePlan, known_bytes: int | None) -> int:
     if plan.device.kind == "cuda":
         share = _argument(plan, "--gpu-memory-utilization", _GPU_SHARE)
         return int(share * total_bytes(plan.device))
-    if known_bytes is not None:
+    if known_bytes:  # no engine takes nothing
         return known_bytes
     cache = int(engine_environment(plan, Path())["VLLM_CPU_KVCACHE_SPACE"]) * _GIB
     return int(_WEIGHTS_FACTOR * _weights_bytes(plan)) + cache + _OVERHEAD_BYTES

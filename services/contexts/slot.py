@@ -217,7 +217,7 @@ class Slot:
         phases = phases.model_copy(
             update={"fetch": fetch, "total": round((phases.total or 0.0) + (fetch or 0.0), 3)}
         )
-        memory = self._engine.memory_bytes() or 0
+        memory = self._engine.memory_bytes()
         self._start_seconds = _seconds_again(phases)
         self._house.caches.remember(self.plan.name, PastStart(phases=phases, memory_bytes=memory))
         pid = self._engine.pid

@@ -188,6 +188,17 @@ def test_one_that_does_not_start_says_why_with_its_log(start: Callable[..., Node
     assert "  | RuntimeError: out of memory, says the test engine" in said
 
 
+def test_what_an_engine_holds_is_not_known_where_it_could_not_be_measured(
+    start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = start()
+    monkeypatch.setattr(Engine, "memory_bytes", lambda _: None)
+    slot = node.warm("a")
+    assert slot.record.memory_bytes is None
+    past = node.keeper.caches.recall(slot.plan.name)
+    assert past is not None and past.memory_bytes is None and past.phases.total
+
+
 # Room.
 
 
