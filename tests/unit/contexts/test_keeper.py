@@ -1,5 +1,6 @@
 """The keeper in this process, on the test engine: who makes room for whom, and who waits."""
 
+import errno
 import gc
 import os
 import threading
@@ -169,6 +170,25 @@ def test_a_broken_off_start_leaves_its_cache_marked_as_half_written(
     slot.stop("the test wants it")
     assert node.goes(slot) == "the test wants it"
     assert (tmp_path / "cache" / slot.plan.name / "unfinished").exists()
+
+
+def test_a_full_disk_ends_no_engine_and_pins_none(
+    start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    node = start(KEEPWARM_CONTEXT_IDLE_SECONDS="0.5")
+    with monkeypatch.context() as disk:
+        disk.setattr(Path, "replace", full)  # of records, and of what is remembered of the start
+        slot = node.warm("a")
+        node.keeper.hear_demand({slot.plan.spec.context_id: 7})
+        assert (slot.record.attached, slot.record.demand) == (1, 7)
+        assert node.records() == []
+    slot.hear_demand(8)
+    assert [record.demand for record in node.records()] == [8]
+    slot.detach()
+    assert node.goes(slot) == "no worker used it for 0.5 s"
 
 
 def test_an_engine_that_dies_is_said_to_and_the_next_one_is_new(
