@@ -73,7 +73,8 @@ class Keeper:
             self._draining = True
             slots = list(self._slots.values())
         for slot in slots:
-            if slot.record.state in ("waiting", "starting"):
+            # One that sleeps is of use to nobody, or is waited for, and will not be woken.
+            if slot.record.state in ("waiting", "starting", "asleep"):
                 slot.stop("the node is draining")
         with self._changed:
             while time.monotonic() < deadline and self._in_use():
@@ -175,28 +176,29 @@ class Keeper:
             return template
 
     @contextmanager
-    def room_for(self, slot: Slot) -> Iterator[None]:
-        """Hold the right to start or wake an engine, once there is memory for it.
+    def room_for(self, slot: Slot) -> Iterator[bool]:
+        """Hold the right to start or wake an engine, once there is memory for it. False, without
+        that right, when nobody waits for the engine any more.
 
-        Raises EngineStartError when others hold it and do not let go in time.
+        Raises EngineStartError when others hold the memory and do not let go in time.
         """
         with self._changed:
             room = self._room[_place(slot)]
         with room:
-            self._make_room(slot)
-            yield
+            yield self._make_room(slot)
 
-    def _make_room(self, slot: Slot) -> None:
+    def _make_room(self, slot: Slot) -> bool:
+        """False when nobody waits for it any more: others want the room."""
         deadline = time.monotonic() + self.settings.engine_start_timeout_seconds
         needed = needed_bytes(slot.plan, slot.known_bytes)
-        while not slot.stopped and not self._draining:
+        while not slot.abandoned:
             missing = needed - self._available(slot)
             others = self._others_on(slot)
             if missing <= 0 or not others:
                 if missing > 0:
                     # Our estimate may be wrong, and the engine says best what it lacks.
                     log.warning("memory.short", context=slot.plan.name, missing_bytes=missing)
-                return
+                return True
             candidates = [c for other in others if (c := other.candidate()) is not None]
             for going in cheapest_to_lose(candidates, missing):
                 log.info("context.gives_way", context=going.name, to=slot.plan.name)
@@ -209,6 +211,7 @@ class Keeper:
                     )
                 slot.note_waiting("waiting for memory that engines in use hold")
                 self.wait_for_change(_LOOK_SECONDS)
+        return False
 
     def _available(self, slot: Slot) -> int:
         """What is free on the slot's device, within the budget."""

@@ -38,7 +38,7 @@ class House(Protocol):
     caches: EngineCaches
 
     def template_for(self, plan: EnginePlan) -> Template: ...
-    def room_for(self, slot: "Slot") -> AbstractContextManager[None]: ...
+    def room_for(self, slot: "Slot") -> AbstractContextManager[bool]: ...
     def changed(self) -> None: ...
 
 
@@ -86,8 +86,10 @@ class Slot:
         return self.gone is not None
 
     @property
-    def stopped(self) -> bool:
-        return self._stop.is_set()
+    def abandoned(self) -> bool:
+        """Nobody waits for it. A start ends with its last lease; what sleeps then sleeps on."""
+        record = self.record
+        return self._stop.is_set() or (record.state == "asleep" and not record.attached)
 
     # Leases. Each is a connection of a worker's.
 
@@ -234,8 +236,8 @@ class Slot:
 
     @contextmanager
     def _room(self) -> Iterator[None]:
-        with self._house.room_for(self):
-            if self.stopped:
+        with self._house.room_for(self) as room:
+            if not room or self._stop.is_set():
                 raise _BrokenOff  # nothing to start, and nothing to fetch
             yield
 
@@ -269,7 +271,10 @@ class Slot:
         return self._why
 
     def _wake(self) -> None:
-        with self._room():
+        with self._house.room_for(self) as room:
+            if not room:
+                self._note_locked(says="")  # it sleeps on, and waits for nothing
+                return
             try:
                 self._engine.wake()
             except EngineRequestError as error:

@@ -371,6 +371,24 @@ def test_one_that_is_asleep_is_woken_by_the_next_who_attaches_once_there_is_room
     assert journal(tmp_path) == ["/sleep?level=1", "/sleep?level=1", "/wake_up"]
 
 
+def test_one_that_nobody_waits_for_any_more_sleeps_on_and_is_in_nobodys_way(
+    start: Callable[..., Node], sleepy: None, tmp_path: Path
+) -> None:
+    node = start()
+    sleeper = node.idle("a")
+    used = node.warm("b")
+    assert node.attach("a") is sleeper
+    wait_until(lambda: sleeper.record.says, "that it waits for room")
+    sleeper.detach()  # its worker dies
+    wait_until(lambda: not sleeper.record.says, "that it waits no more")
+    next_one = node.attach("c")
+    wait_until(lambda: next_one.record.says, "that its turn has come")
+    used.detach()
+    node.comes(next_one, "warm")
+    assert sleeper.record.state == "asleep" and sleeper.gone is None
+    assert "/wake_up" not in journal(tmp_path)
+
+
 def test_one_that_will_not_sleep_is_stopped(
     start: Callable[..., Node], sleepy: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -509,6 +527,19 @@ def test_a_drain_waits_for_those_in_use_and_gives_up_who_waits_for_room(
     used.detach()
     draining.join(GENEROUS_SECONDS)
     assert used.gone == "the node is draining"
+
+
+def test_a_drain_wakes_nobody_up(start: Callable[..., Node], sleepy: None) -> None:
+    node = start(KEEPWARM_GRACE_SECONDS="60")
+    sleeper = node.idle("a")
+    used = node.warm("b")
+    node.attach("a")
+    draining = threading.Thread(target=node.keeper.drain)
+    draining.start()
+    assert node.goes(sleeper) == "the node is draining"
+    assert used.record.state == "warm" and draining.is_alive()
+    used.detach()
+    draining.join(GENEROUS_SECONDS)
 
 
 def test_a_drain_does_not_wait_for_ever(start: Callable[..., Node]) -> None:
