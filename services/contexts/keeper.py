@@ -184,8 +184,14 @@ class Keeper:
         """
         with self._changed:
             room = self._room[_place(slot)]
-        with room:
+        while not room.acquire(timeout=_LOOK_SECONDS):
+            if slot.abandoned:
+                yield False
+                return
+        try:
             yield self._make_room(slot)
+        finally:
+            room.release()
 
     def _make_room(self, slot: Slot) -> bool:
         """False when nobody waits for it any more: others want the room."""

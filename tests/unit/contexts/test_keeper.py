@@ -271,6 +271,16 @@ def test_who_waits_for_room_and_is_let_go_starts_nothing(
     assert used.record.state == "warm"
 
 
+def test_who_waits_behind_anothers_start_and_is_let_go_does_not_wait_for_its_end(
+    start: Callable[..., Node],
+) -> None:
+    node = start(VLLM_TEST_START_SECONDS="600")
+    node.comes(node.attach("a"), "starting")
+    behind = node.attach("b")
+    behind.detach()
+    assert node.goes(behind) == "nobody waits for it any more"
+
+
 def test_the_budget_counts_and_not_what_is_free(
     start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
