@@ -118,7 +118,9 @@ class Keeper:
             slot.join(_LOOK_SECONDS)  # on its way out, then a new one; or falling asleep
 
     def evict(self, wanted: tuple[str, ...] | None) -> tuple[str, ...]:
-        """Stop the engines of these names or contexts, or all. The names of those that went."""
+        """Stop the engines of these names or contexts, or all. The names of those that went within
+        the grace period; the others are on their way.
+        """
         with self._changed:
             going = [
                 slot
@@ -132,9 +134,10 @@ class Keeper:
             ]
         for slot in going:
             slot.stop("the node is draining" if self._draining else "it was evicted")
+        deadline = time.monotonic() + self.settings.grace_seconds
         for slot in going:  # at worst in the midst of fetching weights, which cannot be broken off
-            slot.join(self.settings.grace_seconds)
-        return tuple(slot.plan.name for slot in going)
+            slot.join(max(0.0, deadline - time.monotonic()))
+        return tuple(slot.plan.name for slot in going if slot.finished)
 
     def hear_demand(self, claims: Mapping[str, int]) -> None:
         """The latest word on how many claims wait for each context."""

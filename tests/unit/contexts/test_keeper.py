@@ -511,6 +511,26 @@ def test_evicting_ends_what_is_named_by_itself_or_by_its_context_and_no_other(
     assert slots["c"].record.state == "warm"
 
 
+def test_what_does_not_end_in_time_is_not_said_to_be_gone(
+    start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = start(KEEPWARM_GRACE_SECONDS="1")
+    monkeypatch.setattr("services.contexts.keeper.free_bytes", lambda _: 2**50)
+    slots = {name: node.warm(name) for name in ("a", "b", "c")}
+    stop, over = Engine.stop, threading.Event()
+
+    def slowly(engine: Engine) -> None:
+        assert engine.plan is slots["b"].plan or over.wait(GENEROUS_SECONDS)
+        stop(engine)
+
+    monkeypatch.setattr(Engine, "stop", slowly)
+    started = time.monotonic()
+    assert node.keeper.evict(None) == (slots["b"].plan.name,)
+    assert time.monotonic() - started < 2  # the grace period is for all of them together
+    over.set()
+    assert node.goes(slots["a"]) == "it was evicted"
+
+
 def test_a_node_that_drains_starts_no_engine_and_gives_no_lease(
     start: Callable[..., Node],
 ) -> None:
