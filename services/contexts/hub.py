@@ -55,10 +55,19 @@ def commit(model: str, revision: str | None) -> str:
         ) from error
     except Exception as error:
         # Offline: what an earlier download left in the cache knows its commit.
-        cached = try_to_load_from_cache(model, "config.json", revision=revision)
-        if isinstance(cached, str):
-            return Path(cached).parent.name
+        directory = cached(model, revision)
+        if directory is not None:
+            return directory.name
         raise _unreachable(model, error) from error
+
+
+def cached(model: str, revision: str | None) -> Path | None:
+    """The directory of a model that was fetched; it is named by its commit."""
+    try:
+        config = try_to_load_from_cache(model, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def _unreachable(model: str, error: Exception) -> ModelError:

@@ -4,7 +4,7 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import structlog
 
 from services.contexts.caches import EngineCaches
 from services.contexts.engine_command import ENGINE_MODULE, template_environment
-from services.contexts.eviction import cheapest_to_lose
+from services.contexts.eviction import Candidate, cheapest_to_lose
 from services.contexts.memory import free_bytes, needed_bytes
 from services.contexts.plan import EnginePlan
 from services.contexts.records import State, live_records
@@ -202,17 +202,19 @@ class Keeper:
         needed = needed_bytes(slot.plan, slot.known_bytes)
         while not slot.abandoned:
             missing = needed - self._available(slot)
-            others = self._others_on(slot)
-            if missing <= 0 or not others:
-                if missing > 0:
-                    # Our estimate may be wrong, and the engine says best what it lacks.
-                    log.warning("memory.short", context=slot.plan.name, missing_bytes=missing)
+            if missing <= 0:
                 return True
-            candidates = [c for other in others if (c := other.candidate()) is not None]
-            for going in cheapest_to_lose(candidates, missing):
-                log.info("context.gives_way", context=going.name, to=slot.plan.name)
-                self._slots[going.name].give_way()
-            if not candidates:
+            others = self._others_on(slot)
+            awake = any(other.record.state != "asleep" for other in others)
+            going = _who_goes(others, missing, only_if_enough=awake)
+            for candidate in going:
+                log.info("context.gives_way", context=candidate.name, to=slot.plan.name)
+                self._slots[candidate.name].give_way()
+            if not going and not awake:
+                # Our estimate may be wrong, and the engine says best what it lacks.
+                log.warning("memory.short", context=slot.plan.name, missing_bytes=missing)
+                return True
+            if not going:
                 if time.monotonic() > deadline:
                     raise EngineStartError(
                         f"it needs {needed / _GIB:.1f} GiB, and engines that are in use hold them; "
@@ -223,8 +225,10 @@ class Keeper:
         return False
 
     def _available(self, slot: Slot) -> int:
-        """What is free on the slot's device, within the budget."""
-        free = free_bytes(slot.plan.device)
+        """What the slot could have of its device, within the budget. One that sleeps has a part of
+        it already.
+        """
+        free = free_bytes(slot.plan.device) + (slot.record.memory_bytes or 0)
         budget = self.settings.context_memory_gib
         if budget is None:
             return free
@@ -239,9 +243,26 @@ class Keeper:
                 for other in self._slots.values()
                 if other is not slot
                 and not other.finished
-                and other.record.state in ("warm", "stopping")
+                and other.record.state in ("warm", "asleep", "stopping")
                 and _place(other) == _place(slot)
             ]
+
+
+def _who_goes(
+    others: Iterable[Slot], missing_bytes: int, *, only_if_enough: bool
+) -> Sequence[Candidate]:
+    """Those that nobody uses, as many as are needed. First those that are awake, most of which will
+    sleep. One that sleeps keeps little of its device (CUDA's own share, captured graphs), which may
+    be what is missing; where that is not enough it sleeps on, if `only_if_enough`. They go one at a
+    time, for that little cannot be measured everywhere.
+    """
+    idle = [candidate for other in others if (candidate := other.candidate()) is not None]
+    awake = [candidate for candidate in idle if not candidate.asleep]
+    if awake:
+        return cheapest_to_lose(awake, missing_bytes)
+    if only_if_enough and sum(candidate.memory_bytes for candidate in idle) < missing_bytes:
+        return ()
+    return cheapest_to_lose(idle, missing_bytes)[:1]
 
 
 def _place(slot: Slot) -> tuple[str, str]:

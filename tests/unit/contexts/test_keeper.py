@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -26,6 +27,8 @@ from services.contracts.errors import EngineRequestError, EngineStartError, Keep
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 
 GENEROUS_SECONDS = 60.0
+# What each engine needs, and all that there is: more than any process holds.
+ALL_BYTES = 2**50
 
 
 def wait_until(met: Callable[[], object], what: str) -> None:
@@ -46,7 +49,8 @@ class Node:
 
     def free_bytes(self, _: Device) -> int:
         slots = self.keeper._slots.values()
-        return 0 if any(not s.finished and s.record.state in self.holds for s in slots) else 1
+        taken = any(not s.finished and s.record.state in self.holds for s in slots)
+        return 0 if taken else ALL_BYTES
 
     def plan(self, context: str) -> EnginePlan:
         spec = ContextSpec(model=str(self._directory / context))
@@ -99,7 +103,7 @@ def start(
             monkeypatch.setenv(name, value)
         nodes.append(Node(tmp_path))
         # One engine fits, and no two.
-        monkeypatch.setattr("services.contexts.keeper.needed_bytes", lambda *_: 1)
+        monkeypatch.setattr("services.contexts.keeper.needed_bytes", lambda *_: ALL_BYTES)
         monkeypatch.setattr("services.contexts.keeper.free_bytes", nodes[-1].free_bytes)
         return nodes[-1]
 
@@ -208,13 +212,15 @@ def test_one_that_does_not_start_says_why_with_its_log(start: Callable[..., Node
     assert "  | RuntimeError: out of memory, says the test engine" in said
 
 
-def test_what_an_engine_holds_is_not_known_where_it_could_not_be_measured(
+def test_an_engine_that_could_not_be_measured_counts_as_what_it_needs_and_that_is_not_remembered(
     start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = start()
     monkeypatch.setattr(Engine, "memory_bytes", lambda _: None)
-    slot = node.warm("a")
-    assert slot.record.memory_bytes is None
+    monkeypatch.setattr("services.contexts.slot.needed_bytes", lambda *_: 7)
+    slot = node.idle("a")
+    candidate = slot.candidate()
+    assert candidate is not None and candidate.memory_bytes == 7
     past = node.keeper.caches.recall(slot.plan.name)
     assert past is not None and past.memory_bytes is None and past.phases.total
 
@@ -285,7 +291,8 @@ def test_the_budget_counts_and_not_what_is_free(
     start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = start(KEEPWARM_CONTEXT_MEMORY_GIB="0.001")
-    monkeypatch.setattr("services.contexts.keeper.free_bytes", lambda _: 2**50)
+    monkeypatch.setattr("services.contexts.keeper.needed_bytes", lambda *_: 1)
+    monkeypatch.setattr("services.contexts.keeper.free_bytes", lambda _: ALL_BYTES)
     idle = node.idle("a")
     assert (idle.record.memory_bytes or 0) > 2**20
     node.warm("b")
@@ -296,7 +303,7 @@ def test_without_a_budget_what_is_free_counts(
     start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = start()
-    monkeypatch.setattr("services.contexts.keeper.free_bytes", lambda _: 2**50)
+    monkeypatch.setattr("services.contexts.keeper.free_bytes", lambda _: ALL_BYTES)
     first = node.idle("a")
     node.warm("b")
     assert first.record.state == "warm"
@@ -308,7 +315,7 @@ def test_the_context_that_claims_wait_for_stays_and_the_other_goes(
 ) -> None:
     node = start()
     with monkeypatch.context() as roomy:
-        roomy.setattr("services.contexts.keeper.free_bytes", lambda _: 1)
+        roomy.setattr("services.contexts.keeper.free_bytes", lambda _: ALL_BYTES)
         engines = {name: node.idle(name) for name in ("a", "b")}
     for slot in engines.values():
         slot._start_seconds = 20.0  # equally dear but for the demand
@@ -317,7 +324,7 @@ def test_the_context_that_claims_wait_for_stays_and_the_other_goes(
     # The third has room once one of the two has gone.
     monkeypatch.setattr(
         "services.contexts.keeper.free_bytes",
-        lambda _: int(any(slot.finished for slot in engines.values())),
+        lambda _: ALL_BYTES - (not any(slot.finished for slot in engines.values())),
     )
     third = node.warm("c")
     (other,) = {"a", "b"} - {wanted}
@@ -427,6 +434,72 @@ def test_one_that_does_not_wake_is_gone_and_the_next_is_new(
     assert node.warm("a") is not sleeper
 
 
+def test_what_sleepers_keep_is_given_up_where_it_is_missing(
+    start: Callable[..., Node], sleepy: None, tmp_path: Path
+) -> None:
+    node = start()
+    idle = node.idle("a")
+    node.holds = ("starting", "warm", "asleep", "stopping")
+    node.warm("b")
+    assert journal(tmp_path) == ["/sleep?level=1"]
+    assert node.goes(idle) == "its room is needed for another context"
+
+
+def test_of_sleepers_the_cheapest_to_lose_goes_and_no_more_than_are_needed(
+    start: Callable[..., Node], sleepy: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = start()
+    sleepers = {name: node.idle(name) for name in ("a", "b")}
+    node.idle("c").stop("the test wants it")  # only now the second one sleeps
+    for slot in sleepers.values():
+        assert slot.record.state == "asleep"
+        slot._start_seconds = 20.0
+    node.keeper.hear_demand({node.plan("a").spec.context_id: 5})
+    monkeypatch.setattr(
+        "services.contexts.keeper.free_bytes",
+        lambda _: ALL_BYTES - (not any(slot.finished for slot in sleepers.values())),
+    )
+    node.warm("d")
+    assert node.goes(sleepers["b"]) == "its room is needed for another context"
+    assert sleepers["a"].record.state == "asleep"
+
+
+def test_what_a_sleeper_keeps_counts_when_it_is_woken(
+    start: Callable[..., Node], sleepy: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = start()
+    wanted, other = node.idle("a"), node.idle("b")
+    node.idle("c").stop("the test wants it")
+    kept = wanted.record.memory_bytes
+    assert kept
+    monkeypatch.setattr("services.contexts.keeper.free_bytes", lambda _: ALL_BYTES - kept)
+    assert node.warm("a") is wanted
+    assert other.record.state == "asleep"
+
+
+@pytest.mark.parametrize(("weights", "sleeps"), [(2, True), (4, False), (0, False)])
+def test_one_sleeps_where_the_host_has_memory_for_its_weights_whatever_else_it_holds(
+    start: Callable[..., Node],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    weights: int,
+    sleeps: bool,
+) -> None:
+    node = start()
+    (tmp_path / "a").mkdir()
+    if weights:  # else it is not known what would move
+        with (tmp_path / "a" / "model.safetensors").open("wb") as file:
+            file.truncate(weights * 2**30)
+    gpu = Device("cuda", "H100", 80 * 2**30, (0,), gpu="0")
+    slot = Slot(node.plan("a").model_copy(update={"device": gpu}), node.keeper, 0)
+    slot.record = slot.record.model_copy(update={"memory_bytes": 70 * 2**30})
+    monkeypatch.setattr(
+        "services.contexts.slot.psutil.virtual_memory",
+        lambda: SimpleNamespace(available=3 * 2**30),
+    )
+    assert slot._can_sleep() is sleeps
+
+
 class Dozing:
     """An engine on its way to sleep, for as long as we like."""
 
@@ -503,7 +576,7 @@ def test_evicting_ends_what_is_named_by_itself_or_by_its_context_and_no_other(
     start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = start()
-    monkeypatch.setattr("services.contexts.keeper.free_bytes", lambda _: 2**50)
+    monkeypatch.setattr("services.contexts.keeper.free_bytes", lambda _: ALL_BYTES)
     slots = {name: node.warm(name) for name in ("a", "b", "c")}
     named = (slots["a"].plan.name, slots["b"].plan.spec.context_id)
     assert sorted(node.keeper.evict(named)) == sorted(slots[x].plan.name for x in ("a", "b"))
@@ -515,7 +588,7 @@ def test_what_does_not_end_in_time_is_not_said_to_be_gone(
     start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = start(KEEPWARM_GRACE_SECONDS="1")
-    monkeypatch.setattr("services.contexts.keeper.free_bytes", lambda _: 2**50)
+    monkeypatch.setattr("services.contexts.keeper.free_bytes", lambda _: ALL_BYTES)
     slots = {name: node.warm(name) for name in ("a", "b", "c")}
     stop, over = Engine.stop, threading.Event()
 

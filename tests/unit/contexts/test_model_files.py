@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from services.contexts import hub, pin_model
-from services.contexts.model_files import is_local, model_file
+from services.contexts.model_files import is_local, model_file, weights_bytes
 from services.contracts import ContextSpec
 from services.contracts.errors import ModelError
 
@@ -160,6 +160,20 @@ def test_a_model_that_this_user_may_not_read_is_told(
     (open_dir / "model.safetensors").chmod(0)
     with unprivileged(), pytest.raises(ModelError, match=r"cannot be read: .*model\.safetensors"):
         pin_model(ContextSpec(model=str(open_dir)))
+
+
+@pytest.mark.parametrize("on_the_hub", [False, True])
+def test_the_size_of_the_weights_is_known_where_they_are(
+    on_the_hub: bool, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where: list[str | None] = [None]
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_, **__: where[0])
+    spec = ContextSpec(model="org/model" if on_the_hub else str(model_dir), revision="c0ffee")
+    assert weights_bytes(spec) is None
+    for part, size in (("model-1.safetensors", 3), ("model-2.safetensors", 4)):
+        (model_dir / part).write_bytes(b"x" * size)
+    where[0] = str(model_dir / "config.json")
+    assert weights_bytes(spec) == 7
 
 
 # The hub, which is not there.
