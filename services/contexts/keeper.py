@@ -243,7 +243,7 @@ class Keeper:
                 for other in self._slots.values()
                 if other is not slot
                 and not other.finished
-                and other.record.state in ("warm", "asleep", "stopping")
+                and other.record.state != "waiting"
                 and _place(other) == _place(slot)
             ]
 

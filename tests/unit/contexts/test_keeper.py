@@ -287,6 +287,21 @@ def test_who_waits_behind_anothers_start_and_is_let_go_does_not_wait_for_its_end
     assert node.goes(behind) == "nobody waits for it any more"
 
 
+def test_one_that_has_started_and_is_being_measured_holds_memory_already(
+    start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = start()
+    measured = threading.Event()
+    monkeypatch.setattr(Engine, "memory_bytes", lambda _: measured.wait(GENEROUS_SECONDS) and 1)
+    first, second = node.attach("a"), node.attach("b")
+    wait_until(lambda: second.record.says, "a word of what it waits for")
+    assert (first.record.state, second.record.state) == ("starting", "waiting")
+    measured.set()
+    node.comes(first, "warm")
+    first.detach()
+    node.comes(second, "warm")
+
+
 def test_the_budget_counts_and_not_what_is_free(
     start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
