@@ -43,8 +43,8 @@ class Look(Value):
 
 
 class Evict(Value):
-    """Stop these engines, named by themselves or by their contexts, in use or not. The answer comes
-    when they are gone.
+    """Stop these engines, named by themselves or by their contexts, in use or not. The answer names
+    those that are gone, and comes when all are, or the grace period is over.
     """
 
     verb: Literal["evict"] = "evict"
