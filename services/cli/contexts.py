@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +23,7 @@ from services.contexts.attachment import Attachment, drain
 from services.contexts.attachment import evict as evict_engines
 from services.contexts.plan import EnginePlan
 from services.contexts.records import ContextRecord, live_records
-from services.contexts.runtime_dir import open_runtime_dir
+from services.contexts.runtime_dir import engine_logs, open_runtime_dir
 from services.contexts.start_keeper import node_device
 from services.contracts import Settings, load_settings
 from services.contracts.errors import UsageError
@@ -88,9 +88,11 @@ def evict(
         if wanted:
             raise UsageError("--all needs no names; leave one of the two out")
         drain(settings)
-        gone = tuple(record.name for record in records)
+        left = {record.name for record in _records(settings)}
+        gone = tuple(record.name for record in records if record.name not in left)
     elif wanted:
-        gone = evict_engines(settings, tuple(_named(records, name).name for name in wanted))
+        going = [record for name in wanted for record in _of_one_context(records, name)]
+        gone = evict_engines(settings, tuple(record.name for record in going))
     else:
         raise UsageError("name what is to go, or use --all; `keepwarm contexts list` shows what is")
     for name in gone:
@@ -103,14 +105,14 @@ def logs(
         typer.Argument(metavar="NAME", help="An engine or a context, as `contexts list` names it."),
     ],
 ) -> None:
-    """Print an engine's own log."""
-    record = _named(_records(load_settings()), wanted)
+    """Print an engine's own log; of one that is no more, or never came up, what it left."""
+    log = _log(open_runtime_dir(load_settings().runtime_dir), wanted)
     try:
-        with Path(record.log).open(encoding="utf-8", errors="replace") as lines:
+        with log.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 print(line, end="")
     except OSError as error:
-        raise UsageError(f"{record.log} cannot be read: {error.strerror}") from error
+        raise UsageError(f"{log} cannot be read: {error.strerror}") from error
 
 
 def list(as_json: JsonOption = False) -> None:
@@ -135,13 +137,44 @@ def _records(settings: Settings) -> Sequence[ContextRecord]:
     return live_records(open_runtime_dir(settings.runtime_dir))
 
 
-def _named(records: Sequence[ContextRecord], wanted: str) -> ContextRecord:
-    matching = [r for r in records if r.name.startswith((wanted, f"ctx-{wanted}"))]
-    if len(matching) != 1:
-        listed = ", ".join(record.name for record in matching or records) or "nothing at all"
-        what = "several engines begin" if matching else "no engine here begins"
-        raise UsageError(f"{what} with {wanted!r}; warm on this node: {listed}")
-    return matching[0]
+def _begins(name: str, wanted: str) -> bool:
+    return name.startswith((wanted, f"ctx-{wanted}"))
+
+
+def _of_one_context(records: Sequence[ContextRecord], wanted: str) -> Sequence[ContextRecord]:
+    """Several where it has an engine on each of several GPUs, say. Raises UsageError for none, and
+    for the beginning of several contexts' names.
+    """
+    matching = [record for record in records if _begins(record.name, wanted)]
+    if len({record.context.context_id for record in matching}) > 1:
+        raise _ambiguous(wanted, [record.name for record in matching])
+    if not matching:
+        raise _unknown(wanted, records)
+    return matching
+
+
+def _log(directory: Path, wanted: str) -> Path:
+    """Of an engine that lives; where none is called so, of one that left it behind. Raises
+    UsageError when there is none, or several.
+    """
+    records = live_records(directory)
+    logs = {record.name: Path(record.log) for record in records if _begins(record.name, wanted)}
+    if not logs:
+        logs = {log.stem: log for log in engine_logs(directory) if _begins(log.stem, wanted)}
+    if len(logs) > 1:
+        raise _ambiguous(wanted, logs)
+    if not logs:
+        raise _unknown(wanted, records)
+    return next(iter(logs.values()))
+
+
+def _ambiguous(wanted: str, names: Iterable[str]) -> UsageError:
+    return UsageError(f"several engines begin with {wanted!r}; name one: {', '.join(names)}")
+
+
+def _unknown(wanted: str, records: Sequence[ContextRecord]) -> UsageError:
+    listed = ", ".join(record.name for record in records) or "nothing at all"
+    return UsageError(f"no engine here begins with {wanted!r}; warm on this node: {listed}")
 
 
 def _shown(record: ContextRecord) -> str:

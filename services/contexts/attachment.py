@@ -23,13 +23,13 @@ from services.contexts.runtime_dir import (
 )
 from services.contexts.start_keeper import connected, open_keeper
 from services.contracts import Settings
-from services.contracts.errors import EngineStartError
+from services.contracts.errors import EngineStartError, KeeperError
 from services.contracts.startup import StartupPhases
 
 _WORD_SECONDS = 0.1
 _LOOK_SECONDS = 3.0
 _REPORT_SECONDS = 5.0
-_EVICT_SECONDS = 120.0
+_EVICT_SECONDS = 60.0
 _END_SECONDS = 10.0
 
 log = structlog.get_logger(__name__)
@@ -109,9 +109,9 @@ class Attachment:
         line = open_keeper(self._settings, stop.is_set)
         if line is None:
             return False
-        line.send(Attach(plan=self.plan))
         with self._listening:
             self._line = line
+            self._line.send(Attach(plan=self.plan))
             while self._record is None or self._record.state != "warm":
                 if stop.is_set():
                     break
@@ -145,7 +145,10 @@ class Attachment:
 
     def stop(self) -> None:
         """End the engine, for it hangs; others that use it will find it so as well."""
-        evict(self._settings, (self.plan.name,))
+        try:
+            evict(self._settings, (self.plan.name,))
+        except KeeperError as error:  # whoever starts the engine again finds out how things are
+            log.warning("engine.not_evicted", reason=str(error))
         self._let_go()
 
     def close(self) -> None:
@@ -157,7 +160,7 @@ class Attachment:
         """Let the keeper know what waits for contexts: it decides who makes room for whom."""
         with self._listening:
             if self._line is not None:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(KeeperError):  # it may be gone, as we shall hear
                     self._line.send(Demand(claims=claims))
 
     def last_words(self) -> list[str]:
@@ -191,12 +194,18 @@ class Attachment:
 
 
 def evict(settings: Settings, wanted: tuple[str, ...]) -> tuple[str, ...]:
-    """Stop engines, by name or context. The names of those that went; none where no keeper is."""
+    """Stop engines, by name or context. The names of those that went; none where no keeper is.
+
+    Raises KeeperError when it does not answer.
+    """
     return _ask(settings, Evict(wanted=wanted)).done
 
 
 def drain(settings: Settings) -> None:
-    """Stop every engine of this node, and its keeper. Returns when it is gone."""
+    """Stop every engine of this node, and its keeper. Returns when it is gone.
+
+    Raises KeeperError when it does not answer.
+    """
     _ask(settings, Drain())
     lock = keeper_lock(open_runtime_dir(settings.runtime_dir))
     deadline = time.monotonic() + _END_SECONDS
@@ -212,5 +221,5 @@ def _ask(settings: Settings, request: Evict | Drain) -> Word:
     if line is None:
         return Word()
     with contextlib.closing(line):
-        line.send(request)
-        return line.word(_EVICT_SECONDS) or Word()
+        # Up to 60 % of the grace period for workers to finish, and once more for the engines' end.
+        return line.ask(request, 2 * settings.grace_seconds + _EVICT_SECONDS) or Word()

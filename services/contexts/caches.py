@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import structlog
 from pydantic import ValidationError
 
 from services.contexts.runtime_dir import open_private_dir
@@ -21,12 +22,15 @@ from services.contracts.values import Value
 _UNFINISHED = "unfinished"
 _STARTUP = "startup.json"
 
+log = structlog.get_logger(__name__)
+
 
 class PastStart(Value):
     """What is known of an engine from its last start here."""
 
     phases: StartupPhases
-    memory_bytes: int
+    memory_bytes: int | None = None
+    """None where it could not be told."""
 
 
 class EngineCaches:
@@ -57,10 +61,14 @@ class EngineCaches:
             os.close(lock)
 
     def remember(self, name: str, start: PastStart) -> None:
+        """Where the disk has room for it: the engine is well without."""
         path = self._directory / name / _STARTUP
         new = path.with_suffix(".new")
-        new.write_text(start.model_dump_json(), encoding="utf-8")
-        new.replace(path)
+        try:
+            new.write_text(start.model_dump_json(), encoding="utf-8")
+            new.replace(path)
+        except OSError as error:
+            log.error("start.not_remembered", path=str(path), reason=str(error))
 
     def all_seconds(self) -> Iterator[float]:
         """What each engine that was ever started here took the last time."""

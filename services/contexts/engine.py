@@ -127,7 +127,7 @@ class Engine:
             process = psutil.Process(self.pid)
             pids = [process.pid, *(child.pid for child in process.children(recursive=True))]
             if self.plan.device.kind == "cuda":
-                return _gpu_bytes(set(pids))
+                return _gpu_bytes(set(pids)) or None  # NVML may not know them
             return sum(psutil.Process(pid).memory_full_info().pss for pid in pids)
         except (psutil.Error, pynvml.NVMLError):
             return None

@@ -20,6 +20,8 @@ class Candidate:
     """What it takes to bring it back."""
     idle_seconds: float
     """Since its last use."""
+    asleep: bool = False
+    """It holds little, and can only end."""
 
     @property
     def loss_seconds(self) -> float:

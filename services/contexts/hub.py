@@ -8,13 +8,11 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
 )
 
 from services.contracts import ContextSpec
 from services.contracts.errors import ModelError
 
-_UNREACHABLE = (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
 # What an engine reads; other formats of the same weights would be fetched in vain.
 _WEIGHTS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
@@ -23,7 +21,7 @@ def fetch_weights(spec: ContextSpec) -> None:
     """Bring a model to this node, where it is not yet. Raises ModelError."""
     try:
         snapshot_download(spec.model, revision=spec.revision, allow_patterns=[*_WEIGHTS])
-    except (HfHubHTTPError, HFValidationError, *_UNREACHABLE) as error:
+    except Exception as error:  # its HTTP library's, too, which are no OSErrors
         raise _unreachable(spec.model, error) from error
 
 
@@ -38,7 +36,7 @@ def small_file(spec: ContextSpec, name: str) -> Path | None:
         raise _unreachable(spec.model, error) from error
     except EntryNotFoundError:
         return None
-    except (HfHubHTTPError, HFValidationError, *_UNREACHABLE) as error:
+    except Exception as error:
         raise _unreachable(spec.model, error) from error
 
 
@@ -57,10 +55,19 @@ def commit(model: str, revision: str | None) -> str:
         ) from error
     except Exception as error:
         # Offline: what an earlier download left in the cache knows its commit.
-        cached = try_to_load_from_cache(model, "config.json", revision=revision)
-        if isinstance(cached, str):
-            return Path(cached).parent.name
+        directory = cached(model, revision)
+        if directory is not None:
+            return directory.name
         raise _unreachable(model, error) from error
+
+
+def cached(model: str, revision: str | None) -> Path | None:
+    """The directory of a model that was fetched; it is named by its commit."""
+    try:
+        config = try_to_load_from_cache(model, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def _unreachable(model: str, error: Exception) -> ModelError:

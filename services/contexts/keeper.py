@@ -4,7 +4,7 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import structlog
 
 from services.contexts.caches import EngineCaches
 from services.contexts.engine_command import ENGINE_MODULE, template_environment
-from services.contexts.eviction import cheapest_to_lose
+from services.contexts.eviction import Candidate, cheapest_to_lose
 from services.contexts.memory import free_bytes, needed_bytes
 from services.contexts.plan import EnginePlan
 from services.contexts.records import State, live_records
@@ -73,7 +73,8 @@ class Keeper:
             self._draining = True
             slots = list(self._slots.values())
         for slot in slots:
-            if slot.record.state in ("waiting", "starting"):
+            # One that sleeps is of use to nobody, or is waited for, and will not be woken.
+            if slot.record.state in ("waiting", "starting", "asleep"):
                 slot.stop("the node is draining")
         with self._changed:
             while time.monotonic() < deadline and self._in_use():
@@ -117,7 +118,9 @@ class Keeper:
             slot.join(_LOOK_SECONDS)  # on its way out, then a new one; or falling asleep
 
     def evict(self, wanted: tuple[str, ...] | None) -> tuple[str, ...]:
-        """Stop the engines of these names or contexts, or all. The names of those that went."""
+        """Stop the engines of these names or contexts, or all. The names of those that went within
+        the grace period; the others are on their way.
+        """
         with self._changed:
             going = [
                 slot
@@ -131,9 +134,10 @@ class Keeper:
             ]
         for slot in going:
             slot.stop("the node is draining" if self._draining else "it was evicted")
+        deadline = time.monotonic() + self.settings.grace_seconds
         for slot in going:  # at worst in the midst of fetching weights, which cannot be broken off
-            slot.join(self.settings.grace_seconds)
-        return tuple(slot.plan.name for slot in going)
+            slot.join(max(0.0, deadline - time.monotonic()))
+        return tuple(slot.plan.name for slot in going if slot.finished)
 
     def hear_demand(self, claims: Mapping[str, int]) -> None:
         """The latest word on how many claims wait for each context."""
@@ -175,33 +179,42 @@ class Keeper:
             return template
 
     @contextmanager
-    def room_for(self, slot: Slot) -> Iterator[None]:
-        """Hold the right to start or wake an engine, once there is memory for it.
+    def room_for(self, slot: Slot) -> Iterator[bool]:
+        """Hold the right to start or wake an engine, once there is memory for it. False, without
+        that right, when nobody waits for the engine any more.
 
-        Raises EngineStartError when others hold it and do not let go in time.
+        Raises EngineStartError when others hold the memory and do not let go in time.
         """
         with self._changed:
             room = self._room[_place(slot)]
-        with room:
-            self._make_room(slot)
-            yield
+        while not room.acquire(timeout=_LOOK_SECONDS):
+            if slot.abandoned:
+                yield False
+                return
+        try:
+            yield self._make_room(slot)
+        finally:
+            room.release()
 
-    def _make_room(self, slot: Slot) -> None:
+    def _make_room(self, slot: Slot) -> bool:
+        """False when nobody waits for it any more: others want the room."""
         deadline = time.monotonic() + self.settings.engine_start_timeout_seconds
         needed = needed_bytes(slot.plan, slot.known_bytes)
-        while not slot.stopped and not self._draining:
+        while not slot.abandoned:
             missing = needed - self._available(slot)
+            if missing <= 0:
+                return True
             others = self._others_on(slot)
-            if missing <= 0 or not others:
-                if missing > 0:
-                    # Our estimate may be wrong, and the engine says best what it lacks.
-                    log.warning("memory.short", context=slot.plan.name, missing_bytes=missing)
-                return
-            candidates = [c for other in others if (c := other.candidate()) is not None]
-            for going in cheapest_to_lose(candidates, missing):
-                log.info("context.gives_way", context=going.name, to=slot.plan.name)
-                self._slots[going.name].give_way()
-            if not candidates:
+            awake = any(other.record.state != "asleep" for other in others)
+            going = _who_goes(others, missing, only_if_enough=awake)
+            for candidate in going:
+                log.info("context.gives_way", context=candidate.name, to=slot.plan.name)
+                self._slots[candidate.name].give_way()
+            if not going and not awake:
+                # Our estimate may be wrong, and the engine says best what it lacks.
+                log.warning("memory.short", context=slot.plan.name, missing_bytes=missing)
+                return True
+            if not going:
                 if time.monotonic() > deadline:
                     raise EngineStartError(
                         f"it needs {needed / _GIB:.1f} GiB, and engines that are in use hold them; "
@@ -209,10 +222,13 @@ class Keeper:
                     )
                 slot.note_waiting("waiting for memory that engines in use hold")
                 self.wait_for_change(_LOOK_SECONDS)
+        return False
 
     def _available(self, slot: Slot) -> int:
-        """What is free on the slot's device, within the budget."""
-        free = free_bytes(slot.plan.device)
+        """What the slot could have of its device, within the budget. One that sleeps has a part of
+        it already.
+        """
+        free = free_bytes(slot.plan.device) + (slot.record.memory_bytes or 0)
         budget = self.settings.context_memory_gib
         if budget is None:
             return free
@@ -227,9 +243,26 @@ class Keeper:
                 for other in self._slots.values()
                 if other is not slot
                 and not other.finished
-                and other.record.state in ("warm", "stopping")
+                and other.record.state != "waiting"
                 and _place(other) == _place(slot)
             ]
+
+
+def _who_goes(
+    others: Iterable[Slot], missing_bytes: int, *, only_if_enough: bool
+) -> Sequence[Candidate]:
+    """Those that nobody uses, as many as are needed. First those that are awake, most of which will
+    sleep. One that sleeps keeps little of its device (CUDA's own share, captured graphs), which may
+    be what is missing; where that is not enough it sleeps on, if `only_if_enough`. They go one at a
+    time, for that little cannot be measured everywhere.
+    """
+    idle = [candidate for other in others if (candidate := other.candidate()) is not None]
+    awake = [candidate for candidate in idle if not candidate.asleep]
+    if awake:
+        return cheapest_to_lose(awake, missing_bytes)
+    if only_if_enough and sum(candidate.memory_bytes for candidate in idle) < missing_bytes:
+        return ()
+    return cheapest_to_lose(idle, missing_bytes)[:1]
 
 
 def _place(slot: Slot) -> tuple[str, str]:

@@ -113,9 +113,11 @@ class KeeperServer:
         elif isinstance(request, Evict):
             line.send(Word(done=self._keeper.evict(request.wanted)))
         elif isinstance(request, Drain):
-            self._keeper.drain()
+            try:
+                self._keeper.drain()
+            finally:
+                self.stop()  # a keeper that has drained is of no use, whoever is there to hear it
             line.send(Word())
-            self.stop()
 
     def _hold(self, line: Line, slot: Slot, warm: bool) -> None:
         """Tell the worker how its engine is, until one of the two is gone."""

@@ -9,7 +9,7 @@ import structlog
 
 from services.contexts.device import Device, gpu_handle
 from services.contexts.engine_command import engine_arguments, engine_environment
-from services.contexts.model_files import is_local
+from services.contexts.model_files import weights_bytes
 from services.contexts.plan import EnginePlan
 
 _GIB = 1024**3
@@ -24,7 +24,7 @@ log = structlog.get_logger(__name__)
 
 
 def needed_bytes(plan: EnginePlan, known_bytes: int | None) -> int:
-    """What the engine is going to take; `known_bytes` is what it took the last time.
+    """What the engine is going to take; `known_bytes` is what it took the last time, if known.
 
     A GPU engine takes a share of the GPU, whatever the model; one on processors its weights, its
     key-value cache and a constant.
@@ -32,10 +32,10 @@ def needed_bytes(plan: EnginePlan, known_bytes: int | None) -> int:
     if plan.device.kind == "cuda":
         share = _argument(plan, "--gpu-memory-utilization", _GPU_SHARE)
         return int(share * total_bytes(plan.device))
-    if known_bytes is not None:
+    if known_bytes:  # no engine takes nothing
         return known_bytes
     cache = int(engine_environment(plan, Path())["VLLM_CPU_KVCACHE_SPACE"]) * _GIB
-    return int(_WEIGHTS_FACTOR * _weights_bytes(plan)) + cache + _OVERHEAD_BYTES
+    return int(_WEIGHTS_FACTOR * (weights_bytes(plan.spec) or 0)) + cache + _OVERHEAD_BYTES
 
 
 def free_bytes(device: Device) -> int:
@@ -62,10 +62,3 @@ def _argument(plan: EnginePlan, flag: str, default: float) -> float:
     except (argparse.ArgumentError, SystemExit):
         return default  # the engine will say what is wrong with it
     return float(known.value)
-
-
-def _weights_bytes(plan: EnginePlan) -> int:
-    if not is_local(plan.spec.model):
-        return 0  # not here yet; known after the first start
-    files = Path(plan.spec.model).glob("*.safetensors")
-    return sum(file.stat().st_size for file in files)

@@ -65,6 +65,23 @@ def model_file(spec: ContextSpec, name: str) -> Path | None:
     return hub.small_file(spec, name)
 
 
+def weights_bytes(spec: ContextSpec) -> int | None:
+    """What the files of a model's weights take on this node; None where there are none, or not
+    yet.
+    """
+    directory: Path | None = Path(spec.model)
+    if not is_local(spec.model):
+        from services.contexts import hub
+
+        directory = hub.cached(spec.model, spec.revision)
+    if directory is None:
+        return None
+    try:
+        return sum(file.stat().st_size for file in directory.glob("*.safetensors")) or None
+    except OSError:
+        return None
+
+
 def _fingerprint(directory: Path) -> str:
     """Names, sizes and contents; of files over 4 MiB the first and last MiB: weights are large."""
     digest = hashlib.blake2b(digest_size=8)

@@ -19,6 +19,8 @@ from services.contracts.bounds import Identity
 from services.contracts.errors import KeeperError
 from services.contracts.values import Value
 
+_SEND_SECONDS = 5.0
+
 
 class Attach(Value):
     """Have this engine ready, and keep it while we are connected."""
@@ -41,8 +43,8 @@ class Look(Value):
 
 
 class Evict(Value):
-    """Stop these engines, named by themselves or by their contexts, in use or not. The answer comes
-    when they are gone.
+    """Stop these engines, named by themselves or by their contexts, in use or not. The answer names
+    those that are gone, and comes when all are, or the grace period is over.
     """
 
     verb: Literal["evict"] = "evict"
@@ -94,9 +96,12 @@ class Line:
         self._connection.close()
 
     def send(self, value: Value) -> None:
-        """Raises OSError when the other side is gone."""
-        self._connection.settimeout(5.0)
-        self._connection.sendall(value.model_dump_json().encode() + b"\n")
+        """Raises KeeperError when the other side is gone, or does not listen."""
+        try:
+            self._connection.settimeout(_SEND_SECONDS)
+            self._connection.sendall(value.model_dump_json().encode() + b"\n")
+        except OSError as error:
+            raise KeeperError(f"the other end of the keeper's socket is gone: {error}") from error
 
     def request(self, timeout_seconds: float) -> Request | None:
         """The next request; None when the other side is gone. Raises TimeoutError, KeeperError."""
@@ -115,4 +120,14 @@ class Line:
             raise KeeperError(
                 "this node's keeper is of another version of Keepwarm; end it with "
                 "`keepwarm contexts evict --all`, or with SIGTERM"
+            ) from error
+
+    def ask(self, request: Look | Evict | Drain, timeout_seconds: float) -> Word | None:
+        """The answer to a request; None when the keeper ended first. Raises KeeperError."""
+        self.send(request)
+        try:
+            return self.word(timeout_seconds)
+        except TimeoutError as error:
+            raise KeeperError(
+                f"this node's keeper did not answer within {timeout_seconds:g} s; its log says more"
             ) from error

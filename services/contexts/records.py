@@ -66,6 +66,7 @@ class OwnRecord:
         """Raises BlockingIOError when another keeper has it."""
         self._path = directory / f"{name}.json"
         self._lock_path = directory / f"{name}.lock"
+        self._written = True
         for _ in range(_LOCK_TRIES):
             lock = take_lock(self._lock_path)
             if lock is not None:
@@ -75,7 +76,21 @@ class OwnRecord:
         raise BlockingIOError(f"{self._lock_path} is held by another keeper")
 
     def write(self, record: ContextRecord) -> None:
-        """At once and whole: a reader sees the old one or the new one."""
+        """At once and whole: a reader sees the old one or the new one.
+
+        Where it cannot be written, as on a full disk, readers have the old one, and the log says so
+        once: the engine is none the worse for it, and its keeper goes on.
+        """
+        try:
+            self._replace(record)
+        except OSError as error:
+            if self._written:
+                log.error("record.unwritable", path=str(self._path), reason=str(error))
+            self._written = False
+        else:
+            self._written = True
+
+    def _replace(self, record: ContextRecord) -> None:
         new = self._path.with_suffix(".new")
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:

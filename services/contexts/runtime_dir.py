@@ -1,7 +1,9 @@
 """Directories of our own, closed to every other user, and what is in them: sockets, logs, locks."""
 
+import contextlib
 import fcntl
 import os
+import re
 import stat
 from pathlib import Path
 from typing import IO
@@ -10,6 +12,7 @@ from services.contracts.errors import UsageError
 
 _TAIL_BYTES = 64 * 1024
 _SHOWN_LOG_LINES = 25
+_ENGINE_LOG = re.compile(r"ctx-[0-9a-f]+-[0-9a-f]+\.log")
 # sockaddr_un holds 108 bytes, with the NUL at the end.
 _LONGEST_SOCKET_PATH = 107
 
@@ -47,6 +50,20 @@ def log_tail(path: Path, lines: int = _SHOWN_LOG_LINES) -> list[str]:
     except OSError:
         return []
     return [line for line in text.splitlines() if line.strip()][-lines:]
+
+
+def engine_logs(directory: Path) -> list[Path]:
+    """Of engines that are here, and of those that ended or never came up. Links and other users'
+    files are not among them.
+    """
+    found = []
+    for path in sorted(directory.iterdir()):
+        if _ENGINE_LOG.fullmatch(path.name):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.lstat()
+                if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+                    found.append(path)
+    return found
 
 
 def quoted_tail(path: Path) -> str:

@@ -13,7 +13,8 @@ import structlog
 from services.contexts.caches import EngineCaches, PastStart
 from services.contexts.engine import Engine, start_error
 from services.contexts.eviction import Candidate
-from services.contexts.model_files import is_local
+from services.contexts.memory import needed_bytes
+from services.contexts.model_files import is_local, weights_bytes
 from services.contexts.plan import EnginePlan
 from services.contexts.records import ContextRecord, OwnRecord, State
 from services.contexts.template_process import Template
@@ -38,7 +39,7 @@ class House(Protocol):
     caches: EngineCaches
 
     def template_for(self, plan: EnginePlan) -> Template: ...
-    def room_for(self, slot: "Slot") -> AbstractContextManager[None]: ...
+    def room_for(self, slot: "Slot") -> AbstractContextManager[bool]: ...
     def changed(self) -> None: ...
 
 
@@ -86,8 +87,10 @@ class Slot:
         return self.gone is not None
 
     @property
-    def stopped(self) -> bool:
-        return self._stop.is_set()
+    def abandoned(self) -> bool:
+        """Nobody waits for it. A start ends with its last lease; what sleeps then sleeps on."""
+        record = self.record
+        return self._stop.is_set() or (record.state == "asleep" and not record.attached)
 
     # Leases. Each is a connection of a worker's.
 
@@ -134,10 +137,10 @@ class Slot:
         self._thread.join(timeout_seconds)
 
     def candidate(self) -> Candidate | None:
-        """For the choice who makes room; None when it cannot: in use, or holding nothing."""
+        """For the choice who makes room; None when it cannot: in use, or on its way."""
         with self._lock:
             record = self.record
-            if record.attached or record.state != "warm":
+            if record.attached or record.state not in ("warm", "asleep"):
                 return None
             return Candidate(
                 name=record.name,
@@ -145,34 +148,42 @@ class Slot:
                 demand=record.demand,
                 start_seconds=self._start_seconds,
                 idle_seconds=time.monotonic() - record.last_used,
+                asleep=record.state == "asleep",
             )
 
     def give_way(self) -> None:
         """Free its memory, unless somebody has attached meanwhile: by sleep where the device can
-        and the host has room for the weights, by its end otherwise.
+        and the host has room for the weights, by its end otherwise, or where it sleeps already.
         """
         with self._lock:
-            if self.record.attached or self.record.state != "warm":
+            if self.record.attached or self.record.state not in ("warm", "asleep"):
                 return
+            asleep = self.record.state == "asleep"
             self._note(state="stopping")
-        if self._can_sleep():
+        if not asleep and self._can_sleep():
             try:
                 self._engine.sleep()
             except EngineRequestError as error:
                 log.warning("context.sleepless", context=self.plan.name, reason=str(error))
             else:
+                left = self._engine.memory_bytes()
                 with self._lock:
                     if self._stop.is_set():
                         return  # it was told to stop while it fell asleep
-                    self._note(state="asleep")
+                    self._note(state="asleep", memory_bytes=left)
                 log.info("context.asleep", context=self.plan.name)
                 return
         self.stop("its room is needed for another context")
         self.join()
 
     def _can_sleep(self) -> bool:
-        weights = self.record.memory_bytes or 0
-        return self.plan.device.kind == "cuda" and psutil.virtual_memory().available > weights
+        """On CUDA, where the host has memory for what moves there: the weights, or all that it
+        holds where their size is not known.
+        """
+        if self.plan.device.kind != "cuda":
+            return False
+        moves = weights_bytes(self.plan.spec) or self.record.memory_bytes or 0
+        return psutil.virtual_memory().available > moves
 
     # Its own thread.
 
@@ -217,25 +228,31 @@ class Slot:
         phases = phases.model_copy(
             update={"fetch": fetch, "total": round((phases.total or 0.0) + (fetch or 0.0), 3)}
         )
-        memory = self._engine.memory_bytes() or 0
+        memory = self._engine.memory_bytes()
         self._start_seconds = _seconds_again(phases)
         self._house.caches.remember(self.plan.name, PastStart(phases=phases, memory_bytes=memory))
-        pid = self._engine.pid
+        pid, held = self._engine.pid, memory or self._likely_bytes()
         with self._lock:
             self._note(
                 state="stopping" if self._stop.is_set() else "warm",
                 says="",
                 pid=pid,
                 pid_started=psutil.Process(pid).create_time() if pid else None,
-                memory_bytes=memory,
+                memory_bytes=held,
                 phases=phases,
             )
         log.info("context.warm", context=self.plan.name, **phases.model_dump())
 
+    def _likely_bytes(self) -> int:
+        """What it holds where that cannot be measured: in a container, say, NVML may not know our
+        processes. Nobody would be asked to make room that seems to hold nothing.
+        """
+        return needed_bytes(self.plan, self.known_bytes)
+
     @contextmanager
     def _room(self) -> Iterator[None]:
-        with self._house.room_for(self):
-            if self.stopped:
+        with self._house.room_for(self) as room:
+            if not room or self._stop.is_set():
                 raise _BrokenOff  # nothing to start, and nothing to fetch
             yield
 
@@ -269,20 +286,24 @@ class Slot:
         return self._why
 
     def _wake(self) -> None:
-        with self._room():
+        with self._house.room_for(self) as room:
+            if not room:
+                self._note_locked(says="")  # it sleeps on, and waits for nothing
+                return
             try:
                 self._engine.wake()
             except EngineRequestError as error:
                 raise EngineStartError(f"it did not wake up: {error}") from error
-        self._note_state("warm")
+            memory = self._engine.memory_bytes() or self._likely_bytes()
+            self._note_state("warm", memory_bytes=memory)
         log.info("context.awake", context=self.plan.name)
 
     # What others see.
 
-    def _note_state(self, state: State) -> None:
+    def _note_state(self, state: State, **more: object) -> None:
         with self._lock:
             if self.record.state != "stopping":
-                self._note(state=state)
+                self._note(state=state, **more)
 
     def note_waiting(self, says: str) -> None:
         """Tell those who wait for it what it waits for."""

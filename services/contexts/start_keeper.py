@@ -101,8 +101,7 @@ def node_device(settings: Settings) -> Device:
     line = open_keeper(settings)
     assert line is not None
     with contextlib.closing(line):
-        line.send(Look())
-        word = line.word(_ANSWER_SECONDS)
+        word = line.ask(Look(), _ANSWER_SECONDS)
     if word is None or word.device is None:
         raise EngineStartError((word and word.gone) or "the keeper ended before it told its device")
     return word.device

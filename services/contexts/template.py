@@ -21,6 +21,7 @@ import os
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -77,10 +78,11 @@ class Forked:
         return self._status
 
     def wait(self, timeout: float | None = None) -> int:
+        """Raises subprocess.TimeoutExpired, as `Popen.wait` does: who holds it knows no other."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while (code := self.poll()) is None:
             if deadline is not None and time.monotonic() > deadline:
-                raise TimeoutError
+                raise subprocess.TimeoutExpired("a forked child", timeout or 0.0)
             time.sleep(0.02)
         return code
 

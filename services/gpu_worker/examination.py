@@ -14,7 +14,7 @@ from services.contexts.attachment import Attachment
 from services.contexts.completions import EngineSilent, Interrupted
 from services.contracts import Claim, DeadReason, PromptSpec, Settings
 from services.contracts.backoff import growing_pause
-from services.contracts.errors import EngineRequestError, EngineStartError
+from services.contracts.errors import EngineRequestError, EngineStartError, KeeperError
 from services.gpu_worker.in_hand import BatchInHand
 from services.gpu_worker.inference import Inference, Outcome, Refusal
 
@@ -82,12 +82,13 @@ class Examination:
     def start_engine(self, attempts: int) -> bool:
         """Start it, again with growing pauses if need be. False when told to stop meanwhile.
 
-        Raises EngineStartError after so many failed starts in a row.
+        Raises EngineStartError or KeeperError after so many failed starts in a row: a keeper that
+        is a service of its own may be away for a while, too.
         """
         for failures in count(1):
             try:
                 return self._engine.start(self._stop)
-            except EngineStartError as error:
+            except (EngineStartError, KeeperError) as error:
                 if failures >= attempts or not self._pause(failures, str(error)):
                     raise
         raise AssertionError("count() never ends")

@@ -8,6 +8,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -253,6 +254,30 @@ def test_the_leftover_socket_of_an_earlier_engine_is_no_obstacle(forge: Forge) -
     engine = forge.engine()
     engine.socket.touch()
     assert forge.start(engine) is not None
+
+
+@pytest.mark.parametrize(("known", "held"), [(True, 7), (False, None)])
+def test_what_nvml_says_of_other_processes_is_not_what_an_engine_holds(
+    context: ContextSpec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    known: bool,
+    held: int | None,
+) -> None:
+    """It counts processes as the host does, and in a container they have other numbers."""
+    processes = [SimpleNamespace(pid=os.getpid() if known else -1, usedGpuMemory=7)]
+    for name, answer in {
+        "nvmlInit": None,
+        "nvmlShutdown": None,
+        "nvmlDeviceGetCount": 1,
+        "nvmlDeviceGetHandleByIndex": 0,
+        "nvmlDeviceGetComputeRunningProcesses": processes,
+    }.items():
+        monkeypatch.setattr(f"services.contexts.engine.pynvml.{name}", lambda *_, a=answer: a)
+    gpu = Device("cuda", "H100", 2**36, (0,), gpu="0")
+    engine = Engine(EnginePlan.of(context, gpu, load_settings()), tmp_path)
+    monkeypatch.setattr(Engine, "pid", os.getpid())
+    assert engine.memory_bytes() == held
 
 
 LOADING = """

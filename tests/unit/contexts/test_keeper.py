@@ -1,11 +1,13 @@
 """The keeper in this process, on the test engine: who makes room for whom, and who waits."""
 
+import errno
 import gc
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -15,6 +17,7 @@ from services.contexts.engine import Engine
 from services.contexts.keeper import Keeper
 from services.contexts.keeper_server import KeeperServer
 from services.contexts.plan import EnginePlan
+from services.contexts.protocol import Drain
 from services.contexts.records import ContextRecord, State, live_records
 from services.contexts.slot import Slot
 from services.contracts import ContextSpec, load_settings
@@ -24,6 +27,8 @@ from services.contracts.errors import EngineRequestError, EngineStartError, Keep
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 
 GENEROUS_SECONDS = 60.0
+# What each engine needs, and all that there is: more than any process holds.
+ALL_BYTES = 2**50
 
 
 def wait_until(met: Callable[[], object], what: str) -> None:
@@ -44,7 +49,8 @@ class Node:
 
     def free_bytes(self, _: Device) -> int:
         slots = self.keeper._slots.values()
-        return 0 if any(not s.finished and s.record.state in self.holds for s in slots) else 1
+        taken = any(not s.finished and s.record.state in self.holds for s in slots)
+        return 0 if taken else ALL_BYTES
 
     def plan(self, context: str) -> EnginePlan:
         spec = ContextSpec(model=str(self._directory / context))
@@ -97,7 +103,7 @@ def start(
             monkeypatch.setenv(name, value)
         nodes.append(Node(tmp_path))
         # One engine fits, and no two.
-        monkeypatch.setattr("services.contexts.keeper.needed_bytes", lambda *_: 1)
+        monkeypatch.setattr("services.contexts.keeper.needed_bytes", lambda *_: ALL_BYTES)
         monkeypatch.setattr("services.contexts.keeper.free_bytes", nodes[-1].free_bytes)
         return nodes[-1]
 
@@ -170,6 +176,25 @@ def test_a_broken_off_start_leaves_its_cache_marked_as_half_written(
     assert (tmp_path / "cache" / slot.plan.name / "unfinished").exists()
 
 
+def test_a_full_disk_ends_no_engine_and_pins_none(
+    start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    node = start(KEEPWARM_CONTEXT_IDLE_SECONDS="0.5")
+    with monkeypatch.context() as disk:
+        disk.setattr(Path, "replace", full)  # of records, and of what is remembered of the start
+        slot = node.warm("a")
+        node.keeper.hear_demand({slot.plan.spec.context_id: 7})
+        assert (slot.record.attached, slot.record.demand) == (1, 7)
+        assert node.records() == []
+    slot.hear_demand(8)
+    assert [record.demand for record in node.records()] == [8]
+    slot.detach()
+    assert node.goes(slot) == "no worker used it for 0.5 s"
+
+
 def test_an_engine_that_dies_is_said_to_and_the_next_one_is_new(
     start: Callable[..., Node],
 ) -> None:
@@ -185,6 +210,19 @@ def test_one_that_does_not_start_says_why_with_its_log(start: Callable[..., Node
     said = node.goes(node.attach("a"))
     assert "it ended (exit code 3)" in said
     assert "  | RuntimeError: out of memory, says the test engine" in said
+
+
+def test_an_engine_that_could_not_be_measured_counts_as_what_it_needs_and_that_is_not_remembered(
+    start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = start()
+    monkeypatch.setattr(Engine, "memory_bytes", lambda _: None)
+    monkeypatch.setattr("services.contexts.slot.needed_bytes", lambda *_: 7)
+    slot = node.idle("a")
+    candidate = slot.candidate()
+    assert candidate is not None and candidate.memory_bytes == 7
+    past = node.keeper.caches.recall(slot.plan.name)
+    assert past is not None and past.memory_bytes is None and past.phases.total
 
 
 # Room.
@@ -239,11 +277,37 @@ def test_who_waits_for_room_and_is_let_go_starts_nothing(
     assert used.record.state == "warm"
 
 
+def test_who_waits_behind_anothers_start_and_is_let_go_does_not_wait_for_its_end(
+    start: Callable[..., Node],
+) -> None:
+    node = start(VLLM_TEST_START_SECONDS="600")
+    node.comes(node.attach("a"), "starting")
+    behind = node.attach("b")
+    behind.detach()
+    assert node.goes(behind) == "nobody waits for it any more"
+
+
+def test_one_that_has_started_and_is_being_measured_holds_memory_already(
+    start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = start()
+    measured = threading.Event()
+    monkeypatch.setattr(Engine, "memory_bytes", lambda _: measured.wait(GENEROUS_SECONDS) and 1)
+    first, second = node.attach("a"), node.attach("b")
+    wait_until(lambda: second.record.says, "a word of what it waits for")
+    assert (first.record.state, second.record.state) == ("starting", "waiting")
+    measured.set()
+    node.comes(first, "warm")
+    first.detach()
+    node.comes(second, "warm")
+
+
 def test_the_budget_counts_and_not_what_is_free(
     start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = start(KEEPWARM_CONTEXT_MEMORY_GIB="0.001")
-    monkeypatch.setattr("services.contexts.keeper.free_bytes", lambda _: 2**50)
+    monkeypatch.setattr("services.contexts.keeper.needed_bytes", lambda *_: 1)
+    monkeypatch.setattr("services.contexts.keeper.free_bytes", lambda _: ALL_BYTES)
     idle = node.idle("a")
     assert (idle.record.memory_bytes or 0) > 2**20
     node.warm("b")
@@ -254,7 +318,7 @@ def test_without_a_budget_what_is_free_counts(
     start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = start()
-    monkeypatch.setattr("services.contexts.keeper.free_bytes", lambda _: 2**50)
+    monkeypatch.setattr("services.contexts.keeper.free_bytes", lambda _: ALL_BYTES)
     first = node.idle("a")
     node.warm("b")
     assert first.record.state == "warm"
@@ -266,7 +330,7 @@ def test_the_context_that_claims_wait_for_stays_and_the_other_goes(
 ) -> None:
     node = start()
     with monkeypatch.context() as roomy:
-        roomy.setattr("services.contexts.keeper.free_bytes", lambda _: 1)
+        roomy.setattr("services.contexts.keeper.free_bytes", lambda _: ALL_BYTES)
         engines = {name: node.idle(name) for name in ("a", "b")}
     for slot in engines.values():
         slot._start_seconds = 20.0  # equally dear but for the demand
@@ -275,7 +339,7 @@ def test_the_context_that_claims_wait_for_stays_and_the_other_goes(
     # The third has room once one of the two has gone.
     monkeypatch.setattr(
         "services.contexts.keeper.free_bytes",
-        lambda _: int(any(slot.finished for slot in engines.values())),
+        lambda _: ALL_BYTES - (not any(slot.finished for slot in engines.values())),
     )
     third = node.warm("c")
     (other,) = {"a", "b"} - {wanted}
@@ -339,6 +403,24 @@ def test_one_that_is_asleep_is_woken_by_the_next_who_attaches_once_there_is_room
     assert journal(tmp_path) == ["/sleep?level=1", "/sleep?level=1", "/wake_up"]
 
 
+def test_one_that_nobody_waits_for_any_more_sleeps_on_and_is_in_nobodys_way(
+    start: Callable[..., Node], sleepy: None, tmp_path: Path
+) -> None:
+    node = start()
+    sleeper = node.idle("a")
+    used = node.warm("b")
+    assert node.attach("a") is sleeper
+    wait_until(lambda: sleeper.record.says, "that it waits for room")
+    sleeper.detach()  # its worker dies
+    wait_until(lambda: not sleeper.record.says, "that it waits no more")
+    next_one = node.attach("c")
+    wait_until(lambda: next_one.record.says, "that its turn has come")
+    used.detach()
+    node.comes(next_one, "warm")
+    assert sleeper.record.state == "asleep" and sleeper.gone is None
+    assert "/wake_up" not in journal(tmp_path)
+
+
 def test_one_that_will_not_sleep_is_stopped(
     start: Callable[..., Node], sleepy: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,6 +447,72 @@ def test_one_that_does_not_wake_is_gone_and_the_next_is_new(
     assert node.attach("a") is sleeper
     assert "it did not wake up: the engine refused /wake_up" in node.goes(sleeper)
     assert node.warm("a") is not sleeper
+
+
+def test_what_sleepers_keep_is_given_up_where_it_is_missing(
+    start: Callable[..., Node], sleepy: None, tmp_path: Path
+) -> None:
+    node = start()
+    idle = node.idle("a")
+    node.holds = ("starting", "warm", "asleep", "stopping")
+    node.warm("b")
+    assert journal(tmp_path) == ["/sleep?level=1"]
+    assert node.goes(idle) == "its room is needed for another context"
+
+
+def test_of_sleepers_the_cheapest_to_lose_goes_and_no_more_than_are_needed(
+    start: Callable[..., Node], sleepy: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = start()
+    sleepers = {name: node.idle(name) for name in ("a", "b")}
+    node.idle("c").stop("the test wants it")  # only now the second one sleeps
+    for slot in sleepers.values():
+        assert slot.record.state == "asleep"
+        slot._start_seconds = 20.0
+    node.keeper.hear_demand({node.plan("a").spec.context_id: 5})
+    monkeypatch.setattr(
+        "services.contexts.keeper.free_bytes",
+        lambda _: ALL_BYTES - (not any(slot.finished for slot in sleepers.values())),
+    )
+    node.warm("d")
+    assert node.goes(sleepers["b"]) == "its room is needed for another context"
+    assert sleepers["a"].record.state == "asleep"
+
+
+def test_what_a_sleeper_keeps_counts_when_it_is_woken(
+    start: Callable[..., Node], sleepy: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = start()
+    wanted, other = node.idle("a"), node.idle("b")
+    node.idle("c").stop("the test wants it")
+    kept = wanted.record.memory_bytes
+    assert kept
+    monkeypatch.setattr("services.contexts.keeper.free_bytes", lambda _: ALL_BYTES - kept)
+    assert node.warm("a") is wanted
+    assert other.record.state == "asleep"
+
+
+@pytest.mark.parametrize(("weights", "sleeps"), [(2, True), (4, False), (0, False)])
+def test_one_sleeps_where_the_host_has_memory_for_its_weights_whatever_else_it_holds(
+    start: Callable[..., Node],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    weights: int,
+    sleeps: bool,
+) -> None:
+    node = start()
+    (tmp_path / "a").mkdir()
+    if weights:  # else it is not known what would move
+        with (tmp_path / "a" / "model.safetensors").open("wb") as file:
+            file.truncate(weights * 2**30)
+    gpu = Device("cuda", "H100", 80 * 2**30, (0,), gpu="0")
+    slot = Slot(node.plan("a").model_copy(update={"device": gpu}), node.keeper, 0)
+    slot.record = slot.record.model_copy(update={"memory_bytes": 70 * 2**30})
+    monkeypatch.setattr(
+        "services.contexts.slot.psutil.virtual_memory",
+        lambda: SimpleNamespace(available=3 * 2**30),
+    )
+    assert slot._can_sleep() is sleeps
 
 
 class Dozing:
@@ -443,12 +591,32 @@ def test_evicting_ends_what_is_named_by_itself_or_by_its_context_and_no_other(
     start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = start()
-    monkeypatch.setattr("services.contexts.keeper.free_bytes", lambda _: 2**50)
+    monkeypatch.setattr("services.contexts.keeper.free_bytes", lambda _: ALL_BYTES)
     slots = {name: node.warm(name) for name in ("a", "b", "c")}
     named = (slots["a"].plan.name, slots["b"].plan.spec.context_id)
     assert sorted(node.keeper.evict(named)) == sorted(slots[x].plan.name for x in ("a", "b"))
     assert slots["a"].gone == slots["b"].gone == "it was evicted"
     assert slots["c"].record.state == "warm"
+
+
+def test_what_does_not_end_in_time_is_not_said_to_be_gone(
+    start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = start(KEEPWARM_GRACE_SECONDS="1")
+    monkeypatch.setattr("services.contexts.keeper.free_bytes", lambda _: ALL_BYTES)
+    slots = {name: node.warm(name) for name in ("a", "b", "c")}
+    stop, over = Engine.stop, threading.Event()
+
+    def slowly(engine: Engine) -> None:
+        assert engine.plan is slots["b"].plan or over.wait(GENEROUS_SECONDS)
+        stop(engine)
+
+    monkeypatch.setattr(Engine, "stop", slowly)
+    started = time.monotonic()
+    assert node.keeper.evict(None) == (slots["b"].plan.name,)
+    assert time.monotonic() - started < 2  # the grace period is for all of them together
+    over.set()
+    assert node.goes(slots["a"]) == "it was evicted"
 
 
 def test_a_node_that_drains_starts_no_engine_and_gives_no_lease(
@@ -477,6 +645,19 @@ def test_a_drain_waits_for_those_in_use_and_gives_up_who_waits_for_room(
     used.detach()
     draining.join(GENEROUS_SECONDS)
     assert used.gone == "the node is draining"
+
+
+def test_a_drain_wakes_nobody_up(start: Callable[..., Node], sleepy: None) -> None:
+    node = start(KEEPWARM_GRACE_SECONDS="60")
+    sleeper = node.idle("a")
+    used = node.warm("b")
+    node.attach("a")
+    draining = threading.Thread(target=node.keeper.drain)
+    draining.start()
+    assert node.goes(sleeper) == "the node is draining"
+    assert used.record.state == "warm" and draining.is_alive()
+    used.detach()
+    draining.join(GENEROUS_SECONDS)
 
 
 def test_a_drain_does_not_wait_for_ever(start: Callable[..., Node]) -> None:
@@ -521,6 +702,19 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KeeperS
     yield server
     server.stop()
     serving.join(GENEROUS_SECONDS)
+
+
+def test_a_keeper_that_was_told_to_drain_ends_though_nobody_waits_for_its_answer(
+    service: KeeperServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = threading.Event()
+    monkeypatch.setattr(service._keeper, "drain", lambda: left.wait(GENEROUS_SECONDS))
+    line = start_keeper.open_keeper(load_settings())
+    assert line is not None
+    line.send(Drain())
+    line.close()
+    left.set()
+    wait_until(lambda: service.unready, "its end")
 
 
 @pytest.fixture

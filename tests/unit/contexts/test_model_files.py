@@ -3,12 +3,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from services.contexts import hub, pin_model
-from services.contexts.model_files import is_local, model_file
+from services.contexts.model_files import is_local, model_file, weights_bytes
 from services.contracts import ContextSpec
 from services.contracts.errors import ModelError
 
@@ -161,6 +162,20 @@ def test_a_model_that_this_user_may_not_read_is_told(
         pin_model(ContextSpec(model=str(open_dir)))
 
 
+@pytest.mark.parametrize("on_the_hub", [False, True])
+def test_the_size_of_the_weights_is_known_where_they_are(
+    on_the_hub: bool, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where: list[str | None] = [None]
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_, **__: where[0])
+    spec = ContextSpec(model="org/model" if on_the_hub else str(model_dir), revision="c0ffee")
+    assert weights_bytes(spec) is None
+    for part, size in (("model-1.safetensors", 3), ("model-2.safetensors", 4)):
+        (model_dir / part).write_bytes(b"x" * size)
+    where[0] = str(model_dir / "config.json")
+    assert weights_bytes(spec) == 7
+
+
 # The hub, which is not there.
 
 
@@ -227,3 +242,27 @@ def test_a_hub_models_file_that_is_not_there_is_none_and_offline_is_an_error(
     else:
         with pytest.raises(ModelError, match="cannot get the model"):
             model_file(spec, "chat_template.jinja")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (httpx.ReadError("connection reset by peer"), "connection reset by peer"),
+        (httpx.ReadTimeout(""), "ReadTimeout"),
+        (httpx.RemoteProtocolError("peer closed connection"), "peer closed connection"),
+        (OSError("no space left on device"), "no space left on device"),
+    ],
+)
+def test_whatever_breaks_a_download_off_is_told_in_words(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr(hub, "snapshot_download", broken)
+    monkeypatch.setattr(hub, "hf_hub_download", broken)
+    spec = ContextSpec(model="org/model", revision="c0ffee")
+    with pytest.raises(ModelError, match=f"cannot get the model 'org/model' .*: {said}"):
+        hub.fetch_weights(spec)
+    with pytest.raises(ModelError, match=f"cannot get the model 'org/model' .*: {said}"):
+        hub.small_file(spec, "config.json")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from services.contexts import Device
+from services.contexts import Device, protocol
 from services.contexts.plan import EnginePlan
 from services.contexts.protocol import Attach, Demand, Drain, Evict, Line, Look, Request, Word
 from services.contexts.records import ContextRecord
@@ -163,3 +163,25 @@ def test_a_plan_shows_no_environment(context: ContextSpec, monkeypatch: pytest.M
     wanted = plan(context)
     assert wanted.environment["HF_TOKEN"] == "hf_secret"
     assert "hf_secret" not in repr(Attach(plan=wanted))
+
+
+def test_who_talks_to_a_side_that_is_gone_is_told_so(ends: Ends) -> None:
+    ends.bare.close()
+    with pytest.raises(KeeperError, match="other end of the keeper's socket is gone"):
+        ends.line.send(Drain())
+
+
+def test_who_talks_to_a_side_that_does_not_listen_is_told_so(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "_SEND_SECONDS", 0.1)
+    with pytest.raises(KeeperError, match="timed out"):
+        for _ in range(100):
+            ends.line.send(Evict(wanted=("ctx-1",) * 10_000))
+
+
+def test_who_asks_has_the_answer_or_is_told_that_there_is_none(ends: Ends) -> None:
+    ends.bare.sendall(b'{"done": ["a"]}\n')
+    assert ends.line.ask(Drain(), GENEROUS_SECONDS) == Word(done=("a",))
+    with pytest.raises(KeeperError, match="did not answer within 0.1 s"):
+        ends.line.ask(Drain(), 0.1)

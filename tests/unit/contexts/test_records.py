@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from services.contexts.records import ContextRecord, OwnRecord, live_records
 from services.contracts import ContextSpec
@@ -178,3 +179,20 @@ def test_records_are_for_their_owner_alone(
     own.write(record(context, tmp_path))
     for suffix in ("json", "lock"):
         assert stat.S_IMODE((tmp_path / f"{NAME}.{suffix}").stat().st_mode) == 0o600
+
+
+def test_a_record_that_cannot_be_written_is_said_once_and_is_written_when_it_can_be(
+    tmp_path: Path, context: ContextSpec, own: OwnRecord
+) -> None:
+    new = tmp_path / f"{NAME}.new"
+    for _ in range(2):
+        new.mkdir()
+        with capture_logs() as logs:
+            for _ in range(3):
+                own.write(record(context, tmp_path))
+        assert [entry["event"] for entry in logs] == ["record.unwritable"]
+        assert live_records(tmp_path) == []
+        new.rmdir()
+        own.write(record(context, tmp_path))
+        assert live_records(tmp_path) == [record(context, tmp_path)]
+        (tmp_path / f"{NAME}.json").unlink()

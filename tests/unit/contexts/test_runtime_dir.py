@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from services.contexts.runtime_dir import open_runtime_dir, socket_path
+from services.contexts.runtime_dir import engine_logs, open_runtime_dir, socket_path
 from services.contracts.errors import UsageError
 
 
@@ -70,3 +70,15 @@ def test_a_sockets_path_is_bounded_in_bytes(character: str, size: int) -> None:
     assert len(os.fsencode(socket_path(directory, name))) == 107
     with pytest.raises(UsageError, match="longer than the 107 bytes .* name a shorter directory"):
         socket_path(directory, name + "x")
+
+
+def test_only_plain_files_of_this_user_are_an_engines_logs(tmp_path: Path) -> None:
+    (tmp_path / "ctx-0011-2233.log").write_text("RuntimeError: out of memory")
+    for name in ("keeper.log", "template-00.log", "ctx-0011-2233.json", "ctx-0011-x.log"):
+        (tmp_path / name).touch()
+    (tmp_path / "ctx-0022-2233.log").symlink_to(tmp_path / "keeper.log")
+    (tmp_path / "ctx-0033-2233.log").mkdir()
+    if os.geteuid() == 0:
+        (tmp_path / "ctx-0044-2233.log").touch()
+        os.chown(tmp_path / "ctx-0044-2233.log", 65534, 65534)
+    assert engine_logs(tmp_path) == [tmp_path / "ctx-0011-2233.log"]

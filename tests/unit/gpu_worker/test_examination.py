@@ -21,7 +21,12 @@ from services.contracts import (
     load_settings,
     topology,
 )
-from services.contracts.errors import EngineRequestError, EngineStartError
+from services.contracts.errors import (
+    EngineError,
+    EngineRequestError,
+    EngineStartError,
+    KeeperError,
+)
 from services.gpu_worker.examination import Examination
 from services.gpu_worker.in_hand import BatchInHand, Signature
 from services.gpu_worker.inference import Outcome, Refusal
@@ -37,9 +42,15 @@ class Engine:
     make it answer `nonsense`, be `refused`, or nothing.
     """
 
-    def __init__(self, fault: Fault = lambda _: "", failing_starts: int = 0) -> None:
+    def __init__(
+        self,
+        fault: Fault = lambda _: "",
+        failing_starts: int = 0,
+        starts_fail_with: type[EngineError] = EngineStartError,
+    ) -> None:
         self.fault = fault
         self.failing_starts = failing_starts
+        self.starts_fail_with = starts_fail_with
         self.alive = True
         self.hangs = False
         self.starts = 0
@@ -49,7 +60,7 @@ class Engine:
     def start(self, stop: threading.Event) -> bool:
         self.starts += 1
         if self.starts <= self.failing_starts:
-            raise self.start_error("it ended")
+            raise self.starts_fail_with("it ended")
         if stop.is_set():
             return False
         self.alive, self.hangs = True, False
@@ -289,8 +300,11 @@ def test_an_engine_that_hangs_is_ended_and_one_that_fails_otherwise_is_left_alon
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
-def test_an_engine_that_does_not_start_is_started_again(failing: int) -> None:
-    engine = Engine(failing_starts=failing)
+@pytest.mark.parametrize("error", [EngineStartError, KeeperError])
+def test_an_engine_that_does_not_start_or_whose_keeper_is_away_is_started_again(
+    failing: int, error: type[EngineError]
+) -> None:
+    engine = Engine(failing_starts=failing, starts_fail_with=error)
     assert examination(engine).start_engine(attempts=3)
     assert engine.starts == failing + 1
 
