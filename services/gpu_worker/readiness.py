@@ -1,6 +1,7 @@
 """How long until this node has a context ready: the cost in the choice of what to take."""
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 
 from services.contexts.caches import EngineCaches
 from services.contexts.device import Device
@@ -8,25 +9,53 @@ from services.contexts.plan import EnginePlan
 from services.contexts.records import live_records
 from services.contexts.runtime_dir import open_runtime_dir
 from services.contracts import ContextSpec, Settings
+from services.contracts.backoff import growing_pause
+from services.contracts.errors import KeeperError, KeepwarmError
 
 # From host memory back to the GPU: a second for each few GiB of weights.
 _WAKE_SECONDS = 5.0
+# A context that failed here is tried again after about as long as the fault has lasted: a hiccup
+# costs seconds, and a model that is missing for good a try each quarter or half of an hour.
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 10.0, 1800.0
 
 
 class Readiness:
-    """What is warm here, what starts took before, and what cannot be had here."""
+    """What is warm here, what starts took before, and what could not be had here of late."""
 
-    def __init__(self, device: Device, settings: Settings) -> None:
+    def __init__(
+        self, device: Device, settings: Settings, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._device = device
         self._settings = settings
         self._directory = open_runtime_dir(settings.runtime_dir)
         self._caches = EngineCaches(settings.cache_dir)
-        self.unusable: set[str] = set()
-        """Contexts that cannot be had on this node."""
+        self._clock = clock
+        self._failures: dict[str, int] = {}
+        self._not_before: dict[str, float] = {}
 
-    def give_up(self, context_id: str) -> None:
-        """It cannot be had on this node: no such model, or no engine for it."""
-        self.unusable.add(context_id)
+    def failed(self, context_id: str, error: KeepwarmError) -> float:
+        """It could not be had, or not be kept. The seconds for which it is left to other nodes.
+
+        A keeper that cannot be used is no fault of the context's: its pause does not grow.
+        """
+        failures = 1
+        if not isinstance(error, KeeperError):
+            failures = self._failures[context_id] = self._failures.get(context_id, 0) + 1
+        pause = growing_pause(
+            failures,
+            first_seconds=_FIRST_PAUSE_SECONDS,
+            longest_seconds=_LONGEST_PAUSE_SECONDS,
+        )
+        self._not_before[context_id] = self._clock() + pause
+        return pause
+
+    def answered(self, context_id: str) -> None:
+        """It works here: whatever failed before is forgotten."""
+        self._failures.pop(context_id, None)
+
+    def may_try(self, context_id: str) -> bool:
+        """False for a while after it has failed here."""
+        return self._clock() >= self._not_before.get(context_id, 0.0)
 
     def seconds(self, contexts: Iterable[ContextSpec]) -> dict[str, float]:
         """By context id. One that was never here is taken to start like the slowest of those that
