@@ -97,8 +97,9 @@ class Keeper:
         with self._changed:
             return [slot.record.state for slot in self._slots.values() if not slot.finished]
 
-    def attach(self, plan: EnginePlan) -> tuple[Slot, bool]:
-        """A lease on the engine of this plan, which is started if need be; and whether it was warm.
+    def attach(self, plan: EnginePlan) -> tuple[Slot, State | None]:
+        """A lease on the engine of this plan, and how it was found: None where there was none, and
+        it is started for this lease.
 
         Give it back with `detach`. Raises KeeperError on a node that is draining.
         """
@@ -107,13 +108,13 @@ class Keeper:
                 if self._draining:
                     raise KeeperError("this node is draining: its keeper starts no engine")
                 slot = self._slots.get(plan.name)
+                found = None if slot is None or slot.finished else slot.record.state
                 if slot is None or slot.finished:
                     slot = Slot(plan, self, self._demand.get(plan.spec.context_id, 0))
                     self._slots[plan.name] = slot
                     slot.begin()
-                warm = slot.record.state == "warm"
             if slot.attach():
-                return slot, warm
+                return slot, found
             slot.join(_LOOK_SECONDS)  # on its way out, then a new one; or falling asleep
 
     def evict(self, wanted: tuple[str, ...] | None) -> tuple[str, ...]:

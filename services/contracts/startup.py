@@ -33,7 +33,8 @@ class ContextReady(Message):
     """A worker has its context: `seconds` from asking for it to having it.
 
     `warm`: the engine was there already. `startup_id` is drawn for each start, so that a message
-    that comes twice counts once.
+    that comes twice counts once. `phases` are of a start that was for this worker; without any,
+    and not warm, it joined one that was for another, or waited until an engine awoke.
     """
 
     startup_id: Identity

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from services.contexts.engine import Engine
 from services.contexts.keeper import Keeper
 from services.contexts.keeper_server import KeeperServer
 from services.contexts.plan import EnginePlan
+from services.contexts.protocol import Line, Word
 from services.contexts.records import ContextRecord, State, live_records
 from services.contexts.slot import Slot
 from services.contracts import ContextSpec, load_settings
@@ -139,8 +141,8 @@ def test_equal_plans_have_one_engine_and_it_stays_when_all_let_go(
 ) -> None:
     node = start()
     first = node.warm("a")
-    second, warm = node.keeper.attach(node.plan("a"))
-    assert second is first and warm
+    second, found = node.keeper.attach(node.plan("a"))
+    assert second is first and found == "warm"
     assert (first.record.attached, first.record.used) == (2, 2)
     first.detach()
     first.detach()
@@ -328,8 +330,8 @@ def test_one_that_is_asleep_is_woken_by_the_next_who_attaches_once_there_is_room
     sleeper = node.idle("a")
     process = process_of(sleeper)
     other = node.warm("b")
-    again, warm = node.keeper.attach(node.plan("a"))
-    assert again is sleeper and not warm
+    again, found = node.keeper.attach(node.plan("a"))
+    assert again is sleeper and found == "asleep"
     wait_until(lambda: sleeper.record.says, "that it waits for room")
     assert sleeper.record.state == "asleep"
     other.detach()
@@ -488,6 +490,44 @@ def test_a_drain_does_not_wait_for_ever(start: Callable[..., Node]) -> None:
 
 
 # What is told of it.
+
+
+def told(node: Node, slot: Slot, found: State | None) -> Word:
+    """What a worker hears that came to the engine so."""
+    ours, theirs = map(Line, socket.socketpair())
+    server = KeeperServer(node.keeper, for_ever=True)
+    holding = threading.Thread(target=server._hold, args=(theirs, slot, found))
+    holding.start()
+    word = ours.word(GENEROUS_SECONDS)
+    ours.close()
+    holding.join(GENEROUS_SECONDS)
+    theirs.close()
+    assert word is not None and word.record is not None
+    return word
+
+
+def test_how_a_start_went_is_told_to_the_one_whom_it_was_for_and_to_no_other(
+    start: Callable[..., Node],
+) -> None:
+    node = start(VLLM_TEST_START_SECONDS="1")
+    slot, at_first = node.keeper.attach(node.plan("a"))
+    node.comes(slot, "starting")
+    _, meanwhile = node.keeper.attach(node.plan("a"))
+    node.comes(slot, "warm")
+    _, later = node.keeper.attach(node.plan("a"))
+    words = [told(node, slot, found) for found in (at_first, meanwhile, later)]
+    assert [word.record.phases is not None for word in words if word.record] == [True, False, False]
+    assert [word.warm for word in words] == [False, False, True]
+
+
+def test_a_wake_is_told_as_no_start(start: Callable[..., Node], sleepy: None) -> None:
+    node = start()
+    sleeper = node.idle("a")
+    node.idle("b")
+    slot, found = node.keeper.attach(node.plan("a"))
+    node.comes(slot, "warm")
+    word = told(node, sleeper, found)
+    assert word.record is not None and word.record.phases is None and not word.warm
 
 
 def test_a_keeper_tells_its_contexts_by_state(start: Callable[..., Node]) -> None:
