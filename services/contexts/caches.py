@@ -28,6 +28,14 @@ class PastStart(Value):
     phases: StartupPhases
     memory_bytes: int
 
+    @property
+    def seconds_again(self) -> float:
+        """What it takes to bring it back where a template is: that has the imports done, and the
+        weights are on the node by now. The two went on at the same time.
+        """
+        phases = self.phases
+        return max(0.0, (phases.total or 0.0) - max(phases.imports or 0.0, phases.fetch or 0.0))
+
 
 class EngineCaches:
     """The directory of all of them. Safe for several keepers of one user."""
@@ -62,12 +70,12 @@ class EngineCaches:
         new.write_text(start.model_dump_json(), encoding="utf-8")
         new.replace(path)
 
-    def all_seconds(self) -> Iterator[float]:
-        """What each engine that was ever started here took the last time."""
+    def recall_all(self) -> Iterator[PastStart]:
+        """Of each engine that was ever started here."""
         for path in self._directory.glob(f"*/{_STARTUP}"):
             past = self.recall(path.parent.name)
-            if past is not None and past.phases.total is not None:
-                yield past.phases.total
+            if past is not None:
+                yield past
 
     def recall(self, name: str) -> PastStart | None:
         try:

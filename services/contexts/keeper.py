@@ -18,7 +18,7 @@ from services.contexts.plan import EnginePlan
 from services.contexts.records import State, live_records
 from services.contexts.runtime_dir import keeper_lock, open_runtime_dir, take_lock
 from services.contexts.slot import Slot
-from services.contexts.template_process import Template
+from services.contexts.template_process import TEMPLATE_NAMES, Template
 from services.contracts import Settings
 from services.contracts.errors import EngineStartError, KeeperError
 from services.contracts.values import content_id
@@ -158,7 +158,7 @@ class Keeper:
     def template_for(self, plan: EnginePlan) -> Template:
         """A process with this plan's imports done, or doing them."""
         environment = template_environment(plan)
-        name = content_id("template", [plan.python, environment], hex_digits=8)
+        name = content_id(TEMPLATE_NAMES, [plan.python, environment], hex_digits=8)
         with self._templating:
             template = self._templates.get(name)
             if template is not None and not template.alive:

@@ -19,7 +19,6 @@ from services.contexts.records import ContextRecord, OwnRecord, State
 from services.contexts.template_process import Template
 from services.contracts import Settings
 from services.contracts.errors import EngineRequestError, EngineStartError, KeepwarmError
-from services.contracts.startup import StartupPhases
 
 _LOOK_SECONDS = 0.1
 
@@ -63,7 +62,7 @@ class Slot:
         """Why the engine is no more; None while it is, or may yet be."""
         past = house.caches.recall(plan.name)
         self.known_bytes = past.memory_bytes if past else None
-        self._start_seconds = _seconds_again(past.phases) if past else 0.0
+        self._start_seconds = past.seconds_again if past else 0.0
         now = time.monotonic()
         self.record = ContextRecord(
             name=plan.name,
@@ -203,6 +202,7 @@ class Slot:
         with self._room(), self._house.caches.starting(self.plan.name) as cache:
             self._note_state("starting")
             log.info("context.starting", context=self.plan.name, log=str(self._engine.log_file))
+            begun = time.monotonic()
             template = self._house.template_for(self.plan)  # imports while we fetch
             fetch = self._fetch()
             phases = self._engine.start(
@@ -211,15 +211,15 @@ class Slot:
                 self._stop,
                 self._house.settings.engine_start_timeout_seconds,
                 loading=lambda says: self._note_locked(says=says),
+                begun=begun,
             )
             if phases is None:
                 raise _BrokenOff  # and leave the mark of what is half-written
-        phases = phases.model_copy(
-            update={"fetch": fetch, "total": round((phases.total or 0.0) + (fetch or 0.0), 3)}
-        )
+        phases = phases.model_copy(update={"fetch": fetch})
         memory = self._engine.memory_bytes() or 0
-        self._start_seconds = _seconds_again(phases)
-        self._house.caches.remember(self.plan.name, PastStart(phases=phases, memory_bytes=memory))
+        past = PastStart(phases=phases, memory_bytes=memory)
+        self._start_seconds = past.seconds_again
+        self._house.caches.remember(self.plan.name, past)
         pid = self._engine.pid
         with self._lock:
             self._note(
@@ -300,8 +300,3 @@ class Slot:
         if self._own is not None and not self.finished:
             self._own.write(self.record)
         self._house.changed()
-
-
-def _seconds_again(phases: StartupPhases) -> float:
-    """What the next start takes: the template has the imports done."""
-    return max(0.0, (phases.total or 0.0) - (phases.imports or 0.0))

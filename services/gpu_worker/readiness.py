@@ -8,6 +8,7 @@ from services.contexts.device import Device
 from services.contexts.plan import EnginePlan
 from services.contexts.records import live_records
 from services.contexts.runtime_dir import open_runtime_dir
+from services.contexts.template_process import is_imported
 from services.contracts import ContextSpec, Settings
 from services.contracts.backoff import growing_pause
 from services.contracts.errors import KeeperError, KeepwarmError
@@ -59,18 +60,26 @@ class Readiness:
 
     def seconds(self, contexts: Iterable[ContextSpec]) -> dict[str, float]:
         """By context id. One that was never here is taken to start like the slowest of those that
-        were; on a node without any, nothing is known of it, and it is left out.
+        were, and to be fetched first; on a node without any, nothing is known of it, and it is left
+        out. Where no template is, imports come on top.
         """
         live = {record.name: record for record in live_records(self._directory)}
-        slowest = max(self._caches.all_seconds(), default=None)
+        starts = list(self._caches.recall_all())
+        imports = max((start.phases.imports or 0.0 for start in starts), default=0.0)
+        if is_imported(self._directory):
+            imports = 0.0
+        slowest = max(
+            (start.seconds_again + max(imports, start.phases.fetch or 0.0) for start in starts),
+            default=None,
+        )
         known: dict[str, float] = {}
         for spec in contexts:
             name = EnginePlan.of(spec, self._device, self._settings).name
             record, past = live.get(name), self._caches.recall(name)
             if record is not None and record.state in ("warm", "asleep"):
                 known[spec.context_id] = 0.0 if record.state == "warm" else _WAKE_SECONDS
-            elif past is not None and past.phases.total is not None:
-                known[spec.context_id] = past.phases.total
+            elif past is not None:
+                known[spec.context_id] = past.seconds_again + imports
             elif slowest is not None:
                 known[spec.context_id] = slowest
         return known

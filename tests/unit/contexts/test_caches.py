@@ -106,6 +106,17 @@ def test_a_start_is_remembered_beyond_its_keeper(tmp_path: Path) -> None:
         assert caches.recall(NAME) == past
 
 
+@pytest.mark.parametrize(
+    ("imports", "fetch", "seconds"),
+    [(None, None, 400.0), (0.0, None, 400.0), (30.0, None, 370.0), (30.0, 300.0, 100.0)],
+)
+def test_bringing_an_engine_back_takes_neither_its_imports_nor_its_fetch(
+    imports: float | None, fetch: float | None, seconds: float
+) -> None:
+    phases = StartupPhases(imports=imports, fetch=fetch, total=400.0)
+    assert PastStart(phases=phases, memory_bytes=1).seconds_again == seconds
+
+
 @pytest.mark.parametrize("nonsense", [b"", b"{", b"\xff\xfe", b'{"memory_bytes": "much"}', b"[]"])
 def test_a_memory_that_makes_no_sense_is_none(tmp_path: Path, nonsense: bytes) -> None:
     caches = EngineCaches(tmp_path / "cache")

@@ -19,6 +19,7 @@ from services.contexts.plan import EnginePlan
 from services.contexts.protocol import Line, Word
 from services.contexts.records import ContextRecord, State, live_records
 from services.contexts.slot import Slot
+from services.contexts.template_process import is_imported
 from services.contracts import ContextSpec, load_settings
 from services.contracts.errors import EngineRequestError, EngineStartError, KeeperError
 
@@ -307,6 +308,24 @@ def test_imports_that_need_not_be_done_again_make_no_engine_dear(
     assert candidate is not None and record.phases is not None
     assert record.phases.total is not None and record.phases.imports is not None
     assert candidate.start_seconds <= record.phases.total - record.phases.imports + 0.001
+
+
+def test_weights_that_need_not_be_fetched_again_make_no_engine_dear(
+    start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(slot: Slot) -> float:
+        time.sleep(2)
+        return 2.0
+
+    node = start()
+    node.idle("a")
+    assert is_imported(node.keeper.directory)
+    monkeypatch.setattr(Slot, "_fetch", fetch)
+    candidate = node.idle("b").candidate()
+    phases = {record.context.model[-1]: record.phases for record in node.records()}["b"]
+    assert candidate is not None and phases is not None and phases.total is not None
+    assert phases.fetch == 2.0 and phases.imports == 0 and phases.total >= 2
+    assert candidate.start_seconds <= phases.total - 2 + 0.001
 
 
 # Sleep.
