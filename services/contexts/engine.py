@@ -109,6 +109,11 @@ class Engine:
                 self._process.stop()
             self.socket.unlink(missing_ok=True)
 
+    def answers(self) -> bool:
+        """Whether it says that it is well, within seconds."""
+        with closing(self._client()) as client:
+            return client.healthy()
+
     def sleep(self) -> None:
         """Give the GPU up, and keep the weights in host memory. Raises EngineRequestError."""
         self._ask(CompletionClient.sleep)

@@ -16,6 +16,7 @@ from services.contexts.eviction import Candidate
 from services.contexts.model_files import is_local
 from services.contexts.plan import EnginePlan
 from services.contexts.records import ContextRecord, OwnRecord, State
+from services.contexts.silence import Silence
 from services.contexts.template_process import Template
 from services.contracts import Settings
 from services.contracts.errors import EngineRequestError, EngineStartError, KeepwarmError
@@ -253,6 +254,7 @@ class Slot:
     def _watch(self) -> str:
         """Until it ends, or has to. Why."""
         idle_seconds = self._house.settings.context_idle_seconds
+        silence = Silence(self._engine.answers)
         while not self._stop.is_set():
             if not self._engine.alive:
                 return f"it ended (exit code {self._engine.exit_code()})"
@@ -260,13 +262,20 @@ class Slot:
             if record.attached and record.state == "asleep":
                 self._wake()
             elif not record.attached and time.monotonic() - record.last_used > idle_seconds:
-                with self._lock:
-                    if not self.record.attached:
-                        self._begin_to_stop(f"no worker used it for {idle_seconds:g} s")
+                self._stop_unused(f"no worker used it for {idle_seconds:g} s")
                 continue
+            if record.attached or record.state != "warm":
+                silence.forget()
+            elif silence.lasts:
+                self._stop_unused("it hangs: it does not answer any more")
             self._awake.wait(_LOOK_SECONDS)
             self._awake.clear()
         return self._why
+
+    def _stop_unused(self, why: str) -> None:
+        with self._lock:
+            if not self.record.attached:
+                self._begin_to_stop(why)
 
     def _wake(self) -> None:
         with self._room():

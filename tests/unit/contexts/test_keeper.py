@@ -299,6 +299,37 @@ def test_an_engine_that_nobody_uses_for_long_is_stopped(start: Callable[..., Nod
     assert node.goes(node.idle("a")) == "no worker used it for 0.5 s"
 
 
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines that nobody uses are asked all the time how they are."""
+    monkeypatch.setattr("services.contexts.silence._EVERY_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_an_engine_that_hangs_unused_is_ended_and_the_next_one_is_new(
+    start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = start()
+    with monkeypatch.context() as silent:
+        silent.setattr(Engine, "answers", lambda _: False)
+        slot = node.warm("a")
+        process = process_of(slot)
+        time.sleep(1)
+        assert slot.record.state == "warm"  # its worker has a time-out of its own
+        slot.detach()
+        assert node.goes(slot) == "it hangs: it does not answer any more"
+    assert not process.is_running()
+    assert node.warm("a") is not slot
+
+
+@pytest.mark.usefixtures("hasty")
+def test_an_engine_that_answers_stays(start: Callable[..., Node]) -> None:
+    slot = start().idle("a")
+    assert slot._engine.answers()
+    time.sleep(1)
+    assert slot.record.state == "warm"
+
+
 def test_imports_that_need_not_be_done_again_make_no_engine_dear(
     start: Callable[..., Node],
 ) -> None:
