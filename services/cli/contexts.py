@@ -179,10 +179,11 @@ def _unknown(wanted: str, records: Sequence[ContextRecord]) -> UsageError:
 
 def _shown(record: ContextRecord) -> str:
     memory = "" if record.memory_bytes is None else f", {record.memory_bytes / _GIB:.1f} GiB"
+    last = "now" if record.attached else f"{_ago(time.monotonic() - record.last_used)} ago"
     lines = [
         f"{record.name}  {Path(record.context.model).name} on {record.device}",
         f"  {record.state} for {_ago(record.seconds)}{memory}, {record.attached} workers now; used "
-        f"{record.used} times, the last {_ago(time.monotonic() - record.last_used)} ago",
+        f"{record.used} times, the last {last}",
     ]
     if record.phases is not None:
         phases = record.phases.model_dump(exclude={"total"}, exclude_none=True)

@@ -130,6 +130,13 @@ def print_report(console: Console, report: "Report") -> None:
             f"{warm.count:,} workers found the model warm, after {warm.median_seconds:.2g} s "
             "(median)",
         )
+    if report.startups is not None and report.startups.joined is not None:
+        joined = report.startups.joined
+        facts.add_row(
+            "joined starts",
+            f"{joined.count:,} workers waited for another's start, or for a wake, for "
+            f"{joined.median_seconds:.2g} s (median)",
+        )
     console.print(facts, highlight=False)
     if report.quality is not None:
         console.print(_confusion_table(report), highlight=False)

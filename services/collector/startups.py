@@ -26,8 +26,8 @@ class ColdStarts(BaseModel):
     phases: StartupPhases
 
 
-class WarmAttaches(BaseModel):
-    """Workers that found their context warm."""
+class Attaches(BaseModel):
+    """Workers that came to an engine which was not started for them."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -41,8 +41,10 @@ class Startups(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     cold: tuple[ColdStarts, ...]
-    warm: WarmAttaches | None
+    warm: Attaches | None
     """None when no worker found its context warm."""
+    joined: Attaches | None = None
+    """Those that waited for a start which was for another, or for an engine to wake."""
 
 
 def startups_of(
@@ -64,22 +66,28 @@ def startups_of(
     if complete and last is not None:
         query = query.where(startups.c.received_at <= last)
     by_device: dict[str, list[tuple[float, StartupPhases]]] = defaultdict(list)
-    attaches: list[float] = []
+    warm: list[float] = []
+    joined: list[float] = []
     for row in connection.execute(query.order_by(startups.c.received_at)):
+        phases = StartupPhases(**{name: getattr(row, name) for name in StartupPhases.model_fields})
         if row.warm:
-            attaches.append(row.seconds)
+            warm.append(row.seconds)
+        elif phases == StartupPhases():
+            joined.append(row.seconds)
         else:
-            phases = {name: getattr(row, name) for name in StartupPhases.model_fields}
-            by_device[row.device].append((row.seconds, StartupPhases(**phases)))
-    if not by_device and not attaches:
+            by_device[row.device].append((row.seconds, phases))
+    if not by_device and not warm and not joined:
         return None
     most_first = sorted(by_device.items(), key=lambda item: -len(item[1]))
     return Startups(
         cold=tuple(_cold(device, starts) for device, starts in most_first),
-        warm=WarmAttaches(count=len(attaches), median_seconds=median(attaches))
-        if attaches
-        else None,
+        warm=_attaches(warm),
+        joined=_attaches(joined),
     )
+
+
+def _attaches(seconds: Sequence[float]) -> Attaches | None:
+    return Attaches(count=len(seconds), median_seconds=median(seconds)) if seconds else None
 
 
 def _cold(device: str, starts: Sequence[tuple[float, StartupPhases]]) -> ColdStarts:

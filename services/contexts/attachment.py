@@ -75,7 +75,9 @@ class Attachment:
 
     @property
     def phases(self) -> StartupPhases | None:
-        """Of the engine's start, whoever it was started for."""
+        """Of the engine's start, where it was started for us; None where it was here, or was
+        started for somebody else.
+        """
         return None if self._record is None else self._record.phases
 
     @property
@@ -133,7 +135,8 @@ class Attachment:
             self._let_go()
             return False
         self.starts += 1
-        ATTACHES.labels("warm" if self.warm else "cold").inc()
+        started_for_us = self.phases is not None
+        ATTACHES.labels("warm" if self.warm else "cold" if started_for_us else "joined").inc()
         self.seconds = time.monotonic() - started
         log.info(
             "engine.ready",

@@ -57,14 +57,16 @@ class Engine:
         stop: threading.Event,
         timeout_seconds: float,
         loading: Callable[[str], None],
+        begun: float,
     ) -> StartupPhases | None:
         """Fork it and wait until it answers. None when `stop` was set meanwhile; `loading` hears
-        the last line of its log every second.
+        the last line of its log every second. The start counts from `begun`, by the monotonic
+        clock: weights were fetched since then, and imports went on.
 
         Raises EngineStartError, with the end of the engine's log, when it dies or stays silent.
         """
         started = time.monotonic()
-        imports = template.ready(stop, timeout_seconds)
+        template.ready(stop, timeout_seconds)
         self.log_file.unlink(missing_ok=True)
         self.socket.unlink(missing_ok=True)  # of one that was killed
         if stop.is_set():
@@ -97,7 +99,8 @@ class Engine:
             answered = time.monotonic()
             self._probe(client)
         ready = time.monotonic()
-        return self._phases(imports, ready - answered, ready - started)
+        imports = max(0.0, self._process.imported_at - begun)
+        return self._phases(imports, ready - answered, ready - begun)
 
     def stop(self) -> None:
         """Stop it, with every process that it started. May be called from any thread."""
@@ -105,6 +108,11 @@ class Engine:
             if self._process is not None:
                 self._process.stop()
             self.socket.unlink(missing_ok=True)
+
+    def answers(self) -> bool:
+        """Whether it says that it is well, within seconds."""
+        with closing(self._client()) as client:
+            return client.healthy()
 
     def sleep(self) -> None:
         """Give the GPU up, and keep the weights in host memory. Raises EngineRequestError."""

@@ -18,7 +18,7 @@ from services.contexts.plan import EnginePlan
 from services.contexts.records import State, live_records
 from services.contexts.runtime_dir import keeper_lock, open_runtime_dir, take_lock
 from services.contexts.slot import Slot
-from services.contexts.template_process import Template
+from services.contexts.template_process import TEMPLATE_NAMES, Template
 from services.contracts import Settings
 from services.contracts.errors import EngineStartError, KeeperError
 from services.contracts.values import content_id
@@ -98,8 +98,9 @@ class Keeper:
         with self._changed:
             return [slot.record.state for slot in self._slots.values() if not slot.finished]
 
-    def attach(self, plan: EnginePlan) -> tuple[Slot, bool]:
-        """A lease on the engine of this plan, which is started if need be; and whether it was warm.
+    def attach(self, plan: EnginePlan) -> tuple[Slot, State | None]:
+        """A lease on the engine of this plan, and how it was found: None where there was none, and
+        it is started for this lease.
 
         Give it back with `detach`. Raises KeeperError on a node that is draining.
         """
@@ -108,13 +109,13 @@ class Keeper:
                 if self._draining:
                     raise KeeperError("this node is draining: its keeper starts no engine")
                 slot = self._slots.get(plan.name)
+                found = None if slot is None or slot.finished else slot.record.state
                 if slot is None or slot.finished:
                     slot = Slot(plan, self, self._demand.get(plan.spec.context_id, 0))
                     self._slots[plan.name] = slot
                     slot.begin()
-                warm = slot.record.state == "warm"
             if slot.attach():
-                return slot, warm
+                return slot, found
             slot.join(_LOOK_SECONDS)  # on its way out, then a new one; or falling asleep
 
     def evict(self, wanted: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -161,7 +162,7 @@ class Keeper:
     def template_for(self, plan: EnginePlan) -> Template:
         """A process with this plan's imports done, or doing them."""
         environment = template_environment(plan)
-        name = content_id("template", [plan.python, environment], hex_digits=8)
+        name = content_id(TEMPLATE_NAMES, [plan.python, environment], hex_digits=8)
         with self._templating:
             template = self._templates.get(name)
             if template is not None and not template.alive:

@@ -12,6 +12,7 @@ import structlog
 from services.contexts.device import find_device
 from services.contexts.keeper import Keeper
 from services.contexts.protocol import Attach, Demand, Drain, Evict, Line, Look, Word
+from services.contexts.records import State
 from services.contexts.runtime_dir import keeper_socket
 from services.contexts.slot import Slot
 from services.contracts.errors import KeeperError, KeepwarmError
@@ -95,12 +96,12 @@ class KeeperServer:
         request = line.request(_REQUEST_SECONDS)
         if isinstance(request, Attach):
             try:
-                slot, warm = self._keeper.attach(request.plan)
+                slot, found = self._keeper.attach(request.plan)
             except KeepwarmError as error:
                 line.send(Word(gone=str(error)))
                 return
             try:
-                self._hold(line, slot, warm)
+                self._hold(line, slot, found)
             finally:
                 slot.detach()
         elif isinstance(request, Demand):
@@ -119,8 +120,10 @@ class KeeperServer:
                 self.stop()  # a keeper that has drained is of no use, whoever is there to hear it
             line.send(Word())
 
-    def _hold(self, line: Line, slot: Slot, warm: bool) -> None:
-        """Tell the worker how its engine is, until one of the two is gone."""
+    def _hold(self, line: Line, slot: Slot, found: State | None) -> None:
+        """Tell the worker how its engine is, until one of the two is gone. How the start went is
+        for the one whom it was for: others would tell of the same start again.
+        """
         told = None
         while True:
             record = slot.record
@@ -129,7 +132,8 @@ class KeeperServer:
                 return
             if told is None or (record.state, record.says) != (told.state, told.says):
                 told = record
-                line.send(Word(record=record, warm=warm))
+                shown = record if found is None else record.model_copy(update={"phases": None})
+                line.send(Word(record=shown, warm=found == "warm"))
             if select.select([line], [], [], 0)[0]:
                 request = line.request(_REQUEST_SECONDS)
                 if request is None:

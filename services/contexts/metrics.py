@@ -19,7 +19,8 @@ _ENGINES_OWN = "vllm:"
 
 ATTACHES = Counter(
     "keepwarm_context_attaches_total",
-    "Times that the worker asked for its context, by what came of it: warm, cold, or failed.",
+    "Times that the worker asked for its context, by what came of it: warm, cold, joined (it was "
+    "on its way for somebody else, or asleep), or failed.",
     ["outcome"],
 )
 

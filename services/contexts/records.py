@@ -44,6 +44,7 @@ class ContextRecord(Value):
     since: float
     """When it was first asked for."""
     last_used: float
+    """When a worker last came or went; one that is attached uses it now."""
     attached: int = 0
     """Workers that use it now."""
     used: int = 0

@@ -17,10 +17,10 @@ from services.contexts.memory import needed_bytes
 from services.contexts.model_files import is_local, weights_bytes
 from services.contexts.plan import EnginePlan
 from services.contexts.records import ContextRecord, OwnRecord, State
+from services.contexts.silence import Silence
 from services.contexts.template_process import Template
 from services.contracts import Settings
 from services.contracts.errors import EngineRequestError, EngineStartError, KeepwarmError
-from services.contracts.startup import StartupPhases
 
 _LOOK_SECONDS = 0.1
 
@@ -64,7 +64,7 @@ class Slot:
         """Why the engine is no more; None while it is, or may yet be."""
         past = house.caches.recall(plan.name)
         self.known_bytes = past.memory_bytes if past else None
-        self._start_seconds = _seconds_again(past.phases) if past else 0.0
+        self._start_seconds = past.seconds_again if past else 0.0
         now = time.monotonic()
         self.record = ContextRecord(
             name=plan.name,
@@ -214,6 +214,7 @@ class Slot:
         with self._room(), self._house.caches.starting(self.plan.name) as cache:
             self._note_state("starting")
             log.info("context.starting", context=self.plan.name, log=str(self._engine.log_file))
+            begun = time.monotonic()
             template = self._house.template_for(self.plan)  # imports while we fetch
             fetch = self._fetch()
             phases = self._engine.start(
@@ -222,15 +223,15 @@ class Slot:
                 self._stop,
                 self._house.settings.engine_start_timeout_seconds,
                 loading=lambda says: self._note_locked(says=says),
+                begun=begun,
             )
             if phases is None:
                 raise _BrokenOff  # and leave the mark of what is half-written
-        phases = phases.model_copy(
-            update={"fetch": fetch, "total": round((phases.total or 0.0) + (fetch or 0.0), 3)}
-        )
+        phases = phases.model_copy(update={"fetch": fetch})
         memory = self._engine.memory_bytes()
-        self._start_seconds = _seconds_again(phases)
-        self._house.caches.remember(self.plan.name, PastStart(phases=phases, memory_bytes=memory))
+        past = PastStart(phases=phases, memory_bytes=memory)
+        self._start_seconds = past.seconds_again
+        self._house.caches.remember(self.plan.name, past)
         pid, held = self._engine.pid, memory or self._likely_bytes()
         with self._lock:
             self._note(
@@ -270,6 +271,7 @@ class Slot:
     def _watch(self) -> str:
         """Until it ends, or has to. Why."""
         idle_seconds = self._house.settings.context_idle_seconds
+        silence = Silence(self._engine.answers)
         while not self._stop.is_set():
             if not self._engine.alive:
                 return f"it ended (exit code {self._engine.exit_code()})"
@@ -277,13 +279,20 @@ class Slot:
             if record.attached and record.state == "asleep":
                 self._wake()
             elif not record.attached and time.monotonic() - record.last_used > idle_seconds:
-                with self._lock:
-                    if not self.record.attached:
-                        self._begin_to_stop(f"no worker used it for {idle_seconds:g} s")
+                self._stop_unused(f"no worker used it for {idle_seconds:g} s")
                 continue
+            if record.attached or record.state != "warm":
+                silence.forget()
+            elif silence.lasts:
+                self._stop_unused("it hangs: it does not answer any more")
             self._awake.wait(_LOOK_SECONDS)
             self._awake.clear()
         return self._why
+
+    def _stop_unused(self, why: str) -> None:
+        with self._lock:
+            if not self.record.attached:
+                self._begin_to_stop(why)
 
     def _wake(self) -> None:
         with self._house.room_for(self) as room:
@@ -321,8 +330,3 @@ class Slot:
         if self._own is not None and not self.finished:
             self._own.write(self.record)
         self._house.changed()
-
-
-def _seconds_again(phases: StartupPhases) -> float:
-    """What the next start takes: the template has the imports done."""
-    return max(0.0, (phases.total or 0.0) - (phases.imports or 0.0))

@@ -4,8 +4,8 @@ Importing vLLM takes longer than loading a small model, and as it comes each of 
 for that anew. The template pays once a node: `PYTHON template.py SOCKET MODULE` imports MODULE,
 listens, and forks an engine for every connection. A connection is the engine's leash: it carries
 one line of JSON from the keeper ({name, argv, environment, cores, log, grace_seconds}), then the
-engine's pid, and at the end its exit code; when the keeper closes its side, or dies, the engine
-ends.
+engine's pid and when the imports were done, and at the end its exit code; when the keeper closes
+its side, or dies, the engine ends.
 
 This file is run by the engine's own interpreter, which need not have Keepwarm's libraries: it
 imports the standard library, psutil (vLLM needs it too) and the leash. An engine that was forked is
@@ -120,7 +120,9 @@ def _say_what_this_is(title: str) -> None:
         importlib.import_module("setproctitle").setproctitle(title)
 
 
-def _guard_engine(module: str, request: dict[str, Any], connection: socket.socket) -> None:
+def _guard_engine(
+    module: str, request: dict[str, Any], connection: socket.socket, imported_at: float
+) -> None:
     """In the engine's guard: hold it on the connection, and report how it ended."""
     os.setsid()
     guard = os.getpid()
@@ -131,7 +133,7 @@ def _guard_engine(module: str, request: dict[str, Any], connection: socket.socke
 
     def start() -> Forked:
         engine = Forked(lambda: _become_engine(module, request, connection))
-        _say(connection, {"pid": engine.pid})
+        _say(connection, {"pid": engine.pid, "imported_at": imported_at})
         return engine
 
     code = hold(start, connection.fileno(), request["grace_seconds"])
@@ -190,7 +192,7 @@ def _read_request(connection: socket.socket) -> dict[str, Any] | None:
     return request
 
 
-def _serve(listener: socket.socket, module: str) -> None:
+def _serve(listener: socket.socket, module: str, imported_at: float) -> None:
     # Guards report through their connections; the kernel reaps them, and what a killed one leaves.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     adopt_orphans()
@@ -211,7 +213,7 @@ def _serve(listener: socket.socket, module: str) -> None:
                 listener.close()
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 try:
-                    _guard_engine(module, request, connection)
+                    _guard_engine(module, request, connection, imported_at)
                 except BaseException:
                     traceback.print_exc()
                 finally:
@@ -235,10 +237,11 @@ def main() -> None:
     listener.bind(f"{path}.new")
     os.chmod(f"{path}.new", 0o600)  # noqa: PTH101
     listener.listen(16)
-    sys.stdout.write(f"imported {module} in {time.monotonic() - started:.2f} s\n")
+    imported_at = time.monotonic()  # this clock is the same in all processes of a node
+    sys.stdout.write(f"imported {module} in {imported_at - started:.2f} s\n")
     sys.stdout.flush()
     os.rename(f"{path}.new", path)  # noqa: PTH104
-    _serve(listener, module)
+    _serve(listener, module, imported_at)
 
 
 if __name__ == "__main__":

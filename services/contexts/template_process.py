@@ -21,6 +21,8 @@ from services.leash import Leashed, from_shell
 
 _POLL_SECONDS = 0.05
 _ANSWER_SECONDS = 30.0
+TEMPLATE_NAMES = "template"
+"""What the names of all templates begin with."""
 
 log = structlog.get_logger(__name__)
 
@@ -42,6 +44,8 @@ class EngineProcess:
                 f"the template forked no engine: {(word or {}).get('refused', 'it ended')}"
             )
         self.pid: int = word["pid"]
+        self.imported_at: float = word["imported_at"]
+        """When its template had the imports done, by the monotonic clock."""
 
     def exit_code(self) -> int | None:
         """None while it runs; negative when a signal ended it, or its leash."""
@@ -84,6 +88,13 @@ class EngineProcess:
         return word
 
 
+def is_imported(directory: Path) -> bool:
+    """Whether a template of this runtime directory has its imports done: then its socket is there.
+    One that was killed leaves it until the next is started.
+    """
+    return any(directory.glob(f"{TEMPLATE_NAMES}-*.sock"))
+
+
 class Template:
     """The process of services/contexts/template.py for one interpreter and one environment."""
 
@@ -103,8 +114,6 @@ class Template:
         self._grace_seconds = grace_seconds
         self.log_file.unlink(missing_ok=True)
         self._started = time.monotonic()
-        self._ready = threading.Lock()
-        self._imports: float | None = None
         with open_log(self.log_file) as output:
             self._process = Leashed(
                 [python, str(Path(template.__file__)), str(self._socket), module],
@@ -118,33 +127,26 @@ class Template:
     def alive(self) -> bool:
         return self._process.exit_code() is None
 
-    def ready(self, stop: threading.Event, timeout_seconds: float) -> float:
-        """Wait until engines can be forked. Seconds that the imports took, for whoever comes first
-        and waits for them; 0 for all others.
+    def ready(self, stop: threading.Event, timeout_seconds: float) -> None:
+        """Wait until engines can be forked, or `stop` is set.
 
         Raises EngineStartError with what it said last.
         """
-        with self._ready:
-            if self._imports is not None:
-                return 0.0
-            deadline = self._started + timeout_seconds
-            while not self._socket.exists():
-                if not self.alive:
-                    raise EngineStartError(
-                        f"{self._module} cannot be imported (exit code "
-                        f"{self._process.exit_code()}); is vLLM installed for "
-                        f"KEEPWARM_ENGINE_PYTHON? {self.said()}"
-                    )
-                if time.monotonic() > deadline:
-                    raise EngineStartError(
-                        f"the imports took more than {timeout_seconds:g} s "
-                        f"(KEEPWARM_ENGINE_START_TIMEOUT_SECONDS). {self.said()}"
-                    )
-                if stop.wait(_POLL_SECONDS):
-                    return 0.0
-            self._imports = time.monotonic() - self._started
-            log.info("template.ready", seconds=round(self._imports, 2), log=str(self.log_file))
-            return self._imports
+        deadline = self._started + timeout_seconds
+        while not self._socket.exists():
+            if not self.alive:
+                raise EngineStartError(
+                    f"{self._module} cannot be imported (exit code "
+                    f"{self._process.exit_code()}); is vLLM installed for "
+                    f"KEEPWARM_ENGINE_PYTHON? {self.said()}"
+                )
+            if time.monotonic() > deadline:
+                raise EngineStartError(
+                    f"the imports took more than {timeout_seconds:g} s "
+                    f"(KEEPWARM_ENGINE_START_TIMEOUT_SECONDS). {self.said()}"
+                )
+            if stop.wait(_POLL_SECONDS):
+                return
 
     def fork(
         self,

@@ -35,8 +35,8 @@ class Situation:
 
     `here` is the context that it serves, None where it serves none yet. `warm` maps context ids to
     the seconds until they are ready on this node: about 0 for a warm one, the time to wake one that
-    sleeps, the last cold start of one that was here before. `draw`, in [0, 1), is this worker's lot
-    for this notice: drawn anew for each.
+    sleeps, what it takes to bring back one that was here before. `draw`, in [0, 1), is this
+    worker's lot for this notice: drawn anew for each.
     """
 
     here: str | None

@@ -158,6 +158,8 @@ class Worker:
             self._heard = self._news.number
             serving.tell_demand()
             if self._readiness is not None:
+                if serving.claims_per_second is not None:
+                    self._readiness.answered(serving.spec.context_id)
                 idle_seconds = serving.idle_seconds
                 self._next = self._choose(
                     self._readiness,
@@ -185,8 +187,13 @@ class Worker:
                     self._serve(serving, publisher)
             except (EngineError, UsageError) as error:
                 # Another node may have what this one lacks; other contexts may work here.
-                log.error("context.unusable", context=spec.context_id, reason=str(error))
-                readiness.give_up(spec.context_id)
+                pause = readiness.failed(spec.context_id, error)
+                log.error(
+                    "context.unusable",
+                    context=spec.context_id,
+                    reason=str(error),
+                    again_in_seconds=round(pause, 1),
+                )
 
     def _first_context(self, readiness: Readiness, publisher: Publisher) -> ContextSpec | None:
         """Listen until there is one that is worth a start; None when told to stop."""
@@ -226,9 +233,7 @@ class Worker:
 
     def _choose(self, readiness: Readiness, situation: Situation) -> ContextSpec | None:
         usable: Sequence[ContextDemand] = [
-            line
-            for line in self._news.contexts
-            if line.context.context_id not in readiness.unusable
+            line for line in self._news.contexts if readiness.may_try(line.context.context_id)
         ]
         decision = next_context(usable, situation)
         log.debug("context.considered", reason=decision.reason)

@@ -56,11 +56,11 @@ def test_a_worker_without_a_model_serves_one_run_after_the_other_whatever_they_w
     end_well(worker, collecting)
 
 
-def test_a_context_that_cannot_be_had_here_is_left_to_other_nodes(
+def test_a_context_that_cannot_be_had_here_is_left_to_other_nodes_until_it_can(
     command: Start, environment: dict[str, str], roaming: dict[str, str], other_model: Path
 ) -> None:
     away = submit(command, CLAIMS, "--model", str(other_model))
-    shutil.rmtree(other_model)  # this node does not have it
+    elsewhere = other_model.rename(other_model.with_name("elsewhere"))  # not where it should be
     here = submit(command)
     collecting = command("collect")
     worker = command("worker", **roaming)
@@ -72,6 +72,12 @@ def test_a_context_that_cannot_be_had_here_is_left_to_other_nodes(
     worker.said("context.unusable")
     status = status_of(environment, away)
     assert status is not None and (status.done, status.dead, status.complete) == (0, 0, False)
+    elsewhere.rename(other_model)
+    wait_until(
+        lambda: (status := status_of(environment, away)) is not None and status.complete,
+        "the other run as well",
+        seconds=120,
+    )
     end_well(worker, collecting)
 
 

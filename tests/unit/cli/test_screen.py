@@ -8,7 +8,7 @@ from services.cli.live_view import LiveView
 from services.cli.screen import duration, line_progress, print_report, status_table
 from services.collector import Report, RunStatus
 from services.collector.report import Quality, Speed, WorkerShare
-from services.collector.startups import ColdStarts, Startups, WarmAttaches
+from services.collector.startups import Attaches, ColdStarts, Startups
 from services.contracts import StartupPhases
 from services.producer import Progress
 
@@ -102,7 +102,8 @@ REPORT = Report(
                 phases=StartupPhases(first_token=0.5),
             ),
         ),
-        warm=WarmAttaches(count=3, median_seconds=0.25),
+        warm=Attaches(count=3, median_seconds=0.25),
+        joined=Attaches(count=2, median_seconds=31.0),
     ),
 )
 
@@ -175,6 +176,7 @@ def test_the_report_shows_what_starts_took_phase_by_phase(screen: Console, seen:
     print_report(screen, REPORT)
     lines = seen().splitlines()
     assert any("3 workers found the model warm, after 0.25 s (median)" in line for line in lines)
+    assert any("2 workers waited for another's start, or for a wake" in line for line in lines)
     header = next(line.split() for line in lines if "longest" in line)
     assert header == [
         *("device", "starts", "median", "longest", "load", "compile"),

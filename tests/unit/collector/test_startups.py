@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from services.collector import Store, build_report, find_run
-from services.collector.startups import ColdStarts, Startups, WarmAttaches
+from services.collector.startups import Attaches, ColdStarts, Startups
 from services.contracts import Run, StartupPhases
 
 
@@ -14,7 +14,7 @@ def startups_of(store: Store, run: Run) -> Startups | None:
     return build_report(store, find_run(store, run.run_id)).startups
 
 
-def test_cold_starts_are_told_by_device_and_warm_ones_apart(
+def test_cold_starts_are_told_by_device_and_those_who_started_nothing_apart(
     store: Store, make: SimpleNamespace, run: Run
 ) -> None:
     store.write(
@@ -22,10 +22,12 @@ def test_cold_starts_are_told_by_device_and_warm_ones_apart(
             make.announced(claims=1),
             make.ready("1", seconds=60.0, phases=StartupPhases(load=8.0, compile=40.0)),
             make.ready("2", seconds=90.0, phases=StartupPhases(load=10.0)),
-            make.ready("3", seconds=61.0),
+            make.ready("3", seconds=61.0, phases=StartupPhases(total=61.0)),
             make.ready("4", seconds=30.0, device="H100", phases=StartupPhases(total=29.0)),
             make.ready("5", warm=True, seconds=0.25),
             make.ready("6", warm=True, seconds=0.75, device="H100"),
+            make.ready("7", seconds=58.0),
+            make.ready("8", seconds=4.0),
         )
     )
     assert startups_of(store, run) == Startups(
@@ -35,7 +37,7 @@ def test_cold_starts_are_told_by_device_and_warm_ones_apart(
                 count=3,
                 median_seconds=61.0,
                 longest_seconds=90.0,
-                phases=StartupPhases(load=9.0, compile=40.0),
+                phases=StartupPhases(load=9.0, compile=40.0, total=61.0),
             ),
             ColdStarts(
                 device="H100",
@@ -45,7 +47,8 @@ def test_cold_starts_are_told_by_device_and_warm_ones_apart(
                 phases=StartupPhases(total=29.0),
             ),
         ),
-        warm=WarmAttaches(count=2, median_seconds=0.5),
+        warm=Attaches(count=2, median_seconds=0.5),
+        joined=Attaches(count=2, median_seconds=31.0),
     )
 
 
@@ -54,7 +57,7 @@ def test_only_warm_starts_are_told_without_a_cold_one(
 ) -> None:
     store.write(make.incoming(make.announced(), make.ready("1", warm=True, seconds=0.0)))
     found = startups_of(store, run)
-    assert found == Startups(cold=(), warm=WarmAttaches(count=1, median_seconds=0.0))
+    assert found == Startups(cold=(), warm=Attaches(count=1, median_seconds=0.0))
 
 
 def test_starts_of_another_context_are_not_the_runs(
@@ -84,7 +87,10 @@ def test_starts_count_that_ended_while_the_run_lasted(
         make.incoming(
             make.announced(claims=claims),
             make.batch(make.verdict(0)),
-            *(make.ready(name, device=name) for name in ("1", "3", "4")),
+            *(
+                make.ready(name, device=name, phases=StartupPhases(total=60.0))
+                for name in ("1", "3", "4")
+            ),
         )
     )
     with closing(sqlite3.connect(tmp_path / "store.sqlite")) as database, database:

@@ -1,14 +1,15 @@
-"""Compile caches: one directory an engine, thrown away when half-written, and never shared."""
+"""Compile caches: one directory an engine, without what is half-written, and never shared."""
 
 import os
 import stat
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from services.contexts.caches import EngineCaches, PastStart
-from services.contracts.errors import UsageError
+from services.contracts.errors import EngineStartError, UsageError
 from services.contracts.startup import StartupPhases
 
 NAME = "ctx-0011-2233"
@@ -31,6 +32,48 @@ def test_what_a_broken_off_start_left_is_thrown_away(tmp_path: Path) -> None:
         raise ConnectionError
     with caches.starting(NAME) as directory:
         assert not (directory / "kernel").exists()
+
+
+def broken_off(caches: EngineCaches, error: type[Exception] = ConnectionError) -> None:
+    """A start that adds to what is there, changes some of it, and does not come to its end."""
+    with pytest.raises(error), caches.starting(NAME) as directory:
+        (directory / "vllm" / "index").write_text("hal")
+        (directory / "vllm" / "new").mkdir()
+        (directory / "vllm" / "new" / "kernel").write_text("compi")
+        os.utime(directory / "vllm" / "new" / "kernel", (0, 0))  # as in a copy of something old
+        raise error("told to stop")
+
+
+@pytest.fixture
+def grown(tmp_path: Path) -> EngineCaches:
+    """The caches of an engine that has started well before."""
+    caches = EngineCaches(tmp_path / "cache")
+    with caches.starting(NAME) as directory:
+        (directory / "vllm").mkdir()
+        for name in ("kernel", "index"):
+            (directory / "vllm" / name).write_text("whole")
+    caches.remember(NAME, PastStart(phases=StartupPhases(total=21.0), memory_bytes=2**31))
+    time.sleep(0.05)  # the file system's clock is coarse
+    return caches
+
+
+def test_a_start_that_is_given_up_leaves_what_earlier_ones_compiled(grown: EngineCaches) -> None:
+    for _ in range(2):
+        broken_off(grown)
+    assert grown.recall(NAME) is not None
+    with grown.starting(NAME) as directory:
+        assert sorted(path.name for path in (directory / "vllm").iterdir()) == ["kernel"]
+        assert (directory / "vllm" / "kernel").read_text() == "whole"
+    assert grown.recall(NAME) is not None
+
+
+def test_a_start_that_fails_leaves_nothing_compiled_and_is_remembered_all_the_same(
+    grown: EngineCaches,
+) -> None:
+    broken_off(grown, EngineStartError)
+    with grown.starting(NAME) as directory:
+        assert not (directory / "vllm").exists()
+    assert grown.recall(NAME) is not None
 
 
 def test_what_a_killed_keeper_left_is_thrown_away(tmp_path: Path) -> None:
@@ -104,6 +147,17 @@ def test_a_start_is_remembered_beyond_its_keeper(tmp_path: Path) -> None:
     assert EngineCaches(tmp_path / "cache").recall(NAME) == past
     with caches.starting(NAME):
         assert caches.recall(NAME) == past
+
+
+@pytest.mark.parametrize(
+    ("imports", "fetch", "seconds"),
+    [(None, None, 400.0), (0.0, None, 400.0), (30.0, None, 370.0), (30.0, 300.0, 100.0)],
+)
+def test_bringing_an_engine_back_takes_neither_its_imports_nor_its_fetch(
+    imports: float | None, fetch: float | None, seconds: float
+) -> None:
+    phases = StartupPhases(imports=imports, fetch=fetch, total=400.0)
+    assert PastStart(phases=phases, memory_bytes=1).seconds_again == seconds
 
 
 @pytest.mark.parametrize("nonsense", [b"", b"{", b"\xff\xfe", b'{"memory_bytes": "much"}', b"[]"])

@@ -6,6 +6,7 @@ import signal
 import socket
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,7 +56,14 @@ class Forge:
         stop: threading.Event = NEVER,
         seconds: float = GENEROUS_SECONDS,
         loading: Callable[[str], None] = lambda _: None,
+        begun: float | None = None,
     ) -> StartupPhases | None:
+        begun = time.monotonic() if begun is None else begun
+        return engine.start(
+            self.template_of(engine), self._directory / "cache", stop, seconds, loading, begun
+        )
+
+    def template_of(self, engine: Engine) -> Template:
         if self.template is None:
             self.template = Template(
                 engine.plan.python,
@@ -65,7 +73,7 @@ class Forge:
                 "template",
                 grace_seconds=5,
             )
-        return engine.start(self.template, self._directory / "cache", stop, seconds, loading)
+        return self.template
 
     def close(self) -> None:
         for engine in self._made:
@@ -116,6 +124,26 @@ def test_the_imports_are_paid_once_for_all_engines_of_a_template(forge: Forge) -
     second = forge.start(forge.engine())
     assert first is not None and second is not None
     assert first.imports and second.imports == 0
+
+
+def test_the_imports_take_what_they_took_whenever_somebody_looks(forge: Forge) -> None:
+    engine = forge.engine()
+    template = forge.template_of(engine)
+    begun = time.monotonic()
+    template.ready(NEVER, GENEROUS_SECONDS)
+    took = time.monotonic() - begun
+    time.sleep(1)  # weights are fetched, say
+    fetched = forge.start(engine, begun=begun)
+    assert fetched is not None and fetched.imports and fetched.total
+    assert fetched.imports <= took + 0.001 and fetched.total >= took + 1
+
+
+def test_a_start_has_no_part_in_imports_that_were_done_before_it(forge: Forge) -> None:
+    engine = forge.engine()
+    template = forge.template_of(engine)  # for a start that was given up
+    template.ready(NEVER, GENEROUS_SECONDS)
+    later = forge.start(engine)
+    assert later is not None and later.imports == 0
 
 
 def test_an_engine_that_was_stopped_leaves_no_process_and_no_socket(

@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,9 +18,10 @@ from services.contexts.engine import Engine
 from services.contexts.keeper import Keeper
 from services.contexts.keeper_server import KeeperServer
 from services.contexts.plan import EnginePlan
-from services.contexts.protocol import Drain
+from services.contexts.protocol import Drain, Line, Word
 from services.contexts.records import ContextRecord, State, live_records
 from services.contexts.slot import Slot
+from services.contexts.template_process import is_imported
 from services.contracts import ContextSpec, load_settings
 from services.contracts.errors import EngineRequestError, EngineStartError, KeeperError
 
@@ -145,8 +147,8 @@ def test_equal_plans_have_one_engine_and_it_stays_when_all_let_go(
 ) -> None:
     node = start()
     first = node.warm("a")
-    second, warm = node.keeper.attach(node.plan("a"))
-    assert second is first and warm
+    second, found = node.keeper.attach(node.plan("a"))
+    assert second is first and found == "warm"
     assert (first.record.attached, first.record.used) == (2, 2)
     first.detach()
     first.detach()
@@ -360,6 +362,37 @@ def test_an_engine_that_nobody_uses_for_long_is_stopped(start: Callable[..., Nod
     assert node.goes(node.idle("a")) == "no worker used it for 0.5 s"
 
 
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines that nobody uses are asked all the time how they are."""
+    monkeypatch.setattr("services.contexts.silence._EVERY_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_an_engine_that_hangs_unused_is_ended_and_the_next_one_is_new(
+    start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = start()
+    with monkeypatch.context() as silent:
+        silent.setattr(Engine, "answers", lambda _: False)
+        slot = node.warm("a")
+        process = process_of(slot)
+        time.sleep(1)
+        assert slot.record.state == "warm"  # its worker has a time-out of its own
+        slot.detach()
+        assert node.goes(slot) == "it hangs: it does not answer any more"
+    assert not process.is_running()
+    assert node.warm("a") is not slot
+
+
+@pytest.mark.usefixtures("hasty")
+def test_an_engine_that_answers_stays(start: Callable[..., Node]) -> None:
+    slot = start().idle("a")
+    assert slot._engine.answers()
+    time.sleep(1)
+    assert slot.record.state == "warm"
+
+
 def test_imports_that_need_not_be_done_again_make_no_engine_dear(
     start: Callable[..., Node],
 ) -> None:
@@ -369,6 +402,24 @@ def test_imports_that_need_not_be_done_again_make_no_engine_dear(
     assert candidate is not None and record.phases is not None
     assert record.phases.total is not None and record.phases.imports is not None
     assert candidate.start_seconds <= record.phases.total - record.phases.imports + 0.001
+
+
+def test_weights_that_need_not_be_fetched_again_make_no_engine_dear(
+    start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(slot: Slot) -> float:
+        time.sleep(2)
+        return 2.0
+
+    node = start()
+    node.idle("a")
+    assert is_imported(node.keeper.directory)
+    monkeypatch.setattr(Slot, "_fetch", fetch)
+    candidate = node.idle("b").candidate()
+    phases = {record.context.model[-1]: record.phases for record in node.records()}["b"]
+    assert candidate is not None and phases is not None and phases.total is not None
+    assert phases.fetch == 2.0 and phases.imports == 0 and phases.total >= 2
+    assert candidate.start_seconds <= phases.total - 2 + 0.001
 
 
 # Sleep.
@@ -392,8 +443,8 @@ def test_one_that_is_asleep_is_woken_by_the_next_who_attaches_once_there_is_room
     sleeper = node.idle("a")
     process = process_of(sleeper)
     other = node.warm("b")
-    again, warm = node.keeper.attach(node.plan("a"))
-    assert again is sleeper and not warm
+    again, found = node.keeper.attach(node.plan("a"))
+    assert again is sleeper and found == "asleep"
     wait_until(lambda: sleeper.record.says, "that it waits for room")
     assert sleeper.record.state == "asleep"
     other.detach()
@@ -669,6 +720,44 @@ def test_a_drain_does_not_wait_for_ever(start: Callable[..., Node]) -> None:
 
 
 # What is told of it.
+
+
+def told(node: Node, slot: Slot, found: State | None) -> Word:
+    """What a worker hears that came to the engine so."""
+    ours, theirs = map(Line, socket.socketpair())
+    server = KeeperServer(node.keeper, for_ever=True)
+    holding = threading.Thread(target=server._hold, args=(theirs, slot, found))
+    holding.start()
+    word = ours.word(GENEROUS_SECONDS)
+    ours.close()
+    holding.join(GENEROUS_SECONDS)
+    theirs.close()
+    assert word is not None and word.record is not None
+    return word
+
+
+def test_how_a_start_went_is_told_to_the_one_whom_it_was_for_and_to_no_other(
+    start: Callable[..., Node],
+) -> None:
+    node = start(VLLM_TEST_START_SECONDS="1")
+    slot, at_first = node.keeper.attach(node.plan("a"))
+    node.comes(slot, "starting")
+    _, meanwhile = node.keeper.attach(node.plan("a"))
+    node.comes(slot, "warm")
+    _, later = node.keeper.attach(node.plan("a"))
+    words = [told(node, slot, found) for found in (at_first, meanwhile, later)]
+    assert [word.record.phases is not None for word in words if word.record] == [True, False, False]
+    assert [word.warm for word in words] == [False, False, True]
+
+
+def test_a_wake_is_told_as_no_start(start: Callable[..., Node], sleepy: None) -> None:
+    node = start()
+    sleeper = node.idle("a")
+    node.idle("b")
+    slot, found = node.keeper.attach(node.plan("a"))
+    node.comes(slot, "warm")
+    word = told(node, sleeper, found)
+    assert word.record is not None and word.record.phases is None and not word.warm
 
 
 def test_a_keeper_tells_its_contexts_by_state(start: Callable[..., Node]) -> None:

@@ -13,6 +13,7 @@ from services.contexts.completions import Answer, EngineSilent, Interrupted
 from services.contracts import (
     Claim,
     ClaimBatch,
+    ContextDemand,
     ContextSpec,
     DeadClaim,
     DeadReason,
@@ -30,9 +31,12 @@ from services.contracts.errors import EngineRequestError, ModelError
 from services.gpu_worker import Worker
 from services.gpu_worker.in_hand import Signature
 from services.gpu_worker.pacing import Pace
+from services.gpu_worker.readiness import Readiness
 from services.gpu_worker.reports import Post
 from services.gpu_worker.serving import Serving
 from services.gpu_worker.shift import Shift
+from services.gpu_worker.taking import Situation
+from tests.unit.clock import Clock
 from tests.unit.gpu_worker.conftest import RecordingBroker, delivered
 
 UNUSABLE = PromptSpec(labels=(Label(name="A", word="True"), Label(name="B", word="True")))
@@ -337,3 +341,41 @@ def test_two_workers_have_two_names(spec: ContextSpec, tmp_path: Path) -> None:
     assert workers[0]._signature.device == "Xeon"
     for worker in workers:
         worker._only.close()  # type: ignore[union-attr]
+
+
+def test_a_context_that_failed_once_is_served_when_it_can_be_had_again(
+    spec: ContextSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    settings = load_settings(runtime_dir=tmp_path / "run", cache_dir=tmp_path / "cache")
+    worker = Worker(None, DEVICE, settings)
+    readiness = Readiness(DEVICE, settings, clock)
+    line = ContextDemand(context=spec, claims_ready=10**6, claims_in_flight=0, workers_warm=0)
+    worker._news.hear(encode(Notice(contexts=(line,))))
+    wanted = Situation(None, True, 600.0, 0.0, None, {}, 0.0)
+    served: list[str] = []
+    hub = iter([ModelError("the hub has a hiccup")])
+    waited = 0
+
+    def pin(spec: ContextSpec) -> ContextSpec:
+        for error in hub:
+            raise error
+        return spec
+
+    def serve(serving: Serving, _: object) -> None:
+        served.append(serving.spec.context_id)
+        worker.stop()
+
+    def listen(readiness: Readiness, _: object) -> ContextSpec | None:
+        nonlocal waited
+        chosen = worker._choose(readiness, wanted)
+        if chosen is None:
+            waited += 1
+            clock.now += 1
+        return chosen
+
+    monkeypatch.setattr("services.gpu_worker.worker.pin_model", pin)
+    monkeypatch.setattr(worker, "_serve", serve)
+    monkeypatch.setattr(worker, "_first_context", listen)
+    worker._serve_what_is_wanted(readiness, None)  # type: ignore[arg-type]
+    assert served == [spec.context_id]
+    assert 5 <= waited <= 10  # and not at once
