@@ -9,7 +9,7 @@ import socket
 import struct
 from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from services.contexts.device import Device
 from services.contexts.lines import Lines
@@ -62,7 +62,11 @@ _REQUEST: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discrimina
 
 
 class Word(Value):
-    """An answer: how the engine is now, or what was done."""
+    """An answer: how the engine is now, or what was done. What a newer keeper says besides is not
+    heard: its engines serve workers of the version before.
+    """
+
+    model_config = ConfigDict(extra="ignore")
 
     record: ContextRecord | None = None
     gone: str | None = None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import structlog
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError
 
 from services.contexts.runtime_dir import take_lock
 from services.contracts import ContextSpec
@@ -27,8 +27,11 @@ log = structlog.get_logger(__name__)
 
 class ContextRecord(Value):
     """An engine as everybody on its node may know it. Times are the kernel's monotonic
-    clock, which all processes of a node share: it does not jump.
+    clock, which all processes of a node share: it does not jump. A keeper of a newer version may
+    know more of it.
     """
+
+    model_config = ConfigDict(extra="ignore")
 
     name: str
     context: ContextSpec

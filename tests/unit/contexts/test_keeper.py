@@ -295,7 +295,9 @@ def test_one_that_has_started_and_is_being_measured_holds_memory_already(
     node = start()
     measured = threading.Event()
     monkeypatch.setattr(Engine, "memory_bytes", lambda _: measured.wait(GENEROUS_SECONDS) and 1)
-    first, second = node.attach("a"), node.attach("b")
+    first = node.attach("a")
+    node.comes(first, "starting")  # it has its turn
+    second = node.attach("b")
     wait_until(lambda: second.record.says, "a word of what it waits for")
     assert (first.record.state, second.record.state) == ("starting", "waiting")
     measured.set()

@@ -103,8 +103,13 @@ def test_what_is_no_request_is_refused(ends: Ends, nonsense: bytes) -> None:
         ends.line.request(GENEROUS_SECONDS)
 
 
+def test_what_a_newer_keeper_says_besides_is_not_heard(ends: Ends) -> None:
+    ends.bare.sendall(b'{"done": ["ctx-1"], "mood": "good"}\n')
+    assert ends.line.word(GENEROUS_SECONDS) == Word(done=("ctx-1",))
+
+
 def test_a_word_of_another_version_tells_how_to_be_rid_of_that_keeper(ends: Ends) -> None:
-    ends.bare.sendall(b'{"state": "warm"}\n')
+    ends.bare.sendall(b'{"warm": "very"}\n')
     with pytest.raises(KeeperError, match="another version of Keepwarm; .*evict --all"):
         ends.line.word(GENEROUS_SECONDS)
 

@@ -1,6 +1,7 @@
 """Records: an engine lives for others as long as its keeper holds its lock, and no longer."""
 
 import fcntl
+import json
 import os
 import stat
 import threading
@@ -55,6 +56,15 @@ def test_a_record_whose_keeper_lives_is_believed(
     own.write(record(context, tmp_path))
     assert live_records(tmp_path) == [record(context, tmp_path)]
     assert live_records(tmp_path) == [record(context, tmp_path)]  # looking does no harm
+
+
+def test_a_record_of_a_newer_keeper_is_believed_as_far_as_it_is_understood(
+    tmp_path: Path, context: ContextSpec, own: OwnRecord
+) -> None:
+    own.write(record(context, tmp_path))
+    path = tmp_path / f"{NAME}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "mood": "good"}))
+    assert live_records(tmp_path) == [record(context, tmp_path)]
 
 
 def test_a_record_whose_keeper_was_killed_goes_with_its_socket_and_its_lock(
