@@ -33,6 +33,10 @@ UNITLESS = {
 }
 
 
+GAUGES = Gauges(Fleet(), Directory(None, load_settings(), Fleet()), None)  # type: ignore[arg-type]
+"""Of a collector that knows of nothing."""
+
+
 class Told(NamedTuple):
     """A metric, as it is on the page and in the code."""
 
@@ -49,11 +53,7 @@ def defined() -> Iterator[Told]:
             if isinstance(metric, MetricWrapperBase):
                 name = metric._name + ("_total" if metric._type == "counter" else "")
                 yield Told(name, metric._type, tuple(metric._labelnames), metric._documentation)
-    nothing: list[Collector] = [
-        ContextStates(list),
-        EngineMetrics(lambda: None),
-        Gauges(Fleet(), Directory(None, load_settings(), Fleet()), None),  # type: ignore[arg-type]
-    ]
+    nothing: list[Collector] = [ContextStates(list), EngineMetrics(lambda: None), GAUGES]
     for collector in nothing:
         for family in collector.describe():
             labels = tuple(getattr(family, "_labelnames", ()))
