@@ -32,8 +32,8 @@ def run() -> Dashboard:
         .with_panel(
             number(
                 "Progress",
-                f"sum({_OUTCOMES}) / sum({_CLAIMS})",
-                "Claims with an outcome, of all that there are. Empty until all are sent.",
+                f"sum({_OUTCOMES} and on (run_id) {_CLAIMS}) / sum({_CLAIMS})",
+                "Claims with an outcome, of all that there are, of runs whose claims are all sent.",
                 "percentunit",
                 decimals=1,
             )

@@ -24,6 +24,10 @@ TOLD_BY_EACH = {
     'keepwarm_run_gold_verdicts{run_id="run-1",correct="false"%s}': "10x15",
     'keepwarm_run_claims_per_second{run_id="run-1"%s}': "7x15",
     'keepwarm_run_complete{run_id="run-1"%s}': "0x15",
+    # One that is still being submitted: nobody knows how many claims it has.
+    'keepwarm_run_done_claims{run_id="run-2"%s}': "30x15",
+    'keepwarm_run_dead_claims{run_id="run-2"%s}': "1x15",
+    'keepwarm_run_complete{run_id="run-2"%s}': "0x15",
 }
 SHOWN = {
     ("fleet", "Workers that serve"): 2,
@@ -34,7 +38,7 @@ SHOWN = {
     ("run", "Claims a second"): 7,
     ("run", "Accuracy so far"): 0.75,
     ("run", "Invalid"): 0.2,
-    ("run", "Dead claims"): 2,
+    ("run", "Dead claims"): 3,
 }
 
 
