@@ -129,8 +129,10 @@ def broken(store: str) -> Iterator[None]:
 @pytest.mark.usefixtures("worker")
 def test_the_store_takes_nothing(system: System) -> None:
     with broken(system.environment["KEEPWARM_STORE_URL"]):
-        fires(system, "KeepwarmStoreLagging")
-    falls_silent(system, "KeepwarmStoreLagging")
+        # More than a collector takes ahead, at once: workers would need minutes for so many.
+        system.publish_nonsense(1_200)
+        fires(system, "KeepwarmStoreLagging", "KeepwarmVerdictsWait")
+    falls_silent(system, "KeepwarmStoreLagging", "KeepwarmVerdictsWait")
 
 
 def test_claims_die(system: System, long_run: str) -> None:
