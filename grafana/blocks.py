@@ -70,6 +70,13 @@ def run(hide: models.VariableHide = models.VariableHide.HIDE_VARIABLE) -> dashbo
     return variable("run", "Run", query).hide(hide)
 
 
+def once(expression: str, *labels: str) -> str:
+    """What every collector tells of the same things, and each has its own series of: of several
+    collectors on one store one is believed. `labels` are all that tell these things apart.
+    """
+    return f"max by ({', '.join(labels)}) ({expression})"
+
+
 def number(
     title: str,
     expression: str,

@@ -2,12 +2,22 @@
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from grafana.blocks import bars, board, context, lines, number, run
+from grafana.blocks import bars, board, context, lines, number, once, run
 
 _OF = 'context_id=~"$context"'
 _SECONDS = f"keepwarm_device_seconds_total{{{_OF}}}"
 _USEFUL = f'keepwarm_device_seconds_total{{{_OF},use="inferring"}}'
 _COLD = "keepwarm_cold_start_seconds"
+_NOT_BY_HAND = 'kind!="SIGINT"'
+_SERVING = once('keepwarm_workers{state="serving"}', "device", "state")
+
+
+def _context(what: str) -> str:
+    return once(f"keepwarm_context_{what}{{{_OF}}}", "context_id")
+
+
+def _preemptions(period: str, which: str = "") -> str:
+    return once(f"increase(keepwarm_preemptions_total{{{which}}}[{period}])", "kind")
 
 
 def fleet() -> Dashboard:
@@ -18,7 +28,7 @@ def fleet() -> Dashboard:
         .with_panel(
             number(
                 "Workers that serve",
-                'sum(keepwarm_workers{state="serving"}) or vector(0)',
+                f"sum({_SERVING}) or vector(0)",
                 "As they say themselves, no longer than 20 seconds ago.",
                 good=((0, "red"), (1, "green")),
             )
@@ -26,7 +36,7 @@ def fleet() -> Dashboard:
         .with_panel(
             number(
                 "Contexts warm",
-                f"count(keepwarm_context_workers{{{_OF}}} > 0) or vector(0)",
+                f"count({_context('workers')} > 0) or vector(0)",
                 "Contexts that at least one worker serves.",
                 good=((0, "red"), (1, "green")),
             )
@@ -34,7 +44,7 @@ def fleet() -> Dashboard:
         .with_panel(
             number(
                 "Claims that wait",
-                f"sum(keepwarm_context_ready_claims{{{_OF}}})",
+                f"sum({_context('ready_claims')})",
                 "In the queues of the contexts, as estimated.",
             )
         )
@@ -50,7 +60,7 @@ def fleet() -> Dashboard:
         .with_panel(
             number(
                 "Preemptions",
-                'sum(increase(keepwarm_preemptions_total{kind!="SIGINT"}[$__range]))',
+                f"sum({_preemptions('$__range', _NOT_BY_HAND)})",
                 "Workers that went, in the time that is shown.",
                 decimals=0,
             )
@@ -68,7 +78,7 @@ def fleet() -> Dashboard:
         .with_panel(
             lines(
                 "Workers by device and state",
-                [("sum by (device, state) (keepwarm_workers)", "{{device}}, {{state}}")],
+                [(once("keepwarm_workers", "device", "state"), "{{device}}, {{state}}")],
                 "As they say themselves. One that is killed is shown for 20 seconds more.",
                 stacked=True,
             )
@@ -89,7 +99,7 @@ def fleet() -> Dashboard:
         .with_panel(
             lines(
                 "Workers by context",
-                [(f"keepwarm_context_workers{{{_OF}}}", "{{context_id}}")],
+                [(_context("workers"), "{{context_id}}")],
                 "Workers that serve it: it is warm there.",
             )
         )
@@ -97,8 +107,8 @@ def fleet() -> Dashboard:
             lines(
                 "Claims by context",
                 [
-                    (f"keepwarm_context_ready_claims{{{_OF}}}", "{{context_id}}, waiting"),
-                    (f"keepwarm_context_in_flight_claims{{{_OF}}}", "{{context_id}}, in flight"),
+                    (_context("ready_claims"), "{{context_id}}, waiting"),
+                    (_context("in_flight_claims"), "{{context_id}}, in flight"),
                 ],
                 "As estimated from messages, workers and the store.",
             )
@@ -155,11 +165,7 @@ def fleet() -> Dashboard:
             lines(
                 "Preemptions by kind",
                 [
-                    (
-                        "sum by (kind) (increase(keepwarm_preemptions_total[$__rate_interval]))"
-                        " > 0",
-                        "{{kind}}",
-                    )
+                    (f"{_preemptions('$__rate_interval')} > 0", "{{kind}}"),
                 ],
                 "Workers that went: a signal, the walltime, a failure, or without a word.",
                 stacked=True,

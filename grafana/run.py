@@ -4,13 +4,24 @@ from grafana_foundation_sdk.builders.dashboard import Dashboard
 from grafana_foundation_sdk.models.dashboard import VariableHide
 
 from grafana import blocks
-from grafana.blocks import bars, board, lines, number, rows
+from grafana.blocks import bars, board, lines, number, once, rows
 
 _OF = 'run_id=~"$run"'
-_UNDER_WAY = f"(1 - keepwarm_run_complete{{{_OF}}})"
-_OUTCOMES = f"(keepwarm_run_done_claims{{{_OF}}} + keepwarm_run_dead_claims{{{_OF}}})"
-_INVALID = f'keepwarm_run_verdicts{{{_OF},label="INVALID"}}'
-_RIGHT = f'keepwarm_run_gold_verdicts{{{_OF},correct="true"}}'
+
+
+def _run(what: str, *labels: str, where: str = "") -> str:
+    return once(f"keepwarm_run_{what}{{{_OF}{where}}}", "run_id", *labels)
+
+
+_CLAIMS = _run("claims")
+_DEAD = _run("dead_claims")
+_OUTCOMES = f"({_run('done_claims')} + {_DEAD})"
+_SPEED = f"{_run('claims_per_second')} * (1 - {_run('complete')})"
+_VERDICTS = _run("verdicts", "label")
+_INVALID = _run("verdicts", "label", where=',label="INVALID"')
+_JUDGED = _run("gold_verdicts", "correct")
+_RIGHT = _run("gold_verdicts", "correct", where=',correct="true"')
+_COLUMNS = ("run_id", "source", "model", "prompt", "context_id")
 
 
 def run() -> Dashboard:
@@ -21,8 +32,8 @@ def run() -> Dashboard:
         .with_panel(
             number(
                 "Progress",
-                f"sum({_OUTCOMES}) / sum(keepwarm_run_claims{{{_OF}}})",
-                "Claims with an outcome, of all that there are. Empty until all are sent.",
+                f"sum({_OUTCOMES} and on (run_id) {_CLAIMS}) / sum({_CLAIMS})",
+                "Claims with an outcome, of all that there are, of runs whose claims are all sent.",
                 "percentunit",
                 decimals=1,
             )
@@ -38,7 +49,7 @@ def run() -> Dashboard:
         .with_panel(
             number(
                 "Claims a second",
-                f"sum(keepwarm_run_claims_per_second{{{_OF}}} * {_UNDER_WAY})",
+                f"sum({_SPEED})",
                 "Over the last minute in which verdicts came; complete runs do not count.",
                 decimals=1,
             )
@@ -46,7 +57,7 @@ def run() -> Dashboard:
         .with_panel(
             number(
                 "Accuracy so far",
-                f"sum({_RIGHT}) / sum(keepwarm_run_gold_verdicts{{{_OF}}})",
+                f"sum({_RIGHT}) / sum({_JUDGED})",
                 "Of the claims with a verdict and a gold label. INVALID is wrong.",
                 "percentunit",
                 decimals=1,
@@ -55,7 +66,7 @@ def run() -> Dashboard:
         .with_panel(
             number(
                 "Invalid",
-                f"sum({_INVALID}) / sum(keepwarm_run_verdicts{{{_OF}}})",
+                f"sum({_INVALID}) / sum({_VERDICTS})",
                 "Verdicts whose answer could not be read. More than a few: the prompt does not "
                 "fit the model.",
                 "percentunit",
@@ -66,7 +77,7 @@ def run() -> Dashboard:
         .with_panel(
             number(
                 "Dead claims",
-                f"sum(keepwarm_run_dead_claims{{{_OF}}})",
+                f"sum({_DEAD})",
                 "Claims that were given up on. `keepwarm dead list` says why.",
                 good=((0, "green"), (1, "orange")),
             )
@@ -74,7 +85,7 @@ def run() -> Dashboard:
         .with_panel(
             lines(
                 "Progress",
-                [(f"{_OUTCOMES} / keepwarm_run_claims{{{_OF}}}", "{{run_id}}")],
+                [(f"{_OUTCOMES} / {_CLAIMS}", "{{run_id}}")],
                 "Claims with an outcome, of all that there are.",
                 "percentunit",
             )
@@ -82,14 +93,14 @@ def run() -> Dashboard:
         .with_panel(
             lines(
                 "Claims a second",
-                [(f"keepwarm_run_claims_per_second{{{_OF}}} * {_UNDER_WAY}", "{{run_id}}")],
+                [(_SPEED, "{{run_id}}")],
                 "Over the last minute in which verdicts of the run came.",
             )
         )
         .with_panel(
             lines(
                 "Verdicts",
-                [(f"sum by (label) (keepwarm_run_verdicts{{{_OF}}})", "{{label}}")],
+                [(f"sum by (label) ({_VERDICTS})", "{{label}}")],
                 "By label, one upon the other.",
                 stacked=True,
             )
@@ -98,8 +109,8 @@ def run() -> Dashboard:
             bars(
                 "Verdict mix",
                 (
-                    f"sum by (label) (keepwarm_run_verdicts{{{_OF}}})"
-                    f" / ignoring (label) group_left () sum(keepwarm_run_verdicts{{{_OF}}})",
+                    f"sum by (label) ({_VERDICTS})"
+                    f" / ignoring (label) group_left () sum({_VERDICTS})",
                     "{{label}}",
                 ),
                 "The share of each label in all verdicts.",
@@ -110,11 +121,7 @@ def run() -> Dashboard:
             lines(
                 "Accuracy so far",
                 [
-                    (
-                        f"sum by (run_id) ({_RIGHT})"
-                        f" / sum by (run_id) (keepwarm_run_gold_verdicts{{{_OF}}})",
-                        "{{run_id}}",
-                    )
+                    (f"sum by (run_id) ({_RIGHT}) / sum by (run_id) ({_JUDGED})", "{{run_id}}"),
                 ],
                 "Runs with gold labels. The report has the interval.",
                 "percentunit",
@@ -124,11 +131,7 @@ def run() -> Dashboard:
             lines(
                 "Invalid",
                 [
-                    (
-                        f"sum by (run_id) ({_INVALID})"
-                        f" / sum by (run_id) (keepwarm_run_verdicts{{{_OF}}})",
-                        "{{run_id}}",
-                    )
+                    (f"sum by (run_id) ({_INVALID}) / sum by (run_id) ({_VERDICTS})", "{{run_id}}"),
                 ],
                 "The share of verdicts whose answer could not be read.",
                 "percentunit",
@@ -138,9 +141,9 @@ def run() -> Dashboard:
             lines(
                 "What preemptions cost",
                 [
-                    (f"sum(keepwarm_run_lost_claims{{{_OF}}})", "computed again, at most"),
-                    (f"sum(keepwarm_run_returned_claims{{{_OF}}})", "returned unharmed"),
-                    (f"sum(keepwarm_run_duplicate_verdicts{{{_OF}}})", "verdicts that came twice"),
+                    (f"sum({_run('lost_claims')})", "computed again, at most"),
+                    (f"sum({_run('returned_claims')})", "returned unharmed"),
+                    (f"sum({_run('duplicate_verdicts')})", "verdicts that came twice"),
                 ],
                 "Claims. What was returned cost nothing.",
             )
@@ -148,9 +151,9 @@ def run() -> Dashboard:
         .with_panel(
             rows(
                 "Runs",
-                f"keepwarm_run_info{{{_OF}}}",
+                _run("info", *_COLUMNS[1:]),
                 "What each run is of.",
-                ("run_id", "source", "model", "prompt", "context_id"),
+                _COLUMNS,
                 width=12,
             )
         )

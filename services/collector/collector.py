@@ -21,6 +21,7 @@ from services.collector.metrics import (
     COMMIT_SECONDS,
     LAG_SECONDS,
     REFUSED,
+    WAITING,
     count_in,
 )
 from services.collector.returns import NotAnnounced, send_on
@@ -268,6 +269,7 @@ class Collector:
                     gained = self._store.write(incoming)
             except StoreError as error:
                 COMMIT_FAILURES.inc()
+                WAITING.set(1)
                 pause = growing_pause(
                     failures,
                     first_seconds=_FIRST_PAUSE_SECONDS,
@@ -278,6 +280,7 @@ class Collector:
                 if self._finish.is_set() or self._stop.wait(pause):
                     break
             else:
+                WAITING.set(0)
                 self.waiting_for = None
                 self._directory.note(gained)
                 self._run_counts.note(incoming.run_ids())

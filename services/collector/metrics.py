@@ -3,7 +3,7 @@
 from collections import Counter as Counts
 from typing import get_args
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
 from services.collector.store import Incoming
 from services.contracts import DeadReason, StartupPhases
@@ -52,6 +52,10 @@ COMMIT_SECONDS = Histogram(
 COMMIT_FAILURES = Counter(
     "keepwarm_store_commit_failures_total",
     "Transactions that failed, and were tried again.",
+)
+WAITING = Gauge(
+    "keepwarm_store_waiting",
+    "Whether a transaction has failed and is tried again until it succeeds (1) or not (0).",
 )
 LAG_SECONDS = Histogram(
     "keepwarm_store_lag_seconds",

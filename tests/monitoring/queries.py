@@ -32,6 +32,23 @@ class Query:
         assert found and all(found), f"{self.where}: a query of no name, or of any"
         return set(found)
 
+    def aggregations(self) -> list[tuple[str, list[Any]]]:
+        """The name of each metric that it asks for, and what it is aggregated by, from within."""
+        found, around = [], []
+
+        def enter(node: Any) -> None:
+            if isinstance(node, promql_parser.AggregateExpr):
+                around.insert(0, node)
+            if isinstance(node, promql_parser.VectorSelector):
+                found.append((str(node.name), list(around)))
+
+        def leave(node: Any) -> None:
+            if isinstance(node, promql_parser.AggregateExpr):
+                around.pop(0)
+
+        promql_parser.walk(promql_parser.parse(self.expression), pre_visit=enter, post_visit=leave)
+        return found
+
 
 def panel_queries(variables: Mapping[str, str]) -> list[Query]:
     return [

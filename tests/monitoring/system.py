@@ -82,12 +82,12 @@ class System:
         cancelling = self._start("cancel", run)
         assert cancelling.wait() == 0, cancelling.output
 
-    def publish_nonsense(self) -> None:
+    def publish_nonsense(self, messages: int = 1) -> None:
         """Where verdicts are expected."""
         connection = plain_connection(self.node)
-        connection.channel().basic_publish(
-            topology.VERDICTS_EXCHANGE, topology.VERDICTS_QUEUE, b"nonsense"
-        )
+        channel = connection.channel()
+        for _ in range(messages):
+            channel.basic_publish(topology.VERDICTS_EXCHANGE, topology.VERDICTS_QUEUE, b"nonsense")
         connection.close()
 
 

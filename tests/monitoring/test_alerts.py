@@ -60,10 +60,13 @@ def long_run(system: System) -> str:
 
 @pytest.mark.usefixtures("long_run")
 def test_while_all_is_well_nothing_fires(system: System) -> None:
+    waiting = system.submit(8)
     workers = at_work(system, 2)
-    # Longer than the longest `for`.
+    # They share an engine, which does 50 a second: that is longer than the longest `for`, and than
+    # the 20 minutes after which a run stands still. The second one waits its turn.
     before = verdicts(system)
-    wait_until(lambda: verdicts(system) > before + 600, "more of them")
+    wait_until(lambda: verdicts(system) > before + 1_200, "more of them", 90)
+    assert system.prometheus.value(f'keepwarm_run_done_claims{{run_id="{waiting}"}}') == 0
     assert system.prometheus.firing() == set()
     end_well(*workers)
 
@@ -126,12 +129,14 @@ def broken(store: str) -> Iterator[None]:
 @pytest.mark.usefixtures("worker")
 def test_the_store_takes_nothing(system: System) -> None:
     with broken(system.environment["KEEPWARM_STORE_URL"]):
-        fires(system, "KeepwarmStoreLagging")
-    falls_silent(system, "KeepwarmStoreLagging")
+        # More than a collector takes ahead, at once: workers would need minutes for so many.
+        system.publish_nonsense(1_200)
+        fires(system, "KeepwarmStoreLagging", "KeepwarmVerdictsWait")
+    falls_silent(system, "KeepwarmStoreLagging", "KeepwarmVerdictsWait")
 
 
 def test_claims_die(system: System, long_run: str) -> None:
-    system.cancel(long_run)  # they would wait behind it
+    system.cancel(long_run)  # they would wait their turn behind it
     system.submit(400, long=40)
     worker = system.worker(**SLOWLY)
     fires(system, "KeepwarmDeadClaims")

@@ -12,9 +12,14 @@ import yaml
 from grafana.blocks import SOURCE, TAG
 from grafana.read import dashboards, panels, substituted
 from tests.monitoring.queries import Query, panel_queries, rule_queries
-from tests.unit.test_metrics import METRICS
+from tests.unit.test_metrics import GAUGES, METRICS
 
 VARIABLES = {"context": ".*", "run": ".*", "__rate_interval": "1m", "__range": "1h"}
+TOLD_BY_EVERY_COLLECTOR = {
+    told.name: set(told.labels)
+    for told in METRICS
+    if told.name in {"keepwarm_preemptions_total", *(family.name for family in GAUGES.describe())}
+}
 SUFFIXES = {"histogram": ("_bucket", "_sum", "_count"), "counter": ("",), "gauge": ("",)}
 
 
@@ -37,6 +42,20 @@ def test_a_query_names_metrics_of_the_house_that_there_are(query: Query) -> None
     ours = {name for name in query.names() if name.startswith("keepwarm")}
     assert ours <= known
     assert all(name.startswith(("rabbitmq_", "up")) for name in query.names() - ours)
+
+
+@pytest.mark.parametrize(
+    "query", [*panel_queries(VARIABLES), *rule_queries()], ids=lambda query: query.where
+)
+def test_what_every_collector_tells_is_not_added_up(query: Query) -> None:
+    """Of two collectors on one store each tells of all of it: the maximum is taken, by all labels
+    that it has where that is aggregated further.
+    """
+    for name, aggregations in query.aggregations():
+        if name in TOLD_BY_EVERY_COLLECTOR:
+            assert [str(each.op) for each in aggregations[:1]] == ["max"], name
+            if len(aggregations) > 1:
+                assert set(aggregations[0].modifier.labels) == TOLD_BY_EVERY_COLLECTOR[name], name
 
 
 @pytest.mark.parametrize("dashboard", dashboards(), ids=lambda each: each["uid"])

@@ -29,7 +29,12 @@ UNITLESS = {
     *("keepwarm_broker_connected", "keepwarm_broker_blocked", "keepwarm_batches_in_hand"),
     *("keepwarm_contexts", "keepwarm_workers", "keepwarm_context_workers"),
     *("keepwarm_engine_metrics_up", "keepwarm_run_complete", "keepwarm_run_cancelled"),
+    "keepwarm_store_waiting",
 }
+
+
+GAUGES = Gauges(Fleet(), Directory(None, load_settings(), Fleet()), None)  # type: ignore[arg-type]
+"""Of a collector that knows of nothing."""
 
 
 class Told(NamedTuple):
@@ -48,11 +53,7 @@ def defined() -> Iterator[Told]:
             if isinstance(metric, MetricWrapperBase):
                 name = metric._name + ("_total" if metric._type == "counter" else "")
                 yield Told(name, metric._type, tuple(metric._labelnames), metric._documentation)
-    nothing: list[Collector] = [
-        ContextStates(list),
-        EngineMetrics(lambda: None),
-        Gauges(Fleet(), Directory(None, load_settings(), Fleet()), None),  # type: ignore[arg-type]
-    ]
+    nothing: list[Collector] = [ContextStates(list), EngineMetrics(lambda: None), GAUGES]
     for collector in nothing:
         for family in collector.describe():
             labels = tuple(getattr(family, "_labelnames", ()))

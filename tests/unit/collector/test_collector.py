@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from prometheus_client import REGISTRY
 from sqlalchemy import select
 
 from services.broker import Counts, Delivery, Outgoing
@@ -294,12 +295,16 @@ def test_a_store_that_fails_is_waited_for_and_nothing_is_acknowledged_meanwhile(
     failures: list[int] = []
     write = store.write
 
+    def waiting() -> float | None:
+        return REGISTRY.get_sample_value("keepwarm_store_waiting")
+
     def failing_twice(incoming: Incoming) -> Counter[str]:
         try:
             return write(incoming)
         except Exception:
             failures.append(len(consumer.acknowledged))
             if len(failures) == 2:
+                assert waiting() == 1
                 with closing(sqlite3.connect(database)) as connection, connection:
                     connection.execute("ALTER TABLE hidden RENAME TO outcomes")
             raise
@@ -308,6 +313,7 @@ def test_a_store_that_fails_is_waited_for_and_nothing_is_acknowledged_meanwhile(
     collect(store, consumer)
     assert failures == [0, 0]
     assert consumer.acknowledged == [1]
+    assert waiting() == 0
 
 
 def test_told_to_stop_while_the_store_fails_it_acknowledges_nothing(
