@@ -20,15 +20,6 @@ _NOTHING = "^$"
 _ANY_CLAIMS_QUEUE = names.claims_queue("*")
 _ANY_NOTICES_QUEUE = names.listener_queue(names.NOTICES_EXCHANGE, "*")
 _ANY_PRESENCE_QUEUE = names.listener_queue(names.PRESENCE_EXCHANGE, "*")
-_FIXED_EXCHANGES = (
-    names.CLAIMS_EXCHANGE,
-    names.RETURNS_EXCHANGE,
-    names.VERDICTS_EXCHANGE,
-    names.RUNS_EXCHANGE,
-    names.DEAD_EXCHANGE,
-    names.NOTICES_EXCHANGE,
-    names.PRESENCE_EXCHANGE,
-)
 _COLLECTED_QUEUES = (
     names.RETURNS_QUEUE,
     names.VERDICTS_QUEUE,
@@ -37,7 +28,7 @@ _COLLECTED_QUEUES = (
 )
 _FIXED_QUEUES = (*_COLLECTED_QUEUES, names.DEAD_MESSAGES_QUEUE)
 _EVERYTHING = (
-    *(*_FIXED_EXCHANGES, *_FIXED_QUEUES),
+    *(*names.HOUSE_EXCHANGES, *_FIXED_QUEUES),
     *(_ANY_CLAIMS_QUEUE, _ANY_NOTICES_QUEUE, _ANY_PRESENCE_QUEUE),
 )
 
@@ -110,7 +101,7 @@ ROLES = (
         "claims, refused messages and notices",
         Permissions(
             configure=_only(
-                *_FIXED_EXCHANGES, *_FIXED_QUEUES, _ANY_CLAIMS_QUEUE, _ANY_PRESENCE_QUEUE
+                *names.HOUSE_EXCHANGES, *_FIXED_QUEUES, _ANY_CLAIMS_QUEUE, _ANY_PRESENCE_QUEUE
             ),
             write=_only(
                 names.CLAIMS_EXCHANGE,

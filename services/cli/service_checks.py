@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 from services.broker import BrokerAddress, Declares, Publisher
+from services.broker.inspection import missing
 from services.broker.private_node import find_server
 from services.broker.queue_counts import Counts
 from services.cli.findings import GIB, ROOM_BYTES, Finding, note, shared_file_system, well
@@ -29,12 +30,18 @@ def broker(settings: Settings) -> Finding:
     address = BrokerAddress.from_settings(settings)
     with Publisher(address, "doctor", window=1).open(_ANSWER_SECONDS) as link:
         counts = _counts(link)
-    if topology.VERDICTS_QUEUE not in counts:
+    lacks = missing(address)
+    if len(lacks) == len(topology.HOUSE_EXCHANGES + topology.HOUSE_QUEUES):
         return note(f"{address} takes us, and has no queues yet: a collector makes them")
     lengths = ", ".join(f"{queue} {count:,}" for queue, count in counts.items())
+    if lacks:
+        return note(
+            f"{address} takes us, and lacks {', '.join(lacks)}: the next collector that starts "
+            f"makes what is missing. Waiting: {lengths}"
+        )
     try:
-        # Who may declares them once more, which changes nothing; the broker compares the arguments.
-        Publisher(address, "doctor", window=1, declares=Declares("always")).open(
+        # All are there: who may declares them once more, and the broker compares the arguments.
+        Publisher(address, "doctor", window=1, declares=Declares("unbound")).open(
             _ANSWER_SECONDS
         ).close()
     except BrokerRefused:
@@ -64,13 +71,11 @@ def _counts(link: Publisher) -> Counts:
 
 def store(settings: Settings) -> Finding:
     """Raises StoreError when it cannot be used or written."""
-    from services.collector import Store
     from services.collector.database import checked_url, shown
 
     url = checked_url(settings)
     if url.get_backend_name() != "sqlite":
-        Store.open(settings, create=False).close()
-        return well(shown(url))
+        return _schema(shown(url), settings)
     file = Path(url.database or "")
     directory = next(parent for parent in file.absolute().parents if parent.exists())
     if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
@@ -88,7 +93,19 @@ def store(settings: Settings) -> Finding:
     says = f"{file}, {free / GIB:.1f} GiB free"
     if not file.exists():
         return well(f"{says}; not there yet, the collector makes it")
-    Store.open(settings, create=False).close()
+    found = _schema(says, settings)
     if free < ROOM_BYTES:
-        return note(f"{says}; make room before a large run")
+        return note(f"{found.says}; make room before a large run")
+    return found
+
+
+def _schema(says: str, settings: Settings) -> Finding:
+    from services.collector.inspection import schema_version
+    from services.collector.schema import SCHEMA_VERSION
+
+    version = schema_version(settings)
+    if version is None:
+        return well(f"{says}; empty, the collector makes its tables")
+    if version != SCHEMA_VERSION:
+        return note(f"{says}; of version {version}, would be upgraded by the next collector")
     return well(says)

@@ -4,10 +4,12 @@ tests.
 
 import json
 import resource
+import sqlite3
 import stat
 import sys
 from collections import namedtuple
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -93,9 +95,9 @@ def test_what_is_not_installed_is_not_looked_at(
     keepwarm: Keepwarm, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only(monkeypatch, "store")
-    monkeypatch.setitem(sys.modules, "services.collector", None)
+    monkeypatch.setitem(sys.modules, "services.collector.database", None)
     assert keepwarm("doctor") == 0
-    assert "not looked at: services.collector is not installed here" in capsys.readouterr().out
+    assert "not looked at: services.collector.database is not installed here" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -193,6 +195,65 @@ def test_a_store_that_is_there_is_opened(
     assert "not there yet" not in capsys.readouterr().out
     file.write_bytes(b"not a database, whatever its name is" * 100)
     assert keepwarm("doctor", "--store", str(file)) == 6
+
+
+def contents(file: Path) -> tuple[list[tuple[str, ...]], list[tuple[int, ...]], str]:
+    """Its tables and indexes, its versions, and its journal mode."""
+    with closing(sqlite3.connect(file)) as database:
+        return (
+            database.execute("SELECT name, sql FROM sqlite_master ORDER BY name").fetchall(),
+            database.execute("SELECT version FROM keepwarm_schema").fetchall(),
+            database.execute("PRAGMA journal_mode").fetchone()[0],
+        )
+
+
+@pytest.mark.parametrize("mode", ["wal", "delete"])
+def test_a_store_of_an_older_version_stays_as_it_is(
+    keepwarm: Keepwarm,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    stored: Path,
+    mode: str,
+) -> None:
+    only(monkeypatch, "store")
+    with closing(sqlite3.connect(stored)) as database, database:
+        database.execute(f"PRAGMA journal_mode = {mode}")
+        database.execute("DROP TABLE verdict_counts")
+        database.execute("DROP INDEX outcomes_dead")
+        database.execute("UPDATE keepwarm_schema SET version = 3")
+    before = contents(stored)
+    assert keepwarm("doctor", "--store", str(stored)) == 0
+    output = capsys.readouterr().out
+    assert "note" in output and "version 3, would be upgraded by the next collector" in output
+    assert contents(stored) == before
+    assert before[1:] == ([(3,)], mode)
+
+
+def test_an_empty_file_stays_empty(
+    keepwarm: Keepwarm,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    only(monkeypatch, "store")
+    file = tmp_path / "store.sqlite"
+    file.touch()
+    assert keepwarm("doctor", "--store", str(file)) == 0
+    assert "empty, the collector makes its tables" in capsys.readouterr().out
+    assert file.stat().st_size == 0 and list(tmp_path.glob("store.sqlite?*")) == []
+
+
+def test_a_store_of_a_newer_version_is_a_fault(
+    keepwarm: Keepwarm,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    stored: Path,
+) -> None:
+    only(monkeypatch, "store")
+    with closing(sqlite3.connect(stored)) as database, database:
+        database.execute("UPDATE keepwarm_schema SET version = 99")
+    assert keepwarm("doctor", "--store", str(stored)) == 6
+    assert "has schema version 99" in capsys.readouterr().out
 
 
 def test_a_store_in_a_directory_that_we_may_not_write_is_a_fault(
