@@ -1,12 +1,14 @@
 """What a broker has of the house, found out without a change to it."""
 
+import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from operator import methodcaller
 
 import pika
 from pika.adapters.blocking_connection import BlockingChannel
-from pika.exceptions import AMQPError, ChannelClosedByBroker
+from pika.exceptions import AMQPError, ChannelClosedByBroker, UnroutableError
 
 from services.broker.address import BrokerAddress
 from services.contracts import topology as names
@@ -29,6 +31,23 @@ def missing(address: BrokerAddress) -> list[str]:
             if not may(methodcaller("queue_declare", name, passive=True))
         ]
     return exchanges + queues
+
+
+def writable(address: BrokerAddress) -> set[str]:
+    """The direct exchanges, all of them there, that this user may publish to. Raises BrokerError.
+
+    The broker asks for the right before it looks for a queue, and the key is no queue's: an empty
+    message comes back. A fanout has no keys: whoever listens there would hear it.
+    """
+    key = f"keepwarm-doctor-{secrets.token_hex(8)}"
+    with _asking(address) as may:
+        return {name for name in names.DIRECT_EXCHANGES if may(partial(_publish, name, key))}
+
+
+def _publish(exchange: str, key: str, channel: BlockingChannel) -> None:
+    channel.confirm_delivery()
+    with suppress(UnroutableError):
+        channel.basic_publish(exchange, key, b"", mandatory=True)
 
 
 @contextmanager

@@ -12,6 +12,8 @@ consume, get, purge                     read the queue
 ask whether a thing exists              nothing
 """
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from services.contracts import topology as names
@@ -132,3 +134,16 @@ ROLES = (
         tags=("monitoring",),
     ),
 )
+
+
+def roles_that_fit(writable: Collection[str], *, makes_house: bool) -> list[Role]:
+    """Roles that a user can play who may publish to these direct exchanges and no other, and may
+    make what is always there, or not.
+    """
+
+    def fits(role: Role) -> bool:
+        wants = {name for name in names.DIRECT_EXCHANGES if re.search(role.permissions.write, name)}
+        wants_house = re.search(role.permissions.configure, names.VERDICTS_QUEUE) is not None
+        return wants <= set(writable) and (makes_house or not wants_house)
+
+    return [role for role in ROLES if fits(role)]

@@ -71,13 +71,7 @@ def _queue(
 
 
 def _house(version: str, *, bind: bool = True) -> Iterator[Step]:
-    for name in (
-        names.CLAIMS_EXCHANGE,
-        names.RETURNS_EXCHANGE,
-        names.VERDICTS_EXCHANGE,
-        names.RUNS_EXCHANGE,
-        names.DEAD_EXCHANGE,
-    ):
+    for name in names.DIRECT_EXCHANGES:
         yield _exchange(name)
     for queue, exchange in (
         (names.DEAD_MESSAGES_QUEUE, names.DEAD_EXCHANGE),

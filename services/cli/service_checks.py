@@ -6,9 +6,10 @@ import threading
 from pathlib import Path
 
 from services.broker import BrokerAddress, Declares, Publisher
-from services.broker.inspection import missing
+from services.broker.inspection import missing, writable
 from services.broker.private_node import find_server
 from services.broker.queue_counts import Counts
+from services.broker.roles import ROLES, Role, roles_that_fit
 from services.cli.findings import GIB, ROOM_BYTES, Finding, note, shared_file_system, well
 from services.contracts import Settings, topology
 from services.contracts.errors import BrokerError, BrokerRefused, StoreError
@@ -39,17 +40,34 @@ def broker(settings: Settings) -> Finding:
             f"{address} takes us, and lacks {', '.join(lacks)}: the next collector that starts "
             f"makes what is missing. Waiting: {lengths}"
         )
+    arguments, fitting = _rights(address)
+    says = f"{address} takes us, {arguments}. Waiting: {lengths}"
+    if len(fitting) == len(ROLES):
+        return well(says)
+    others = [role.name for role in ROLES if role not in fitting]
+    return note(
+        f"{says}. As far as it was tried, this user is right for: "
+        f"{', '.join(role.name for role in fitting) or 'nothing'}; not for: {', '.join(others)}. "
+        "Not tried: to read queues, and to make those of claims"
+    )
+
+
+def _rights(address: BrokerAddress) -> tuple[str, list[Role]]:
+    """What of the arguments, and the roles that this user may play. Raises BrokerError."""
+    makes_house = True
     try:
         # All are there: who may declares them once more, and the broker compares the arguments.
         Publisher(address, "doctor", window=1, declares=Declares("unbound")).open(
             _ANSWER_SECONDS
         ).close()
     except BrokerRefused:
-        return well(
-            f"{address} takes us; this user may not make queues, as is right for a worker or a "
-            f"producer, so their arguments were not compared. Waiting: {lengths}"
-        )
-    return well(f"{address} takes us, and its queues are as they should be. Waiting: {lengths}")
+        makes_house = False
+    arguments = (
+        "and its queues are as they should be"
+        if makes_house
+        else "and this user may not make its queues, so their arguments were not compared"
+    )
+    return arguments, roles_that_fit(writable(address), makes_house=makes_house)
 
 
 def _counts(link: Publisher) -> Counts:
@@ -70,7 +88,7 @@ def _counts(link: Publisher) -> Counts:
 
 
 def store(settings: Settings) -> Finding:
-    """Raises StoreError when it cannot be used or written."""
+    """Raises StoreError when it cannot be used."""
     from services.collector.database import checked_url, shown
 
     url = checked_url(settings)
@@ -100,12 +118,17 @@ def store(settings: Settings) -> Finding:
 
 
 def _schema(says: str, settings: Settings) -> Finding:
-    from services.collector.inspection import schema_version
+    from services.collector.inspection import inspect_store
     from services.collector.schema import SCHEMA_VERSION
 
-    version = schema_version(settings)
-    if version is None:
-        return well(f"{says}; empty, the collector makes its tables")
-    if version != SCHEMA_VERSION:
-        return note(f"{says}; of version {version}, would be upgraded by the next collector")
-    return well(says)
+    found = inspect_store(settings)
+    if found.version is None:
+        says = f"{says}; empty, the collector makes its tables"
+    elif found.version != SCHEMA_VERSION:
+        says = f"{says}; of version {found.version}, would be upgraded by the next collector"
+    if found.read_only:
+        return note(
+            f"{says}; it can be read, as `status`, `report` and `export` do, and not be written, "
+            f"as a collector, `cancel` and `dead` do: {found.read_only}"
+        )
+    return note(says) if found.version not in (None, SCHEMA_VERSION) else well(says)

@@ -131,3 +131,54 @@ def test_a_database_of_an_older_version_stays_so(command: Start, server: Postgre
     assert "version 3, would be upgraded by the next collector" in says
     assert rows(url, TABLES) == before
     assert rows(url, "SELECT version FROM keepwarm_schema") == [(3,)] != [(SCHEMA_VERSION,)]
+
+
+def test_what_was_tried_is_taken_back(command: Start, server: PostgreSQL) -> None:
+    url = server.new_database()
+    Store.open(load_settings(store_url=url)).close()
+    code, says = diagnosis(command, "--store", url, about="store")
+    assert (code, json.loads(says)["level"]) == (0, "well")
+    assert rows(url, "SELECT version FROM keepwarm_schema") == [(SCHEMA_VERSION,)]
+
+
+GRANTS = {
+    "to read": ("GRANT SELECT ON ALL TABLES IN SCHEMA public TO {0}", "permission denied for"),
+    "all but numbers": (
+        "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {0}",
+        "the sequence of runs.run_key",
+    ),
+    "all, and a server that only reads": (
+        "GRANT ALL ON ALL TABLES IN SCHEMA public TO {0};"
+        "GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO {0};"
+        "ALTER ROLE {0} SET default_transaction_read_only = on",
+        "read-only transaction",
+    ),
+}
+
+
+@pytest.mark.parametrize("granted", GRANTS)
+def test_a_user_who_may_only_read_is_told_for_whom_that_is(
+    command: Start, server: PostgreSQL, granted: str
+) -> None:
+    url, grant = server.new_database(), GRANTS[granted]
+    Store.open(load_settings(store_url=url)).close()
+    role = f"reader{list(GRANTS).index(granted)}"
+    with psycopg.connect(url) as connection:
+        connection.execute(f"CREATE ROLE {role} LOGIN; {grant[0].format(role)}")
+    as_reader = url.replace("//keepwarm@", f"//{role}@")
+    code, says = diagnosis(command, "--store", as_reader, about="store")
+    assert (code, json.loads(says)["level"]) == (0, "note")
+    assert "can be read, as `status`" in says and grant[1] in says
+
+
+def test_an_empty_database_where_no_tables_may_be_made_is_noted(
+    command: Start, server: PostgreSQL
+) -> None:
+    url = server.new_database()
+    with psycopg.connect(url) as connection:
+        connection.execute("CREATE ROLE guest LOGIN")
+        connection.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+    as_guest = url.replace("//keepwarm@", "//guest@")
+    code, says = diagnosis(command, "--store", as_guest, about="store")
+    assert (code, json.loads(says)["level"]) == (0, "note")
+    assert "permission denied for schema public" in says

@@ -97,7 +97,10 @@ def test_what_is_not_installed_is_not_looked_at(
     only(monkeypatch, "store")
     monkeypatch.setitem(sys.modules, "services.collector.database", None)
     assert keepwarm("doctor") == 0
-    assert "not looked at: services.collector.database is not installed here" in capsys.readouterr().out
+    assert (
+        "not looked at: services.collector.database is not installed here"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
@@ -227,6 +230,21 @@ def test_a_store_of_an_older_version_stays_as_it_is(
     assert "note" in output and "version 3, would be upgraded by the next collector" in output
     assert contents(stored) == before
     assert before[1:] == ([(3,)], mode)
+
+
+def test_a_store_that_cannot_be_written_is_a_fault(
+    keepwarm: Keepwarm,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    stored: Path,
+) -> None:
+    """Read it still can be."""
+    only(monkeypatch, "store")
+    with closing(sqlite3.connect(stored)) as database, database:
+        refuse = "BEGIN SELECT RAISE(ABORT, 'no more of it'); END"
+        database.execute(f"CREATE TRIGGER no BEFORE INSERT ON keepwarm_schema {refuse}")
+    assert keepwarm("doctor", "--store", str(stored)) == 6
+    assert "no more of it" in capsys.readouterr().out
 
 
 def test_an_empty_file_stays_empty(
