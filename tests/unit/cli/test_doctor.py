@@ -13,12 +13,15 @@ from contextlib import closing
 from pathlib import Path
 
 import psutil
+import pynvml
 import pytest
 
 from services.cli import doctor, node_checks
 from services.cli.findings import note, shared_file_system, well
 from services.collector import Store
+from services.contexts.device import Device
 from services.contracts import Settings, load_settings
+from services.contracts.errors import EngineStartError
 
 Keepwarm = Callable[..., int]
 Partition = namedtuple("Partition", "mountpoint fstype")
@@ -134,6 +137,48 @@ def test_an_engine_built_for_what_the_node_has_not_is_noted(
     assert "CUDA 13.0, which is not what this node has" in found.says
 
 
+@pytest.mark.parametrize(
+    ("driver", "level", "part"),
+    [
+        (13_000, "well", "the driver knows CUDA 13.0"),
+        (13_010, "well", "the driver knows CUDA 13.1"),
+        (14_000, "well", "the driver knows CUDA 14.0"),
+        (12_090, None, "CUDA 12.9, which is too old for this engine"),
+        (None, "well", "built for CUDA 13.0"),
+    ],
+)
+def test_the_driver_is_judged_by_what_the_engine_was_built_for(
+    settings: Settings,
+    vllm_for: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    driver: int | None,
+    level: str | None,
+    part: str,
+) -> None:
+    def told() -> int:
+        if driver is None:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)
+        return driver
+
+    gpu = Device("cuda", "NVIDIA H100", 80 * 1024**3, (0,), "0")
+    monkeypatch.setattr("services.contexts.find_device", lambda: gpu)
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlSystemGetCudaDriverVersion_v2", told)
+    python = vllm_for("""echo '{"vllm": "0.32.0", "cuda": "13.0"}'""")
+    here = settings.model_copy(update={"engine_python": python})
+    if level is None:
+        with pytest.raises(EngineStartError, match=part):
+            node_checks.engine(here)
+        return
+    found = node_checks.engine(here)
+    assert found.level == level and part in found.says
+
+
+def test_an_older_driver_of_the_same_major_version_is_noted() -> None:
+    assert node_checks._judged("vLLM", (13, 2), (13, 0)).level == "note"
+
+
 def test_directories_that_other_nodes_see_are_not_for_sockets_nor_for_sqlite(
     keepwarm: Keepwarm,
     capsys: pytest.CaptureFixture[str],
@@ -156,6 +201,37 @@ def test_the_innermost_mount_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert shared_file_system(tmp_path.parent) is None
 
 
+def limit(monkeypatch: pytest.MonkeyPatch, **soft: int) -> None:
+    """These limits, and no others."""
+    limits = {getattr(resource, name): value for name, value in soft.items()}
+    unlimited = resource.RLIM_INFINITY
+    monkeypatch.setattr(
+        resource, "getrlimit", lambda which: (limits.get(which, unlimited), unlimited)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "soft", "advice"),
+    [
+        ("RLIMIT_NPROC", 1_024, "ulimit -u 4096"),
+        ("RLIMIT_NPROC", 4_096, None),
+        ("RLIMIT_AS", 64 * 1024**3, "ulimit -v unlimited"),
+        ("RLIMIT_AS", resource.RLIM_INFINITY, None),
+    ],
+)
+def test_limits_of_threads_and_of_addresses_are_noted(
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    soft: int,
+    advice: str | None,
+) -> None:
+    limit(monkeypatch, RLIMIT_NOFILE=65_536, **{name: soft})
+    found = node_checks.limits(settings)
+    assert found.level == ("note" if advice else "well")
+    assert advice is None or advice in found.says
+
+
 @pytest.mark.parametrize(("soft", "expected"), [(64, 2), (1_024, 0), (65_536, 0)])
 def test_few_files_are_noted_and_too_few_are_a_fault(
     keepwarm: Keepwarm,
@@ -165,7 +241,7 @@ def test_few_files_are_noted_and_too_few_are_a_fault(
     expected: int,
 ) -> None:
     only(monkeypatch, "limits")
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, 65_536))
+    limit(monkeypatch, RLIMIT_NOFILE=soft)
     assert keepwarm("doctor") == expected
     assert ("ulimit -n 4096" in capsys.readouterr().out) == (soft < 4_096)
 
