@@ -55,6 +55,27 @@ def test_a_definition_is_whole(file: Path) -> None:
     assert called <= {target for _, target in definition.files}
 
 
+@pytest.mark.parametrize("section", ["post", "test"])
+@pytest.mark.parametrize("file", DEFINITIONS, ids=lambda path: path.name)
+def test_a_command_that_fails_in_the_midst_fails_the_section(
+    file: Path, section: str, tmp_path: Path
+) -> None:
+    """Apptainer's shell for %test goes on after an error, and the last command's status counts."""
+    script = read_definition(file).sections[section]
+    for name in ("sh", "keepwarm"):
+        program = tmp_path / name
+        program.write_text("#!/bin/false\n")
+        program.chmod(0o755)
+    ends = subprocess.run(
+        ["/bin/sh", "-c", f"{script}\necho went on"],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ends.returncode != 0 and "went on" not in ends.stdout, ends
+
+
 def test_the_job_scripts_say_where_the_job_is() -> None:
     """Slurm runs a copy that is elsewhere; an image has it in a place of its own."""
     worker = read_definition(APPTAINER / "worker.def")
