@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRETS, RESULTS, DOTENV = ROOT / "secrets", ROOT / "results", ROOT / ".env"
+MODELS = ROOT / ".models"
 ADMIN = "keepwarm-admin"
 ROLES = ("producer", "worker", "collector", "operator")
 PASSWORDS = (
@@ -39,6 +40,10 @@ def main() -> None:
     (SECRETS / "hf.token").touch()  # for who has one to put there
     added = extend_dotenv(known, uid, gid)
     give((SECRETS, *SECRETS.rglob("*"), RESULTS), uid, gid)
+    if not MODELS.exists():
+        # Docker would make it, as root, and whoever sets a model up could not write there.
+        MODELS.mkdir()
+        give((MODELS,), uid, gid)
     print(f"secrets/: {len(made)} passwords made, {len(PASSWORDS) - len(made)} kept; of user {uid}")
     print(f".env: {', '.join(added) or 'nothing'} added; COMPOSE_PROFILES says what is started")
     print("Next: docker compose up -d")

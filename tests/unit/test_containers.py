@@ -192,6 +192,29 @@ def test_the_broker_is_set_up_with_them(checkout: Path) -> None:
     assert conf == f"default_user = keepwarm-admin\ndefault_pass = {admin}\n"
 
 
+def test_directories_are_made_that_docker_would_make_as_root(
+    checkout: Path, file: dict[str, Any]
+) -> None:
+    make_secrets(checkout)
+    bound = {
+        volume.split(":-")[1].partition("}")[0]
+        for service in file["services"].values()
+        for volume in service.get("volumes", ())
+        if volume.startswith("${")
+    }
+    assert bound == {"./.models", "./results", "./samples"}
+    uid = int(re.search(r"KEEPWARM_UID=(\d+)", (checkout / ".env").read_text())[1])
+    for name in (".models", "results"):
+        assert (checkout / name).stat().st_uid == uid
+
+
+def test_models_that_are_there_are_kept_as_they_are(checkout: Path) -> None:
+    (checkout / ".models").mkdir(mode=0o755)
+    before = (checkout / ".models").stat()
+    make_secrets(checkout)
+    assert (checkout / ".models").stat() == before
+
+
 def test_what_is_there_is_kept(checkout: Path) -> None:
     (checkout / ".env").write_text("KEEPWARM_MODEL=mine\n")
     make_secrets(checkout)
