@@ -208,6 +208,29 @@ def test_directories_are_made_that_docker_would_make_as_root(
         assert (checkout / name).stat().st_uid == uid
 
 
+def test_what_containers_read_can_be_read_by_all(checkout: Path, file: dict[str, Any]) -> None:
+    """Prometheus is a user of its own, whatever the checkout's umask was."""
+    mounted = [
+        volume.split(":")[0].removeprefix("./")
+        for service in file["services"].values()
+        for volume in service.get("volumes", ())
+        if volume.startswith("./") and "secrets" not in volume
+    ]
+    assert "prometheus" in mounted
+    for name in mounted:
+        place = checkout / name
+        place.parent.mkdir(mode=0o700, exist_ok=True)
+        place.write_text("") if "." in name else place.mkdir(mode=0o700)
+        inner = place if place.is_file() else place / "file"
+        inner.write_text("")
+        inner.chmod(0o600)
+    assert make_secrets(checkout).returncode == 0
+    for name in mounted:
+        for path in (checkout / name, *(checkout / name).rglob("*")):
+            assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path
+    assert (checkout / "secrets").stat().st_mode & 0o777 == 0o700
+
+
 def test_models_that_are_there_are_kept_as_they_are(checkout: Path) -> None:
     (checkout / ".models").mkdir(mode=0o755)
     before = (checkout / ".models").stat()
