@@ -87,6 +87,13 @@ def test_only_those_that_need_it_have_a_way_out(services: dict[str, dict[str, An
         assert services[name]["networks"] == ["inside"], name
 
 
+def test_standard_input_is_kept_on_a_disk(services: dict[str, dict[str, Any]]) -> None:
+    producer = services["producer"]
+    place = producer["environment"]["TMPDIR"]
+    assert any(volume.endswith(f":{place}") for volume in producer["volumes"])
+    assert not any(tmpfs.startswith(f"{place}:") for tmpfs in producer["tmpfs"])
+
+
 def test_a_worker_and_its_engines_share_their_places(services: dict[str, dict[str, Any]]) -> None:
     worker = services["gpu-worker"]["volumes"]
     assert worker == services["engine-cpu"]["volumes"] == services["engine-cuda"]["volumes"]
