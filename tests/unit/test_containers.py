@@ -87,6 +87,24 @@ def test_only_those_that_need_it_have_a_way_out(services: dict[str, dict[str, An
         assert services[name]["networks"] == ["inside"], name
 
 
+def test_the_command_to_build_after_a_change_builds_every_image(
+    services: dict[str, dict[str, Any]], repository: Path
+) -> None:
+    page = (repository / "docs" / "getting-started.md").read_text()
+    command = re.search(r"^docker compose (.+) build +# or cuda$", page, re.MULTILINE)[1]
+    named = set(re.findall(r"--profile (\S+)", command))
+    for other in ("cpu", "cuda"):
+        started = (named - {"cpu"}) | {other}
+        built = {
+            service["image"]
+            for service in services.values()
+            if "build" in service and (started & set(service.get("profiles", started)))
+        }
+        assert built == {
+            services[name]["image"] for name in OWN if not name.startswith("engine")
+        } | {services[f"engine-{other}"]["image"]}
+
+
 def test_standard_input_is_kept_on_a_disk(services: dict[str, dict[str, Any]]) -> None:
     producer = services["producer"]
     place = producer["environment"]["TMPDIR"]
