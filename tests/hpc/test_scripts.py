@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from services.contracts import load_settings
 from tests.conftest import REPOSITORY
 from tests.hpc.definitions import APPTAINER, read_definition
 
@@ -83,3 +84,32 @@ def test_the_job_scripts_say_where_the_job_is() -> None:
     assert "/opt/keepwarm/apptainer/job.sh" in (APPTAINER / "job.sh").read_text()
     submitted = (APPTAINER / "htcondor" / "worker.sub").read_text()
     assert re.search(r"^executable +=\s*apptainer/job\.sh$", submitted, re.MULTILINE)
+
+
+def submit_commands(**macros: str) -> dict[str, str]:
+    """What worker.sub says, with its macros in place, as far as HTCondor's own reading goes."""
+    lines = (APPTAINER / "htcondor" / "worker.sub").read_text().splitlines()
+    pairs = (line.partition("=") for line in lines if "=" in line and not line.startswith("#"))
+    commands = {name.strip(): value.strip() for name, _, value in pairs} | macros
+
+    def placed(value: str) -> str:
+        value = re.sub(r"\$Fnx\((\w+)\)", lambda m: Path(commands[m[1]]).name, value)
+        value = re.sub(r"\$ENV\((\w+)\)", lambda m: "amqps://u@host/v", value)
+        return re.sub(r"\$\((image|model|workers|\w+_file)\)", lambda m: commands[m[1]], value)
+
+    return {name: placed(value) for name, value in commands.items()}
+
+
+@pytest.mark.parametrize("ca_file", ["", "secrets/ca.pem"])
+def test_what_a_job_of_htcondor_is_told_of_travels_with_it(ca_file: str) -> None:
+    macros = {"ca_file": ca_file} if ca_file else {}
+    commands = submit_commands(**macros)
+    pairs = (word.partition("=") for word in commands["environment"].strip('"').split())
+    variables = {name: value for name, _, value in pairs}
+    travels = {Path(name).name for name in commands["transfer_input_files"].split(",") if name}
+    told = {value for name, value in variables.items() if name.endswith("_FILE") and value}
+    assert told == travels and "worker.password" in told
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        assert load_settings().broker_ca_file == (Path("ca.pem").absolute() if ca_file else None)
