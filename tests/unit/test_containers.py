@@ -19,6 +19,8 @@ import yaml
 
 from services.broker.roles import ROLES
 from services.cli.secrets_dir import SecretsDir
+from services.collector import Store
+from services.contracts import load_settings
 
 OWN = ("collector", "producer", "gpu-worker", "engine-cpu", "engine-cuda")
 ENDS = ("broker-setup", "producer", "operator")  # they do one thing, and are not there for ever
@@ -103,6 +105,25 @@ def test_the_command_to_build_after_a_change_builds_every_image(
         assert built == {
             services[name]["image"] for name in OWN if not name.startswith("engine")
         } | {services[f"engine-{other}"]["image"]}
+
+
+def test_a_copy_of_the_store_goes_there_and_back(
+    services: dict[str, dict[str, Any]], repository: Path, tmp_path: Path
+) -> None:
+    """The commands of the page, without the containers: `operator` has both places."""
+    page = (repository / "docs" / "operations.md").read_text()
+    (backup,) = re.findall(r"^backup='(.+)'$", page, re.MULTILINE)
+    ways = re.findall(r'operator -c "\$backup" (\S+) (\S+)$', page, re.MULTILINE)
+    assert len(ways) == 2 and ways[0] == ways[1][::-1]
+    places = {volume.split(":")[-1] for volume in services["operator"]["volumes"]}
+    assert {str(Path(name).parent) for name in ways[0]} == places
+    assert services["operator"]["environment"]["KEEPWARM_STORE_URL"].endswith(f"{ways[0][0]}}}")
+    store, copy = (tmp_path / Path(name).name for name in ways[0])
+    Store.open(load_settings(store_url=str(store))).close()
+    subprocess.run([sys.executable, "-c", backup, store, copy], check=True)
+    store.write_bytes(b"")
+    subprocess.run([sys.executable, "-c", backup, copy, store], check=True)
+    Store.open(load_settings(store_url=str(store)), create=False).close()
 
 
 def test_standard_input_is_kept_on_a_disk(services: dict[str, dict[str, Any]]) -> None:
