@@ -2,7 +2,8 @@
 # A RabbitMQ node as this user, for those who have no broker: data, configuration and log in DIRECTORY.
 #   apptainer/broker.sh DIRECTORY                     until SIGTERM
 #   apptainer/broker.sh DIRECTORY rabbitmqctl ...     a command for the node that runs there
-# Without a rabbitmq.conf in DIRECTORY it listens on loopback alone; docs/hpc.md says what to write.
+# Without a rabbitmq.conf in DIRECTORY it listens on loopback alone; docs/hpc.md says what to write. Its
+# administrator is keepwarm-admin, with the random password in DIRECTORY/admin.password.
 set -eu
 if [ $# -eq 0 ]; then
     echo "usage: broker.sh DIRECTORY [COMMAND...]" >&2
@@ -19,6 +20,14 @@ listeners.tcp.1     = 127.0.0.1:5672
 management.tcp.ip   = 127.0.0.1
 management.tcp.port = 15672
 CONFIGURATION
+fi
+# A new node makes this user, and not guest, whose password everybody knows. One that has users already
+# makes none.
+if [ ! -e "$here/data" ] && ! grep -q '^[[:space:]]*default_user[[:space:]]*=' "$here/rabbitmq.conf"; then
+    [ -s "$here/admin.password" ] || od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$here/admin.password"
+    chmod 600 "$here/admin.password" "$here/rabbitmq.conf"
+    printf '\ndefault_user = keepwarm-admin\ndefault_pass = %s\n' "$(cat "$here/admin.password")" \
+        >>"$here/rabbitmq.conf"
 fi
 [ -e "$here/enabled_plugins" ] || echo '[rabbitmq_management].' >"$here/enabled_plugins"
 

@@ -46,7 +46,8 @@ if in_slurm && [[ -z ${KEEPWARM_WALLTIME_SECONDS-} ]]; then
 fi
 
 if [[ -n ${KEEPWARM_IMAGE-} ]]; then
-    mkdir -p "$KEEPWARM_CACHE_DIR"
+    # To bind what is not there is a fatal error.
+    mkdir -p "$KEEPWARM_CACHE_DIR" ${HF_HOME:+"$HF_HOME"}
     command=(
         "$(command -v apptainer || command -v singularity || echo apptainer)" exec --nv
         --bind "$KEEPWARM_CACHE_DIR" --bind "$KEEPWARM_RUNTIME_DIR" --bind "$scratch"

@@ -15,6 +15,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRETS, RESULTS, DOTENV = ROOT / "secrets", ROOT / "results", ROOT / ".env"
+MODELS = ROOT / ".models"
+# What containers read of the repository, and not all as the user who has it.
+READ_BY_ALL = ("grafana", "prometheus", "rabbitmq", "samples")
 ADMIN = "keepwarm-admin"
 ROLES = ("producer", "worker", "collector", "operator")
 PASSWORDS = (
@@ -39,6 +42,12 @@ def main() -> None:
     (SECRETS / "hf.token").touch()  # for who has one to put there
     added = extend_dotenv(known, uid, gid)
     give((SECRETS, *SECRETS.rglob("*"), RESULTS), uid, gid)
+    if not MODELS.exists():
+        # Docker would make it, as root, and whoever sets a model up could not write there.
+        MODELS.mkdir()
+        give((MODELS,), uid, gid)
+    for name in READ_BY_ALL:
+        let_all_read(ROOT / name)
     print(f"secrets/: {len(made)} passwords made, {len(PASSWORDS) - len(made)} kept; of user {uid}")
     print(f".env: {', '.join(added) or 'nothing'} added; COMPOSE_PROFILES says what is started")
     print("Next: docker compose up -d")
@@ -124,6 +133,21 @@ def give(paths: tuple[Path, ...], uid: int, gid: int) -> None:
                 f"{path} belongs to user {path.stat().st_uid}, and containers run as {uid} "
                 "(KEEPWARM_UID in .env): run this as root, or, where nothing was made with them "
                 "yet, remove secrets/ and .env"
+            )
+
+
+def let_all_read(directory: Path) -> None:
+    """A checkout that was made with umask 077 keeps them to its owner."""
+    for path in (directory, *directory.rglob("*")) if directory.is_dir() else ():
+        mode = path.stat().st_mode
+        wanted = mode | (0o055 if path.is_dir() else 0o044)
+        if mode == wanted:
+            continue
+        try:
+            path.chmod(wanted)
+        except PermissionError:
+            sys.exit(
+                f"{path} cannot be read by all, as containers must: its owner has to mend that"
             )
 
 

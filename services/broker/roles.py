@@ -12,6 +12,8 @@ consume, get, purge                     read the queue
 ask whether a thing exists              nothing
 """
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from services.contracts import topology as names
@@ -20,15 +22,6 @@ _NOTHING = "^$"
 _ANY_CLAIMS_QUEUE = names.claims_queue("*")
 _ANY_NOTICES_QUEUE = names.listener_queue(names.NOTICES_EXCHANGE, "*")
 _ANY_PRESENCE_QUEUE = names.listener_queue(names.PRESENCE_EXCHANGE, "*")
-_FIXED_EXCHANGES = (
-    names.CLAIMS_EXCHANGE,
-    names.RETURNS_EXCHANGE,
-    names.VERDICTS_EXCHANGE,
-    names.RUNS_EXCHANGE,
-    names.DEAD_EXCHANGE,
-    names.NOTICES_EXCHANGE,
-    names.PRESENCE_EXCHANGE,
-)
 _COLLECTED_QUEUES = (
     names.RETURNS_QUEUE,
     names.VERDICTS_QUEUE,
@@ -37,7 +30,7 @@ _COLLECTED_QUEUES = (
 )
 _FIXED_QUEUES = (*_COLLECTED_QUEUES, names.DEAD_MESSAGES_QUEUE)
 _EVERYTHING = (
-    *(*_FIXED_EXCHANGES, *_FIXED_QUEUES),
+    *(*names.HOUSE_EXCHANGES, *_FIXED_QUEUES),
     *(_ANY_CLAIMS_QUEUE, _ANY_NOTICES_QUEUE, _ANY_PRESENCE_QUEUE),
 )
 
@@ -110,7 +103,7 @@ ROLES = (
         "claims, refused messages and notices",
         Permissions(
             configure=_only(
-                *_FIXED_EXCHANGES, *_FIXED_QUEUES, _ANY_CLAIMS_QUEUE, _ANY_PRESENCE_QUEUE
+                *names.HOUSE_EXCHANGES, *_FIXED_QUEUES, _ANY_CLAIMS_QUEUE, _ANY_PRESENCE_QUEUE
             ),
             write=_only(
                 names.CLAIMS_EXCHANGE,
@@ -141,3 +134,16 @@ ROLES = (
         tags=("monitoring",),
     ),
 )
+
+
+def roles_that_fit(writable: Collection[str], *, makes_house: bool) -> list[Role]:
+    """Roles that a user can play who may publish to these direct exchanges and no other, and may
+    make what is always there, or not.
+    """
+
+    def fits(role: Role) -> bool:
+        wants = {name for name in names.DIRECT_EXCHANGES if re.search(role.permissions.write, name)}
+        wants_house = re.search(role.permissions.configure, names.VERDICTS_QUEUE) is not None
+        return wants <= set(writable) and (makes_house or not wants_house)
+
+    return [role for role in ROLES if fits(role)]

@@ -16,9 +16,10 @@ class Declares:
     """What a service declares on every new channel. Least privilege: a worker declares nothing.
 
     `house` are the exchanges and the queues that always are, `context_ids` the claims queues.
+    "unbound": where all of them are there, this compares their arguments and changes nothing.
     """
 
-    house: Literal["always", "if-missing", "never"] = "never"
+    house: Literal["always", "if-missing", "never", "unbound"] = "never"
     context_ids: tuple[str, ...] = ()
 
 
@@ -50,7 +51,12 @@ def _exchange(name: str, kind: str = "direct") -> Step:
 
 
 def _queue(
-    server_version: str, name: str, exchange_name: str, *, dead_letters: bool = True
+    server_version: str,
+    name: str,
+    exchange_name: str,
+    *,
+    dead_letters: bool = True,
+    bind: bool = True,
 ) -> Iterator[Step]:
     yield lambda channel, done: channel.queue_declare(
         name,
@@ -58,25 +64,27 @@ def _queue(
         arguments=quorum_arguments(server_version, dead_letters=dead_letters),
         callback=done,
     )
-    yield lambda channel, done: channel.queue_bind(
-        name, exchange_name, routing_key=name, callback=done
-    )
+    if bind:
+        yield lambda channel, done: channel.queue_bind(
+            name, exchange_name, routing_key=name, callback=done
+        )
 
 
-def _house(version: str) -> Iterator[Step]:
-    for name in (
-        names.CLAIMS_EXCHANGE,
-        names.RETURNS_EXCHANGE,
-        names.VERDICTS_EXCHANGE,
-        names.RUNS_EXCHANGE,
-        names.DEAD_EXCHANGE,
-    ):
+def _house(version: str, *, bind: bool = True) -> Iterator[Step]:
+    for name in names.DIRECT_EXCHANGES:
         yield _exchange(name)
-    yield from _queue(version, names.DEAD_MESSAGES_QUEUE, names.DEAD_EXCHANGE, dead_letters=False)
-    yield from _queue(version, names.DEAD_CLAIMS_QUEUE, names.DEAD_EXCHANGE)
-    yield from _queue(version, names.RETURNS_QUEUE, names.RETURNS_EXCHANGE)
-    yield from _queue(version, names.VERDICTS_QUEUE, names.VERDICTS_EXCHANGE)
-    yield from _queue(version, names.RUNS_QUEUE, names.RUNS_EXCHANGE)
+    for queue, exchange in (
+        (names.DEAD_MESSAGES_QUEUE, names.DEAD_EXCHANGE),
+        (names.DEAD_CLAIMS_QUEUE, names.DEAD_EXCHANGE),
+        (names.RETURNS_QUEUE, names.RETURNS_EXCHANGE),
+        (names.VERDICTS_QUEUE, names.VERDICTS_EXCHANGE),
+        (names.RUNS_QUEUE, names.RUNS_EXCHANGE),
+    ):
+        yield from _queue(
+            *(version, queue, exchange),
+            dead_letters=queue != names.DEAD_MESSAGES_QUEUE,
+            bind=bind,
+        )
     yield _exchange(names.PRESENCE_EXCHANGE, "fanout")
     # The last one: where it is, all the others are.
     yield _exchange(names.NOTICES_EXCHANGE, "fanout")
@@ -85,6 +93,8 @@ def _house(version: str) -> Iterator[Step]:
 def _steps(server_version: str, declares: Declares, house_is_missing: bool) -> Iterator[Step]:
     if declares.house == "always" or (declares.house == "if-missing" and house_is_missing):
         yield from _house(server_version)
+    elif declares.house == "unbound":
+        yield from _house(server_version, bind=False)
     elif declares.house == "if-missing":
         # Where it is missing, the broker closes the channel with 404.
         yield lambda channel, done: channel.exchange_declare(

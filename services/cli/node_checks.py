@@ -14,6 +14,8 @@ from services.contracts import Settings
 from services.contracts.errors import EngineStartError, UsageError
 
 _FILES, _FEW_FILES = 4_096, 256
+# An engine on processors has some hundreds of threads, and all that a user has running count.
+_THREADS = 4_096
 _IMPORT_SECONDS = 300
 _EXTRAS = {
     "gpu-worker": ("httpx_sse", "tokenizers", "jinja2", "huggingface_hub", "pynvml"),
@@ -114,7 +116,43 @@ def engine(settings: Settings) -> Finding:
             f"{says}, which is not what this node has; `make setup ENGINE=cpu` or `ENGINE=cuda` "
             "installs the other"
         )
+    knows = _driver_cuda() if cuda else None
+    return well(says) if knows is None else _judged(says, _version(cuda), knows)
+
+
+def _judged(says: str, wants: tuple[int, ...], knows: tuple[int, ...]) -> Finding:
+    """Raises EngineStartError where the driver is too old for this engine."""
+    says = f"{says}; the driver knows CUDA {'.'.join(map(str, knows))}"
+    # Within a major version an older driver runs what was built for a newer minor one, but for code
+    # that is compiled on the spot: https://docs.nvidia.com/deploy/cuda-compatibility/
+    if knows[:1] < wants[:1]:
+        raise EngineStartError(
+            f"{says}, which is too old for this engine; ask the administrator for a newer one"
+        )
+    if knows < wants:
+        return note(f"{says}, which is older; a newer driver is better where an engine fails")
     return well(says)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+def _driver_cuda() -> tuple[int, ...] | None:
+    """The newest CUDA that the driver knows; None where it does not say."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        told = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+    return told // 1000, told % 1000 // 10
 
 
 def runtime_dir(settings: Settings) -> Finding:
@@ -163,13 +201,25 @@ def keeper(settings: Settings) -> Finding:
 
 def limits(_: Settings) -> Finding:
     """Raises UsageError where nothing could work."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    says = f"open files: {soft:,} (at most {hard:,})"
-    if soft < _FEW_FILES:
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    threads, _most = resource.getrlimit(resource.RLIMIT_NPROC)
+    space, _most = resource.getrlimit(resource.RLIMIT_AS)
+    says = f"open files: {files:,} (at most {most:,})"
+    if files < _FEW_FILES:
         raise UsageError(f"{says}, which is too few; run `ulimit -n {_FILES}` before the service")
-    if soft < _FILES:
-        return note(f"{says}; engines and brokers want {_FILES:,}: `ulimit -n {_FILES}`")
-    return well(says)
+    says += f"; processes and threads: {_count(threads)}; address space: {_count(space)}"
+    wants = []
+    if files < _FILES:
+        wants.append(f"engines and brokers want {_FILES:,} files: `ulimit -n {_FILES}`")
+    if threads != resource.RLIM_INFINITY and threads < _THREADS:
+        wants.append(f"engines want {_THREADS:,} threads: `ulimit -u {_THREADS}`")
+    if space != resource.RLIM_INFINITY:
+        wants.append("CUDA reserves more addresses than there is memory: `ulimit -v unlimited`")
+    return note("; ".join((says, *wants))) if wants else well(says)
+
+
+def _count(limit: int) -> str:
+    return "unlimited" if limit == resource.RLIM_INFINITY else f"{limit:,}"
 
 
 def clock(_: Settings) -> Finding:

@@ -6,8 +6,10 @@ import threading
 from pathlib import Path
 
 from services.broker import BrokerAddress, Declares, Publisher
+from services.broker.inspection import missing, writable
 from services.broker.private_node import find_server
 from services.broker.queue_counts import Counts
+from services.broker.roles import ROLES, Role, roles_that_fit
 from services.cli.findings import GIB, ROOM_BYTES, Finding, note, shared_file_system, well
 from services.contracts import Settings, topology
 from services.contracts.errors import BrokerError, BrokerRefused, StoreError
@@ -29,20 +31,43 @@ def broker(settings: Settings) -> Finding:
     address = BrokerAddress.from_settings(settings)
     with Publisher(address, "doctor", window=1).open(_ANSWER_SECONDS) as link:
         counts = _counts(link)
-    if topology.VERDICTS_QUEUE not in counts:
+    lacks = missing(address)
+    if len(lacks) == len(topology.HOUSE_EXCHANGES + topology.HOUSE_QUEUES):
         return note(f"{address} takes us, and has no queues yet: a collector makes them")
     lengths = ", ".join(f"{queue} {count:,}" for queue, count in counts.items())
+    if lacks:
+        return note(
+            f"{address} takes us, and lacks {', '.join(lacks)}: the next collector that starts "
+            f"makes what is missing. Waiting: {lengths}"
+        )
+    arguments, fitting = _rights(address)
+    says = f"{address} takes us, {arguments}. Waiting: {lengths}"
+    if len(fitting) == len(ROLES):
+        return well(says)
+    others = [role.name for role in ROLES if role not in fitting]
+    return note(
+        f"{says}. As far as it was tried, this user is right for: "
+        f"{', '.join(role.name for role in fitting) or 'nothing'}; not for: {', '.join(others)}. "
+        "Not tried: to read queues, and to make those of claims"
+    )
+
+
+def _rights(address: BrokerAddress) -> tuple[str, list[Role]]:
+    """What of the arguments, and the roles that this user may play. Raises BrokerError."""
+    makes_house = True
     try:
-        # Who may declares them once more, which changes nothing; the broker compares the arguments.
-        Publisher(address, "doctor", window=1, declares=Declares("always")).open(
+        # All are there: who may declares them once more, and the broker compares the arguments.
+        Publisher(address, "doctor", window=1, declares=Declares("unbound")).open(
             _ANSWER_SECONDS
         ).close()
     except BrokerRefused:
-        return well(
-            f"{address} takes us; this user may not make queues, as is right for a worker or a "
-            f"producer, so their arguments were not compared. Waiting: {lengths}"
-        )
-    return well(f"{address} takes us, and its queues are as they should be. Waiting: {lengths}")
+        makes_house = False
+    arguments = (
+        "and its queues are as they should be"
+        if makes_house
+        else "and this user may not make its queues, so their arguments were not compared"
+    )
+    return arguments, roles_that_fit(writable(address), makes_house=makes_house)
 
 
 def _counts(link: Publisher) -> Counts:
@@ -63,14 +88,12 @@ def _counts(link: Publisher) -> Counts:
 
 
 def store(settings: Settings) -> Finding:
-    """Raises StoreError when it cannot be used or written."""
-    from services.collector import Store
+    """Raises StoreError when it cannot be used."""
     from services.collector.database import checked_url, shown
 
     url = checked_url(settings)
     if url.get_backend_name() != "sqlite":
-        Store.open(settings, create=False).close()
-        return well(shown(url))
+        return _schema(shown(url), settings)
     file = Path(url.database or "")
     directory = next(parent for parent in file.absolute().parents if parent.exists())
     if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
@@ -88,7 +111,24 @@ def store(settings: Settings) -> Finding:
     says = f"{file}, {free / GIB:.1f} GiB free"
     if not file.exists():
         return well(f"{says}; not there yet, the collector makes it")
-    Store.open(settings, create=False).close()
+    found = _schema(says, settings)
     if free < ROOM_BYTES:
-        return note(f"{says}; make room before a large run")
-    return well(says)
+        return note(f"{found.says}; make room before a large run")
+    return found
+
+
+def _schema(says: str, settings: Settings) -> Finding:
+    from services.collector.inspection import inspect_store
+    from services.collector.schema import SCHEMA_VERSION
+
+    found = inspect_store(settings)
+    if found.version is None:
+        says = f"{says}; empty, the collector makes its tables"
+    elif found.version != SCHEMA_VERSION:
+        says = f"{says}; of version {found.version}, would be upgraded by the next collector"
+    if found.read_only:
+        return note(
+            f"{says}; it can be read, as `status`, `report` and `export` do, and not be written, "
+            f"as a collector, `cancel` and `dead` do: {found.read_only}"
+        )
+    return note(says) if found.version not in (None, SCHEMA_VERSION) else well(says)

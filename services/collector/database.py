@@ -18,13 +18,17 @@ _SQLITE_CACHE_KIB = 16_384
 _BUSY_SECONDS = 30
 
 
-def open_engine(settings: Settings, *, create: bool) -> Engine:
-    """Raises UsageError when the URL is none, StoreError when an SQLite file cannot be used."""
+def open_engine(settings: Settings, *, create: bool, as_it_is: bool = False) -> Engine:
+    """`as_it_is`: an SQLite file keeps its journal mode, which is written in it.
+
+    Raises UsageError when the URL is none, StoreError when an SQLite file cannot be used.
+    """
     url = checked_url(settings)
     if url.get_backend_name() == "sqlite":
         _prepare_sqlite_file(url, create=create)
         engine = create_engine(url, connect_args={"timeout": _BUSY_SECONDS}, paramstyle="named")
-        event.listen(engine, "connect", _set_up_sqlite)
+        if not as_it_is:
+            event.listen(engine, "connect", _set_up_sqlite)
         return engine
     return create_engine(
         url,

@@ -33,7 +33,7 @@ from services.collector.schema import (
     submissions,
 )
 from services.collector.verdict_counts import Gained
-from services.collector.versions import up_to_date
+from services.collector.versions import refusal, up_to_date
 from services.contracts import (
     ClaimBatch,
     ContextReady,
@@ -115,10 +115,7 @@ class Store:
         with store.transaction() as connection:
             version = up_to_date(connection)
             if version != SCHEMA_VERSION:
-                raise StoreError(
-                    f"the store {shown(engine.url)} has schema version {version}; this Keepwarm "
-                    f"knows {SCHEMA_VERSION}. Use another store, or the Keepwarm that made this one"
-                )
+                raise refusal(engine.url, version)
         return store
 
     def close(self) -> None:

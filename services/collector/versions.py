@@ -1,11 +1,13 @@
 """The store's schema version: its tables are made, and a store of before is brought up to date."""
 
-from sqlalchemy import Connection, delete, insert, inspect, select
+from sqlalchemy import URL, Connection, delete, insert, inspect, select
 
+from services.collector.database import shown
 from services.collector.schema import SCHEMA_VERSION, metadata, schema_info, verdict_counts
 from services.collector.verdict_counts import count_all
+from services.contracts.errors import StoreError
 
-_UPGRADABLE = (None, 2, 3)
+UPGRADABLE = (None, 2, 3)
 """Versions (None: no tables) that lack tables or indexes of this one, and differ in nothing else.
 
 3 added `startups` and `outcomes_dead`, 4 `verdict_counts`.
@@ -21,12 +23,12 @@ def up_to_date(connection: Connection) -> int | None:
 
     To be called first in a transaction. Any other version is left as it is.
     """
-    version = _version(connection)
-    if version in _UPGRADABLE:
+    version = version_of(connection)
+    if version in UPGRADABLE:
         # Two services may open a new store at the same moment; one makes its tables.
-        connection.exec_driver_sql(_ONE_AT_A_TIME[connection.dialect.name])
-        version = _version(connection)  # who was first may have been of another version
-    if version not in _UPGRADABLE:
+        one_at_a_time(connection)
+        version = version_of(connection)  # who was first may have been of another version
+    if version not in UPGRADABLE:
         return version
     counted = inspect(connection).has_table(verdict_counts.name)
     metadata.create_all(connection)
@@ -40,7 +42,20 @@ def up_to_date(connection: Connection) -> int | None:
     return SCHEMA_VERSION
 
 
-def _version(connection: Connection) -> int | None:
+def one_at_a_time(connection: Connection) -> None:
+    """Until the end of the transaction nobody else makes tables here."""
+    connection.exec_driver_sql(_ONE_AT_A_TIME[connection.dialect.name])
+
+
+def refusal(url: URL, version: int | None) -> StoreError:
+    return StoreError(
+        f"the store {shown(url)} has schema version {version}; this Keepwarm "
+        f"knows {SCHEMA_VERSION}. Use another store, or the Keepwarm that made this one"
+    )
+
+
+def version_of(connection: Connection) -> int | None:
+    """None: there are no tables."""
     if not inspect(connection).has_table(schema_info.name):
         return None
     return connection.execute(select(schema_info.c.version)).scalar()

@@ -14,6 +14,14 @@ NOTICES_EXCHANGE = "keepwarm.notices"
 """To every worker that listens: what the collector wants all of them to know."""
 PRESENCE_EXCHANGE = "keepwarm.presence"
 """To every collector that listens: which workers there are. What nobody hears is gone."""
+DIRECT_EXCHANGES = (
+    CLAIMS_EXCHANGE,
+    RETURNS_EXCHANGE,
+    VERDICTS_EXCHANGE,
+    RUNS_EXCHANGE,
+    DEAD_EXCHANGE,
+)
+HOUSE_EXCHANGES = (*DIRECT_EXCHANGES, NOTICES_EXCHANGE, PRESENCE_EXCHANGE)
 
 RETURNS_QUEUE = "returns"
 VERDICTS_QUEUE = "verdicts"

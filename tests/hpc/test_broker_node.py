@@ -43,10 +43,17 @@ def test_a_node_of_ones_own_takes_the_roles_and_ends_in_order(
     )
     try:
         wait_until(lambda: listens(amqp) and listens(management), "a node that listens")
-        setup = command(
+        for secret in ("admin.password", "rabbitmq.conf"):
+            assert (directory / secret).stat().st_mode & 0o777 == 0o600, secret
+        for_setup = (
             *("broker", "setup", "--management", f"http://127.0.0.1:{management}"),
             *("--secrets", str(tmp_path / "secrets")),
-            KEEPWARM_BROKER_ADMIN_PASSWORD="guest",
+        )
+        as_guest = command(*for_setup)
+        assert as_guest.wait() == 5 and "refused guest" in as_guest.output, as_guest.output
+        setup = command(
+            *(*for_setup, "--admin", "keepwarm-admin"),
+            KEEPWARM_BROKER_ADMIN_PASSWORD_FILE=str(directory / "admin.password"),
         )
         assert setup.wait() == 0, setup.output
         assert (tmp_path / "secrets" / "worker.password").stat().st_mode & 0o777 == 0o600
@@ -58,6 +65,9 @@ def test_a_node_of_ones_own_takes_the_roles_and_ends_in_order(
             check=False,
         )
         assert "keepwarm-worker" in done.stdout, done.stdout + done.stderr
+        assert "keepwarm-admin" in done.stdout and "guest" not in done.stdout
+        # A command for the node leaves its files as they are.
+        assert (directory / "rabbitmq.conf").read_text().count("default_user") == 1
         assert list(directory.glob("data/*")), "data in its own directory"
     finally:
         node.terminate()

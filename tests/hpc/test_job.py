@@ -28,6 +28,9 @@ APPTAINER = f"""#!{sys.executable}
 import os, signal, subprocess, sys
 words = sys.argv[1:]
 assert words[:2] == ["exec", "--nv"], words
+bound = [value for flag, value in zip(words, words[1:]) if flag == "--bind"]
+for directory in bound:
+    assert os.path.isdir(directory), f"FATAL: mount source {{directory}} does not exist"
 words = words[words.index("worker.sif") + 1:]
 words = [word.replace("/opt/keepwarm/", "{REPOSITORY}/") for word in words]
 child = subprocess.Popen(words)
@@ -145,6 +148,20 @@ def test_a_signal_before_the_worker_listens_ends_the_job_in_order(
     job.said("job: on ")
     job.signal(signal.SIGTERM)
     assert job.wait() == 0, job.output
+
+
+def test_the_hubs_directory_is_made_before_it_is_bound(
+    start: Callable[..., Job], scratch: Path
+) -> None:
+    hub = scratch / "hub" / "of mine"
+    job = start(
+        KEEPWARM_IMAGE="worker.sif",
+        KEEPWARM_MODEL="/nowhere",
+        HF_HOME=str(hub),
+        _CONDOR_SCRATCH_DIR=str(scratch),
+    )
+    assert job.wait() == 4, job.output  # as the worker ends without a model
+    assert hub.is_dir()
 
 
 def test_a_long_scratch_path_makes_way_for_a_short_one(

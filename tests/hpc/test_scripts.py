@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from services.contracts import load_settings
 from tests.conftest import REPOSITORY
 from tests.hpc.definitions import APPTAINER, read_definition
 
@@ -55,6 +56,27 @@ def test_a_definition_is_whole(file: Path) -> None:
     assert called <= {target for _, target in definition.files}
 
 
+@pytest.mark.parametrize("section", ["post", "test"])
+@pytest.mark.parametrize("file", DEFINITIONS, ids=lambda path: path.name)
+def test_a_command_that_fails_in_the_midst_fails_the_section(
+    file: Path, section: str, tmp_path: Path
+) -> None:
+    """Apptainer's shell for %test goes on after an error, and the last command's status counts."""
+    script = read_definition(file).sections[section]
+    for name in ("sh", "keepwarm"):
+        program = tmp_path / name
+        program.write_text("#!/bin/false\n")
+        program.chmod(0o755)
+    ends = subprocess.run(
+        ["/bin/sh", "-c", f"{script}\necho went on"],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ends.returncode != 0 and "went on" not in ends.stdout, ends
+
+
 def test_the_job_scripts_say_where_the_job_is() -> None:
     """Slurm runs a copy that is elsewhere; an image has it in a place of its own."""
     worker = read_definition(APPTAINER / "worker.def")
@@ -62,3 +84,32 @@ def test_the_job_scripts_say_where_the_job_is() -> None:
     assert "/opt/keepwarm/apptainer/job.sh" in (APPTAINER / "job.sh").read_text()
     submitted = (APPTAINER / "htcondor" / "worker.sub").read_text()
     assert re.search(r"^executable +=\s*apptainer/job\.sh$", submitted, re.MULTILINE)
+
+
+def submit_commands(**macros: str) -> dict[str, str]:
+    """What worker.sub says, with its macros in place, as far as HTCondor's own reading goes."""
+    lines = (APPTAINER / "htcondor" / "worker.sub").read_text().splitlines()
+    pairs = (line.partition("=") for line in lines if "=" in line and not line.startswith("#"))
+    commands = {name.strip(): value.strip() for name, _, value in pairs} | macros
+
+    def placed(value: str) -> str:
+        value = re.sub(r"\$Fnx\((\w+)\)", lambda m: Path(commands[m[1]]).name, value)
+        value = re.sub(r"\$ENV\((\w+)\)", lambda m: "amqps://u@host/v", value)
+        return re.sub(r"\$\((image|model|workers|\w+_file)\)", lambda m: commands[m[1]], value)
+
+    return {name: placed(value) for name, value in commands.items()}
+
+
+@pytest.mark.parametrize("ca_file", ["", "secrets/ca.pem"])
+def test_what_a_job_of_htcondor_is_told_of_travels_with_it(ca_file: str) -> None:
+    macros = {"ca_file": ca_file} if ca_file else {}
+    commands = submit_commands(**macros)
+    pairs = (word.partition("=") for word in commands["environment"].strip('"').split())
+    variables = {name: value for name, _, value in pairs}
+    travels = {Path(name).name for name in commands["transfer_input_files"].split(",") if name}
+    told = {value for name, value in variables.items() if name.endswith("_FILE") and value}
+    assert told == travels and "worker.password" in told
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        assert load_settings().broker_ca_file == (Path("ca.pem").absolute() if ca_file else None)

@@ -46,9 +46,11 @@ def put_files(root: Path, files: list[tuple[Path, str]]) -> None:
 
 
 def run_in(root: Path, script: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """As Apptainer runs a section: the shell ends at the first error."""
+    """As Apptainer runs %test and %runscript: the shell goes on after an error. That of %post would
+    end there; it has to do so by itself.
+    """
     return subprocess.run(
-        ["chroot", root, "/bin/sh", "-e", "-c", script],
+        ["chroot", root, "/bin/sh", "-c", script],
         env={
             **network_variables(),
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",

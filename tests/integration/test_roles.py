@@ -387,9 +387,33 @@ def test_the_services_do_their_work_with_the_rights_of_their_roles(
             assert "ACCESS_REFUSED" not in service.output
         listing = start("operator", "dead", "list")
         assert listing.wait() == 0 and "no message is dead" in listing.output, listing.output
-        for role, says in (("worker", "may not make queues"), ("operator", "as they should be")):
+        for role, says in (("worker", "may not make its"), ("operator", "as they should be")):
             doctor = start(role, "doctor", "--json")
             assert doctor.wait() == 0 and says in doctor.output, doctor.output
     finally:
         for service in services:
             service.end()
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_doctor_says_for_whom_a_user_is_right(broker: Broker, role: str) -> None:
+    doctor = Command(
+        {
+            **{k: v for k, v in os.environ.items() if not k.startswith("KEEPWARM_")},
+            "KEEPWARM_ENGINE_PYTHON": "/bin/false",
+            "KEEPWARM_BROKER_URL": f"amqp://{VHOST}-{role}@127.0.0.1:{broker.node.port}/{VHOST}",
+            "KEEPWARM_BROKER_PASSWORD": broker.password(role),
+        },
+        *("doctor", "--json"),
+    )
+    doctor.wait()
+    told = next(json.loads(line) for line in doctor.lines if '"check": "broker"' in line)
+    doctor.end()
+    if role == "operator":
+        assert told["level"] == "well", told
+        return
+    others = ", ".join(each for each in ROLES if each != role)
+    assert told["level"] == "note", told
+    assert f"right for: {role}; not for: {others}. " in told["says"]
+    assert ("may not make its queues" in told["says"]) == (role != "collector")
+    assert "Not tried: to read queues" in told["says"]

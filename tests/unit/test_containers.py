@@ -19,6 +19,8 @@ import yaml
 
 from services.broker.roles import ROLES
 from services.cli.secrets_dir import SecretsDir
+from services.collector import Store
+from services.contracts import load_settings
 
 OWN = ("collector", "producer", "gpu-worker", "engine-cpu", "engine-cuda")
 ENDS = ("broker-setup", "producer", "operator")  # they do one thing, and are not there for ever
@@ -85,6 +87,50 @@ def test_passwords_are_files_and_a_service_has_its_own_alone(
 def test_only_those_that_need_it_have_a_way_out(services: dict[str, dict[str, Any]]) -> None:
     for name in ("collector", "operator", "postgres"):
         assert services[name]["networks"] == ["inside"], name
+
+
+def test_the_command_to_build_after_a_change_builds_every_image(
+    services: dict[str, dict[str, Any]], repository: Path
+) -> None:
+    page = (repository / "docs" / "getting-started.md").read_text()
+    command = re.search(r"^docker compose (.+) build +# or cuda$", page, re.MULTILINE)[1]
+    named = set(re.findall(r"--profile (\S+)", command))
+    for other in ("cpu", "cuda"):
+        started = (named - {"cpu"}) | {other}
+        built = {
+            service["image"]
+            for service in services.values()
+            if "build" in service and (started & set(service.get("profiles", started)))
+        }
+        assert built == {
+            services[name]["image"] for name in OWN if not name.startswith("engine")
+        } | {services[f"engine-{other}"]["image"]}
+
+
+def test_a_copy_of_the_store_goes_there_and_back(
+    services: dict[str, dict[str, Any]], repository: Path, tmp_path: Path
+) -> None:
+    """The commands of the page, without the containers: `operator` has both places."""
+    page = (repository / "docs" / "operations.md").read_text()
+    (backup,) = re.findall(r"^backup='(.+)'$", page, re.MULTILINE)
+    ways = re.findall(r'operator -c "\$backup" (\S+) (\S+)$', page, re.MULTILINE)
+    assert len(ways) == 2 and ways[0] == ways[1][::-1]
+    places = {volume.split(":")[-1] for volume in services["operator"]["volumes"]}
+    assert {str(Path(name).parent) for name in ways[0]} == places
+    assert services["operator"]["environment"]["KEEPWARM_STORE_URL"].endswith(f"{ways[0][0]}}}")
+    store, copy = (tmp_path / Path(name).name for name in ways[0])
+    Store.open(load_settings(store_url=str(store))).close()
+    subprocess.run([sys.executable, "-c", backup, store, copy], check=True)
+    store.write_bytes(b"")
+    subprocess.run([sys.executable, "-c", backup, copy, store], check=True)
+    Store.open(load_settings(store_url=str(store)), create=False).close()
+
+
+def test_standard_input_is_kept_on_a_disk(services: dict[str, dict[str, Any]]) -> None:
+    producer = services["producer"]
+    place = producer["environment"]["TMPDIR"]
+    assert any(volume.endswith(f":{place}") for volume in producer["volumes"])
+    assert not any(tmpfs.startswith(f"{place}:") for tmpfs in producer["tmpfs"])
 
 
 def test_a_worker_and_its_engines_share_their_places(services: dict[str, dict[str, Any]]) -> None:
@@ -190,6 +236,52 @@ def test_the_broker_is_set_up_with_them(checkout: Path) -> None:
     admin = (checkout / "secrets" / "admin.password").read_text().strip()
     conf = (checkout / "secrets" / "rabbitmq-admin.conf").read_text()
     assert conf == f"default_user = keepwarm-admin\ndefault_pass = {admin}\n"
+
+
+def test_directories_are_made_that_docker_would_make_as_root(
+    checkout: Path, file: dict[str, Any]
+) -> None:
+    make_secrets(checkout)
+    bound = {
+        volume.split(":-")[1].partition("}")[0]
+        for service in file["services"].values()
+        for volume in service.get("volumes", ())
+        if volume.startswith("${")
+    }
+    assert bound == {"./.models", "./results", "./samples"}
+    uid = int(re.search(r"KEEPWARM_UID=(\d+)", (checkout / ".env").read_text())[1])
+    for name in (".models", "results"):
+        assert (checkout / name).stat().st_uid == uid
+
+
+def test_what_containers_read_can_be_read_by_all(checkout: Path, file: dict[str, Any]) -> None:
+    """Prometheus is a user of its own, whatever the checkout's umask was."""
+    mounted = [
+        volume.split(":")[0].removeprefix("./")
+        for service in file["services"].values()
+        for volume in service.get("volumes", ())
+        if volume.startswith("./") and "secrets" not in volume
+    ]
+    assert "prometheus" in mounted
+    for name in mounted:
+        place = checkout / name
+        place.parent.mkdir(mode=0o700, exist_ok=True)
+        place.write_text("") if "." in name else place.mkdir(mode=0o700)
+        inner = place if place.is_file() else place / "file"
+        inner.write_text("")
+        inner.chmod(0o600)
+    assert make_secrets(checkout).returncode == 0
+    for name in mounted:
+        for path in (checkout / name, *(checkout / name).rglob("*")):
+            assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path
+    assert (checkout / "secrets").stat().st_mode & 0o777 == 0o700
+
+
+def test_models_that_are_there_are_kept_as_they_are(checkout: Path) -> None:
+    (checkout / ".models").mkdir(mode=0o755)
+    before = (checkout / ".models").stat()
+    make_secrets(checkout)
+    assert (checkout / ".models").stat() == before
 
 
 def test_what_is_there_is_kept(checkout: Path) -> None:
