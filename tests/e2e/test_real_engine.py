@@ -17,8 +17,8 @@ from services.contracts import Claim, ContextSpec, PromptSpec, load_settings
 from services.gpu_worker import CompiledPrompt, ModelTokenizer
 from services.producer import read_prompt
 from tests.conftest import DEMO_MODEL, REPOSITORY, sample_lines
-from tests.integration.conftest import Command, commands, wait_until
-from tests.integration.runs import outcomes
+from tests.integration.conftest import Command, commands, is_worker, wait_until
+from tests.integration.runs import wait_for_the_first_of
 
 Start = Callable[..., Command]
 CLAIMS = str(REPOSITORY / "samples" / "claims.jsonl")
@@ -67,34 +67,24 @@ def test_a_run_that_loses_its_worker_or_its_engine_completes_with_one_verdict_a_
 ) -> None:
     out = tmp_path / "out"
     running = command(
-        *("run", CLAIMS, "--limit", "160", "--batch-size", "8", "--out", str(out)),
+        *("run", CLAIMS, "--batch-size", "8", "--out", str(out)),
         *("--model", str(DEMO_MODEL), "--prompt", str(REPOSITORY / "samples" / "prompt.yaml")),
         KEEPWARM_BATCHES_IN_FLIGHT="3",
     )
-    # Of the lines on the screen, five seconds apart, none may fall between warm and done.
-    said = out / "logs" / "worker-0.log"
-    wait_until(
-        lambda: said.exists() and '"engine.ready"' in said.read_text(),
-        "a warm engine",
-        ENGINE_SECONDS,
-    )
-    store = {"KEEPWARM_STORE_URL": str(out / "keepwarm.sqlite")}
-    wait_until(lambda: outcomes(store), "the first verdicts")
-    worker = next(
-        process
-        for process in running.descendants()
-        if process.cmdline()[2:4] == ["services.cli.main", "worker"]
-    )
+    wait_for_the_first_of(out, ENGINE_SECONDS)
     # The process that holds the model is not the one that speaks HTTP.
-    core = next(p for p in running.descendants() if "EngineCore" in "".join(p.cmdline()))
+    core = running.descendant(lambda command_line: "EngineCore" in "".join(command_line))
+    worker = running.descendant(is_worker)
+    core.suspend()  # until it goes on, the run is in its midst
     (worker if victim == "worker" else core).send_signal(number)
     if victim == "worker":
+        core.resume()
         log = out / "logs" / "run.log"
         wait_until(lambda: "worker.lost" in log.read_text(), "another worker")
         assert core.is_running()  # the context outlives its worker
     assert running.wait(ENGINE_SECONDS) == 0, running.output
     assert not core.is_running()  # and not its run, which found none when it began
-    assert_whole(out, 160)
+    assert_whole(out, 240)
     report = json.loads((out / "report.json").read_text())
     assert len(report["workers"]) == (1 if victim == "engine" else 2)
     cold = sum(line["count"] for line in report["startups"]["cold"])

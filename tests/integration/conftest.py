@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pika
@@ -21,7 +21,8 @@ from services.contexts import pin_model
 from services.contracts import ContextSpec, Settings, load_settings, topology
 from tests.conftest import REPOSITORY
 
-PATIENCE_SECONDS = 60.0
+# Seconds for whatever must come: they are lost only where a test fails. pytest waits longer.
+PATIENCE = 240.0
 
 HOUSE_QUEUES = (
     topology.RETURNS_QUEUE,
@@ -32,7 +33,7 @@ HOUSE_QUEUES = (
 )
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE_SECONDS):
+def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE):
     """Poll until `condition` is true; what it returned."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -81,7 +82,7 @@ class Command:
 
         wait_until(has_said, f"{text!r} in the output")
 
-    def wait(self, seconds: float = PATIENCE_SECONDS) -> int:
+    def wait(self, seconds: float = PATIENCE) -> int:
         """Its exit code. One that does not end tells where each of its threads is."""
         try:
             code = self.process.wait(seconds)
@@ -99,6 +100,14 @@ class Command:
     def descendants(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
+    def descendant(self, is_it: Callable[[list[str]], bool]) -> psutil.Process:
+        """The one with such a command line, among others that may end meanwhile."""
+        for process in self.descendants():
+            with suppress(psutil.Error):
+                if is_it(process.cmdline()):
+                    return process
+        raise AssertionError(f"it has no such descendant: {self.output}")
+
     def end(self) -> None:
         if self.process.poll() is None:
             left = self.descendants()
@@ -108,6 +117,10 @@ class Command:
                 if process.is_running():
                     process.kill()
         self._reader.join(10)
+
+
+def is_worker(command_line: list[str]) -> bool:
+    return command_line[2:4] == ["services.cli.main", "worker"]
 
 
 @pytest.fixture(scope="session")
@@ -130,7 +143,7 @@ def broker(node: PrivateNode, small_model: Path) -> Iterator[Settings]:
         "house",
         window=1,
         declares=Declares("always", (context,)),
-    ).open(10).close()
+    ).open(PATIENCE).close()
     yield settings
 
 

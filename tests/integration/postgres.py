@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Self
 
-_PATIENCE_SECONDS = 60.0
+_PATIENCE_SECONDS = 240.0
 
 
 class PostgreSQL:

@@ -3,17 +3,19 @@
 import json
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from sqlalchemy import create_engine, text
 
 from services.collector import RunStatus, Store, run_status
 from services.contexts.records import ContextRecord, live_records
 from services.contracts import load_settings
 from tests.conftest import REPOSITORY, sample_lines
-from tests.integration.conftest import Command, wait_until
+from tests.integration.conftest import PATIENCE, Command, wait_until
 
 Start = Callable[..., Command]
 CLAIMS = str(REPOSITORY / "samples" / "claims.jsonl")
@@ -32,15 +34,32 @@ def submit(command: Start, file: str | Path = CLAIMS, *arguments: str, **variabl
     return submitting.lines[-1].strip()
 
 
-def outcomes(environment: dict[str, str]) -> list[tuple[str, str | None, str | None]]:
-    """Claim id, label and reason of every outcome in the store."""
+def outcomes(
+    environment: dict[str, str], run_id: str = "%"
+) -> list[tuple[str, str | None, str | None]]:
+    """Claim id, label and reason of every outcome in the store, or of one run's."""
+    query = text(
+        "SELECT claim_id, label, reason FROM outcomes JOIN runs USING (run_key)"
+        " WHERE run_id LIKE :run_id"
+    )
     engine = create_engine(sqlalchemy_url(environment))
     try:
         with engine.connect() as connection:
-            rows = connection.execute(text("SELECT claim_id, label, reason FROM outcomes")).all()
-        return [tuple(row) for row in rows]
+            return [tuple(row) for row in connection.execute(query, {"run_id": run_id})]
     finally:
         engine.dispose()
+
+
+def wait_for_the_first_of(out: Path, seconds: float = PATIENCE) -> None:
+    """The first verdicts of a `keepwarm run`. Of the lines that it shows, five seconds apart, none
+    may fall between a warm engine and the end.
+    """
+    said = out / "logs" / "worker-0.log"
+    wait_until(
+        lambda: said.exists() and '"engine.ready"' in said.read_text(), "a warm engine", seconds
+    )
+    store = {"KEEPWARM_STORE_URL": str(out / "keepwarm.sqlite")}
+    wait_until(lambda: outcomes(store), "the first verdicts", seconds)
 
 
 def status_of(environment: dict[str, str], run_id: str) -> RunStatus | None:
@@ -62,6 +81,18 @@ def warm_here(environment: dict[str, str]) -> list[ContextRecord]:
     return live_records(Path(environment["KEEPWARM_RUNTIME_DIR"]))
 
 
+@contextmanager
+def held(environment: dict[str, str]) -> Iterator[None]:
+    """Let the engine stand still: what is done meanwhile is done in the midst of the run."""
+    (record,) = warm_here(environment)
+    engine = psutil.Process(record.pid)
+    engine.suspend()
+    try:
+        yield
+    finally:
+        engine.resume()
+
+
 def wait_for_the_first_verdicts(collecting: Command, environment: dict[str, str]) -> None:
     collecting.said("broker.connected")  # by then it has made the store's tables
     wait_until(lambda: outcomes(environment), "the first verdicts")
@@ -79,7 +110,7 @@ def end_well(*services: Command) -> None:
 def assert_complete(environment: dict[str, str], run_id: str, ids: list[str] | None = None) -> None:
     """Each claim (the samples', unless told otherwise) has one verdict, and is counted once."""
     wanted = sorted(ids or [row["id"] for row in sample_lines()])
-    found = outcomes(environment)
+    found = outcomes(environment, run_id)
     assert sorted(claim_id for claim_id, _, _ in found) == wanted
     assert all(label for _, label, _ in found)
     status = status_of(environment, run_id)
@@ -102,10 +133,10 @@ class UnderWay:
     def services(self) -> tuple[Command, Command]:
         return self.collecting, self.worker
 
-    def completes(self) -> None:
+    def completes(self, ids: list[str] | None = None) -> None:
         """It does, with each claim once, and the worker that lived through it all ends well."""
         assert self.collecting.wait() == 0, self.collecting.output
-        assert_complete(self.environment, self.run_id)
+        assert_complete(self.environment, self.run_id, ids)
         end_well(self.worker)
 
 

@@ -15,6 +15,7 @@ from services.broker import PrivateNode
 from services.broker.topology import quorum_arguments
 from services.contexts import pin_model
 from services.contracts import ContextSpec, Settings, topology
+from tests.conftest import sample_lines
 from tests.integration.conftest import (
     delete_queues,
     messages_in,
@@ -30,9 +31,10 @@ from tests.integration.runs import (
     begin,
     end_well,
     go_on,
+    held,
     status_of,
     submit,
-    warm_here,
+    write_claims,
 )
 from tests.proxy import Proxy
 
@@ -96,10 +98,11 @@ def test_a_node_that_ends_in_the_midst_of_a_run_is_waited_for_and_nothing_is_los
     run_id = submit(command)
     old_queues()
     run = go_on(command, environment, run_id)
-    end(node.process())
-    ended(node)
-    for service in run.services:
-        service.said("broker.waiting")
+    with held(environment):
+        end(node.process())
+        ended(node)
+        for service in run.services:
+            service.said("broker.waiting")
     node.start()
     run.completes()
     assert sum(service.output.count("broker.connected") for service in run.services) >= 8
@@ -108,7 +111,7 @@ def test_a_node_that_ends_in_the_midst_of_a_run_is_waited_for_and_nothing_is_los
 def test_connections_that_are_reset_again_and_again_lose_nothing(
     command: Start, environment: dict[str, str], proxy: Proxy
 ) -> None:
-    run = begin(command, environment, **through(proxy))
+    run = begin(command, environment, **through(proxy), VLLM_TEST_CLAIM_SECONDS="0.05")
     for _ in range(4):
         wait_until(lambda: proxy.connections, "a connection")
         proxy.cut()
@@ -121,7 +124,7 @@ def test_connections_that_are_reset_again_and_again_lose_nothing(
 def test_a_network_that_swallows_everything_for_a_while_loses_nothing(
     command: Start, environment: dict[str, str], proxy: Proxy
 ) -> None:
-    run = begin(command, environment, **through(proxy))
+    run = begin(command, environment, **through(proxy), VLLM_TEST_CLAIM_SECONDS="0.05")
     proxy.black_hole()
     for service in run.services:
         service.said("broker.waiting")  # the heartbeats are missed
@@ -131,10 +134,17 @@ def test_a_network_that_swallows_everything_for_a_while_loses_nothing(
 
 
 def test_a_submit_whose_connection_is_reset_in_its_midst_sends_everything(
-    command: Start, environment: dict[str, str], proxy: Proxy, node: PrivateNode, claims_queue: str
+    command: Start,
+    environment: dict[str, str],
+    proxy: Proxy,
+    node: PrivateNode,
+    claims_queue: str,
+    tmp_path: Path,
 ) -> None:
+    lines = [{**line, "id": f"{line['id']}-{n}"} for n in range(4) for line in sample_lines()]
+    file = write_claims(tmp_path / "many.jsonl", lines)
     submitting = command(
-        *("submit", CLAIMS, "--batch-size", "1"),
+        *("submit", str(file), "--batch-size", "1"),
         **through(proxy),
         KEEPWARM_PUBLISH_WINDOW="1",
     )
@@ -142,8 +152,9 @@ def test_a_submit_whose_connection_is_reset_in_its_midst_sends_everything(
     proxy.cut()
     assert submitting.wait() == 0, submitting.output
     assert "broker.waiting" in submitting.output
-    run = go_on(command, environment, submitting.lines[-1].strip())
-    run.completes()
+    run_id = submitting.lines[-1].strip()
+    run = go_on(command, environment, run_id, VLLM_TEST_CLAIM_SECONDS="0.005")
+    run.completes([line["id"] for line in lines])
 
 
 def test_queues_that_are_deleted_under_a_collector_are_made_again(
@@ -240,13 +251,8 @@ def test_a_worker_that_held_claims_for_too_long_answers_them_all_the_same(
     command: Start, environment: dict[str, str]
 ) -> None:
     run = begin(command, environment)
-    (record,) = warm_here(environment)
-    engine = psutil.Process(record.pid)
-    engine.suspend()
-    try:
+    with held(environment):
         run.worker.said("PRECONDITION_FAILED")
-    finally:
-        engine.resume()
     run.completes()
 
 
@@ -271,7 +277,8 @@ def test_an_alarm_of_the_broker_is_waited_for_and_told_of(
 ) -> None:
     run_id = submit(command)
     run = go_on(command, environment, run_id)
-    node.control(*alarm)
+    with held(environment):
+        node.control(*alarm)
     try:
         run.worker.said("broker.blocked")
         submitting = command("submit", CLAIMS, "--limit", "32", "--batch-size", "8")

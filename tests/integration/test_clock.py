@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.integration.runs import Start, begin, status_of
+from tests.integration.runs import CLAIMS, Start, go_on, status_of, submit
 
 
 class WallClock:
@@ -47,7 +47,10 @@ def test_a_wall_clock_that_jumps_a_day_forth_and_back_changes_nothing(
     command: Start, environment: dict[str, str], clock: WallClock
 ) -> None:
     started = time.monotonic()
-    run = begin(command, environment, **clock.variables, VLLM_TEST_CLAIM_SECONDS="0.04")
+    # Small batches and transactions: there are many commits to see it at.
+    run_id = submit(command, CLAIMS, "--batch-size", "4")
+    small = {"KEEPWARM_STORE_COMMIT_VERDICTS": "2", "VLLM_TEST_CLAIM_SECONDS": "0.04"}
+    run = go_on(command, environment, run_id, **clock.variables, **small)
     for days in (1, -1):
         clock.set(timedelta(days=days))
         commits = run.collecting.output.count("store.committed")

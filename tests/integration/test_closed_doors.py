@@ -150,14 +150,16 @@ def test_no_password_is_in_a_log_an_error_or_a_process_list(
     services = [command("worker", **loud, **in_url), command("collect", **loud, **in_file)]
     services[0].said("worker.taking")
     services[1].said("broker.connected", times=2)
-    refused = [
-        command("submit", CLAIMS, **loud, **wrong),
-        command("worker", **loud, **wrong),
-        command("collect", **loud, **wrong),
-        command("collect", **loud, **elsewhere),
-        command("submit", CLAIMS, **loud, **elsewhere),
-    ]
-    seen = set()
+    refused, seen = [], set()
+    for arguments, variables in (
+        (("submit", CLAIMS), wrong),
+        (("worker",), wrong),
+        (("collect",), wrong),
+        (("collect",), elsewhere),
+        (("submit", CLAIMS), elsewhere),
+    ):
+        refused.append(command(*arguments, **loud, **variables))
+        seen |= set(all_command_lines())  # while it has hardly begun
     while any(process.process.poll() is None for process in refused):
         seen |= set(all_command_lines())
     assert [process.wait() for process in refused] == [5, 5, 5, 6, 6]

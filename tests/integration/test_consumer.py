@@ -19,23 +19,25 @@ from services.broker import (
     Publisher,
 )
 from services.contracts import topology
-from tests.integration.conftest import cut, delete_queues, messages_in, wait_until
+from tests.integration.conftest import PATIENCE, cut, delete_queues, messages_in, wait_until
 
 QUEUE = topology.claims_queue("ctx-test")
 DECLARES = Declares("if-missing", ("ctx-test",))
 
 
 def publish(address: BrokerAddress, count: int) -> None:
-    with Publisher(address, "test", window=50, declares=DECLARES).open(10) as publisher:
+    with Publisher(address, "test", window=50, declares=DECLARES).open(PATIENCE) as publisher:
         for number in range(count):
             publisher.publish(
                 Outgoing(topology.CLAIMS_EXCHANGE, QUEUE, b"%d" % number, message_id=str(number))
             )
-        publisher.flush(10)
+        publisher.flush(PATIENCE)
 
 
 def new_consumer(address: BrokerAddress, prefetch: int) -> Consumer:
-    return Consumer(address, "test", queues=[QUEUE], prefetch=prefetch, declares=DECLARES).open(10)
+    return Consumer(address, "test", queues=[QUEUE], prefetch=prefetch, declares=DECLARES).open(
+        PATIENCE
+    )
 
 
 @pytest.fixture
@@ -48,11 +50,11 @@ def test_no_more_than_the_prefetch_is_taken(
     node: PrivateNode, address: BrokerAddress, consumer: Consumer
 ) -> None:
     publish(address, 5)
-    first, second = consumer.take(5), consumer.take(5)
+    first, second = consumer.take(PATIENCE), consumer.take(PATIENCE)
     assert first and second and consumer.take(0.5) is None
     assert messages_in(node, QUEUE) == 3
     consumer.acknowledge([first])
-    assert consumer.take(5)
+    assert consumer.take(PATIENCE)
 
 
 def test_taking_ends_in_time_whatever_a_signals_handler_takes(
@@ -78,9 +80,10 @@ def test_taking_ends_in_time_whatever_a_signals_handler_takes(
         late.join()
 
 
-def take_all(consumer: Consumer) -> list[Delivery]:
-    """All that come before it is quiet."""
-    taken = []
+def take_all(consumer: Consumer, least: int = 0) -> list[Delivery]:
+    """All that come before it is quiet; `least` of them, however long they take."""
+    taken = [consumer.take(PATIENCE) for _ in range(least)]
+    assert all(taken)
     while (delivery := consumer.take(0.5)) is not None:
         taken.append(delivery)
     return taken
@@ -91,24 +94,24 @@ def test_the_prefetch_can_grow_and_shrink_and_nothing_is_lost_or_comes_twice(
 ) -> None:
     publish(address, 40)
     with new_consumer(address, 1) as consumer:
-        hand = take_all(consumer)
+        hand = take_all(consumer, 1)
         seen = list(hand)
         for prefetch in (3, 5, 1, 2, 4, 1):
             consumer.set_prefetch(prefetch)
-            came = take_all(consumer)
+            came = take_all(consumer, max(0, prefetch - len(hand)))
             # What is in hand already stays there: only what is settled makes room.
             assert len(hand + came) == max(len(hand), prefetch)
             hand, seen = hand + came, seen + came
             while hand:  # until all that was taken under another number is settled
                 consumer.acknowledge(hand)
-                hand = take_all(consumer)
+                hand = take_all(consumer, min(prefetch, 40 - len(seen)))
                 seen += hand
                 if len(hand) == prefetch:
                     break
             assert len(hand) == min(prefetch, 40 - len(seen) + len(hand))
         while hand:
             consumer.acknowledge(hand)
-            hand = take_all(consumer)
+            hand = take_all(consumer, min(prefetch, 40 - len(seen)))
             seen += hand
         assert sorted(int(delivery.body) for delivery in seen) == list(range(40))
         assert {(delivery.attempt, delivery.redelivered) for delivery in seen} == {(1, False)}
@@ -125,7 +128,7 @@ def test_a_prefetch_that_changes_while_work_goes_on_loses_and_doubles_nothing(
         seen: list[Delivery] = []
         while len(seen) < 300:
             consumer.set_prefetch(chance.randint(1, 5))
-            delivery = consumer.take(10 if not hand else 0.01)
+            delivery = consumer.take(0.01 if hand else PATIENCE)
             if delivery is not None:
                 hand.append(delivery)
                 seen.append(delivery)
@@ -145,12 +148,12 @@ def test_a_changed_prefetch_outlives_a_lost_connection(
     with new_consumer(address, 1) as consumer:
         consumer.set_prefetch(4)
         cut(consumer)  # in the midst of the change
-        first = consumer.take(10)
+        first = consumer.take(PATIENCE)
         wait_until(lambda: messages_in(node, QUEUE) == 5, "four taken")
         cut(consumer)
         consumer.set_prefetch(2)  # while there is no connection
         wait_until(lambda: messages_in(node, QUEUE) == 7, "two taken")
-        assert first and len(take_all(consumer)) == 2
+        assert first and len(take_all(consumer, 2)) == 2
 
 
 def test_a_prefetch_that_changes_as_the_drain_begins_leaves_nothing_in_our_hands(
@@ -158,10 +161,10 @@ def test_a_prefetch_that_changes_as_the_drain_begins_leaves_nothing_in_our_hands
 ) -> None:
     publish(address, 50)
     with new_consumer(address, 1) as consumer:
-        taken = consumer.take(5)
+        taken = consumer.take(PATIENCE)
         for prefetch in (5, 2, 4, 1, 3):
             consumer.set_prefetch(prefetch)
-        consumer.stop_taking(5)
+        consumer.stop_taking(PATIENCE)
         consumer.set_prefetch(6)
         assert taken and take_all(consumer) == []
         wait_until(lambda: messages_in(node, QUEUE) == 49, "all but one given back")
@@ -173,7 +176,7 @@ def test_heartbeats_go_on_while_a_batch_takes_long(
     address: BrokerAddress, consumer: Consumer
 ) -> None:
     publish(address, 1)
-    delivery = consumer.take(5)
+    delivery = consumer.take(PATIENCE)
     assert delivery
     time.sleep(16)  # over three heartbeats of 5 s: the broker would have hung up
     assert consumer.connected
@@ -188,7 +191,7 @@ def test_what_is_given_back_comes_again_with_its_attempt_counted(
 ) -> None:
     publish(address, 1)
     for attempt in range(1, 30):  # more often than the delivery limit of RabbitMQ 4
-        delivery = consumer.take(5)
+        delivery = consumer.take(PATIENCE)
         assert delivery and delivery.attempt == attempt
         consumer.give_back([delivery])
 
@@ -197,23 +200,23 @@ def test_what_is_refused_lands_among_the_dead_messages(
     node: PrivateNode, address: BrokerAddress, consumer: Consumer
 ) -> None:
     publish(address, 1)
-    delivery = consumer.take(5)
+    delivery = consumer.take(PATIENCE)
     assert delivery
-    with Publisher(address, "test", window=1).open(10) as publisher:
+    with Publisher(address, "test", window=1).open(PATIENCE) as publisher:
         publisher.publish(
             delivery.refused("it says nothing", lambda: consumer.acknowledge([delivery]))
         )
-        publisher.flush(10)
-    wait_until(lambda: messages_in(node, topology.DEAD_MESSAGES_QUEUE) == 1, "a dead message", 20)
+        publisher.flush(PATIENCE)
+    wait_until(lambda: messages_in(node, topology.DEAD_MESSAGES_QUEUE) == 1, "a dead message")
 
 
 def test_stop_taking_gives_back_what_nobody_took_and_lets_the_rest_be_settled(
     node: PrivateNode, address: BrokerAddress, consumer: Consumer
 ) -> None:
     publish(address, 4)
-    taken = consumer.take(5)
+    taken = consumer.take(PATIENCE)
     assert taken
-    consumer.stop_taking(5)
+    consumer.stop_taking(PATIENCE)
     wait_until(lambda: messages_in(node, QUEUE) == 3, "three messages given back")
     consumer.acknowledge([taken])
     consumer.close()
@@ -223,36 +226,37 @@ def test_stop_taking_gives_back_what_nobody_took_and_lets_the_rest_be_settled(
 def test_a_consumer_that_dies_loses_nothing(node: PrivateNode, address: BrokerAddress) -> None:
     publish(address, 2)
     dying = new_consumer(address, 2)
-    assert dying.take(5) and dying.take(5)
+    assert dying.take(PATIENCE) and dying.take(PATIENCE)
     cut(dying)
     with new_consumer(address, 2) as heir:
-        deliveries = [heir.take(10), heir.take(10)]
-        # Either may have reconnected first; what the dying one took again is given back now.
+        # Either may have connected first; what the dying one took again is given back now.
         dying.close()
-        deliveries = [d for d in deliveries if d] + [d for d in [heir.take(2)] if d]
-        assert {d.body for d in deliveries} == {b"0", b"1"}
-        assert all(d.redelivered for d in deliveries)
+        bodies = set()
+        while bodies != {b"0", b"1"}:
+            delivery = heir.take(PATIENCE)
+            assert delivery and delivery.redelivered
+            bodies.add(delivery.body)
 
 
 def test_an_acknowledgement_from_before_a_lost_connection_is_void(
     address: BrokerAddress, consumer: Consumer
 ) -> None:
     publish(address, 1)
-    before = consumer.take(5)
+    before = consumer.take(PATIENCE)
     assert before
     cut(consumer)
-    after = consumer.take(10)
+    after = consumer.take(PATIENCE)
     assert after and after.body == before.body and after.redelivered
     consumer.acknowledge([before])  # has the same tag as `after`: must not acknowledge it
     consumer.give_back([after])
-    assert consumer.take(5)
+    assert consumer.take(PATIENCE)
 
 
 def test_a_deleted_queue_is_declared_again(
     node: PrivateNode, address: BrokerAddress, consumer: Consumer
 ) -> None:
     publish(address, 1)
-    delivery = consumer.take(10)
+    delivery = consumer.take(PATIENCE)
     assert delivery
     consumer.acknowledge([delivery])
     before = consumer._epoch
@@ -260,21 +264,21 @@ def test_a_deleted_queue_is_declared_again(
     # RabbitMQ 3.10 does not tell the consumer when the queue is there again within milliseconds.
     wait_until(lambda: consumer._epoch > before + 1, "a new channel")
     publish(address, 1)
-    assert consumer.take(10)
+    assert consumer.take(PATIENCE)
 
 
 def test_whoever_takes_can_ask_how_long_queues_are_and_goes_on_taking(
     node: PrivateNode, address: BrokerAddress, consumer: Consumer
 ) -> None:
     publish(address, 5)
-    taken = [consumer.take(5), consumer.take(5)]
+    taken = [consumer.take(PATIENCE), consumer.take(PATIENCE)]
     answers: list[Counts] = []
     # Where a queue is missing, the broker closes the channel that asked.
     consumer.ask_counts(["claims.no-such", QUEUE, "claims.nor-such"], answers.append)
     wait_until(lambda: answers, "an answer")
     assert answers == [{QUEUE: 3}]
     consumer.acknowledge(delivery for delivery in taken if delivery)
-    assert consumer.take(5)
+    assert consumer.take(PATIENCE)
     consumer.ask_counts(["claims.no-such"], answers.append)
     wait_until(lambda: len(answers) == 2, "a second answer")
     assert answers[1] == {}

@@ -18,7 +18,7 @@ from tests.integration.runs import (
     write_claims,
 )
 
-CLAIMS = 1_200
+CLAIMS = 600
 
 
 def worker_id(worker: Command) -> str:
@@ -46,11 +46,11 @@ def test_a_worker_that_is_four_times_slower_does_its_share_and_does_not_hold_the
     command: Start, environment: dict[str, str], claims: Path
 ) -> None:
     paced = {"KEEPWARM_HORIZON_SECONDS": "1"}
-    slow = command("worker", VLLM_TEST_CLAIM_SECONDS="0.04", **paced)
-    fast = command("worker", VLLM_TEST_CLAIM_SECONDS="0.01", **paced)
+    slow = command("worker", VLLM_TEST_CLAIM_SECONDS="0.12", **paced)
+    fast = command("worker", VLLM_TEST_CLAIM_SECONDS="0.03", **paced)
     names = worker_id(slow), worker_id(fast)
-    # Six batches: three of them are what the slow one would hold, 24 s of its work.
-    run_id = submit(command, claims, "--batch-size", "200")
+    # Six batches: three of them are what the slow one would hold, 36 s of its work.
+    run_id = submit(command, claims, "--batch-size", "100")
     collecting = command("collect", "--until", run_id)
     assert collecting.wait() == 0, collecting.output
     assert_complete(environment, run_id, [str(number) for number in range(CLAIMS)])

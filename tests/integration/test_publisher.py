@@ -13,6 +13,7 @@ from services.contracts.errors import (
     TopologyMismatch,
 )
 from tests.integration.conftest import (
+    PATIENCE,
     cut,
     delete_queues,
     messages_in,
@@ -36,10 +37,10 @@ def outgoing(number: int, confirmed: list[int] | None = None) -> Outgoing:
 
 def take_all(address: BrokerAddress, count: int) -> list[bytes]:
     with Consumer(address, "test", queues=[QUEUE], prefetch=100, declares=DECLARES).open(
-        10
+        PATIENCE
     ) as consumer:
         bodies = []
-        while len(bodies) < count and (delivery := consumer.take(5)) is not None:
+        while len(bodies) < count and (delivery := consumer.take(PATIENCE)) is not None:
             bodies.append(delivery.body)
             consumer.acknowledge([delivery])
         return bodies
@@ -47,10 +48,10 @@ def take_all(address: BrokerAddress, count: int) -> list[bytes]:
 
 def test_every_message_is_confirmed_once_and_arrives_in_order(address: BrokerAddress) -> None:
     confirmed: list[int] = []
-    with Publisher(address, "test", window=7, declares=DECLARES).open(10) as publisher:
+    with Publisher(address, "test", window=7, declares=DECLARES).open(PATIENCE) as publisher:
         for number in range(500):
             publisher.publish(outgoing(number, confirmed))
-        publisher.flush(30)
+        publisher.flush(PATIENCE)
         assert publisher.pending == 0
     assert confirmed == list(range(500))
     assert take_all(address, 500) == [f"message {number}".encode() for number in range(500)]
@@ -72,9 +73,9 @@ def test_publish_waits_while_the_window_is_full(node: PrivateNode, address: Brok
     wait_until(lambda: len(sent) == 3, "three messages handed over")
     thread.join(0.5)
     assert sent == [0, 1, 2]
-    with publisher.open(10):
-        thread.join(10)
-        publisher.flush(10)
+    with publisher.open(PATIENCE):
+        thread.join(PATIENCE)
+        publisher.flush(PATIENCE)
     assert sent == [0, 1, 2, 3, 4]
     assert len(take_all(address, 5)) == 5
 
@@ -82,38 +83,38 @@ def test_publish_waits_while_the_window_is_full(node: PrivateNode, address: Brok
 def test_what_was_unconfirmed_is_sent_again_after_the_connection_was_lost(
     node: PrivateNode, address: BrokerAddress
 ) -> None:
-    with Publisher(address, "test", window=50, declares=DECLARES).open(10) as publisher:
+    with Publisher(address, "test", window=50, declares=DECLARES).open(PATIENCE) as publisher:
         for number in range(300):
             publisher.publish(outgoing(number))
             if number % 100 == 50:
                 cut(publisher)
-        publisher.flush(30)
-    bodies = take_all(address, 10_000)
+        publisher.flush(PATIENCE)
+    bodies = take_all(address, messages_in(node, QUEUE))
     assert set(bodies) == {f"message {number}".encode() for number in range(300)}
 
 
 def test_a_queue_that_was_deleted_is_declared_again_and_nothing_is_lost(
     node: PrivateNode, address: BrokerAddress
 ) -> None:
-    with Publisher(address, "test", window=50, declares=DECLARES).open(10) as publisher:
+    with Publisher(address, "test", window=50, declares=DECLARES).open(PATIENCE) as publisher:
         publisher.publish(outgoing(1))
-        publisher.flush(10)
+        publisher.flush(PATIENCE)
         delete_queues(node, QUEUE)
         publisher.publish(outgoing(2))
-        publisher.flush(30)
+        publisher.flush(PATIENCE)
     assert take_all(address, 1) == [b"message 2"]
 
 
 def test_a_wrong_password_is_refused_at_once_with_the_next_step(broker: Settings) -> None:
     wrong = broker.model_copy(update={"broker_password": type(broker.broker_password)("wrong")})
     with pytest.raises(BrokerRefused, match="KEEPWARM_BROKER_PASSWORD"):
-        Publisher(BrokerAddress.from_settings(wrong), "test", window=1).open(30)
+        Publisher(BrokerAddress.from_settings(wrong), "test", window=1).open(PATIENCE)
 
 
 def test_an_unknown_virtual_host_is_refused(broker: Settings) -> None:
     elsewhere = broker.model_copy(update={"broker_url": f"{broker.broker_url}elsewhere"})
     with pytest.raises(BrokerRefused, match="elsewhere"):
-        Publisher(BrokerAddress.from_settings(elsewhere), "test", window=1).open(30)
+        Publisher(BrokerAddress.from_settings(elsewhere), "test", window=1).open(PATIENCE)
 
 
 def test_a_broker_that_is_not_there_is_named_after_the_time_out(broker: Settings) -> None:
@@ -129,11 +130,11 @@ def test_a_queue_with_other_arguments_is_a_mismatch_with_the_remedy(
     connection.channel().queue_declare(QUEUE, durable=True)  # a classic queue
     connection.close()
     with pytest.raises(TopologyMismatch, match="delete that queue"):
-        Publisher(address, "test", window=1, declares=DECLARES).open(10)
+        Publisher(address, "test", window=1, declares=DECLARES).open(PATIENCE)
 
 
 def test_publishing_on_a_closed_link_says_so(address: BrokerAddress) -> None:
-    publisher = Publisher(address, "test", window=1, declares=DECLARES).open(10)
+    publisher = Publisher(address, "test", window=1, declares=DECLARES).open(PATIENCE)
     publisher.close()
     publisher.publish(outgoing(1))  # fills the window
     with pytest.raises(BrokerUnreachable, match="closed"):
@@ -149,15 +150,15 @@ def test_messages_outlive_the_node(tmp_path, broker: Settings) -> None:
             }
         )
         address = BrokerAddress.from_settings(settings)
-        with Publisher(address, "test", window=50, declares=DECLARES).open(10) as publisher:
+        with Publisher(address, "test", window=50, declares=DECLARES).open(PATIENCE) as publisher:
             for number in range(20):
                 publisher.publish(outgoing(number))
-            publisher.flush(10)
+            publisher.flush(PATIENCE)
             # RabbitMQ 3.10 writes a new queue's cluster metadata within seconds, not at once; a
             # queue that is killed before never finds its leader again.
             time.sleep(6)
             own._node.kill()
             publisher.publish(outgoing(20))
             own.start()
-            publisher.flush(60)
+            publisher.flush(PATIENCE)
         assert messages_in(own, QUEUE) == 21

@@ -47,7 +47,7 @@ def test_a_worker_without_a_model_serves_one_run_after_the_other_whatever_they_w
         found = [status_of(environment, run_id) for run_id in (first, second)]
         return all(status is not None and status.complete for status in found)
 
-    wait_until(both_are_complete, "both runs complete", seconds=120)
+    wait_until(both_are_complete, "both runs complete")
     contexts = {event["to"] for event in events(worker, "context.switching")}
     assert len(contexts) == 2
     # Both stay warm: a third run on either finds its engine.
@@ -67,7 +67,6 @@ def test_a_context_that_cannot_be_had_here_is_left_to_other_nodes_until_it_can(
     wait_until(
         lambda: (status := status_of(environment, here)) is not None and status.complete,
         "the run that can be answered here",
-        seconds=120,
     )
     worker.said("context.unusable")
     status = status_of(environment, away)
@@ -87,7 +86,7 @@ def test_an_idle_worker_uses_what_is_warm_here(command: Start, roaming: dict[str
     wanted = submit(command)
     collecting = command("collect", "--until", wanted)
     worker = command("worker", **roaming)
-    assert collecting.wait(90) == 0, collecting.output
+    assert collecting.wait() == 0, collecting.output
     assert events(worker, "engine.ready")[0]["warm"] is True
     assert len(events(worker, "context.switching")) == 1
     end_well(worker)

@@ -15,7 +15,8 @@ import pytest
 
 from services.broker import PrivateNode
 from tests.conftest import REPOSITORY, SHARED_DATA, sample_lines
-from tests.integration.conftest import Command, wait_until
+from tests.integration.conftest import PATIENCE, Command, is_worker, wait_until
+from tests.integration.runs import wait_for_the_first_of
 
 Start = Callable[..., Command]
 CLAIMS = str(REPOSITORY / "samples" / "claims.jsonl")
@@ -103,10 +104,8 @@ def test_a_signal_stops_a_run_that_the_same_command_completes(
     command: Start, out: Path, number: int
 ) -> None:
     arguments = ("run", CLAIMS, "--out", str(out), "--batch-size", "8")
-    running = command(*arguments, VLLM_TEST_CLAIM_SECONDS="0.02")
-    wait_until(
-        lambda: running.output.count("engine: warm"), "a warm engine, shown without a terminal"
-    )
+    running = command(*arguments, VLLM_TEST_CLAIM_SECONDS="0.1")
+    running.said("engine: warm")  # without a terminal, every five seconds
     left = running.descendants()
     running.signal(number)
     assert running.wait() == 128 + number, running.output
@@ -122,8 +121,8 @@ def test_sigkill_leaves_no_process_behind_and_the_same_command_completes(
     command: Start, out: Path
 ) -> None:
     arguments = ("run", CLAIMS, "--out", str(out), "--batch-size", "8")
-    running = command(*arguments, VLLM_TEST_CLAIM_SECONDS="0.02")
-    wait_until(lambda: running.output.count("engine: warm"), "a warm engine")
+    running = command(*arguments, VLLM_TEST_CLAIM_SECONDS="0.1")
+    wait_for_the_first_of(out)
     left = running.descendants()
     assert len(left) > 4
     os.kill(running.process.pid, signal.SIGKILL)
@@ -136,15 +135,10 @@ def test_sigkill_leaves_no_process_behind_and_the_same_command_completes(
 
 def test_a_worker_that_is_killed_is_replaced(command: Start, out: Path) -> None:
     running = command(
-        "run", CLAIMS, "--out", str(out), "--batch-size", "8", VLLM_TEST_CLAIM_SECONDS="0.02"
+        "run", CLAIMS, "--out", str(out), "--batch-size", "8", VLLM_TEST_CLAIM_SECONDS="0.04"
     )
-    wait_until(lambda: running.output.count("engine: warm"), "a warm engine")
-    worker = next(
-        process
-        for process in running.descendants()
-        if process.cmdline()[2:4] == ["services.cli.main", "worker"]
-    )
-    worker.kill()
+    wait_for_the_first_of(out)
+    running.descendant(is_worker).kill()
     assert running.wait() == 0, running.output
     assert_one_row_a_claim(out)
     report = json.loads((out / "report.json").read_text())
@@ -154,7 +148,7 @@ def test_a_worker_that_is_killed_is_replaced(command: Start, out: Path) -> None:
 def test_two_workers_share_a_run(command: Start, out: Path) -> None:
     running = command(
         *("run", CLAIMS, "--out", str(out), "--batch-size", "4", "--workers", "2"),
-        VLLM_TEST_CLAIM_SECONDS="0.01",
+        VLLM_TEST_CLAIM_SECONDS="0.1",
     )
     assert running.wait() == 0, running.output
     assert_one_row_a_claim(out)
@@ -228,7 +222,7 @@ def test_standard_input_is_a_file_too(environment: dict[str, str], out: Path) ->
         env=environment,
         cwd=REPOSITORY,
         capture_output=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -323,7 +317,7 @@ def test_submitting_twice_completes_and_doubles_nothing(
 def test_all_of_fever_dev_ends_with_one_verdict_a_claim(command: Start, out: Path) -> None:
     file = SHARED_DATA / "fever_labelled_dev.jsonl"
     running = command("run", str(file), "--out", str(out))
-    assert running.wait(120) == 0, running.output
+    assert running.wait(480) == 0, running.output
     expected = rows(file)
     found = rows(out / "verdicts.jsonl")
     assert [row["claim_id"] for row in found] == [str(row["id"]) for row in expected]

@@ -23,6 +23,7 @@ from tests.integration.runs import (
     assert_complete,
     begin,
     end_well,
+    held,
     outcomes,
     status_of,
     submit,
@@ -175,11 +176,15 @@ def test_postgresql_that_is_restarted_in_the_midst_of_a_run_is_waited_for(
     command: Start, environment: dict[str, str], postgresql: PostgreSQL, how: signal.Signals
 ) -> None:
     run = begin(command, environment, **OFTEN)
-    for times in (1, 2):
-        postgresql.stop(how)
-        run.collecting.said("store.waiting", times=times)
-        postgresql.start()
-        run.collecting.said("store.committed", times=run.collecting.output.count("committed") + 1)
+    for _ in range(2):
+        waits = run.collecting.output.count("store.waiting")
+        with held(environment):
+            postgresql.stop(how)
+        run.collecting.said("store.waiting", times=waits + 1)  # as the next verdicts come
+        commits = run.collecting.output.count("store.committed")
+        with held(environment):
+            postgresql.start()
+            run.collecting.said("store.committed", times=commits + 1)
     run.completes()
 
 

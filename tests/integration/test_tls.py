@@ -12,6 +12,7 @@ import pytest
 from services.broker import BrokerAddress, PrivateNode, Publisher
 from services.contracts import Settings
 from services.contracts.errors import BrokerUnreachable
+from tests.integration.conftest import PATIENCE
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def tls_port(node: PrivateNode, certificate: tuple[Path, Path]) -> Iterator[int]
     stop = asyncio.Event()
     thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
     thread.start()
-    ready.wait(10)
+    ready.wait(PATIENCE)
     yield ports[0]
     loop.call_soon_threadsafe(stop.set)
     thread.join(10)
@@ -87,7 +88,7 @@ def test_a_broker_whose_certificate_the_ca_file_signs_is_trusted(
     broker: Settings, tls_port: int, certificate: tuple[Path, Path]
 ) -> None:
     address = secure(broker, tls_port, certificate[0])
-    with Publisher(address, "test", window=1).open(10) as publisher:
+    with Publisher(address, "test", window=1).open(PATIENCE) as publisher:
         assert publisher.connected
 
 
@@ -95,4 +96,4 @@ def test_a_broker_with_a_strange_certificate_is_not_spoken_to(
     broker: Settings, tls_port: int
 ) -> None:
     with pytest.raises(BrokerUnreachable, match="certificate verify failed"):
-        Publisher(secure(broker, tls_port, None), "test", window=1).open(2)
+        Publisher(secure(broker, tls_port, None), "test", window=1).open(10)
