@@ -64,7 +64,10 @@ def test_one_that_never_answers_is_not_waited_for_without_end(
         start_keeper.open_keeper(load_settings())
 
 
-def test_one_that_ended_is_started_again(keepers: Keepers, place: Path) -> None:
+def test_one_that_ended_is_started_again(
+    keepers: Keepers, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start_keeper, "_ANSWER_SECONDS", 60.0)
     keepers("exit 1")
     assert start_keeper.open_keeper(load_settings(), lambda: len(started(place)) > 2) is None
 
