@@ -31,7 +31,8 @@ if [[ -z ${KEEPWARM_RUNTIME_DIR-} ]]; then
     ((bytes <= 72)) || place=/tmp
     KEEPWARM_RUNTIME_DIR=$(mktemp -d "$place/kw-XXXXXX")
     export KEEPWARM_RUNTIME_DIR
-    trap 'rm -rf "$KEEPWARM_RUNTIME_DIR"' EXIT
+    # A job that is put back gets its SIGTERM now, and so does every process of it: rm, too.
+    trap 'trap "" TERM INT USR1 USR2; rm -rf "$KEEPWARM_RUNTIME_DIR"' EXIT
 fi
 
 # An array's first task has the array's own number: it must be called by both.

@@ -1,12 +1,14 @@
 """A RabbitMQ node of our own, from the installed server: no root, no open door, gone with us."""
 
 import os
+import random
 import secrets
 import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Self
 
@@ -19,6 +21,8 @@ from services.leash import Leashed
 # Plug-ins that listen, and what their settings begin with. The node refuses those of one that is
 # off.
 _LISTENING_PLUGINS = {"rabbitmq_management": "management", "rabbitmq_prometheus": "prometheus"}
+_LOWEST_PORT = 10_000
+_GIVEN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _START_TIMEOUT_SECONDS = 120.0
 _STOP_SECONDS = 20.0
 # Debian's /usr/sbin/rabbitmq-server is a wrapper that insists on root or the user rabbitmq.
@@ -42,10 +46,8 @@ class PrivateNode:
         self.log_file = log_file or directory / "rabbitmq.log"
         self._password = secrets.token_urlsafe(24)
         self._plugins = tuple(plugins)
-        self.port, self._distribution_port, self._mapper_port, *others = free_ports(
-            3 + len(_LISTENING_PLUGINS)
-        )
-        self.plugin_ports = dict(zip(_LISTENING_PLUGINS, others, strict=True))
+        self._choose_ports()
+        self._was_ready = False
         self._node: Leashed | None = None
 
     @property
@@ -69,7 +71,24 @@ class PrivateNode:
         self.stop()
 
     def start(self) -> None:
-        """Start it and wait until it listens. Raises BrokerError with its last log lines."""
+        """Start it and wait until it listens; on other ports where somebody took one of its own
+        before it ever did. Raises BrokerError with its last log lines.
+        """
+        try:
+            self._start()
+        except BrokerError:
+            if self._was_ready or all(map(_is_free, self._choice)):
+                raise
+            self._choose_ports()
+            self._start()
+        self._was_ready = True
+
+    def _choose_ports(self) -> None:
+        self._choice = free_ports(3 + len(_LISTENING_PLUGINS))
+        self.port, self._distribution_port, self._mapper_port, *others = self._choice
+        self.plugin_ports = dict(zip(_LISTENING_PLUGINS, others, strict=True))
+
+    def _start(self) -> None:
         server = find_server()
         self._write_configuration()
         with self.log_file.open("ab") as output:
@@ -187,13 +206,20 @@ def find_server() -> Path:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago; held together, so that they differ."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    """Different ports that were free a moment ago, and that the kernel gives to nobody who leaves
+    the choice to it: each connection, and each command's metrics, would be in our way (ip(7)).
+    """
+    given_from = int(_GIVEN_PORTS.read_text().split()[0])
+    ports = range(_LOWEST_PORT, given_from if given_from > 2 * _LOWEST_PORT else 2**16)
+    return list(islice(filter(_is_free, random.sample(ports, len(ports))), count))
+
+
+def _is_free(port: int) -> bool:
     try:
-        return [held.getsockname()[1] for held in sockets]
-    finally:
-        for held in sockets:
-            held.close()
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
 
 
 def _listens(port: int) -> bool:

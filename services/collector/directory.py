@@ -62,6 +62,7 @@ class Directory:
         self._progress: dict[str, _Progress] = {}
         self._wanted: dict[str, _Wanted] = {}
         self._counts: Counts = {}
+        self._deadline: float | None = None
         self.lines: tuple[ContextDemand, ...] = ()
         """As it was at the last look."""
 
@@ -95,9 +96,9 @@ class Directory:
         """
         contexts: dict[str, ContextSpec] = {}
         self._wanted = {}
-        deadline = time.monotonic() + _COUNTING_SECONDS
+        self._deadline = None
         for row in self._sent_runs():
-            progress = self._progress_of(row, deadline)
+            progress = self._progress_of(row)
             if progress is not None:
                 contexts.setdefault(progress.context.context_id, progress.context)
                 if row.wanted:
@@ -130,7 +131,7 @@ class Directory:
         with self._store.transaction() as connection:
             return list(connection.execute(query).all())
 
-    def _progress_of(self, row: Row[Any], deadline: float) -> _Progress | None:
+    def _progress_of(self, row: Row[Any]) -> _Progress | None:
         """A run's progress, counted where need be; None where there is no time for it now."""
         known = self._progress.get(row.run_id)
         now = time.monotonic()
@@ -140,7 +141,10 @@ class Directory:
             due = not known.exact if complete else now > known.counted_at + _RECOUNT_SECONDS
             if not due or not row.wanted:
                 return known
-        if now > deadline:
+        if self._deadline is None:
+            # Each look counts one: a slow store's runs, too, are counted some day.
+            self._deadline = now + _COUNTING_SECONDS
+        elif now > self._deadline:
             return known
         counted = self._progress[row.run_id] = self._count(row, known)
         return counted

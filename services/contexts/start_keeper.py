@@ -2,16 +2,25 @@
 
 import contextlib
 import os
+import select
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from services.contexts.device import Device, find_device
 from services.contexts.protocol import Line, Look
-from services.contexts.runtime_dir import keeper_socket, open_log, open_runtime_dir, quoted_tail
+from services.contexts.runtime_dir import (
+    keeper_lock,
+    keeper_socket,
+    open_log,
+    open_runtime_dir,
+    quoted_tail,
+    take_lock,
+)
 from services.contracts import Settings
 from services.contracts.errors import EngineStartError, KeeperError
 from services.contracts.settings import METRICS_OFF
@@ -19,6 +28,8 @@ from services.leash import Leashed
 
 _POLL_SECONDS = 0.02
 _ANSWER_SECONDS = 20.0
+# On a slow machine the imports alone may take long. A keeper that is there, or coming, has this.
+_SLOW_SECONDS = 60.0
 _AGAIN_SECONDS = 2.0
 # What a keeper reads; flags and callers may have chosen them, and not the environment.
 _KEEPERS_SETTINGS = {
@@ -50,16 +61,23 @@ def open_keeper(settings: Settings, stopped: Callable[[], bool] = lambda: False)
     directory = open_runtime_dir(settings.runtime_dir)
     log_file = directory / "keeper.log"
     again_at = 0.0
+    ours: IO[bytes] | None = None
+
+    def coming() -> bool:
+        # It never writes: readable means that it has ended.
+        lives = ours is not None and not select.select([ours], [], [], 0)[0]
+        return lives or _is_locked(directory)
 
     def go_on() -> bool:
         # One that finds another, or one that is about to end, ends at once: there is a lock.
-        nonlocal again_at
-        if settings.start_keeper and time.monotonic() >= again_at:
+        nonlocal again_at, ours
+        if settings.start_keeper and time.monotonic() >= again_at and not coming():
             again_at = time.monotonic() + _AGAIN_SECONDS
-            _start(settings, log_file)
+            ours = started.enter_context(_start(settings, log_file))
         return not stopped()
 
-    return _wait(directory, log_file, go_on)
+    with contextlib.ExitStack() as started:
+        return _wait(directory, log_file, go_on, coming)
 
 
 @contextlib.contextmanager
@@ -82,7 +100,7 @@ def kept_meanwhile(settings: Settings, log_file: Path) -> Iterator[None]:
             output=output,
         )
     try:
-        line = _wait(directory, log_file, lambda: True)
+        line = _wait(directory, log_file, lambda: True, lambda: keeper.exit_code() is None)
         assert line is not None
         line.close()
         yield
@@ -107,12 +125,15 @@ def node_device(settings: Settings) -> Device:
     return word.device
 
 
-def _wait(directory: Path, log_file: Path, go_on: Callable[[], bool]) -> Line | None:
-    deadline = time.monotonic() + _ANSWER_SECONDS
+def _wait(
+    directory: Path, log_file: Path, go_on: Callable[[], bool], coming: Callable[[], bool]
+) -> Line | None:
+    begun = time.monotonic()
     while (line := connected(directory)) is None:
         if not go_on():
             return None
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - begun
+        if waited > _SLOW_SECONDS or (waited > _ANSWER_SECONDS and not coming()):
             raise KeeperError(
                 f"no keeper answers in {directory}. One that is a service of its own "
                 "(KEEPWARM_START_KEEPER=false) must run, as the same user and with the same "
@@ -122,9 +143,19 @@ def _wait(directory: Path, log_file: Path, go_on: Callable[[], bool]) -> Line | 
     return line
 
 
-def _start(settings: Settings, log_file: Path) -> None:
-    """In a session of its own and as no child of ours: it is to outlive us (setsid(1))."""
-    with open_log(log_file) as output:
+def _is_locked(directory: Path) -> bool:
+    free = take_lock(keeper_lock(directory))
+    if free is not None:
+        os.close(free)
+    return free is None
+
+
+def _start(settings: Settings, log_file: Path) -> IO[bytes]:
+    """In a session of its own and as no child of ours: it is to outlive us (setsid(1)). What it
+    holds the other end of as long as it lives.
+    """
+    ours, its = os.pipe()
+    with open_log(log_file) as output, os.fdopen(its, "wb"):
         subprocess.run(
             ["setsid", "--fork", *_COMMAND, "--until-idle"],  # noqa: S607
             stdin=subprocess.DEVNULL,
@@ -132,8 +163,10 @@ def _start(settings: Settings, log_file: Path) -> None:
             stderr=output,
             env=_environment(settings),
             cwd=Path(__file__).resolve().parents[2],
+            pass_fds=(its,),
             check=False,  # whether it came up is seen at its socket
         )
+    return os.fdopen(ours, "rb")
 
 
 def without_secrets() -> dict[str, str]:

@@ -89,8 +89,10 @@ class Examination:
             try:
                 return self._engine.start(self._stop)
             except (EngineStartError, KeeperError) as error:
-                if failures >= attempts or not self._pause(failures, str(error)):
+                if failures >= attempts:
                     raise
+                if not self._pause(failures, str(error)):
+                    return False
         raise AssertionError("count() never ends")
 
     def _recover(self, prompt: PromptSpec) -> bool:

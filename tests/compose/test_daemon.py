@@ -44,5 +44,5 @@ def test_nothing_stays_of_a_daemon_whose_test_is_killed(directory: Path) -> None
         assert holding.stdout is not None and holding.stdout.readline() == "up\n"
         assert any("containerd" in process.name() for process in of(directory))
         holding.kill()
-    wait_until(lambda: not of(directory), "all of it gone", 20)
+    wait_until(lambda: not of(directory), "all of it gone", 120)
     assert str(directory) not in Path("/proc/self/mounts").read_text()

@@ -1,5 +1,6 @@
 """A worker as a batch job, with signals as schedulers and containers send them."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -87,7 +88,8 @@ def start(of_the_job: dict[str, str]) -> Iterator[Callable[..., Job]]:
 def signal_all(job: Job, number: int) -> None:
     """As Slurm does: every process of the job, whoever started it."""
     for process in [*job.descendants(), psutil.Process(job.process.pid)]:
-        process.send_signal(number)
+        with contextlib.suppress(psutil.Error):  # a short-lived one is gone
+            process.send_signal(number)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +164,17 @@ def test_the_hubs_directory_is_made_before_it_is_bound(
     )
     assert job.wait() == 4, job.output  # as the worker ends without a model
     assert hub.is_dir()
+
+
+def test_a_signal_to_all_processes_does_not_end_the_tidying(
+    start: Callable[..., Job], scratch: Path
+) -> None:
+    remove = scratch / "bin" / "rm"
+    remove.write_text('#!/bin/sh\nkill -TERM $$\nexec /bin/rm "$@"\n')
+    remove.chmod(0o755)
+    job = start(_CONDOR_SCRATCH_DIR=str(scratch), KEEPWARM_MODEL="/nowhere")
+    assert job.wait() == 4, job.output
+    assert not list(scratch.glob("kw-*"))
 
 
 def test_a_long_scratch_path_makes_way_for_a_short_one(

@@ -128,7 +128,7 @@ def assert_every_target_is_up(prometheus: Prometheus, workers: int) -> None:
         "rabbitmq": ["up"],
         "rabbitmq-queues": ["up"],
     }
-    wait_until(lambda: prometheus.targets() == expected, "every target up")
+    wait_until(lambda: prometheus.targets() == expected, "every target up", ENGINE_SECONDS)
 
 
 def test_every_query_names_what_there_is_and_gives_something(system: System) -> None:
@@ -138,7 +138,7 @@ def test_every_query_names_what_there_is_and_gives_something(system: System) -> 
         return system.worker(**SLOWLY)
 
     system.submit(24, unreadable=True)
-    run = system.submit(4_000, long=3)
+    run = system.submit(20_000, long=3)
     other = system.worker("NVIDIA T4", **SLOWLY)
     left = drain_some(system, start, lose_one(system, start, run))
     rises(system, *OF_LOSSES, "keepwarm_run_returned_claims", "keepwarm_store_lost_claims_total")
@@ -160,7 +160,7 @@ def test_it_is_so_with_the_real_engine_too(tmp_path: Path) -> None:
     since = time.time()
     with whole_system(tmp_path, DEMO_MODEL, real_engine=True) as system:
         system.submit(24, unreadable=True)
-        run = system.submit(1_500, long=3)
+        run = system.submit(20_000, long=3)
         left = [lose_one(system, system.worker, run), system.worker()]
         rises(system, *OF_LOSSES, "keepwarm_warm_attaches_total")
         assert_every_target_is_up(system.prometheus, workers=2)

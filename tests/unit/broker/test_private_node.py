@@ -1,4 +1,7 @@
+import contextlib
+import socket
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,6 +85,60 @@ def test_every_node_has_a_password_and_ports_of_its_own(tmp_path: Path) -> None:
     assert len(one.password) >= 32
     assert one.password not in one.url
     assert one.password not in repr(one)
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One that needs its port for other nodes, too, as the real one does."""
+    server = tmp_path / "rabbitmq-server"
+    server.write_text(
+        f"#!{sys.executable}\n"
+        "import os, socket, time\n"
+        "ports = os.environ['RABBITMQ_DIST_PORT'], os.environ['RABBITMQ_NODENAME'][9:14]\n"
+        "sockets = [socket.create_server(('127.0.0.1', int(port))) for port in ports]\n"
+        "time.sleep(600)\n"
+    )
+    server.chmod(0o755)
+    monkeypatch.setattr(private_node, "_PLACES", (str(server),))
+    return server
+
+
+@pytest.mark.usefixtures("server")
+def test_a_port_that_was_taken_meanwhile_is_given_up_for_another(tmp_path: Path) -> None:
+    node = PrivateNode(tmp_path / "node")
+    taken = node._distribution_port
+    with socket.create_server(("127.0.0.1", taken)), node:
+        assert node.alive
+        assert node._distribution_port != taken
+
+
+@pytest.mark.usefixtures("server")
+def test_a_node_whose_ports_are_known_keeps_them(tmp_path: Path) -> None:
+    node = PrivateNode(tmp_path / "node")
+    with node:
+        url, taken = node.url, node._distribution_port
+    with socket.create_server(("127.0.0.1", taken)), pytest.raises(BrokerError, match="in use"):
+        node.start()
+    assert node.url == url
+
+
+def test_ports_are_free_and_none_that_a_connection_is_given() -> None:
+    given_from = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = private_node.free_ports(20)
+    assert len(set(ports)) == 20
+    assert max(ports) < given_from
+    with contextlib.ExitStack() as held:
+        for port in ports:
+            held.enter_context(socket.create_server(("127.0.0.1", port)))
+        assert not any(map(private_node._is_free, ports))
+
+
+def test_ports_are_found_where_connections_are_given_nearly_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "range").write_text("1024\t65535\n")
+    monkeypatch.setattr(private_node, "_GIVEN_PORTS", tmp_path / "range")
+    assert len(private_node.free_ports(5)) == 5
 
 
 def test_stopping_what_was_never_started_is_quiet(tmp_path: Path) -> None:

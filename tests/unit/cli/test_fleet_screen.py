@@ -1,5 +1,7 @@
 """Workers, contexts and queues as a person sees them."""
 
+import re
+
 import pytest
 from rich.console import Console
 
@@ -69,14 +71,18 @@ def test_what_a_worker_says_cannot_command_the_terminal() -> None:
     ("settings", "why"),
     [
         ({}, "no broker is named"),
-        ({"broker_url": "amqp://127.0.0.1:1/v"}, "no connection to the broker"),
+        # On a slow machine the time is over before it is refused.
+        (
+            {"broker_url": "amqp://127.0.0.1:1/v"},
+            "(no connection to the broker|nothing answered) at",
+        ),
     ],
 )
 def test_without_a_broker_there_is_a_line_that_says_why(settings: dict[str, str], why: str) -> None:
     with broker_heard(load_settings(**settings, broker_connect_timeout_seconds=0.5)) as heard:
         assert isinstance(heard, Heard)
         text = shown(heard)
-    assert f"no workers are shown: {why}" in text
+    assert re.search(f"no workers are shown: {why}", text)
     assert "worker " not in text
 
 

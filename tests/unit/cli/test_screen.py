@@ -1,5 +1,6 @@
 import io
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -11,6 +12,7 @@ from services.collector.report import Quality, Speed, WorkerShare
 from services.collector.startups import Attaches, ColdStarts, Startups
 from services.contracts import StartupPhases
 from services.producer import Progress
+from tests.unit.clock import Clock
 
 
 @pytest.mark.parametrize(
@@ -219,11 +221,19 @@ def test_progress_of_lines_is_silent_where_there_is_no_terminal(
     assert seen().strip() == ""
 
 
-def test_progress_without_a_terminal_is_a_line_now_and_then(screen: Console, seen: Seen) -> None:
+def test_progress_without_a_terminal_is_a_line_now_and_then(
+    screen: Console, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("services.cli.live_view.time", SimpleNamespace(monotonic=clock))
     with LiveView(screen, lines=20_000) as view:
         view.show(None, Progress(0, 0, 0), ["starting"])
+        clock.now += 4.9
         view.show(STATUS, Progress(5_000, 4_000, 8), ["warm", "draining"])
-    assert seen().splitlines() == ["0 of 20,000, 0.0 claims/s, unknown left; engine: starting"]
+        assert seen() == "0 of 20,000, 0.0 claims/s, unknown left; engine: starting\n"
+        clock.now += 0.2
+        view.show(STATUS, Progress(5_000, 4_000, 8), ["warm", "draining"])
+    assert seen().endswith("engine: warm, draining\n")
 
 
 @pytest.mark.parametrize(

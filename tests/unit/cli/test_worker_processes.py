@@ -117,7 +117,10 @@ def test_a_worker_that_gave_up_on_its_engine_ends_the_run_with_its_words(
         look_after_until_it_raises(slot)
 
 
-def test_the_words_of_a_worker_that_gave_up_are_read_to_their_end(worker: Starter) -> None:
+def test_the_words_of_a_worker_that_gave_up_are_read_to_their_end(
+    worker: Starter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.cli.worker_processes._LAST_WORDS_SECONDS", 60.0)
     # It ends while much of what it said is still in the pipe.
     code = (
         "print('x\\n' * 30_000 + 'keepwarm: the reason comes last', flush=True)\n"

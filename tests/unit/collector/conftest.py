@@ -27,6 +27,12 @@ from services.contracts import (
 )
 
 
+@pytest.fixture(autouse=True)
+def _time_to_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The directory counts all runs at one look, however slow this machine is."""
+    monkeypatch.setattr("services.collector.directory._COUNTING_SECONDS", 60.0)
+
+
 @pytest.fixture(scope="session")
 def prompt() -> PromptSpec:
     return PromptSpec(

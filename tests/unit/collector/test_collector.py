@@ -442,15 +442,23 @@ def test_workers_hear_again_and_again_which_submissions_are_cancelled(
     assert [give_notice(collector, publisher) for _ in range(2)] == [[("sub-1",)]] * 2
 
 
+@pytest.mark.parametrize(("seconds", "notices"), [(600.0, 1), (0.0, 3)])
 def test_notices_are_not_due_all_the_time(
-    store: Store, make: SimpleNamespace, run: Run, publisher: RecordingPublisher
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    publisher: RecordingPublisher,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    notices: int,
 ) -> None:
+    monkeypatch.setattr("services.collector.collector.NOTICE_SECONDS", seconds)
     store.write(make.incoming(make.announced()))
     store.cancel(find_run(store, run.run_id).run_key)
     collector = Collector(store, load_settings())
     for _ in range(3):
         collector._give_notice(publisher)  # type: ignore[arg-type]
-    assert len(publisher.messages) == 1
+    assert len(publisher.messages) == notices
 
 
 def test_no_notice_is_added_to_what_a_broker_does_not_take_for_the_moment(

@@ -365,15 +365,15 @@ def test_a_reply_that_is_no_stream_of_events_is_a_failure(served: Serve) -> None
         list(client.score([[1]], TOKENS))
 
 
-@pytest.mark.parametrize("answers", [None, 0, 2])
+@pytest.mark.parametrize(("answers", "seconds"), [(None, 0.5), (0, 0.5), (2, 5)])
 def test_an_engine_that_falls_silent_hangs_and_what_came_before_is_good(
-    answers: int | None, served: Serve
+    answers: int | None, seconds: float, served: Serve
 ) -> None:
     over = threading.Event()
 
     def pieces() -> Iterator[bytes]:
-        for index in range(answers or 0):
-            yield event(choice(index, -1.0, -2.0))
+        if answers:
+            yield event(*(choice(index, -1.0, -2.0) for index in range(answers)))
         over.wait(GENEROUS_SECONDS)
 
     def reply(*_: object) -> tuple[int, Iterable[bytes]]:
@@ -382,23 +382,23 @@ def test_an_engine_that_falls_silent_hangs_and_what_came_before_is_good(
             raise BreakOff
         return 200, pieces()
 
-    found, failure = ask(served(reply, timeout_seconds=0.5))
+    found, failure = ask(served(reply, timeout_seconds=seconds))
     over.set()
     assert sorted(found) == list(range(answers or 0))
     assert isinstance(failure, EngineSilent)
-    assert "said nothing for 0.5 s (KEEPWARM_ENGINE_REQUEST_TIMEOUT_SECONDS)" in str(failure)
+    assert f"said nothing for {seconds} s (KEEPWARM_ENGINE_REQUEST_TIMEOUT_SECONDS)" in str(failure)
 
 
 def test_an_engine_that_is_slow_but_speaks_does_not_hang(served: Serve) -> None:
     # All of it takes longer than the silence that is allowed.
     def pieces() -> Iterator[bytes]:
-        for index in range(20):
-            time.sleep(0.1)
+        for index in range(7):
+            time.sleep(1)
             yield event(choice(index, -1.0, -2.0))
         yield DONE
 
-    found, failure = ask(served(lambda *_: (200, pieces()), timeout_seconds=1.5), 20)
-    assert (len(found), failure) == (20, None)
+    found, failure = ask(served(lambda *_: (200, pieces()), timeout_seconds=5), 7)
+    assert (len(found), failure) == (7, None)
 
 
 # httpcore leaves a socket that could not connect to Python's garbage collector.
@@ -516,7 +516,10 @@ def test_several_threads_may_ask_at_once(served: Serve) -> None:
 # What the engine tells of itself.
 
 
-def test_the_engines_metrics_are_as_it_tells_them(served: Serve) -> None:
+def test_the_engines_metrics_are_as_it_tells_them(
+    served: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.contexts.completions._METRICS_SECONDS", GENEROUS_SECONDS)
     paths: list[str] = []
 
     def reply(path: str, _: dict[str, Any]) -> tuple[int, Iterable[bytes]]:

@@ -326,6 +326,14 @@ def test_told_to_stop_while_the_engine_starts_it_starts_none() -> None:
     assert not examination(Engine(), stop).start_engine(attempts=3)
 
 
+def test_told_to_stop_before_it_is_started_again_it_is_not() -> None:
+    stop = threading.Event()
+    stop.set()
+    engine = Engine(failing_starts=1)
+    assert not examination(engine, stop).start_engine(attempts=3)
+    assert engine.starts == 1
+
+
 @pytest.mark.parametrize("asked", range(10))
 @pytest.mark.parametrize("fault", ["", "crash", "hang", "nonsense"])
 def test_told_to_stop_it_leaves_claims_open_and_blames_nobody_further(

@@ -28,7 +28,9 @@ def line() -> Line:
 
 
 @pytest.fixture
-def reports() -> Reports:
+def reports(monkeypatch: pytest.MonkeyPatch) -> Reports:
+    """They are not due again, however slow this machine is."""
+    monkeypatch.setattr("services.gpu_worker.reports.REPORT_SECONDS", 600.0)
     post = Post("node-7", job_id="71_3", metrics_address="node-7:9464", ends_at=None)
     return Reports(Signature("node-7-1", "Tesla T4"), post)
 
@@ -58,6 +60,15 @@ def test_a_change_is_told_at_once_and_what_is_the_same_not_again(
     assert [report.state for report in line.reports] == [
         *("starting", "serving", "draining", "draining")
     ]
+
+
+def test_what_is_the_same_is_told_again_when_it_is_due(
+    reports: Reports, line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.gpu_worker.reports.REPORT_SECONDS", 0.0)
+    for _ in range(3):
+        say(reports, "serving", line)
+    assert len(line.reports) == 3
 
 
 def test_what_cannot_be_sent_now_is_told_when_it_can(reports: Reports, line: Line) -> None:
