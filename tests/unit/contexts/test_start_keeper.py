@@ -1,10 +1,12 @@
 """How a keeper is started and waited for; what it then does is in test_keeper.py."""
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -13,6 +15,8 @@ from services.contexts import start_keeper
 from services.contexts.runtime_dir import keeper_lock, take_lock
 from services.contracts import load_settings
 from services.contracts.errors import KeeperError
+
+GENEROUS_SECONDS = 60.0
 
 Keepers = Callable[[str], None]
 
@@ -35,7 +39,20 @@ def keepers(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Keepers]:
         script = f"echo $$ >>{place / 'started'}; {script}"
         monkeypatch.setattr(start_keeper, "_COMMAND", ("sh", "-c", script))
 
+    starts = count()
+    start = start_keeper._start
+
+    def counted(*arguments: Any) -> Any:
+        next(starts)
+        return start(*arguments)
+
+    monkeypatch.setattr(start_keeper, "_start", counted)
     yield do
+    expected = next(starts)
+    deadline = time.monotonic() + GENEROUS_SECONDS
+    while len(started(place)) < expected:  # one may not even have begun
+        assert time.monotonic() < deadline, "what was started never began"
+        time.sleep(0.01)
     for pid in started(place):
         with suppress(psutil.NoSuchProcess):
             psutil.Process(pid).kill()
