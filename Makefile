@@ -27,7 +27,7 @@ test: ## all tests but those of clusters, containers and monitoring, with a real
 	@setup/system.sh --with-postgres
 	@setup/python.sh $(ENGINE)
 	@.venv/bin/python setup/demo_model.py
-	.venv/bin/pytest tests/e2e tests/integration tests/unit -n 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	.venv/bin/pytest tests/e2e tests/integration tests/unit -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-hpc: ## batch jobs on a real Slurm, and what builds the images of apptainer/; as root
 	@setup/system.sh --with-hpc
