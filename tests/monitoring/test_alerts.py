@@ -122,13 +122,18 @@ def broken(store: str) -> Iterator[None]:
             "CREATE TRIGGER broken BEFORE INSERT ON outcomes "
             "BEGIN SELECT RAISE(ABORT, 'the disk is broken'); END"
         )
-        yield
-        database.execute("DROP TRIGGER broken")
+        try:
+            yield
+        finally:
+            database.execute("DROP TRIGGER broken")
 
 
 @pytest.mark.usefixtures("worker")
 def test_the_store_takes_nothing(system: System) -> None:
     with broken(system.environment["KEEPWARM_STORE_URL"]):
+        # Until it waits for the store, a collector sets nonsense aside as fast as it comes.
+        waits = "max(keepwarm_store_waiting) == 1"
+        wait_until(lambda: system.prometheus.value(waits), "a collector that waits")
         # More than a collector takes ahead, at once: workers would need minutes for so many.
         system.publish_nonsense(1_200)
         fires(system, "KeepwarmStoreLagging", "KeepwarmVerdictsWait")
