@@ -90,6 +90,7 @@ class Collector:
         self._early: list[tuple[ClaimBatch, Delivery, float]] = []
         self.waiting_for: str | None = None
         """What keeps it from committing, in words, while something does."""
+        WAITING.set_function(lambda: self.waiting_for is not None)
 
     @property
     def stuck(self) -> str | None:
@@ -269,7 +270,6 @@ class Collector:
                     gained = self._store.write(incoming)
             except StoreError as error:
                 COMMIT_FAILURES.inc()
-                WAITING.set(1)
                 pause = growing_pause(
                     failures,
                     first_seconds=_FIRST_PAUSE_SECONDS,
@@ -280,7 +280,6 @@ class Collector:
                 if self._finish.is_set() or self._stop.wait(pause):
                     break
             else:
-                WAITING.set(0)
                 self.waiting_for = None
                 self._directory.note(gained)
                 self._run_counts.note(incoming.run_ids())
