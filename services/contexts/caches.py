@@ -87,12 +87,10 @@ class EngineCaches:
         except OSError as error:
             log.error("start.not_remembered", path=str(path), reason=str(error))
 
-    def recall_all(self) -> Iterator[PastStart]:
-        """Of each engine that was ever started here."""
-        for path in self._directory.glob(f"*/{_STARTUP}"):
-            past = self.recall(path.parent.name)
-            if past is not None:
-                yield past
+    def recall_all(self) -> dict[str, PastStart]:
+        """Of each engine that was ever started here, by its name."""
+        names = [path.parent.name for path in self._directory.glob(f"*/{_STARTUP}")]
+        return {name: past for name in names if (past := self.recall(name)) is not None}
 
     def recall(self, name: str) -> PastStart | None:
         try:

@@ -64,18 +64,21 @@ class Readiness:
         out. Where no template is, imports come on top.
         """
         live = {record.name: record for record in live_records(self._directory)}
-        starts = list(self._caches.recall_all())
-        imports = max((start.phases.imports or 0.0 for start in starts), default=0.0)
+        starts = self._caches.recall_all()
+        imports = max((start.phases.imports or 0.0 for start in starts.values()), default=0.0)
         if is_imported(self._directory):
             imports = 0.0
         slowest = max(
-            (start.seconds_again + max(imports, start.phases.fetch or 0.0) for start in starts),
+            (
+                start.seconds_again + max(imports, start.phases.fetch or 0.0)
+                for start in starts.values()
+            ),
             default=None,
         )
         known: dict[str, float] = {}
         for spec in contexts:
             name = EnginePlan.of(spec, self._device, self._settings).name
-            record, past = live.get(name), self._caches.recall(name)
+            record, past = live.get(name), starts.get(name)
             if record is not None and record.state in ("warm", "asleep"):
                 known[spec.context_id] = 0.0 if record.state == "warm" else _WAKE_SECONDS
             elif past is not None:
