@@ -75,11 +75,10 @@ def device(_: Settings) -> Finding:
 def _driver() -> str:
     import pynvml
 
-    pynvml.nvmlInit()
-    try:
+    from services.contexts.device import nvml
+
+    with nvml():
         return str(pynvml.nvmlSystemGetDriverVersion())
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def engine(settings: Settings) -> Finding:
@@ -142,16 +141,13 @@ def _driver_cuda() -> tuple[int, ...] | None:
     """The newest CUDA that the driver knows; None where it does not say."""
     import pynvml
 
+    from services.contexts.device import nvml
+
     try:
-        pynvml.nvmlInit()
+        with nvml():
+            told = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
     except pynvml.NVMLError:
         return None
-    try:
-        told = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
-    except pynvml.NVMLError:
-        return None
-    finally:
-        pynvml.nvmlShutdown()
     return told // 1000, told % 1000 // 10
 
 

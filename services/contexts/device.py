@@ -72,23 +72,28 @@ def _gpu(visible: str, cores: tuple[int, ...]) -> Device:
 
 
 @contextmanager
+def nvml() -> Iterator[None]:
+    """NVIDIA's management library, for as long as it is asked. Raises pynvml.NVMLError."""
+    pynvml.nvmlInit()
+    try:
+        yield
+    finally:
+        pynvml.nvmlShutdown()
+
+
+@contextmanager
 def gpu_handle(visible: str) -> Iterator[Any]:
     """NVML's handle of a GPU. Raises EngineStartError where there is no such GPU."""
     try:
-        pynvml.nvmlInit()
+        with nvml():
+            yield (
+                pynvml.nvmlDeviceGetHandleByIndex(int(visible))
+                if visible.isdecimal()
+                # Slurm and MIG name devices by UUID.
+                else pynvml.nvmlDeviceGetHandleByUUID(visible)
+            )
     except pynvml.NVMLError as error:
         raise EngineStartError(_no_gpu(visible, error)) from error
-    try:
-        yield (
-            pynvml.nvmlDeviceGetHandleByIndex(int(visible))
-            if visible.isdecimal()
-            # Slurm and MIG name devices by UUID.
-            else pynvml.nvmlDeviceGetHandleByUUID(visible)
-        )
-    except pynvml.NVMLError as error:
-        raise EngineStartError(_no_gpu(visible, error)) from error
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def _no_gpu(visible: str, error: pynvml.NVMLError) -> str:

@@ -13,6 +13,7 @@ import pynvml
 import structlog
 
 from services.contexts.completions import CompletionClient
+from services.contexts.device import nvml
 from services.contexts.engine_command import cores_of, engine_arguments, engine_environment
 from services.contexts.plan import EnginePlan
 from services.contexts.runtime_dir import log_tail, quoted_tail, socket_path
@@ -189,8 +190,7 @@ def _seconds(pattern: re.Pattern[str], text: str) -> float | None:
 
 
 def _gpu_bytes(pids: set[int]) -> int:
-    pynvml.nvmlInit()
-    try:
+    with nvml():
         handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
         return sum(
             process.usedGpuMemory or 0
@@ -198,5 +198,3 @@ def _gpu_bytes(pids: set[int]) -> int:
             for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
             if process.pid in pids
         )
-    finally:
-        pynvml.nvmlShutdown()
