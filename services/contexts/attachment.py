@@ -1,7 +1,6 @@
 """A worker's lease on an engine of its node: found or started, watched, given back."""
 
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -15,11 +14,11 @@ from services.contexts.plan import EnginePlan
 from services.contexts.protocol import Attach, Demand, Drain, Evict, Line, Word
 from services.contexts.records import ContextRecord, State
 from services.contexts.runtime_dir import (
+    is_locked,
     keeper_lock,
     log_tail,
     open_runtime_dir,
     socket_path,
-    take_lock,
 )
 from services.contexts.start_keeper import connected, open_keeper
 from services.contracts import Settings
@@ -212,10 +211,8 @@ def drain(settings: Settings) -> None:
     _ask(settings, Drain())
     lock = keeper_lock(open_runtime_dir(settings.runtime_dir))
     deadline = time.monotonic() + _END_SECONDS
-    while (free := take_lock(lock)) is None and time.monotonic() < deadline:
+    while is_locked(lock) and time.monotonic() < deadline:
         time.sleep(_WORD_SECONDS)
-    if free is not None:
-        os.close(free)
 
 
 def _ask(settings: Settings, request: Evict | Drain) -> Word:

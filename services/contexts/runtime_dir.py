@@ -77,6 +77,14 @@ def open_log(path: Path) -> IO[bytes]:
     return os.fdopen(descriptor, "ab")
 
 
+def is_locked(path: Path) -> bool:
+    """Whether somebody has the lock now."""
+    free = take_lock(path)
+    if free is not None:
+        os.close(free)
+    return free is None
+
+
 def take_lock(path: Path) -> int | None:
     """A descriptor that holds the lock, until it is closed; None while somebody else has it."""
     while True:

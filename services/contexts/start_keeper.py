@@ -14,12 +14,12 @@ from typing import IO
 from services.contexts.device import Device, find_device
 from services.contexts.protocol import Line, Look
 from services.contexts.runtime_dir import (
+    is_locked,
     keeper_lock,
     keeper_socket,
     open_log,
     open_runtime_dir,
     quoted_tail,
-    take_lock,
 )
 from services.contracts import Settings
 from services.contracts.errors import EngineStartError, KeeperError
@@ -66,7 +66,7 @@ def open_keeper(settings: Settings, stopped: Callable[[], bool] = lambda: False)
     def coming() -> bool:
         # It never writes: readable means that it has ended.
         lives = ours is not None and not select.select([ours], [], [], 0)[0]
-        return lives or _is_locked(directory)
+        return lives or is_locked(keeper_lock(directory))
 
     def go_on() -> bool:
         # One that finds another, or one that is about to end, ends at once: there is a lock.
@@ -141,13 +141,6 @@ def _wait(
             )
         time.sleep(_POLL_SECONDS)
     return line
-
-
-def _is_locked(directory: Path) -> bool:
-    free = take_lock(keeper_lock(directory))
-    if free is not None:
-        os.close(free)
-    return free is None
 
 
 def _start(settings: Settings, log_file: Path) -> IO[bytes]:

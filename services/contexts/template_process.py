@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import structlog
 
 from services.contexts import template
 from services.contexts.lines import Lines
@@ -23,8 +22,6 @@ _POLL_SECONDS = 0.05
 _ANSWER_SECONDS = 30.0
 TEMPLATE_NAMES = "template"
 """What the names of all templates begin with."""
-
-log = structlog.get_logger(__name__)
 
 
 class EngineProcess:
