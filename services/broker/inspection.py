@@ -17,20 +17,14 @@ from services.contracts.errors import BrokerError
 _BLOCKED_SECONDS = 10.0
 
 
-def missing(address: BrokerAddress) -> list[str]:
-    """The exchanges and queues of the house that are not there. Raises BrokerError."""
+def missing_exchanges(address: BrokerAddress) -> list[str]:
+    """Those of the house that are not there. Raises BrokerError."""
     with _asking(address) as may:
-        exchanges = [
+        return [
             name
             for name in names.HOUSE_EXCHANGES
             if not may(methodcaller("exchange_declare", name, passive=True))
         ]
-        queues = [
-            name
-            for name in names.HOUSE_QUEUES
-            if not may(methodcaller("queue_declare", name, passive=True))
-        ]
-    return exchanges + queues
 
 
 def writable(address: BrokerAddress) -> set[str]:

@@ -28,9 +28,8 @@ _COLLECTED_QUEUES = (
     names.RUNS_QUEUE,
     names.DEAD_CLAIMS_QUEUE,
 )
-_FIXED_QUEUES = (*_COLLECTED_QUEUES, names.DEAD_MESSAGES_QUEUE)
 _EVERYTHING = (
-    *(*names.HOUSE_EXCHANGES, *_FIXED_QUEUES),
+    *(*names.HOUSE_EXCHANGES, *names.HOUSE_QUEUES),
     *(_ANY_CLAIMS_QUEUE, _ANY_NOTICES_QUEUE, _ANY_PRESENCE_QUEUE),
 )
 
@@ -103,13 +102,13 @@ ROLES = (
         "claims, refused messages and notices",
         Permissions(
             configure=_only(
-                *names.HOUSE_EXCHANGES, *_FIXED_QUEUES, _ANY_CLAIMS_QUEUE, _ANY_PRESENCE_QUEUE
+                *names.HOUSE_EXCHANGES, *names.HOUSE_QUEUES, _ANY_CLAIMS_QUEUE, _ANY_PRESENCE_QUEUE
             ),
             write=_only(
                 names.CLAIMS_EXCHANGE,
                 names.DEAD_EXCHANGE,
                 names.NOTICES_EXCHANGE,
-                *_FIXED_QUEUES,
+                *names.HOUSE_QUEUES,
                 _ANY_CLAIMS_QUEUE,
                 _ANY_PRESENCE_QUEUE,
             ),

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 from services.broker import BrokerAddress, Declares, Publisher
-from services.broker.inspection import missing, writable
+from services.broker.inspection import missing_exchanges, writable
 from services.broker.private_node import find_server
 from services.broker.queue_counts import Counts
 from services.broker.roles import ROLES, Role, roles_that_fit
@@ -31,7 +31,8 @@ def broker(settings: Settings) -> Finding:
     address = BrokerAddress.from_settings(settings)
     with Publisher(address, "doctor", window=1).open(_ANSWER_SECONDS) as link:
         counts = _counts(link)
-    lacks = missing(address)
+    lacks = missing_exchanges(address)
+    lacks += [queue for queue in topology.HOUSE_QUEUES if queue not in counts]
     if len(lacks) == len(topology.HOUSE_EXCHANGES + topology.HOUSE_QUEUES):
         return note(f"{address} takes us, and has no queues yet: a collector makes them")
     lengths = ", ".join(f"{queue} {count:,}" for queue, count in counts.items())

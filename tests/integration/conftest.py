@@ -20,17 +20,10 @@ from services.broker.link import Link
 from services.contexts import pin_model
 from services.contracts import ContextSpec, Settings, load_settings, topology
 from tests.conftest import REPOSITORY
+from tests.integration.postgres import PostgreSQL
 
 # Seconds for whatever must come: they are lost only where a test fails. pytest waits longer.
 PATIENCE = 240.0
-
-HOUSE_QUEUES = (
-    topology.RETURNS_QUEUE,
-    topology.VERDICTS_QUEUE,
-    topology.RUNS_QUEUE,
-    topology.DEAD_CLAIMS_QUEUE,
-    topology.DEAD_MESSAGES_QUEUE,
-)
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE):
@@ -137,7 +130,7 @@ def broker(node: PrivateNode, small_model: Path) -> Iterator[Settings]:
         broker_url=node.url, broker_password=node.password, broker_heartbeat_seconds=5
     )
     claims = (topology.claims_queue(context), topology.claims_queue("ctx-test"))
-    delete_queues(node, *HOUSE_QUEUES, *claims)
+    delete_queues(node, *topology.HOUSE_QUEUES, *claims)
     Publisher(
         BrokerAddress.from_settings(settings),
         "house",
@@ -176,6 +169,17 @@ def messages_in(node: PrivateNode, queue: str) -> int:
         return connection.channel().queue_declare(queue, passive=True).method.message_count
     finally:
         connection.close()
+
+
+@pytest.fixture(scope="module")
+def postgresql() -> Iterator[PostgreSQL]:
+    """A server of the tests' own."""
+    try:
+        server = PostgreSQL()
+    except FileNotFoundError:
+        pytest.skip("PostgreSQL's server is not installed; `setup/system.sh --with-postgres` does")
+    with server as running:
+        yield running
 
 
 @pytest.fixture

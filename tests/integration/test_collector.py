@@ -270,21 +270,10 @@ def test_what_a_worker_says_of_its_start_is_in_the_report_once_however_often_it_
     end_well(collecting)
 
 
-@pytest.fixture
-def postgresql() -> Iterator[str]:
-    """The URL of an empty database on a PostgreSQL server of the test's own."""
-    try:
-        server = PostgreSQL()
-    except FileNotFoundError:
-        pytest.skip("PostgreSQL's server is not installed; `setup/system.sh --with-postgres` does")
-    with server:
-        yield server.new_database()
-
-
 def test_postgresql_holds_a_run_as_sqlite_does(
-    command: Start, answered: str, postgresql: str
+    command: Start, answered: str, postgresql: PostgreSQL
 ) -> None:
-    variables = {"KEEPWARM_STORE_URL": postgresql}
+    variables = {"KEEPWARM_STORE_URL": postgresql.new_database()}
     collecting = command("collect", "--until", answered, **variables)
     assert collecting.wait() == 0, collecting.output
     run = the_run(command, **variables)

@@ -1,7 +1,7 @@
 """What `keepwarm doctor` says of a broker and of PostgreSQL: real ones."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import psycopg
 import pytest
@@ -93,16 +93,6 @@ def test_a_wrong_password_and_a_wrong_address_are_faults(command: Start) -> None
     assert "Is it running, and is the address right?" in says
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[PostgreSQL]:
-    try:
-        server = PostgreSQL()
-    except FileNotFoundError:
-        pytest.skip("PostgreSQL's server is not installed; `setup/system.sh --with-postgres` does")
-    with server as running:
-        yield running
-
-
 def rows(url: str, query: str) -> list[tuple[object, ...]]:
     with psycopg.connect(url) as connection:
         return connection.execute(query).fetchall()
@@ -111,16 +101,16 @@ def rows(url: str, query: str) -> list[tuple[object, ...]]:
 TABLES = "SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY 1"
 
 
-def test_an_empty_database_stays_empty(command: Start, server: PostgreSQL) -> None:
-    url = server.new_database()
+def test_an_empty_database_stays_empty(command: Start, postgresql: PostgreSQL) -> None:
+    url = postgresql.new_database()
     code, says = diagnosis(command, "--store", url, about="store")
     assert (code, json.loads(says)["level"]) == (0, "well")
     assert "empty, the collector makes its tables" in says
     assert rows(url, TABLES) == []
 
 
-def test_a_database_of_an_older_version_stays_so(command: Start, server: PostgreSQL) -> None:
-    url = server.new_database()
+def test_a_database_of_an_older_version_stays_so(command: Start, postgresql: PostgreSQL) -> None:
+    url = postgresql.new_database()
     Store.open(load_settings(store_url=url)).close()
     with psycopg.connect(url) as connection:
         connection.execute("UPDATE keepwarm_schema SET version = 3")
@@ -133,8 +123,8 @@ def test_a_database_of_an_older_version_stays_so(command: Start, server: Postgre
     assert rows(url, "SELECT version FROM keepwarm_schema") == [(3,)] != [(SCHEMA_VERSION,)]
 
 
-def test_what_was_tried_is_taken_back(command: Start, server: PostgreSQL) -> None:
-    url = server.new_database()
+def test_what_was_tried_is_taken_back(command: Start, postgresql: PostgreSQL) -> None:
+    url = postgresql.new_database()
     Store.open(load_settings(store_url=url)).close()
     code, says = diagnosis(command, "--store", url, about="store")
     assert (code, json.loads(says)["level"]) == (0, "well")
@@ -158,9 +148,9 @@ GRANTS = {
 
 @pytest.mark.parametrize("granted", GRANTS)
 def test_a_user_who_may_only_read_is_told_for_whom_that_is(
-    command: Start, server: PostgreSQL, granted: str
+    command: Start, postgresql: PostgreSQL, granted: str
 ) -> None:
-    url, grant = server.new_database(), GRANTS[granted]
+    url, grant = postgresql.new_database(), GRANTS[granted]
     Store.open(load_settings(store_url=url)).close()
     role = f"reader{list(GRANTS).index(granted)}"
     with psycopg.connect(url) as connection:
@@ -172,9 +162,9 @@ def test_a_user_who_may_only_read_is_told_for_whom_that_is(
 
 
 def test_an_empty_database_where_no_tables_may_be_made_is_noted(
-    command: Start, server: PostgreSQL
+    command: Start, postgresql: PostgreSQL
 ) -> None:
-    url = server.new_database()
+    url = postgresql.new_database()
     with psycopg.connect(url) as connection:
         connection.execute("CREATE ROLE guest LOGIN")
         connection.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")

@@ -5,7 +5,6 @@ import resource
 import signal
 import sqlite3
 import time
-from collections.abc import Iterator
 from contextlib import closing
 
 import psycopg
@@ -151,16 +150,6 @@ def test_a_full_disk_is_waited_for_and_nothing_is_lost(
     assert_complete(environment, answered)
     assert _duplicates(environment, answered) == 0
     wait_until(lambda: messages_in(node, topology.VERDICTS_QUEUE) == 0, "all acknowledged")
-
-
-@pytest.fixture(scope="module")
-def postgresql() -> Iterator[PostgreSQL]:
-    try:
-        server = PostgreSQL()
-    except FileNotFoundError:
-        pytest.skip("PostgreSQL's server is not installed; `setup/system.sh --with-postgres` does")
-    with server as running:
-        yield running
 
 
 @pytest.fixture
