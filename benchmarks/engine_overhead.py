@@ -39,7 +39,7 @@ console = Console(width=100)
 def serve_alone(claims_file: Path, limit: int) -> None:
     """vLLM in this process: at each line on standard input, all claims once; seconds on output."""
     from services.contexts import find_device
-    from services.contexts.engine_command import engine_environment
+    from services.contexts.engine_command import CPU_BLOCK_TOKENS, engine_environment
     from services.contexts.plan import EnginePlan
     from services.contracts import load_settings
 
@@ -57,7 +57,7 @@ def serve_alone(claims_file: Path, limit: int) -> None:
         max_num_seqs=MAX_SEQUENCES,
         enforce_eager=True,
         enable_prefix_caching=False,
-        block_size=32 if plan.device.kind == "cpu" else None,
+        block_size=CPU_BLOCK_TOKENS if plan.device.kind == "cpu" else None,
         distributed_executor_backend="uni",
         generation_config="vllm",
     )

@@ -36,6 +36,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from services.contexts import find_device, pin_model  # noqa: E402
 from services.contexts.attachment import Attachment, drain  # noqa: E402
+from services.contexts.engine_command import CPU_BLOCK_TOKENS  # noqa: E402
 from services.contexts.plan import EnginePlan  # noqa: E402
 from services.contracts import Claim, ContextSpec, PromptSpec, load_settings  # noqa: E402
 from services.gpu_worker import CompiledPrompt, ModelTokenizer  # noqa: E402
@@ -47,7 +48,7 @@ SYMMETRIC = REPOSITORY.parent / "shared" / "data" / "fever_symmetric_dev.jsonl"
 SAMPLES = REPOSITORY / "samples" / "claims.jsonl"
 BATCH_SIZE, IN_FLIGHT = 64, 3
 # vLLM caches whole blocks only; these are what Keepwarm's engines have.
-BLOCK_TOKENS = {"cuda": 16, "cpu": 32}
+BLOCK_TOKENS = {"cuda": 16, "cpu": CPU_BLOCK_TOKENS}
 console = Console(width=120)
 
 Score = Callable[[Sequence[Sequence[int]], Sequence[int]], int]

@@ -12,6 +12,10 @@ from services.contracts.bounds import MAX_LABELS
 
 ENGINE_MODULE = "vllm.entrypoints.openai.api_server"
 
+CPU_BLOCK_TOKENS = 32
+"""The prefix cache holds whole blocks. vLLM's own 128 tokens on processors leave half of what
+instructions and examples have in common to be computed for every claim; this is the least it takes.
+"""
 _GIB = 1024**3
 _LARGE_GPU_BYTES = 70 * _GIB
 # The least and the most of a node's memory that one CPU engine takes for its key-value cache.
@@ -53,9 +57,7 @@ def _device_arguments(device: Device, max_model_tokens: int) -> Sequence[str]:
         "--enforce-eager",  # nothing to capture or to compile for
         *("--distributed-executor-backend", "uni"),
         *("--max-num-seqs", "64"),
-        # The prefix cache holds whole blocks: vLLM's own 128 tokens here leave half of what
-        # instructions and examples have in common to be computed for every claim.
-        *("--block-size", "32"),
+        *("--block-size", str(CPU_BLOCK_TOKENS)),
     )
 
 
