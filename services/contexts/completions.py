@@ -10,13 +10,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
-import httpx_sse
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import to_json
 
 from services.contracts.errors import EngineRequestError
 from services.contracts.wire import first_fault
+from services.imports import without
+
+with without("click"):  # httpx would bring its own command along, and Rich for it
+    import httpx
+    import httpx_sse
 
 _TOKEN = "token_id:"  # noqa: S105  (how vLLM spells a token id)
 _LAST_EVENT = "[DONE]"

@@ -43,7 +43,9 @@ def engine_arguments(plan: EnginePlan, socket_path: Path) -> list[str]:
 
 def _device_arguments(device: Device, max_model_tokens: int) -> Sequence[str]:
     # The server as it comes computes fewer tokens a step than vLLM's offline class does, for the
-    # sake of latency. Claims are offline work: these are the offline class's figures (vLLM 0.32).
+    # sake of latency. Claims are offline work: on GPUs these are the offline class's figures (vLLM
+    # 0.32). On processors half of them fill the machine as well, and a step there takes a second,
+    # which is what a worker loses that is killed.
     if device.kind == "cuda":
         step = 16_384 if device.memory_bytes >= _LARGE_GPU_BYTES else 8_192
         return (
@@ -53,7 +55,7 @@ def _device_arguments(device: Device, max_model_tokens: int) -> Sequence[str]:
             "--enable-sleep-mode",
         )
     return (
-        *("--max-num-batched-tokens", str(max(4_096, max_model_tokens))),
+        *("--max-num-batched-tokens", str(max(2_048, max_model_tokens))),
         "--enforce-eager",  # nothing to capture or to compile for
         *("--distributed-executor-backend", "uni"),
         *("--max-num-seqs", "64"),

@@ -1,8 +1,9 @@
 """Claims through an engine: each gets a verdict, dies with a reason, or stays without an answer."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from services.contexts.completions import Answer, CompletionClient, EngineRefused
 from services.contracts import Claim, DeadReason, PromptSpec, Verdict
@@ -12,6 +13,8 @@ from services.gpu_worker.tokenizer import ModelTokenizer
 from services.gpu_worker.verdicts import read_verdict
 
 _MOST_PROMPTS = 64
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,23 @@ class Outcome:
     refused: dict[int, Refusal] = field(default_factory=dict)
     failure: EngineRequestError | None = None
     engine_seconds: float = 0.0
+
+    def split(self, sizes: Sequence[int]) -> Iterator["Outcome"]:
+        """The same for each of the lists, of these sizes, that were asked about as one."""
+        share = self.engine_seconds / max(1, sum(sizes))
+        first = 0
+        for size in sizes:
+            yield Outcome(
+                _part(self.verdicts, first, size),
+                _part(self.refused, first, size),
+                self.failure,
+                share * size,
+            )
+            first += size
+
+
+def _part(whole: Mapping[int, T], first: int, size: int) -> dict[int, T]:
+    return {n: whole[first + n] for n in range(size) if first + n in whole}
 
 
 class Inference:

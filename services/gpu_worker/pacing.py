@@ -13,6 +13,10 @@ _FIRST_CLAIMS = 64
 _LEAST_CLAIMS = 8
 # A batch that is a little too large is not worth a message.
 _TRIM_FROM = 1.5
+# Batches that are smaller than this go to the engine together: a request costs it as much for one
+# claim as for many. And so many requests there are at least, that it is never without.
+_TOGETHER_CLAIMS = 32
+_REQUESTS = 4
 
 
 class Pace:
@@ -58,6 +62,13 @@ class Pace:
         if self._mean_batch is None:
             return 1
         return max(1, min(self._most_batches, math.floor(self.allowance / self._mean_batch)))
+
+    @property
+    def together(self) -> int:
+        """How many batches of the size that came lately make one request."""
+        if self._mean_batch is None:
+            return 1
+        return max(1, min(self.batches // _REQUESTS, round(_TOGETHER_CLAIMS / self._mean_batch)))
 
     def take(self, claims: int) -> int:
         """A batch came with so many claims: how many of them to keep."""

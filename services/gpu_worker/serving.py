@@ -2,8 +2,9 @@
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import groupby
 
 import structlog
 
@@ -27,6 +28,8 @@ from services.gpu_worker.shift import Shift
 from services.gpu_worker.tokenizer import ModelTokenizer
 
 _TAKE_SECONDS = 0.2
+# How long a small batch waits for others while the engine has work.
+_LINGER_SECONDS = 0.02
 
 log = structlog.get_logger(__name__)
 
@@ -35,9 +38,10 @@ class Serving:
     """A worker's time with one context, from the lease on its engine to the drain.
 
     Threads: the caller's takes batches and minds the engine; `batches_in_flight` pool threads each
-    see one batch through, so that the engine's continuous batching stays full; each link to the
-    broker has its own. A batch is acknowledged after the broker has confirmed all that became of
-    it. One that an engine failed with is a suspect, and is examined while there is no other job.
+    see one batch through, or several small ones together, so that the engine's continuous batching
+    stays full; each link to the broker has its own. A batch is acknowledged after the broker has
+    confirmed all that became of it. One that an engine failed with is a suspect, and is examined
+    while there is no other job.
     """
 
     def __init__(self, spec: ContextSpec, device: Device, settings: Settings, shift: Shift) -> None:
@@ -197,55 +201,101 @@ class Serving:
                     if self._suspects:  # as the only job, so that nobody else is at the engine
                         work.add(pool.submit(self._examine, consumer, publisher))
                     continue
-                delivery = consumer.take(_TAKE_SECONDS)
-                if delivery is not None:
+                deliveries = self._take(consumer, linger=bool(work))
+                if deliveries:
                     self._had_work_at = time.monotonic()
-                    work.add(pool.submit(self._see_through, delivery, consumer, publisher))
+                    work.add(pool.submit(self._see_through, deliveries, consumer, publisher))
         finally:
             self._drain(pool, work, consumer, publisher)
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _see_through(self, delivery: Delivery, consumer: Consumer, publisher: Publisher) -> None:
-        """On a pool thread: from a delivery to its settlement, or to the suspects."""
+    def _take(self, consumer: Consumer, *, linger: bool) -> list[Delivery]:
+        """A batch; or of small ones as many as make a request, those that are here or come soon."""
+        delivery = consumer.take(_TAKE_SECONDS)
+        deadline = time.monotonic() + (_LINGER_SECONDS if linger else 0)
+        deliveries: list[Delivery] = []
+        while delivery is not None:
+            deliveries.append(delivery)
+            if len(deliveries) >= self._pace.together:
+                break
+            delivery = consumer.take(max(0.0, deadline - time.monotonic()))
+        return deliveries
+
+    def _see_through(
+        self, deliveries: Sequence[Delivery], consumer: Consumer, publisher: Publisher
+    ) -> None:
+        """On a pool thread: from deliveries to their settlement, or to the suspects."""
+        hands = [
+            hand
+            for delivery in deliveries
+            if (hand := self._take_in_hand(delivery, consumer, publisher)) is not None
+        ]
+        consumer.set_prefetch(self._pace.batches)
+        for _, alike in groupby(hands, key=lambda hand: hand.batch.run.prompt.prompt_id):
+            self._answer(list(alike), consumer, publisher)
+
+    def _take_in_hand(
+        self, delivery: Delivery, consumer: Consumer, publisher: Publisher
+    ) -> BatchInHand | None:
+        """The batch, as far as it can be finished within the horizon; None where nothing is to be
+        answered now.
+        """
         try:
             hand = BatchInHand(delivery)
-            run = hand.batch.run
-            if run.context.context_id != self.spec.context_id:
+            if hand.batch.run.context.context_id != self.spec.context_id:
                 raise MessageInvalid("the batch wants another context than its queue's")
         except MessageInvalid as error:
             log.error("batch.refused", reason=str(error), message_id=delivery.message_id)
             publisher.publish(
                 delivery.refused(str(error), lambda: consumer.acknowledge([delivery]))
             )
-            return
+            return None
         if hand.batch.submission_id in self._news.cancelled:
-            log.info("batch.cancelled", run=run.run_id, claims=len(hand.open))
+            log.info("batch.cancelled", run=hand.batch.run.run_id, claims=len(hand.open))
             CANCELLED.inc(len(hand.open))
             consumer.acknowledge([delivery])
-            return
+            return None
         self._in_hand.add(hand)
         if hand.suspect:
             self._suspect(hand)
-            return
+            return None
         self._trim(hand, consumer, publisher)
-        places = list(hand.open)
-        BATCH_SECONDS.labels("waiting").observe(time.monotonic() - delivery.came_at)
+        return hand
+
+    def _answer(
+        self, hands: Sequence[BatchInHand], consumer: Consumer, publisher: Publisher
+    ) -> None:
+        """Ask about batches with one prompt as one, and settle each, or suspect it."""
+        asked = [list(hand.open) for hand in hands]
+        claims = [
+            claim
+            for hand, places in zip(hands, asked, strict=True)
+            for claim in hand.claims(places)
+        ]
+        for hand in hands:
+            BATCH_SECONDS.labels("waiting").observe(time.monotonic() - hand.delivery.came_at)
         begun = self._pace.begin()
-        outcome = self._inference.infer(run.prompt, hand.claims(places))
+        outcome = self._inference.infer(hands[0].batch.run.prompt, claims)
         seconds = self._pace.end(begun, 0 if outcome.failure else len(outcome.verdicts))
-        BATCH_SECONDS.labels("inferring").observe(outcome.engine_seconds)
         consumer.set_prefetch(self._pace.batches)
-        hand.note(places, outcome)
+        parts = outcome.split([len(places) for places in asked])
+        for hand, places, part in zip(hands, asked, parts, strict=True):
+            BATCH_SECONDS.labels("inferring").observe(outcome.engine_seconds)
+            hand.note(places, part)
+        unanswered = sum(len(hand.open) for hand in hands)
         self._shift.device_time.computed(
-            seconds, answered=len(places) - len(hand.open), asked=len(places)
+            seconds, answered=len(claims) - unanswered, asked=len(claims)
         )
-        if hand.open and not isinstance(outcome.failure, Interrupted):
-            log.warning("batch.failed", claims=len(hand.open), reason=str(outcome.failure))
+        failed = bool(unanswered) and not isinstance(outcome.failure, Interrupted)
+        if failed:
+            log.warning("batch.failed", claims=unanswered, reason=str(outcome.failure))
             self._examination.note_failure(outcome.failure)
-            hand.blame(places)
-            self._suspect(hand)
-            return
-        self._settle(hand, consumer, publisher)
+        for hand, places in zip(hands, asked, strict=True):
+            if failed and hand.open:
+                hand.blame(places)
+                self._suspect(hand)
+            else:
+                self._settle(hand, consumer, publisher)
 
     def _suspect(self, hand: BatchInHand) -> None:
         SUSPECTS.inc()
@@ -259,7 +309,6 @@ class Serving:
         """Keep what is finished within the horizon; someone faster may have the rest."""
         claims = len(hand.open)
         keep = self._pace.take(claims)
-        consumer.set_prefetch(self._pace.batches)
         if keep < claims:
             log.debug("batch.trimmed", kept=keep, returned=claims - keep)
             hand.trim(keep, consumer, publisher)

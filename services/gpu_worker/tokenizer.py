@@ -11,8 +11,7 @@ from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BaseModel
-from pydantic_core import from_json, to_json
-from tokenizers import Encoding, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer, models
 
 from services.contexts.model_files import model_file
 from services.contracts import ContextSpec
@@ -22,28 +21,14 @@ _SENTENCEPIECE_SPACE = "\u2581"
 _CONTENT = "KEEPWARM CONTENT GOES HERE"
 
 
-class _AddedToken(BaseModel):
-    content: str
-    special: bool
-
-    @property
-    def is_unmarked_mark_up(self) -> bool:
-        text = self.content.replace(_SENTENCEPIECE_SPACE, " ")
-        return not self.special and bool(text.strip())
-
-
-class _Unknown(BaseModel):
-    """What stands for all that the model does not know: by name, or by place in a vocabulary."""
-
-    unk_token: str | None = None
+class _Unigram(BaseModel):
     unk_id: int | None = None
 
 
 class _Definition(BaseModel):
-    """What has to be known of a tokenizer.json; its vocabulary is skipped, which is faster."""
+    """What a tokenizer.json says and the library does not tell. Its vocabulary is skipped."""
 
-    added_tokens: tuple[_AddedToken, ...] = ()
-    model: _Unknown
+    model: _Unigram
 
 
 class ModelTokenizer:
@@ -56,20 +41,19 @@ class ModelTokenizer:
     def __init__(
         self, definition: bytes, configuration: dict[str, Any], chat_template: str | None
     ) -> None:
-        known = _Definition.model_validate_json(definition)
-        if any(token.is_unmarked_mark_up for token in known.added_tokens):
-            definition = _with_mark_up_marked(definition)
         self._tokenizer = Tokenizer.from_buffer(definition)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        # All mark-up special, for `encode_special_tokens` to cover the likes of `<tool_call>` too.
+        self._tokenizer.add_special_tokens(
+            [added for added in self._added().values() if _is_unmarked_mark_up(added)]
+        )
         self._tokenizer.encode_special_tokens = True
         self._in_use = Lock()
-        unknown = known.model.unk_token
-        if known.model.unk_id is not None:
-            unknown = self._tokenizer.id_to_token(known.model.unk_id)
+        unknown = self._unknown(definition)
         mark_up = {
             number: added.content
-            for number, added in self._tokenizer.get_added_tokens_decoder().items()
+            for number, added in self._added().items()
             # What a vocabulary does not know becomes this one, whatever the text.
             if added.special and added.content != unknown
         }
@@ -109,6 +93,17 @@ class ModelTokenizer:
             return cls(definition.read_bytes(), configuration, template)
         except Exception as error:  # tokenizers raises plain Exception
             raise ModelError(f"the tokenizer of {spec.model} cannot be read: {error}") from error
+
+    def _added(self) -> dict[int, AddedToken]:
+        added: dict[int, AddedToken] = self._tokenizer.get_added_tokens_decoder()
+        return added
+
+    def _unknown(self, definition: bytes) -> str | None:
+        """What stands for all that the model does not know: by name, or by place."""
+        if not isinstance(self._tokenizer.model, models.Unigram):
+            return getattr(self._tokenizer.model, "unk_token", None)
+        place = _Definition.model_validate_json(definition).model.unk_id
+        return None if place is None else self._tokenizer.id_to_token(place)
 
     def encode_trusted(self, text: str, *, begin: bool = False) -> list[int]:
         """Our own text; special tokens act. `begin` adds what the model wants at a text's start."""
@@ -190,15 +185,10 @@ class ModelTokenizer:
         return str(token["content"]) if isinstance(token, dict) else str(token)
 
 
-def _with_mark_up_marked(definition: bytes) -> bytes:
-    """Every added token special, so that `encode_special_tokens` covers the likes of `<tool_call>`
-    too; but added runs of white space are ordinary vocabulary and stay.
-    """
-    whole = from_json(definition)
-    for token in whole["added_tokens"]:
-        if _AddedToken.model_validate(token).is_unmarked_mark_up:
-            token["special"] = True
-    return to_json(whole)
+def _is_unmarked_mark_up(added: AddedToken) -> bool:
+    """Added runs of white space are ordinary vocabulary."""
+    text = added.content.replace(_SENTENCEPIECE_SPACE, " ")
+    return not added.special and bool(text.strip())
 
 
 def _named_default(template: Any) -> str | None:

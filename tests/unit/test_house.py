@@ -13,12 +13,12 @@ ROOMS = {
     "telemetry": {"contracts"},
     "broker": {"contracts", "leash", "telemetry"},
     "producer": {"contracts", "broker", "telemetry"},
-    "contexts": {"contracts", "leash", "telemetry"},
+    "contexts": {"contracts", "leash", "telemetry", "imports"},
     "gpu_worker": {"contracts", "broker", "contexts", "telemetry"},
     "collector": {"contracts", "broker", "telemetry"},
     "cli": {
         *("contracts", "telemetry", "broker", "producer", "contexts", "gpu_worker", "collector"),
-        "leash",
+        *("leash", "imports"),
     },
 }
 
@@ -52,6 +52,11 @@ def test_a_room_opens_only_to_the_rooms_that_it_may_know(room: str, repository: 
 def test_the_leash_knows_nothing_of_the_house(repository: Path) -> None:
     names = {name.partition(".")[0] for name in imported(repository / "services" / "leash.py")}
     assert names <= sys.stdlib_module_names | {"psutil"}
+
+
+def test_how_to_import_knows_nothing_of_the_house(repository: Path) -> None:
+    names = {name.partition(".")[0] for name in imported(repository / "services" / "imports.py")}
+    assert names <= sys.stdlib_module_names
 
 
 @pytest.mark.parametrize("room", sorted(ROOMS.keys() - {"broker"}))

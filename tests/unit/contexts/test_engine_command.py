@@ -86,7 +86,7 @@ def test_each_device_has_arguments_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("device", "max_model_tokens", "step"),
     [
-        (CPU, 1_024, "4096"),
+        (CPU, 1_024, "2048"),
         (CPU, 32_768, "32768"),
         (GPU, 1_024, "8192"),
         (Device("cuda", "H100", 75 * GIB, (0,)), 1_024, "16384"),

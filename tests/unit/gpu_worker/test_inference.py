@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.contexts.completions import Answer, EngineRefused, EngineSilent, Interrupted
-from services.contracts import Claim, DeadReason, Label, PromptSpec
+from services.contracts import Claim, DeadReason, Label, PromptSpec, Verdict
 from services.contracts.errors import EngineRequestError
 from services.gpu_worker import CompiledPrompt, ModelTokenizer
-from services.gpu_worker.inference import Inference, Outcome
+from services.gpu_worker.inference import Inference, Outcome, Refusal
 
 Prompt = Sequence[int]
 PROMPT = PromptSpec()
@@ -262,3 +262,46 @@ def test_many_prompts_do_not_fill_the_memory(tokenizer: ModelTokenizer) -> None:
     for number in range(70):
         assert asked.infer(PromptSpec(name=f"prompt {number}"), CLAIMS).verdicts
     assert len(asked._prompts) <= 64
+
+
+# Several lists that were asked about as one.
+
+
+@given(st.lists(st.lists(st.sampled_from(("verdict", "refused", "open")), max_size=5), min_size=1))
+def test_an_outcome_is_split_as_the_claims_were_put_together(fates: list[list[str]]) -> None:
+    claims = [
+        (part, place, fate) for part, some in enumerate(fates) for place, fate in enumerate(some)
+    ]
+    whole = Outcome(
+        {n: verdict(f"{p}/{at}") for n, (p, at, fate) in enumerate(claims) if fate == "verdict"},
+        {n: refusal(f"{p}/{at}") for n, (p, at, fate) in enumerate(claims) if fate == "refused"},
+        EngineSilent("hangs"),
+        8.0,
+    )
+    parts = list(whole.split([len(some) for some in fates]))
+    for number, (part, some) in enumerate(zip(parts, fates, strict=True)):
+        assert {place: given.claim_id for place, given in part.verdicts.items()} == {
+            place: f"{number}/{place}" for place, fate in enumerate(some) if fate == "verdict"
+        }
+        assert {place: given.detail for place, given in part.refused.items()} == {
+            place: f"{number}/{place}" for place, fate in enumerate(some) if fate == "refused"
+        }
+        assert part.failure is whole.failure
+        assert part.engine_seconds * len(claims) == pytest.approx(8 * len(some))
+
+
+def verdict(claim_id: str) -> Verdict:
+    return Verdict(
+        claim_id=claim_id,
+        position=0,
+        text="A claim.",
+        label="SUPPORTS",
+        probabilities=(0.5, 0.5),
+        mass=1.0,
+        raw_text="True",
+        prompt_tokens=9,
+    )
+
+
+def refusal(detail: str) -> Refusal:
+    return Refusal(DeadReason.TOO_LONG, detail)

@@ -170,6 +170,35 @@ def test_the_size_of_a_batch_is_a_mean_of_those_that_came_lately(pace: Pace, clo
     assert pace.batches == 3
 
 
+# What goes to the engine together.
+
+
+@pytest.mark.parametrize(
+    ("size", "together"), [(1, 16), (2, 16), (4, 8), (8, 4), (16, 2), (32, 1), (64, 1), (1_024, 1)]
+)
+def test_batches_go_to_the_engine_together_up_to_a_request_that_is_worth_it(
+    size: int, together: int, clock: Clock
+) -> None:
+    pace = Pace(4.0, 64, clock)
+    answer(pace, clock, 10_000, 1)
+    for _ in range(40):
+        pace.take(size)
+    assert pace.together == together
+
+
+def test_there_are_several_requests_at_the_engine_however_few_claims_it_may_have(
+    clock: Clock,
+) -> None:
+    pace = Pace(4.0, 64, clock)
+    assert pace.together == 1
+    answer(pace, clock, 10, 1)  # 40 claims in hand
+    for _ in range(40):
+        pace.take(2)
+    assert (pace.batches, pace.together) == (20, 5)
+    answer(pace, clock, 1, 600)
+    assert pace.together == 1
+
+
 # What is kept of a batch.
 
 

@@ -2,7 +2,8 @@
 
 import gc
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,13 @@ def batch_of(spec: ContextSpec, prompt: PromptSpec | None = None, claims: int = 
 
 
 def see_through(worker: Serving, delivery: Delivery, broker: RecordingBroker) -> None:
-    worker._see_through(delivery, broker, broker)  # type: ignore[arg-type]
+    see_all_through(worker, [delivery], broker)
+
+
+def see_all_through(
+    worker: Serving, deliveries: Sequence[Delivery], broker: RecordingBroker
+) -> None:
+    worker._see_through(deliveries, broker, broker)  # type: ignore[arg-type]
 
 
 def verdicts_in(broker: RecordingBroker) -> list[str]:
@@ -174,6 +181,125 @@ def test_dead_claims_go_to_their_queue_and_the_batch_is_acknowledged_after_the_l
         assert broker.settled == []
         broker.confirm(message)
     assert broker.settled == [("acknowledged", 7)]
+
+
+# Small batches, which are asked about together.
+
+
+class Requests(list[int]):
+    """How many prompts each request had. The engine answers all but those told by their number."""
+
+    unanswered: frozenset[int] = frozenset()
+
+    def score(self, prompts: list[list[int]], tokens: list[int]) -> Iterator[tuple[int, Answer]]:
+        self.append(len(prompts))
+        for index in range(len(prompts)):
+            if index not in self.unanswered:
+                yield index, Answer("True", tuple(-1.0 - n for n in range(len(tokens))))
+
+
+@pytest.fixture
+def requests(worker: Serving, monkeypatch: pytest.MonkeyPatch) -> Requests:
+    made = Requests()
+    monkeypatch.setattr(worker._engine.client, "score", made.score)
+    return made
+
+
+def three(*batches: ClaimBatch) -> list[Delivery]:
+    """Each with a tag and claims of its own."""
+    return [
+        delivered(
+            batch.model_copy(
+                update={
+                    "batch_id": f"0000000{tag}-0",
+                    "claims": tuple(
+                        claim.model_copy(update={"claim_id": f"{tag}-{claim.claim_id}"})
+                        for claim in batch.claims
+                    ),
+                }
+            ),
+            tag=tag,
+        )
+        for tag, batch in enumerate(batches)
+    ]
+
+
+def test_small_batches_are_one_request_and_each_is_settled_by_itself(
+    worker: Serving, spec: ContextSpec, broker: RecordingBroker, requests: Requests
+) -> None:
+    sizes = [batch_of(spec, claims=claims) for claims in (2, 1, 3)]
+    see_all_through(worker, three(*sizes), broker)
+    assert requests == [6]
+    assert verdicts_in(broker) == ["0-c0", "0-c1", "1-c0", "2-c0", "2-c1", "2-c2"]
+    for message, tag in zip(broker.messages, range(3), strict=True):
+        broker.confirm(message)
+        assert broker.settled[tag:] == [("acknowledged", tag)]
+
+
+def test_batches_with_different_prompts_are_requests_of_their_own(
+    worker: Serving, spec: ContextSpec, broker: RecordingBroker, requests: Requests
+) -> None:
+    other = PromptSpec(name="other", instructions="Judge.")
+    see_all_through(worker, three(batch_of(spec), batch_of(spec), batch_of(spec, other)), broker)
+    assert requests == [6, 3]
+    assert len(verdicts_in(broker)) == 9
+
+
+def test_of_batches_asked_about_together_only_those_without_an_answer_are_suspects(
+    worker: Serving, spec: ContextSpec, broker: RecordingBroker, requests: Requests
+) -> None:
+    requests.unanswered = frozenset({4})
+    see_all_through(worker, three(*[batch_of(spec)] * 3), broker)
+    (hand,) = worker._suspects
+    assert (hand.delivery.tag, hand.open) == (1, {1: 1})
+    assert [name[0] for name in verdicts_in(broker)] == ["0"] * 3 + ["2"] * 3
+
+
+def test_what_is_no_batch_does_not_hold_up_those_that_came_with_it(
+    worker: Serving, spec: ContextSpec, broker: RecordingBroker, requests: Requests
+) -> None:
+    first, second, third = three(*[batch_of(spec)] * 3)
+    see_all_through(worker, [first, replace(second, body=b"nonsense"), third], broker)
+    assert requests == [6]
+    assert len(broker.to(topology.DEAD_MESSAGES_QUEUE)) == 1
+
+
+class Inbox:
+    """A consumer whose messages are there already."""
+
+    def __init__(self, deliveries: Sequence[Delivery]) -> None:
+        self._deliveries = list(deliveries)
+        self.waits: list[float] = []
+
+    def take(self, timeout_seconds: float) -> Delivery | None:
+        self.waits.append(timeout_seconds)
+        return self._deliveries.pop(0) if self._deliveries else None
+
+
+def take(worker: Serving, inbox: Inbox, *, linger: bool) -> list[int]:
+    return [one.tag for one in worker._take(inbox, linger=linger)]  # type: ignore[arg-type]
+
+
+def test_as_many_small_batches_are_taken_as_make_a_request(
+    worker: Serving, spec: ContextSpec, broker: RecordingBroker, requests: Requests
+) -> None:
+    inbox = Inbox(three(*[batch_of(spec, claims=8)] * 7))
+    assert take(worker, inbox, linger=True) == [0]  # their size is not known yet
+    see_through(worker, delivered(batch_of(spec, claims=8)), broker)
+    worker._pace = Pace(4.0, 64, Clock())
+    worker._pace.take(8)
+    assert take(worker, inbox, linger=True) == [1, 2]  # of the 8 that may be in hand
+    assert take(worker, Inbox([]), linger=True) == []
+
+
+def test_small_batches_wait_for_others_only_while_the_engine_has_work(
+    worker: Serving, spec: ContextSpec
+) -> None:
+    worker._pace = Pace(4.0, 64, Clock())
+    worker._pace.take(1)
+    busy, idle = Inbox(three(batch_of(spec))), Inbox(three(batch_of(spec)))
+    assert take(worker, busy, linger=True) == take(worker, idle, linger=False) == [0]
+    assert busy.waits[1] > 0 and idle.waits[1] == 0
 
 
 # A batch that is larger than the horizon.
