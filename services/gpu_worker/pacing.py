@@ -3,10 +3,14 @@
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 # How far back the rate remembers, in seconds of the engine's work.
 _MEMORY_SECONDS = 30.0
+# Of so many answers the fastest says what the engine can do.
+_LATEST_ANSWERS = 8
 # Before the rate is known: enough to learn it from, and little enough for a slow engine to finish.
 _FIRST_CLAIMS = 64
 # Fewer would leave an engine that batches by itself half empty, and make crumbs of a batch.
@@ -19,12 +23,27 @@ _TOGETHER_CLAIMS = 32
 _REQUESTS = 4
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """How things stood when a batch went to the engine."""
+
+    share: float
+    answered: int
+    answered_at: float
+
+
 class Pace:
     """Measures claims/s while the engine works, and says how many claims and batches that allows.
 
     Several batches are at the engine at once, so a batch's own seconds say little. Each is charged
     its share instead: a second with n batches at the engine costs each a nth of it. Shares add up
-    to the time in which the engine had work, and idle time is nobody's. Any thread may ask.
+    to the time in which the engine had work, and idle time is nobody's.
+
+    That is the rate. What is allowed goes by the engine's speed: the most claims/s that were
+    answered while one of the latest batches was there. The engine may have been busy with what
+    another worker had asked, who drains before us or shares it for a while, and that makes answers
+    slower and never faster. (BBR measures a path's bandwidth so: Cardwell et al., 2016.) Any thread
+    may ask.
     """
 
     def __init__(
@@ -41,6 +60,9 @@ class Pace:
         self._share = 0.0  # what a batch would have been charged that is there since the beginning
         self._looked = clock()
         self._claims = self._seconds = 0.0  # both fade, so that their ratio follows the engine
+        self._answered = 0
+        self._answered_at = self._looked  # or since when there is something to answer
+        self._speeds: deque[float] = deque(maxlen=_LATEST_ANSWERS)
         self._mean_batch: float | None = None
 
     @property
@@ -51,10 +73,9 @@ class Pace:
     @property
     def allowance(self) -> int:
         """How many claims the worker may have in hand."""
-        rate = self.rate
-        if rate is None:
+        if not self._speeds:
             return _FIRST_CLAIMS
-        return max(1, math.floor(self._horizon_seconds * rate))
+        return max(1, math.floor(self._horizon_seconds * max(self._speeds)))
 
     @property
     def batches(self) -> int:
@@ -78,22 +99,29 @@ class Pace:
         allowance = max(self.allowance, _LEAST_CLAIMS)
         return allowance if claims >= _TRIM_FROM * allowance else claims
 
-    def begin(self) -> float:
+    def begin(self) -> Begun:
         """A batch goes to the engine. Give what this returns to `end`."""
         with self._lock:
             self._look()
+            if self._at_engine == 0:
+                self._answered_at = self._looked
             self._at_engine += 1
-            return self._share
+            return Begun(self._share, self._answered, self._answered_at)
 
-    def end(self, begun: float, claims: int) -> float:
+    def end(self, begun: Begun, claims: int) -> float:
         """It is back, with `claims` answered; 0 where the engine failed, which is no measure. Its
         share of the engine's seconds.
         """
         with self._lock:
             self._look()
             self._at_engine -= 1
-            seconds = self._share - begun
+            self._answered += claims
+            self._answered_at = self._looked
+            seconds = self._share - begun.share
             if claims and seconds > 0:
+                # Since the answer before it went, for an engine answers many at once.
+                answered = self._answered - begun.answered
+                self._speeds.append(answered / (self._looked - begun.answered_at))
                 left = math.exp(-seconds / _MEMORY_SECONDS)
                 self._claims = self._claims * left + claims
                 self._seconds = self._seconds * left + seconds

@@ -129,6 +129,43 @@ def test_a_worker_may_have_in_hand_what_it_finishes_within_the_horizon(
     assert pace.allowance == 200
 
 
+def test_after_another_workers_claims_are_out_of_the_engine_the_first_batch_of_ours_counts(
+    clock: Clock,
+) -> None:
+    pace = Pace(4.0, 8, clock)
+    first, second = pace.begin(), pace.begin()
+    clock.now += 5.4  # of these 4.5 for who was there before
+    pace.end(first, 32)
+    clock.now += 0.9
+    pace.end(second, 32)
+    assert pace.allowance < 4 * 64 / 6
+    answer(pace, clock, 32, 0.8)
+    assert pace.allowance == 160
+    assert pace.rate < 20  # type: ignore[operator]
+
+
+def test_what_an_engine_answers_at_once_was_not_computed_at_once(pace: Pace, clock: Clock) -> None:
+    many = [pace.begin() for _ in range(20)]
+    clock.now += 1.9
+    late = pace.begin()  # a little before the others are done
+    clock.now += 0.1
+    for one in many:
+        pace.end(one, 1)
+    clock.now += 0.1
+    pace.end(late, 1)
+    assert pace.allowance == 40
+
+
+def test_an_engine_that_became_slow_is_known_after_some_answers(pace: Pace, clock: Clock) -> None:
+    for _ in range(20):
+        answer(pace, clock, 100, 1)
+    answer(pace, clock, 10, 1)
+    assert pace.allowance == 400
+    for _ in range(8):
+        answer(pace, clock, 10, 1)
+    assert pace.allowance == 40
+
+
 def test_a_worker_may_always_have_one_claim(pace: Pace, clock: Clock) -> None:
     answer(pace, clock, 1, 600)
     assert (pace.allowance, pace.batches) == (1, 1)
@@ -195,8 +232,10 @@ def test_there_are_several_requests_at_the_engine_however_few_claims_it_may_have
     for _ in range(40):
         pace.take(2)
     assert (pace.batches, pace.together) == (20, 5)
-    answer(pace, clock, 1, 600)
-    assert pace.together == 1
+    slow = Pace(4.0, 64, clock)
+    answer(slow, clock, 1, 600)
+    slow.take(1)
+    assert slow.together == 1
 
 
 # What is kept of a batch.
