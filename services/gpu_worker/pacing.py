@@ -73,9 +73,10 @@ class Pace:
     @property
     def allowance(self) -> int:
         """How many claims the worker may have in hand."""
-        if not self._speeds:
-            return _FIRST_CLAIMS
-        return max(1, math.floor(self._horizon_seconds * max(self._speeds)))
+        with self._lock:
+            if not self._speeds:
+                return _FIRST_CLAIMS
+            return max(1, math.floor(self._horizon_seconds * max(self._speeds)))
 
     @property
     def batches(self) -> int:
