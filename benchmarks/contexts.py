@@ -226,7 +226,7 @@ def plot(result: dict[str, Any], file: Path) -> None:
     left.set_title(f"{result['claims']} claims in batches of {result['batch']}")
     rates = result["batch_sizes"]
     right.plot(list(rates), [rates[size]["claims_per_second"] for size in rates], marker="o")
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, 1.1 * max(row["claims_per_second"] for row in rates.values()))
     right.set_xlabel("claims a batch")
     right.set_ylabel("claims/s")
     right.set_title("pervasive, by batch size")
