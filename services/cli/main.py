@@ -1,7 +1,7 @@
 """The command's front door: verbs, and what every one of them does with an error."""
 
 import gc
-import importlib
+import importlib.metadata
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated
@@ -103,14 +103,12 @@ for _name in _wanted(sys.argv[1:]):
         help=_flowing(_function.__doc__ or ""),
         context_settings=_any if _function.__name__ == "unavailable" else None,
     )(_function)
-gc.freeze()
+gc.freeze()  # nor is it looked at later
 gc.enable()
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        import importlib.metadata
-
         print(f"keepwarm {importlib.metadata.version('keepwarm')}")
         raise typer.Exit
 

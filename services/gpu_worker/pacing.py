@@ -17,8 +17,8 @@ _FIRST_CLAIMS = 64
 _LEAST_CLAIMS = 8
 # A batch that is a little too large is not worth a message.
 _TRIM_FROM = 1.5
-# Batches that are smaller than this go to the engine together: a request costs it as much for one
-# claim as for many. And so many requests there are at least, that it is never without.
+# Small batches go to the engine together, about so many claims in a request, for that costs it as
+# much for one claim as for many. And so many requests there are at least, that it is never without.
 _TOGETHER_CLAIMS = 32
 _REQUESTS = 4
 

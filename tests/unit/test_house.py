@@ -87,6 +87,13 @@ def test_the_worker_loads_neither_an_engine_nor_torch(repository: Path) -> None:
     assert not loaded & {"torch", "vllm", "transformers", "sqlalchemy"}
 
 
+def test_the_workers_command_loads_nothing_for_terminals(repository: Path) -> None:
+    command = "sys.argv = ['keepwarm', 'worker']; import services.cli.main"
+    loaded = modules_after(command, repository)
+    assert {"structlog", "httpx"} <= loaded
+    assert not loaded & {"rich", "click", "torch", "vllm", "transformers", "huggingface_hub"}
+
+
 def test_the_contracts_load_no_service(repository: Path) -> None:
     loaded = modules_after("import services.contracts", repository)
     assert not loaded & {"pika", "httpx", "sqlalchemy", "tokenizers", "typer"}

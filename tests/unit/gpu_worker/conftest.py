@@ -9,7 +9,7 @@ from tokenizers import (
 )
 
 from services.broker import Delivery, Outgoing
-from services.contracts import Claim, ClaimBatch, Run, encode, topology
+from services.contracts import Claim, ClaimBatch, Run, Verdict, encode, topology
 from services.gpu_worker import ModelTokenizer
 from tests.unit.tokenizers_of_models import CHAT_TEMPLATE
 
@@ -79,6 +79,20 @@ class RecordingBroker:
 @pytest.fixture
 def broker() -> RecordingBroker:
     return RecordingBroker()
+
+
+def verdict(claim: Claim, label: str = "SUPPORTS") -> Verdict:
+    return Verdict(
+        claim_id=claim.claim_id,
+        position=claim.position,
+        text=claim.text,
+        gold=claim.gold,
+        label=label,
+        probabilities=(0.5, 0.25, 0.25),
+        mass=0.75,
+        raw_text="True",
+        prompt_tokens=9,
+    )
 
 
 def delivered(

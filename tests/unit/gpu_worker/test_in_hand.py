@@ -15,7 +15,6 @@ from services.contracts import (
     DeadClaim,
     DeadReason,
     Run,
-    Verdict,
     VerdictBatch,
     decode,
     topology,
@@ -29,24 +28,10 @@ from services.contracts.bounds import (
 from services.contracts.errors import EngineRequestError, MessageInvalid
 from services.gpu_worker.in_hand import BatchInHand, Signature
 from services.gpu_worker.inference import Outcome, Refusal
-from tests.unit.gpu_worker.conftest import RecordingBroker, delivered
+from tests.unit.gpu_worker.conftest import RecordingBroker, delivered, verdict
 
 SIGNATURE = Signature("node-1", "Tesla T4")
 REFUSAL = Refusal(DeadReason.ENGINE_REFUSED, "never")
-
-
-def verdict(claim: Claim, label: str = "SUPPORTS") -> Verdict:
-    return Verdict(
-        claim_id=claim.claim_id,
-        position=claim.position,
-        text=claim.text,
-        gold=claim.gold,
-        label=label,
-        probabilities=(0.5, 0.25, 0.25),
-        mass=0.75,
-        raw_text="True",
-        prompt_tokens=9,
-    )
 
 
 def answered(hand: BatchInHand, places: Sequence[int], seconds: float = 0.0) -> None:

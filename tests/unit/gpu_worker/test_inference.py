@@ -5,10 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.contexts.completions import Answer, EngineRefused, EngineSilent, Interrupted
-from services.contracts import Claim, DeadReason, Label, PromptSpec, Verdict
+from services.contracts import Claim, DeadReason, Label, PromptSpec
 from services.contracts.errors import EngineRequestError
 from services.gpu_worker import CompiledPrompt, ModelTokenizer
 from services.gpu_worker.inference import Inference, Outcome, Refusal
+from tests.unit.gpu_worker.conftest import verdict
 
 Prompt = Sequence[int]
 PROMPT = PromptSpec()
@@ -73,10 +74,10 @@ def test_every_claim_gets_its_own_verdict_whatever_order_the_answers_come_in(
     assert engine.requests == [encoded(CLAIMS, tokenizer)]
     assert outcome.failure is None
     assert outcome.engine_seconds >= 0
-    for index, verdict in outcome.verdicts.items():
+    for index, one in outcome.verdicts.items():
         tokens = len(engine.requests[0][index])
-        assert (verdict.claim_id, verdict.position) == (f"c{index}", index)
-        assert (verdict.prompt_tokens, verdict.raw_text) == (tokens, f"True {tokens}")
+        assert (one.claim_id, one.position) == (f"c{index}", index)
+        assert (one.prompt_tokens, one.raw_text) == (tokens, f"True {tokens}")
 
 
 def test_the_engine_scores_the_tokens_of_the_prompts_labels(tokenizer: ModelTokenizer) -> None:
@@ -269,12 +270,18 @@ def test_many_prompts_do_not_fill_the_memory(tokenizer: ModelTokenizer) -> None:
 
 @given(st.lists(st.lists(st.sampled_from(("verdict", "refused", "open")), max_size=5), min_size=1))
 def test_an_outcome_is_split_as_the_claims_were_put_together(fates: list[list[str]]) -> None:
-    claims = [
-        (part, place, fate) for part, some in enumerate(fates) for place, fate in enumerate(some)
+    asked = [
+        (Claim(claim_id=f"{part}/{place}", position=0, text="A claim."), fate)
+        for part, some in enumerate(fates)
+        for place, fate in enumerate(some)
     ]
     whole = Outcome(
-        {n: verdict(f"{p}/{at}") for n, (p, at, fate) in enumerate(claims) if fate == "verdict"},
-        {n: refusal(f"{p}/{at}") for n, (p, at, fate) in enumerate(claims) if fate == "refused"},
+        {n: verdict(claim) for n, (claim, fate) in enumerate(asked) if fate == "verdict"},
+        {
+            n: Refusal(DeadReason.TOO_LONG, claim.claim_id)
+            for n, (claim, fate) in enumerate(asked)
+            if fate == "refused"
+        },
         EngineSilent("hangs"),
         8.0,
     )
@@ -287,21 +294,4 @@ def test_an_outcome_is_split_as_the_claims_were_put_together(fates: list[list[st
             place: f"{number}/{place}" for place, fate in enumerate(some) if fate == "refused"
         }
         assert part.failure is whole.failure
-        assert part.engine_seconds * len(claims) == pytest.approx(8 * len(some))
-
-
-def verdict(claim_id: str) -> Verdict:
-    return Verdict(
-        claim_id=claim_id,
-        position=0,
-        text="A claim.",
-        label="SUPPORTS",
-        probabilities=(0.5, 0.5),
-        mass=1.0,
-        raw_text="True",
-        prompt_tokens=9,
-    )
-
-
-def refusal(detail: str) -> Refusal:
-    return Refusal(DeadReason.TOO_LONG, detail)
+        assert part.engine_seconds * len(asked) == pytest.approx(8 * len(some))

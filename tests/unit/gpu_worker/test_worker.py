@@ -58,6 +58,10 @@ def worker(spec: ContextSpec, tmp_path: Path) -> Iterator[Serving]:
     made.close()
 
 
+def answer(tokens: list[int]) -> Answer:
+    return Answer("True", tuple(-1.0 - n for n in range(len(tokens))))
+
+
 Answers = Callable[[int, Exception | None], None]
 
 
@@ -68,7 +72,7 @@ def engine_answers(worker: Serving, monkeypatch: pytest.MonkeyPatch) -> Answers:
     def set_up(answers: int, failure: Exception | None = None) -> None:
         def score(prompts: list[list[int]], tokens: list[int]) -> Iterator[tuple[int, Answer]]:
             for index in range(min(answers, len(prompts))):
-                yield index, Answer("True", tuple(-1.0 - n for n in range(len(tokens))))
+                yield index, answer(tokens)
             if failure is not None:
                 raise failure
 
@@ -195,7 +199,7 @@ class Requests(list[int]):
         self.append(len(prompts))
         for index in range(len(prompts)):
             if index not in self.unanswered:
-                yield index, Answer("True", tuple(-1.0 - n for n in range(len(tokens))))
+                yield index, answer(tokens)
 
 
 @pytest.fixture
@@ -205,7 +209,7 @@ def requests(worker: Serving, monkeypatch: pytest.MonkeyPatch) -> Requests:
     return made
 
 
-def three(*batches: ClaimBatch) -> list[Delivery]:
+def tagged(*batches: ClaimBatch) -> list[Delivery]:
     """Each with a tag and claims of its own."""
     return [
         delivered(
@@ -228,7 +232,7 @@ def test_small_batches_are_one_request_and_each_is_settled_by_itself(
     worker: Serving, spec: ContextSpec, broker: RecordingBroker, requests: Requests
 ) -> None:
     sizes = [batch_of(spec, claims=claims) for claims in (2, 1, 3)]
-    see_all_through(worker, three(*sizes), broker)
+    see_all_through(worker, tagged(*sizes), broker)
     assert requests == [6]
     assert verdicts_in(broker) == ["0-c0", "0-c1", "1-c0", "2-c0", "2-c1", "2-c2"]
     for message, tag in zip(broker.messages, range(3), strict=True):
@@ -240,7 +244,7 @@ def test_batches_with_different_prompts_are_requests_of_their_own(
     worker: Serving, spec: ContextSpec, broker: RecordingBroker, requests: Requests
 ) -> None:
     other = PromptSpec(name="other", instructions="Judge.")
-    see_all_through(worker, three(batch_of(spec), batch_of(spec), batch_of(spec, other)), broker)
+    see_all_through(worker, tagged(batch_of(spec), batch_of(spec), batch_of(spec, other)), broker)
     assert requests == [6, 3]
     assert len(verdicts_in(broker)) == 9
 
@@ -249,7 +253,7 @@ def test_of_batches_asked_about_together_only_those_without_an_answer_are_suspec
     worker: Serving, spec: ContextSpec, broker: RecordingBroker, requests: Requests
 ) -> None:
     requests.unanswered = frozenset({4})
-    see_all_through(worker, three(*[batch_of(spec)] * 3), broker)
+    see_all_through(worker, tagged(*[batch_of(spec)] * 3), broker)
     (hand,) = worker._suspects
     assert (hand.delivery.tag, hand.open) == (1, {1: 1})
     assert [name[0] for name in verdicts_in(broker)] == ["0"] * 3 + ["2"] * 3
@@ -258,7 +262,7 @@ def test_of_batches_asked_about_together_only_those_without_an_answer_are_suspec
 def test_what_is_no_batch_does_not_hold_up_those_that_came_with_it(
     worker: Serving, spec: ContextSpec, broker: RecordingBroker, requests: Requests
 ) -> None:
-    first, second, third = three(*[batch_of(spec)] * 3)
+    first, second, third = tagged(*[batch_of(spec)] * 3)
     see_all_through(worker, [first, replace(second, body=b"nonsense"), third], broker)
     assert requests == [6]
     assert len(broker.to(topology.DEAD_MESSAGES_QUEUE)) == 1
@@ -281,12 +285,10 @@ def take(worker: Serving, inbox: Inbox, *, linger: bool) -> list[int]:
 
 
 def test_as_many_small_batches_are_taken_as_make_a_request(
-    worker: Serving, spec: ContextSpec, broker: RecordingBroker, requests: Requests
+    worker: Serving, spec: ContextSpec
 ) -> None:
-    inbox = Inbox(three(*[batch_of(spec, claims=8)] * 7))
+    inbox = Inbox(tagged(*[batch_of(spec, claims=8)] * 7))
     assert take(worker, inbox, linger=True) == [0]  # their size is not known yet
-    see_through(worker, delivered(batch_of(spec, claims=8)), broker)
-    worker._pace = Pace(4.0, 64, Clock())
     worker._pace.take(8)
     assert take(worker, inbox, linger=True) == [1, 2]  # of the 8 that may be in hand
     assert take(worker, Inbox([]), linger=True) == []
@@ -295,9 +297,8 @@ def test_as_many_small_batches_are_taken_as_make_a_request(
 def test_small_batches_wait_for_others_only_while_the_engine_has_work(
     worker: Serving, spec: ContextSpec
 ) -> None:
-    worker._pace = Pace(4.0, 64, Clock())
     worker._pace.take(1)
-    busy, idle = Inbox(three(batch_of(spec))), Inbox(three(batch_of(spec)))
+    busy, idle = Inbox(tagged(batch_of(spec))), Inbox(tagged(batch_of(spec)))
     assert take(worker, busy, linger=True) == take(worker, idle, linger=False) == [0]
     assert busy.waits[1] > 0 and idle.waits[1] == 0
 
