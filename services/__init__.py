@@ -2,6 +2,6 @@
 
 import os
 
-# Pydantic would look for plugins of others in every package of the environment, which takes a worker
-# that starts longer than all of its own models, and longest on the file system of a cluster.
+# Pydantic would look for plugins of others in every package of the environment. A worker that
+# starts has no time for that, least of all on the file system of a cluster.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")

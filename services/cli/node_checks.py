@@ -18,7 +18,7 @@ _FILES, _FEW_FILES = 4_096, 256
 _THREADS = 4_096
 _IMPORT_SECONDS = 300
 _EXTRAS = {
-    "gpu-worker": ("httpx_sse", "tokenizers", "jinja2", "huggingface_hub", "pynvml"),
+    "gpu-worker": ("tokenizers", "jinja2", "huggingface_hub", "pynvml"),
     "collector": ("sqlalchemy", "psycopg", "sklearn", "scipy", "pyarrow"),
 }
 _ASK_ENGINE = """

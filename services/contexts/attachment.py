@@ -156,7 +156,6 @@ class Attachment:
     def close(self) -> None:
         """Give the lease back. The engine stays warm for whoever comes next."""
         self._let_go()
-        self.client.close()
 
     def tell_demand(self, claims: dict[str, int]) -> None:
         """Let the keeper know what waits for contexts: it decides who makes room for whom."""

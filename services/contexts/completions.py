@@ -1,13 +1,14 @@
 """The engine's protocol: OpenAI completions over a unix socket, one token, scored over labels."""
 
 import contextlib
+import http.client
 import math
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -15,14 +16,14 @@ from pydantic_core import to_json
 
 from services.contracts.errors import EngineRequestError
 from services.contracts.wire import first_fault
-from services.imports import without
-
-with without("click"):  # httpx would bring its own command along, and Rich for it
-    import httpx
-    import httpx_sse
 
 _TOKEN = "token_id:"  # noqa: S105  (how vLLM spells a token id)
-_LAST_EVENT = "[DONE]"
+_DATA, _LAST_EVENT = b"data:", b"[DONE]"
+# What comes of an engine that is not there, or breaks off; a time-out is an OSError as well.
+_BROKEN = (OSError, http.client.HTTPException)
+_CONNECT_SECONDS = _HEALTH_SECONDS = 5.0
+_MOST_ERROR_BYTES = 2_000
+_JSON = {"Content-Type": "application/json"}
 # An engine that is slow to tell of itself must not hold up whoever asks.
 _METRICS_SECONDS = 0.5
 _MOST_METRICS_BYTES = 4 * 1024 * 1024
@@ -69,6 +70,20 @@ class Answer:
     logprobs: tuple[float, ...]
 
 
+class _Connection(http.client.HTTPConnection):
+    """To a unix socket, for one request: there is no handshake to be saved by keeping it."""
+
+    def __init__(self, path: Path, timeout_seconds: float) -> None:
+        super().__init__("engine", timeout=timeout_seconds)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(_CONNECT_SECONDS)  # its backlog may be full
+        self.sock.connect(str(self._path))
+        self.sock.settimeout(self.timeout)
+
+
 class CompletionClient:
     """Asks one engine. Safe to use from several threads at once."""
 
@@ -77,27 +92,13 @@ class CompletionClient:
         self._socket_path = socket_path
         self._model_name = model_name
         self._timeout_seconds = timeout_seconds
-        self._http = httpx.Client(
-            transport=httpx.HTTPTransport(
-                uds=str(socket_path),
-                limits=httpx.Limits(max_connections=None),
-                # No TLS on a unix socket: the authorities that trust nothing are there at once.
-                verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
-            ),
-            trust_env=False,  # nor a proxy
-            base_url="http://engine",
-            timeout=httpx.Timeout(timeout_seconds, connect=5.0),
-        )
         self._streams: set[socket.socket] = set()
         self._interrupted = False
         self._lock = threading.Lock()
 
-    def close(self) -> None:
-        self._http.close()
-
     def interrupt(self) -> None:
-        """Break off every request, now and later. What was answered is not lost; the engine drops
-        the rest when it sees its client go.
+        """Break off every question about prompts, now and later. What was answered is not lost; the
+        engine drops the rest when it sees its client go.
         """
         with self._lock:
             self._interrupted = True
@@ -107,11 +108,10 @@ class CompletionClient:
 
     def healthy(self) -> bool:
         """Whether the engine answers and has not failed. A hung engine may still say yes."""
-        if not self._someone_listens():
-            return False
         try:
-            return self._http.get("/health", timeout=5.0).status_code == httpx.codes.OK
-        except httpx.HTTPError:
+            with self._asked("GET", "/health", seconds=_HEALTH_SECONDS) as response:
+                return response.status == HTTPStatus.OK
+        except _BROKEN:
             return False
 
     def metrics(self) -> str:
@@ -119,18 +119,18 @@ class CompletionClient:
 
         Raises EngineRequestError when it tells nothing, too much, or too slowly.
         """
-        if not self._someone_listens():
-            raise EngineRequestError("nobody listens at the engine's socket")
         deadline = time.monotonic() + _METRICS_SECONDS
         text = b""
         try:
-            with self._http.stream("GET", "/metrics", timeout=_METRICS_SECONDS) as response:
-                response.raise_for_status()
-                for piece in response.iter_bytes():
+            with self._asked("GET", "/metrics", seconds=_METRICS_SECONDS) as response:
+                _raise_unless_success(response)
+                while piece := response.read1(_MOST_METRICS_BYTES):
                     text += piece
                     if len(text) > _MOST_METRICS_BYTES or time.monotonic() > deadline:
                         raise EngineRequestError("the engine's metrics are too large, or too slow")
-        except (httpx.HTTPError, RuntimeError) as error:  # or we were closed meanwhile
+                if response.length:  # which is what is missing, and no error to the library
+                    raise EngineRequestError("the engine broke its metrics off")
+        except _BROKEN as error:
             raise EngineRequestError(f"the engine told no metrics: {error!r}") from error
         return text.decode(errors="replace")
 
@@ -147,19 +147,10 @@ class CompletionClient:
 
     def _post(self, path: str) -> None:
         try:
-            self._http.post(path).raise_for_status()
-        except httpx.HTTPError as error:
-            raise EngineRequestError(f"the engine refused {path}: {error}") from error
-
-    def _someone_listens(self) -> bool:
-        """Asked first, since httpcore leaves its socket open where nobody does."""
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.settimeout(_METRICS_SECONDS)  # its backlog may be full
-            try:
-                probe.connect(str(self._socket_path))
-            except OSError:
-                return False
-        return True
+            with self._asked("POST", path) as response:
+                _raise_unless_success(response)
+        except _BROKEN as error:
+            raise EngineRequestError(f"the engine did not do {path}: {error!r}") from error
 
     def score(
         self, prompts: Sequence[Sequence[int]], tokens: Sequence[int]
@@ -186,55 +177,83 @@ class CompletionClient:
         try:
             # As fast as it gets: a batch holds thousands of token ids.
             with self._stream(to_json(request)) as response:
-                for event in httpx_sse.EventSource(response).iter_sse():
-                    if event.data == _LAST_EVENT:
+                for data in _events(response):
+                    if data == _LAST_EVENT:
                         return
-                    for choice in _choices(event.data):
+                    for choice in _choices(data):
                         answer = _answer(choice, keys)
                         if answer is not None and 0 <= choice.index < len(prompts):
                             yield choice.index, answer
-        except (httpx.HTTPError, httpx_sse.SSEError) as error:
+            # The library takes a stream that breaks off for one that has ended.
+            raise http.client.IncompleteRead(b"")
+        except _BROKEN as error:
             if self._interrupted:
                 raise Interrupted("interrupted") from error
-            if not isinstance(error, httpx.TimeoutException):
+            if not isinstance(error, TimeoutError):
                 raise EngineRequestError(f"the engine broke off: {error!r}") from error
             raise EngineSilent(
                 f"the engine said nothing for {self._timeout_seconds:g} s "
                 "(KEEPWARM_ENGINE_REQUEST_TIMEOUT_SECONDS)"
             ) from error
-        raise EngineRequestError("the engine ended its answer half-way")
 
     @contextlib.contextmanager
-    def _stream(self, content: bytes) -> Iterator[httpx.Response]:
+    def _stream(self, content: bytes) -> Iterator[http.client.HTTPResponse]:
         """The response to a request, its socket within reach of `interrupt`."""
-        headers = {"Content-Type": "application/json"}
-        with self._http.stream(
-            "POST", "/v1/completions", content=content, headers=headers
-        ) as response:
-            if not response.is_success:
-                text = response.read().decode(errors="replace")[:500]
-                if response.is_client_error:
-                    raise EngineRefused(f"the engine refused the request: {text}")
-                raise EngineRequestError(f"the engine failed (HTTP {response.status_code}): {text}")
-            stream = response.extensions["network_stream"].get_extra_info("socket")
+        connection = _Connection(self._socket_path, self._timeout_seconds)
+        with contextlib.closing(connection):
+            connection.connect()
+            stream = connection.sock
             with self._lock:
                 if self._interrupted:
                     raise Interrupted("interrupted")
                 self._streams.add(stream)
             try:
-                yield response
+                connection.request("POST", "/v1/completions", content, _JSON)
+                with connection.getresponse() as response:
+                    _raise_unless_success(response)
+                    yield response
             finally:
                 with self._lock:
                     self._streams.discard(stream)
 
+    @contextlib.contextmanager
+    def _asked(
+        self, method: str, path: str, *, seconds: float | None = None
+    ) -> Iterator[http.client.HTTPResponse]:
+        """The response to a request without content; `seconds` is how long it may be silent."""
+        connection = _Connection(self._socket_path, seconds or self._timeout_seconds)
+        with contextlib.closing(connection):
+            connection.request(method, path)
+            with connection.getresponse() as response:
+                yield response
 
-def _choices(data: str) -> list[_Choice]:
+
+def _raise_unless_success(response: http.client.HTTPResponse) -> None:
+    if response.status == HTTPStatus.OK:
+        return
+    text = response.read(_MOST_ERROR_BYTES).decode(errors="replace")[:500]
+    if HTTPStatus.BAD_REQUEST <= response.status < HTTPStatus.INTERNAL_SERVER_ERROR:
+        raise EngineRefused(f"the engine refused the request: {text}")
+    raise EngineRequestError(f"the engine failed (HTTP {response.status}): {text}")
+
+
+def _events(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """The data of the events of a stream. vLLM's are JSON, which has no line ends."""
+    kind = response.headers.get_content_type()
+    if kind != "text/event-stream":
+        raise http.client.HTTPException(f"{kind}, which is no stream of events")
+    for line in response:
+        if line.startswith(_DATA):
+            yield line.removeprefix(_DATA).strip()
+
+
+def _choices(data: bytes) -> list[_Choice]:
     try:
         return _Event.model_validate_json(data).choices
     except ValidationError as error:
         # The engine reports a failure in the midst of a stream as an event of another form.
         raise EngineRequestError(
-            f"not a completion ({first_fault(error)}): {data[:500]}"
+            f"not a completion ({first_fault(error)}): {data[:500].decode(errors='replace')}"
         ) from error
 
 

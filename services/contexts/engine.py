@@ -5,7 +5,6 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -79,26 +78,26 @@ class Engine:
             self.log_file,
             cores_of(self.plan),
         )
-        with closing(self._client()) as client:
-            reported = started
-            while not client.healthy():
-                now = time.monotonic()
-                if stop.wait(_POLL_SECONDS):
-                    self.stop()
-                    return None
-                if not self.alive:
-                    raise self._failed("it ended")
-                if now - started > timeout_seconds:
-                    raise self._failed(
-                        f"it did not answer within {timeout_seconds:g} s "
-                        "(KEEPWARM_ENGINE_START_TIMEOUT_SECONDS)"
-                    )
-                if now - reported >= _REPORT_SECONDS:
-                    reported = now
-                    loading("".join(log_tail(self.log_file, 1))[:200])
-            self.socket.chmod(0o600)
-            answered = time.monotonic()
-            self._probe(client)
+        client = self._client()
+        reported = started
+        while not client.healthy():
+            now = time.monotonic()
+            if stop.wait(_POLL_SECONDS):
+                self.stop()
+                return None
+            if not self.alive:
+                raise self._failed("it ended")
+            if now - started > timeout_seconds:
+                raise self._failed(
+                    f"it did not answer within {timeout_seconds:g} s "
+                    "(KEEPWARM_ENGINE_START_TIMEOUT_SECONDS)"
+                )
+            if now - reported >= _REPORT_SECONDS:
+                reported = now
+                loading("".join(log_tail(self.log_file, 1))[:200])
+        self.socket.chmod(0o600)
+        answered = time.monotonic()
+        self._probe(client)
         ready = time.monotonic()
         imports = max(0.0, self._process.imported_at - begun)
         return self._phases(imports, ready - answered, ready - begun)
@@ -112,20 +111,15 @@ class Engine:
 
     def answers(self) -> bool:
         """Whether it says that it is well, within seconds."""
-        with closing(self._client()) as client:
-            return client.healthy()
+        return self._client().healthy()
 
     def sleep(self) -> None:
         """Give the GPU up, and keep the weights in host memory. Raises EngineRequestError."""
-        self._ask(CompletionClient.sleep)
+        self._client().sleep()
 
     def wake(self) -> None:
         """Raises EngineRequestError."""
-        self._ask(CompletionClient.wake)
-
-    def _ask(self, what: Callable[[CompletionClient], None]) -> None:
-        with closing(self._client()) as client:
-            what(client)
+        self._client().wake()
 
     def _client(self) -> CompletionClient:
         return CompletionClient(self.socket, self.plan.spec.context_id, _PROBE_SECONDS)

@@ -20,8 +20,8 @@ _GIB = 1024**3
 _LARGE_GPU_BYTES = 70 * _GIB
 # The least and the most of a node's memory that one CPU engine takes for its key-value cache.
 _CPU_CACHE_GIB = (1, 8)
-# libgomp as it comes: 300,000, with as many threads as cores. With 1,000 an engine that has its cores
-# for itself loses a tenth of its speed to threads that fall asleep and are woken.
+# libgomp's own are 300,000 where there are as many threads as cores. With 1,000, an engine that has
+# its cores for itself loses a tenth of its speed to threads that fall asleep and are woken.
 _SPINS = 3_000
 
 
@@ -89,9 +89,9 @@ def template_environment(plan: EnginePlan) -> dict[str, str]:
         # since that is where it can set what OpenMP reads at its start. We set it here.
         chosen["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         chosen["OMP_NUM_THREADS"] = str(len(cores_of(plan)))
-        # A thread that is done before the others spins, as libgomp comes, for milliseconds, on a core
-        # that the worker or vLLM's server has work for, or the thread that it waits for: a worker's
-        # start then costs the engine more than twice the time that it takes.
+        # A thread that is done before the others would spin for milliseconds, on a core for which
+        # the worker or vLLM's server has work, or the very thread that it waits for: a worker's
+        # start would cost the engine twice the time that it takes.
         chosen["GOMP_SPINCOUNT"] = str(_SPINS)
         # vLLM 0.32 has torch.compile make a small function of its sampler even where it is told to
         # compile nothing: that takes longer than the model's load, and a C++ compiler on the node.

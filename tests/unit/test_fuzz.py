@@ -294,7 +294,7 @@ EVENT = {
 @given(data=st.text(max_size=200) | JSON.map(json.dumps) | changed(EVENT).map(json.dumps))
 def test_whatever_an_engine_says_is_a_verdict_or_no_answer_or_a_failed_request(data: str) -> None:
     try:
-        choices = _choices(data)
+        choices = _choices(data.encode())
     except EngineRequestError as error:
         assert len(str(error)) < 2_000
         return

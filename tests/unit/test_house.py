@@ -90,8 +90,8 @@ def test_the_worker_loads_neither_an_engine_nor_torch(repository: Path) -> None:
 def test_the_workers_command_loads_nothing_for_terminals(repository: Path) -> None:
     command = "sys.argv = ['keepwarm', 'worker']; import services.cli.main"
     loaded = modules_after(command, repository)
-    assert {"structlog", "httpx"} <= loaded
-    assert not loaded & {"rich", "click", "torch", "vllm", "transformers", "huggingface_hub"}
+    assert {"structlog", "pika"} <= loaded
+    assert not loaded & {"rich", "httpx", "torch", "vllm", "transformers", "huggingface_hub"}
 
 
 def test_the_contracts_load_no_service(repository: Path) -> None:

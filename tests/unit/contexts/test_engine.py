@@ -116,7 +116,6 @@ def test_an_engine_that_started_answers_behind_a_socket_of_its_owners(
     client = CompletionClient(running.socket, context.context_id, GENEROUS_SECONDS)
     answers = client.score([[1, 2], [3]], [7, 8])
     assert sorted(index for index, _ in answers) == [0, 1]
-    client.close()
 
 
 def test_the_imports_are_paid_once_for_all_engines_of_a_template(forge: Forge) -> None:
