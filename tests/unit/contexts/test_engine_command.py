@@ -184,6 +184,14 @@ def test_a_cpu_engine_uses_every_core_that_it_may(monkeypatch: pytest.MonkeyPatc
     assert environment_of()["OMP_NUM_THREADS"] == "2"
 
 
+def test_threads_of_a_cpu_engine_do_not_spin_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert environment_of()["GOMP_SPINCOUNT"] == "3000"
+    assert "GOMP_SPINCOUNT" not in environment_of(SPEC, GPU)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert environment_of()["GOMP_SPINCOUNT"] == "7"
+
+
 def test_what_the_operator_set_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "77")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
