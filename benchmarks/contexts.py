@@ -185,7 +185,8 @@ def preempted(
     run_id = desk.submit(desk.numbered(many), size)
 
     worker = desk.worker()
-    last = time.monotonic(), desk.wait_for(run_id, lambda status: status.done >= 2 * size).done
+    done = desk.wait_for(run_id, lambda status: status.done >= 2 * size).done
+    last = time.monotonic(), done
     for turn in range(rounds):
         for how in list(SIGNALS)[:: 1 if turn % 2 == 0 else -1]:
             number = SIGNALS[how]
@@ -194,7 +195,7 @@ def preempted(
                 worker = desk.worker()
             began, before = last
             ends = time.monotonic() + EVERY_SECONDS
-            while time.monotonic() < ends:
+            while time.monotonic() < ends or last[1] == before:
                 time.sleep(_LOOK_SECONDS)
                 done = desk.wait_for(run_id, lambda _: True).done
                 if done > last[1]:

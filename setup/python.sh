@@ -78,5 +78,5 @@ fi
 step keepwarm "$(hash_of pyproject.toml)" install --editable .
 # A worker that compiles them at its start takes a quarter longer to come to work. Python does it by
 # itself, but not where it may not write here, or is told not to (PYTHONDONTWRITEBYTECODE).
-.venv/bin/python -m compileall -q services
+.venv/bin/python -m compileall -q services || echo "python: services are not all compiled, see above" >&2
 echo "python: .venv is up to date ($engine), $SECONDS s"

@@ -21,7 +21,7 @@ _TOKEN = "token_id:"  # noqa: S105  (how vLLM spells a token id)
 _DATA, _LAST_EVENT = b"data:", b"[DONE]"
 # What comes of an engine that is not there, or breaks off; a time-out is an OSError as well.
 _BROKEN = (OSError, http.client.HTTPException)
-_CONNECT_SECONDS = _HEALTH_SECONDS = 5.0
+_HEALTH_SECONDS = 5.0
 _MOST_ERROR_BYTES = 2_000
 _JSON = {"Content-Type": "application/json"}
 # An engine that is slow to tell of itself must not hold up whoever asks.
@@ -79,9 +79,8 @@ class _Connection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(_CONNECT_SECONDS)  # its backlog may be full
-        self.sock.connect(str(self._path))
         self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
 
 
 class CompletionClient:
@@ -242,9 +241,14 @@ def _events(response: http.client.HTTPResponse) -> Iterator[bytes]:
     kind = response.headers.get_content_type()
     if kind != "text/event-stream":
         raise http.client.HTTPException(f"{kind}, which is no stream of events")
-    for line in response:
-        if line.startswith(_DATA):
-            yield line.removeprefix(_DATA).strip()
+    try:
+        for line in response:
+            if not line.endswith(b"\n"):  # the library gives what there was of it
+                raise http.client.IncompleteRead(line)
+            if line.startswith(_DATA):
+                yield line.removeprefix(_DATA).strip()
+    except ValueError as error:
+        raise http.client.HTTPException(f"no chunk of a stream: {error}") from error
 
 
 def _choices(data: bytes) -> list[_Choice]:

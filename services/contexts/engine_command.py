@@ -21,7 +21,7 @@ _LARGE_GPU_BYTES = 70 * _GIB
 # The least and the most of a node's memory that one CPU engine takes for its key-value cache.
 _CPU_CACHE_GIB = (1, 8)
 # libgomp's own are 300,000 where there are as many threads as cores. With 1,000, an engine that has
-# its cores for itself loses a tenth of its speed to threads that fall asleep and are woken.
+# its cores for itself loses an eighth of its speed to threads that fall asleep and are woken.
 _SPINS = 3_000
 
 
@@ -92,7 +92,8 @@ def template_environment(plan: EnginePlan) -> dict[str, str]:
         # A thread that is done before the others would spin for milliseconds, on a core for which
         # the worker or vLLM's server has work, or the very thread that it waits for: a worker's
         # start would cost the engine twice the time that it takes.
-        chosen["GOMP_SPINCOUNT"] = str(_SPINS)
+        if "OMP_WAIT_POLICY" not in plan.environment:  # which says the same, and would not count
+            chosen["GOMP_SPINCOUNT"] = str(_SPINS)
         # vLLM 0.32 has torch.compile make a small function of its sampler even where it is told to
         # compile nothing: that takes longer than the model's load, and a C++ compiler on the node.
         chosen["TORCHDYNAMO_DISABLE"] = "1"

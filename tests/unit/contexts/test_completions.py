@@ -347,6 +347,49 @@ def test_an_engine_that_breaks_off_failed_and_what_came_before_is_good(
     assert "the engine broke off" in str(failure)
 
 
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b'a\r\ndata: {"ch\r\n',  # at the border of a chunk, in the midst of a line
+        b"a\r\ndata",
+        b"-5\r\n",
+        b"nonsense\r\n",
+    ],
+    ids=["line", "chunk", "negative", "no size"],
+)
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_stream_that_breaks_off_anywhere_is_the_engines_failure_or_our_interruption(
+    rest: bytes, interrupted: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "e.sock"
+    client = CompletionClient(path, "ctx-1", GENEROUS_SECONDS)
+    first = event(choice(0, -1.0, -2.0))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def half() -> None:
+            with listener.accept()[0] as connection:
+                asked = b""
+                while not asked.endswith(b"}"):
+                    asked += connection.recv(4096)
+                connection.sendall(
+                    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+                    b"Transfer-Encoding: chunked\r\n\r\n"
+                    b"%x\r\n%b\r\n%b" % (len(first), first, rest)
+                )
+
+        threading.Thread(target=half, daemon=True).start()
+        answers = client.score([[1], [2]], TOKENS)
+        assert next(answers)[0] == 0
+        if interrupted:
+            client.interrupt()
+        with pytest.raises(EngineRequestError) as failed:
+            next(answers)
+    assert type(failed.value) is (Interrupted if interrupted else EngineRequestError)
+    assert interrupted or "the engine broke off" in str(failed.value)
+
+
 def test_an_engine_that_breaks_off_before_it_says_anything_failed(served: Serve) -> None:
     def reply(*_: object) -> tuple[int, Iterable[bytes]]:
         raise BreakOff

@@ -190,6 +190,9 @@ def test_threads_of_a_cpu_engine_do_not_spin_for_long(monkeypatch: pytest.Monkey
     assert "GOMP_SPINCOUNT" not in environment_of(SPEC, GPU)
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     assert environment_of()["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    assert "GOMP_SPINCOUNT" not in environment_of()
 
 
 def test_what_the_operator_set_wins(monkeypatch: pytest.MonkeyPatch) -> None:
