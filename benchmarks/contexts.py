@@ -13,7 +13,7 @@ Then, on a warm engine: batch sizes of 1 to 128, a worker that is replaced every
 (SIGTERM, and SIGKILL), and twenty starts of a worker until its first verdict, with a batch of one
 claim and with one of eight, which come back together. The engine is as a worker has it; what it has
 seen it keeps, so there each run's claims begin with numbers of their own. Prints tables, writes a
-JSON file and a plot. Takes about 17 minutes on two cores.
+JSON file and a plot. Takes about 25 minutes on two cores.
 """
 
 import argparse
@@ -345,8 +345,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--claims", type=int, default=256)
     parser.add_argument("--batch", type=int, default=32, help="claims a batch")
-    parser.add_argument("--rounds", type=int, default=3, help="of the batch sizes")
-    parser.add_argument("--preemption-rounds", type=int, default=12, help="of 30 s, at least 2")
+    parser.add_argument("--rounds", type=int, default=7, help="of the batch sizes")
+    parser.add_argument("--preemption-rounds", type=int, default=20, help="of 30 s, at least 2")
     parser.add_argument("--attaches", type=int, default=20)
     parser.add_argument("--skip", nargs="*", default=[], choices=("none", "partial"))
     parser.add_argument("--out", type=Path, default=Path("results/contexts"))
