@@ -47,7 +47,7 @@ SIZES = (1, 8, 32, 128)
 ATTACH_SIZES = (1, 8)
 SIGNALS = {"calm": None, "SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}
 EVERY_SECONDS = 10.0
-_LOOK_SECONDS = 0.1
+LOOK_SECONDS = 0.1
 console = Console(width=110)
 
 
@@ -186,22 +186,22 @@ def preempted(
 
     worker = desk.worker()
     done = desk.wait_for(run_id, lambda status: status.done >= 2 * size).done
-    last = time.monotonic(), done
+    done_at = time.monotonic()
     for turn in range(rounds):
         for how in list(SIGNALS)[:: 1 if turn % 2 == 0 else -1]:
             number = SIGNALS[how]
             if number is not None:
                 os.killpg(worker.pid, number)
                 worker = desk.worker()
-            began, before = last
+            before, began = done, done_at
             ends = time.monotonic() + EVERY_SECONDS
-            while time.monotonic() < ends or last[1] == before:
-                time.sleep(_LOOK_SECONDS)
-                done = desk.wait_for(run_id, lambda _: True).done
-                if done > last[1]:
-                    last = time.monotonic(), done
-            taken[how].append((last[1] - before) / (last[0] - began))
-    assert last[1] < claims, "the claims did not last"
+            while time.monotonic() < ends or done == before:
+                time.sleep(LOOK_SECONDS)
+                now = desk.wait_for(run_id, lambda _: True).done
+                if now > done:
+                    done, done_at = now, time.monotonic()
+            taken[how].append((done - before) / (done_at - began))
+    assert done < claims, "the claims did not last"
     return taken
 
 

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
+from services.cli.imports import without
 from services.contracts import KeepwarmError
 from services.contracts.errors import UsageError
-from services.imports import without
 
 gc.disable()  # nothing that is imported is garbage, and to look for it takes a tenth of the time
 with without("rich"):

@@ -26,7 +26,7 @@ _MOST_ERROR_BYTES = 2_000
 _JSON = {"Content-Type": "application/json"}
 # An engine that is slow to tell of itself must not hold up whoever asks.
 _METRICS_SECONDS = 0.5
-_MOST_METRICS_BYTES = 4 * 1024 * 1024
+_MOST_METRICS_BYTES, _PIECE_BYTES = 4 * 1024 * 1024, 64 * 1024
 
 
 class EngineRefused(EngineRequestError):
@@ -123,7 +123,7 @@ class CompletionClient:
         try:
             with self._asked("GET", "/metrics", seconds=_METRICS_SECONDS) as response:
                 _raise_unless_success(response)
-                while piece := response.read1(_MOST_METRICS_BYTES):
+                while piece := response.read1(_PIECE_BYTES):
                     text += piece
                     if len(text) > _MOST_METRICS_BYTES or time.monotonic() > deadline:
                         raise EngineRequestError("the engine's metrics are too large, or too slow")

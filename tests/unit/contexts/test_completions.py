@@ -4,6 +4,7 @@ import socketserver
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,24 @@ def served(tmp_path: Path) -> Iterator[Serve]:
         server.server_close()
 
 
+@contextmanager
+def breaking_off(path: Path, says: bytes, asked_until: bytes) -> Iterator[CompletionClient]:
+    """A client of an engine that says this to one request, to the byte, and is gone."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def serve() -> None:
+            with listener.accept()[0] as connection:
+                asked = b""
+                while not asked.endswith(asked_until):
+                    asked += connection.recv(4096)
+                connection.sendall(says)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield CompletionClient(path, "ctx-1", GENEROUS_SECONDS)
+
+
 def ask(client: CompletionClient, prompts: int = 3) -> tuple[dict[int, Answer], Exception | None]:
     """What was answered, and what ended it before its time."""
     found: dict[int, Answer] = {}
@@ -329,7 +348,7 @@ def test_a_stream_that_ends_without_its_last_event_is_a_failure(served: Serve) -
     found, failure = ask(served(streamed(event(choice(1, -1.0, -2.0)))))
     assert sorted(found) == [1]
     assert type(failure) is EngineRequestError
-    assert "the engine broke off" in str(failure)
+    assert "the engine broke off: IncompleteRead" in str(failure)
 
 
 @pytest.mark.parametrize("pieces", [0, 1, 2])
@@ -361,25 +380,12 @@ def test_an_engine_that_breaks_off_failed_and_what_came_before_is_good(
 def test_a_stream_that_breaks_off_anywhere_is_the_engines_failure_or_our_interruption(
     rest: bytes, interrupted: bool, tmp_path: Path
 ) -> None:
-    path = tmp_path / "e.sock"
-    client = CompletionClient(path, "ctx-1", GENEROUS_SECONDS)
     first = event(choice(0, -1.0, -2.0))
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
-        listener.listen()
-
-        def half() -> None:
-            with listener.accept()[0] as connection:
-                asked = b""
-                while not asked.endswith(b"}"):
-                    asked += connection.recv(4096)
-                connection.sendall(
-                    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
-                    b"Transfer-Encoding: chunked\r\n\r\n"
-                    b"%x\r\n%b\r\n%b" % (len(first), first, rest)
-                )
-
-        threading.Thread(target=half, daemon=True).start()
+    says = (
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+        b"%x\r\n%b\r\n%b" % (len(first), first, rest)
+    )
+    with breaking_off(tmp_path / "e.sock", says, asked_until=b"}") as client:
         answers = client.score([[1], [2]], TOKENS)
         assert next(answers)[0] == 0
         if interrupted:
@@ -399,7 +405,8 @@ def test_an_engine_that_breaks_off_before_it_says_anything_failed(served: Serve)
 
 
 @pytest.mark.parametrize(
-    ("status", "what"), [(200, "the engine broke off"), (201, r"failed \(HTTP 201\)")]
+    ("status", "what"),
+    [(200, "the engine broke off: IncompleteRead"), (201, r"failed \(HTTP 201\)")],
 )
 def test_a_reply_that_is_no_stream_of_events_is_a_failure(
     status: int, what: str, served: Serve
@@ -602,19 +609,12 @@ def test_metrics_that_do_not_come_are_a_failure(served: Serve) -> None:
 
 
 def test_metrics_that_break_off_are_a_failure(tmp_path: Path) -> None:
-    path = tmp_path / "e.sock"
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
-        listener.listen()
-
-        def half() -> None:
-            with listener.accept()[0] as client:
-                client.recv(1024)
-                client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\nvllm:x 1\n")
-
-        threading.Thread(target=half, daemon=True).start()
-        with pytest.raises(EngineRequestError, match="broke its metrics off"):
-            CompletionClient(path, "ctx-1", GENEROUS_SECONDS).metrics()
+    says = b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\nvllm:x 1\n"
+    with (
+        breaking_off(tmp_path / "e.sock", says, asked_until=b"\r\n\r\n") as client,
+        pytest.raises(EngineRequestError, match="broke its metrics off"),
+    ):
+        client.metrics()
 
 
 @pytest.mark.parametrize(
@@ -629,5 +629,5 @@ def test_metrics_that_are_none_or_too_many_are_a_failure(
 
 def test_an_engine_that_is_not_there_tells_no_metrics(tmp_path: Path) -> None:
     client = CompletionClient(tmp_path / "none.sock", "ctx-1", 5)
-    with pytest.raises(EngineRequestError, match="told no metrics"):
+    with pytest.raises(EngineRequestError, match="told no metrics: FileNotFoundError"):
         client.metrics()

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from services.imports import without
+from services.cli.imports import without
 
 
 def test_what_is_left_out_is_as_if_not_installed_and_comes_back() -> None:
