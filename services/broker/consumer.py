@@ -1,5 +1,6 @@
 """Taking messages: a small prefetch, heartbeats while the work lasts, and a drain."""
 
+import math
 import queue
 import threading
 from collections import Counter
@@ -20,6 +21,10 @@ from services.contracts import topology
 _LOOK_SECONDS = 15.0
 _MOST_IDLE_LOOKS = 4
 _NUMBER_MARK = "#"
+# Of one channel on one queue. When a channel is gone, RabbitMQ takes its messages back consumer by
+# consumer; with more of them than this, it may do so in another order as it reads its log again
+# after a crash, and then forgets messages that nobody settled (docs/decisions/0026).
+_MOST_CONSUMERS = 32
 
 log = structlog.get_logger(__name__)
 
@@ -64,8 +69,8 @@ class Consumer(Link):
         self._idle_looks = 0
         # By the consumer's tag:
         self._unsettled: Counter[str] = Counter()
-        # By queue, the consumers of one message each that are there beside the first.
-        self._extra: dict[str, list[str]] = {name: [] for name in queues}
+        # By queue, the prefetch of each consumer that is there beside the first.
+        self._extra: dict[str, dict[str, int]] = {name: {} for name in queues}
         self._numbers = count(1)
         self._consuming = self._changing = False
 
@@ -124,7 +129,7 @@ class Consumer(Link):
         self._epoch += 1
         self._unsettled.clear()
         self._idle_looks = 0
-        self._extra = {name: [] for name in self._queues}
+        self._extra = {name: {} for name in self._queues}
         if not self._taking:
             self._in_service()
             return
@@ -146,28 +151,32 @@ class Consumer(Link):
 
     def _fit_prefetch(self) -> None:
         """A quorum queue fixes a consumer's prefetch when it begins; so what changes is how many
-        consumers of one message there are. One is ended only while it holds its message: then no
-        other can be on its way to it, which pika would reject, and the broker count as an attempt.
+        consumers there are. One is ended only while it holds all that it may: then no message can
+        be on its way to it, which pika would reject, and the broker count as an attempt.
         """
         channel = self._channel
         # One at a time: pika holds a request back while another is open, and settling overtakes it.
         if channel is None or self._changing or not self._consuming or not self._taking:
             return
-        wanted = self._wanted_prefetch - self._prefetch
         for name, extra in self._extra.items():
-            full = next((tag for tag in extra if self._unsettled[tag]), None)
-            if len(extra) > wanted and full is not None:
+            missing = self._wanted_prefetch - self._prefetch - sum(extra.values())
+            places = _MOST_CONSUMERS - 1 - len(extra)
+            if missing > 0 and places:
                 self._changing = True
-                extra.remove(full)
-                channel.basic_cancel(full, callback=self._on_changed)
-                return
-            if len(extra) < wanted:
-                self._changing = True
-                extra.append(f"{name}{_NUMBER_MARK}{next(self._numbers)}")
-                channel.basic_qos(prefetch_count=1)
+                tag = f"{name}{_NUMBER_MARK}{next(self._numbers)}"
+                extra[tag] = math.ceil(missing / places)
+                channel.basic_qos(prefetch_count=extra[tag])
                 channel.basic_consume(
-                    name, self._on_message, consumer_tag=extra[-1], callback=self._on_changed
+                    name, self._on_message, consumer_tag=tag, callback=self._on_changed
                 )
+                return
+            # Another of the right size comes after it, where it is too large, or must be larger.
+            full = [tag for tag, prefetch in extra.items() if self._unsettled[tag] >= prefetch]
+            if missing and full:
+                self._changing = True
+                ended = _to_end([(extra[tag], tag) for tag in full], -missing)
+                del extra[ended]
+                channel.basic_cancel(ended, callback=self._on_changed)
                 return
 
     def _on_changed(self, _: Any) -> None:
@@ -267,3 +276,9 @@ class Consumer(Link):
 
         for tag in tags:
             self._channel.basic_cancel(tag, callback=lambda _, tag=tag: cancelled(tag))
+
+
+def _to_end(full: Sequence[tuple[int, str]], too_many: int) -> str:
+    """The largest that leaves enough, or else the smallest."""
+    fitting = [one for one in full if one[0] <= too_many]
+    return (max(fitting) if fitting else min(full))[1]

@@ -24,6 +24,8 @@ from tests.integration.postgres import PostgreSQL
 
 # Seconds for whatever must come: they are lost only where a test fails. pytest waits longer.
 PATIENCE = 240.0
+# RabbitMQ 3.10.8 loses a quorum queue when its node is killed within seconds of its creation.
+YOUNG_QUEUE_SECONDS = 7.0
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE):

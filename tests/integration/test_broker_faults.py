@@ -17,6 +17,7 @@ from services.contexts import pin_model
 from services.contracts import ContextSpec, Settings, topology
 from tests.conftest import sample_lines
 from tests.integration.conftest import (
+    YOUNG_QUEUE_SECONDS,
     delete_queues,
     messages_in,
     plain_connection,
@@ -38,10 +39,8 @@ from tests.integration.runs import (
 )
 from tests.proxy import Proxy
 
-# RabbitMQ 3.10.8 loses a quorum queue when its node is killed within seconds of its creation.
 # A consumer that hears nothing for a minute connects anew.
 IDLE_SECONDS = 150.0
-YOUNG_QUEUE_SECONDS = 7.0
 
 
 @pytest.fixture(scope="module")

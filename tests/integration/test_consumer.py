@@ -4,6 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -18,8 +19,15 @@ from services.broker import (
     PrivateNode,
     Publisher,
 )
-from services.contracts import topology
-from tests.integration.conftest import PATIENCE, cut, delete_queues, messages_in, wait_until
+from services.contracts import load_settings, topology
+from tests.integration.conftest import (
+    PATIENCE,
+    YOUNG_QUEUE_SECONDS,
+    cut,
+    delete_queues,
+    messages_in,
+    wait_until,
+)
 
 QUEUE = topology.claims_queue("ctx-test")
 DECLARES = Declares("if-missing", ("ctx-test",))
@@ -170,6 +178,44 @@ def test_a_prefetch_that_changes_as_the_drain_begins_leaves_nothing_in_our_hands
         wait_until(lambda: messages_in(node, QUEUE) == 49, "all but one given back")
         consumer.acknowledge([taken])
     assert messages_in(node, QUEUE) == 49
+
+
+def test_nothing_is_forgotten_when_the_node_is_killed_however_much_was_in_hand(
+    tmp_path: Path,
+) -> None:
+    """The node reads its log again, and must come to what it had come to before."""
+    with PrivateNode(tmp_path / "node") as node:
+        address = BrokerAddress.from_settings(
+            load_settings(broker_url=node.url, broker_password=node.password)
+        )
+        publish(address, 400)
+        made = time.monotonic()
+        settled: list[Delivery] = []
+        with new_consumer(address, 1) as consumer:
+            consumer.set_prefetch(200)
+            for lost_before in (False, True):
+                if lost_before:
+                    cut(consumer)
+                hand = take_all(consumer, 200)
+                assert len(hand) == 200
+                settled += hand[::4]
+                consumer.acknowledge(hand[::4])
+                take_all(consumer, 50)  # in place of those
+            time.sleep(max(0.0, made + YOUNG_QUEUE_SECONDS - time.monotonic()))
+            process = node.process()
+            assert process is not None
+            process.kill()
+            wait_until(lambda: not node.alive, "the node's end")
+            node.stop()
+            node.start()
+            consumer.set_prefetch(256)
+            left: list[Delivery] = []
+            while came := take_all(consumer, 1 if not left else 0):
+                left += came
+                consumer.acknowledge(came)
+        numbers = {int(delivery.body) for delivery in settled}
+        assert len(numbers) == 100
+        assert {int(delivery.body) for delivery in left} == set(range(400)) - numbers
 
 
 def test_heartbeats_go_on_while_a_batch_takes_long(

@@ -156,3 +156,72 @@ def test_what_came_before_a_connection_was_lost_is_neither_handed_out_nor_settle
     for callback in soon:
         callback()
     assert channel.settled == [("ack", 1)]
+
+
+# How many consumers there are.
+
+
+class ManyConsumers:
+    """A channel on which every consumer is served at once, and always full."""
+
+    def __init__(self, consumer: Consumer) -> None:
+        self._consumer = consumer
+        self._prefetch = 0
+        self.prefetch: dict[str, int] = {}
+
+    def basic_qos(self, *, prefetch_count: int) -> None:
+        self._prefetch = prefetch_count
+
+    def basic_consume(self, _: str, __: Any, consumer_tag: str, callback: Any) -> None:
+        self.prefetch[consumer_tag] = self._prefetch
+        self._consumer._unsettled[consumer_tag] = self._prefetch
+        callback(None)
+
+    def basic_cancel(self, tag: str, callback: Any) -> None:
+        assert self._consumer._unsettled[tag] == self.prefetch.pop(tag)
+        callback(None)
+
+
+@given(st.lists(st.integers(1, 256), max_size=8))
+def test_what_may_be_in_hand_follows_what_is_wanted_with_no_more_than_32_consumers(
+    wanted: list[int],
+) -> None:
+    consumer = Consumer(
+        BrokerAddress.from_settings(load_settings(broker_url="amqp://h")),
+        "test",
+        queues=["claims.x"],
+        prefetch=1,
+    )
+    consumer._channel = channel = ManyConsumers(consumer)  # type: ignore[assignment]
+    consumer._consuming = True
+    for prefetch in wanted:
+        consumer._wanted_prefetch = prefetch
+        consumer._fit_prefetch()
+        held = list(channel.prefetch.values())
+        assert 1 + sum(held) == prefetch
+        assert len(held) <= 31
+        if prefetch <= 32 and wanted == [prefetch]:
+            assert set(held) <= {1}
+    consumer._loop.close()
+
+
+def test_a_consumer_is_not_ended_while_a_message_may_be_on_its_way_to_it() -> None:
+    consumer = Consumer(
+        BrokerAddress.from_settings(load_settings(broker_url="amqp://h")),
+        "test",
+        queues=["claims.x"],
+        prefetch=1,
+    )
+    consumer._channel = channel = ManyConsumers(consumer)  # type: ignore[assignment]
+    consumer._consuming = True
+    consumer._wanted_prefetch = 4
+    consumer._fit_prefetch()
+    consumer._unsettled.clear()
+    consumer._wanted_prefetch = 2
+    consumer._fit_prefetch()
+    assert len(channel.prefetch) == 3
+    for tag in channel.prefetch:
+        consumer._unsettled[tag] = 1
+    consumer._fit_prefetch()
+    assert len(channel.prefetch) == 1
+    consumer._loop.close()
