@@ -141,7 +141,8 @@ class Link:
     def _own(self) -> None:
         self._call_soon(self._connect)
         try:
-            self._loop.start()
+            while not self._ran():
+                pass
         except Exception as error:
             log.exception("broker.link_died", link=self._name)
             self._error = BrokerError(f"the link {self._name} died: {error!r}; this is a bug")
@@ -153,6 +154,19 @@ class Link:
             # Other threads may still call `_call_soon`; on a closed loop it does nothing.
             self._loop.close()
             self._opened_or_failed.set()
+
+    def _ran(self) -> bool:
+        """The loop, to its end. False where pika takes a socket that was reset at once, between the
+        handshake and its first use, for a mistake of ours.
+        """
+        try:
+            self._loop.start()
+        except ValueError as error:
+            if "getpeername() failed" not in str(error):
+                raise
+            self._on_connection_lost(self._connection, "reset as soon as it was there")
+            return False
+        return True
 
     def _connect(self) -> None:
         self._connection = pika.SelectConnection(
@@ -252,7 +266,9 @@ class Link:
         if self._connection is not None and self._connection.is_open:
             self._connection.close(reply_text="channel lost")
 
-    def _on_connection_lost(self, _: Any, reason: BaseException | str) -> None:
+    def _on_connection_lost(self, connection: Any, reason: BaseException | str) -> None:
+        if connection is not self._connection:
+            return  # given up on before
         self._forget_channel()
         self._connection, self.blocked_by, self._counting = None, None, False
         self._blocked_metric.set(0)
@@ -316,11 +332,17 @@ class Link:
 
     def _explain(self, reason: BaseException | str) -> BrokerError:
         cause = _root(reason)
-        refused = isinstance(
-            cause, AuthenticationError | ProbableAuthenticationError | ProbableAccessDeniedError
-        ) or (
-            isinstance(cause, ConnectionClosedByBroker)
-            and cause.reply_code in (_ACCESS_REFUSED, _NOT_ALLOWED)
+        refused = (
+            isinstance(cause, AuthenticationError)
+            # Pika guesses so of any connection that ends early; RabbitMQ says so where it is so.
+            or (
+                isinstance(cause, ProbableAuthenticationError | ProbableAccessDeniedError)
+                and ConnectionClosedByBroker.__name__ in str(cause)
+            )
+            or (
+                isinstance(cause, ConnectionClosedByBroker)
+                and cause.reply_code in (_ACCESS_REFUSED, _NOT_ALLOWED)
+            )
         )
         if refused:
             return self._refused(str(cause))

@@ -1,7 +1,9 @@
 """The confirmed publisher, against a real node."""
 
+import socket
 import threading
 import time
+from itertools import count
 
 import pytest
 
@@ -55,6 +57,34 @@ def test_every_message_is_confirmed_once_and_arrives_in_order(address: BrokerAdd
         assert publisher.pending == 0
     assert confirmed == list(range(500))
     assert take_all(address, 500) == [f"message {number}".encode() for number in range(500)]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_connection_that_is_reset_before_its_first_use_is_opened_again(
+    address: BrokerAddress, monkeypatch: pytest.MonkeyPatch, first: int
+) -> None:
+    asked = count()
+    getpeername = socket.socket.getpeername
+
+    def reset(connection: socket.socket) -> object:
+        if next(asked) == first:
+            raise OSError(107, "Transport endpoint is not connected")
+        return getpeername(connection)
+
+    confirmed: list[int] = []
+    monkeypatch.setattr(socket.socket, "getpeername", reset)
+    with Publisher(address, "test", window=7, declares=DECLARES).open(PATIENCE) as publisher:
+        publisher.publish(outgoing(0, confirmed))
+        publisher.flush(PATIENCE)
+        cut(publisher)
+        publisher.publish(outgoing(1, confirmed))
+        publisher.flush(PATIENCE)
+        assert next(asked) >= 3
+        time.sleep(16)  # what pika began before gives up by now, and must end nothing
+        publisher.publish(outgoing(2, confirmed))
+        publisher.flush(PATIENCE)
+    assert confirmed == [0, 1, 2]
+    assert len(take_all(address, 3)) == 3
 
 
 def test_publish_waits_while_the_window_is_full(node: PrivateNode, address: BrokerAddress) -> None:

@@ -1,0 +1,58 @@
+"""Why there is no connection; the rest of a link is shown on a real broker."""
+
+from collections.abc import Iterator
+
+import pytest
+from pika.exceptions import (
+    AMQPConnectionError,
+    AuthenticationError,
+    ConnectionClosedByBroker,
+    ProbableAccessDeniedError,
+    ProbableAuthenticationError,
+    StreamLostError,
+)
+
+from services.broker import BrokerAddress, Consumer
+from services.contracts import load_settings
+from services.contracts.errors import BrokerRefused, BrokerUnreachable
+
+LOST = StreamLostError("Stream connection lost: ConnectionResetError(104, 'reset by peer')")
+CLOSED = ConnectionClosedByBroker(403, "ACCESS_REFUSED - Login was refused")
+
+
+@pytest.fixture
+def link() -> Iterator[Consumer]:
+    address = BrokerAddress.from_settings(load_settings(broker_url="amqp://h"))
+    made = Consumer(address, "test", queues=["runs"], prefetch=1)
+    yield made
+    made._loop.close()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        AuthenticationError("PLAIN"),
+        CLOSED,
+        ConnectionClosedByBroker(530, "NOT_ALLOWED - vhost other not found"),
+        ProbableAuthenticationError(repr(CLOSED)),
+        AMQPConnectionError(ProbableAccessDeniedError(repr(CLOSED))),
+    ],
+)
+def test_a_broker_that_says_so_has_refused_us(link: Consumer, error: Exception) -> None:
+    assert isinstance(link._explain(error), BrokerRefused)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        LOST,
+        ProbableAuthenticationError(repr(LOST)),
+        AMQPConnectionError(ProbableAccessDeniedError(repr(LOST))),
+        ConnectionClosedByBroker(320, "CONNECTION_FORCED - shutdown"),
+        "reset as soon as it was there",
+    ],
+)
+def test_a_connection_that_ends_early_is_no_refusal(link: Consumer, error: Exception | str) -> None:
+    explained = link._explain(error)
+    assert isinstance(explained, BrokerUnreachable)
+    assert "Is it running, and is the address right?" in str(explained)
