@@ -1,6 +1,5 @@
-"""What a worker does with one batch; that it takes and drains batches is shown on a real broker."""
+"""What becomes of a batch; that a worker takes and drains batches is shown on a real broker."""
 
-import gc
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -10,11 +9,12 @@ import pytest
 
 from services.broker import Delivery
 from services.contexts import Device
+from services.contexts.attachment import Attachment
 from services.contexts.completions import Answer, EngineSilent, Interrupted
+from services.contexts.plan import EnginePlan
 from services.contracts import (
     Claim,
     ClaimBatch,
-    ContextDemand,
     ContextSpec,
     DeadClaim,
     DeadReason,
@@ -22,22 +22,22 @@ from services.contracts import (
     Notice,
     PromptSpec,
     Run,
+    Settings,
     VerdictBatch,
     decode,
     encode,
     load_settings,
     topology,
 )
-from services.contracts.errors import EngineRequestError, ModelError
-from services.gpu_worker import Worker
+from services.contracts.errors import EngineRequestError
+from services.gpu_worker import ModelTokenizer
+from services.gpu_worker.answering import Answering
+from services.gpu_worker.examination import Examination
 from services.gpu_worker.in_hand import Signature
+from services.gpu_worker.inference import Inference
 from services.gpu_worker.pacing import Pace
-from services.gpu_worker.readiness import Readiness
 from services.gpu_worker.reports import Post
-from services.gpu_worker.serving import Serving
 from services.gpu_worker.shift import Shift
-from services.gpu_worker.taking import Situation
-from tests.unit.clock import Clock
 from tests.unit.gpu_worker.conftest import RecordingBroker, delivered
 
 UNUSABLE = PromptSpec(labels=(Label(name="A", word="True"), Label(name="B", word="True")))
@@ -50,12 +50,31 @@ def spec(model_dir: Path) -> ContextSpec:
 
 
 @pytest.fixture
-def worker(spec: ContextSpec, tmp_path: Path) -> Iterator[Serving]:
-    signature = Signature("worker-1", DEVICE.name)
-    settings = load_settings(runtime_dir=tmp_path / "run")
-    made = Serving(spec, DEVICE, settings, Shift.begin(signature, Post(host="node-1")))
-    yield made
-    made.close()
+def settings(tmp_path: Path) -> Settings:
+    return load_settings(runtime_dir=tmp_path / "run")
+
+
+@pytest.fixture
+def engine(spec: ContextSpec, settings: Settings) -> Attachment:
+    return Attachment(EnginePlan.of(spec, DEVICE, settings), settings)
+
+
+@pytest.fixture
+def answering(
+    spec: ContextSpec, settings: Settings, engine: Attachment, broker: RecordingBroker
+) -> Answering:
+    shift = Shift.begin(Signature("worker-1", DEVICE.name), Post(host="node-1"))
+    tokenizer = ModelTokenizer.load(spec)
+    inference = Inference(tokenizer, engine.client, max_model_tokens=spec.max_model_tokens)
+    return Answering(
+        spec.context_id,
+        inference,
+        Examination(engine, inference, settings, shift.stop),
+        Pace(settings.horizon_seconds, settings.batches_in_flight),
+        shift,
+        broker,  # type: ignore[arg-type]
+        broker,  # type: ignore[arg-type]
+    )
 
 
 def answer(tokens: list[int]) -> Answer:
@@ -66,7 +85,7 @@ Answers = Callable[[int, Exception | None], None]
 
 
 @pytest.fixture
-def engine_answers(worker: Serving, monkeypatch: pytest.MonkeyPatch) -> Answers:
+def engine_answers(engine: Attachment, monkeypatch: pytest.MonkeyPatch) -> Answers:
     """`engine_answers(2, error)`: the engine answers the first two prompts and fails then."""
 
     def set_up(answers: int, failure: Exception | None = None) -> None:
@@ -76,7 +95,7 @@ def engine_answers(worker: Serving, monkeypatch: pytest.MonkeyPatch) -> Answers:
             if failure is not None:
                 raise failure
 
-        monkeypatch.setattr(worker._engine.client, "score", score)
+        monkeypatch.setattr(engine.client, "score", score)
 
     return set_up
 
@@ -90,16 +109,6 @@ def batch_of(spec: ContextSpec, prompt: PromptSpec | None = None, claims: int = 
             Claim(claim_id=f"c{n}", position=n, text=f"Claim {n}.") for n in range(claims)
         ),
     )
-
-
-def see_through(worker: Serving, delivery: Delivery, broker: RecordingBroker) -> None:
-    see_all_through(worker, [delivery], broker)
-
-
-def see_all_through(
-    worker: Serving, deliveries: Sequence[Delivery], broker: RecordingBroker
-) -> None:
-    worker._see_through(deliveries, broker, broker)  # type: ignore[arg-type]
 
 
 def verdicts_in(broker: RecordingBroker) -> list[str]:
@@ -129,12 +138,12 @@ def returned_in(broker: RecordingBroker) -> list[str]:
 def test_what_is_no_batch_is_set_aside_with_the_reason_and_then_acknowledged(
     changes: dict[str, object],
     why: str,
-    worker: Serving,
+    answering: Answering,
     spec: ContextSpec,
     broker: RecordingBroker,
 ) -> None:
     delivery = delivered(batch_of(spec), **changes)
-    see_through(worker, delivery, broker)
+    answering.see_through([delivery])
     (message,) = broker.messages
     assert message.routing_key == topology.DEAD_MESSAGES_QUEUE
     assert (message.body, message.message_id) == (delivery.body, "m-1")
@@ -145,9 +154,11 @@ def test_what_is_no_batch_is_set_aside_with_the_reason_and_then_acknowledged(
     assert broker.settled == [("acknowledged", 7)]
 
 
-def test_a_batch_for_another_context_is_set_aside(worker: Serving, broker: RecordingBroker) -> None:
+def test_a_batch_for_another_context_is_set_aside(
+    answering: Answering, broker: RecordingBroker
+) -> None:
     other = batch_of(ContextSpec(model="org/other"))
-    see_through(worker, delivered(other), broker)
+    answering.see_through([delivered(other)])
     (message,) = broker.messages
     assert message.routing_key == topology.DEAD_MESSAGES_QUEUE
     assert "another context than its queue's" in message.headers[topology.REASON_HEADER]
@@ -157,10 +168,10 @@ def test_a_batch_for_another_context_is_set_aside(worker: Serving, broker: Recor
 
 
 def test_a_batch_is_answered_and_acknowledged_once_its_verdicts_are_confirmed(
-    worker: Serving, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+    answering: Answering, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
 ) -> None:
     engine_answers(3)
-    see_through(worker, delivered(batch_of(spec), earlier=2), broker)
+    answering.see_through([delivered(batch_of(spec), earlier=2)])
     (message,) = broker.messages
     batch = decode(VerdictBatch, message.body)
     assert verdicts_in(broker) == ["c0", "c1", "c2"]
@@ -168,14 +179,14 @@ def test_a_batch_is_answered_and_acknowledged_once_its_verdicts_are_confirmed(
     assert broker.settled == []
     broker.confirm(message)
     assert broker.settled == [("acknowledged", 7)]
-    assert worker._suspects == []
+    assert answering.suspects == []
 
 
 def test_dead_claims_go_to_their_queue_and_the_batch_is_acknowledged_after_the_last(
-    worker: Serving, spec: ContextSpec, broker: RecordingBroker
+    answering: Answering, spec: ContextSpec, broker: RecordingBroker
 ) -> None:
     batch = batch_of(spec, UNUSABLE)
-    see_through(worker, delivered(batch, earlier=4), broker)
+    answering.see_through([delivered(batch, earlier=4)])
     dead = [decode(DeadClaim, m.body) for m in broker.to(topology.DEAD_CLAIMS_QUEUE)]
     assert [each.claim for each in dead] == list(batch.claims)
     assert {each.reason for each in dead} == {DeadReason.PROMPT_UNUSABLE}
@@ -203,9 +214,9 @@ class Requests(list[int]):
 
 
 @pytest.fixture
-def requests(worker: Serving, monkeypatch: pytest.MonkeyPatch) -> Requests:
+def requests(engine: Attachment, monkeypatch: pytest.MonkeyPatch) -> Requests:
     made = Requests()
-    monkeypatch.setattr(worker._engine.client, "score", made.score)
+    monkeypatch.setattr(engine.client, "score", made.score)
     return made
 
 
@@ -229,10 +240,10 @@ def tagged(*batches: ClaimBatch) -> list[Delivery]:
 
 
 def test_small_batches_are_one_request_and_each_is_settled_by_itself(
-    worker: Serving, spec: ContextSpec, broker: RecordingBroker, requests: Requests
+    answering: Answering, spec: ContextSpec, broker: RecordingBroker, requests: Requests
 ) -> None:
     sizes = [batch_of(spec, claims=claims) for claims in (2, 1, 3)]
-    see_all_through(worker, tagged(*sizes), broker)
+    answering.see_through(tagged(*sizes))
     assert requests == [6]
     assert verdicts_in(broker) == ["0-c0", "0-c1", "1-c0", "2-c0", "2-c1", "2-c2"]
     for message, tag in zip(broker.messages, range(3), strict=True):
@@ -241,29 +252,29 @@ def test_small_batches_are_one_request_and_each_is_settled_by_itself(
 
 
 def test_batches_with_different_prompts_are_requests_of_their_own(
-    worker: Serving, spec: ContextSpec, broker: RecordingBroker, requests: Requests
+    answering: Answering, spec: ContextSpec, broker: RecordingBroker, requests: Requests
 ) -> None:
     other = PromptSpec(name="other", instructions="Judge.")
-    see_all_through(worker, tagged(batch_of(spec), batch_of(spec), batch_of(spec, other)), broker)
+    answering.see_through(tagged(batch_of(spec), batch_of(spec), batch_of(spec, other)))
     assert requests == [6, 3]
     assert len(verdicts_in(broker)) == 9
 
 
 def test_of_batches_asked_about_together_only_those_without_an_answer_are_suspects(
-    worker: Serving, spec: ContextSpec, broker: RecordingBroker, requests: Requests
+    answering: Answering, spec: ContextSpec, broker: RecordingBroker, requests: Requests
 ) -> None:
     requests.unanswered = frozenset({4})
-    see_all_through(worker, tagged(*[batch_of(spec)] * 3), broker)
-    (hand,) = worker._suspects
+    answering.see_through(tagged(*[batch_of(spec)] * 3))
+    (hand,) = answering.suspects
     assert (hand.delivery.tag, hand.open) == (1, {1: 1})
     assert [name[0] for name in verdicts_in(broker)] == ["0"] * 3 + ["2"] * 3
 
 
 def test_what_is_no_batch_does_not_hold_up_those_that_came_with_it(
-    worker: Serving, spec: ContextSpec, broker: RecordingBroker, requests: Requests
+    answering: Answering, spec: ContextSpec, broker: RecordingBroker, requests: Requests
 ) -> None:
     first, second, third = tagged(*[batch_of(spec)] * 3)
-    see_all_through(worker, [first, replace(second, body=b"nonsense"), third], broker)
+    answering.see_through([first, replace(second, body=b"nonsense"), third])
     assert requests == [6]
     assert len(broker.to(topology.DEAD_MESSAGES_QUEUE)) == 1
 
@@ -280,26 +291,27 @@ class Inbox:
         return self._deliveries.pop(0) if self._deliveries else None
 
 
-def take(worker: Serving, inbox: Inbox, *, linger: bool) -> list[int]:
-    return [one.tag for one in worker._take(inbox, linger=linger)]  # type: ignore[arg-type]
+def take(answering: Answering, inbox: Inbox, *, linger: bool) -> list[int]:
+    answering = replace(answering, consumer=inbox)  # type: ignore[arg-type]
+    return [one.tag for one in answering.take(0.2, linger=linger)]
 
 
 def test_as_many_small_batches_are_taken_as_make_a_request(
-    worker: Serving, spec: ContextSpec
+    answering: Answering, spec: ContextSpec
 ) -> None:
     inbox = Inbox(tagged(*[batch_of(spec, claims=8)] * 7))
-    assert take(worker, inbox, linger=True) == [0]  # their size is not known yet
-    worker._pace.take(8)
-    assert take(worker, inbox, linger=True) == [1, 2]  # of the 8 that may be in hand
-    assert take(worker, Inbox([]), linger=True) == []
+    assert take(answering, inbox, linger=True) == [0]  # their size is not known yet
+    answering.pace.take(8)
+    assert take(answering, inbox, linger=True) == [1, 2]  # of the 8 that may be in hand
+    assert take(answering, Inbox([]), linger=True) == []
 
 
 def test_small_batches_wait_for_others_only_while_the_engine_has_work(
-    worker: Serving, spec: ContextSpec
+    answering: Answering, spec: ContextSpec
 ) -> None:
-    worker._pace.take(1)
+    answering.pace.take(1)
     busy, idle = Inbox(tagged(batch_of(spec))), Inbox(tagged(batch_of(spec)))
-    assert take(worker, busy, linger=True) == take(worker, idle, linger=False) == [0]
+    assert take(answering, busy, linger=True) == take(answering, idle, linger=False) == [0]
     assert busy.waits[1] > 0 and idle.waits[1] == 0
 
 
@@ -307,10 +319,10 @@ def test_small_batches_wait_for_others_only_while_the_engine_has_work(
 
 
 def test_the_first_batch_is_cut_to_what_any_engine_can_finish_and_the_rest_goes_back(
-    worker: Serving, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+    answering: Answering, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
 ) -> None:
     engine_answers(200)
-    see_through(worker, delivered(batch_of(spec, claims=200)), broker)
+    answering.see_through([delivered(batch_of(spec, claims=200))])
     ids = [f"c{n}" for n in range(200)]
     assert (verdicts_in(broker), returned_in(broker)) == (ids[:64], ids[64:])
     for message in broker.messages:
@@ -320,25 +332,29 @@ def test_the_first_batch_is_cut_to_what_any_engine_can_finish_and_the_rest_goes_
 
 
 def test_an_engine_that_turns_out_fast_gets_as_many_batches_as_it_may_have(
-    worker: Serving, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+    answering: Answering,
+    settings: Settings,
+    spec: ContextSpec,
+    broker: RecordingBroker,
+    engine_answers: Answers,
 ) -> None:
     tick = itertools.count()
-    settings = worker._settings
-    worker._pace = Pace(
+    pace = Pace(
         settings.horizon_seconds, settings.batches_in_flight, clock=lambda: next(tick) / 1000
     )
+    answering = replace(answering, pace=pace)
     engine_answers(64)
-    see_through(worker, delivered(batch_of(spec, claims=64)), broker)
+    answering.see_through([delivered(batch_of(spec, claims=64))])
     assert broker.prefetch == settings.batches_in_flight
-    see_through(worker, delivered(batch_of(spec, claims=200)), broker)
+    answering.see_through([delivered(batch_of(spec, claims=200))])
     assert returned_in(broker) == []
 
 
 def test_a_batch_that_an_engine_failed_with_elsewhere_is_not_cut(
-    worker: Serving, spec: ContextSpec, broker: RecordingBroker
+    answering: Answering, spec: ContextSpec, broker: RecordingBroker
 ) -> None:
-    see_through(worker, delivered(batch_of(spec, claims=200), failures=1), broker)
-    assert broker.messages == [] and len(worker._suspects[0].open) == 200
+    answering.see_through([delivered(batch_of(spec, claims=200), failures=1)])
+    assert broker.messages == [] and len(answering.suspects[0].open) == 200
 
 
 # A batch that the engine fails with.
@@ -349,34 +365,31 @@ def test_a_batch_that_an_engine_failed_with_elsewhere_is_not_cut(
 def test_a_batch_that_the_engine_fails_with_is_a_suspect_and_not_settled_yet(
     failure: Exception | None,
     answers: int,
-    worker: Serving,
+    answering: Answering,
     spec: ContextSpec,
     broker: RecordingBroker,
     engine_answers: Answers,
 ) -> None:
     engine_answers(answers, failure)
-    see_through(worker, delivered(batch_of(spec)), broker)
+    answering.see_through([delivered(batch_of(spec))])
     assert (broker.messages, broker.settled) == ([], [])
-    (hand,) = worker._suspects
+    (hand,) = answering.suspects
     assert hand.open == dict.fromkeys(range(answers, 3), 1)
 
 
-# httpcore leaves a socket that could not connect to Python's garbage collector.
-@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 def test_a_batch_for_an_engine_that_is_not_there_is_a_suspect(
-    worker: Serving, spec: ContextSpec, broker: RecordingBroker
+    answering: Answering, spec: ContextSpec, broker: RecordingBroker
 ) -> None:
-    see_through(worker, delivered(batch_of(spec)), broker)
-    gc.collect()
-    assert (broker.messages, broker.settled, len(worker._suspects)) == ([], [], 1)
+    answering.see_through([delivered(batch_of(spec))])
+    assert (broker.messages, broker.settled, len(answering.suspects)) == ([], [], 1)
 
 
 def test_a_batch_that_an_engine_failed_with_elsewhere_is_examined_before_it_is_asked_in_company(
-    worker: Serving, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+    answering: Answering, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
 ) -> None:
     engine_answers(3)
-    see_through(worker, delivered(batch_of(spec), failures=1), broker)
-    assert (broker.messages, broker.settled, len(worker._suspects)) == ([], [], 1)
+    answering.see_through([delivered(batch_of(spec), failures=1)])
+    assert (broker.messages, broker.settled, len(answering.suspects)) == ([], [], 1)
 
 
 # A batch that we break off.
@@ -385,25 +398,25 @@ def test_a_batch_that_an_engine_failed_with_elsewhere_is_examined_before_it_is_a
 @pytest.mark.parametrize("answers", [1, 2])
 def test_a_batch_that_is_broken_off_has_its_verdicts_and_the_rest_goes_back_unblamed(
     answers: int,
-    worker: Serving,
+    answering: Answering,
     spec: ContextSpec,
     broker: RecordingBroker,
     engine_answers: Answers,
 ) -> None:
     engine_answers(answers, Interrupted("interrupted"))
-    see_through(worker, delivered(batch_of(spec)), broker)
+    answering.see_through([delivered(batch_of(spec))])
     ids = ["c0", "c1", "c2"]
     assert (verdicts_in(broker), returned_in(broker)) == (ids[:answers], ids[answers:])
     (rest,) = broker.to(topology.RETURNS_QUEUE)
     assert rest.headers == {topology.FAILURES_HEADER: 0}
-    assert worker._suspects == []
+    assert answering.suspects == []
 
 
 def test_a_batch_that_is_broken_off_before_the_first_answer_is_given_back_whole(
-    worker: Serving, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+    answering: Answering, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
 ) -> None:
     engine_answers(0, Interrupted("interrupted"))
-    see_through(worker, delivered(batch_of(spec)), broker)
+    answering.see_through([delivered(batch_of(spec))])
     assert (broker.messages, broker.settled) == ([], [("given back", 7)])
 
 
@@ -411,98 +424,40 @@ def test_a_batch_that_is_broken_off_before_the_first_answer_is_given_back_whole(
 
 
 def test_a_cancelled_batch_is_dropped_unanswered_and_others_are_not(
-    worker: Serving, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+    answering: Answering, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
 ) -> None:
     engine_answers(3)
-    worker._news.hear(encode(Notice(cancelled=("sub-0", "sub-1"))))
-    see_through(worker, delivered(batch_of(spec)), broker)
+    answering.shift.news.hear(encode(Notice(cancelled=("sub-0", "sub-1"))))
+    answering.see_through([delivered(batch_of(spec))])
     assert (broker.messages, broker.settled) == ([], [("acknowledged", 7)])
     wanted = batch_of(spec).model_copy(update={"submission_id": "sub-2"})
-    see_through(worker, delivered(wanted), broker)
+    answering.see_through([delivered(wanted)])
     assert verdicts_in(broker) == ["c0", "c1", "c2"]
 
 
 def test_a_cancelled_suspect_is_dropped_as_well(
-    worker: Serving, spec: ContextSpec, broker: RecordingBroker
+    answering: Answering, spec: ContextSpec, broker: RecordingBroker
 ) -> None:
-    worker._news.hear(encode(Notice(cancelled=("sub-1",))))
-    see_through(worker, delivered(batch_of(spec), failures=2), broker)
-    assert (broker.settled, worker._suspects) == ([("acknowledged", 7)], [])
+    answering.shift.news.hear(encode(Notice(cancelled=("sub-1",))))
+    answering.see_through([delivered(batch_of(spec), failures=2)])
+    assert (broker.settled, answering.suspects) == ([("acknowledged", 7)], [])
 
 
 def test_the_latest_notice_replaces_what_was_said_before(
-    worker: Serving, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+    answering: Answering, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
 ) -> None:
     engine_answers(3)
-    worker._news.hear(encode(Notice(cancelled=("sub-1",))))
-    worker._news.hear(encode(Notice()))
-    see_through(worker, delivered(batch_of(spec)), broker)
+    answering.shift.news.hear(encode(Notice(cancelled=("sub-1",))))
+    answering.shift.news.hear(encode(Notice()))
+    answering.see_through([delivered(batch_of(spec))])
     assert verdicts_in(broker) == ["c0", "c1", "c2"]
 
 
 @pytest.mark.parametrize("body", [b"", b"{}x", b'{"cancelled": [""]}', b'{"schema_version": 2}'])
 def test_a_notice_that_is_none_changes_nothing(
-    body: bytes, worker: Serving, spec: ContextSpec, broker: RecordingBroker
+    body: bytes, answering: Answering, spec: ContextSpec, broker: RecordingBroker
 ) -> None:
-    worker._news.hear(encode(Notice(cancelled=("sub-1",))))
-    worker._news.hear(body)
-    see_through(worker, delivered(batch_of(spec)), broker)
+    answering.shift.news.hear(encode(Notice(cancelled=("sub-1",))))
+    answering.shift.news.hear(body)
+    answering.see_through([delivered(batch_of(spec))])
     assert broker.settled == [("acknowledged", 7)]
-
-
-# Workers.
-
-
-def test_a_model_that_cannot_be_used_is_told_before_anything_is_started(
-    spec: ContextSpec, model_dir: Path, tmp_path: Path
-) -> None:
-    (model_dir / "tokenizer.json").unlink()
-    with pytest.raises(ModelError, match=r"has no tokenizer\.json"):
-        Worker(spec, DEVICE, load_settings(runtime_dir=tmp_path / "r"))
-
-
-def test_two_workers_have_two_names(spec: ContextSpec, tmp_path: Path) -> None:
-    settings = load_settings(runtime_dir=tmp_path / "run")
-    workers = [Worker(spec, DEVICE, settings) for _ in range(2)]
-    assert workers[0]._signature.worker_id != workers[1]._signature.worker_id
-    assert workers[0]._signature.device == "Xeon"
-    for worker in workers:
-        worker._only.close()  # type: ignore[union-attr]
-
-
-def test_a_context_that_failed_once_is_served_when_it_can_be_had_again(
-    spec: ContextSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
-) -> None:
-    settings = load_settings(runtime_dir=tmp_path / "run", cache_dir=tmp_path / "cache")
-    worker = Worker(None, DEVICE, settings)
-    readiness = Readiness(DEVICE, settings, clock)
-    line = ContextDemand(context=spec, claims_ready=10**6, claims_in_flight=0, workers_warm=0)
-    worker._news.hear(encode(Notice(contexts=(line,))))
-    wanted = Situation(None, True, 600.0, 0.0, None, {}, 0.0)
-    served: list[str] = []
-    hub = iter([ModelError("the hub has a hiccup")])
-    waited = 0
-
-    def pin(spec: ContextSpec) -> ContextSpec:
-        for error in hub:
-            raise error
-        return spec
-
-    def serve(serving: Serving, _: object) -> None:
-        served.append(serving.spec.context_id)
-        worker.stop()
-
-    def listen(readiness: Readiness, _: object) -> ContextSpec | None:
-        nonlocal waited
-        chosen = worker._choose(readiness, wanted)
-        if chosen is None:
-            waited += 1
-            clock.now += 1
-        return chosen
-
-    monkeypatch.setattr("services.gpu_worker.worker.pin_model", pin)
-    monkeypatch.setattr(worker, "_serve", serve)
-    monkeypatch.setattr(worker, "_first_context", listen)
-    worker._serve_what_is_wanted(readiness, None)  # type: ignore[arg-type]
-    assert served == [spec.context_id]
-    assert 5 <= waited <= 10  # and not at once

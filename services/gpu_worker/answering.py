@@ -1,0 +1,150 @@
+"""Deliveries on their way: taken, answered, settled. What an engine fails with is a suspect."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import structlog
+
+from services.broker import Consumer, Delivery, Publisher
+from services.contexts.completions import Interrupted
+from services.contracts.errors import MessageInvalid
+from services.gpu_worker.examination import Examination
+from services.gpu_worker.in_hand import BatchInHand
+from services.gpu_worker.inference import Inference
+from services.gpu_worker.metrics import BATCH_SECONDS, CANCELLED, SUSPECTS
+from services.gpu_worker.pacing import Pace
+from services.gpu_worker.shift import Shift
+
+# How long a small batch waits for others while the engine has work.
+_LINGER_SECONDS = 0.02
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """What becomes of the batches of one context, between a consumer and a publisher.
+
+    A batch is acknowledged after the broker has confirmed all that became of it. One that the
+    engine failed with waits among the `suspects`, to be examined while nobody else asks the engine.
+    `take` is for one thread; the others may run on several at once.
+    """
+
+    context_id: str
+    inference: Inference
+    examination: Examination
+    pace: Pace
+    shift: Shift
+    consumer: Consumer
+    publisher: Publisher
+    in_hand: set[BatchInHand] = field(default_factory=set)
+    suspects: list[BatchInHand] = field(default_factory=list)
+
+    def take(self, timeout_seconds: float, *, linger: bool) -> list[Delivery]:
+        """A batch; or of small ones as many as make a request, those that are here or come soon."""
+        delivery = self.consumer.take(timeout_seconds)
+        deadline = time.monotonic() + (_LINGER_SECONDS if linger else 0)
+        deliveries: list[Delivery] = []
+        while delivery is not None:
+            deliveries.append(delivery)
+            if len(deliveries) >= self.pace.together:
+                break
+            delivery = self.consumer.take(max(0.0, deadline - time.monotonic()))
+        return deliveries
+
+    def see_through(self, deliveries: Sequence[Delivery]) -> None:
+        """From deliveries to their settlement, or to the suspects."""
+        hands = [
+            hand for delivery in deliveries if (hand := self._take_in_hand(delivery)) is not None
+        ]
+        self.consumer.set_prefetch(self.pace.batches)
+        for _, alike in groupby(hands, key=lambda hand: hand.batch.run.prompt.prompt_id):
+            self._answer(list(alike))
+
+    def examine(self) -> None:
+        """The first suspect, to its settlement, or until told to stop."""
+        hand = self.suspects.pop(0)
+        before = hand.engine_seconds
+        try:
+            self.examination.examine(hand)
+        finally:
+            self.shift.device_time.computed(hand.engine_seconds - before, answered=1, asked=1)
+            self.settle(hand)
+
+    def settle(self, hand: BatchInHand) -> None:
+        """Tell the broker what became of it; what is open goes back."""
+        hand.settle(self.consumer, self.publisher, self.shift.signature)
+        self.in_hand.discard(hand)
+
+    def _take_in_hand(self, delivery: Delivery) -> BatchInHand | None:
+        """The batch, as far as it can be finished within the horizon; None where nothing is to be
+        answered now.
+        """
+        try:
+            hand = BatchInHand(delivery)
+            if hand.batch.run.context.context_id != self.context_id:
+                raise MessageInvalid("the batch wants another context than its queue's")
+        except MessageInvalid as error:
+            log.error("batch.refused", reason=str(error), message_id=delivery.message_id)
+            self.publisher.publish(
+                delivery.refused(str(error), lambda: self.consumer.acknowledge([delivery]))
+            )
+            return None
+        if hand.batch.submission_id in self.shift.news.cancelled:
+            log.info("batch.cancelled", run=hand.batch.run.run_id, claims=len(hand.open))
+            CANCELLED.inc(len(hand.open))
+            self.consumer.acknowledge([delivery])
+            return None
+        self.in_hand.add(hand)
+        if hand.suspect:
+            self._suspect(hand)
+            return None
+        self._trim(hand)
+        return hand
+
+    def _answer(self, hands: Sequence[BatchInHand]) -> None:
+        """Ask about batches with one prompt as one, and settle each, or suspect it."""
+        asked = [list(hand.open) for hand in hands]
+        claims = [
+            claim
+            for hand, places in zip(hands, asked, strict=True)
+            for claim in hand.claims(places)
+        ]
+        for hand in hands:
+            BATCH_SECONDS.labels("waiting").observe(time.monotonic() - hand.delivery.came_at)
+        begun = self.pace.begin()
+        outcome = self.inference.infer(hands[0].batch.run.prompt, claims)
+        seconds = self.pace.end(begun, 0 if outcome.failure else len(outcome.verdicts))
+        self.consumer.set_prefetch(self.pace.batches)
+        parts = outcome.split([len(places) for places in asked])
+        for hand, places, part in zip(hands, asked, parts, strict=True):
+            BATCH_SECONDS.labels("inferring").observe(outcome.engine_seconds)
+            hand.note(places, part)
+        unanswered = sum(len(hand.open) for hand in hands)
+        self.shift.device_time.computed(
+            seconds, answered=len(claims) - unanswered, asked=len(claims)
+        )
+        failed = bool(unanswered) and not isinstance(outcome.failure, Interrupted)
+        if failed:
+            log.warning("batch.failed", claims=unanswered, reason=str(outcome.failure))
+            self.examination.note_failure(outcome.failure)
+        for hand, places in zip(hands, asked, strict=True):
+            if failed and hand.open:
+                hand.blame(places)
+                self._suspect(hand)
+            else:
+                self.settle(hand)
+
+    def _suspect(self, hand: BatchInHand) -> None:
+        SUSPECTS.inc()
+        self.suspects.append(hand)
+
+    def _trim(self, hand: BatchInHand) -> None:
+        """Keep what is finished within the horizon; someone faster may have the rest."""
+        claims = len(hand.open)
+        keep = self.pace.take(claims)
+        if keep < claims:
+            log.debug("batch.trimmed", kept=keep, returned=claims - keep)
+            hand.trim(keep, self.consumer, self.publisher)

@@ -1,0 +1,76 @@
+"""Who a worker is, and which context it serves; that it answers is shown on a real broker."""
+
+from pathlib import Path
+
+import pytest
+
+from services.contexts import Device
+from services.contracts import ContextDemand, ContextSpec, Notice, encode, load_settings
+from services.contracts.errors import ModelError
+from services.gpu_worker import Worker
+from services.gpu_worker.readiness import Readiness
+from services.gpu_worker.serving import Serving
+from services.gpu_worker.taking import Situation
+from tests.unit.clock import Clock
+
+DEVICE = Device("cpu", "Xeon", 2**34, (0,))
+
+
+@pytest.fixture
+def spec(model_dir: Path) -> ContextSpec:
+    return ContextSpec(model=str(model_dir))
+
+
+def test_a_model_that_cannot_be_used_is_told_before_anything_is_started(
+    spec: ContextSpec, model_dir: Path, tmp_path: Path
+) -> None:
+    (model_dir / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"has no tokenizer\.json"):
+        Worker(spec, DEVICE, load_settings(runtime_dir=tmp_path / "r"))
+
+
+def test_two_workers_have_two_names(spec: ContextSpec, tmp_path: Path) -> None:
+    settings = load_settings(runtime_dir=tmp_path / "run")
+    workers = [Worker(spec, DEVICE, settings) for _ in range(2)]
+    assert workers[0]._signature.worker_id != workers[1]._signature.worker_id
+    assert workers[0]._signature.device == "Xeon"
+    for worker in workers:
+        worker._only.close()  # type: ignore[union-attr]
+
+
+def test_a_context_that_failed_once_is_served_when_it_can_be_had_again(
+    spec: ContextSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    settings = load_settings(runtime_dir=tmp_path / "run", cache_dir=tmp_path / "cache")
+    worker = Worker(None, DEVICE, settings)
+    readiness = Readiness(DEVICE, settings, clock)
+    line = ContextDemand(context=spec, claims_ready=10**6, claims_in_flight=0, workers_warm=0)
+    worker._news.hear(encode(Notice(contexts=(line,))))
+    wanted = Situation(None, True, 600.0, 0.0, None, {}, 0.0)
+    served: list[str] = []
+    hub = iter([ModelError("the hub has a hiccup")])
+    waited = 0
+
+    def pin(spec: ContextSpec) -> ContextSpec:
+        for error in hub:
+            raise error
+        return spec
+
+    def serve(serving: Serving, _: object) -> None:
+        served.append(serving.spec.context_id)
+        worker.stop()
+
+    def listen(readiness: Readiness, _: object) -> ContextSpec | None:
+        nonlocal waited
+        chosen = worker._choose(readiness, wanted)
+        if chosen is None:
+            waited += 1
+            clock.now += 1
+        return chosen
+
+    monkeypatch.setattr("services.gpu_worker.worker.pin_model", pin)
+    monkeypatch.setattr(worker, "_serve", serve)
+    monkeypatch.setattr(worker, "_first_context", listen)
+    worker._serve_what_is_wanted(readiness, None)  # type: ignore[arg-type]
+    assert served == [spec.context_id]
+    assert 5 <= waited <= 10  # and not at once
