@@ -47,13 +47,10 @@ def visible_gpus() -> list[str]:
         # As CUDA reads it: what follows the first name of nothing (-1, NoDevFiles) is hidden too.
         return list(takewhile(_names_a_gpu, (name.strip() for name in named.split(","))))
     try:
-        pynvml.nvmlInit()
+        with nvml():
+            return [str(index) for index in range(pynvml.nvmlDeviceGetCount())]
     except pynvml.NVMLError:
         return []  # no driver: no GPU
-    try:
-        return [str(index) for index in range(pynvml.nvmlDeviceGetCount())]
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def _names_a_gpu(name: str) -> bool:
