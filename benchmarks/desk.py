@@ -70,10 +70,10 @@ class Desk:
         self._workers.append(worker)
         return worker
 
-    def ready_worker(self, **variables: str) -> tuple[subprocess.Popen[str], str]:
+    def ready_worker(self, *flags: str, **variables: str) -> tuple[subprocess.Popen[str], str]:
         """A worker that takes claims, and the log line that says so."""
         process = subprocess.Popen(
-            [*KEEPWARM, "worker"],
+            [*KEEPWARM, "worker", *flags],
             env={**self.environment, **variables},
             cwd=REPOSITORY,
             stderr=subprocess.PIPE,
