@@ -22,9 +22,10 @@ _LOOK_SECONDS = 15.0
 _MOST_IDLE_LOOKS = 4
 _NUMBER_MARK = "#"
 # Of one channel on one queue. When a channel is gone, RabbitMQ takes its messages back consumer by
-# consumer; with more of them than this, it may do so in another order as it reads its log again
-# after a crash, and then forgets messages that nobody settled (docs/decisions/0026).
-_MOST_CONSUMERS = 32
+# consumer; with more than 32 of them, it may do so in another order as it reads its log again after
+# a crash, and then forgets messages that nobody settled (docs/decisions/0026). It may be a few
+# settlements behind us, and has those that have ended until then.
+_MOST_CONSUMERS = 24
 
 log = structlog.get_logger(__name__)
 
@@ -121,6 +122,7 @@ class Consumer(Link):
                 if self._channel is not None and delivery.epoch == self._epoch:
                     self._unsettled[delivery.consumer] -= 1
                     settle(self._channel, delivery.tag)
+            self._fit_prefetch()  # there may be room now
 
         if deliveries:
             self._call_soon(now)
@@ -159,24 +161,31 @@ class Consumer(Link):
         if channel is None or self._changing or not self._consuming or not self._taking:
             return
         for name, extra in self._extra.items():
+            # The broker has one that has ended until all that it holds is settled.
+            ended = [
+                held
+                for tag, held in self._unsettled.items()
+                if held and tag not in extra and tag.startswith(f"{name}{_NUMBER_MARK}")
+            ]
             missing = self._wanted_prefetch - self._prefetch - sum(extra.values())
-            places = _MOST_CONSUMERS - 1 - len(extra)
-            if missing > 0 and places:
+            room = missing - sum(ended)
+            places = _MOST_CONSUMERS - 1 - len(extra) - len(ended)
+            if room > 0 and places > 0:
                 self._changing = True
                 tag = f"{name}{_NUMBER_MARK}{next(self._numbers)}"
-                extra[tag] = math.ceil(missing / places)
+                extra[tag] = math.ceil(room / places)
                 channel.basic_qos(prefetch_count=extra[tag])
                 channel.basic_consume(
                     name, self._on_message, consumer_tag=tag, callback=self._on_changed
                 )
                 return
-            # Another of the right size comes after it, where it is too large, or must be larger.
+            # One that is too large, or has to be larger, makes way for another.
             full = [tag for tag, prefetch in extra.items() if self._unsettled[tag] >= prefetch]
-            if missing and full:
+            if full and (missing < 0 or (room > 0 and not ended)):
                 self._changing = True
-                ended = _to_end([(extra[tag], tag) for tag in full], -missing)
-                del extra[ended]
-                channel.basic_cancel(ended, callback=self._on_changed)
+                ending = _to_end([(extra[tag], tag) for tag in full], -missing)
+                del extra[ending]
+                channel.basic_cancel(ending, callback=self._on_changed)
                 return
 
     def _on_changed(self, _: Any) -> None:

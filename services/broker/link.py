@@ -164,7 +164,10 @@ class Link:
         except ValueError as error:
             if "getpeername() failed" not in str(error):
                 raise
-            self._on_connection_lost(self._connection, "reset as soon as it was there")
+            connection = self._connection
+            self._on_connection_lost(connection, "reset as soon as it was there")
+            if connection is not None:
+                connection.close()  # or pika would go on with it by and by
             return False
         return True
 
@@ -178,6 +181,10 @@ class Link:
         )
 
     def _on_connection_open(self, connection: Any) -> None:
+        given_up_on = connection is not self._connection
+        if given_up_on:
+            connection.close()
+            return
         connection.add_on_connection_blocked_callback(self._on_blocked)
         connection.add_on_connection_unblocked_callback(self._on_unblocked)
         connection.channel(on_open_callback=self._on_channel_open)

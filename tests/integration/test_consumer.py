@@ -198,9 +198,12 @@ def test_nothing_is_forgotten_when_the_node_is_killed_however_much_was_in_hand(
                     cut(consumer)
                 hand = take_all(consumer, 200)
                 assert len(hand) == 200
+                for prefetch in (150, 200, 100, 200):  # those that are ended hold what they held
+                    consumer.set_prefetch(prefetch)
+                    assert take_all(consumer) == []
                 settled += hand[::4]
                 consumer.acknowledge(hand[::4])
-                take_all(consumer, 50)  # in place of those
+                take_all(consumer)  # in place of those
             time.sleep(max(0.0, made + YOUNG_QUEUE_SECONDS - time.monotonic()))
             process = node.process()
             assert process is not None

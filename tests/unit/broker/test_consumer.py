@@ -161,67 +161,97 @@ def test_what_came_before_a_connection_was_lost_is_neither_handed_out_nor_settle
 # How many consumers there are.
 
 
-class ManyConsumers:
-    """A channel on which every consumer is served at once, and always full."""
+class ManyMessages:
+    """A channel on which messages always wait. As the broker has it, a consumer that was cancelled
+    is there until all that it holds is settled.
+    """
 
-    def __init__(self, consumer: Consumer) -> None:
-        self._consumer = consumer
-        self._prefetch = 0
+    def __init__(self) -> None:
+        address = BrokerAddress.from_settings(load_settings(broker_url="amqp://h"))
+        self.consumer = Consumer(address, "test", queues=["claims.x"], prefetch=1)
+        self.consumer._call_soon = lambda callback: callback()  # type: ignore[method-assign]
+        self.consumer._channel = self  # type: ignore[assignment]
+        self.consumer._consuming = True
+        self._next_prefetch = 0
         self.prefetch: dict[str, int] = {}
+        self.fewer_come = False
+
+    @property
+    def held(self) -> dict[str, int]:
+        return {tag: held for tag, held in self.consumer._unsettled.items() if held}
+
+    def want(self, prefetch: int) -> None:
+        self.consumer.set_prefetch(prefetch)
+
+    def settle(self, tag: str) -> None:
+        self.consumer.acknowledge([delivery(consumer=tag, epoch=self.consumer._epoch)])
+        if tag in self.prefetch and not self.fewer_come:
+            self.consumer._unsettled[tag] += 1
+            self.consumer._fit_prefetch()
 
     def basic_qos(self, *, prefetch_count: int) -> None:
-        self._prefetch = prefetch_count
+        self._next_prefetch = prefetch_count
 
     def basic_consume(self, _: str, __: Any, consumer_tag: str, callback: Any) -> None:
-        self.prefetch[consumer_tag] = self._prefetch
-        self._consumer._unsettled[consumer_tag] = self._prefetch
+        self.prefetch[consumer_tag] = self._next_prefetch
+        self.consumer._unsettled[consumer_tag] = self._next_prefetch
         callback(None)
 
     def basic_cancel(self, tag: str, callback: Any) -> None:
-        assert self._consumer._unsettled[tag] == self.prefetch.pop(tag)
+        # Otherwise a message might be on its way to it.
+        assert self.consumer._unsettled[tag] == self.prefetch.pop(tag)
         callback(None)
 
+    def basic_ack(self, _: int) -> None:
+        pass
 
-@given(st.lists(st.integers(1, 256), max_size=8))
-def test_what_may_be_in_hand_follows_what_is_wanted_with_no_more_than_32_consumers(
-    wanted: list[int],
+
+@given(st.lists(st.integers(1, 256) | st.tuples(st.integers(0), st.integers(1, 40)), max_size=40))
+def test_with_no_more_than_24_consumers_as_much_is_in_hand_as_is_wanted_and_never_more(
+    steps: list[int | tuple[int, int]],
 ) -> None:
-    consumer = Consumer(
-        BrokerAddress.from_settings(load_settings(broker_url="amqp://h")),
-        "test",
-        queues=["claims.x"],
-        prefetch=1,
-    )
-    consumer._channel = channel = ManyConsumers(consumer)  # type: ignore[assignment]
-    consumer._consuming = True
-    for prefetch in wanted:
-        consumer._wanted_prefetch = prefetch
-        consumer._fit_prefetch()
-        held = list(channel.prefetch.values())
-        assert 1 + sum(held) == prefetch
-        assert len(held) <= 31
-        if prefetch <= 32 and wanted == [prefetch]:
-            assert set(held) <= {1}
-    consumer._loop.close()
+    channel = ManyMessages()
+    wanted = most = 1
+    for step in steps:
+        if isinstance(step, int):
+            wanted = step
+            most = max(most, wanted)
+            channel.want(wanted)
+        else:
+            first, count = step
+            for number in range(first, first + count):
+                if channel.held:
+                    channel.settle(list(channel.held)[number % len(channel.held)])
+        assert len(channel.held.keys() | channel.prefetch.keys()) <= 23
+        assert 1 + sum(channel.held.values()) <= most
+    for _ in range(600):  # whatever was before, it comes to what is wanted
+        if channel.held:
+            channel.settle(next(iter(channel.held)))
+    for tag in [tag for tag in channel.held if tag not in channel.prefetch]:
+        while channel.held.get(tag):
+            channel.settle(tag)
+    assert 1 + sum(channel.prefetch.values()) == wanted
+    channel.consumer._loop.close()
+
+
+@pytest.mark.parametrize("prefetch", [2, 16, 24])
+def test_up_to_24_messages_each_has_a_consumer_of_its_own(prefetch: int) -> None:
+    channel = ManyMessages()
+    channel.want(prefetch)
+    assert list(channel.prefetch.values()) == [1] * (prefetch - 1)
+    channel.consumer._loop.close()
 
 
 def test_a_consumer_is_not_ended_while_a_message_may_be_on_its_way_to_it() -> None:
-    consumer = Consumer(
-        BrokerAddress.from_settings(load_settings(broker_url="amqp://h")),
-        "test",
-        queues=["claims.x"],
-        prefetch=1,
-    )
-    consumer._channel = channel = ManyConsumers(consumer)  # type: ignore[assignment]
-    consumer._consuming = True
-    consumer._wanted_prefetch = 4
-    consumer._fit_prefetch()
-    consumer._unsettled.clear()
-    consumer._wanted_prefetch = 2
-    consumer._fit_prefetch()
+    channel = ManyMessages()
+    channel.want(4)
+    channel.fewer_come = True
+    for tag in list(channel.held):
+        channel.settle(tag)
+    channel.want(2)
     assert len(channel.prefetch) == 3
     for tag in channel.prefetch:
-        consumer._unsettled[tag] = 1
-    consumer._fit_prefetch()
+        channel.consumer._unsettled[tag] = 1
+    channel.consumer._fit_prefetch()
     assert len(channel.prefetch) == 1
-    consumer._loop.close()
+    channel.consumer._loop.close()
