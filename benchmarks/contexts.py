@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -259,8 +259,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory(prefix="kw-") as name:
         directory = Path(name)
-        desk = Place(directory)
-        try:
+        with closing(Place(directory)) as desk:
             modes = result["modes"]
             for mode, fetch in (("none", True), ("partial", False)):
                 if mode not in arguments.skip:
@@ -304,8 +303,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                     "min": min(ratios),
                     "max": max(ratios),
                 }
-        finally:
-            desk.close()
     return result
 
 

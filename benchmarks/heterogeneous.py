@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -106,12 +106,11 @@ def main() -> None:
     if not MODEL.is_dir():
         raise SystemExit("the demo model is not there: run `make setup` first")
 
-    with tempfile.TemporaryDirectory(prefix="keepwarm-benchmark-") as name:
-        desk = Desk(Path(name))
-        try:
-            figures = measure(arguments, desk)
-        finally:
-            desk.close()
+    with (
+        tempfile.TemporaryDirectory(prefix="keepwarm-benchmark-") as name,
+        closing(Desk(Path(name))) as desk,
+    ):
+        figures = measure(arguments, desk)
     fast, slow = figures["rates"]
     table = Table(
         title=f"{figures['claims']:,} claims on workers of {fast:.0f} and {slow:.0f} claims/s; "

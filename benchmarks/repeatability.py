@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from itertools import count
 from pathlib import Path
 from typing import Any, get_args
@@ -102,14 +103,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if not MODEL.is_dir():
         raise SystemExit("the demo model is not there: run `make setup` first")
-    with tempfile.TemporaryDirectory(prefix="kw-") as directory:
-        desk = Desk(Path(directory))
-        try:
-            figures = {
-                dtype: measure(desk, dtype, arguments.batch_size) for dtype in arguments.dtype
-            }
-        finally:
-            desk.close()
+    with (
+        tempfile.TemporaryDirectory(prefix="kw-") as directory,
+        closing(Desk(Path(directory))) as desk,
+    ):
+        figures = {dtype: measure(desk, dtype, arguments.batch_size) for dtype in arguments.dtype}
 
     table = Table(title=f"{SAMPLES.name}, batches of {arguments.batch_size}, each twice", box=None)
     for column in ("dtype", "claims", "right", "labels that differ", "probabilities that differ"):

@@ -25,7 +25,7 @@ from tests.integration.postgres import PostgreSQL
 # Seconds for whatever must come: they are lost only where a test fails. pytest waits longer.
 PATIENCE = 240.0
 # RabbitMQ 3.10.8 loses a quorum queue when its node is killed within seconds of its creation.
-YOUNG_QUEUE_SECONDS = 7.0
+_YOUNG_QUEUE_SECONDS = 7.0
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE):
@@ -140,6 +140,17 @@ def broker(node: PrivateNode, small_model: Path) -> Iterator[Settings]:
         declares=Declares("always", (context,)),
     ).open(PATIENCE).close()
     yield settings
+
+
+def let_queues_age(made: float) -> None:
+    """Wait until queues that were made then are old enough to outlive their node's violent end."""
+    time.sleep(max(0.0, made + _YOUNG_QUEUE_SECONDS - time.monotonic()))
+
+
+def ended(node: PrivateNode) -> None:
+    """Wait for a node's end, and let go of what is left of it."""
+    wait_until(lambda: not node.alive, "the node's end")
+    node.stop()
 
 
 def plain_connection(node: PrivateNode) -> pika.BlockingConnection:

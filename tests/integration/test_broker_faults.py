@@ -17,8 +17,9 @@ from services.contexts import pin_model
 from services.contracts import ContextSpec, Settings, topology
 from tests.conftest import sample_lines
 from tests.integration.conftest import (
-    YOUNG_QUEUE_SECONDS,
     delete_queues,
+    ended,
+    let_queues_age,
     messages_in,
     plain_connection,
     wait_until,
@@ -54,7 +55,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateNode]:
 def old_queues(broker: Settings) -> Callable[[], None]:
     """Waits until the queues are old enough to outlive their node's violent end."""
     made = time.monotonic()
-    return lambda: time.sleep(max(0.0, made + YOUNG_QUEUE_SECONDS - time.monotonic()))
+    return lambda: let_queues_age(made)
 
 
 @pytest.fixture
@@ -78,12 +79,6 @@ def through(proxy: Proxy) -> dict[str, str]:
 def is_complete(environment: dict[str, str], run_id: str) -> bool:
     status = status_of(environment, run_id)
     return status is not None and status.complete
-
-
-def ended(node: PrivateNode) -> None:
-    """Wait for a node's end, and let go of what is left of it."""
-    wait_until(lambda: not node.alive, "the node's end")
-    node.stop()
 
 
 @pytest.mark.parametrize("end", [psutil.Process.kill, psutil.Process.terminate])

@@ -22,9 +22,10 @@ from services.broker import (
 from services.contracts import load_settings, topology
 from tests.integration.conftest import (
     PATIENCE,
-    YOUNG_QUEUE_SECONDS,
     cut,
     delete_queues,
+    ended,
+    let_queues_age,
     messages_in,
     wait_until,
 )
@@ -204,12 +205,11 @@ def test_nothing_is_forgotten_when_the_node_is_killed_however_much_was_in_hand(
                 settled += hand[::4]
                 consumer.acknowledge(hand[::4])
                 take_all(consumer)  # in place of those
-            time.sleep(max(0.0, made + YOUNG_QUEUE_SECONDS - time.monotonic()))
+            let_queues_age(made)
             process = node.process()
             assert process is not None
             process.kill()
-            wait_until(lambda: not node.alive, "the node's end")
-            node.stop()
+            ended(node)
             node.start()
             consumer.set_prefetch(256)
             left: list[Delivery] = []

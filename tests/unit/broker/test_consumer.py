@@ -1,6 +1,7 @@
 """A delivery, and a consumer that no broker is needed for; the rest is shown on a real one."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.broker import BrokerAddress, Consumer, Delivery
-from services.contracts import Notice, encode, load_settings, topology
+from services.broker import Consumer, Delivery
+from services.contracts import Notice, encode, topology
 from services.contracts.errors import MessageInvalid
+from tests.unit.broker.conftest import unopened
 
 
 def delivery(headers: dict[str, object] | None = None, **changes: Any) -> Delivery:
@@ -99,11 +101,9 @@ def test_what_is_refused_is_the_same_message_with_reason_and_origin_beside_it() 
 @pytest.fixture
 def consumer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Consumer]:
     """One that was never opened, and does not mind."""
-    address = BrokerAddress.from_settings(load_settings(broker_url="amqp://h"))
-    made = Consumer(address, "test", queues=["runs"], prefetch=5)
-    monkeypatch.setattr(made, "_raise_if_dead", lambda: None)
-    yield made
-    made._loop.close()
+    with unopened("runs", prefetch=5) as made:
+        monkeypatch.setattr(made, "_raise_if_dead", lambda: None)
+        yield made
 
 
 def arrives(consumer: Consumer, tag: int, body: bytes = b"", **properties: Any) -> None:
@@ -166,9 +166,8 @@ class ManyMessages:
     is there until all that it holds is settled.
     """
 
-    def __init__(self) -> None:
-        address = BrokerAddress.from_settings(load_settings(broker_url="amqp://h"))
-        self.consumer = Consumer(address, "test", queues=["claims.x"], prefetch=1)
+    def __init__(self, consumer: Consumer) -> None:
+        self.consumer = consumer
         self.consumer._call_soon = lambda callback: callback()  # type: ignore[method-assign]
         self.consumer._channel = self  # type: ignore[assignment]
         self.consumer._consuming = True
@@ -206,52 +205,55 @@ class ManyMessages:
         pass
 
 
+@contextmanager
+def many_messages() -> Iterator[ManyMessages]:
+    with unopened("claims.x") as consumer:
+        yield ManyMessages(consumer)
+
+
 @given(st.lists(st.integers(1, 256) | st.tuples(st.integers(0), st.integers(1, 40)), max_size=40))
 def test_with_no_more_than_24_consumers_as_much_is_in_hand_as_is_wanted_and_never_more(
     steps: list[int | tuple[int, int]],
 ) -> None:
-    channel = ManyMessages()
-    wanted = most = 1
-    for step in steps:
-        if isinstance(step, int):
-            wanted = step
-            most = max(most, wanted)
-            channel.want(wanted)
-        else:
-            first, count = step
-            for number in range(first, first + count):
-                if channel.held:
-                    channel.settle(list(channel.held)[number % len(channel.held)])
-        assert len(channel.held.keys() | channel.prefetch.keys()) <= 23
-        assert 1 + sum(channel.held.values()) <= most
-    for _ in range(600):  # whatever was before, it comes to what is wanted
-        if channel.held:
-            channel.settle(next(iter(channel.held)))
-    for tag in [tag for tag in channel.held if tag not in channel.prefetch]:
-        while channel.held.get(tag):
-            channel.settle(tag)
-    assert 1 + sum(channel.prefetch.values()) == wanted
-    channel.consumer._loop.close()
+    with many_messages() as channel:
+        wanted = most = 1
+        for step in steps:
+            if isinstance(step, int):
+                wanted = step
+                most = max(most, wanted)
+                channel.want(wanted)
+            else:
+                first, count = step
+                for number in range(first, first + count):
+                    if channel.held:
+                        channel.settle(list(channel.held)[number % len(channel.held)])
+            assert len(channel.held.keys() | channel.prefetch.keys()) <= 23
+            assert 1 + sum(channel.held.values()) <= most
+        for _ in range(600):  # whatever was before, it comes to what is wanted
+            if channel.held:
+                channel.settle(next(iter(channel.held)))
+        for tag in [tag for tag in channel.held if tag not in channel.prefetch]:
+            while channel.held.get(tag):
+                channel.settle(tag)
+        assert 1 + sum(channel.prefetch.values()) == wanted
 
 
 @pytest.mark.parametrize("prefetch", [2, 16, 24])
 def test_up_to_24_messages_each_has_a_consumer_of_its_own(prefetch: int) -> None:
-    channel = ManyMessages()
-    channel.want(prefetch)
-    assert list(channel.prefetch.values()) == [1] * (prefetch - 1)
-    channel.consumer._loop.close()
+    with many_messages() as channel:
+        channel.want(prefetch)
+        assert list(channel.prefetch.values()) == [1] * (prefetch - 1)
 
 
 def test_a_consumer_is_not_ended_while_a_message_may_be_on_its_way_to_it() -> None:
-    channel = ManyMessages()
-    channel.want(4)
-    channel.fewer_come = True
-    for tag in list(channel.held):
-        channel.settle(tag)
-    channel.want(2)
-    assert len(channel.prefetch) == 3
-    for tag in channel.prefetch:
-        channel.consumer._unsettled[tag] = 1
-    channel.consumer._fit_prefetch()
-    assert len(channel.prefetch) == 1
-    channel.consumer._loop.close()
+    with many_messages() as channel:
+        channel.want(4)
+        channel.fewer_come = True
+        for tag in list(channel.held):
+            channel.settle(tag)
+        channel.want(2)
+        assert len(channel.prefetch) == 3
+        for tag in channel.prefetch:
+            channel.consumer._unsettled[tag] = 1
+        channel.consumer._fit_prefetch()
+        assert len(channel.prefetch) == 1

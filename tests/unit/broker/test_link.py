@@ -12,9 +12,9 @@ from pika.exceptions import (
     StreamLostError,
 )
 
-from services.broker import BrokerAddress, Consumer
-from services.contracts import load_settings
+from services.broker import Consumer
 from services.contracts.errors import BrokerRefused, BrokerUnreachable
+from tests.unit.broker.conftest import unopened
 
 LOST = StreamLostError("Stream connection lost: ConnectionResetError(104, 'reset by peer')")
 CLOSED = ConnectionClosedByBroker(403, "ACCESS_REFUSED - Login was refused")
@@ -22,10 +22,8 @@ CLOSED = ConnectionClosedByBroker(403, "ACCESS_REFUSED - Login was refused")
 
 @pytest.fixture
 def link() -> Iterator[Consumer]:
-    address = BrokerAddress.from_settings(load_settings(broker_url="amqp://h"))
-    made = Consumer(address, "test", queues=["runs"], prefetch=1)
-    yield made
-    made._loop.close()
+    with unopened("runs") as made:
+        yield made
 
 
 @pytest.mark.parametrize(

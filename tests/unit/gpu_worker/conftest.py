@@ -1,7 +1,8 @@
-"""Tokenizers of the common families, a batch, and a broker that records."""
+"""Tokenizers of the common families, a device and a context, a batch, a broker that records."""
 
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tokenizers import (
@@ -9,9 +10,17 @@ from tokenizers import (
 )
 
 from services.broker import Delivery, Outgoing
-from services.contracts import Claim, ClaimBatch, Run, Verdict, encode, topology
+from services.contexts import Device
+from services.contracts import Claim, ClaimBatch, ContextSpec, Run, Verdict, encode, topology
 from services.gpu_worker import ModelTokenizer
 from tests.unit.tokenizers_of_models import CHAT_TEMPLATE
+
+DEVICE = Device("cpu", "Xeon", 2**34, (0,))
+
+
+@pytest.fixture
+def spec(model_dir: Path) -> ContextSpec:
+    return ContextSpec(model=str(model_dir))
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from services.broker import Delivery
-from services.contexts import Device
 from services.contexts.attachment import Attachment
 from services.contexts.completions import Answer, EngineSilent, Interrupted
 from services.contexts.plan import EnginePlan
@@ -38,15 +37,9 @@ from services.gpu_worker.inference import Inference
 from services.gpu_worker.pacing import Pace
 from services.gpu_worker.reports import Post
 from services.gpu_worker.shift import Shift
-from tests.unit.gpu_worker.conftest import RecordingBroker, delivered
+from tests.unit.gpu_worker.conftest import DEVICE, RecordingBroker, delivered
 
 UNUSABLE = PromptSpec(labels=(Label(name="A", word="True"), Label(name="B", word="True")))
-DEVICE = Device("cpu", "Xeon", 2**34, (0,))
-
-
-@pytest.fixture
-def spec(model_dir: Path) -> ContextSpec:
-    return ContextSpec(model=str(model_dir))
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from services.contexts import Device
 from services.contracts import ContextDemand, ContextSpec, Notice, encode, load_settings
 from services.contracts.errors import ModelError
 from services.gpu_worker import Worker
@@ -12,13 +11,7 @@ from services.gpu_worker.readiness import Readiness
 from services.gpu_worker.serving import Serving
 from services.gpu_worker.taking import Situation
 from tests.unit.clock import Clock
-
-DEVICE = Device("cpu", "Xeon", 2**34, (0,))
-
-
-@pytest.fixture
-def spec(model_dir: Path) -> ContextSpec:
-    return ContextSpec(model=str(model_dir))
+from tests.unit.gpu_worker.conftest import DEVICE
 
 
 def test_a_model_that_cannot_be_used_is_told_before_anything_is_started(
