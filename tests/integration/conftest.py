@@ -162,6 +162,24 @@ def plain_connection(node: PrivateNode) -> pika.BlockingConnection:
     )
 
 
+def send(
+    node: PrivateNode,
+    exchange: str,
+    queue: str,
+    *bodies: bytes,
+    how: pika.BasicProperties | None = None,
+) -> None:
+    """Messages from a stranger. Confirmed ones, or their connection's end may take them along."""
+    connection = plain_connection(node)
+    try:
+        channel = connection.channel()
+        channel.confirm_delivery()
+        for body in bodies:
+            channel.basic_publish(exchange, queue, body, how, mandatory=True)
+    finally:
+        connection.close()
+
+
 def delete_queues(node: PrivateNode, *names: str) -> None:
     connection = plain_connection(node)
     channel = connection.channel()
@@ -173,6 +191,20 @@ def delete_queues(node: PrivateNode, *names: str) -> None:
 def cut(link: Link) -> None:
     """End a link's TCP connection under it, as a failed switch would."""
     link._connection._transport._sock.shutdown(socket.SHUT_RDWR)
+
+
+def wait_for_messages(node: PrivateNode, queue: str, count: int, what: str) -> None:
+    """Wait until as many wait in a queue, unacknowledged ones not counted."""
+    seen = {}
+
+    def as_many() -> bool:
+        seen["last"] = messages_in(node, queue)
+        return seen["last"] == count
+
+    try:
+        wait_until(as_many, what)
+    except AssertionError as late:
+        raise AssertionError(f"{late}: {seen['last']} in {queue}, not {count}") from None
 
 
 def messages_in(node: PrivateNode, queue: str) -> int:

@@ -32,7 +32,7 @@ from services.contracts import (
 from services.contracts.bounds import MAX_MESSAGE_BYTES
 from services.contracts.verdicts import DeadReason
 from services.contracts.wire import Message
-from tests.integration.conftest import messages_in, plain_connection, wait_until
+from tests.integration.conftest import plain_connection, send, wait_for_messages, wait_until
 from tests.integration.runs import (
     CLAIMS,
     Start,
@@ -269,21 +269,19 @@ def test_messages_that_are_broken_in_any_way_become_dead_messages_and_harm_no_se
     worker, collecting = command("worker"), command("collect")
     worker.said("worker.taking")
     collecting.said("broker.connected", times=2)
-    connection = plain_connection(node)
-    channel = connection.channel()
-    _, announcement = good[topology.RUNS_QUEUE]
-    channel.basic_publish(
-        topology.RUNS_EXCHANGE, topology.RUNS_QUEUE, encode(announcement), properties(announcement)
-    )
+    exchange, announcement = good[topology.RUNS_QUEUE]
+    send(node, exchange, topology.RUNS_QUEUE, encode(announcement), how=properties(announcement))
     run_id = announcement.run.run_id
     wait_until(lambda: status_of(environment, run_id), "the announcement")
     expected = []
     for queue, (exchange, message) in good.items():
         for body, how, reason in broken(message):
-            channel.basic_publish(exchange, queue, body, how)
+            send(node, exchange, queue, body, how=how)
             expected.append((queue, body, reason))
     dead = topology.DEAD_MESSAGES_QUEUE
-    wait_until(lambda: messages_in(node, dead) == len(expected), "all of them dead")
+    wait_for_messages(node, dead, len(expected), "all of them dead")
+    connection = plain_connection(node)
+    channel = connection.channel()
     for _ in range(len(expected)):
         _, how, body = channel.basic_get(dead, auto_ack=True)
         found = how.headers[topology.ORIGIN_HEADER], body, how.headers[topology.REASON_HEADER]
@@ -315,9 +313,7 @@ def test_a_delivery_count_that_a_stranger_made_up_harms_no_worker(
     queue = topology.claims_queue(context.context_id)
     exchange, message = good[queue]
     how = properties(message, headers={"x-delivery-count": count})
-    connection = plain_connection(node)
-    connection.channel().basic_publish(exchange, queue, encode(message), how)
-    connection.close()
+    send(node, exchange, queue, encode(message), how=how)
     run_id = submit(command)
     worker, collecting = command("worker"), command("collect")
     wait_until(
@@ -352,21 +348,14 @@ def test_a_dead_message_is_listed_shown_sent_back_and_dropped(
 ) -> None:
     collecting = command("collect")
     collecting.said("broker.connected", times=2)
-    exchange, verdicts = good[topology.VERDICTS_QUEUE]
-    connection = plain_connection(node)
-    channel = connection.channel()
+    queue = topology.VERDICTS_QUEUE
+    exchange, verdicts = good[queue]
     # One that was sent wrongly, and is good; and one that never will be.
-    channel.basic_publish(
-        exchange,
-        topology.VERDICTS_QUEUE,
-        encode(verdicts),
-        properties(verdicts, content_type="text/plain"),
+    send(
+        node, exchange, queue, encode(verdicts), how=properties(verdicts, content_type="text/plain")
     )
-    channel.basic_publish(
-        exchange, topology.VERDICTS_QUEUE, b"\x1b[2J\x1b]0;owned\x07", properties(verdicts)
-    )
-    connection.close()
-    wait_until(lambda: messages_in(node, topology.DEAD_MESSAGES_QUEUE) == 2, "both dead")
+    send(node, exchange, queue, b"\x1b[2J\x1b]0;owned\x07", how=properties(verdicts))
+    wait_for_messages(node, topology.DEAD_MESSAGES_QUEUE, 2, "both dead")
     shown = {number: run_well(command, "dead", "show", number) for number in dead_messages(command)}
     (mended,) = [number for number, text in shown.items() if "text/plain" in text]
     (hopeless,) = [number for number, text in shown.items() if "not a VerdictBatch" in text]
@@ -375,7 +364,7 @@ def test_a_dead_message_is_listed_shown_sent_back_and_dropped(
     wait_until(lambda: outcomes(environment) == [("door-2", "SUPPORTS", None)], "the verdict")
     # Tried again it dies again; that one is another's to drop.
     run_well(command, "dead", "retry", hopeless)
-    wait_until(lambda: messages_in(node, topology.DEAD_MESSAGES_QUEUE) == 1, "it is dead again")
+    wait_for_messages(node, topology.DEAD_MESSAGES_QUEUE, 1, "it is dead again")
     assert dead_messages(command) == [hopeless]
     run_well(command, "dead", "drop", hopeless)
     assert dead_messages(command) == []
@@ -397,18 +386,11 @@ def test_dead_messages_with_the_oddest_headers_are_listed_and_dropped(
     command: Start, environment: dict[str, str], node: PrivateNode
 ) -> None:
     Store.open(load_settings(store_url=environment["KEEPWARM_STORE_URL"])).close()
-    connection = plain_connection(node)
-    channel = connection.channel()
-    for number, headers in enumerate(ODD_HEADERS):
-        channel.basic_publish(
-            topology.DEAD_EXCHANGE,
-            topology.DEAD_MESSAGES_QUEUE,
-            b"\xff\x00" + bytes([number]),
-            pika.BasicProperties(headers=headers),
-        )
-    connection.close()
     dead = topology.DEAD_MESSAGES_QUEUE
-    wait_until(lambda: messages_in(node, dead) == len(ODD_HEADERS), "the dead messages")
+    for number, headers in enumerate(ODD_HEADERS):
+        body = b"\xff\x00" + bytes([number])
+        send(node, topology.DEAD_EXCHANGE, dead, body, how=pika.BasicProperties(headers=headers))
+    wait_for_messages(node, dead, len(ODD_HEADERS), "the dead messages")
     numbers = dead_messages(command)
     assert len(set(numbers)) == len(ODD_HEADERS)
     assert command("dead", "retry", numbers[0]).wait() == 2  # there is no way back

@@ -26,7 +26,7 @@ from services.contracts import (
     topology,
 )
 from tests.conftest import REPOSITORY
-from tests.integration.conftest import PATIENCE, Command, messages_in, wait_until
+from tests.integration.conftest import PATIENCE, Command, wait_for_messages, wait_until
 from tests.integration.postgres import PostgreSQL
 from tests.integration.runs import end_well
 
@@ -40,7 +40,7 @@ def answered(command: Start, node: PrivateNode, broker) -> str:
     submitting = command("submit", CLAIMS, "--batch-size", "8", KEEPWARM_STORE_URL="")
     assert submitting.wait() == 0, submitting.output
     worker = command("worker")
-    wait_until(lambda: messages_in(node, topology.VERDICTS_QUEUE) == 31, "30 batches and a start")
+    wait_for_messages(node, topology.VERDICTS_QUEUE, 31, "30 batches and a start")
     worker.signal(signal.SIGTERM)
     assert worker.wait() == 0
     return submitting.lines[-1].strip()
@@ -65,7 +65,7 @@ def test_a_collector_that_is_killed_loses_and_doubles_nothing(
     assert collecting.wait() == 0
     run = the_run(command)
     assert (run["total"], run["done"], run["complete"]) == (240, 240, True)
-    wait_until(lambda: messages_in(node, topology.VERDICTS_QUEUE) == 0, "all acknowledged")
+    wait_for_messages(node, topology.VERDICTS_QUEUE, 0, "all acknowledged")
 
 
 def test_until_ends_at_once_when_the_run_is_complete(command: Start, answered: str) -> None:
@@ -91,7 +91,7 @@ def test_a_locked_store_is_waited_for_and_nothing_is_lost(
         collecting = command("collect", "--until", answered)
         collecting.said("broker.connected")
         # All verdicts are in its hands, and none can be written.
-        wait_until(lambda: messages_in(node, topology.VERDICTS_QUEUE) == 0, "all taken")
+        wait_for_messages(node, topology.VERDICTS_QUEUE, 0, "all taken")
         assert collecting.process.poll() is None
         other.rollback()
     other.close()
@@ -237,7 +237,7 @@ def test_what_a_worker_says_of_its_start_is_in_the_report_once_however_often_it_
     assert submitting.wait() == 0, submitting.output
     run_id = submitting.lines[-1].strip()
     collecting = command("collect")
-    wait_until(lambda: messages_in(node, topology.RUNS_QUEUE) == 0, "the run's announcement taken")
+    wait_for_messages(node, topology.RUNS_QUEUE, 0, "the run's announcement taken")
     ready = ContextReady(
         startup_id="start-1",
         worker_id="node-1",

@@ -27,6 +27,7 @@ from tests.integration.conftest import (
     ended,
     let_queues_age,
     messages_in,
+    wait_for_messages,
     wait_until,
 )
 
@@ -158,10 +159,10 @@ def test_a_changed_prefetch_outlives_a_lost_connection(
         consumer.set_prefetch(4)
         cut(consumer)  # in the midst of the change
         first = consumer.take(PATIENCE)
-        wait_until(lambda: messages_in(node, QUEUE) == 5, "four taken")
+        wait_for_messages(node, QUEUE, 5, "four taken")
         cut(consumer)
         consumer.set_prefetch(2)  # while there is no connection
-        wait_until(lambda: messages_in(node, QUEUE) == 7, "two taken")
+        wait_for_messages(node, QUEUE, 7, "two taken")
         assert first and len(take_all(consumer, 2)) == 2
 
 
@@ -176,7 +177,7 @@ def test_a_prefetch_that_changes_as_the_drain_begins_leaves_nothing_in_our_hands
         consumer.stop_taking(PATIENCE)
         consumer.set_prefetch(6)
         assert taken and take_all(consumer) == []
-        wait_until(lambda: messages_in(node, QUEUE) == 49, "all but one given back")
+        wait_for_messages(node, QUEUE, 49, "all but one given back")
         consumer.acknowledge([taken])
     assert messages_in(node, QUEUE) == 49
 
@@ -256,7 +257,7 @@ def test_what_is_refused_lands_among_the_dead_messages(
             delivery.refused("it says nothing", lambda: consumer.acknowledge([delivery]))
         )
         publisher.flush(PATIENCE)
-    wait_until(lambda: messages_in(node, topology.DEAD_MESSAGES_QUEUE) == 1, "a dead message")
+    wait_for_messages(node, topology.DEAD_MESSAGES_QUEUE, 1, "a dead message")
 
 
 def test_stop_taking_gives_back_what_nobody_took_and_lets_the_rest_be_settled(
@@ -266,7 +267,7 @@ def test_stop_taking_gives_back_what_nobody_took_and_lets_the_rest_be_settled(
     taken = consumer.take(PATIENCE)
     assert taken
     consumer.stop_taking(PATIENCE)
-    wait_until(lambda: messages_in(node, QUEUE) == 3, "three messages given back")
+    wait_for_messages(node, QUEUE, 3, "three messages given back")
     consumer.acknowledge([taken])
     consumer.close()
     assert messages_in(node, QUEUE) == 3

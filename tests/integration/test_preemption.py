@@ -11,7 +11,14 @@ import pytest
 
 from services.broker import BrokerAddress, Consumer, PrivateNode
 from services.contracts import ClaimBatch, topology
-from tests.integration.conftest import PATIENCE, Command, cut, messages_in, wait_until
+from tests.integration.conftest import (
+    PATIENCE,
+    Command,
+    cut,
+    messages_in,
+    wait_for_messages,
+    wait_until,
+)
 from tests.integration.runs import (
     CLAIMS,
     assert_complete,
@@ -79,7 +86,7 @@ def test_sigterm_after_an_early_warning_is_the_first_of_its_kind(
 ) -> None:
     submit(command)
     worker = command("worker", VLLM_TEST_CLAIM_SECONDS="1", KEEPWARM_GRACE_SECONDS="6")
-    wait_until(lambda: messages_in(node, claims_queue(node, worker)) == 12, "three taken")
+    wait_for_messages(node, claims_queue(node, worker), 12, "three taken")
     worker.signal(signal.SIGUSR1)
     worker.said("worker.draining")
     worker.signal(signal.SIGTERM)

@@ -10,7 +10,7 @@ from services.broker import PrivateNode
 from services.contexts import pin_model
 from services.contracts import ContextSpec, topology
 from tests.conftest import SHARED_DATA, sample_lines
-from tests.integration.conftest import messages_in, wait_until
+from tests.integration.conftest import messages_in, wait_for_messages, wait_until
 from tests.integration.runs import (
     CLAIMS,
     Start,
@@ -66,7 +66,7 @@ def test_a_submit_killed_in_its_midst_is_completed_by_the_next(
     left = messages_in(node, claims_queue)
     assert 250 <= left < 2 * MANY // 2
     worker = command("worker")
-    wait_until(lambda: messages_in(node, claims_queue) == 0, "all that was sent is taken")
+    wait_for_messages(node, claims_queue, 0, "all that was sent is taken")
     run_id = submit(command, file)
     wait_until(lambda: _complete(environment, run_id), "the run's end")
     assert_complete(environment, run_id, [claim["id"] for claim in claims])
@@ -129,7 +129,7 @@ def test_a_cancelled_run_is_dropped_by_its_workers_and_completed_when_sent_again
         assert cancelling.wait() == 0, cancelling.output
     assert run_id in cancelling.output
     worker.said("batch.cancelled")
-    wait_until(lambda: messages_in(node, claims_queue) == 0, "the rest dropped")
+    wait_for_messages(node, claims_queue, 0, "the rest dropped")
     shown = command("status", "--json")
     assert shown.wait() == 0, shown.output
     (status,) = json.loads(shown.output)

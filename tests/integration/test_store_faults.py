@@ -13,7 +13,7 @@ import pytest
 from services.broker import PrivateNode
 from services.collector import Store
 from services.contracts import load_settings, topology
-from tests.integration.conftest import Command, messages_in, wait_until
+from tests.integration.conftest import Command, messages_in, wait_for_messages, wait_until
 from tests.integration.postgres import PostgreSQL
 from tests.integration.runs import (
     CLAIMS,
@@ -38,7 +38,7 @@ def answered(command: Start, node: PrivateNode) -> str:
     """A run whose verdicts, in thirty messages, all wait at the broker."""
     run_id = submit(command, CLAIMS, "--batch-size", "8", KEEPWARM_STORE_URL="")
     worker = command("worker")
-    wait_until(lambda: messages_in(node, topology.VERDICTS_QUEUE) == 31, "30 batches and a start")
+    wait_for_messages(node, topology.VERDICTS_QUEUE, 31, "30 batches and a start")
     end_well(worker)
     return run_id
 
@@ -77,7 +77,7 @@ def test_what_was_committed_and_never_acknowledged_comes_again_and_is_counted_as
             "collect", KEEPWARM_BROKER_URL=f"amqp://keepwarm@127.0.0.1:{proxy.port}/"
         )
         collecting.said("broker.connected", times=2)
-        wait_until(lambda: messages_in(node, topology.VERDICTS_QUEUE) == 0, "all taken")
+        wait_for_messages(node, topology.VERDICTS_QUEUE, 0, "all taken")
         # It waits for the lock with all verdicts in hand; no acknowledgement will come through.
         proxy.black_hole()
         other.rollback()
@@ -85,7 +85,7 @@ def test_what_was_committed_and_never_acknowledged_comes_again_and_is_counted_as
         wait_until(lambda: _done(environment, answered) == 240, "all committed")
         collecting.signal(signal.SIGKILL)
         collecting.wait()
-    wait_until(lambda: messages_in(node, topology.VERDICTS_QUEUE) == 31, "all back in the queue")
+    wait_for_messages(node, topology.VERDICTS_QUEUE, 31, "all back in the queue")
     again = command("collect")
     wait_until(lambda: _duplicates(environment, answered) == 240, "all counted as duplicates")
     assert_complete(environment, answered)
@@ -149,7 +149,7 @@ def test_a_full_disk_is_waited_for_and_nothing_is_lost(
     assert collecting.wait() == 0, collecting.output
     assert_complete(environment, answered)
     assert _duplicates(environment, answered) == 0
-    wait_until(lambda: messages_in(node, topology.VERDICTS_QUEUE) == 0, "all acknowledged")
+    wait_for_messages(node, topology.VERDICTS_QUEUE, 0, "all acknowledged")
 
 
 @pytest.fixture

@@ -20,7 +20,14 @@ from services.contracts import (
     topology,
 )
 from tests.conftest import sample_lines
-from tests.integration.conftest import PATIENCE, Command, messages_in, wait_until
+from tests.integration.conftest import (
+    PATIENCE,
+    Command,
+    messages_in,
+    send,
+    wait_for_messages,
+    wait_until,
+)
 from tests.integration.runs import (
     CLAIMS,
     Start,
@@ -152,10 +159,10 @@ def test_what_cannot_be_finished_in_the_grace_period_is_returned(
     worker = command("worker", VLLM_TEST_CLAIM_SECONDS="60", KEEPWARM_GRACE_SECONDS="3")
     worker.said("worker.taking")
     queue = context_of(worker)
-    wait_until(lambda: messages_in(node, topology.claims_queue(queue)) == 12, "three taken")
+    wait_for_messages(node, topology.claims_queue(queue), 12, "three taken")
     worker.signal(signal.SIGTERM)
     assert worker.wait() == 0, worker.output
-    wait_until(lambda: messages_in(node, topology.claims_queue(queue)) == 15, "all given back")
+    wait_for_messages(node, topology.claims_queue(queue), 15, "all given back")
     # Only what the worker says of its start.
     assert run_id and messages_in(node, topology.VERDICTS_QUEUE) == 1
 
@@ -344,17 +351,11 @@ def test_a_claim_that_is_too_long_for_the_context_dies_with_the_reason(
 def test_a_message_that_is_not_ours_goes_to_the_dead_messages(
     command: Start, node: PrivateNode, broker
 ) -> None:
-    from tests.integration.conftest import plain_connection
-
     worker = command("worker")
     worker.said("worker.taking")
-    context = context_of(worker)
-    connection = plain_connection(node)
-    connection.channel().basic_publish(
-        topology.CLAIMS_EXCHANGE, topology.claims_queue(context), b'{"schema_version": 99}'
-    )
-    connection.close()
-    wait_until(lambda: messages_in(node, topology.DEAD_MESSAGES_QUEUE) == 1, "a dead message")
+    queue = topology.claims_queue(context_of(worker))
+    send(node, topology.CLAIMS_EXCHANGE, queue, b'{"schema_version": 99}')
+    wait_for_messages(node, topology.DEAD_MESSAGES_QUEUE, 1, "a dead message")
     worker.said("batch.refused")
     assert worker.process.poll() is None
 

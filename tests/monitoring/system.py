@@ -15,7 +15,7 @@ from tests.integration.conftest import (
     Command,
     clean_environment,
     commands,
-    plain_connection,
+    send,
     wait_until,
 )
 from tests.integration.runs import write_claims
@@ -84,11 +84,8 @@ class System:
 
     def publish_nonsense(self, messages: int = 1) -> None:
         """Where verdicts are expected."""
-        connection = plain_connection(self.node)
-        channel = connection.channel()
-        for _ in range(messages):
-            channel.basic_publish(topology.VERDICTS_EXCHANGE, topology.VERDICTS_QUEUE, b"nonsense")
-        connection.close()
+        bodies = [b"nonsense"] * messages
+        send(self.node, topology.VERDICTS_EXCHANGE, topology.VERDICTS_QUEUE, *bodies)
 
 
 @contextmanager
