@@ -32,6 +32,7 @@ from pathlib import Path
 import pika
 import psutil
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -51,6 +52,8 @@ KEEPWARM = [sys.executable, "-m", "services.cli.main"]
 GRACE_SECONDS = 4
 # RabbitMQ 3.10.8 loses a quorum queue when the node is killed within seconds of its creation.
 YOUNG_QUEUE_SECONDS = 8.0
+# Longer than anything takes to be started again, or to be noticed: then claims are lost.
+SILENCE_SECONDS = 180.0
 console = Console(width=110)
 
 
@@ -204,16 +207,15 @@ class House:
             part.start()
             self.started_again += 1
 
-    def complete(self) -> bool:
+    def outcomes(self) -> tuple[int, int | None]:
+        """How many claims have one, and of how many, once the producer has said it."""
         try:
             with sqlite3.connect(f"file:{self.store}?mode=ro", uri=True, timeout=30) as store:
-                row = store.execute("SELECT run_key, claims FROM runs").fetchone()
-                if row is None or row[1] is None:
-                    return False
-                count = "SELECT count(*) FROM outcomes WHERE run_key = ?"
-                return store.execute(count, row[:1]).fetchone()[0] >= row[1]
+                (done,) = store.execute("SELECT count(*) FROM outcomes").fetchone()
+                (claims,) = store.execute("SELECT claims FROM runs").fetchone() or (None,)
+                return done, claims
         except sqlite3.OperationalError:  # not made yet
-            return False
+            return 0, None
 
 
 class Faults:
@@ -403,19 +405,32 @@ class Result:
 
 
 def run(house: House, seed: int | None, fault_seconds: float, limit_seconds: float) -> Result:
+    """Raises SystemExit where it is not complete in time, or nothing comes any more."""
     started = time.monotonic()
-    with house:
+    with house, progress() as bar:
         faults = Faults(house, seed or 0)
+        shown = bar.add_task("without faults" if seed is None else f"seed {seed}", total=None)
         strikes_at = started + fault_seconds
-        while not house.complete():
+        done, came_at = 0, started
+        while True:
+            before, (done, claims) = done, house.outcomes()
+            bar.update(shown, completed=done, total=claims)
+            if done == claims:
+                break
             house.look_after()
             now = time.monotonic()
+            if done > before:
+                came_at = now
             if seed is not None and now >= strikes_at:
                 faults.strike()
                 strikes_at = now + fault_seconds
-            if now - started > limit_seconds:
+            if now - started > limit_seconds or now - came_at > SILENCE_SECONDS:
                 faults.heal()
-                raise SystemExit(f"not complete after {limit_seconds:g} s; see {house.directory}")
+                raise SystemExit(
+                    f"not complete after {now - started:.0f} s, of which nothing came for "
+                    f"{now - came_at:.0f}: {done:,} of {claims or 0:,} claims; "
+                    "logs and stores stay with --keep"
+                )
             time.sleep(0.1)
         seconds = time.monotonic() - started
         faults.heal()
@@ -440,6 +455,16 @@ def run(house: House, seed: int | None, fault_seconds: float, limit_seconds: flo
         frozenset(claim for claim, label, _ in rows if label is None),
         faults.count,
         house.started_again,
+    )
+
+
+def progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
     )
 
 
