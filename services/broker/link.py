@@ -37,6 +37,7 @@ from services.contracts.errors import (
 
 _FIRST_DELAY_SECONDS = 0.25
 _LONGEST_DELAY_SECONDS = 15.0
+_LOOK_SECONDS = 0.2
 _ACCESS_REFUSED, _NOT_FOUND, _PRECONDITION_FAILED, _NOT_ALLOWED = 403, 404, 406, 530
 
 log = structlog.get_logger(__name__)
@@ -86,6 +87,19 @@ class Link:
             self.close()
             raise error
         return self
+
+    def open_in_time(self, stop: threading.Event, waiting: Callable[[], None]) -> bool:
+        """As `open`, for as long as it takes: for a service that has used the broker before. False
+        when `stop` was set first; `waiting` is called several times a second.
+        """
+        self._thread.start()
+        while not self._opened_or_failed.wait(_LOOK_SECONDS):
+            if stop.is_set():
+                return False
+            waiting()
+        if not self._was_open:
+            raise self._error or BrokerUnreachable(f"the link {self._name} is closed")
+        return True
 
     def close(self, timeout_seconds: float = 1.0) -> None:
         """Close the connection and end the thread. What is not confirmed by then may be lost."""
@@ -269,7 +283,9 @@ class Link:
 
     def _restart_connection(self, *, routinely: bool = False) -> None:
         self._routinely = routinely
-        # One way back from every fault: a new connection, with a new channel on it.
+        # One way back from every fault: a new connection, with a new channel on it. The old one may
+        # be asked nothing more, even before the broker knows: pika would raise.
+        self._forget_channel()
         if self._connection is not None and self._connection.is_open:
             self._connection.close(reply_text="channel lost")
 
@@ -319,6 +335,7 @@ class Link:
 
     def _begin_close(self) -> None:
         self._closing = True
+        self._forget_channel()
         if self._connection is None:
             self._loop.stop()
             return

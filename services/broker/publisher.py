@@ -89,6 +89,8 @@ class Publisher(Link):
         """
         while not self._free.acquire(timeout=1.0):
             self._raise_if_dead()
+            if self._closing:  # an alarm can hold the broker's answer to that back, and the thread
+                raise BrokerUnreachable(f"the link {self._name} is closed")
         with self._idle:
             self._pending += 1
         self._outbox.append(message)

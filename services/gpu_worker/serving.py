@@ -96,8 +96,8 @@ class Serving:
     def run(self, publisher: Publisher, leave: Callable[[], bool]) -> None:
         """Serve until `stop` is set or `leave`, asked several times a second, says so; then drain.
 
-        Raises BrokerError when the broker cannot be used, EngineStartError when there is no engine;
-        claims in hand are given back before.
+        Raises BrokerError when the broker refuses us, EngineStartError when there is no engine;
+        claims in hand are given back before. A broker that is away is waited for.
         """
         # Claims are taken only once there is an engine for them. An engine that never ran here is
         # misconfigured: that is said now, not after several tries.
@@ -113,7 +113,9 @@ class Serving:
             prefetch=self._pace.batches,
             on_notice=self._news.hear,
             listener=self._signature.worker_id,
-        ).open(self._settings.broker_connect_timeout_seconds) as consumer:
+        ) as consumer:
+            if not consumer.open_in_time(self._stop, lambda: self._note_time(0, busy=False)):
+                return
             self._answering = Answering(
                 self.spec.context_id,
                 self._inference,
@@ -161,7 +163,8 @@ class Serving:
 
     def _announce(self, publisher: Publisher) -> None:
         """Tell the collector what it took until there was an engine, once for each."""
-        if self._engine.starts == self._announced:
+        # While the broker takes nothing, a full window would hold up whoever minds the engine.
+        if self._engine.starts == self._announced or publisher.unready is not None:
             return
         self._announced = self._engine.starts
         startup_id = secrets.token_hex(8)
@@ -216,7 +219,10 @@ class Serving:
         if self._engine.alive:
             return True
         log.error("engine.died", log=str(self._engine.log_file))
-        return self._examination.start_engine(self._settings.engine_start_attempts)
+        started = self._examination.start_engine(self._settings.engine_start_attempts)
+        # Nobody was idle meanwhile, and what the start has cost is not thrown away at once.
+        self._ready_at = self._had_work_at = time.monotonic()
+        return started
 
     def _drain(
         self, pool: ThreadPoolExecutor, work: set[Future[None]], answering: Answering

@@ -206,10 +206,10 @@ class Worker:
             prefetch=1,
             on_notice=self._news.hear,
             listener=self._signature.worker_id,
-        ).open(self._settings.broker_connect_timeout_seconds):
+        ) as notices:
+            notices.open_in_time(self._stop, self._idle)
             while not self._stop.wait(_LOOK_SECONDS):
-                self._shift.pulse.beat()
-                self._shift.device_time.lap("idle")
+                self._idle()
                 self._shift.reports.say("idle", Doing(), publisher)
                 if self._news.number == self._heard:
                     continue
@@ -227,6 +227,10 @@ class Worker:
                 if chosen is not None:
                     return chosen
         return None
+
+    def _idle(self) -> None:
+        self._shift.pulse.beat()
+        self._shift.device_time.lap("idle")
 
     def _contexts(self) -> Sequence[ContextSpec]:
         return [line.context for line in self._news.contexts]

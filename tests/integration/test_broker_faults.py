@@ -102,6 +102,31 @@ def test_a_node_that_ends_in_the_midst_of_a_run_is_waited_for_and_nothing_is_los
     assert sum(service.output.count("broker.connected") for service in run.services) >= 8
 
 
+def test_a_node_that_is_away_while_an_engine_starts_is_waited_for(
+    command: Start,
+    environment: dict[str, str],
+    node: PrivateNode,
+    old_queues: Callable[[], None],
+) -> None:
+    run_id = submit(command)
+    old_queues()
+    collecting = command("collect", "--until", run_id)
+    worker = command(
+        "worker", VLLM_TEST_START_SECONDS="8", KEEPWARM_BROKER_CONNECT_TIMEOUT_SECONDS="2"
+    )
+    worker.said("engine.starting")
+    collecting.said("broker.connected", times=2)
+    node.process().terminate()
+    ended(node)
+    worker.said("engine.ready")
+    time.sleep(4)  # twice of what it waits at first
+    assert worker.process.poll() is None, worker.output
+    node.start()
+    assert collecting.wait() == 0, worker.output
+    assert_complete(environment, run_id)
+    end_well(worker)
+
+
 def test_connections_that_are_reset_again_and_again_lose_nothing(
     command: Start, environment: dict[str, str], proxy: Proxy
 ) -> None:

@@ -67,6 +67,19 @@ def test_no_more_than_the_prefetch_is_taken(
     assert consumer.take(PATIENCE)
 
 
+def test_what_is_settled_while_we_close_a_connection_is_settled_in_vain_and_comes_again(
+    address: BrokerAddress, consumer: Consumer
+) -> None:
+    publish(address, 2)
+    hand = [consumer.take(PATIENCE), consumer.take(PATIENCE)]
+    consumer._call_soon(consumer._restart_connection)  # as when the broker cancelled us
+    consumer.set_prefetch(4)
+    consumer.acknowledge(delivery for delivery in hand if delivery)
+    again = take_all(consumer, 2)
+    assert [delivery.redelivered for delivery in again] == [True, True]
+    consumer.acknowledge(again)
+
+
 def test_taking_ends_in_time_whatever_a_signals_handler_takes(
     address: BrokerAddress, consumer: Consumer
 ) -> None:

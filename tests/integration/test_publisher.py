@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from itertools import count
 
@@ -148,6 +149,16 @@ def test_a_queue_that_was_deleted_is_declared_again_and_nothing_is_lost(
     assert take_all(address, 1) == [b"message 2"]
 
 
+def test_what_is_published_while_we_close_a_connection_goes_over_the_next(
+    address: BrokerAddress,
+) -> None:
+    with Publisher(address, "test", window=50, declares=DECLARES).open(PATIENCE) as publisher:
+        publisher._call_soon(publisher._restart_connection)  # as when no queue takes a message
+        publisher.publish(outgoing(1))
+        publisher.flush(PATIENCE)
+    assert take_all(address, 1) == [b"message 1"]
+
+
 def test_a_wrong_password_is_refused_at_once_with_the_next_step(broker: Settings) -> None:
     wrong = broker.model_copy(update={"broker_password": type(broker.broker_password)("wrong")})
     with pytest.raises(BrokerRefused, match="KEEPWARM_BROKER_PASSWORD"):
@@ -182,6 +193,25 @@ def test_publishing_on_a_closed_link_says_so(address: BrokerAddress) -> None:
     publisher.publish(outgoing(1))  # fills the window
     with pytest.raises(BrokerUnreachable, match="closed"):
         publisher.publish(outgoing(2))
+
+
+def test_who_waits_for_room_in_the_window_hears_that_the_link_is_closed_despite_an_alarm(
+    node: PrivateNode, address: BrokerAddress
+) -> None:
+    publisher = Publisher(address, "test", window=1, declares=DECLARES).open(PATIENCE)
+    node.control("set_vm_memory_high_watermark", "absolute", "1000000")
+    try:
+        publisher.publish(outgoing(1))
+        wait_until(lambda: publisher.blocked_by, "the alarm")
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(publisher.publish, outgoing(2))
+            wait([waiting], timeout=0.5)
+            assert not waiting.done()
+            publisher.close()
+            with pytest.raises(BrokerUnreachable, match="closed"):
+                waiting.result(PATIENCE)
+    finally:
+        node.control("set_vm_memory_high_watermark", "0.4")
 
 
 def test_messages_outlive_the_node(tmp_path, broker: Settings) -> None:
