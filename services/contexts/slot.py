@@ -202,13 +202,15 @@ class Slot:
             why = str(error)
             log.error("context.failed", context=self.plan.name, reason=why)
         finally:
-            self._engine.stop()
-            with self._lock:
-                self.gone = why
-            if self._own is not None:
-                self._own.close()
-            self._house.changed()
-            log.info("context.gone", context=self.plan.name, why=why.partition("\n")[0])
+            try:
+                self._engine.stop()
+            finally:  # others wait for it to be gone, whatever its end was like
+                with self._lock:
+                    self.gone = why
+                if self._own is not None:
+                    self._own.close()
+                self._house.changed()
+                log.info("context.gone", context=self.plan.name, why=why.partition("\n")[0])
 
     def _start(self) -> None:
         with self._room(), self._house.caches.starting(self.plan.name) as cache:

@@ -20,6 +20,8 @@ from services.leash import Leashed, from_shell
 
 _POLL_SECONDS = 0.05
 _ANSWER_SECONDS = 30.0
+# What a leash needs beyond its grace period to end what is on it, and to say so.
+_LEASH_SECONDS = 10.0
 TEMPLATE_NAMES = "template"
 """What the names of all templates begin with."""
 
@@ -53,8 +55,9 @@ class EngineProcess:
         if self._code is None:
             with contextlib.suppress(OSError):  # its leash may be gone
                 self._connection.shutdown(socket.SHUT_WR)
-            if self._wait(self._grace_seconds + 10) is None:
+            if self._wait(self._grace_seconds + _LEASH_SECONDS) is None:
                 self._kill()
+                self._code = -9  # whatever is left of it in the kernel, nobody waits for it
         self._connection.close()
 
     def _kill(self) -> None:
@@ -63,7 +66,7 @@ class EngineProcess:
             try:
                 if os.getsid(process.pid) == self.pid:
                     process.kill()
-            except (ProcessLookupError, PermissionError, psutil.NoSuchProcess):
+            except (ProcessLookupError, PermissionError, psutil.Error):
                 continue
 
     def _wait(self, seconds: float) -> int | None:
