@@ -3,7 +3,7 @@
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal
@@ -25,7 +25,7 @@ class Device:
     cores: tuple[int, ...]
     """The processors that this process may run on."""
     gpu: str = ""
-    """The GPU as CUDA_VISIBLE_DEVICES names it: an index or a UUID."""
+    """The GPU as vLLM and NVML take it from CUDA_VISIBLE_DEVICES: an index or a whole UUID."""
 
 
 def find_device() -> Device:
@@ -41,16 +41,52 @@ def find_device() -> Device:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: indexes or UUIDs."""
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: indexes or UUIDs.
+
+    UUIDs are whole ones. HTCondor gives their beginnings, which CUDA takes, but not NVML and vLLM.
+    """
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         # As CUDA reads it: what follows the first name of nothing (-1, NoDevFiles) is hidden too.
-        return list(takewhile(_names_a_gpu, (name.strip() for name in named.split(","))))
+        names = list(takewhile(_names_a_gpu, (name.strip() for name in named.split(","))))
+        whole = [] if all(map(str.isdecimal, names)) else _uuids()
+        return [_completed(name, whole) for name in names]
     try:
         with nvml():
             return [str(index) for index in range(pynvml.nvmlDeviceGetCount())]
     except pynvml.NVMLError:
         return []  # no driver: no GPU
+
+
+def _uuids() -> list[str]:
+    """Of all GPUs here, and of what they are divided into; none without a driver."""
+    found: list[str] = []
+    try:
+        with nvml():
+            for index in range(pynvml.nvmlDeviceGetCount()):
+                gpu = pynvml.nvmlDeviceGetHandleByIndex(index)
+                found.append(str(pynvml.nvmlDeviceGetUUID(gpu)))
+                found += _instances(gpu)
+    except pynvml.NVMLError:
+        pass
+    return found
+
+
+def _instances(gpu: Any) -> Iterator[str]:
+    try:
+        most = pynvml.nvmlDeviceGetMaxMigDeviceCount(gpu)
+    except pynvml.NVMLError:
+        return  # it cannot be divided
+    for index in range(most):
+        with suppress(pynvml.NVMLError):  # there is none of this number
+            instance = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, index)
+            yield str(pynvml.nvmlDeviceGetUUID(instance))
+
+
+def _completed(name: str, uuids: list[str]) -> str:
+    """The UUID that begins so; the name itself where none does, or several do."""
+    matching = [uuid for uuid in uuids if uuid.startswith(name)]
+    return matching[0] if len(matching) == 1 else name
 
 
 def _names_a_gpu(name: str) -> bool:

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from pydantic import Field
 
-from services.contexts.device import Device
+from services.contexts.device import Device, visible_gpus
 from services.contracts import ContextSpec, Settings
 from services.contracts.errors import UsageError
 from services.contracts.values import Value, content_id
@@ -23,6 +23,13 @@ _ENGINES_OWN = re.compile(
 def is_an_engines_own(variable: str) -> bool:
     """Whether an engine reads this environment variable, so that its worker decides it."""
     return _ENGINES_OWN.fullmatch(variable) is not None
+
+
+def _gpus(device: Device) -> dict[str, str]:
+    """The GPUs that the worker may use, by names that vLLM takes."""
+    if device.kind == "cuda" and "CUDA_VISIBLE_DEVICES" in os.environ:
+        return {"CUDA_VISIBLE_DEVICES": ",".join(visible_gpus())}
+    return {}
 
 
 class EnginePlan(Value):
@@ -52,7 +59,8 @@ class EnginePlan(Value):
             arguments=tuple(arguments),
             trust_remote_code=settings.engine_trust_remote_code,
             environment={
-                name: value for name, value in os.environ.items() if is_an_engines_own(name)
+                **{name: value for name, value in os.environ.items() if is_an_engines_own(name)},
+                **_gpus(device),
             },
         )
 

@@ -38,6 +38,14 @@ def nvmlDeviceGetHandleByUUID(uuid):
     return uuid
 
 
+def nvmlDeviceGetUUID(handle):
+    return "GPU-00000000-0000-0000-0000-000000000000"
+
+
+def nvmlDeviceGetMaxMigDeviceCount(handle):
+    return 0
+
+
 def nvmlDeviceGetName(handle):
     return NAME
 

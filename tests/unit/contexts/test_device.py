@@ -1,9 +1,12 @@
 import os
+from types import SimpleNamespace
 
 import pynvml
 import pytest
 
 from services.contexts import find_device, visible_gpus
+from services.contexts.plan import EnginePlan
+from services.contracts import ContextSpec, load_settings
 from services.contracts.errors import EngineStartError
 
 
@@ -33,6 +36,69 @@ def test_the_variable_says_which_gpus_are_visible(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
     assert visible_gpus() == gpus
+
+
+WHOLE = [
+    *("GPU-ddc1c098-0b1c-4d9a-9d0a-1f6a3e0c8a55", "GPU-8a1b0000-0b1c-4d9a-9d0a-1f6a3e0c8a55"),
+    *("GPU-8a1bffff-0b1c-4d9a-9d0a-1f6a3e0c8a55", "MIG-77e3d2c1-5f0a-5b44-8f2f-3a1c9e7d6b50"),
+]
+
+
+@pytest.fixture
+def several(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three GPUs, of which the last is divided; NVML takes whole names alone."""
+    found = SimpleNamespace(free=2**34)
+
+    def by_uuid(uuid: str) -> str:
+        if uuid not in WHOLE:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return uuid
+
+    def instance(handle: str, index: int) -> str:
+        if (handle, index) != (WHOLE[2], 1):
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return WHOLE[3]
+
+    for name, does in {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetCount": lambda: 3,
+        "nvmlDeviceGetHandleByIndex": lambda index: WHOLE[index],
+        "nvmlDeviceGetHandleByUUID": by_uuid,
+        "nvmlDeviceGetUUID": lambda handle: handle,
+        "nvmlDeviceGetMaxMigDeviceCount": lambda _: 2,
+        "nvmlDeviceGetMigDeviceHandleByIndex": instance,
+        "nvmlDeviceGetName": lambda handle: f"the one called {handle}",
+        "nvmlDeviceGetMemoryInfo": lambda _: found,
+    }.items():
+        monkeypatch.setattr(pynvml, name, does)
+
+
+@pytest.mark.parametrize(
+    ("variable", "gpus"),
+    [
+        ("GPU-ddc1c098", WHOLE[:1]),
+        (f"{WHOLE[1]},GPU-8a1bf", WHOLE[1:3]),
+        ("MIG-77e3", WHOLE[3:]),
+        ("GPU-8a1b,GPU-none", ["GPU-8a1b", "GPU-none"]),  # of two GPUs, and of none
+        ("1", ["1"]),
+    ],
+)
+def test_a_gpu_by_the_beginning_of_its_uuid_is_the_one_that_cuda_would_take(
+    variable: str, gpus: list[str], several: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    assert visible_gpus() == gpus
+
+
+def test_an_engine_is_told_of_gpus_by_names_that_it_takes(
+    several: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-ddc1c098,GPU-8a1bf")  # as HTCondor does
+    device = find_device()
+    assert (device.gpu, device.name) == (WHOLE[0], f"the one called {WHOLE[0]}")
+    plan = EnginePlan.of(ContextSpec(model="org/model"), device, load_settings())
+    assert plan.environment["CUDA_VISIBLE_DEVICES"] == f"{WHOLE[0]},{WHOLE[2]}"
 
 
 def no_driver() -> None:
