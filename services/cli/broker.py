@@ -47,7 +47,7 @@ def setup(
 ) -> None:
     """Make a virtual host on a broker, and users with just the rights of their roles.
 
-    The broker needs its management plug-in, which this turns on there:
+    The broker needs its management plug-in. On its machine this turns it on:
     `rabbitmq-plugins enable rabbitmq_management`.
 
     The administrator's password is KEEPWARM_BROKER_ADMIN_PASSWORD, or in the

@@ -23,7 +23,9 @@ def collect(
     until: Annotated[
         str | None,
         typer.Option(
-            metavar="RUN", help="End when this run is complete or cancelled.", show_default=False
+            metavar="RUN",
+            help="End when this run, by its whole id, is complete or cancelled.",
+            show_default=False,
         ),
     ] = None,
 ) -> None:

@@ -25,6 +25,15 @@ ModelOption = Annotated[
         show_default=False,
     ),
 ]
+WorkersModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="A model's directory, or its name on the hub; what claims wait for otherwise. "
+        "[dim]\\[env: KEEPWARM_MODEL][/dim]",
+        show_default=False,
+    ),
+]
 RevisionOption = Annotated[
     str | None,
     typer.Option(help="The model's revision; the present one otherwise.", show_default=False),

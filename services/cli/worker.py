@@ -7,8 +7,8 @@ from services.cli.context_options import (
     DTypeOption,
     EngineArgumentOption,
     MaxTokensOption,
-    ModelOption,
     RevisionOption,
+    WorkersModelOption,
     context_from_flags,
 )
 from services.cli.logs import configure_logs
@@ -33,7 +33,7 @@ _ENDINGS: Mapping[int, Ending] = {
 
 
 def worker(
-    model: ModelOption = None,
+    model: WorkersModelOption = None,
     broker: BrokerOption = None,
     revision: RevisionOption = None,
     dtype: DTypeOption = "bfloat16",

@@ -119,9 +119,9 @@ class Settings(BaseSettings):
     """A worker measures its claims/s, and keeps no more in hand than it finishes in so long: fewer
     batches, and of one that is too large only a part. The rest goes back for others."""
     grace_seconds: Seconds = 20
-    """From SIGTERM to the worker's end: 50 % for the batches in hand, 15 % for confirmations, the
-    rest in reserve. From SIGTERM to the keeper's: 60 % for workers to finish, 20 % for the engines'
-    end."""
+    """From SIGTERM to the worker's end: 50 % for the batches in hand, up to 30 % for confirmations,
+    the rest in reserve. From SIGTERM to the keeper's: 60 % for workers to finish, 20 % for the
+    engines' end."""
     walltime_seconds: Seconds | None = None
     """The worker's or keeper's time on its node, from its start. It drains by itself 5 s before the
     grace period would no longer fit in. Where it is not set, `SLURM_JOB_END_TIME` counts."""
