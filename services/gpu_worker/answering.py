@@ -60,6 +60,7 @@ class Answering:
             hand for delivery in deliveries if (hand := self._take_in_hand(delivery)) is not None
         ]
         self.consumer.set_prefetch(self.pace.batches)
+        hands = self._within_allowance(hands)
         for _, alike in groupby(hands, key=lambda hand: hand.batch.run.prompt.prompt_id):
             self._answer(list(alike))
 
@@ -103,6 +104,20 @@ class Answering:
             return None
         self._trim(hand)
         return hand
+
+    def _within_allowance(self, hands: Sequence[BatchInHand]) -> list[BatchInHand]:
+        """The first, and as many behind it as are finished within the horizon: where batches become
+        larger, more came together than their size allows. The others go back.
+        """
+        kept: list[BatchInHand] = []
+        claims = 0
+        for hand in hands:
+            claims += len(hand.open)
+            if kept and claims > self.pace.allowance:
+                self.settle(hand)
+            else:
+                kept.append(hand)
+        return kept
 
     def _answer(self, hands: Sequence[BatchInHand]) -> None:
         """Ask about batches with one prompt as one, and settle each, or suspect it."""

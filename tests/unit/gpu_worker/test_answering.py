@@ -244,6 +244,17 @@ def test_small_batches_are_one_request_and_each_is_settled_by_itself(
         assert broker.settled[tag:] == [("acknowledged", tag)]
 
 
+def test_of_batches_that_have_become_larger_those_over_the_allowance_go_back(
+    answering: Answering, spec: ContextSpec, broker: RecordingBroker, requests: Requests
+) -> None:
+    assert answering.pace.allowance == 64  # until the speed is known
+    sizes = [batch_of(spec, claims=claims) for claims in (1, 60, 60, 60)]
+    answering.see_through(tagged(*sizes))
+    assert requests == [61]
+    assert broker.settled == [("given back", 2), ("given back", 3)]
+    assert {hand.delivery.tag for hand in answering.in_hand} <= {0, 1}
+
+
 def test_batches_with_different_prompts_are_requests_of_their_own(
     answering: Answering, spec: ContextSpec, broker: RecordingBroker, requests: Requests
 ) -> None:
