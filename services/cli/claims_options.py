@@ -1,13 +1,18 @@
 """The flags that say which claims are meant and how they are put to a model."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self, cast, get_args
 
 import typer
 
 from services.contracts import PromptSpec
 from services.contracts.errors import UsageError
-from services.producer import read_prompt
+from services.producer import Container, Selection, read_prompt
+from services.producer.published import FORMATS, PLAIN
+
+CONTAINERS = get_args(Container)
+FORMAT_NAMES = tuple(known.name for known in (*FORMATS, PLAIN))
 
 PromptOption = Annotated[
     Path | None,
@@ -43,6 +48,115 @@ ColumnOption = Annotated[
         show_default=False,
     ),
 ]
+
+
+FileArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="FILE",
+        help="JSONL, JSON, CSV, TSV or Parquet, compressed or not; a directory that Hugging Face's "
+        "`datasets` saved; - for standard input.",
+    ),
+]
+FormatOption = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        help=f"How the file is read; recognised otherwise. Its kind: {', '.join(CONTAINERS)}; or "
+        f"the data set: {', '.join(FORMAT_NAMES)} (docs/formats.md).",
+        show_default=False,
+    ),
+]
+LabelMapOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--label-map",
+        help='What a label in the file means: "DISPUTED=NOT ENOUGH INFO". May be given several '
+        "times. Labels that the prompt does not know are left out of the scores otherwise.",
+        show_default=False,
+    ),
+]
+EachEvidenceOption = Annotated[
+    bool,
+    typer.Option(
+        "--each-evidence", help="A claim for each piece of evidence, with that piece's own label."
+    ),
+]
+CorpusOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--corpus",
+        "--wiki",
+        help="Where evidence that is given as pages and sentence numbers is looked up: the "
+        "directory of FEVER's Wikipedia dump, or SciFact's corpus.jsonl.",
+        show_default=False,
+    ),
+]
+SplitOption = Annotated[
+    str | None,
+    typer.Option(help="Which split of a directory of Parquet or Arrow files.", show_default=False),
+]
+
+
+@dataclass(frozen=True)
+class ClaimsOptions:
+    """What the flags say of a file of claims."""
+
+    container: Container | None
+    split: str | None
+    selection: Selection
+
+    @classmethod
+    def from_flags(
+        cls,
+        prompt: PromptSpec,
+        *,
+        format: str | None,
+        column: list[str] | None,
+        label_map: list[str] | None,
+        each_evidence: bool,
+        corpus: Path | None,
+        split: str | None,
+        limit: int | None,
+        seed: int | None,
+    ) -> Self:
+        """Raises UsageError that names the flag."""
+        if format is not None and format not in (*CONTAINERS, *FORMAT_NAMES):
+            raise UsageError(
+                f"--format {format}: there is no such format; it is one of "
+                f"{', '.join((*CONTAINERS, *FORMAT_NAMES))}"
+            )
+        check_seed(limit, seed)
+        is_container = format in CONTAINERS
+        return cls(
+            container=cast(Container, format) if is_container else None,
+            split=split,
+            selection=Selection(
+                format=None if is_container else format,
+                columns=columns_from_flags(column),
+                label_map=label_map_from_flags(label_map, prompt),
+                each_evidence=each_evidence,
+                corpus=corpus,
+                limit=limit,
+                seed=seed,
+            ),
+        )
+
+
+def label_map_from_flags(pairs: list[str] | None, prompt: PromptSpec) -> dict[str, str]:
+    """Raises UsageError for what is not `label=label`, or names no label of the prompt."""
+    labels: dict[str, str] = {}
+    for pair in pairs or ():
+        label, equals, name = (part.strip() for part in pair.rpartition("="))
+        if not (label and equals and name):
+            raise UsageError(f'--label-map {pair}: write it like "DISPUTED=NOT ENOUGH INFO"')
+        if prompt.label_of(name) is None:
+            raise UsageError(
+                f"--label-map {pair}: the prompt {prompt.name!r} has no label {name!r}; it has "
+                f"{', '.join(prompt.label_names)}"
+            )
+        labels[label] = name
+    return labels
 
 
 def prompt_from_flag(path: Path | None) -> PromptSpec:

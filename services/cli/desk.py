@@ -21,7 +21,7 @@ from services.contexts import find_device
 from services.contexts.start_keeper import kept_meanwhile
 from services.contracts import Settings
 from services.contracts.errors import BrokerError, RunIncomplete, StoreError
-from services.producer import Progress, RejectedFile, Submission
+from services.producer import Progress, Submission
 from services.telemetry import MetricsServer
 
 _LOOK_SECONDS = 0.25
@@ -171,12 +171,10 @@ class Desk:
                 window=settings.publish_window,
                 declares=Declares("if-missing", (self._submission.run.context.context_id,)),
             ).open(settings.broker_connect_timeout_seconds) as publisher,
-            RejectedFile(self._directory / "rejected.jsonl") as rejections,
         ):
             self._publisher = publisher
             self._submission.publish(
                 publisher,
-                rejections,
                 batch_size=settings.batch_size,
                 order_by_evidence=settings.order_by_evidence,
                 finished=finished_in(self._database, self._run_id),

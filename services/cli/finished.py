@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from services.contracts import Claim
-from services.producer.submission import Finished
+from services.producer.submission import Finished, Submission
 
 if TYPE_CHECKING:  # not every machine that submits has a store
     from services.collector import Store
@@ -15,6 +15,18 @@ def finished_in(store: "Store", run_id: str) -> Finished:
         return store.finished(run_id, [claim.claim_id for claim in claims])
 
     return finished
+
+
+def update_gold(submission: Submission, store: "Store") -> None:
+    """Give claims that have an outcome already the gold labels that the file has now: a label's
+    column may be named, or a label mapped, when everything is computed.
+    """
+    summary = submission.input
+    if summary is None or not (summary.gold or summary.unknown_labels):
+        return  # no labels are known, and that takes none away
+    store.set_input(submission.run.run_id, summary)
+    for claims in submission.claims():
+        store.set_gold(submission.run.run_id, {claim.claim_id: claim.gold for claim in claims})
 
 
 def nothing_finished(_: Sequence[Claim]) -> Collection[str]:

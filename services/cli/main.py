@@ -17,7 +17,7 @@ with without("rich"):
     import structlog  # noqa: F401  (its tracebacks for terminals take a tenth of the time, too)
 
 _VERBS = (
-    *("run", "submit", "worker", "collect", "status", "report", "export", "cancel"),
+    *("run", "validate", "submit", "worker", "collect", "status", "report", "export", "cancel"),
     *("contexts list", "contexts warm", "contexts evict", "contexts logs", "keeper"),
     *("dead list", "dead show", "dead retry", "dead drop"),
     *("broker setup", "doctor"),
@@ -31,7 +31,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help=(
         "Verify claims with language models on GPUs that come and go.\n\n"
-        "[bold]keepwarm run FILE[/bold] does it all on one machine. The other verbs are its parts: "
+        "[bold]keepwarm run FILE[/bold] does it all on one machine; [bold]validate FILE[/bold] "
+        "says before what it would read. The other verbs are its parts: "
         "[bold]submit[/bold] publishes claims, [bold]worker[/bold] answers them, "
         "[bold]collect[/bold] stores the verdicts; [bold]status[/bold], [bold]report[/bold] and "
         "[bold]export[/bold] read the store. [bold]contexts[/bold] shows and prepares what is warm "

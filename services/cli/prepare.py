@@ -2,49 +2,72 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 
-from services.cli.claims_options import check_seed, columns_from_flags
-from services.cli.screen import line_progress, say_ignored_columns
+from services.cli.claims_options import ClaimsOptions
+from services.cli.input_summary import summary_lines
+from services.cli.screen import line_progress
 from services.contracts import ContextSpec, PromptSpec
 from services.gpu_worker import CompiledPrompt, ModelTokenizer
-from services.producer import Format, Source, Submission
+from services.producer import ClaimsFile, RejectedFile, Source, Submission
+
+
+def open_source(file: str, options: ClaimsOptions) -> Source:
+    """Raises InputError that names the file and the next step."""
+    return Source.open(
+        file,
+        options.container,
+        claim_column=options.selection.columns.get("claim"),
+        split=options.split,
+    )
+
+
+def read_claims(
+    console: Console, source: Source, prompt: PromptSpec, options: ClaimsOptions
+) -> ClaimsFile:
+    """The file recognised and read through once, with progress on the screen.
+
+    Raises InputError for the file.
+    """
+    with line_progress(console, "reading", None) as reading:
+        return ClaimsFile(source, prompt, options.selection, on_lines=reading, on_pages=reading)
 
 
 @contextmanager
 def prepared_submission(
     console: Console,
     file: str,
-    format: Format | None,
     *,
     context: Callable[[], ContextSpec],
     prompt: PromptSpec,
-    column: list[str] | None,
-    limit: int | None,
-    seed: int | None,
+    options: ClaimsOptions,
 ) -> Iterator[Submission]:
     """The file, open and surveyed, as a run of this prompt on this context.
 
     Raises InputError for the file, ModelError when the prompt's label words cannot be told apart
     under the model's tokenizer: known now, not after a model is loaded.
     """
-    check_seed(limit, seed)
-    columns = columns_from_flags(column)
-    with Source.open(file, format) as source:
+    with open_source(file, options) as source:
         # Asked only now: a name on the hub takes time, a missing file is known at once.
         pinned = context()
         CompiledPrompt(prompt, ModelTokenizer.load(pinned))
-        with line_progress(console, "reading", None) as reading:
-            survey = source.survey(reading)
-        submission = Submission(
-            source,
-            survey,
-            context=pinned,
-            prompt=prompt,
-            columns=columns,
-            limit=limit,
-            seed=seed,
-        )
-        say_ignored_columns(console, submission)
-        yield submission
+        claims = read_claims(console, source, prompt, options)
+        yield Submission(claims, context=pinned, prompt=prompt, selection=options.selection)
+
+
+def inspect_claims(console: Console, submission: Submission, rejected: Path) -> None:
+    """Say what is in the file before anything is started; its rejected lines go to `rejected`.
+
+    Raises InputError when not one line is a claim.
+    """
+    with (
+        RejectedFile(rejected) as rejections,
+        line_progress(console, "checking", submission.lines) as checking,
+    ):
+        summary = submission.inspect(rejections, checking)
+    for line in summary_lines(submission.file, summary):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if summary.rejected:
+        console.print(f"Rejected lines: {rejected}", highlight=False, markup=False, soft_wrap=True)

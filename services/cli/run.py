@@ -13,10 +13,17 @@ from rich.console import Console
 from services.cli.changed import refuse_changed_file
 from services.cli.claims_options import (
     BatchSizeOption,
+    ClaimsOptions,
     ColumnOption,
+    CorpusOption,
+    EachEvidenceOption,
+    FileArgument,
+    FormatOption,
+    LabelMapOption,
     LimitOption,
     PromptOption,
     SeedOption,
+    SplitOption,
     prompt_from_flag,
 )
 from services.cli.context_options import (
@@ -28,6 +35,7 @@ from services.cli.context_options import (
     context_from_flags,
 )
 from services.cli.desk import Desk
+from services.cli.finished import update_gold
 from services.cli.garbage import expect_many_small_objects
 from services.cli.logs import configure_logs
 from services.cli.options import (
@@ -35,22 +43,16 @@ from services.cli.options import (
     StoreOption,
 )
 from services.cli.output_dir import held_output_dir
-from services.cli.prepare import prepared_submission
+from services.cli.prepare import inspect_claims, prepared_submission
 from services.collector import (
     Store,
 )
 from services.contracts import load_settings
 from services.contracts.errors import StoreError
-from services.producer import Format
 
 
 def run(
-    file: Annotated[
-        str,
-        typer.Argument(
-            metavar="FILE", help="JSONL or CSV, one claim a line; - for standard input."
-        ),
-    ],
+    file: FileArgument,
     model: ModelOption = None,
     prompt: PromptOption = None,
     limit: LimitOption = None,
@@ -65,10 +67,12 @@ def run(
     ] = None,
     broker: BrokerOption = None,
     store: StoreOption = None,
-    format: Annotated[
-        Format | None, typer.Option(help="By the file's name otherwise.", show_default=False)
-    ] = None,
+    format: FormatOption = None,
     column: ColumnOption = None,
+    label_map: LabelMapOption = None,
+    each_evidence: EachEvidenceOption = False,
+    corpus: CorpusOption = None,
+    split: SplitOption = None,
     revision: RevisionOption = None,
     dtype: DTypeOption = "bfloat16",
     max_model_tokens: MaxTokensOption = 1024,
@@ -84,21 +88,23 @@ def run(
     settings = load_settings(broker_url=broker, store_url=store, batch_size=batch_size)
     console = Console(stderr=True)
     prompt_spec = prompt_from_flag(prompt)
+    options = ClaimsOptions.from_flags(
+        prompt_spec,
+        format=format,
+        column=column,
+        label_map=label_map,
+        each_evidence=each_evidence,
+        corpus=corpus,
+        split=split,
+        limit=limit,
+        seed=seed,
+    )
     context = partial(
         context_from_flags, settings, model, revision, dtype, max_model_tokens, engine_argument
     )
     with ExitStack() as held:
         submission = held.enter_context(
-            prepared_submission(
-                console,
-                file,
-                format,
-                context=context,
-                prompt=prompt_spec,
-                column=column,
-                limit=limit,
-                seed=seed,
-            )
+            prepared_submission(console, file, context=context, prompt=prompt_spec, options=options)
         )
         stem = "stdin" if file == "-" else Path(file).stem
         directory = out or Path("results") / f"{stem}-{submission.run.run_id.removeprefix('run-')}"
@@ -110,6 +116,8 @@ def run(
         database = Store.open(settings)
         held.callback(database.close)
         refuse_changed_file(submission, database)
+        inspect_claims(console, submission, directory / "rejected.jsonl")
+        update_gold(submission, database)
         desk = Desk(submission, settings, database, directory, console, workers)
         stopped_by = desk.work()
         desk.write_results()

@@ -13,7 +13,6 @@ from rich.text import Text
 if TYPE_CHECKING:  # a machine that only submits, or only reports, has not both
     from services.collector import Report, RunStatus
     from services.collector.startups import Startups
-    from services.producer import Submission
 
 
 @contextmanager
@@ -34,15 +33,6 @@ def line_progress(
     with progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.update(task, completed=done)
-
-
-def say_ignored_columns(console: Console, submission: "Submission") -> None:
-    if submission.ignored_columns:
-        listed = ", ".join(submission.ignored_columns)
-        console.print(
-            f"Ignored columns: {escape(listed)}. Name a field's column with --column claim=NAME",
-            highlight=False,
-        )
 
 
 def duration(seconds: float | None) -> str:

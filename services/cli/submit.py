@@ -12,10 +12,17 @@ from services.broker import BrokerAddress, Declares, Publisher
 from services.cli.changed import refuse_changed_file
 from services.cli.claims_options import (
     BatchSizeOption,
+    ClaimsOptions,
     ColumnOption,
+    CorpusOption,
+    EachEvidenceOption,
+    FileArgument,
+    FormatOption,
+    LabelMapOption,
     LimitOption,
     PromptOption,
     SeedOption,
+    SplitOption,
     prompt_from_flag,
 )
 from services.cli.context_options import (
@@ -26,17 +33,17 @@ from services.cli.context_options import (
     RevisionOption,
     context_from_flags,
 )
-from services.cli.finished import finished_in, nothing_finished
+from services.cli.finished import finished_in, nothing_finished, update_gold
 from services.cli.garbage import expect_many_small_objects
 from services.cli.logs import configure_logs
 from services.cli.options import (
     BrokerOption,
     StoreOption,
 )
-from services.cli.prepare import prepared_submission
+from services.cli.prepare import inspect_claims, prepared_submission
 from services.cli.screen import line_progress
 from services.contracts import load_settings
-from services.producer import Format, Progress, RejectedFile
+from services.producer import Progress
 from services.producer.submission import Finished
 from services.telemetry import MetricsServer
 
@@ -54,12 +61,7 @@ class _Submitting:
 
 
 def submit(
-    file: Annotated[
-        str,
-        typer.Argument(
-            metavar="FILE", help="JSONL or CSV, one claim a line; - for standard input."
-        ),
-    ],
+    file: FileArgument,
     model: ModelOption = None,
     prompt: PromptOption = None,
     limit: LimitOption = None,
@@ -67,10 +69,12 @@ def submit(
     batch_size: BatchSizeOption = None,
     broker: BrokerOption = None,
     store: StoreOption = None,
-    format: Annotated[
-        Format | None, typer.Option(help="By the file's name otherwise.", show_default=False)
-    ] = None,
+    format: FormatOption = None,
     column: ColumnOption = None,
+    label_map: LabelMapOption = None,
+    each_evidence: EachEvidenceOption = False,
+    corpus: CorpusOption = None,
+    split: SplitOption = None,
     rejected: Annotated[
         Path | None,
         typer.Option(
@@ -93,20 +97,26 @@ def submit(
     configure_logs(settings)
     console = Console(stderr=True)
     prompt_spec = prompt_from_flag(prompt)
+    options = ClaimsOptions.from_flags(
+        prompt_spec,
+        format=format,
+        column=column,
+        label_map=label_map,
+        each_evidence=each_evidence,
+        corpus=corpus,
+        split=split,
+        limit=limit,
+        seed=seed,
+    )
     context = partial(
         context_from_flags, settings, model, revision, dtype, max_model_tokens, engine_argument
     )
     with prepared_submission(
-        console,
-        file,
-        format,
-        context=context,
-        prompt=prompt_spec,
-        column=column,
-        limit=limit,
-        seed=seed,
+        console, file, context=context, prompt=prompt_spec, options=options
     ) as submission:
         run_id = submission.run.run_id
+        rejected_path = rejected or Path(f"rejected-{run_id}.jsonl")
+        inspect_claims(console, submission, rejected_path)
         finished: Finished = nothing_finished
         if settings.store_url is not None:
             from services.collector import Store  # its extra, only where a store is named
@@ -114,7 +124,7 @@ def submit(
             database = Store.open(settings)
             refuse_changed_file(submission, database)
             finished = finished_in(database, run_id)
-        rejected_path = rejected or Path(f"rejected-{run_id}.jsonl")
+            update_gold(submission, database)
         with (
             Publisher(
                 BrokerAddress.from_settings(settings),
@@ -123,7 +133,6 @@ def submit(
                 declares=Declares("if-missing", (submission.run.context.context_id,)),
             ).open(settings.broker_connect_timeout_seconds) as publisher,
             MetricsServer(settings) as metrics,
-            RejectedFile(rejected_path) as rejected_file,
             line_progress(console, "publishing", submission.lines) as publishing,
         ):
             metrics.serve(_Submitting(publisher))
@@ -136,18 +145,14 @@ def submit(
 
             totals = submission.publish(
                 publisher,
-                rejected_file,
                 batch_size=settings.batch_size,
                 order_by_evidence=settings.order_by_evidence,
                 finished=finished,
                 on_progress=show,
             )
     console.print(
-        f"{totals.lines:,} lines: {totals.claims:,} claims, {totals.repeated:,} repeated, "
-        f"{totals.rejected:,} rejected. {sent:,} claims are with the broker, for workers of "
+        f"{sent:,} of {totals.claims:,} claims are with the broker, for workers of "
         f"{submission.run.context.context_id}",
         highlight=False,
     )
-    if totals.rejected:
-        console.print(f"The rejected lines are in {rejected_path}", highlight=False, markup=False)
     print(run_id)

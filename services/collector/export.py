@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -45,17 +45,21 @@ def export_run(store: Store, known: KnownRun, format: ExportFormat, path: Path) 
 
     One row a claim, in input order. `probabilities` are by label (columns `p:LABEL` in CSV); a
     dead claim has no label but a `dead_reason`. `fever` is what the FEVER scorer takes:
-    `predicted_label` and an empty `predicted_evidence`, one row for each line of the input up to
-    the last claim's, for the scorer joins by position.
+    `predicted_label` and an empty `predicted_evidence`, one row for each record of the input, for
+    the scorer joins by position. Ids are numbers where all of the file's are.
     Raises StoreError when the file cannot be written.
     """
     labels = known.run.prompt.label_names if known.run else ()
     rows = _rows(store, known.run_key)
-    write = {
+
+    def fever(file: IO[bytes], rows: Rows, _: Sequence[str]) -> int:
+        return _write_fever(file, rows, known)
+
+    write: Callable[[IO[bytes], Rows, Sequence[str]], int] = {
         "jsonl": _write_jsonl,
         "csv": _write_csv,
         "parquet": _write_parquet,
-        "fever": _write_fever,
+        "fever": fever,
     }[format]
     try:
         with _replacing(path) as file:
@@ -127,12 +131,15 @@ def _write_jsonl(file: IO[bytes], rows: Rows, _: Sequence[str]) -> int:
     return count
 
 
-def _write_fever(file: IO[bytes], rows: Rows, _: Sequence[str]) -> int:
+def _write_fever(file: IO[bytes], rows: Rows, known: KnownRun) -> int:
     # The scorer joins by position and counts any label but the gold one as wrong: what has no
     # verdict (a dead claim, a rejected line) keeps its place as INVALID.
+    numeric = known.input is not None and known.input.numeric_ids
+
     def line(claim_id: str | None, label: str | None) -> bytes:
+        number = numeric and claim_id is not None and claim_id.isdecimal()
         prediction: dict[str, Any] = {
-            "id": claim_id,
+            "id": int(claim_id) if claim_id is not None and number else claim_id,
             "predicted_label": label or INVALID,
             "predicted_evidence": [],
         }
@@ -144,7 +151,17 @@ def _write_fever(file: IO[bytes], rows: Rows, _: Sequence[str]) -> int:
             file.write(line(None, None))
         file.write(line(row["claim_id"], row["label"]))
         count = row["position"] + 1
-    return count
+    for _gap in range(count, _records(known)):
+        file.write(line(None, None))
+    return max(count, _records(known))
+
+
+def _records(known: KnownRun) -> int:
+    """How many records of the input were wanted; 0 where the producer did not say."""
+    if known.input is None or known.run is None:
+        return 0
+    drawn = known.run.limit is not None and known.run.seed is None
+    return min(known.input.records, known.run.limit or 0) if drawn else known.input.records
 
 
 def _flat(row: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The report of a run: how right, how fast, by whom, and how long until they were ready."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection, Row, func, select
@@ -65,6 +66,8 @@ class Report(BaseModel):
     status: RunStatus
     run: Run | None
     lines: int | None
+    input: dict[str, Any] | None
+    """The producer's InputSummary; None where it did not say."""
     verdicts: dict[str, int]
     dead: dict[str, int]
     redelivered_batches: int
@@ -107,6 +110,7 @@ def build_report(store: Store, known: KnownRun) -> Report:
             lines=None
             if status.total is None
             else status.total + (status.rejected or 0) + (status.repeated or 0),
+            input=known.input and known.input.as_dict(),
             verdicts=verdicts,
             dead=dict(dead),
             redelivered_batches=redelivered,

@@ -15,7 +15,7 @@ from sqlalchemy import (
     false,
 )
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 metadata = MetaData()
 
@@ -31,6 +31,8 @@ runs = Table(
     Column("run_id", String(256), nullable=False),
     # The Run as JSON; NULL while verdicts have come but the announcement has not.
     Column("run", Text),
+    # The producer's InputSummary as JSON; NULL while it is not known.
+    Column("input", Text),
     # Totals, once the producer has sent everything.
     Column("lines", BigInteger),
     Column("claims", BigInteger),

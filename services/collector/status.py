@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection, Row, case, func, select
@@ -11,6 +12,7 @@ from services.collector.schema import deliveries, outcomes, runs, submissions, v
 from services.collector.store import Store
 from services.contracts import INVALID, ContextSpec, Run
 from services.contracts.errors import StoreError
+from services.contracts.runs import InputSummary
 
 _RATE_WINDOW_SECONDS = 60.0
 
@@ -61,6 +63,16 @@ class KnownRun:
     run_key: int
     run_id: str
     run: Run | None
+    input: InputSummary | None = None
+
+    @classmethod
+    def of(cls, row: Row[Any]) -> "KnownRun":
+        return cls(
+            row.run_key,
+            row.run_id,
+            Run.model_validate_json(row.run) if row.run else None,
+            InputSummary.model_validate_json(row.input) if row.input else None,
+        )
 
 
 def run_statuses(store: Store) -> list[RunStatus]:
@@ -91,7 +103,7 @@ def known_runs(store: Store) -> list[KnownRun]:
     """Every run in the store, the latest first, without the cost of counting how far it is."""
     with store.transaction() as connection:
         return [
-            KnownRun(row.run_key, row.run_id, Run.model_validate_json(row.run) if row.run else None)
+            KnownRun.of(row)
             for row in connection.execute(select(runs).order_by(runs.c.first_seen.desc()))
         ]
 

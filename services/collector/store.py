@@ -3,7 +3,7 @@
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +44,7 @@ from services.contracts import (
 )
 from services.contracts.errors import StoreError
 from services.contracts.notices import MAX_CANCELLED
+from services.contracts.runs import InputSummary
 
 _MOST_PARAMETERS = 500
 
@@ -100,6 +101,13 @@ class Store:
         )
         self._insert_run = dialect.insert(runs).on_conflict_do_nothing(index_elements=["run_id"])
         self._insert_submission = dialect.insert(submissions).on_conflict_do_nothing()
+        self._update_gold = (
+            update(outcomes)
+            .where(
+                outcomes.c.run_key == bindparam("key"), outcomes.c.claim_id == bindparam("claim")
+            )
+            .values(gold=bindparam("new"))
+        )
         self._insert_startup = dialect.insert(startups).on_conflict_do_nothing()
         # Wall-clock time that cannot jump while this process lives.
         self._clock_offset = time.time() - time.monotonic()
@@ -175,6 +183,32 @@ class Store:
         """Those of the ids that have an outcome in the run."""
         return {row.claim_id for row in self._among(run_id, claim_ids, outcomes.c.claim_id)}
 
+    def set_gold(self, run_id: str, golds: Mapping[str, str | None]) -> int:
+        """Give claims of the run that have an outcome these gold labels; how many were others."""
+        counts = Gained()
+        changed = []
+        columns = (outcomes.c.claim_id, outcomes.c.label, outcomes.c.gold)
+        with self.transaction() as connection:
+            key = _find_run_key(connection, run_id)
+            for row in self._rows_among(connection, key, list(golds), *columns):
+                gold = golds[row.claim_id]
+                if row.gold == gold:
+                    continue
+                changed.append({"key": key, "claim": row.claim_id, "new": gold})
+                if key is not None and row.label is not None:
+                    counts.replace_gold(key, row.label, row.gold, gold)
+            if changed:
+                connection.execute(self._update_gold, changed)
+                counts.write(connection)
+        return len(changed)
+
+    def set_input(self, run_id: str, summary: InputSummary) -> None:
+        """What the producer found in the run's file, as it is read now."""
+        with self.transaction() as connection:
+            connection.execute(
+                update(runs).where(runs.c.run_id == run_id).values(input=summary.model_dump_json())
+            )
+
     def texts(self, run_id: str, claim_ids: Sequence[str]) -> dict[str, str]:
         """The text of each claim, of these ids, that has an outcome in the run."""
         rows = self._among(run_id, claim_ids, outcomes.c.claim_id, outcomes.c.claim)
@@ -186,12 +220,18 @@ class Store:
         """These columns of each outcome of the run, of these claims."""
         with self.transaction() as connection:
             key = _find_run_key(connection, run_id)
-            for start in range(0, len(claim_ids), _MOST_PARAMETERS):
-                query = select(*columns).where(
-                    outcomes.c.run_key == key,
-                    outcomes.c.claim_id.in_(claim_ids[start : start + _MOST_PARAMETERS]),
-                )
-                yield from connection.execute(query)
+            yield from self._rows_among(connection, key, claim_ids, *columns)
+
+    @staticmethod
+    def _rows_among(
+        connection: Connection, key: int | None, claim_ids: Sequence[str], *columns: Column[Any]
+    ) -> Iterator[Row[Any]]:
+        for start in range(0, len(claim_ids), _MOST_PARAMETERS):
+            query = select(*columns).where(
+                outcomes.c.run_key == key,
+                outcomes.c.claim_id.in_(claim_ids[start : start + _MOST_PARAMETERS]),
+            )
+            yield from connection.execute(query).all()
 
     def wants(self, submission_id: str) -> bool | None:
         """Whether the claims of a submission are still to be answered; None where no producer
@@ -306,6 +346,8 @@ def _find_run_key(connection: Connection, run_id: str) -> int | None:
 
 def _write_announcement(connection: Connection, key: int, announcement: RunAnnouncement) -> None:
     totals = announcement.totals.model_dump() if announcement.totals else {}
+    if announcement.input is not None:
+        totals["input"] = announcement.input.model_dump_json()
     connection.execute(
         update(runs)
         .where(runs.c.run_key == key)

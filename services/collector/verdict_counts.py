@@ -23,6 +23,11 @@ class Gained:
         for (label, gold), number in Counter(labels).items():
             self._verdicts[run_key, label, gold] += number
 
+    def replace_gold(self, run_key: int, label: str, old: str | None, new: str | None) -> None:
+        """A verdict that is counted already has another gold label now."""
+        self._verdicts[run_key, label, old] -= 1
+        self._verdicts[run_key, label, new] += 1
+
     def write(self, connection: Connection) -> None:
         """To be called last in the transaction: until its end it holds these rows, which others who
         write verdicts of the same runs want too. All want them in the same order.

@@ -7,10 +7,11 @@ from services.collector.schema import SCHEMA_VERSION, metadata, schema_info, ver
 from services.collector.verdict_counts import count_all
 from services.contracts.errors import StoreError
 
-UPGRADABLE = (None, 2, 3)
-"""Versions (None: no tables) that lack tables or indexes of this one, and differ in nothing else.
+UPGRADABLE = (None, 2, 3, 4)
+"""Versions (None: no tables) that lack tables, indexes or columns of this one, and differ in
+nothing else.
 
-3 added `startups` and `outcomes_dead`, 4 `verdict_counts`.
+3 added `startups` and `outcomes_dead`, 4 `verdict_counts`, 5 the column `runs.input`.
 """
 _ONE_AT_A_TIME = {
     "sqlite": "BEGIN IMMEDIATE",
@@ -32,6 +33,8 @@ def up_to_date(connection: Connection) -> int | None:
         return version
     counted = inspect(connection).has_table(verdict_counts.name)
     metadata.create_all(connection)
+    if version is not None and version < 5:
+        connection.exec_driver_sql("ALTER TABLE runs ADD COLUMN input TEXT")
     for table in metadata.tables.values():
         for index in table.indexes:  # `create_all` gives none to a table that is there
             index.create(connection, checkfirst=True)

@@ -12,6 +12,8 @@ MAX_PROMPT_CHARS = 65_536
 MAX_RAW_TEXT_CHARS = 1_024
 MAX_DETAIL_CHARS = 16_384
 MAX_LABELS = 32
+MAX_COUNTED = 101
+"""Kinds that are counted apart: the most frequent hundred, and the others together."""
 MAX_EXAMPLES = 64
 MAX_ENGINE_ARGUMENTS = 128
 

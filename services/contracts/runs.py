@@ -1,15 +1,18 @@
 """The run: claims x prompt x context, and what is known of its size."""
 
 from functools import cached_property
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from services.contracts.bounds import Identity, Int63, Name
+from services.contracts.bounds import MAX_COUNTED, Identity, Int63, Name
 from services.contracts.contexts import ContextSpec
 from services.contracts.prompts import PromptSpec
 from services.contracts.values import Value, content_id
 from services.contracts.wire import Message
+
+Counts = Annotated[tuple[tuple[Name, Int63], ...], Field(max_length=MAX_COUNTED)]
+"""Kinds and how many there are of each, the most frequent first."""
 
 
 class Run(Value):
@@ -60,6 +63,36 @@ class Totals(Value):
         return self
 
 
+class InputSummary(Value):
+    """What the producer found in a file: counts, each by a few words.
+
+    `records` are those of the whole file, before `--limit`. `gold` counts the claims by label of
+    the prompt, `unknown_labels` those whose label the prompt does not know, by the file's spelling:
+    they are verified, and left out of the scores. `without_evidence` says why claims have none. Ids
+    that are all whole numbers are exported as numbers.
+    """
+
+    format: Name
+    container: Name
+    records: Int63
+    claims: Int63
+    repeated: Int63
+    rejected: Counts
+    without_evidence: Counts
+    gold: Counts
+    unlabelled: Int63
+    """Claims without a label; -1 says that there is one, which is kept back."""
+    kept_back: Int63
+    unknown_labels: Counts
+    own_ids: Int63
+    """Claims with an id made for them, because another has the same id with other evidence."""
+    numeric_ids: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same for JSON, with counts as objects."""
+        return {name: dict(value) if isinstance(value, tuple) else value for name, value in self}
+
+
 class RunAnnouncement(Message):
     """The producer's word on a run: that it begins (no totals yet), or that all of it is sent.
 
@@ -70,3 +103,4 @@ class RunAnnouncement(Message):
     run: Run
     submission_id: Identity
     totals: Totals | None = None
+    input: InputSummary | None = None

@@ -144,7 +144,11 @@ class ModelTokenizer:
         ]
 
     def token_text(self, token_id: int) -> str:
-        return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
+        return self.text([token_id])
+
+    def text(self, tokens: list[int]) -> str:
+        """What tokens stand for, special ones included."""
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=False))
 
     def chat_frame(self) -> tuple[str, str] | None:
         """What the model's chat template puts before and after a user's turn, up to where the

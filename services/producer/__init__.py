@@ -1,17 +1,21 @@
 """Files -> claims -> batches -> broker."""
 
-from services.producer.parse import Parser, Rejection
+from services.producer.claims_file import ClaimsFile, Selection
+from services.producer.parse import Parser, Reading, Rejection
 from services.producer.prompt_file import read_prompt
 from services.producer.rejected import RejectedFile
-from services.producer.source import Format, Source
+from services.producer.source import Container, Source
 from services.producer.submission import Progress, Submission
 
 __all__ = [
-    "Format",
+    "ClaimsFile",
+    "Container",
     "Parser",
     "Progress",
+    "Reading",
     "RejectedFile",
     "Rejection",
+    "Selection",
     "Source",
     "Submission",
     "read_prompt",

@@ -1,221 +1,294 @@
-"""A line becomes a claim, or a rejection that says what is wrong and what to do."""
+"""A record becomes claims, or a rejection that says what is wrong and what to do."""
 
 import hashlib
+import json
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import from_json
 
 from services.contracts import Claim, PromptSpec
-from services.contracts.bounds import ClaimText, EvidenceText, Identity
 from services.contracts.errors import InputError
-from services.producer.source import Line, Source
+from services.producer.corpus import Corpus
+from services.producer.fields import (
+    NAMES,
+    WithoutEvidence,
+    evidence_text,
+    identity_of,
+    is_missing,
+    label_text,
+    normalized,
+)
+from services.producer.published import PLAIN, Found, PublishedFormat
+from services.producer.source import Line
 
 _SHOWN_CHARS = 500
-# The JSON parser sees one line of the file and counts it as its first.
+_SHOWN_LABEL_CHARS = 80
+NO_LABEL = "-1"
+"""What data sets write where a label is kept secret."""
+# The JSON parser sees one record and counts its lines from one.
 _WHERE_IN_LINE = re.compile(r"at line 1 column")
 
-_NAMES = {
-    "id": ("id", "unique_id", "claim_id"),
-    "claim": ("claim",),
-    "evidence": ("evidence", "evidence_sentence", "evidence_text"),
-    "label": ("label", "gold_label", "claim_label"),
-}
-"""The names by which FEVER, FEVER Symmetric and VitaminC call our fields."""
+# How the parts of a Claim are called in files.
+_FIELDS = {"claim_id": "id", "text": "claim", "evidence": "evidence", "position": None}
 
 _NEXT_STEPS = {
-    "json_invalid": "write one JSON object a line, in UTF-8",
-    "missing": "every line needs a `claim`",
-    "model_type": 'write an object, like {"claim": "…", "evidence": "…", "label": "…"}',
     "string_type": "put the text in quotes",
     "string_too_long": "shorten it, or split the claim",
     "string_too_short": "give it some text, or leave the line out",
     "string_pattern_mismatch": "remove NUL characters, and give it more than white space",
     "string_unicode": "save the file as UTF-8",
 }
+_WRITE_JSON = "write one JSON object a line, in UTF-8"
+_WRITE_OBJECT = 'write an object, like {"claim": "…", "evidence": "…", "label": "…"}'
 
 
 class Rejection(BaseModel):
-    """A line that is no claim, as a row of `rejected.jsonl`."""
+    """A line that is no claim, as a row of `rejected.jsonl`. `kind` is its reason in few words."""
 
     model_config = ConfigDict(frozen=True)
 
     source: str
     line: int
     field: str | None
+    kind: str
     reason: str
     next_step: str
     content: str
     """The line itself, cut at 500 characters."""
 
 
-def _identity(value: Any) -> Any:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    return None if value == "" else value
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A claim as it was read.
 
+    `label` is the file's spelling of its label, "" where it has none; `claim.gold` is None where
+    the prompt does not know it. `without_evidence` says why there is no evidence.
+    """
 
-def _evidence(value: Any) -> Any:
-    if not isinstance(value, list):
-        return value
-    # FEVER's own files have lists of page and sentence numbers here, without the text.
-    return " ".join(value) if all(isinstance(part, str) for part in value) else None
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
-    id: Annotated[Identity | None, BeforeValidator(_identity)] = Field(
-        None, validation_alias=AliasChoices(*_NAMES["id"])
-    )
-    claim: ClaimText
-    evidence: Annotated[EvidenceText | None, BeforeValidator(_evidence)] = Field(
-        None, validation_alias=AliasChoices(*_NAMES["evidence"])
-    )
-    label: str | None = Field(None, validation_alias=AliasChoices(*_NAMES["label"]))
+    claim: Claim
+    label: str
+    without_evidence: WithoutEvidence | None
 
 
 class Parser:
-    """Turns the lines of one source into claims for one prompt.
+    """Turns the records of one file into claims for one prompt.
 
     `columns` renames columns: our field (`id`, `claim`, `evidence`, `label`) to the file's.
+    `label_map` says which label of the prompt a spelling in the file means. With `each_evidence` a
+    record becomes a claim for each piece of its evidence. References to pages are looked up in
+    `corpus`.
     """
 
     def __init__(
-        self, source: Source, prompt: PromptSpec, columns: Mapping[str, str] | None = None
+        self,
+        source_name: str,
+        prompt: PromptSpec,
+        format: PublishedFormat = PLAIN,
+        *,
+        columns: Mapping[str, str] | None = None,
+        label_map: Mapping[str, str] | None = None,
+        each_evidence: bool = False,
+        corpus: Corpus | None = None,
     ) -> None:
-        """Raises InputError when a named column is unknown, or no CSV column can be the claim."""
-        self._source_name = source.name
+        self._source_name = source_name
         self._prompt = prompt
+        self._format = format
         self._columns = dict(columns or {})
-        unknown = sorted(self._columns.keys() - _NAMES.keys())
-        if unknown:
-            raise InputError(
-                f"--column {unknown[0]}=…: there is no such field; the fields are "
-                f"{', '.join(_NAMES)}"
-            )
-        self.ignored_columns: tuple[str, ...] = ()
-        if source.format == "csv":
-            self._check_header(source.columns())
+        self._label_map = {normalized(label): name for label, name in (label_map or {}).items()}
+        self._golds: dict[str, str | None] = {}
+        self._each_evidence = each_evidence
+        self._corpus = corpus
+        self.unseen_columns = set(self._columns.values())
+        """Columns that were named and that no record had so far."""
+        self.keys_seen: dict[str, None] = {}
+        """Names of columns or keys in the order in which they came; a bounded number."""
 
-    def _check_header(self, header: list[str]) -> None:
-        doubled = next((name for name in header if header.count(name) > 1), None)
-        if doubled is not None:
-            raise InputError(
-                f"{self._source_name}, line 1: two columns are called {doubled!r}; rename one"
-            )
-        listed = ", ".join(repr(name) for name in header[:20]) or "none"
-        for field, column in self._columns.items():
-            if column not in header:
-                raise InputError(
-                    f"{self._source_name}, line 1: there is no column {column!r} for {field}; "
-                    f"the columns are {listed}"
-                )
-        if "claim" not in self._columns and "claim" not in header:
-            raise InputError(
-                f"{self._source_name}, line 1: no column is called 'claim'; the columns are "
-                f"{listed}. Name the one that holds it with --column claim=NAME"
-            )
-        known = set(self._columns.values()).union(*_NAMES.values())
-        self.ignored_columns = tuple(name for name in header if name not in known)
-
-    def parse(self, line: Line) -> Claim | Rejection:
-        """The claim on this line, or why there is none."""
+    def parse(self, line: Line) -> Sequence[Reading] | Rejection:
+        """The claims of this record, or why there is none."""
         if line.fault is not None:
-            return self._reject(line, None, line.fault, "mend the line, or leave it out")
+            kind = "unreadable line"
+            return self._reject(line, None, kind, line.fault, "mend the line, or leave it out")
+        fields: Any = line.content
+        if isinstance(fields, bytes):
+            try:
+                fields = from_json(fields)
+            except ValueError as error:
+                return self._not_json(line, error)
+            if not isinstance(fields, dict):
+                reason = "Input should be an object"
+                return self._reject(line, None, "not an object", reason, _WRITE_OBJECT)
+        self._note_keys(fields)
         try:
-            record = self._record(line.content)
-        except ValidationError as error:
-            return self._explain(line, error)
-        gold = None
-        if record.label:
-            gold = self._prompt.label_of(record.label)
-            if gold is None:
-                known = ", ".join(self._prompt.label_names)
-                return self._reject(
-                    line,
-                    "label",
-                    f"unknown label {record.label[:80]!r}",
-                    f"the prompt {self._prompt.name!r} knows {known}; correct the label, or add it "
-                    "as an alias in the prompt file",
-                )
-        return Claim(
-            claim_id=record.id or _id_by_content(record.claim, record.evidence),
-            position=line.position,
-            text=record.claim,
-            evidence=record.evidence or None,
-            gold=gold,
-        )
+            found = self._found(fields)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            # Another value in a published format's place for lists and objects.
+            return self._reject(
+                line,
+                None,
+                "not of its format",
+                f"it is not a record of {self._format.title}: {error}",
+                "correct it, or read the file with --format plain",
+            )
+        readings = []
+        for one in found:
+            try:
+                readings.append(self._reading(line, one))
+            except ValidationError as error:
+                return self._explain(line, error, one)
+        return readings
+
+    def references(self, line: Line) -> Sequence[tuple[str, int | None]]:
+        """The pages and sentences that this record refers to."""
+        try:
+            fields = from_json(line.content) if isinstance(line.content, bytes) else line.content
+            return [r for found in self._found(fields) for r in found.references]
+        except (AttributeError, LookupError, TypeError, ValueError):
+            return ()
 
     def contradicted(self, line: Line, claim: Claim) -> Rejection:
-        """For a claim whose id an earlier line has for other content."""
+        """For a claim whose id an earlier line has for another claim, or with another label."""
         return self._reject(
             line,
             "id",
+            "contradicts an earlier line",
             f"the id {claim.claim_id[:80]!r} stands on an earlier line with other content",
             "give it an id of its own, or none at all",
         )
 
-    def _record(self, content: bytes | Mapping[str, str]) -> _Record:
-        if isinstance(content, bytes):
-            if not self._columns:
-                return _Record.model_validate_json(content.rstrip())
-            fields: Any = _Any.model_validate_json(content.rstrip()).model_dump()
+    def _found(self, fields: Mapping[str, Any]) -> Sequence[Found]:
+        named = {normalized(name): value for name, value in fields.items()}
+        for field, name in self._columns.items():
+            for ours in NAMES[field]:
+                named.pop(ours, None)
+            if field != "evidence" and name in fields:
+                named[NAMES[field][0]] = fields[name]
+        if self._each_evidence and self._format.pieces is not None:
+            found = list(self._format.pieces(named))
         else:
-            fields = content
-        renamed = {name: fields[name] for name in fields if name not in self._columns}
-        renamed |= {field: fields[name] for field, name in self._columns.items() if name in fields}
-        return _Record.model_validate(renamed)
+            found = [self._format.read(named)]
+        if "evidence" in self._columns:
+            value = fields.get(self._columns["evidence"])
+            text, why = (value, None) if _is_scalar(value) else evidence_text(value)
+            found = [one._replace(evidence=text, without=why, references=()) for one in found]
+        return found
 
-    def _explain(self, line: Line, error: ValidationError) -> Rejection:
-        fault = error.errors(include_url=False)[0]
-        field = str(fault["loc"][0]) if fault["loc"] else None
-        next_step = _NEXT_STEPS.get(fault["type"], "correct it, or leave the line out")
-        message = fault["msg"]
-        if fault["type"] == "json_invalid":
-            message = _WHERE_IN_LINE.sub("at column", message)
-            if not _is_utf8(line.content):
-                message, next_step = "the line is not UTF-8", _NEXT_STEPS["string_unicode"]
-        if fault["type"] == "string_pattern_mismatch":
-            message = (
-                "it contains a NUL character"
-                if "\0" in str(fault.get("input", ""))
-                else "it is blank"
-            )
-        return self._reject(line, field, message, next_step)
-
-    def _reject(self, line: Line, field: str | None, reason: str, next_step: str) -> Rejection:
-        content = (
-            line.content.decode("utf-8", errors="replace").rstrip("\r\n")
-            if isinstance(line.content, bytes)
-            else repr(dict(line.content))
+    def _reading(self, line: Line, found: Found) -> Reading:
+        evidence, without = found.evidence, found.without
+        if evidence is None and self._corpus is not None and found.references:
+            evidence = self._corpus.text(found.references)
+            without = None if evidence else WithoutEvidence.NOT_FOUND
+        label, gold = self._gold(found.label)
+        claim_id = identity_of(found.id)
+        text = found.claim
+        if claim_id is None and isinstance(text, str) and isinstance(evidence, str | None):
+            claim_id = _id_by_content(text, evidence)
+        return Reading(
+            Claim(
+                claim_id=claim_id if claim_id is not None else "?",
+                position=line.position,
+                text=text,
+                evidence=evidence or None,
+                gold=gold,
+            ),
+            label,
+            without,
         )
+
+    def _gold(self, value: Any) -> tuple[str, str | None]:
+        """A label as the file spells it, and as the prompt calls it."""
+        if self._format.classes and isinstance(value, int) and not isinstance(value, bool):
+            value = self._format.classes[value] if 0 <= value < len(self._format.classes) else value
+        label = label_text(value)
+        if label is None:
+            return "", None
+        if label == NO_LABEL:
+            return NO_LABEL, None
+        shown = label[:_SHOWN_LABEL_CHARS]
+        if label not in self._golds and len(self._golds) < 10_000:
+            self._golds[label] = self._meaning(label)
+        return shown, self._golds.get(label)
+
+    def _meaning(self, label: str) -> str | None:
+        mapped = self._label_map.get(normalized(label))
+        if mapped is not None:
+            return self._prompt.label_of(mapped)
+        return self._prompt.label_of(label) or self._prompt.label_of(
+            self._format.labels.get(label.casefold(), label)
+        )
+
+    def _note_keys(self, fields: Mapping[str, Any]) -> None:
+        if self.unseen_columns:
+            self.unseen_columns.difference_update(fields)
+        if len(self.keys_seen) < 100:
+            self.keys_seen.update(dict.fromkeys(fields))
+
+    def _not_json(self, line: Line, error: ValueError) -> Rejection:
+        assert isinstance(line.content, bytes)
+        try:
+            line.content.decode()
+        except UnicodeDecodeError:
+            reason = "the line is not UTF-8"
+            return self._reject(line, None, "not UTF-8", reason, _NEXT_STEPS["string_unicode"])
+        reason = f"Invalid JSON: {_WHERE_IN_LINE.sub('at column', str(error))}"
+        return self._reject(line, None, "not JSON", reason, _WRITE_JSON)
+
+    def _explain(self, line: Line, error: ValidationError, found: Found) -> Rejection:
+        fault = error.errors(include_url=False)[0]
+        field = _FIELDS.get(str(fault["loc"][0])) if fault["loc"] else None
+        message, kind = fault["msg"], fault["type"].replace("_", " ")
+        next_step = _NEXT_STEPS.get(fault["type"], "correct it, or leave the line out")
+        if field == "claim" and found.claim is None:
+            listed = ", ".join(list(self.keys_seen)[:12])
+            next_step = (
+                f"every line needs a `claim`; the keys are {listed}: if another holds it, name it "
+                "with --column claim=NAME"
+            )
+            return self._reject(line, field, "no claim", "Field required", next_step)
+        if fault["type"] == "string_pattern_mismatch":
+            blank = "\0" not in str(fault.get("input", ""))
+            message = "it is blank" if blank else "it contains a NUL character"
+            kind = "blank" if blank else "NUL character"
+        return self._reject(line, field, f"{field}: {kind}" if field else kind, message, next_step)
+
+    def _reject(
+        self, line: Line, field: str | None, kind: str, reason: str, next_step: str
+    ) -> Rejection:
+        if isinstance(line.content, bytes):
+            content = line.content.decode("utf-8", errors="replace").rstrip("\r\n")
+        else:
+            content = json.dumps(dict(line.content), ensure_ascii=False, default=str)
         return Rejection(
             source=self._source_name,
             line=line.number,
             field=field,
+            kind=kind,
             reason=reason,
             next_step=next_step,
-            content=content[:_SHOWN_CHARS],
+            content=content[:_SHOWN_CHARS].encode(errors="replace").decode(),
         )
 
 
-class _Any(BaseModel):
-    model_config = ConfigDict(extra="allow")
+def check_columns(columns: Mapping[str, str]) -> None:
+    """Raises InputError for a field that there is not."""
+    unknown = sorted(columns.keys() - NAMES.keys())
+    if unknown:
+        raise InputError(
+            f"--column {unknown[0]}=…: there is no such field; the fields are {', '.join(NAMES)}"
+        )
 
 
-def _is_utf8(content: bytes | Mapping[str, str]) -> bool:
-    try:
-        return isinstance(content, Mapping) or bool(content.decode())
-    except UnicodeDecodeError:
-        return False
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, int | float) and not is_missing(value)
 
 
 def _id_by_content(claim: str, evidence: str | None) -> str:
     """The same claim with the same evidence has the same id, in every file and on every day."""
     digest = hashlib.blake2b(digest_size=8)
-    digest.update(claim.encode())
+    digest.update(claim.encode(errors="surrogateescape"))
     digest.update(b"\0")
-    digest.update((evidence or "").encode())
+    digest.update((evidence or "").encode(errors="surrogateescape"))
     return f"c-{digest.hexdigest()}"

@@ -1,37 +1,49 @@
-"""A file of claims: found, kept still, counted, and read line by line in constant memory."""
+"""A file of claims: found, kept still, counted, and read record by record in constant memory."""
 
-import codecs
-import csv
 import hashlib
-import shutil
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import IO, Literal, NamedTuple, Self
+from typing import IO, Any, Literal, Self
 
-from services.contracts.bounds import MAX_LINE_BYTES
+from pydantic_core import from_json
+
 from services.contracts.errors import InputError
+from services.producer.delimited import Dialect, find_dialect, records
+from services.producer.fields import CLAIM_NAMES, normalized
+from services.producer.files import SAMPLE_BYTES, as_utf8, decompressed, encoding_of, open_file
+from services.producer.json_values import json_values
+from services.producer.lines import bounded_lines
+from services.producer.published import columns_without_header
+from services.producer.tables import rows, table_files
 
-Format = Literal["jsonl", "csv"]
-STANDARD_INPUT = "-"
+Container = Literal["jsonl", "json", "csv", "parquet", "arrow"]
+"""How records are kept in a file. `csv` is all delimited text; `json` is an array, or objects that
+span lines."""
+
+_Record = tuple[int, bytes | Mapping[str, Any], str | None]
+"""Its number, what is in it, and why it could not be read."""
 
 _SURVEY_EVERY = 100_000
+_MOST_MERGED = 1_000
+_ARROW_STREAM = b"\xff\xff\xff\xff"
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
     """One record as it stands in the file.
 
-    `number` is the line in the file, from 1 (for CSV, the line on which the record ends);
-    `position` counts records from 0. `content` is a JSON text, or a CSV record's fields by column;
-    `fault` says why it could not even be read.
+    `number` is the line in the file, from 1 (of delimited text the line on which the record ends,
+    of a JSON array the line on which it begins, of Parquet and Arrow the row); `position` counts
+    records from 0. `content` is a JSON text, or a record's values by column; `fault` says why it
+    could not even be read.
     """
 
     number: int
     position: int
-    content: bytes | Mapping[str, str]
+    content: bytes | Mapping[str, Any]
     fault: str | None = None
 
 
@@ -44,58 +56,111 @@ class Survey:
 
 
 class Source:
-    """A file that can be read twice: first surveyed, then sent.
+    """A file that can be read twice: first surveyed, then sent. What it is, is told by its first
+    bytes, whatever its name.
 
-    Standard input is copied to a temporary file, for a run's identity depends on all of it. Use as
-    a context manager.
+    Compressed files are decompressed as they are read. Standard input is copied to a temporary
+    file, for a run's identity depends on all of it. Use as a context manager.
     """
 
-    def __init__(self, file: IO[bytes], name: str, format: Format) -> None:
-        self._file = file
+    def __init__(
+        self,
+        files: Sequence[IO[bytes]],
+        name: str,
+        container: Container | None = None,
+        *,
+        claim_column: str | None = None,
+    ) -> None:
+        """`claim_column` is the column or key that holds the claim, where it is not a known one; a
+        number counts the columns of delimited text without a header.
+
+        Raises InputError when delimited text has no such column.
+        """
         self.name = name
-        self.format = format
+        self.container = container or _container(files[0], name)
+        self._files = [
+            file if self.container in ("parquet", "arrow") else as_utf8(file, name)
+            for file in files
+        ]
+        self._claim_column = claim_column
+        self.merge_key: str | None = None
+        """Records that follow each other with the same value of this key are one, with all of them
+        as its `rows`."""
+        self._dialect: Dialect | None = None
+        if self.container == "csv":
+            try:
+                self._dialect = find_dialect(
+                    self._files[0],
+                    name,
+                    names_claim=self._names_claim,
+                    unnamed=self._columns_by_number,
+                )
+            except InputError:
+                self.close()
+                raise
 
     @classmethod
-    def open(cls, path: str, format: Format | None = None) -> Self:
-        """Raises InputError that names the file and the next step."""
-        if path == STANDARD_INPUT:
-            name = "standard input"
-            return cls(_spooled(sys.stdin.buffer, name), name, format or "jsonl")
-        try:
-            file: IO[bytes] = Path(path).open("rb")  # noqa: SIM115  (closed by __exit__)
-        except IsADirectoryError as error:
-            raise InputError(f"{path} is a directory; name a file of claims in it") from error
-        except FileNotFoundError as error:
-            raise InputError(f"{path} does not exist; check the path") from error
-        except PermissionError as error:
-            raise InputError(
-                f"{path} may not be read by this user; see `ls -l` and chmod"
-            ) from error
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}") from error
-        # A name that is not UTF-8 can be opened, but not written into a message.
-        name = path.encode(errors="replace").decode()
-        if not file.seekable():
-            with file as stream:
-                file = _spooled(stream, name)
-        guessed: Format = "csv" if Path(path).suffix.lower() == ".csv" else "jsonl"
-        return cls(file, name, format or guessed)
+    def open(
+        cls,
+        path: str,
+        container: Container | None = None,
+        *,
+        claim_column: str | None = None,
+        split: str | None = None,
+    ) -> Self:
+        """A file, a directory of Parquet or Arrow files, or `-` for standard input.
+
+        Raises InputError that names the file and the next step.
+        """
+        with ExitStack() as held:
+            if path != "-" and Path(path).is_dir():
+                opened = [open_file(str(file)) for file in table_files(Path(path), split)]
+                name = path.encode(errors="replace").decode()
+            else:
+                opened = [open_file(path)]
+                name = opened[0][1]
+            for file, _ in opened:
+                held.callback(file.close)
+            files = [decompressed(file, name) for file, name in opened]
+            source = cls(files, name, container, claim_column=claim_column)
+            held.pop_all()
+            return source
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self.close()
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    @property
+    def columns(self) -> tuple[str, ...] | None:
+        """The columns of delimited text; None for other containers."""
+        return None if self._dialect is None else self._dialect.columns
+
+    @property
+    def delimiter(self) -> str | None:
+        """What stands between the fields of delimited text; None for other containers."""
+        return None if self._dialect is None else self._dialect.delimiter
+
+    @property
+    def has_header(self) -> bool:
+        """Whether the columns are named in the file."""
+        return self._dialect is None or self._dialect.header
 
     def survey(self, on_lines: Callable[[int], None] = lambda _: None) -> Survey:
         """Read it through. `on_lines` hears how many records were read so far.
 
         Raises InputError when there is nothing in it.
         """
-        self._file.seek(0)
         digest = hashlib.blake2b(digest_size=16)
-        while chunk := self._file.read(1 << 20):
-            digest.update(chunk)
+        for file in self._files:
+            file.seek(0)
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
         lines = 0
         for line in self.lines():
             lines = line.position + 1
@@ -108,95 +173,108 @@ class Source:
 
     def lines(self) -> Iterator[Line]:
         """Every record, in order. Blank lines are not records."""
-        return self._csv_lines() if self.format == "csv" else self._json_lines()
+        records = self._records() if self.merge_key is None else self._merged(self.merge_key)
+        for position, (number, content, fault) in enumerate(records):
+            yield Line(number, position, content, fault)
 
-    def columns(self) -> list[str]:
-        """The header of a CSV file."""
-        return next(_rows(self._file), (0, [], None))[1]
+    def first_records(self, count: int) -> list[Mapping[str, Any]]:
+        """The first records that can be read, to tell what they are."""
+        looked_at = islice(self._records(), 4 * count)
+        found = (_as_object(content) for _, content, fault in looked_at if fault is None)
+        return [record for record in found if record is not None][:count]
 
-    def _json_lines(self) -> Iterator[Line]:
-        position = 0
-        for number, content, fault, _ in _bounded_lines(self._file):
-            if fault is not None or not content.isspace():
-                yield Line(number, position, content, fault)
-                position += 1
+    def _merged(self, key: str) -> Iterator[_Record]:
+        group: list[Mapping[str, Any]] = []
+        first = 0
+        for number, content, fault in self._records():
+            row = _as_object(content) if fault is None else None
+            same = row is not None and group and row.get(key) == group[0].get(key)
+            if group and not (same and len(group) < _MOST_MERGED):
+                yield first, {**group[0], "rows": group}, None
+                group = []
+            if row is None:
+                yield number, content, fault
+            else:
+                first = first if group else number
+                group.append(row)
+        if group:
+            yield first, {**group[0], "rows": group}, None
 
-    def _csv_lines(self) -> Iterator[Line]:
-        rows = _rows(self._file)
-        header = next(rows, (0, [], None))[1]
-        for position, (number, row, fault) in enumerate(rows):
-            if fault is None and len(row) != len(header):
-                fault = f"it has {len(row)} fields; the header has {len(header)}"
-            yield Line(number, position, dict(zip(header, row, strict=False)), fault)
+    def _records(self) -> Iterator[_Record]:
+        if self._dialect is not None:
+            names = self._dialect.columns
+            for number, fields, fault in records(self._files[0], self._dialect):
+                pairs = zip(names, fields, strict=False)
+                yield number, {name: field for name, field in pairs if name}, fault
+        elif self.container == "json":
+            for number, value in json_values(self._files[0], self.name):
+                yield number, value, None
+        elif self.container == "jsonl":
+            for number, content, fault, _ in bounded_lines(self._files[0]):
+                if fault is not None or not content.isspace():
+                    yield number, content, fault
+        else:
+            number = 0
+            for file in self._files:
+                for row in rows(file, self.name, self.container):
+                    number += 1
+                    yield number, row, None
+
+    def _names_claim(self, header: Collection[str]) -> bool:
+        if self._claim_column is not None:
+            return normalized(self._claim_column) in map(normalized, header)
+        return any(normalized(column) in CLAIM_NAMES for column in header)
+
+    def _columns_by_number(self, fields: Sequence[str]) -> Sequence[str] | None:
+        """The columns of a file without a header, where they are known."""
+        column = self._claim_column
+        if column is None:
+            return columns_without_header(fields)
+        if not column.isdecimal() or not 1 <= int(column) <= len(fields):
+            return None
+        return [str(number) for number in range(1, len(fields) + 1)]
 
 
-def _spooled(stream: IO[bytes], name: str) -> IO[bytes]:
-    """All of a stream in a temporary file that has no name and so cannot stay behind."""
-    spool = tempfile.TemporaryFile()  # noqa: SIM115  (the caller closes it)
+def _as_object(content: bytes | Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """A record's values by name; None when it is no JSON object."""
+    if isinstance(content, Mapping):
+        return content
     try:
-        shutil.copyfileobj(stream, spool, 1 << 20)
-    except OSError as error:
-        spool.close()
-        raise InputError(
-            f"{name} cannot be kept in {tempfile.gettempdir()}: {error.strerror}; make "
-            "room, or set TMPDIR to a directory with more"
-        ) from error
-    return spool
+        value = from_json(content)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
-class _Physical(NamedTuple):
-    """A line as it stands in the file; `quotes` are counted only in one over the bound."""
-
-    number: int
-    content: bytes
-    fault: str | None = None
-    quotes: int = 0
-
-
-def _bounded_lines(file: IO[bytes]) -> Iterator[_Physical]:
-    """Lines with their numbers; a line over the bound is skipped without being held in memory."""
+def _container(file: IO[bytes], name: str) -> Container:
+    """What a file's first bytes say; the name decides only where they say nothing."""
     file.seek(0)
-    if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:  # spreadsheets and Windows write one
-        file.seek(0)
-    number = 0
-    while line := file.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        if len(line) <= MAX_LINE_BYTES or line.endswith(b"\n"):
-            yield _Physical(number, line)
-            continue
-        start, quotes = line[:1_000], line.count(b'"')
-        while line and not line.endswith(b"\n"):
-            line = file.readline(MAX_LINE_BYTES)
-            quotes += line.count(b'"')
-        fault = f"the line is longer than {MAX_LINE_BYTES:,} bytes"
-        yield _Physical(number, start, fault, quotes)
+    sample = file.read(SAMPLE_BYTES)
+    file.seek(0)
+    if sample.startswith(b"PAR1"):
+        return "parquet"
+    if sample.startswith((b"ARROW1", _ARROW_STREAM)):
+        return "arrow"
+    if encoding := encoding_of(sample):
+        sample = sample.decode(encoding, "replace").encode()
+    sample = sample.removeprefix(b"\xef\xbb\xbf").replace(b"\r", b"\n")
+    first, _, rest = sample.lstrip().partition(b"\n")
+    first = first.strip()
+    if first.startswith(b"["):
+        # A list a line is JSONL that holds no claims; an array may stand on one line as well.
+        return "jsonl" if _is_json(first) and rest.lstrip().startswith(b"[") else "json"
+    if first.startswith(b"{"):
+        spans_lines = first.endswith((b"{", b"[", b",")) and not _is_json(first)
+        return "json" if spans_lines else "jsonl"
+    lines = sample.split(b"\n")
+    if not sample.strip() or any(line.lstrip().startswith(b"{") for line in lines):
+        return "jsonl"  # its first lines are broken
+    return "jsonl" if Path(name).suffix.lower() in (".jsonl", ".ndjson") else "csv"
 
 
-def _rows(file: IO[bytes]) -> Iterator[tuple[int, list[str], str | None]]:
-    """CSV records with the number of their last line and, for a broken one, what is wrong."""
-    bad_lines: list[str] = []
-
-    def texts() -> Iterator[str]:
-        for number, content, fault, quotes in _bounded_lines(file):
-            if fault is not None:
-                bad_lines.append(f"line {number}: {fault}")
-                # In its place a field of the same kind: it opens or closes a quote, or neither.
-                content = b'"\n' if quotes % 2 else b"x\n"
-            # What is not UTF-8 becomes lone surrogates; the parser of claims refuses them.
-            yield content.decode("utf-8", errors="surrogateescape")
-
-    csv.field_size_limit(MAX_LINE_BYTES)
-    reader = csv.reader(texts(), strict=True)
-    while True:
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            bad_lines.clear()
-            yield reader.line_num, [], str(error)
-            continue
-        if row:
-            fault = bad_lines.pop() if bad_lines else None
-            bad_lines.clear()
-            yield reader.line_num, row, fault
+def _is_json(text: bytes) -> bool:
+    try:
+        from_json(text)
+    except ValueError:
+        return False
+    return True

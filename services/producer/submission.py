@@ -1,9 +1,9 @@
 """The producer's work: a file's lines become batches on the broker, and totals that add up."""
 
 import secrets
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from services.broker import Outgoing, Publisher
 from services.contracts import (
@@ -18,16 +18,13 @@ from services.contracts import (
 )
 from services.contracts.bounds import MAX_BATCH_BYTES, MAX_NAME_CHARS
 from services.contracts.errors import InputError
-from services.contracts.values import content_id
+from services.contracts.runs import InputSummary
+from services.producer.claims_file import ClaimsFile, Selection
 from services.producer.metrics import LINES, PUBLISHED
 from services.producer.ordering import together
-from services.producer.parse import Parser, Rejection
 from services.producer.rejected import RejectedFile
-from services.producer.sample import chosen
-from services.producer.seen import SeenIds, Sighting
-from services.producer.source import Source, Survey
+from services.producer.summary import FileSummary
 
-_CHUNK_LINES = 1_024
 # In bytes: what a claim's field names and numbers add to its texts.
 _CLAIM_OVERHEAD_BYTES = 100
 
@@ -45,50 +42,52 @@ class Progress:
 
 
 class Submission:
-    """One file as one run: surveyed when made, published by `publish`.
+    """One file as one run, published by `publish`.
 
     Publishing again publishes the same batches; a store that has some of their claims ignores
     them, and with `finished` they are not even sent.
     """
 
     def __init__(
-        self,
-        source: Source,
-        survey: Survey,
-        *,
-        context: ContextSpec,
-        prompt: PromptSpec,
-        columns: Mapping[str, str] | None = None,
-        limit: int | None = None,
-        seed: int | None = None,
+        self, file: ClaimsFile, *, context: ContextSpec, prompt: PromptSpec, selection: Selection
     ) -> None:
-        """Raises InputError when the columns do not fit the file."""
-        self._source = source
-        self._survey = survey
-        self._parser = Parser(source, prompt, columns)
+        self.file = file
+        self.input: InputSummary | None = None
+        """What `inspect` found."""
         self.submission_id = secrets.token_hex(8)
-        self.lines = survey.lines if limit is None else min(limit, survey.lines)
         self.run = Run(
-            source=source.name[-MAX_NAME_CHARS:],
-            source_digest=content_id(
-                "src",
-                {"bytes": survey.digest, "format": source.format, "columns": dict(columns or {})},
-            ),
+            source=file.name[-MAX_NAME_CHARS:],
+            source_digest=file.source_digest,
             context=context,
             prompt=prompt,
-            limit=limit,
-            seed=seed,
+            limit=selection.limit,
+            seed=selection.seed,
         )
 
     @property
-    def ignored_columns(self) -> tuple[str, ...]:
-        """Columns of a CSV file that are no field of a claim."""
-        return self._parser.ignored_columns
+    def lines(self) -> int:
+        """How many records are read."""
+        return self.file.lines
+
+    def inspect(
+        self, rejections: RejectedFile, on_lines: Callable[[int], None] = lambda _: None
+    ) -> InputSummary:
+        """Read every claim, write down what is none, and say what there is.
+
+        Raises InputError when not one line is a claim, or a named column is in none.
+        """
+        summary = self.file.inspect(rejections.write, on_lines)
+        if summary.claims == 0:
+            raise InputError(
+                f"{self.file.name}: none of its {self.lines:,} lines is a claim; "
+                f"{rejections.path} says why"
+            )
+        self.input = summary
+        return summary
 
     def publish(
         self,
         publisher: Publisher,
-        rejections: RejectedFile,
         *,
         batch_size: int,
         order_by_evidence: bool = True,
@@ -98,22 +97,22 @@ class Submission:
         """Send every claim, wait until the broker has them all, and say how many there were.
 
         The run is announced before the first batch and again, with its totals, after the last.
-        Raises InputError when not one line is a claim.
         """
         self._announce(publisher, None)
-        counts, counted = _nothing_counted(), _nothing_counted()
+        summary = self.file.new_summary()
+        counted: Counter[str] = Counter()
         published = 0
 
         def waiting() -> Iterator[Claim]:
             nonlocal published
-            for claims in self._distinct_claims(counts, rejections.write):
-                _count_lines(counts, counted)
+            for lines, claims in self.file.claims(summary):
+                _count_lines(summary, counted)
                 done = finished(claims)
                 for claim in claims:
                     if claim.claim_id not in done:
                         published += 1
                         yield claim
-                on_progress(Progress(counts["lines"], published, counts["rejected"]))
+                on_progress(Progress(lines, published, summary.rejected))
 
         ordered = together(waiting()) if order_by_evidence else waiting()
         for number, claims in enumerate(_batches(ordered, batch_size)):
@@ -132,53 +131,30 @@ class Submission:
                 )
             )
             PUBLISHED.inc(len(claims))
-        totals = Totals(**counts)
+        totals = Totals(
+            lines=summary.claims + summary.repeated + summary.rejected,
+            claims=summary.claims,
+            repeated=summary.repeated,
+            rejected=summary.rejected,
+        )
         publisher.flush()
         self._announce(publisher, totals)
-        if totals.claims == 0:
-            raise InputError(
-                f"{self._source.name}: none of its {totals.lines:,} lines is a claim; "
-                f"{rejections.path} says why"
-            )
         return totals
 
     def claims(self) -> Iterator[Sequence[Claim]]:
         """What would be sent, in pieces, without sending it."""
-        yield from self._distinct_claims(_nothing_counted(), lambda _: None)
-
-    def _distinct_claims(
-        self, counts: dict[str, int], on_rejected: Callable[[Rejection], None]
-    ) -> Iterator[list[Claim]]:
-        """The claims in chunks, without the repeated and the contradicted; the rest is counted."""
-        seen = SeenIds()
-        lines = chosen(self._source.lines(), self._survey.lines, self.run.limit, self.run.seed)
-        try:
-            while chunk := list(islice(lines, _CHUNK_LINES)):
-                counts["lines"] += len(chunk)
-                parsed = [(line, self._parser.parse(line)) for line in chunk]
-                claims: list[Claim] = []
-                sightings = iter(seen.look([c for _, c in parsed if isinstance(c, Claim)]))
-                for line, result in parsed:
-                    if isinstance(result, Claim):
-                        sighting = next(sightings)
-                        if sighting is Sighting.NEW:
-                            claims.append(result)
-                            continue
-                        if sighting is Sighting.REPEATED:
-                            counts["repeated"] += 1
-                            continue
-                        result = self._parser.contradicted(line, result)
-                    counts["rejected"] += 1
-                    on_rejected(result)
-                counts["claims"] += len(claims)
-                yield claims
-        finally:
-            seen.close()
+        for _, claims in self.file.claims(self.file.new_summary()):
+            yield claims
 
     def _announce(self, publisher: Publisher, totals: Totals | None) -> None:
         publisher.publish(
             Outgoing.of(
-                RunAnnouncement(run=self.run, submission_id=self.submission_id, totals=totals),
+                RunAnnouncement(
+                    run=self.run,
+                    submission_id=self.submission_id,
+                    totals=totals,
+                    input=self.input,
+                ),
                 topology.RUNS_EXCHANGE,
                 topology.RUNS_QUEUE,
                 message_id=f"{self.run.run_id}/{'begun' if totals is None else 'sent'}",
@@ -187,15 +163,12 @@ class Submission:
         publisher.flush()
 
 
-def _nothing_counted() -> dict[str, int]:
-    return dict.fromkeys(("lines", "claims", "repeated", "rejected"), 0)
-
-
-def _count_lines(counts: Mapping[str, int], counted: dict[str, int]) -> None:
-    """Count what is new in `counts`, and note it in `counted`."""
-    for name, became in (("claims", "claim"), ("repeated", "repeated"), ("rejected", "rejected")):
-        LINES.labels(became).inc(counts[name] - counted[name])
-    counted.update(counts)
+def _count_lines(summary: FileSummary, counted: Counter[str]) -> None:
+    """Count what is new in `summary`, and note it in `counted`."""
+    now = {"claim": summary.claims, "repeated": summary.repeated, "rejected": summary.rejected}
+    for became, count in now.items():
+        LINES.labels(became).inc(count - counted[became])
+    counted.update({became: count - counted[became] for became, count in now.items()})
 
 
 def _batches(claims: Iterable[Claim], batch_size: int) -> Iterator[list[Claim]]:

@@ -331,24 +331,29 @@ COLUMNS = st.none() | st.dictionaries(
 
 
 def parsed(content: bytes, format: Any, columns: dict[str, str] | None) -> None:
-    source = Source(io.BytesIO(content), "claims", format)
     try:
-        source.survey()
-        parser = Parser(source, PROMPT, columns)
+        source = Source(
+            [io.BytesIO(content)], "claims", format, claim_column=(columns or {}).get("claim")
+        )
     except InputError as error:
         # A header that has no claim is told as it is written.
         assert format == "csv" or keeps_secrets(error)
         return
+    with source:
+        parse_all(source, columns)
+
+
+def parse_all(source: Source, columns: dict[str, str] | None) -> None:
+    parser = Parser("claims", PROMPT, columns=columns)
     for line in source.lines():
         found = parser.parse(line)
         if isinstance(found, Rejection):
-            # A label that is none is told as it is written.
-            if found.field != "label":
-                assert not any(secret in found.reason + found.next_step for secret in SECRETS)
+            assert not any(secret in found.reason + found.next_step for secret in SECRETS)
             assert len(found.content) <= 500
             assert found.model_dump_json()
         else:
-            assert encode(ClaimBatch(run=RUN, submission_id="s", batch_id="b", claims=(found,)))
+            claims = tuple(reading.claim for reading in found)
+            assert encode(ClaimBatch(run=RUN, submission_id="s", batch_id="b", claims=claims))
 
 
 def json_lines(rows: list[Any]) -> bytes:

@@ -22,7 +22,7 @@ from services.contracts import (
     load_settings,
 )
 from services.contracts.errors import StoreError, UsageError
-from services.producer import Source, Submission
+from services.producer import ClaimsFile, Selection, Source, Submission
 
 Maker = Callable[..., Desk]
 
@@ -32,7 +32,9 @@ def submission(tmp_path: Path, context: ContextSpec, prompt: PromptSpec) -> Iter
     path = tmp_path / "claims.jsonl"
     path.write_text('{"id": "a", "claim": "One."}\n{"id": "b", "claim": "Two."}\n')
     with Source.open(str(path)) as source:
-        yield Submission(source, source.survey(), context=context, prompt=prompt)
+        yield Submission(
+            ClaimsFile(source, prompt), context=context, prompt=prompt, selection=Selection()
+        )
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from services.cli.prepare import prepared_submission
+from services.cli.claims_options import ClaimsOptions
+from services.cli.prepare import inspect_claims, prepared_submission
 from services.contracts import ContextSpec, Label, PromptSpec
 from services.contracts.errors import InputError, ModelError, UsageError
 
@@ -39,8 +40,11 @@ def prompt(*words: str) -> PromptSpec:
 
 
 def prepare(screen: Console, file: Path, context: Callable[[], ContextSpec], **how: Any) -> Any:
-    given = {"prompt": PromptSpec(), "column": None, "limit": None, "seed": None} | how
-    return prepared_submission(screen, str(file), None, context=context, **given)
+    asked = how.pop("prompt", PromptSpec())
+    flags = {"column": ["claim=statement"], "limit": None, "seed": None, "format": None}
+    flags |= {"label_map": None, "each_evidence": False, "corpus": None, "split": None} | how
+    options = ClaimsOptions.from_flags(asked, **flags)
+    return prepared_submission(screen, str(file), context=context, prompt=asked, options=options)
 
 
 def never() -> ContextSpec:
@@ -48,7 +52,7 @@ def never() -> ContextSpec:
 
 
 def test_a_file_becomes_a_run_of_the_prompt_on_the_context(
-    claims: Path, context: Callable[[], ContextSpec], screen: Console
+    claims: Path, context: Callable[[], ContextSpec], screen: Console, tmp_path: Path
 ) -> None:
     asked = prompt("True", "False")
     how = {"prompt": asked, "column": ["claim=statement"], "limit": 1}
@@ -56,8 +60,18 @@ def test_a_file_becomes_a_run_of_the_prompt_on_the_context(
         assert submission.lines == 1
         assert submission.run.context == context()
         assert submission.run.prompt == asked
+        inspect_claims(screen, submission, tmp_path / "rejected.jsonl")
     assert isinstance(screen.file, io.StringIO)
-    assert "Ignored columns: author" in screen.file.getvalue()
+    first, second = screen.file.getvalue().splitlines()
+    assert first.endswith(
+        "claims.csv: claims (CSV), 1 of 2 records: 1 claims, 0 repeated, 0 rejected"
+    )
+    assert second == (
+        "left out of the scores, for the prompt does not know them: NEI: 1 (say what they mean "
+        'with --label-map "NEI=…"); without evidence: 1 (the record has none; ignored: author; name one '
+        "with --column evidence=NAME)"
+    )
+    assert not (tmp_path / "rejected.jsonl").exists()
 
 
 def test_a_file_that_is_not_there_is_known_before_the_model_is_asked_for(
@@ -72,7 +86,13 @@ def test_a_file_that_is_not_there_is_known_before_the_model_is_asked_for(
 
 @pytest.mark.parametrize(
     ("how", "says"),
-    [({"seed": 1}, "give --limit as well"), ({"column": ["claim"]}, "write it like claim=text")],
+    [
+        ({"seed": 1}, "give --limit as well"),
+        ({"column": ["claim"]}, "write it like claim=text"),
+        ({"format": "fevre"}, "--format fevre: there is no such format; it is one of jsonl, "),
+        ({"label_map": ["DISPUTED"]}, 'write it like "DISPUTED=NOT ENOUGH INFO"'),
+        ({"label_map": ["DISPUTED=MAYBE"]}, "has no label 'MAYBE'; it has SUPPORTS, REFUTES, NOT"),
+    ],
 )
 def test_a_bad_flag_is_known_before_anything_is_opened(
     how: dict[str, Any], says: str, screen: Console, tmp_path: Path

@@ -63,6 +63,7 @@ REPORT = Report(
     status=STATUS,
     run=None,
     lines=12_017,
+    input=None,
     verdicts={"SUPPORTS": 3_000, "REFUTES": 456, "INVALID": 0},
     dead={"too-long": 7},
     redelivered_batches=11,

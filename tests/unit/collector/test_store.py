@@ -496,6 +496,7 @@ def test_a_store_of_version_2_is_brought_up_to_date_and_keeps_what_it_has(
         database.execute("DROP TABLE startups")
         database.execute("DROP TABLE verdict_counts")
         database.execute("DROP INDEX outcomes_dead")
+        database.execute("ALTER TABLE runs DROP COLUMN input")
         database.execute("UPDATE keepwarm_schema SET version = 2")
     with ThreadPoolExecutor(4) as pool:
         store, *_ = pool.map(lambda _: open_store(), range(4))

@@ -147,6 +147,7 @@ def test_a_store_of_before_is_counted_once_when_it_is_opened(
     before.close()
     with closing(sqlite3.connect(tmp_path / "store.sqlite")) as database, database:
         database.execute("DROP TABLE verdict_counts")
+        database.execute("ALTER TABLE runs DROP COLUMN input")
         database.execute("UPDATE keepwarm_schema SET version = ?", (version,))
     with ThreadPoolExecutor(4) as pool:
         store, *_ = pool.map(lambda _: open_store(), range(4))

@@ -21,6 +21,7 @@ from services.contracts import (
     WorkerReport,
 )
 from services.contracts.prompts import Example
+from services.contracts.runs import InputSummary
 from services.contracts.wire import Message
 
 CLAIM_TEXT = "The zebra-crossing of Łódź is striped."
@@ -86,6 +87,21 @@ def messages() -> dict[str, Message]:
             run=run,
             submission_id="sub-1",
             totals=Totals(lines=6, claims=3, repeated=2, rejected=1),
+            input=InputSummary(
+                format="FEVER",
+                container="jsonl",
+                records=6,
+                claims=3,
+                repeated=2,
+                rejected=(("no claim", 1),),
+                without_evidence=(("page references without text", 3),),
+                gold=(("SUPPORTS", 1),),
+                unlabelled=1,
+                kept_back=1,
+                unknown_labels=(("DISPUTED", 1),),
+                own_ids=0,
+                numeric_ids=True,
+            ),
         ),
         "Notice": Notice(
             cancelled=("sub-1", "sub-2"),

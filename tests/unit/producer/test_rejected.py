@@ -10,6 +10,7 @@ REJECTION = Rejection(
     source="claims.jsonl",
     line=7,
     field="claim",
+    kind="claim: blank",
     reason="it is blank",
     next_step="give it some text",
     content='{"claim": "Łódź\ud83d\ude00"}'.encode("utf-16", "surrogatepass").decode("utf-16"),

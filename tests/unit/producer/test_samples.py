@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from services.contracts import Claim, PromptSpec
-from services.producer import Parser, Source, read_prompt
+from services.producer import Parser, Reading, Source, read_prompt
 
 
 @pytest.fixture(scope="module")
@@ -17,10 +17,10 @@ def prompt(repository: Path) -> PromptSpec:
 def claims(repository: Path, prompt: PromptSpec) -> list[Claim]:
     with Source.open(str(repository / "samples" / "claims.jsonl")) as source:
         assert source.survey().lines == 240
-        parser = Parser(source, prompt)
-        parsed = [parser.parse(line) for line in source.lines()]
-    assert all(isinstance(claim, Claim) for claim in parsed)
-    return parsed  # type: ignore[return-value]
+        parser = Parser(source.name, prompt)
+        readings = [reading for line in source.lines() for reading in parser.parse(line)]
+    assert all(isinstance(reading, Reading) for reading in readings)
+    return [reading.claim for reading in readings]
 
 
 def test_there_are_eighty_claims_of_each_label(claims: list[Claim], prompt: PromptSpec) -> None:

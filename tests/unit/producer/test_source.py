@@ -65,7 +65,7 @@ def test_a_source_can_be_read_again_and_again(tmp_path: Path) -> None:
 
 @given(st.lists(st.sampled_from([b"", b" ", b"{}", b"x", b"\xc5\x81", b"\xff"]), max_size=12))
 def test_numbers_and_positions_count_on(lines: list[bytes]) -> None:
-    source = Source(io.BytesIO(b"\n".join(lines)), "x", "jsonl")
+    source = Source([io.BytesIO(b"\n".join(lines))], "x", "jsonl")
     expected = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     found = list(source.lines())
     assert [(line.number, line.content.rstrip(b"\n")) for line in found] == expected
@@ -221,22 +221,35 @@ def test_a_quote_that_is_never_closed_is_a_fault_and_not_one_long_claim(tmp_path
 
 def test_the_columns_are_the_headers(tmp_path: Path) -> None:
     path = write(tmp_path, BOM + b'"id","the claim",label\r\n1,2,3\r\n', "claims.csv")
-    with Source.open(path) as source:
-        assert source.columns() == ["id", "the claim", "label"]
+    with Source.open(path, claim_column="the claim") as source:
+        assert source.columns == ("id", "the claim", "label")
         assert len(list(source.lines())) == 1
 
 
 @pytest.mark.parametrize(
-    ("name", "format"),
-    [("a.csv", "csv"), ("a.CSV", "csv"), ("a.jsonl", "jsonl"), ("a.txt", "jsonl"), ("a", "jsonl")],
+    ("content", "container"),
+    [
+        (b"claim\n1\n", "csv"),
+        (b'{"claim": "C."}\n', "jsonl"),
+        (b'\n{"claim": "C."}', "jsonl"),
+        (b'nonsense\n{"claim": "C."}\n', "jsonl"),
+        (b'[{"claim": "C."}]', "json"),
+        (b'[\n {"claim": "C."}\n]\n', "json"),
+        (b'{\n  "claim": "C."\n}\n', "json"),
+        (b'["a"]\n["b"]\n', "jsonl"),
+    ],
 )
-def test_the_format_is_told_by_the_name_unless_it_is_given(
-    name: str, format: str, tmp_path: Path
+@pytest.mark.parametrize("name", ["a", "a.csv", "a.json"])
+def test_a_file_is_told_by_its_first_bytes_whatever_its_name(
+    content: bytes, container: str, name: str, tmp_path: Path
 ) -> None:
-    path = write(tmp_path, b"claim\n1\n", name)
-    with Source.open(path) as guessed, Source.open(path, "csv") as given:
-        assert guessed.format == format
-        assert given.format == "csv"
+    with Source.open(write(tmp_path, content, name)) as source:
+        assert source.container == container
+
+
+def test_the_name_decides_where_the_first_bytes_say_nothing(tmp_path: Path) -> None:
+    with Source.open(write(tmp_path, b"nonsense\n", "a.jsonl")) as source:
+        assert source.container == "jsonl"
 
 
 def test_a_name_that_is_not_utf_8_is_opened_and_shown_as_well_as_can_be(tmp_path: Path) -> None:
@@ -254,7 +267,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_a_directory_is_no_file_of_claims(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is a directory; name a file of claims in it"):
+    with pytest.raises(InputError, match="is a directory without Parquet or Arrow files; name a"):
         Source.open(str(tmp_path))
 
 
@@ -299,7 +312,7 @@ def test_standard_input_is_surveyed_and_then_read(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
     with Source.open("-") as source:
         assert source.name == "standard input"
-        assert source.format == "jsonl"
+        assert source.container == "jsonl"
         assert source.survey().lines == 2
         assert [line.content for line in source.lines()] == content.splitlines(keepends=True)
 
@@ -321,7 +334,7 @@ def test_a_named_pipe_is_kept_and_closed(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     writer = threading.Thread(target=lambda: pipe.write_bytes(b"1\n2\n"))
     writer.start()
-    with Source.open(str(pipe)) as source:
+    with Source.open(str(pipe), "jsonl") as source:
         assert source.survey().lines == 2
         assert [line.content for line in source.lines()] == [b"1\n", b"2\n"]
     writer.join()

@@ -20,7 +20,15 @@ from services.contracts import (
 )
 from services.contracts.bounds import MAX_BATCH_BYTES, MAX_MESSAGE_BYTES
 from services.contracts.errors import InputError
-from services.producer import Progress, RejectedFile, Rejection, Source, Submission
+from services.producer import (
+    ClaimsFile,
+    Progress,
+    RejectedFile,
+    Rejection,
+    Selection,
+    Source,
+    Submission,
+)
 
 
 class RecordingPublisher:
@@ -81,15 +89,24 @@ class Desk:
         return [Rejection.model_validate_json(line) for line in lines]
 
     def submit(self, path: Path, *, batch_size: int = 4, **how: Any) -> Totals:
-        made = {key: how.pop(key) for key in ("limit", "seed", "columns") if key in how}
+        selection = Selection(
+            **{key: how.pop(key) for key in ("limit", "seed", "columns") if key in how}
+        )
         self.publisher = RecordingPublisher()
-        with Source.open(str(path)) as source, RejectedFile(self.rejected) as rejections:
+        claim_column = selection.columns.get("claim")
+        with (
+            Source.open(str(path), claim_column=claim_column) as source,
+            RejectedFile(self.rejected) as rejections,
+        ):
             self.submission = Submission(
-                source, source.survey(), context=self._context, prompt=self._prompt, **made
+                ClaimsFile(source, self._prompt, selection),
+                context=self._context,
+                prompt=self._prompt,
+                selection=selection,
             )
+            self.submission.inspect(rejections)
             return self.submission.publish(
                 self.publisher,  # type: ignore[arg-type]
-                rejections,
                 batch_size=batch_size,
                 **how,
             )
@@ -173,14 +190,9 @@ def test_totals_add_up_whatever_is_in_the_file(desk: Desk) -> None:
         ]
     )
     totals = desk.submit(path)
-    assert totals == Totals(lines=9, claims=3, repeated=2, rejected=4)
-    assert [(r.line, r.field) for r in desk.rejections] == [
-        (3, None),
-        (5, "id"),
-        (8, "claim"),
-        (9, "label"),
-    ]
-    assert [c.position for b in desk.publisher.batches for c in b.claims] == [0, 4, 8]
+    assert totals == Totals(lines=9, claims=4, repeated=2, rejected=3)
+    assert {(r.line, r.field) for r in desk.rejections} == {(3, None), (5, "id"), (8, "claim")}
+    assert [c.position for b in desk.publisher.batches for c in b.claims] == [0, 4, 7, 8]
 
 
 def test_a_repetition_far_down_the_file_is_found(desk: Desk) -> None:
@@ -320,26 +332,21 @@ def test_a_file_without_a_single_claim_is_an_input_error(desk: Desk) -> None:
     assert len(desk.rejections) == 2
 
 
-def test_a_run_of_which_every_line_was_rejected_is_announced_as_ended(desk: Desk) -> None:
-    # A run always ends: whoever waits for this one must hear that nothing will come.
-    path = desk.write(["nonsense"])
+def test_a_run_of_which_every_line_was_rejected_is_never_announced(desk: Desk) -> None:
     with pytest.raises(InputError):
-        desk.submit(path)
-    announced = desk.publisher.announcements
-    assert announced == [] or announced[-1].totals == Totals(
-        lines=1, claims=0, repeated=0, rejected=1
-    )
+        desk.submit(desk.write(["nonsense"]))
+    assert desk.publisher.messages == []
 
 
 def test_columns_that_do_not_fit_the_file_are_told_before_anything_is_sent(desk: Desk) -> None:
-    path = desk.write(["id,statement", "1,C."], "claims.csv")
+    path = desk.write(["id,text", "1,C."], "claims.csv")
     with pytest.raises(InputError, match="no column is called 'claim'"):
         desk.submit(path)
 
 
 def test_columns_that_nobody_asked_for_are_told(desk: Desk) -> None:
     desk.submit(desk.write(["id,claim,author", "1,C.,Me"], "claims.csv"))
-    assert desk.submission.ignored_columns == ("author",)
+    assert desk.submission.file.ignored_keys == ("author",)
 
 
 def test_a_file_with_a_very_long_path_can_be_submitted(desk: Desk, tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""What is in a file of claims, in words."""
+
+from services.contracts.runs import Counts, InputSummary
+from services.producer import ClaimsFile
+from services.producer.fields import WithoutEvidence
+
+_SHOWN = 6
+_CONTAINERS = {"jsonl": "JSONL", "json": "JSON", "parquet": "Parquet", "arrow": "Arrow"}
+_DELIMITERS = {",": "CSV", "\t": "TSV", ";": "semicolon-separated", "|": "pipe-separated"}
+
+
+def summary_lines(file: ClaimsFile, summary: InputSummary) -> list[str]:
+    """Two lines: what was read as what, and what is known of labels and evidence."""
+    return [_read(file, summary), f"{_labels(summary)}; {_evidence(file, summary)}"]
+
+
+def _read(file: ClaimsFile, summary: InputSummary) -> str:
+    rejected = total(summary.rejected)
+    limited = "" if file.lines == file.records else f"{file.lines:,} of "
+    return (
+        f"{file.name}: {summary.format} ({kind_of(file)}), {limited}{file.records:,} records: "
+        f"{summary.claims:,} claims, {summary.repeated:,} repeated, {rejected:,} rejected"
+    )
+
+
+def kind_of(file: ClaimsFile) -> str:
+    """How the file keeps its records: JSONL, CSV, CSV without a header, …"""
+    if file.delimiter is None:
+        return _CONTAINERS[file.container]
+    kind = _DELIMITERS.get(file.delimiter, f"separated by {file.delimiter!r}")
+    return kind if file.has_header else f"{kind} without a header"
+
+
+def _labels(summary: InputSummary) -> str:
+    parts = []
+    if summary.gold:
+        parts.append(f"labels {counted(summary.gold)}")
+    if summary.unlabelled:
+        none = summary.unlabelled == summary.claims
+        part = "no labels" if none else f"{summary.unlabelled:,} without a label"
+        kept_back = f" (of these {summary.kept_back:,} with -1)" if summary.kept_back else ""
+        parts.append(part + kept_back)
+    if summary.unknown_labels:
+        first, _ = summary.unknown_labels[0]
+        parts.append(
+            f"left out of the scores, for the prompt does not know them: "
+            f"{counted(summary.unknown_labels)} (say what they mean with "
+            f'--label-map "{first}=…")'
+        )
+    return "; ".join(parts) or "no labels"
+
+
+def _evidence(file: ClaimsFile, summary: InputSummary) -> str:
+    without = total(summary.without_evidence)
+    own = f"; {summary.own_ids:,} share an id and got their own" if summary.own_ids else ""
+    if not without:
+        return f"evidence: all claims{own}"
+    why = counted(summary.without_evidence)
+    if without == summary.claims and len(summary.without_evidence) == 1:
+        why = summary.without_evidence[0][0]
+    return f"without evidence: {without:,} ({why}{_way_out(file, summary)}){own}"
+
+
+def _way_out(file: ClaimsFile, summary: InputSummary) -> str:
+    reasons = dict(summary.without_evidence)
+    if WithoutEvidence.REFERENCES in reasons and file.format.corpus:
+        return f"; --corpus looks them up in {file.format.corpus}"
+    if reasons.get(WithoutEvidence.NONE) == summary.claims and file.ignored_keys:
+        return (
+            f"; ignored: {', '.join(file.ignored_keys[:_SHOWN])}; name one with "
+            "--column evidence=NAME"
+        )
+    return ""
+
+
+def total(counts: Counts) -> int:
+    """All kinds together."""
+    return sum(count for _, count in counts)
+
+
+def counted(counts: Counts, shown: int = _SHOWN) -> str:
+    """`SUPPORTS: 12, REFUTES: 7, and 3 more`."""
+    parts = [f"{name}: {count:,}" for name, count in counts[:shown]]
+    more = len(counts) - len(parts)
+    return ", ".join(parts) + (f", and {more} more" if more > 0 else "")

@@ -1,0 +1,188 @@
+"""`keepwarm validate`: what is in a file of claims, before anything is started for it."""
+
+import json
+from array import array
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from services.cli.claims_options import (
+    ClaimsOptions,
+    ColumnOption,
+    CorpusOption,
+    EachEvidenceOption,
+    FileArgument,
+    FormatOption,
+    LabelMapOption,
+    LimitOption,
+    PromptOption,
+    SeedOption,
+    SplitOption,
+    prompt_from_flag,
+)
+from services.cli.context_options import (
+    MaxTokensOption,
+    ModelOption,
+    RevisionOption,
+    context_from_flags,
+)
+from services.cli.input_summary import counted, kind_of, summary_lines, total
+from services.cli.prepare import open_source, read_claims
+from services.cli.screen import line_progress
+from services.contracts import Claim, load_settings
+from services.contracts.errors import InputError, ModelError
+from services.contracts.runs import InputSummary
+from services.gpu_worker import CompiledPrompt, ModelTokenizer
+from services.producer import ClaimsFile, Rejection
+
+_EXAMPLES = 3
+_SHOWN_REJECTIONS = 5
+
+
+def validate(
+    file: FileArgument,
+    model: ModelOption = None,
+    prompt: PromptOption = None,
+    limit: LimitOption = None,
+    seed: SeedOption = None,
+    format: FormatOption = None,
+    column: ColumnOption = None,
+    label_map: LabelMapOption = None,
+    each_evidence: EachEvidenceOption = False,
+    corpus: CorpusOption = None,
+    split: SplitOption = None,
+    revision: RevisionOption = None,
+    max_model_tokens: MaxTokensOption = 1024,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead.")] = False,
+) -> None:
+    """Say what is in a file of claims, without a broker or an engine.
+
+    The format that was found, claims by label, evidence, lengths in tokens under the model's
+    tokenizer, repeated and rejected records with their reasons, and three claims as the model will
+    see them. Ends with 3 when not one record is a claim.
+    """
+    settings = load_settings()
+    console = Console(stderr=True)
+    prompt_spec = prompt_from_flag(prompt)
+    options = ClaimsOptions.from_flags(
+        prompt_spec,
+        format=format,
+        column=column,
+        label_map=label_map,
+        each_evidence=each_evidence,
+        corpus=corpus,
+        split=split,
+        limit=limit,
+        seed=seed,
+    )
+    with open_source(file, options) as source:
+        claims = read_claims(console, source, prompt_spec, options)
+        rejections: list[Rejection] = []
+
+        def keep(rejection: Rejection) -> None:
+            if len(rejections) < _SHOWN_REJECTIONS:
+                rejections.append(rejection)
+
+        with line_progress(console, "checking", claims.lines) as checking:
+            summary = claims.inspect(keep, checking)
+        tokens: dict[str, int] = {}
+        examples: list[str] = []
+        no_tokenizer: str | None = None
+        try:
+            tokenizer = ModelTokenizer.load(
+                context_from_flags(settings, model, revision, "bfloat16", max_model_tokens, None)
+            )
+            compiled = CompiledPrompt(prompt_spec, tokenizer)
+        except ModelError as error:
+            no_tokenizer = str(error)  # the file is judged all the same
+        else:
+            if summary.claims:
+                with line_progress(console, "counting tokens", claims.lines) as counting:
+                    tokens = _token_lengths(claims, compiled, max_model_tokens, counting)
+                examples = [tokenizer.text(ids) for ids in compiled.encode(_first(claims))]
+    if as_json:
+        print(json.dumps(_as_json(claims, summary, tokens, no_tokenizer), ensure_ascii=False))
+    else:
+        _print(claims, summary, rejections, tokens, no_tokenizer, examples)
+    if summary.claims == 0:
+        raise InputError(f"{claims.name}: none of its {claims.lines:,} records is a claim")
+
+
+def _token_lengths(
+    claims: ClaimsFile, compiled: CompiledPrompt, most: int, on_lines: Callable[[int], None]
+) -> dict[str, int]:
+    lengths = array("I")
+    for lines, chunk in claims.claims(claims.new_summary()):
+        lengths.extend(map(len, compiled.encode(chunk)))
+        on_lines(lines)
+    ordered = sorted(lengths)
+    return {
+        "median": ordered[len(ordered) // 2],
+        "percentile_95": ordered[len(ordered) * 95 // 100],
+        "longest": ordered[-1],
+        "limit": most - 1,
+        "too_long": sum(length > most - 1 for length in lengths),
+    }
+
+
+def _first(claims: ClaimsFile) -> Sequence[Claim]:
+    found = (claim for _, chunk in claims.claims(claims.new_summary()) for claim in chunk)
+    return list(islice(found, _EXAMPLES))
+
+
+def _as_json(
+    file: ClaimsFile, summary: InputSummary, tokens: dict[str, int], no_tokenizer: str | None
+) -> dict[str, Any]:
+    return {
+        "format": file.format.name,
+        "container": kind_of(file),
+        "lines": file.lines,
+        "records": summary.records,
+        "claims": summary.claims,
+        "rejected": dict(summary.rejected),
+        "without_evidence": total(summary.without_evidence),
+        "without_evidence_because": dict(summary.without_evidence),
+        "labels": dict(summary.gold),
+        "unlabelled": summary.unlabelled,
+        "unknown_labels": dict(summary.unknown_labels),
+        "repeated": summary.repeated,
+        "own_ids": summary.own_ids,
+        "ignored": list(file.ignored_keys),
+        "tokens": tokens or None,
+        "tokenizer_error": no_tokenizer,
+    }
+
+
+def _print(
+    file: ClaimsFile,
+    summary: InputSummary,
+    rejections: Sequence[Rejection],
+    tokens: dict[str, int],
+    no_tokenizer: str | None,
+    examples: Sequence[str],
+) -> None:
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    for line in summary_lines(file, summary):
+        console.print(line)
+    if file.ignored_keys:
+        console.print(f"ignored: {', '.join(file.ignored_keys)}")
+    if summary.rejected:
+        console.print(f"rejected: {counted(summary.rejected, 20)}")
+        for rejection in rejections:
+            console.print(
+                f"  line {rejection.line}: {rejection.reason}; {rejection.next_step}\n"
+                f"    {rejection.content[:160]}"
+            )
+    if no_tokenizer is not None:
+        console.print(f"tokens: not counted: {no_tokenizer}")
+    elif tokens:
+        console.print(
+            f"tokens: median {tokens['median']:,}, 95 % up to {tokens['percentile_95']:,}, longest "
+            f"{tokens['longest']:,}; over the limit of {tokens['limit']:,}: {tokens['too_long']:,}"
+            + (" (they become dead claims; see --max-model-tokens)" if tokens["too_long"] else "")
+        )
+    for number, example in enumerate(examples, 1):
+        console.print(f"\n--- claim {number}, as the model will see it ---\n{example}")

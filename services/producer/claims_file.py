@@ -1,0 +1,232 @@
+"""A file as claims: recognised, counted, and read again and again with the same result."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from services.contracts import Claim, PromptSpec
+from services.contracts.errors import InputError
+from services.contracts.runs import InputSummary
+from services.contracts.values import content_id
+from services.producer.corpus import Corpus, read_corpus
+from services.producer.fields import NAMES, normalized
+from services.producer.parse import Parser, Reading, Rejection, check_columns
+from services.producer.published import PLAIN, format_named, read_plain, recognized
+from services.producer.sample import chosen
+from services.producer.seen import SeenIds, Sighting
+from services.producer.source import Source
+from services.producer.summary import FileSummary
+
+_CHUNK_RECORDS = 1_024
+_RECORDS_LOOKED_AT = 20
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How a file is to be read, and which of its records are wanted.
+
+    `format` names a published format, or `plain`; it is recognised otherwise. `limit` takes the
+    first records, with a `seed` a random sample. The other fields are as in `Parser`.
+    """
+
+    format: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    label_map: Mapping[str, str] = field(default_factory=dict)
+    each_evidence: bool = False
+    corpus: Path | None = None
+    limit: int | None = None
+    seed: int | None = None
+
+
+class ClaimsFile:
+    """The claims of one file for one prompt.
+
+    `lines` is how many records are read, of the `records` that the file has.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        prompt: PromptSpec,
+        selection: Selection = Selection(),
+        *,
+        on_lines: Callable[[int], None] = lambda _: None,
+        on_pages: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Read the file through once. `on_lines` hears how many records were read so far,
+        `on_pages` how many pages of a corpus.
+
+        Raises InputError when the file is empty, its columns do not fit, or the corpus is none.
+        """
+        check_columns(selection.columns)
+        self._source = source
+        self._selection = selection
+        self._prompt = prompt
+        self.name = source.name
+        self.format = (
+            format_named(selection.format)
+            if selection.format is not None
+            else recognized(source.first_records(_RECORDS_LOOKED_AT))
+        )
+        if source.columns is not None:
+            _check_header(source, selection.columns)
+        source.merge_key = self.format.merge_key
+        survey = source.survey(on_lines)
+        self.records = survey.lines
+        self.lines = self.records if selection.limit is None else min(selection.limit, self.records)
+        self._corpus: Corpus | None = None
+        self.ignored_keys: tuple[str, ...] = ()
+        """Columns or keys that are no field of a claim, where no published format knows them; after
+        `inspect`."""
+        if selection.corpus is not None:
+            self._corpus = self._read_corpus(selection.corpus, on_pages)
+        self.source_digest = content_id("src", self._identity(survey.digest))
+
+    @property
+    def container(self) -> str:
+        return self._source.container
+
+    @property
+    def delimiter(self) -> str | None:
+        """What stands between the fields of delimited text; None for other containers."""
+        return self._source.delimiter
+
+    @property
+    def has_header(self) -> bool:
+        """Whether the file names its columns."""
+        return self._source.has_header
+
+    def inspect(
+        self,
+        on_rejected: Callable[[Rejection], None] = lambda _: None,
+        on_lines: Callable[[int], None] = lambda _: None,
+    ) -> InputSummary:
+        """Read every claim, and say what there is.
+
+        Raises InputError when a named column is in no record, or when not one record is a claim.
+        """
+        summary = self.new_summary()
+        parser = self._parser()
+        for lines, _ in self._chunks(parser, summary, on_rejected):
+            on_lines(lines)
+        for field_name, column in self._selection.columns.items():
+            if column in parser.unseen_columns:
+                listed = ", ".join(repr(key) for key in list(parser.keys_seen)[:20]) or "none"
+                raise InputError(
+                    f"{self.name}: no line has the key {column!r} for {field_name}; the keys are "
+                    f"{listed}. Correct --column {field_name}={column}"
+                )
+        if self.format is PLAIN:
+            known = {normalized(name) for names in NAMES.values() for name in names}
+            known |= {normalized(column) for column in self._selection.columns.values()}
+            self.ignored_keys = tuple(k for k in parser.keys_seen if normalized(k) not in known)
+        return summary.result()
+
+    def claims(
+        self, summary: FileSummary, on_rejected: Callable[[Rejection], None] = lambda _: None
+    ) -> Iterator[tuple[int, list[Claim]]]:
+        """The claims in chunks, without the repeated and the contradicted, and how many records
+        were read so far; all are counted in `summary`.
+        """
+        return self._chunks(self._parser(), summary, on_rejected)
+
+    def new_summary(self) -> FileSummary:
+        return FileSummary(self.format.title, self._source.container, self.records)
+
+    def _chunks(
+        self, parser: Parser, summary: FileSummary, on_rejected: Callable[[Rejection], None]
+    ) -> Iterator[tuple[int, list[Claim]]]:
+        seen = SeenIds()
+        lines = chosen(
+            self._source.lines(), self.records, self._selection.limit, self._selection.seed
+        )
+        read = 0
+        try:
+            while chunk := list(islice(lines, _CHUNK_RECORDS)):
+                read += len(chunk)
+                parsed = [(line, parser.parse(line)) for line in chunk]
+                readings = [
+                    r for _, found in parsed if not isinstance(found, Rejection) for r in found
+                ]
+                checked = iter(seen.check([reading.claim for reading in readings]))
+                fresh: list[Reading] = []
+                for line, found in parsed:
+                    if isinstance(found, Rejection):
+                        summary.add_rejection(found.kind)
+                        on_rejected(found)
+                        continue
+                    for reading in found:
+                        sighting, claim = next(checked)
+                        if sighting is Sighting.REPEATED:
+                            summary.repeated += 1
+                        elif sighting is Sighting.CONTRADICTED:
+                            rejection = parser.contradicted(line, claim)
+                            summary.add_rejection(rejection.kind)
+                            on_rejected(rejection)
+                        else:
+                            if sighting is Sighting.OTHER_EVIDENCE:
+                                summary.add_own_id()
+                                reading = Reading(claim, reading.label, reading.without_evidence)
+                            fresh.append(reading)
+                summary.add_claims(fresh)
+                yield read, [reading.claim for reading in fresh]
+        finally:
+            seen.close()
+
+    def _parser(self) -> Parser:
+        return Parser(
+            self.name,
+            self._prompt,
+            self.format,
+            columns=self._selection.columns,
+            label_map=self._selection.label_map,
+            each_evidence=self._selection.each_evidence,
+            corpus=self._corpus,
+        )
+
+    def _read_corpus(self, path: Path, on_pages: Callable[[int], None]) -> Corpus:
+        if self.format.corpus is None:
+            raise InputError(
+                f"{self.name} is read as {self.format.title}, which refers to no corpus; leave out "
+                "--corpus and --wiki, or name the format with --format"
+            )
+        parser = self._parser()
+        lines = chosen(
+            self._source.lines(), self.records, self._selection.limit, self._selection.seed
+        )
+        return read_corpus(
+            path, (reference for line in lines for reference in parser.references(line)), on_pages
+        )
+
+    def _identity(self, digest: str) -> dict[str, object]:
+        """What decides which claims there are. Gold labels do not: to name the column of the labels
+        later, or to map them, computes nothing again.
+        """
+        identity: dict[str, object] = {
+            "bytes": digest,
+            "format": self._source.container,
+            "columns": {f: c for f, c in self._selection.columns.items() if f != "label"},
+        }
+        if self.format.read is not read_plain:
+            identity["reading"] = self.format.name
+        if self._selection.each_evidence:
+            identity["each_evidence"] = True
+        if self._corpus is not None:
+            identity["corpus"] = self._corpus.digest
+        return identity
+
+
+def _check_header(source: Source, columns: Mapping[str, str]) -> None:
+    """Raises InputError when the columns of delimited text do not fit."""
+    header = [column for column in source.columns or () if column]
+    doubled = next((name for name in header if header.count(name) > 1), None)
+    if doubled is not None:
+        raise InputError(f"{source.name}, line 1: two columns are called {doubled!r}; rename one")
+    listed = ", ".join(repr(name) for name in header[:20]) or "none"
+    for name, column in columns.items():
+        if column not in header:
+            raise InputError(
+                f"{source.name}, line 1: there is no column {column!r} for {name}; the columns are "
+                f"{listed}"
+            )

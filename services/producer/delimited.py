@@ -1,0 +1,249 @@
+"""Delimited text (CSV, TSV and their relatives): its dialect, found by its header, and its records.
+
+The dialect is not guessed from shapes: of the ways to read a file, the one is taken whose header
+has the column of the claims and under which the fewest records are broken, over the whole file
+(docs/decisions/0027).
+"""
+
+import csv
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import IO, Literal, NamedTuple
+
+from services.contracts.bounds import MAX_LINE_BYTES
+from services.contracts.errors import InputError
+from services.producer.lines import bounded_lines
+
+Quoting = Literal["doubled", "backslash", "none", "none-backslash"]
+"""How a delimiter or a quote inside a field is written.
+
+`doubled`: a quote is written twice; `backslash`: with a backslash before it (Spark, BigQuery);
+`none`: quotes are characters like others; `none-backslash`: the same, and a backslash with t, n, N
+or another after it stands for a tab, a line end, nothing or that other (MySQL, PostgreSQL).
+"""
+
+_DELIMITERS = (",", "\t", ";", "|")
+_SAMPLE_RECORDS = 200
+_SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\s*')
+# The csv module would take the backslash away and leave an N.
+_NOTHING = re.compile(r"(?:(?<=[,;|\t])|^)\\N(?=[,;|\t\r\n]|$)")
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": ""}
+
+Columns = Callable[[Sequence[str]], Sequence[str] | None]
+"""For the fields of a file's first record: the names of the columns where they are known without a
+header (a published format, columns told by number), or None."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a file's records are read.
+
+    `columns` are their names, "" where a column has none. `header` says whether the first record
+    holds them; else it is a claim already. `first_line` is where the first record begins.
+    """
+
+    delimiter: str
+    quoting: Quoting = "doubled"
+    columns: tuple[str, ...] = ()
+    header: bool = True
+    first_line: int = 1
+
+
+class Record(NamedTuple):
+    """The fields of one record, and the line on which it ends; a broken one has a `fault`."""
+
+    number: int
+    fields: list[str]
+    fault: str | None
+
+
+def find_dialect(
+    file: IO[bytes], name: str, *, names_claim: Callable[[Sequence[str]], bool], unnamed: Columns
+) -> Dialect:
+    """The dialect of a file.
+
+    `names_claim` says whether one of these column names is that of the claims; where the first
+    record names none, `unnamed` may know the columns all the same. Raises InputError when neither
+    does.
+    """
+    first = next(iter(bounded_lines(file)), None)
+    line = "" if first is None else first.content.decode("utf-8", errors="replace")
+    told = _SEPARATOR_LINE.fullmatch(line)
+    candidates: list[Dialect] = []
+    headers: list[list[str]] = []
+    for delimiter in (told[1],) if told else _DELIMITERS:
+        dialect = Dialect(delimiter, first_line=2 if told else 1)
+        fields = next(_rows(file, dialect), Record(0, [], None)).fields
+        header = [column.strip() for column in fields]
+        while header and not header[-1]:
+            header.pop()
+        headers.append(header)
+        if names_claim(header):
+            candidates.append(replace(dialect, columns=tuple(header)))
+        elif columns := unnamed(fields):
+            candidates.append(replace(dialect, columns=tuple(columns), header=False))
+    if not candidates:
+        raise InputError(_no_claim_column(name, 2 if told else 1, max(headers, key=len)))
+    # A header is better than none, more columns than fewer (a header of one column has no
+    # delimiter), and of equals the one that breaks the fewest records.
+    headed = [d for d in candidates if d.header] or candidates
+    most = max(len(d.columns) for d in headed)
+    widest = [d for d in headed if len(d.columns) == most]
+    return _with_quoting(file, min(widest, key=lambda d: _broken_lines(file, d, _SAMPLE_RECORDS)))
+
+
+def records(file: IO[bytes], dialect: Dialect) -> Iterator[Record]:
+    """Every record but the header, in order. Blank lines are not records."""
+    rows = _rows(file, dialect)
+    if dialect.header:
+        next(rows, None)
+    width = len(dialect.columns)
+    for number, fields, fault in rows:
+        if fault is None and not any(map(str.strip, fields)):
+            continue  # nothing but delimiters
+        # Spreadsheets write delimiters for columns that are empty to the end of the sheet.
+        while len(fields) > width and not fields[-1].strip():
+            fields.pop()
+        if fault is None and len(fields) != width:
+            first = "header" if dialect.header else "first record"
+            fault = f"it has {len(fields)} fields; the {first} has {width}"
+        yield Record(number, fields, fault)
+
+
+def _no_claim_column(name: str, line: int, header: Sequence[str]) -> str:
+    listed = ", ".join(repr(column[:60]) for column in header[:20]) or "none"
+    return (
+        f"{name}, line {line}: no column is called 'claim'; the columns are {listed}. Name the one "
+        "that holds it with --column claim=NAME. If this line is a claim already and the file has "
+        "no header, number the columns instead: --column claim=1 --column label=2"
+    )
+
+
+def _with_quoting(file: IO[bytes], dialect: Dialect) -> Dialect:
+    """The same, with the quoting under which the fewest records are broken.
+
+    Over the whole file: a quote escaped in another way may come late, and would make half a record
+    look like a claim.
+    """
+    quotes = quoted = backslashes = False
+    file.seek(0)
+    while chunk := file.read(1 << 20):
+        quotes = quotes or b'"' in chunk
+        quoted = quoted or b'\t"' in chunk or b'\n"' in chunk
+        backslashes = backslashes or b"\\" in chunk
+    ways: list[Quoting] = ["doubled"]
+    if dialect.delimiter == "\t":
+        ways += ["none"] * quotes
+        if backslashes:
+            ways += ["backslash", "none-backslash"] if quoted else ["none-backslash"]
+    elif quotes and backslashes:
+        ways.append("backslash")
+    candidates = [replace(dialect, quoting=way) for way in ways]
+    # The first of those that are equally good.
+    best = min(candidates, key=lambda candidate: _broken_lines(file, candidate, None))
+    if "none-backslash" in ways and any("\\N" in r.fields for r in _sample(file, best)):
+        return candidates[-1]  # only a database writes a field like that
+    return best
+
+
+def _sample(file: IO[bytes], dialect: Dialect) -> Iterator[Record]:
+    return islice(records(file, dialect), _SAMPLE_RECORDS)
+
+
+def _broken_lines(file: IO[bytes], dialect: Dialect, most: int | None) -> int:
+    """How many lines are in records that are broken.
+
+    A field that holds both line ends and delimiters counts as broken: a quote that opens nothing
+    has swallowed the records after it.
+    """
+    broken = before = 0
+    for number, fields, fault in islice(records(file, dialect), most):
+        if fault is not None or any("\n" in f and dialect.delimiter in f for f in fields):
+            broken += number - before
+        before = number
+    return broken
+
+
+def _rows(file: IO[bytes], dialect: Dialect) -> Iterator[Record]:
+    if dialect.quoting == "none-backslash":
+        return _escaped_rows(file, dialect)
+    return _csv_rows(file, dialect)
+
+
+def _csv_rows(file: IO[bytes], dialect: Dialect) -> Iterator[Record]:
+    """Records by Python's csv module, with the number of their last line."""
+    bad_lines: list[str] = []
+    skipped = dialect.first_line - 1
+
+    def texts() -> Iterator[str]:
+        for number, content, fault, quotes in islice(bounded_lines(file), skipped, None):
+            if fault is not None:
+                bad_lines.append(f"line {number}: {fault}")
+                # In its place a field of the same kind: it opens or closes a quote, or neither.
+                content = b'"\n' if quotes % 2 else b"x\n"
+            # What is not UTF-8 becomes lone surrogates; the parser of claims refuses them.
+            text = content.decode("utf-8", errors="surrogateescape")
+            yield _NOTHING.sub("", text) if dialect.quoting == "backslash" else text
+
+    csv.field_size_limit(MAX_LINE_BYTES)
+    reader = csv.reader(
+        texts(),
+        delimiter=dialect.delimiter,
+        quoting=csv.QUOTE_NONE if dialect.quoting == "none" else csv.QUOTE_MINIMAL,
+        doublequote=dialect.quoting == "doubled",
+        escapechar="\\" if dialect.quoting == "backslash" else None,
+        strict=True,
+    )
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            bad_lines.clear()
+            yield Record(reader.line_num + skipped, [], str(error))
+            continue
+        if row:
+            fault = bad_lines.pop() if bad_lines else None
+            bad_lines.clear()
+            yield Record(reader.line_num + skipped, row, fault)
+
+
+def _escaped_rows(file: IO[bytes], dialect: Dialect) -> Iterator[Record]:
+    """Records as databases write them: a backslash before what is no delimiter or line end."""
+    pending = ""
+    for number, content, fault, _ in islice(bounded_lines(file), dialect.first_line - 1, None):
+        text = content.decode("utf-8", errors="surrogateescape")
+        body = text.rstrip("\r\n")
+        if fault is None and _ends_escaped(body) and len(pending) < MAX_LINE_BYTES:
+            pending += text
+            continue
+        line, pending = pending + body, ""
+        if fault is not None or line:
+            yield Record(number, [_unescaped(field) for field in _split(line)], fault)
+    if pending:
+        yield Record(number, [], "the file ends in the midst of a record")
+
+
+def _ends_escaped(line: str) -> bool:
+    return (len(line) - len(line.rstrip("\\"))) % 2 == 1
+
+
+def _split(line: str) -> list[str]:
+    fields: list[str] = []
+    for part in line.split("\t"):
+        if fields and _ends_escaped(fields[-1]):
+            fields[-1] += "\t" + part
+        else:
+            fields.append(part)
+    return fields
+
+
+def _unescaped(field: str) -> str:
+    if field == "\\N":
+        return ""
+    if "\\" not in field:
+        return field
+    return re.sub(r"\\(.)", lambda m: _ESCAPES.get(m[1], m[1]), field, flags=re.DOTALL)

@@ -1,0 +1,37 @@
+"""The lines of a file, each within a bound, whatever the file holds."""
+
+import codecs
+from collections.abc import Iterator
+from typing import IO, NamedTuple
+
+from services.contracts.bounds import MAX_LINE_BYTES
+
+
+class TextLine(NamedTuple):
+    """A line as it stands in the file, numbered from 1; one over the bound has a `fault` instead of
+    its rest, and its quotes are counted.
+    """
+
+    number: int
+    content: bytes
+    fault: str | None = None
+    quotes: int = 0
+
+
+def bounded_lines(file: IO[bytes]) -> Iterator[TextLine]:
+    """Lines with their numbers; a line over the bound is skipped without being held in memory."""
+    file.seek(0)
+    if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:  # spreadsheets and Windows write one
+        file.seek(0)
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) <= MAX_LINE_BYTES or line.endswith(b"\n"):
+            yield TextLine(number, line)
+            continue
+        start, quotes = line[:1_000], line.count(b'"')
+        while line and not line.endswith(b"\n"):
+            line = file.readline(MAX_LINE_BYTES)
+            quotes += line.count(b'"')
+        fault = f"the line is longer than {MAX_LINE_BYTES:,} bytes"
+        yield TextLine(number, start, fault, quotes)

@@ -1,0 +1,398 @@
+"""The formats in which the field publishes its data sets: how each is recognised and read.
+
+docs/formats.md has the table for people: what is taken as the claim, its evidence and its label.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from services.producer.fields import (
+    NAMES,
+    WithoutEvidence,
+    evidence_text,
+    first_of,
+    identity_of,
+    is_missing,
+    normalized,
+)
+
+_RECORDS_LOOKED_AT = 20
+
+Fields = Mapping[str, Any]
+Reference = tuple[str, int | None]
+"""A page or document, and the number of a sentence in it; None: all of it."""
+
+
+class Found(NamedTuple):
+    """What a record says, before any of it is checked.
+
+    `evidence` is text, or None for the reason `without`. `references` are looked up in a corpus,
+    where one is given.
+    """
+
+    id: Any
+    claim: Any
+    label: Any
+    evidence: Any = None
+    without: WithoutEvidence | None = None
+    references: tuple[Reference, ...] = ()
+
+
+@dataclass(frozen=True)
+class PublishedFormat:
+    """One format. A record is of it when it has all of `keys` (normalized) and `test` says so.
+
+    `labels` says which of our prompt's labels a spelling means, for prompts that do not know it
+    themselves; `classes` are the names of labels that are numbers. `pieces` makes of a record one
+    for each piece of its evidence. `corpus` says what `--corpus` must name for its references.
+    """
+
+    name: str
+    title: str
+    keys: frozenset[str]
+    read: Callable[[Fields], Found]
+    test: Callable[[Fields], bool] = lambda _: True
+    labels: Mapping[str, str] = field(default_factory=dict)
+    classes: Sequence[str] = ()
+    pieces: Callable[[Fields], Iterator[Found]] | None = None
+    merge_key: str | None = None
+    """Records that follow each other and have this in common are one claim."""
+    corpus: str | None = None
+
+    def matches(self, fields: Fields) -> bool:
+        return self.keys <= fields.keys() and self.test(fields)
+
+
+def read_plain(fields: Fields) -> Found:
+    """By the names that fields usually have."""
+    evidence: Any = None
+    why: WithoutEvidence | None = WithoutEvidence.NONE
+    for name in NAMES["evidence"]:
+        value = fields.get(name)
+        if is_missing(value):
+            continue
+        if isinstance(value, int | float):
+            return Found(_id(fields), _claim(fields), _label(fields), value)
+        text, reason = evidence_text(value)
+        if text is not None:
+            evidence, why = text, None
+            break
+        if why is WithoutEvidence.NONE:
+            why = reason
+    return Found(_id(fields), _claim(fields), _label(fields), evidence, why)
+
+
+def _id(fields: Fields) -> Any:
+    return first_of(fields, NAMES["id"])
+
+
+def _claim(fields: Fields) -> Any:
+    return first_of(fields, NAMES["claim"])
+
+
+def _label(fields: Fields) -> Any:
+    return first_of(fields, NAMES["label"])
+
+
+def _plain_pieces(fields: Fields) -> Iterator[Found]:
+    """A claim for each piece in a list of evidence; a piece's own label counts for it."""
+    found = read_plain(fields)
+    pieces = first_of(fields, NAMES["evidence"])
+    if not isinstance(pieces, list) or len(pieces) < 2:
+        yield found
+        return
+    for number, piece in enumerate(pieces, 1):
+        label = found.label
+        if isinstance(piece, Mapping):
+            label = next((piece[k] for k in ("evidence_label", "label") if k in piece), label)
+        text, why = evidence_text(piece)
+        identity = identity_of(found.id)
+        yield found._replace(
+            id=f"{identity}#{number}" if isinstance(identity, str) else None,
+            label=label,
+            evidence=text,
+            without=why,
+        )
+
+
+def _looked_up(fields: Fields, references: Iterator[Reference]) -> Found:
+    distinct = tuple(dict.fromkeys(references))
+    why = WithoutEvidence.REFERENCES if distinct else WithoutEvidence.NONE
+    return Found(_id(fields), _claim(fields), _label(fields), None, why, distinct)
+
+
+def _fever_tuples(value: Any) -> Iterator[Sequence[Any]]:
+    """FEVER's `[annotation, evidence, page, sentence]`, at whatever depth they are."""
+    if isinstance(value, list):
+        if len(value) == 4 and not any(isinstance(part, list) for part in value):
+            yield value
+        else:
+            for part in value:
+                yield from _fever_tuples(part)
+
+
+def _is_fever(fields: Fields) -> bool:
+    tuples = list(_fever_tuples(fields["evidence"]))
+    return bool(tuples) and all(
+        isinstance(page, str | None)
+        and all(isinstance(part, int | None) for part in (annotation, evidence_id, number))
+        for annotation, evidence_id, page, number in tuples
+    )
+
+
+def _read_fever(fields: Fields) -> Found:
+    return _looked_up(
+        fields,
+        (
+            (page, number)
+            for _, _, page, number in _fever_tuples(fields.get("evidence"))
+            if isinstance(page, str)
+        ),
+    )
+
+
+def _read_fever_rows(fields: Fields) -> Found:
+    """One row an evidence; rows of one claim were merged into lists of values."""
+
+    def references() -> Iterator[Reference]:
+        for row in fields.get("rows") or [fields]:
+            page, number = row.get("evidence_wiki_url"), row.get("evidence_sentence_id")
+            if isinstance(page, str) and page:
+                text = str(number)
+                yield page, int(text) if text.isdecimal() else None
+
+    return _looked_up(fields, references())
+
+
+def _read_scifact(fields: Fields) -> Found:
+    evidence = fields.get("evidence") or {}
+    labels = set()
+    references: list[Reference] = []
+    for document, rationales in evidence.items():
+        for rationale in rationales:
+            labels.add(rationale.get("label"))
+            references += ((str(document), number) for number in rationale.get("sentences", ()))
+    if not references:  # what was cited does not decide the claim
+        references = [(str(document), None) for document in fields.get("cited_doc_ids") or ()]
+    found = _looked_up(fields, iter(references))
+    if "evidence" not in fields:
+        return found  # the test split
+    label = "NOT ENOUGH INFO" if not labels else labels.pop() if len(labels) == 1 else "MIXED"
+    return found._replace(label=label)
+
+
+def _read_scifact_rows(fields: Fields) -> Found:
+    rows = fields.get("rows") or [fields]
+    evidence: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if document := str(row.get("evidence_doc_id") or ""):
+            evidence.setdefault(document, []).append(
+                {"label": row.get("evidence_label"), "sentences": row.get("evidence_sentences")}
+            )
+    return _read_scifact({**fields, "evidence": evidence})
+
+
+def _read_averitec(fields: Fields) -> Found:
+    pairs = []
+    for question in fields.get("questions") or ():
+        answers = question.get("answers") or () if isinstance(question, Mapping) else ()
+        for answer in answers if isinstance(answers, list) else (answers,):
+            if isinstance(answer, Mapping) and answer.get("answer"):
+                said = str(answer["answer"])
+                because = answer.get("boolean_explanation")
+                pairs.append(
+                    f"{question.get('question') or ''} {said}{f'. {because}' if because else ''}"
+                )
+    text = " ".join(pair.strip() for pair in pairs)
+    why = None if text else WithoutEvidence.NONE
+    return Found(_id(fields), _claim(fields), _label(fields), text or None, why)
+
+
+def _read_hover(fields: Fields) -> Found:
+    facts = fields.get("supporting_facts") or ()
+
+    def references() -> Iterator[Reference]:
+        for fact in facts:
+            page, number = (
+                (fact.get("key"), fact.get("value")) if isinstance(fact, Mapping) else fact[:2]
+            )
+            yield str(page), number
+
+    return _looked_up(fields, references())
+
+
+def _read_feverous(fields: Fields) -> Found:
+    def references() -> Iterator[Reference]:
+        for piece in fields.get("evidence") or ():
+            for content in piece.get("content") or ():
+                page, _, rest = str(content).partition("_sentence_")
+                yield page, int(rest) if rest.isdecimal() else None
+
+    return _looked_up(fields, references())
+
+
+def _from(name: str) -> Callable[[Fields], Found]:
+    """The evidence from one field, all else by the usual names."""
+
+    def read(fields: Fields) -> Found:
+        text, why = evidence_text(fields.get(name))
+        return Found(_id(fields), _claim(fields), _label(fields), text, why)
+
+    return read
+
+
+def _read_liar(fields: Fields) -> Found:
+    return Found(_id(fields), _claim(fields), _label(fields), None, WithoutEvidence.NONE)
+
+
+def _keys(*names: str) -> frozenset[str]:
+    return frozenset(names)
+
+
+_TRUTH = {"true": "SUPPORTS", "false": "REFUTES"}
+_LIAR_LABELS = ("pants-fire", "false", "barely-true", "half-true", "mostly-true", "true")
+_FEVER_CORPUS = "the directory with FEVER's Wikipedia dump (wiki-pages/*.jsonl)"
+_SCIFACT_CORPUS = "SciFact's corpus.jsonl"
+
+FORMATS: tuple[PublishedFormat, ...] = (
+    PublishedFormat(
+        "fever-rows",
+        "FEVER, one row an evidence (Hugging Face)",
+        _keys("claim", "evidence_wiki_url", "evidence_sentence_id"),
+        _read_fever_rows,
+        merge_key="id",
+        corpus=_FEVER_CORPUS,
+    ),
+    PublishedFormat(
+        "fever",
+        "FEVER",
+        _keys("id", "claim", "evidence"),
+        _read_fever,
+        test=_is_fever,
+        corpus=_FEVER_CORPUS,
+    ),
+    PublishedFormat(
+        "vitaminc",
+        "VitaminC",
+        _keys("unique_id", "claim", "evidence", "revision_type"),
+        read_plain,
+    ),
+    PublishedFormat(
+        "climate-fever",
+        "Climate-FEVER",
+        _keys("claim_id", "claim", "claim_label", "evidences"),
+        read_plain,
+        classes=("SUPPORTS", "REFUTES", "NOT_ENOUGH_INFO", "DISPUTED"),
+        pieces=_plain_pieces,
+    ),
+    PublishedFormat(
+        "scifact-rows",
+        "SciFact, one row a document (Hugging Face)",
+        _keys("claim", "evidence_doc_id", "evidence_sentences"),
+        _read_scifact_rows,
+        merge_key="id",
+        corpus=_SCIFACT_CORPUS,
+    ),
+    PublishedFormat(
+        "scifact",
+        "SciFact",
+        _keys("id", "claim", "cited_doc_ids"),
+        _read_scifact,
+        test=lambda fields: isinstance(fields.get("evidence", {}), Mapping),
+        corpus=_SCIFACT_CORPUS,
+    ),
+    PublishedFormat(
+        "averitec",
+        "AVeriTeC",
+        _keys("claim", "questions"),
+        _read_averitec,
+        test=lambda fields: isinstance(fields["questions"], list),
+    ),
+    PublishedFormat(
+        "hover",
+        "HoVer",
+        _keys("uid", "claim", "supporting_facts"),
+        _read_hover,
+        classes=("NOT_SUPPORTED", "SUPPORTED"),
+    ),
+    PublishedFormat(
+        "feverous",
+        "FEVEROUS",
+        _keys("id", "claim", "evidence", "annotator_operations"),
+        _read_feverous,
+    ),
+    PublishedFormat(
+        "llm-aggrefact",
+        "LLM-AggreFact",
+        _keys("dataset", "doc", "claim", "label"),
+        _from("doc"),
+        labels={"1": "SUPPORTS"},
+    ),
+    PublishedFormat(
+        "pubhealth",
+        "PUBHEALTH",
+        _keys("claim_id", "claim", "explanation", "main_text"),
+        _from("main_text"),
+        labels={**_TRUTH, "unproven": "NOT ENOUGH INFO"},
+        classes=("false", "mixture", "true", "unproven"),
+    ),
+    PublishedFormat(
+        "liar-plus",
+        "LIAR-PLUS",
+        _keys("label", "justification"),
+        _from("justification"),
+        test=lambda fields: "json_file_id" in fields or str(fields.get("id", "")).endswith(".json"),
+        labels={**_TRUTH, "pants-fire": "REFUTES"},
+    ),
+    PublishedFormat(
+        "liar",
+        "LIAR",
+        _keys("label", "statement", "speaker"),
+        _read_liar,
+        labels={**_TRUTH, "pants-fire": "REFUTES"},
+        classes=("false", "half-true", "mostly-true", "true", "barely-true", "pants-fire"),
+    ),
+    PublishedFormat(
+        "fever-symmetric",
+        "FEVER Symmetric",
+        _keys("id", "claim"),
+        read_plain,
+        test=lambda fields: "evidence_sentence" in fields,
+    ),
+)
+
+PLAIN = PublishedFormat("plain", "claims", frozenset(), read_plain, pieces=_plain_pieces)
+"""What is none of the published formats: fields are taken by their names."""
+
+
+def format_named(name: str) -> PublishedFormat:
+    """Raises KeyError when there is none of that name."""
+    return {known.name: known for known in (*FORMATS, PLAIN)}[name]
+
+
+def recognized(records: Sequence[Fields]) -> PublishedFormat:
+    """The format of a file by its first records; PLAIN when they are of none."""
+    looked_at = [
+        {normalized(key): value for key, value in record.items()}
+        for record in records[:_RECORDS_LOOKED_AT]
+    ]
+    for known in FORMATS:
+        if looked_at and all(known.matches(fields) for fields in looked_at):
+            return known
+    return PLAIN
+
+
+_LIAR_COLUMNS = (
+    *("id", "label", "statement", "subject", "speaker", "job", "state", "party"),
+    *("barely_true", "false", "half_true", "mostly_true", "pants_on_fire", "context"),
+)
+
+
+def columns_without_header(fields: Sequence[str]) -> Sequence[str] | None:
+    """The columns of a published file that does not name them, by its first record."""
+    if len(fields) == len(_LIAR_COLUMNS) and fields[1] in _LIAR_LABELS:
+        return _LIAR_COLUMNS
+    if len(fields) == len(_LIAR_COLUMNS) + 2 and fields[2] in _LIAR_LABELS:
+        return ("number", *_LIAR_COLUMNS, "justification")
+    return None

@@ -1,0 +1,88 @@
+"""What is counted of a file of claims while it is read."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from services.contracts.bounds import MAX_COUNTED
+from services.contracts.runs import InputSummary
+from services.producer.parse import NO_LABEL, Reading
+
+_OTHERS = "(others)"
+# So many different spellings are told apart; a column of free text is no column of labels.
+_MOST_KINDS = 10_000
+
+
+class Tally:
+    """Counts by kind, in bounded memory."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    def add(self, kind: str, count: int = 1) -> None:
+        if kind not in self._counts and len(self._counts) >= _MOST_KINDS:
+            kind = _OTHERS
+        self._counts[kind] += count
+
+    def top(self) -> tuple[tuple[str, int], ...]:
+        """The most frequent kinds, and the others together."""
+        most = self._counts.most_common(MAX_COUNTED - 1)
+        shown = dict(most)
+        rest = self._counts.total() - sum(shown.values())
+        if rest:
+            shown[_OTHERS] = shown.get(_OTHERS, 0) + rest
+        return tuple(shown.items())
+
+
+class FileSummary:
+    """The counts of one reading of a file."""
+
+    def __init__(self, format: str, container: str, records: int) -> None:
+        self._format = format
+        self._container = container
+        self._records = records
+        self._gold, self._unknown, self._without = Tally(), Tally(), Tally()
+        self._rejected = Tally()
+        self._unlabelled = self._kept_back = self._own_ids = 0
+        self._numeric_ids = True
+        self.claims = self.repeated = self.rejected = 0
+
+    def add_claims(self, readings: Iterable[Reading]) -> None:
+        for reading in readings:
+            self.claims += 1
+            claim = reading.claim
+            if claim.gold is not None:
+                self._gold.add(claim.gold)
+            elif reading.label in ("", NO_LABEL):
+                self._unlabelled += 1
+                self._kept_back += reading.label == NO_LABEL
+            else:
+                self._unknown.add(reading.label)
+            if claim.evidence is None and reading.without_evidence is not None:
+                self._without.add(reading.without_evidence.value)
+            # An own id is a number of the file's and a mark.
+            whole = claim.claim_id.partition("#")[0]
+            self._numeric_ids = self._numeric_ids and whole.isdecimal() and whole == str(int(whole))
+
+    def add_own_id(self) -> None:
+        self._own_ids += 1
+
+    def add_rejection(self, kind: str) -> None:
+        self.rejected += 1
+        self._rejected.add(kind)
+
+    def result(self) -> InputSummary:
+        return InputSummary(
+            format=self._format,
+            container=self._container,
+            records=self._records,
+            claims=self.claims,
+            repeated=self.repeated,
+            rejected=self._rejected.top(),
+            without_evidence=self._without.top(),
+            gold=self._gold.top(),
+            unlabelled=self._unlabelled,
+            kept_back=self._kept_back,
+            unknown_labels=self._unknown.top(),
+            own_ids=self._own_ids,
+            numeric_ids=self._numeric_ids and self.claims > 0,
+        )

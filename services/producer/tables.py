@@ -1,0 +1,123 @@
+"""Parquet files, Arrow files, and directories of them as Hugging Face's libraries write them."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from services.contracts.errors import InputError
+
+_BATCH_ROWS = 1_000
+_SUFFIXES = (".parquet", ".arrow")
+# `train-00000-of-00002.parquet` and `data-00000-of-00001.arrow` are parts of one table.
+_SHARD_MARK = "-of-"
+
+
+def table_files(directory: Path, split: str | None) -> list[Path]:
+    """The files of one split of a dataset's directory, in order.
+
+    Raises InputError when there is none, or when there are several splits and none is named.
+    """
+    found = sorted(
+        path
+        for path in directory.rglob("*")
+        if path.suffix in _SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+    if not found:
+        raise InputError(
+            f"{directory} is a directory without Parquet or Arrow files; name a file of claims in "
+            "it, or a directory that `datasets` saved"
+        )
+    splits: dict[str, list[Path]] = {}
+    for path in found:
+        splits.setdefault(_split_of(path, directory), []).append(path)
+    if split is None and len(splits) == 1:
+        return found
+    if split not in splits:
+        listed = ", ".join(sorted(splits))
+        what = "has several splits" if split is None else f"has no split {split!r}"
+        raise InputError(f"{directory} {what}; name one of them with --split: {listed}")
+    return splits[split]
+
+
+def _split_of(path: Path, directory: Path) -> str:
+    """`data/train-00000-of-00001.parquet` -> train; `test/data-00000-of-00001.arrow` -> test."""
+    stem = path.stem
+    name = stem.rsplit("-", 3)[0] if _SHARD_MARK in stem else stem
+    folders = path.relative_to(directory).parent.parts
+    return "/".join(part for part in (*folders, name) if part != "data") or name
+
+
+def rows(file: IO[bytes], name: str, kind: str) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet or Arrow file as Python values, a bounded number in memory.
+
+    Where the file's metadata name the classes of a column, they stand in place of the numbers.
+    Raises InputError when the file is damaged.
+    """
+    pa = _pyarrow(name)
+    file.seek(0)
+    try:
+        if kind == "parquet":
+            import pyarrow.parquet as pq
+
+            table = pq.ParquetFile(file)
+            schema, batches = table.schema_arrow, table.iter_batches(_BATCH_ROWS)
+        elif file.read(6) == b"ARROW1":
+            file.seek(0)
+            reader = pa.ipc.open_file(file)
+            schema = reader.schema
+            batches = (reader.get_batch(n) for n in range(reader.num_record_batches))
+        else:
+            file.seek(0)
+            reader = pa.ipc.open_stream(file)
+            schema, batches = reader.schema, iter(reader)
+        features = _features(schema.metadata)
+        for batch in batches:
+            for start in range(0, batch.num_rows, _BATCH_ROWS):
+                for row in batch.slice(start, _BATCH_ROWS).to_pylist():
+                    yield {key: _named(value, features.get(key)) for key, value in row.items()}
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{name} is a damaged {kind} file ({error}); fetch it again") from error
+
+
+def _pyarrow(name: str):  # type: ignore[no-untyped-def]  # noqa: ANN202  (a module)
+    # A third of a second of imports, needed for these files alone.
+    try:
+        import pyarrow as pa
+        import pyarrow.ipc
+    except ImportError as error:
+        raise InputError(
+            f"{name} needs pyarrow, which is not installed here; install keepwarm[producer]"
+        ) from error
+    return pa
+
+
+def _features(metadata: Mapping[bytes, bytes] | None) -> Mapping[str, Any]:
+    """What Hugging Face's `datasets` noted of the columns."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, ValueError, TypeError):
+        return {}
+    return features if isinstance(features, dict) else {}
+
+
+def _named(value: Any, feature: Any) -> Any:
+    """The value with class numbers replaced by the classes' names, at any depth."""
+    if isinstance(feature, list):
+        feature = feature[0] if feature else None
+        return [_named(part, feature) for part in value] if isinstance(value, list) else value
+    if not isinstance(feature, dict) or value is None:
+        return value
+    if feature.get("_type") == "ClassLabel":
+        names: Sequence[str] = feature.get("names") or ()
+        known = isinstance(value, int) and 0 <= value < len(names)
+        return names[value] if known else value
+    if feature.get("_type") in ("Sequence", "List", "LargeList"):
+        inner = feature.get("feature")
+        if isinstance(value, dict):  # a sequence of objects is kept as an object of lists
+            inner = inner if isinstance(inner, dict) else {}
+            return {k: [_named(v, inner.get(k)) for v in vs or ()] for k, vs in value.items()}
+        return [_named(part, inner) for part in value] if isinstance(value, list) else value
+    if "_type" not in feature and isinstance(value, dict):
+        return {key: _named(part, feature.get(key)) for key, part in value.items()}
+    return value
