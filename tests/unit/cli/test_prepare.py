@@ -68,8 +68,8 @@ def test_a_file_becomes_a_run_of_the_prompt_on_the_context(
     )
     assert second == (
         "left out of the scores, for the prompt does not know them: NEI: 1 (say what they mean "
-        'with --label-map "NEI=…"); without evidence: 1 (the record has none; ignored: author; name one '
-        "with --column evidence=NAME)"
+        'with --label-map "NEI=…"); without evidence: 1 (the record has none; ignored: '
+        "author; name one with --column evidence=NAME)"
     )
     assert not (tmp_path / "rejected.jsonl").exists()
 
