@@ -38,8 +38,12 @@ export RABBITMQ_NODENAME="${RABBITMQ_NODENAME:-keepwarm@localhost}"
 export RABBITMQ_DIST_PORT="${RABBITMQ_DIST_PORT:-25672}"
 export RABBITMQ_MNESIA_BASE="$here/data" RABBITMQ_LOG_BASE="$here/log"
 export RABBITMQ_GENERATED_CONFIG_DIR="$here/generated"
-export RABBITMQ_CONFIG_FILE="$here/rabbitmq.conf" RABBITMQ_CONF_ENV_FILE=/dev/null
+# Each of these files that is not named is looked for in /etc/rabbitmq, which is for the system's broker.
+export RABBITMQ_CONFIG_FILE="$here/rabbitmq.conf" RABBITMQ_CONFIG_FILES="$here/conf.d/*.conf"
+export RABBITMQ_ADVANCED_CONFIG_FILE="$here/advanced.config" RABBITMQ_CONF_ENV_FILE=/dev/null
 export RABBITMQ_ENABLED_PLUGINS_FILE="$here/enabled_plugins" RABBITMQ_PID_FILE="$here/pid"
+# The node and rabbitmqctl listen for other nodes on loopback alone.
+export ERL_AFLAGS='-kernel inet_dist_use_interface {127,0,0,1}'
 # Debian's own commands in the PATH insist on a user called rabbitmq.
 programs=/usr/lib/rabbitmq/bin
 if [ $# -gt 0 ]; then
@@ -49,5 +53,5 @@ if [ $# -gt 0 ]; then
 fi
 # The script replaces itself by the node, so that signals reach it.
 export RABBITMQ_ALLOW_INPUT=1
-export RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS='-noinput -kernel inet_dist_use_interface {127,0,0,1}'
+export RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS=-noinput
 exec "$programs/rabbitmq-server"

@@ -1,4 +1,6 @@
-"""A RabbitMQ node of our own, from the installed server: no root, no open door, gone with us."""
+"""A private RabbitMQ node from the installed server: needs no root, listens on loopback only, reads
+no file of the system's broker, and ends with its owner.
+"""
 
 import os
 import random
@@ -154,6 +156,7 @@ class PrivateNode:
             "disk_free_limit.absolute = 256MB\n" + self._plugin_listeners(),
             encoding="utf-8",
         )
+        (self._directory / "advanced.config").write_text("[].\n", encoding="utf-8")
         (self._directory / "enabled_plugins").write_text(
             f"[{','.join(self._plugins)}].\n", encoding="utf-8"
         )
@@ -179,15 +182,20 @@ class PrivateNode:
             "RABBITMQ_MNESIA_BASE": str(here / "data"),
             "RABBITMQ_LOG_BASE": str(here / "log"),
             "RABBITMQ_GENERATED_CONFIG_DIR": str(here / "generated"),
+            # A file that is not named here is looked for in /etc/rabbitmq, the system broker's
+            # place; `conf.d` there wins over our own file (https://www.rabbitmq.com/configure).
             "RABBITMQ_CONFIG_FILE": str(here / "rabbitmq.conf"),
+            "RABBITMQ_CONFIG_FILES": str(here / "conf.d" / "*.conf"),
+            "RABBITMQ_ADVANCED_CONFIG_FILE": str(here / "advanced.config"),
             "RABBITMQ_CONF_ENV_FILE": "/dev/null",
             "RABBITMQ_ENABLED_PLUGINS_FILE": str(here / "enabled_plugins"),
             "RABBITMQ_PID_FILE": str(here / "pid"),
             # Makes the script replace itself by the node, so that signals reach it.
             "RABBITMQ_ALLOW_INPUT": "1",
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": (
-                "-noinput -kernel inet_dist_use_interface {127,0,0,1}"
-            ),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-noinput",
+            # For the node, for rabbitmqctl, and for the short-lived node that starts the mapper:
+            # each of them listens for other nodes (erl(1)).
+            "ERL_AFLAGS": "-kernel inet_dist_use_interface {127,0,0,1}",
         }
 
 

@@ -1,9 +1,13 @@
 """The private node: closed to others while it runs, gone when its owner is."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -12,7 +16,7 @@ import pytest
 from services.broker import PrivateNode, private_node
 from services.contracts.errors import BrokerError
 from tests.conftest import REPOSITORY
-from tests.integration.conftest import wait_until
+from tests.integration.conftest import plain_connection, wait_until
 
 
 def processes_of(directory: Path) -> list[psutil.Process]:
@@ -27,16 +31,86 @@ def processes_of(directory: Path) -> list[psutil.Process]:
     return found
 
 
-def test_it_listens_on_loopback_only(node: PrivateNode) -> None:
-    processes = processes_of(node._directory)
-    assert any("beam" in process.name() for process in processes)
-    listening = {
-        connection.laddr.ip
-        for process in processes
-        for connection in process.net_connections(kind="inet")
-        if connection.status == psutil.CONN_LISTEN
-    }
-    assert listening <= {"127.0.0.1", "::1"}
+def listeners(directory: Path) -> set[tuple[str, str, int]]:
+    """Program, address and port of every socket that a node's processes listen on now."""
+    found = set()
+    for process in processes_of(directory):
+        with suppress(psutil.Error):
+            for connection in process.net_connections(kind="inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found.add((process.name(), *connection.laddr))
+    return found
+
+
+@contextmanager
+def listeners_meanwhile(directory: Path) -> Iterator[set[tuple[str, str, int]]]:
+    """Those that were seen while the block ran: some live for a fraction of a second."""
+    seen: set[tuple[str, str, int]] = set()
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.01):
+            seen.update(listeners(directory))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        looking.join()
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a server, which has its scripts here and the rest from the installed one, looks for the
+    files of its site: the etc/rabbitmq of another machine.
+    """
+    installed = private_node.find_server().resolve().parent.parent
+    server, prefix = tmp_path / "server", tmp_path / "site"
+    shutil.copytree(installed / "sbin", server / "sbin")
+    for other in installed.iterdir():
+        if other.name != "sbin":
+            (server / other.name).symlink_to(other)
+    defaults = server / "sbin" / "rabbitmq-defaults"
+    text = defaults.read_text()
+    assert "\nSYS_PREFIX=\n" in text
+    defaults.write_text(text.replace("\nSYS_PREFIX=\n", f"\nSYS_PREFIX={prefix}\n"))
+    monkeypatch.setattr(private_node, "_PLACES", (str(server / "sbin" / "rabbitmq-server"),))
+    etc = prefix / "etc" / "rabbitmq"
+    (etc / "conf.d").mkdir(parents=True)
+    return etc
+
+
+def test_every_socket_that_it_ever_listens_on_is_on_loopback(tmp_path: Path) -> None:
+    node = PrivateNode(tmp_path / "node")
+    with listeners_meanwhile(tmp_path / "node") as seen, node:
+        node.control("status")
+    assert {name for name, *_ in seen} == {"beam.smp", "epmd"}
+    assert node.port in {port for *_, port in seen}
+    assert {address for _, address, _ in seen} <= {"127.0.0.1", "::1"}
+
+
+def test_the_sites_own_files_for_the_systems_broker_are_not_read(
+    site: Path, tmp_path: Path
+) -> None:
+    (site / "conf.d" / "10-site.conf").write_text(
+        "listeners.tcp.default = 5672\ndefault_user = site\ndefault_pass = of-the-site\n"
+    )
+    (site / "rabbitmq.conf").write_text("listeners.tcp.default = 5673\n")
+    (site / "advanced.config").write_text('[{rabbit, [{tcp_listeners, [{"0.0.0.0", 5674}]}]}].\n')
+    (site / "enabled_plugins").write_text("[rabbitmq_management].\n")
+    (site / "rabbitmq-env.conf").write_text("NODE_PORT=5675\nERL_EPMD_ADDRESS=0.0.0.0\n")
+    node = PrivateNode(tmp_path / "node")
+    with node:
+        plain_connection(node).close()
+        found = listeners(tmp_path / "node")
+        assert {address for _, address, _ in found} <= {"127.0.0.1", "::1"}
+        assert {port for *_, port in found} == {
+            node.port,
+            node._distribution_port,
+            node._mapper_port,
+        }
 
 
 def test_its_secrets_are_for_its_owner_alone(node: PrivateNode) -> None:
