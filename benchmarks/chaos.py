@@ -43,6 +43,7 @@ from services.contexts.attachment import drain  # noqa: E402
 from services.contexts.records import live_records  # noqa: E402
 from services.contracts import load_settings, topology  # noqa: E402
 from services.contracts.errors import BrokerError  # noqa: E402
+from tests.interpreters import interpreter  # noqa: E402
 from tests.proxy import Proxy  # noqa: E402
 
 MODEL = REPOSITORY / ".models" / "SmolLM2-135M-Instruct"
@@ -150,7 +151,7 @@ class House:
         self.proxy = Proxy(self.node.port)
         environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith("KEEPWARM_")},
-            "PYTHONPATH": str(REPOSITORY / "tests" / "doubles"),
+            "KEEPWARM_ENGINE_PYTHON": str(interpreter(self.directory / "doubles")),
             "VLLM_TEST_CLAIM_SECONDS": str(self.claim_seconds),
             "VLLM_TEST_FAULT": "crash-long",
             "KEEPWARM_BROKER_URL": f"amqp://keepwarm@127.0.0.1:{self.proxy.port}/",

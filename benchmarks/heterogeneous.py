@@ -29,6 +29,7 @@ from benchmarks.desk import MODEL, Desk  # noqa: E402
 from services.collector import build_report, find_run  # noqa: E402
 from services.contexts import pin_model  # noqa: E402
 from services.contracts import ContextSpec, PromptSpec  # noqa: E402
+from tests.interpreters import interpreter  # noqa: E402
 
 HORIZONS = {"paced": "4", "not paced": "604800"}
 console = Console(width=110)
@@ -38,7 +39,7 @@ console = Console(width=110)
 def worker(desk: Desk, claim_seconds: float, horizon_seconds: str) -> Iterator[str]:
     """A worker that takes claims; its id."""
     process, line = desk.ready_worker(
-        PYTHONPATH=str(REPOSITORY / "tests" / "doubles"),
+        KEEPWARM_ENGINE_PYTHON=str(interpreter(desk.directory / "doubles")),
         KEEPWARM_LOG_FORMAT="json",
         KEEPWARM_HORIZON_SECONDS=horizon_seconds,
         VLLM_TEST_CLAIM_SECONDS=str(claim_seconds),

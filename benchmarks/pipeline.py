@@ -47,6 +47,7 @@ from services.contracts import (  # noqa: E402
     topology,
 )
 from services.contracts.wire import Message  # noqa: E402
+from tests.interpreters import interpreter  # noqa: E402
 
 MODEL = REPOSITORY / ".models" / "SmolLM2-135M-Instruct"
 FEVER = REPOSITORY.parent / "shared" / "data" / "fever_labelled_dev.jsonl"
@@ -188,7 +189,7 @@ def measure(count: int, batch_size: int) -> dict[str, Finished]:
         write_claims(claims, count)
         environment = {
             **os.environ,
-            "PYTHONPATH": str(REPOSITORY / "tests" / "doubles"),
+            "KEEPWARM_ENGINE_PYTHON": str(interpreter(directory / "doubles")),
             "KEEPWARM_BROKER_URL": node.url,
             "KEEPWARM_BROKER_PASSWORD": node.password,
             "KEEPWARM_MODEL": str(MODEL),

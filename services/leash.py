@@ -1,9 +1,10 @@
 """A child process that cannot outlive its owner, and leaves no process of its own behind.
 
-`python -m services.leash --grace 10 -- COMMAND…` runs COMMAND in a session of its own and holds the
-other end of a pipe. When the owner ends, even by SIGKILL, the pipe closes; then, or on SIGTERM, the
-command gets SIGTERM, `--grace` seconds, and SIGKILL. When the command has ended, everything it ever
-started is killed, daemons that left its session included: the leash is their subreaper (prctl(2)).
+`python keepwarm_start.py services.leash --grace 10 -- COMMAND…` runs COMMAND in a session of its
+own and holds the other end of a pipe. When the owner ends, even by SIGKILL, the pipe closes; then,
+or on SIGTERM, the command gets SIGTERM, `--grace` seconds, and SIGKILL. When the command has ended,
+everything it ever started is killed, daemons that left its session included: the leash is their
+subreaper (prctl(2)).
 A leash is two processes, a guard and its holder, of which each ends the command when the other is
 killed: whichever process dies first, and even if its owner dies at the same moment, nothing stays.
 
@@ -29,6 +30,8 @@ from typing import IO, Protocol
 
 import psutil
 
+from keepwarm_start import python_command
+
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -52,20 +55,17 @@ class Leashed:
 
         Standard output and error go to `output`; `environment` is all that it gets.
         """
-        package_root = str(Path(__file__).resolve().parent.parent)
         self._grace_seconds = grace_seconds
         self._process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "services.leash", "--grace", str(grace_seconds)),
-                *("--directory", str(directory or Path.cwd())),
+                *python_command("services.leash", "--grace", str(grace_seconds)),
+                *(() if directory is None else ("--directory", str(directory))),
                 *("--", *command),
             ],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=dict(environment),
-            # The leash itself starts where `services` can be imported from.
-            cwd=package_root,
             start_new_session=True,
             # Sockets and files that it makes are for this user alone.
             umask=0o077,

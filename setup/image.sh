@@ -46,7 +46,7 @@ keepwarm)
     "$pip" uninstall --quiet --yes $unneeded
     ln -sf "$here/venv/bin/keepwarm" /usr/local/bin/keepwarm
     # What is installed now need not be there twice.
-    rm -rf "$here/services" "$here/build" "$here"/*.egg-info
+    rm -rf "$here/services" "$here/keepwarm_start.py" "$here/build" "$here"/*.egg-info
     ;;
 places)
     mkdir -p "$@"

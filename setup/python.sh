@@ -78,5 +78,5 @@ fi
 step keepwarm "$(hash_of pyproject.toml)" install --editable .
 # A worker that compiles them at its start takes a fifth longer to import them. Python does it by
 # itself, but not where it may not write here, or is told not to (PYTHONDONTWRITEBYTECODE).
-.venv/bin/python -m compileall -q services || echo "python: services are not all compiled, see above" >&2
+.venv/bin/python -m compileall -q services keepwarm_start.py || echo "python: services are not all compiled, see above" >&2
 echo "python: .venv is up to date ($engine), $SECONDS s"

@@ -9,6 +9,8 @@ import psutil
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tests.interpreters import interpreter
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEMO_MODEL = REPOSITORY / ".models" / "SmolLM2-135M-Instruct"
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
@@ -55,6 +57,12 @@ def holds(process: psutil.Process, file: Path) -> bool:
         return any(opened.path == str(file) for opened in process.open_files())
     except psutil.Error:
         return False
+
+
+@pytest.fixture(scope="session")
+def doubles_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For KEEPWARM_ENGINE_PYTHON: an interpreter with the tests' engine in vLLM's place."""
+    return interpreter(tmp_path_factory.mktemp("doubles"))
 
 
 @pytest.fixture(scope="session")

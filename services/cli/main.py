@@ -1,5 +1,10 @@
 """The command's front door: verbs, and what every one of them does with an error."""
 
+import keepwarm_start
+
+if __name__ == "__main__":
+    keepwarm_start.isolate()  # before any other import
+
 import gc
 import importlib.metadata
 import sys

@@ -8,7 +8,9 @@ import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 
+import keepwarm_start
 from services.cli.findings import GIB, ROOM_BYTES, Finding, note, shared_file_system, well
 from services.contracts import Settings
 from services.contracts.errors import EngineStartError, UsageError
@@ -21,13 +23,17 @@ _EXTRAS = {
     "gpu-worker": ("tokenizers", "jinja2", "huggingface_hub", "pynvml"),
     "collector": ("sqlalchemy", "psycopg", "sklearn", "scipy", "pyarrow"),
 }
-_ASK_ENGINE = """
+_ASK_ENGINE = f"""
+import sys
+sys.path.append({str(Path(keepwarm_start.__file__).parent)!r})
+import keepwarm_start
+keepwarm_start.isolate()
 import json, vllm
 try:
     from torch.version import cuda
 except ImportError:
     cuda = None
-print(json.dumps({"vllm": getattr(vllm, "__version__", "unknown"), "cuda": cuda}))
+print(json.dumps({{"vllm": getattr(vllm, "__version__", "unknown"), "cuda": cuda}}))
 """
 # adjtimex(2): the kernel's clock is not held by any other.
 _TIME_ERROR = 5

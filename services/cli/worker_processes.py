@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import structlog
 
+from keepwarm_start import python_command
 from services.contexts import Device, visible_gpus
 from services.contracts import ContextSpec, Settings
 from services.contracts.addresses import any_port, is_host, split_address
@@ -184,7 +184,7 @@ def worker_processes(
 ) -> list[WorkerProcess]:
     """A slot for each share of the node's devices, for workers of one context."""
     command = [
-        *(sys.executable, "-m", "services.cli.main", "worker"),
+        *python_command("services.cli.main", "worker"),
         *("--model", context.model, "--dtype", context.dtype),
         *("--max-model-tokens", str(context.max_model_tokens)),
         *(() if context.revision is None else ("--revision", context.revision)),

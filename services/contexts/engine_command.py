@@ -76,10 +76,13 @@ def template_environment(plan: EnginePlan) -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.upper().startswith("KEEPWARM_") and not is_an_engines_own(name)
     }
+    ours.pop("PYTHONPATH", None)
     chosen = {
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "PYTHONUNBUFFERED": "1",
+        # Whatever the engine starts does not search the working directory for modules.
+        "PYTHONSAFEPATH": "1",
         # A thread pool made by an import would not survive the fork. Engines do not compute in it.
         "OPENBLAS_NUM_THREADS": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "fork",

@@ -7,6 +7,7 @@ from functools import cached_property
 
 from pydantic import Field
 
+from keepwarm_start import SEARCHED_LAST
 from services.contexts.device import Device, visible_gpus
 from services.contracts import ContextSpec, Settings
 from services.contracts.errors import UsageError
@@ -15,7 +16,8 @@ from services.contracts.values import Value, content_id
 # What vLLM and the libraries under it read. The rest of an engine's environment is the keeper's.
 _ENGINES_OWN = re.compile(
     r"(VLLM|CUDA|NVIDIA|NCCL|TORCH|PYTORCH|TRITON|HF|HUGGING_?FACE|TRANSFORMERS|TOKENIZERS"
-    r"|OMP|GOMP|KMP|MKL|OPENBLAS|LD|PYTHON)\w*",
+    r"|OMP|GOMP|KMP|MKL|OPENBLAS|LD|PYTHON(?!PATH$|SAFEPATH$))\w*"
+    rf"|{SEARCHED_LAST}",
     re.IGNORECASE,
 )
 

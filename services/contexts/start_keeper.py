@@ -5,12 +5,12 @@ import os
 import select
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from keepwarm_start import python_command
 from services.contexts.device import Device, find_device
 from services.contexts.protocol import Line, Look
 from services.contexts.runtime_dir import (
@@ -37,7 +37,7 @@ _KEEPERS_SETTINGS = {
     *("engine_start_timeout_seconds", "grace_seconds", "walltime_seconds"),
     *("log_level", "log_format"),
 }
-_COMMAND = (sys.executable, "-m", "services.cli.main", "keeper")
+_COMMAND = python_command("services.cli.main", "keeper")
 
 
 def connected(directory: Path) -> Line | None:
@@ -155,7 +155,7 @@ def _start(settings: Settings, log_file: Path) -> IO[bytes]:
             stdout=output,
             stderr=output,
             env=_environment(settings),
-            cwd=Path(__file__).resolve().parents[2],
+            cwd="/",  # it outlives the directory that we are in
             pass_fds=(its,),
             check=False,  # whether it came up is seen at its socket
         )

@@ -30,9 +30,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# The script's own directory must not answer for modules of the same name.
-sys.path[0:1] = []
 sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from keepwarm_start import isolate
+
+isolate()  # also from this script's own directory
 
 from services.leash import adopt_orphans, die_with_parent, hold  # noqa: E402
 

@@ -127,7 +127,7 @@ class Settings(BaseSettings):
     grace period would no longer fit in. Where it is not set, `SLURM_JOB_END_TIME` counts."""
     engine_python: Path = Path(sys.executable)
     """The interpreter that has vLLM: a path, or a name that is found in `PATH`; the worker's own
-    otherwise."""
+    otherwise. What `PYTHONPATH` names is searched for modules last."""
     engine_arguments: str = ""
     """Further arguments for the engine, as in a shell. They win over the worker's choice and the
     context's, and are not part of the context."""

@@ -42,11 +42,11 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = PATI
 class Command:
     """A `keepwarm` command as a process of its own, its output at hand."""
 
-    program = (sys.executable, "-m", "services.cli.main")
-
-    def __init__(self, environment: dict[str, str], *arguments: str) -> None:
+    def __init__(
+        self, environment: dict[str, str], *arguments: str, python: str | Path = sys.executable
+    ) -> None:
         self.process = subprocess.Popen(
-            [*self.program, *arguments],
+            [python, "-m", "services.cli.main", *arguments],
             env={**environment, "PYTHONFAULTHANDLER": "1"},
             cwd=REPOSITORY,
             stdin=subprocess.DEVNULL,
@@ -115,7 +115,7 @@ class Command:
 
 
 def is_worker(command_line: list[str]) -> bool:
-    return command_line[2:4] == ["services.cli.main", "worker"]
+    return command_line[4:6] == ["services.cli.main", "worker"]
 
 
 @pytest.fixture(scope="session")
@@ -239,12 +239,17 @@ def clean_environment() -> dict[str, str]:
 
 @pytest.fixture
 def environment(
-    node: PrivateNode, broker: Settings, small_model: Path, tmp_path: Path, runtime_dir: Path
+    node: PrivateNode,
+    broker: Settings,
+    small_model: Path,
+    doubles_python: Path,
+    tmp_path: Path,
+    runtime_dir: Path,
 ) -> dict[str, str]:
     """What a command needs to find the node, the small model and the tests' engine."""
     return {
         **clean_environment(),
-        "PYTHONPATH": str(REPOSITORY / "tests" / "doubles"),
+        "KEEPWARM_ENGINE_PYTHON": str(doubles_python),
         "KEEPWARM_BROKER_URL": node.url,
         "KEEPWARM_BROKER_PASSWORD": node.password,
         "KEEPWARM_STORE_URL": str(tmp_path / "store.sqlite"),
@@ -262,8 +267,8 @@ def commands(environment: dict[str, str]) -> Iterator[Callable[..., Command]]:
     """Start commands; whatever happens, they and all they started are gone at the end."""
     started: list[Command] = []
 
-    def start(*arguments: str, **variables: str) -> Command:
-        running = Command({**environment, **variables}, *arguments)
+    def start(*arguments: str, python: str | Path = sys.executable, **variables: str) -> Command:
+        running = Command({**environment, **variables}, *arguments, python=python)
         started.append(running)
         return running
 

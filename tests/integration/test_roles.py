@@ -21,7 +21,7 @@ from pika.exceptions import AMQPConnectionError, ChannelClosedByBroker
 from services.broker import PrivateNode
 from services.broker.topology import quorum_arguments
 from services.contracts import topology as names
-from tests.conftest import REPOSITORY, sample_lines
+from tests.conftest import sample_lines
 from tests.integration.conftest import Command, wait_until
 from tests.integration.runs import wait_for_the_first_verdicts
 
@@ -332,7 +332,7 @@ def test_who_is_no_administrator_is_told_so(broker: Broker) -> None:
 
 
 def test_the_services_do_their_work_with_the_rights_of_their_roles(
-    broker: Broker, small_model: Path, runtime_dir: Path, tmp_path: Path
+    broker: Broker, small_model: Path, doubles_python: Path, runtime_dir: Path, tmp_path: Path
 ) -> None:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("KEEPWARM_")}
 
@@ -341,7 +341,7 @@ def test_the_services_do_their_work_with_the_rights_of_their_roles(
             Command(
                 {
                     **kept,
-                    "PYTHONPATH": str(REPOSITORY / "tests" / "doubles"),
+                    "KEEPWARM_ENGINE_PYTHON": str(doubles_python),
                     "KEEPWARM_BROKER_URL": f"amqp://{VHOST}-{role}@{host}/{VHOST}",
                     "KEEPWARM_BROKER_PASSWORD_FILE": str(broker.secrets / f"{role}.password"),
                     "KEEPWARM_STORE_URL": str(store),

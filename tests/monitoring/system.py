@@ -19,10 +19,10 @@ from tests.integration.conftest import (
     wait_until,
 )
 from tests.integration.runs import write_claims
+from tests.interpreters import DOUBLES, interpreter
 from tests.monitoring.prometheus import Prometheus
 
 PROMPT = REPOSITORY / "samples" / "prompt.yaml"
-DOUBLES = REPOSITORY / "tests" / "doubles"
 Start = Callable[..., Command]
 
 
@@ -37,6 +37,7 @@ class System:
     keeping: Command
     environment: dict[str, str]
     _start: Start
+    _python_with_gpus: Path
     _runtime: Path
     _numbers: Iterator[int]
 
@@ -49,7 +50,8 @@ class System:
         directory = self._runtime.parent / f"node-{node}"
         return self._start(
             "worker",
-            PYTHONPATH=f"{DOUBLES / 'gpus'}:{DOUBLES}",
+            python=self._python_with_gpus,
+            KEEPWARM_ENGINE_PYTHON=str(self._python_with_gpus),
             NVML_TEST_GPU=gpu,
             KEEPWARM_RUNTIME_DIR=str(directory),
             KEEPWARM_CACHE_DIR=str(directory / "cache"),
@@ -116,7 +118,7 @@ def whole_system(
             "KEEPWARM_LOG_FORMAT": "json",
         }
         if not real_engine:
-            environment["PYTHONPATH"] = str(DOUBLES)
+            environment["KEEPWARM_ENGINE_PYTHON"] = str(interpreter(directory / "doubles"))
         try:
             with commands(environment) as start:
                 collecting = start("collect", KEEPWARM_METRICS_ADDRESS=addresses["collector:9464"])
@@ -128,7 +130,9 @@ def whole_system(
                     wait_until(prometheus.sees_all, "the first scrape of each service")
                     yield System(
                         *(directory, node, prometheus, collecting, keeping, environment),
-                        *(start, runtime, count()),
+                        start,
+                        interpreter(directory / "gpus", DOUBLES / "gpus", DOUBLES),
+                        *(runtime, count()),
                     )
         finally:
             for keeper in Path(short).iterdir():

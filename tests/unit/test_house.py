@@ -51,7 +51,12 @@ def test_a_room_opens_only_to_the_rooms_that_it_may_know(room: str, repository: 
 
 def test_the_leash_knows_nothing_of_the_house(repository: Path) -> None:
     names = {name.partition(".")[0] for name in imported(repository / "services" / "leash.py")}
-    assert names <= sys.stdlib_module_names | {"psutil"}
+    assert names <= sys.stdlib_module_names | {"psutil", "keepwarm_start"}
+
+
+def test_where_python_starts_nothing_is_imported_that_could_be_the_users(repository: Path) -> None:
+    loaded = modules_after("import keepwarm_start; keepwarm_start.isolate()", repository)
+    assert loaded <= modules_after("pass", repository) | {"keepwarm_start"}
 
 
 def test_how_to_import_knows_nothing_of_the_house(repository: Path) -> None:

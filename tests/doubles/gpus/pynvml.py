@@ -1,5 +1,6 @@
-"""A stand-in for NVIDIA's library: one GPU, with the name that NVML_TEST_GPU says. It stands where
-services find it when PYTHONPATH names `tests/doubles/gpus`, so that a fleet has several devices.
+"""A stand-in for NVIDIA's library: one GPU, with the name that NVML_TEST_GPU says. An
+interpreter of tests/interpreters.py finds it in the library's place, so that a fleet has several
+devices.
 """
 # ruff: noqa: N802
 

@@ -188,7 +188,7 @@ def environment(
     return dict(slot._environment)
 
 
-def test_a_worker_serves_the_very_context_of_the_run(tmp_path: Path) -> None:
+def test_a_worker_serves_the_very_context_of_the_run(tmp_path: Path, repository: Path) -> None:
     context = ContextSpec(
         model="/models/m",
         revision="files-00",
@@ -198,7 +198,8 @@ def test_a_worker_serves_the_very_context_of_the_run(tmp_path: Path) -> None:
     )
     (slot,) = worker_processes([{}], context, load_settings(), tmp_path / "logs", {})
     assert list(slot._command) == [
-        *(sys.executable, "-m", "services.cli.main", "worker"),
+        *(sys.executable, "-E", "-P", str(repository / "keepwarm_start.py")),
+        *("services.cli.main", "worker"),
         *("--model", "/models/m", "--dtype", "float32", "--max-model-tokens", "77"),
         *("--revision", "files-00", "--engine-argument=--seed=1", "--engine-argument=--x y"),
     ]

@@ -24,6 +24,7 @@ from services.contexts.template_process import Template
 from services.contracts import ContextSpec, load_settings
 from services.contracts.errors import EngineStartError
 from services.contracts.startup import StartupPhases
+from tests.interpreters import interpreter
 
 # httpcore leaves a socket that could not connect to Python's garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
@@ -84,9 +85,9 @@ class Forge:
 
 @pytest.fixture
 def forge(
-    context: ContextSpec, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+    context: ContextSpec, tmp_path: Path, doubles_python: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Forge]:
-    monkeypatch.setenv("PYTHONPATH", str(repository / "tests" / "doubles"))
+    monkeypatch.setenv("KEEPWARM_ENGINE_PYTHON", str(doubles_python))
     forge = Forge(tmp_path, context)
     yield forge
     forge.close()
@@ -100,7 +101,8 @@ def server_of(directory: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> 
     for level in (package, *package.parents[:2]):
         (level / "__init__.py").touch()
     (package / "api_server.py").write_text(source)
-    monkeypatch.setenv("PYTHONPATH", str(directory / "programs"))
+    python = interpreter(directory / "python", directory / "programs")
+    monkeypatch.setenv("KEEPWARM_ENGINE_PYTHON", str(python))
 
 
 def test_an_engine_that_started_answers_behind_a_socket_of_its_owners(

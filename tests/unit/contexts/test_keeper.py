@@ -89,13 +89,13 @@ class Node:
 
 @pytest.fixture
 def start(
-    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, doubles_python: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Node]]:
     nodes: list[Node] = []
 
     def start(**settings: str) -> Node:
         for name, value in {
-            "PYTHONPATH": str(repository / "tests" / "doubles"),
+            "KEEPWARM_ENGINE_PYTHON": str(doubles_python),
             "VLLM_TEST_JOURNAL": str(tmp_path / "journal"),
             "KEEPWARM_RUNTIME_DIR": str(tmp_path / "run"),
             "KEEPWARM_CACHE_DIR": str(tmp_path / "cache"),

@@ -1,5 +1,5 @@
-"""A stand-in for vLLM's server that answers at once. It stands where `python -m vllm.entrypoints…`
-finds it when PYTHONPATH names `tests/doubles`, so that the worker's own code starts it unchanged.
+"""A stand-in for vLLM's server that answers at once. The interpreters of tests/interpreters.py find
+it in vLLM's place, so that the worker's own code starts it unchanged.
 
 It speaks as much of the protocol as a worker needs: `/health`, `/metrics`, `/sleep`, `/wake_up`,
 and `/v1/completions` with token ids and `logprob_token_ids`, as a stream. A prompt's answer depends
