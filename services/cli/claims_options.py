@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Self, cast, get_args
 
 import typer
+from rich.console import Console
 
 from services.contracts import PromptSpec
 from services.contracts.errors import UsageError
@@ -160,7 +161,13 @@ def label_map_from_flags(pairs: list[str] | None, prompt: PromptSpec) -> dict[st
 
 
 def prompt_from_flag(path: Path | None) -> PromptSpec:
-    return PromptSpec() if path is None else read_prompt(path)
+    """The prompt; what was mended in its file is told on standard error."""
+    if path is None:
+        return PromptSpec()
+    console = Console(stderr=True)
+    return read_prompt(
+        path, lambda note: console.print(f"Note: {note}", highlight=False, markup=False)
+    )
 
 
 def columns_from_flags(columns: list[str] | None) -> dict[str, str]:

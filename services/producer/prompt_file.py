@@ -1,5 +1,6 @@
 """A prompt from a YAML file."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -12,8 +13,11 @@ from services.contracts.wire import first_fault
 _MAX_BYTES = 1024 * 1024
 
 
-def read_prompt(path: Path) -> PromptSpec:
-    """Raises InputError that names the file, the field and the next step."""
+def read_prompt(path: Path, note: Callable[[str], None] = lambda _: None) -> PromptSpec:
+    """The prompt in the file. `note` is called with a sentence for each fault that was mended.
+
+    Raises InputError that names the file, the field and the next step.
+    """
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise InputError(f"{path} is over {_MAX_BYTES:,} bytes; a prompt file is small")
@@ -31,9 +35,22 @@ def read_prompt(path: Path) -> PromptSpec:
     if not isinstance(content, dict):
         raise InputError(f"the prompt file {path} must be a mapping, as in samples/prompt.yaml")
     try:
-        return PromptSpec.model_validate(content)
+        prompt = PromptSpec.model_validate(content)
     except ValidationError as error:
         raise InputError(
             f"the prompt file {path}: {first_fault(error)}; see samples/prompt.yaml and "
             "docs/prompts.md"
         ) from error
+    template = prompt.template.rstrip()
+    if template == prompt.template:
+        return prompt
+    # The next token of almost every model holds the space before a word, so hardly any word can
+    # follow a prompt that ends in one. Mended here and not by the worker, so that the prompt_id is
+    # the one of the prompt that is asked.
+    ending = prompt.template[len(template) :]
+    note(
+        f"the prompt file {path}: the template ends in white space ({ending!r}), after which a "
+        "model hardly ever says a label word; it was removed. In YAML write `template: |-`, "
+        "as in samples/prompt.yaml: `|` adds a line end"
+    )
+    return prompt.model_copy(update={"template": template})

@@ -50,6 +50,16 @@ def test_a_prompt_file_is_read(repository: Path) -> None:
         prompt_from_flag(repository / "none.yaml")
 
 
+def test_what_was_mended_in_a_prompt_file_is_told_on_the_screen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "prompt.yaml"
+    path.write_text("template: 'Is {claim} so? '\n")
+    assert prompt_from_flag(path).template == "Is {claim} so?"
+    said = " ".join(capsys.readouterr().err.split())
+    assert "Note: the prompt file" in said and "ends in white space (' ')" in said
+
+
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
     for name in ("a", "b", ".models/SmolLM2-135M-Instruct"):

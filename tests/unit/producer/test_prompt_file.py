@@ -94,3 +94,34 @@ def test_a_file_of_claims_given_as_a_prompt_is_refused_by_its_size(tmp_path: Pat
         file.truncate(2**20 + 1)
     with pytest.raises(InputError, match="is over 1,048,576 bytes; a prompt file is small"):
         read_prompt(path)
+
+
+@pytest.mark.parametrize(
+    ("written", "ending"),
+    [
+        (r'"Claim: {claim}\nAnswer: "', " "),
+        (r'"Claim: {claim}\nAnswer:\n\n\t "', "\n\n\t "),
+        ("|\n  Claim: {claim}\n  Answer:\n", "\n"),
+        ("|+\n  Claim: {claim}\n  Answer:\n\n\n", "\n\n\n"),
+    ],
+)
+def test_white_space_at_a_templates_end_is_removed_with_a_note(
+    written: str, ending: str, tmp_path: Path
+) -> None:
+    notes: list[str] = []
+    path = write(tmp_path, f"template: {written}")
+    mended = read_prompt(path, notes.append)
+    meant = PromptSpec(template="Claim: {claim}\nAnswer:")
+    assert mended == meant
+    assert mended.prompt_id == meant.prompt_id
+    (note,) = notes
+    assert f"{path}: the template ends in white space ({ending!r})" in note
+    assert "`template: |-`" in note
+
+
+@pytest.mark.parametrize("written", ["|-\n  {claim}\n  Answer:\n", r'"{claim}\nAnswer:"'])
+def test_a_template_that_ends_in_text_is_taken_as_it_is(written: str, tmp_path: Path) -> None:
+    notes: list[str] = []
+    prompt = read_prompt(write(tmp_path, f"template: {written}"), notes.append)
+    assert prompt.template == "{claim}\nAnswer:"
+    assert notes == []
