@@ -35,7 +35,8 @@ def engine_arguments(plan: EnginePlan, socket_path: Path) -> list[str]:
         *("--dtype", spec.dtype, "--max-model-len", str(spec.max_model_tokens)),
         # Scores are the model's own, not bent by sampling defaults that came with the weights.
         *("--generation-config", "vllm"),
-        *("--max-logprobs", str(MAX_LABELS)),
+        # In some chats a label has two spellings.
+        *("--max-logprobs", str(2 * MAX_LABELS)),
         "--disable-uvicorn-access-log",
         *(("--trust-remote-code",) if plan.trust_remote_code else ()),
         *_device_arguments(plan.device, spec.max_model_tokens),

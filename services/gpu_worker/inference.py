@@ -101,7 +101,12 @@ class Inference:
             outcome.failure = error
         outcome.engine_seconds = time.monotonic() - started
         outcome.verdicts = {
-            index: read_verdict(claims[index], answer, prompt.spec, len(prompts[index]))
+            index: read_verdict(
+                claims[index],
+                Answer(answer.text, prompt.scores(answer.logprobs)),
+                prompt.spec,
+                len(prompts[index]),
+            )
             for index, answer in sorted(answers.items())
         }
         return outcome

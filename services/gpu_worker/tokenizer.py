@@ -19,6 +19,7 @@ from services.contracts.errors import ModelError
 
 _SENTENCEPIECE_SPACE = "\u2581"
 _CONTENT = "KEEPWARM CONTENT GOES HERE"
+_ANSWER = "KEEPWARM ANSWER GOES HERE"
 
 
 class _Unigram(BaseModel):
@@ -65,6 +66,10 @@ class ModelTokenizer:
                 for text in mark_up.values()
                 if len(text) > 1
             )
+            or r"(?!)"
+        )
+        self._mark_up = re.compile(
+            "|".join(re.escape(added.content) for added in self._added().values() if added.special)
             or r"(?!)"
         )
         self._configuration = configuration
@@ -118,6 +123,26 @@ class ModelTokenizer:
             for text, encoding in zip(texts, encodings, strict=True)
         ]
 
+    def encode_between(self, before: str, texts: list[str], after: str) -> list[list[int]]:
+        """Each text with our own before and after it, encoded as one: what a tokenizer does where
+        texts meet is done as well. Mark-up acts in ours and not in theirs.
+        """
+        with self._mark_up_acts():
+            encodings = self._tokenizer.encode_batch_fast(
+                [before + text + after for text in texts], add_special_tokens=False
+            )
+        ours = self.encode_trusted(before), self.encode_trusted(after)
+        acting = sum(map(self._mark_up_in, ours))
+        return [
+            encoding.ids
+            if not self._mark_up.search(text) and self._mark_up_in(encoding.ids) == acting
+            else ours[0] + self.encode_plain([text])[0] + ours[1]
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
+
+    def _mark_up_in(self, ids: list[int]) -> int:
+        return sum(token in self._special_ids for token in ids)
+
     @contextmanager
     def _mark_up_acts(self) -> Iterator[None]:
         with self._in_use:
@@ -154,23 +179,15 @@ class ModelTokenizer:
         """What the model's chat template puts before and after a user's turn, up to where the
         assistant speaks; None when the model has no chat template.
 
+        White space before the assistant's words is as in a turn that it has spoken: Llama 2 and
+        Mistral have a space there that is not part of the prompt to answer.
         Raises ModelError when the template cannot be used so.
         """
         if self._chat_template is None:
             return None
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        )
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda _format: ""  # a prompt must not change daily
-        environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+        question = {"role": "user", "content": _CONTENT}
         try:
-            text = environment.from_string(self._chat_template).render(
-                messages=[{"role": "user", "content": _CONTENT}],
-                add_generation_prompt=True,
-                bos_token=self._special("bos_token"),
-                eos_token=self._special("eos_token"),
-            )
+            text = self._render([question], add_generation_prompt=True)
         except Exception as error:  # a template is a program, and may fail like one
             raise ModelError(
                 f"the model's chat template cannot be rendered ({error}); set `chat: false` in the "
@@ -182,7 +199,30 @@ class ModelTokenizer:
                 "the model's chat template does not show a user's turn exactly once; set "
                 "`chat: false` in the prompt file"
             )
-        return before, after
+        try:
+            answered = self._render([question, {"role": "assistant", "content": _ANSWER}])
+        except Exception:
+            return before, after  # a template that shows no answers tells nothing of them
+        _, _, spoken = answered.partition(_CONTENT)
+        turn, found, _ = spoken.partition(_ANSWER)
+        return before, turn if found and turn.rstrip() == after.rstrip() else after
+
+    def _render(
+        self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False
+    ) -> str:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        )
+        environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = lambda _format: ""  # a prompt must not change daily
+        environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+        assert self._chat_template is not None
+        return environment.from_string(self._chat_template).render(
+            messages=messages,
+            add_generation_prompt=add_generation_prompt,
+            bos_token=self._special("bos_token"),
+            eos_token=self._special("eos_token"),
+        )
 
     def _special(self, name: str) -> str:
         token = self._configuration.get(name) or ""

@@ -126,3 +126,79 @@ def unigram() -> Tokenizer:
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
     return tokenizer
+
+
+LLAMA_2_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + message['content'].strip() + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+"""Llama 2's and Mistral's, without their system turns: an answer stands after a space."""
+
+MISTRAL_1_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+"""That of Mistral 7B's first version: an answer stands after nothing, in the template."""
+
+_SPOKEN = "True False Unknown Judge by the evidence Evidence Claim Answer [INST] [/INST] A claim"
+
+
+def _sentencepiece(special: list[str]) -> Tokenizer:
+    """BPE as SentencePiece makes it: words with their spaces, single characters, and bytes."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(prepend_scheme="always", split=True),
+            pre_tokenizers.Split("(", "isolated"),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=1_200,
+        special_tokens=[*special, *(f"<0x{byte:02X}>" for byte in range(256))],
+        initial_alphabet=list("\u2581abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.:[]/"),
+        show_progress=False,
+    )
+    # With a space before them and without: `True` after a bracket is a token, too.
+    words = [*_SPOKEN.split(), "(True", "(False", "(Unknown"]
+    tokenizer.train_from_iterator(words * 5, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    definition = json.loads(tokenizer.to_str())
+    definition["added_tokens"] = definition["added_tokens"][: len(special)]
+    return Tokenizer.from_str(json.dumps(definition))
+
+
+def llama_2() -> Tokenizer:
+    """As Llama 2's own file: spaces are made and put before each piece of text by a normalizer."""
+    tokenizer = _sentencepiece(["<unk>", "<s>", "</s>"])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    definition = json.loads(tokenizer.to_str())
+    definition["pre_tokenizer"] = None
+    tokenizer = Tokenizer.from_str(json.dumps(definition))
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return tokenizer
+
+
+def mistral_3() -> Tokenizer:
+    """As Mistral 7B's third version: its brackets are mark-up; a space stands before a whole text
+    alone.
+    """
+    tokenizer = _sentencepiece(["<unk>", "<s>", "</s>", "[INST]", "[/INST]"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return tokenizer
