@@ -4,7 +4,14 @@ from functools import cached_property
 from string import Formatter
 from typing import Annotated, Self
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 from services.contracts.bounds import (
     MAX_EXAMPLES,
@@ -22,6 +29,30 @@ INVALID = "INVALID"
 LabelName = Annotated[
     str,
     StringConstraints(strip_whitespace=True, min_length=1, max_length=64, pattern=r"^[^\x00]*$"),
+]
+
+
+_RESERVED = ("messages", "add_generation_prompt", "bos_token", "eos_token")
+_VariableName = Annotated[
+    str, StringConstraints(max_length=64, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+]
+_VariableValue = bool | int | float | Annotated[str, StringConstraints(max_length=1_024)]
+
+
+def _sorted_pairs(variables: object) -> object:
+    if not isinstance(variables, dict):
+        return variables
+    for name, value in variables.items():
+        if not isinstance(name, str) or not isinstance(value, (bool, int, float, str)):
+            raise ValueError(f"{name!r} must be a name with a text, a number, true or false")
+    return tuple(sorted(variables.items()))
+
+
+# A mapping in files and messages; a value of its own has to be hashable.
+TemplateVariables = Annotated[
+    tuple[tuple[_VariableName, _VariableValue], ...],
+    BeforeValidator(_sorted_pairs),
+    PlainSerializer(dict),
 ]
 
 
@@ -79,6 +110,11 @@ class PromptSpec(Value):
     labels: Annotated[tuple[Label, ...], Field(min_length=2, max_length=MAX_LABELS)] = FEVER_LABELS
     chat: bool = True
     minimum_mass: Annotated[float, Field(ge=0, le=1)] = 0.01
+    # Left out where there are none: ids and messages are what they were before there were any.
+    chat_template_kwargs: Annotated[
+        TemplateVariables, Field(max_length=32, exclude_if=lambda variables: not variables)
+    ] = ()
+    """Variables for the model's chat template, as vLLM and transformers call them."""
 
     @field_validator("template")
     @classmethod
@@ -114,6 +150,15 @@ class PromptSpec(Value):
                 raise ValueError(
                     f"an example has the label {example.label!r}, which is not declared"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _variables_have_a_use(self) -> Self:
+        if self.chat_template_kwargs and not self.chat:
+            raise ValueError("chat_template_kwargs are for the chat template: they need chat: true")
+        for name, _ in self.chat_template_kwargs:
+            if name in _RESERVED:
+                raise ValueError(f"chat_template_kwargs: {name} is set by Keepwarm")
         return self
 
     @cached_property

@@ -22,7 +22,7 @@ class CompiledPrompt:
         """Raises ModelError when two label words start with the same token."""
         self.spec = spec
         self._tokenizer = tokenizer
-        frame = tokenizer.chat_frame() if spec.chat else None
+        frame = tokenizer.chat_frame(dict(spec.chat_template_kwargs)) if spec.chat else None
         before, turn = frame or ("", "")
         self._plain = not turn
         # A worker may be sent a prompt that was not read from a file, where this is mended.

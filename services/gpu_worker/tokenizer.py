@@ -2,12 +2,12 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, meta
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BaseModel
@@ -19,6 +19,10 @@ from services.contracts.errors import ModelError
 
 _SENTENCEPIECE_SPACE = "\u2581"
 _CONTENT = "KEEPWARM CONTENT GOES HERE"
+_GIVEN = {
+    *("messages", "add_generation_prompt", "bos_token", "eos_token"),
+    *("raise_exception", "strftime_now", "tools", "documents"),
+}
 _ANSWER = "KEEPWARM ANSWER GOES HERE"
 
 
@@ -175,24 +179,38 @@ class ModelTokenizer:
         """What tokens stand for, special ones included."""
         return str(self._tokenizer.decode(tokens, skip_special_tokens=False))
 
-    def chat_frame(self) -> tuple[str, str] | None:
+    def chat_frame(self, variables: Mapping[str, Any] | None = None) -> tuple[str, str] | None:
         """What the model's chat template puts before and after a user's turn, up to where the
-        assistant speaks; None when the model has no chat template.
+        assistant speaks; None when the model has no chat template. `variables` are for the
+        template, like `enable_thinking`.
 
         White space before the assistant's words is as in a turn that it has spoken: Llama 2 and
         Mistral have a space there that is not part of the prompt to answer.
-        Raises ModelError when the template cannot be used so.
+        Raises ModelError when the template cannot be used so, or knows no such variable.
         """
+        variables = variables or {}
         if self._chat_template is None:
+            if variables:
+                raise ModelError(
+                    "the model has no chat template, so `chat_template_kwargs` in the prompt file "
+                    "have no effect; remove them"
+                )
             return None
         question = {"role": "user", "content": _CONTENT}
         try:
-            text = self._render([question], add_generation_prompt=True)
+            text = self._render([question], variables, add_generation_prompt=True)
         except Exception as error:  # a template is a program, and may fail like one
             raise ModelError(
                 f"the model's chat template cannot be rendered ({error}); set `chat: false` in the "
                 "prompt file"
             ) from error
+        unknown = sorted(variables.keys() - self._template_variables())
+        if unknown:
+            raise ModelError(
+                f"the model's chat template knows no variable {unknown[0]!r}; it knows: "
+                f"{', '.join(sorted(self._template_variables())) or 'none'}. Correct "
+                "`chat_template_kwargs` in the prompt file"
+            )
         before, found, after = text.partition(_CONTENT)
         if not found or _CONTENT in after:
             raise ModelError(
@@ -200,19 +218,28 @@ class ModelTokenizer:
                 "`chat: false` in the prompt file"
             )
         try:
-            answered = self._render([question, {"role": "assistant", "content": _ANSWER}])
+            answer = {"role": "assistant", "content": _ANSWER}
+            answered = self._render([question, answer], variables)
         except Exception:
             return before, after  # a template that shows no answers tells nothing of them
         _, _, spoken = answered.partition(_CONTENT)
         turn, found, _ = spoken.partition(_ANSWER)
         return before, turn if found and turn.rstrip() == after.rstrip() else after
 
+    def _template_variables(self) -> set[str]:
+        """What the template asks for and does not set, without what every template is given."""
+        assert self._chat_template is not None
+        asked = meta.find_undeclared_variables(_environment().parse(self._chat_template))
+        return asked - _GIVEN
+
     def _render(
-        self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False
+        self,
+        messages: list[dict[str, str]],
+        variables: Mapping[str, Any],
+        *,
+        add_generation_prompt: bool = False,
     ) -> str:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        )
+        environment = _environment()
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda _format: ""  # a prompt must not change daily
         environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
@@ -222,11 +249,18 @@ class ModelTokenizer:
             add_generation_prompt=add_generation_prompt,
             bos_token=self._special("bos_token"),
             eos_token=self._special("eos_token"),
+            **variables,
         )
 
     def _special(self, name: str) -> str:
         token = self._configuration.get(name) or ""
         return str(token["content"]) if isinstance(token, dict) else str(token)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    return ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
 
 
 def _is_unmarked_mark_up(added: AddedToken) -> bool:

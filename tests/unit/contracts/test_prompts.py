@@ -14,7 +14,7 @@ PROMPT = PromptSpec(
     template="{evidence} {claim}",
     no_evidence="-",
     labels=YES_NO,
-    chat=False,
+    chat=True,
     minimum_mass=0.5,
 )
 OTHERWISE = {
@@ -24,8 +24,9 @@ OTHERWISE = {
     "template": "{claim}",
     "no_evidence": "none",
     "labels": (Label(name="YES", word="yes"), Label(name="NO", word="No")),
-    "chat": True,
+    "chat": False,
     "minimum_mass": 0.25,
+    "chat_template_kwargs": {"enable_thinking": False},
 }
 
 
@@ -176,3 +177,44 @@ def test_label_names_keep_the_order_of_the_labels() -> None:
 
 def test_white_space_around_a_label_is_not_part_of_it() -> None:
     assert Label(name=" YES\n", word=" yes ") == Label(name="YES", word="yes")
+
+
+# Variables for the chat template.
+
+
+def test_a_prompt_without_variables_is_written_as_it_was_before_there_were_any() -> None:
+    assert "chat_template_kwargs" not in PromptSpec().model_dump(mode="json")
+    assert "chat_template_kwargs" not in PromptSpec().model_dump_json()
+
+
+def test_variables_keep_their_types_on_the_wire() -> None:
+    spec = PromptSpec(chat_template_kwargs={"b": 0, "a": False, "d": "low", "c": 0.5})
+    assert '"chat_template_kwargs":{"a":false,"b":0,"c":0.5,"d":"low"}' in spec.model_dump_json()
+    back = PromptSpec.model_validate_json(spec.model_dump_json())
+    assert list(map(repr, dict(back.chat_template_kwargs).values())) == [
+        "False",
+        "0",
+        "0.5",
+        "'low'",
+    ]
+    assert back.prompt_id == spec.prompt_id
+
+
+@pytest.mark.parametrize(
+    ("variables", "chat", "says"),
+    [
+        ({"enable_thinking": False}, False, "need chat: true"),
+        ({"messages": "x"}, True, "messages is set by Keepwarm"),
+        ({"add_generation_prompt": False}, True, "add_generation_prompt is set by Keepwarm"),
+        ({"not a name": 1}, True, "String should match pattern"),
+        ({"tools": [1]}, True, "'tools' must be a name with a text, a number, true or false"),
+        ({1: 1, "a": 1}, True, "1 must be a name with"),
+        ({"a": None}, True, "'a' must be a name with"),
+    ],
+)
+def test_variables_that_can_have_no_effect_are_refused(
+    variables: dict[object, object], chat: bool, says: str
+) -> None:
+    with pytest.raises(ValidationError) as refused:
+        PromptSpec.model_validate({"chat_template_kwargs": variables, "chat": chat})
+    assert says in str(refused.value)

@@ -1,4 +1,5 @@
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -247,9 +248,9 @@ def test_a_prompt_is_compiled_once_for_all_its_batches(definitions: dict[str, by
     class Counting(ModelTokenizer):
         frames = 0
 
-        def chat_frame(self) -> tuple[str, str] | None:
+        def chat_frame(self, variables: Mapping[str, Any] | None = None) -> tuple[str, str] | None:
             self.frames += 1
-            return super().chat_frame()
+            return super().chat_frame(variables)
 
     tokenizer = Counting(definitions["byte-level"], {}, None)
     asked = inference(tokenizer, Engine())

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from services.contracts import ContextSpec
 from services.contracts.errors import ModelError
 from services.gpu_worker import ModelTokenizer
+from tests.unit.tokenizers_of_models import CHAT_TEMPLATE
 
 FAMILIES = ["byte-level", "llama-3", "metaspace", "gemma", "unigram"]
 MARK_UP = [
@@ -247,6 +248,30 @@ def test_a_template_that_cannot_be_rendered_cannot_be_used(
 ) -> None:
     with pytest.raises(ModelError, match="chat template .*set `chat: false`"):
         frame(definitions["byte-level"], template)
+
+
+THINKING = (
+    CHAT_TEMPLATE + "{% if add_generation_prompt %}{% if enable_thinking is defined and "
+    "enable_thinking is false %}<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}{% endif %}"
+)
+
+
+def test_a_prompts_variables_reach_the_chat_template(definitions: dict[str, bytes]) -> None:
+    tokenizer = ModelTokenizer(definitions["byte-level"], {}, THINKING)
+    _, after = tokenizer.chat_frame({"enable_thinking": False}) or ("", "")
+    assert after.endswith("<think>\n\n</think>\n\n")
+    assert (tokenizer.chat_frame() or ("", ""))[1].endswith("<think>\n")
+
+
+def test_a_variable_that_the_template_does_not_know_is_refused(
+    definitions: dict[str, bytes],
+) -> None:
+    tokenizer = ModelTokenizer(definitions["byte-level"], {}, THINKING)
+    with pytest.raises(ModelError, match="no variable 'thinking'; it knows: enable_thinking"):
+        tokenizer.chat_frame({"thinking": False})
+    plain = ModelTokenizer(definitions["byte-level"], {}, None)
+    with pytest.raises(ModelError, match="has no chat template"):
+        plain.chat_frame({"thinking": False})
 
 
 # Loading.
