@@ -25,7 +25,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -211,7 +211,9 @@ class House:
     def outcomes(self) -> tuple[int, int | None]:
         """How many claims have one, and of how many, once the producer has said it."""
         try:
-            with sqlite3.connect(f"file:{self.store}?mode=ro", uri=True, timeout=30) as store:
+            with closing(
+                sqlite3.connect(f"file:{self.store}?mode=ro", uri=True, timeout=30)
+            ) as store:
                 (done,) = store.execute("SELECT count(*) FROM outcomes").fetchone()
                 (claims,) = store.execute("SELECT claims FROM runs").fetchone() or (None,)
                 return done, claims
@@ -438,7 +440,7 @@ def run(house: House, seed: int | None, fault_seconds: float, limit_seconds: flo
         while not house.node.alive or house.producer.alive or house.producer.process.returncode:
             house.look_after()
             time.sleep(0.1)
-    with sqlite3.connect(house.store) as store:
+    with closing(sqlite3.connect(house.store)) as store:
         claims, returned = store.execute("SELECT claims, returned FROM runs").fetchone()
         rows = store.execute("SELECT claim_id, label, reason FROM outcomes").fetchall()
         duplicates, lost_work = store.execute(

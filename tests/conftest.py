@@ -1,8 +1,12 @@
 """What all tests share: where things are, and a model directory made on the spot."""
 
 import json
+import sqlite3
+import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -19,6 +23,34 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+class _Connection(sqlite3.Connection):
+    """Warns as Python 3.13 does when it is dropped while it is open, and pytest fails the test."""
+
+    is_open = False
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        super().__init__(*arguments, **options)
+        self.is_open = True
+
+    def close(self) -> None:
+        super().close()
+        self.is_open = False
+
+    def __del__(self) -> None:
+        if self.is_open:
+            warnings.warn(f"unclosed database in {self!r}", ResourceWarning, 1, self)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _unclosed_databases_are_reported() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if sys.version_info < (3, 13):
+            connect = partial(sqlite3.connect, factory=_Connection)
+            patch.setattr(sqlite3, "connect", connect)
+            patch.setattr(sqlite3.dbapi2, "connect", connect)
+        yield
 
 
 def sample_lines() -> list[dict[str, str]]:

@@ -18,7 +18,7 @@ def cancel(
     The store says so at once. Workers hear of it from the collector within seconds, wherever they
     are. Submitting the run again makes it wanted again.
     """
-    database = Store.open(load_settings(store_url=store), create=False)
-    known = find_run(database, run)
-    database.cancel(known.run_key)
+    with Store.open(load_settings(store_url=store), create=False) as database:
+        known = find_run(database, run)
+        database.cancel(known.run_key)
     print(f"{known.run_id} is cancelled; workers hear of it from the collector")

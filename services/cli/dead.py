@@ -60,7 +60,8 @@ def show(
         return
     if claim is None:
         raise UsageError("name the claim as well: `keepwarm dead show RUN CLAIM`")
-    _, _, (row,) = _claims(settings, what, [claim])
+    with Store.open(settings, create=False) as database:
+        _, (row,) = _claims(database, what, [claim])
     _show(f"run: {row.run_id}\nclaim: {row.claim.claim_id} (line {row.claim.position + 1})")
     _show(f"reason: {row.reason.value}\nengine failures: {row.failures}\n{row.detail}")
     _show(f"text: {row.claim.text}")
@@ -88,14 +89,15 @@ def retry(
                 )
         print(f"{what} is in {origin(message)} again")
         return
-    database, run, rows = _claims(settings, what, claims or ())
-    if run.run is None:
-        raise StoreError(f"{run.run_id} was never announced: submit it again instead")
-    submission_id = f"retry-{secrets.token_hex(8)}"
-    database.add_submission(rows[0].run_key, submission_id)
-    _publish(settings, run.run, rows, submission_id)
-    # Only now: a retry that was cut short leaves them dead, and is merely done again.
-    reopen_dead(database, rows)
+    with Store.open(settings, create=False) as database:
+        run, rows = _claims(database, what, claims or ())
+        if run.run is None:
+            raise StoreError(f"{run.run_id} was never announced: submit it again instead")
+        submission_id = f"retry-{secrets.token_hex(8)}"
+        database.add_submission(rows[0].run_key, submission_id)
+        _publish(settings, run.run, rows, submission_id)
+        # Only now: a retry that was cut short leaves them dead, and is merely done again.
+        reopen_dead(database, rows)
     print(f"{len(rows):,} claims of {run.run_id} are with the broker again")
 
 
@@ -112,8 +114,9 @@ def drop(
             messages.drop([_picked(messages, what)])
         print(f"{what} is gone")
         return
-    database, run, rows = _claims(settings, what, claims or ())
-    drop_dead(database, rows)
+    with Store.open(settings, create=False) as database:
+        run, rows = _claims(database, what, claims or ())
+        drop_dead(database, rows)
     print(f"{len(rows):,} claims of {run.run_id} are let go")
 
 
@@ -126,9 +129,9 @@ def list(
 ) -> None:
     """List dead claims, and where a broker is named the messages that nobody could use."""
     settings = _settings(broker, store)
-    database = Store.open(settings, create=False)
-    known = None if run is None else find_run(database, run)
-    rows = dead_claims(database, known)
+    with Store.open(settings, create=False) as database:
+        known = None if run is None else find_run(database, run)
+        rows = dead_claims(database, known)
     console = Console()
     table = Table("run", "claim", "reason", "failures", "what", box=None, header_style="bold")
     for row in rows:
@@ -188,17 +191,16 @@ def _picked(messages: DeadMessages, wanted: str) -> Delivery:
 
 
 def _claims(
-    settings: Settings, wanted: str, claim_ids: Sequence[str]
-) -> tuple[Store, KnownRun, Sequence[DeadRow]]:
+    database: Store, wanted: str, claim_ids: Sequence[str]
+) -> tuple[KnownRun, Sequence[DeadRow]]:
     """Dead claims of a run. Raises StoreError when there are none, or an id is not among them."""
-    database = Store.open(settings, create=False)
     known = find_run(database, wanted)
     rows = dead_claims(database, known, claim_ids)
     missing = set(claim_ids) - {row.claim.claim_id for row in rows}
     if missing or not rows:
         what = ", ".join(sorted(missing)) or "any claim"
         raise StoreError(f"{known.run_id} does not have {what} among its dead claims")
-    return database, known, rows
+    return known, rows
 
 
 def _publish(settings: Settings, run: Run, rows: Sequence[DeadRow], submission_id: str) -> None:

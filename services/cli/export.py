@@ -26,8 +26,8 @@ def export(
     ] = None,
 ) -> None:
     """Write the outcomes of a run to a file, one row a claim, in the order of the input."""
-    database = Store.open(load_settings(store_url=store), create=False)
-    known = find_run(database, run)
-    path = out or Path(known.run_id + _SUFFIXES[format])
-    count = export_run(database, known, format, path)
+    with Store.open(load_settings(store_url=store), create=False) as database:
+        known = find_run(database, run)
+        path = out or Path(known.run_id + _SUFFIXES[format])
+        count = export_run(database, known, format, path)
     print(f"{count:,} rows in {path}", file=sys.stderr)

@@ -19,8 +19,8 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Report a run: accuracy with its 95 % interval, macro-F1, confusion matrix, speed, workers."""
-    database = Store.open(load_settings(store_url=store), create=False)
-    result = build_report(database, find_run(database, run))
+    with Store.open(load_settings(store_url=store), create=False) as database:
+        result = build_report(database, find_run(database, run))
     if as_json:
         print(result.model_dump_json(indent=2))
     else:

@@ -34,20 +34,20 @@ def status(
     there is none, the runs alone.
     """
     settings = load_settings(store_url=store, broker_url=broker)
-    database = Store.open(settings, create=False)
+    with Store.open(settings, create=False) as database:
 
-    def show_json() -> None:
-        print(json.dumps([run.model_dump() for run in run_statuses(database)]), flush=True)
+        def show_json() -> None:
+            print(json.dumps([run.model_dump() for run in run_statuses(database)]), flush=True)
 
-    if as_json:
-        show_json()
-        while watch:
-            time.sleep(every)
+        if as_json:
             show_json()
-    elif watch:
-        _watch(settings, database, every)
-    else:
-        Console().print(status_table(run_statuses(database)))
+            while watch:
+                time.sleep(every)
+                show_json()
+        elif watch:
+            _watch(settings, database, every)
+        else:
+            Console().print(status_table(run_statuses(database)))
 
 
 def _watch(settings: Settings, database: Store, every: float) -> None:

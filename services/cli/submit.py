@@ -1,5 +1,6 @@
 """`keepwarm submit`."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -111,9 +112,12 @@ def submit(
     context = partial(
         context_from_flags, settings, model, revision, dtype, max_model_tokens, engine_argument
     )
-    with prepared_submission(
-        console, file, context=context, prompt=prompt_spec, options=options
-    ) as submission:
+    with (
+        prepared_submission(
+            console, file, context=context, prompt=prompt_spec, options=options
+        ) as submission,
+        ExitStack() as held,
+    ):
         run_id = submission.run.run_id
         rejected_path = rejected or Path(f"rejected-{run_id}.jsonl")
         inspect_claims(console, submission, rejected_path)
@@ -121,7 +125,7 @@ def submit(
         if settings.store_url is not None:
             from services.collector import Store  # its extra, only where a store is named
 
-            database = Store.open(settings)
+            database = held.enter_context(Store.open(settings))
             refuse_changed_file(submission, database)
             finished = finished_in(database, run_id)
             update_gold(submission, database)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from pydantic_core import to_json
 from sqlalchemy import (
@@ -74,7 +74,7 @@ class Incoming:
 
 
 class Store:
-    """A database of runs and their outcomes.
+    """A database of runs and their outcomes. Use it as a context manager, or close it.
 
     Every method raises StoreError, with the next step, when the database cannot do its part.
     """
@@ -120,14 +120,25 @@ class Store:
         """
         engine = open_engine(settings, create=create)
         store = cls(engine)
-        with store.transaction() as connection:
-            version = up_to_date(connection)
-            if version != SCHEMA_VERSION:
-                raise refusal(engine.url, version)
+        try:
+            with store.transaction() as connection:
+                version = up_to_date(connection)
+                if version != SCHEMA_VERSION:
+                    raise refusal(engine.url, version)
+        except BaseException:
+            store.close()
+            raise
         return store
 
     def close(self) -> None:
+        """Close its connections to the database, those of all threads."""
         self._engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:

@@ -2,9 +2,10 @@
 
 import json
 import signal
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import groupby
 from pathlib import Path
 
@@ -83,10 +84,8 @@ def test_a_store_that_cannot_be_written_is_named(command: Start, tmp_path: Path)
 def test_a_locked_store_is_waited_for_and_nothing_is_lost(
     command: Start, answered: str, node: PrivateNode, environment: dict[str, str]
 ) -> None:
-    import sqlite3
-
     Store.open(load_settings(store_url=environment["KEEPWARM_STORE_URL"])).close()
-    with sqlite3.connect(environment["KEEPWARM_STORE_URL"]) as other:
+    with closing(sqlite3.connect(environment["KEEPWARM_STORE_URL"])) as other:
         other.execute("BEGIN IMMEDIATE")
         collecting = command("collect", "--until", answered)
         collecting.said("broker.connected")
@@ -94,7 +93,6 @@ def test_a_locked_store_is_waited_for_and_nothing_is_lost(
         wait_for_messages(node, topology.VERDICTS_QUEUE, 0, "all taken")
         assert collecting.process.poll() is None
         other.rollback()
-    other.close()
     assert collecting.wait() == 0
     assert the_run(command)["done"] == 240
 
