@@ -32,11 +32,12 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from keepwarm_start import isolate
+import keepwarm_start
 
-isolate()  # also from this script's own directory
+if __name__ == "__main__":
+    keepwarm_start.isolate()  # also from this script's own directory
 
-from services.leash import adopt_orphans, die_with_parent, hold  # noqa: E402
+from services.leash import adopt_orphans, die_with_parent, hold
 
 _MOST_REQUEST_BYTES = 1024 * 1024
 # Imported by vLLM's processes only when they begin to work. Missing ones do not matter.

@@ -96,7 +96,7 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise InputError(f"{path} does not exist; name the directory of the Wikipedia dump")
-    files = sorted(path.glob("*.jsonl")) or sorted(path.glob("wiki-pages/*.jsonl"))
+    files = sorted(path.glob("wiki-pages/*.jsonl")) or sorted(path.glob("*.jsonl"))
     if not files:
         raise InputError(
             f"{path} has no *.jsonl and no wiki-pages/*.jsonl; unpack FEVER's wiki-pages.zip there"

@@ -86,12 +86,14 @@ def find_dialect(
             candidates.append(replace(dialect, columns=tuple(columns), header=False))
     if not candidates:
         raise InputError(_no_claim_column(name, 2 if told else 1, max(headers, key=len)))
-    # A header is better than none, more columns than fewer (a header of one column has no
-    # delimiter), and of equals the one that breaks the fewest records.
-    headed = [d for d in candidates if d.header] or candidates
-    most = max(len(d.columns) for d in headed)
-    widest = [d for d in headed if len(d.columns) == most]
-    return _with_quoting(file, min(widest, key=lambda d: _broken_lines(file, d, _SAMPLE_RECORDS)))
+    # A header is better than none, and more columns than fewer: one of one column has no delimiter.
+    headed = [d for d in candidates if d.header]
+    if headed:
+        most = max(len(d.columns) for d in headed)
+        candidates = [d for d in headed if len(d.columns) == most]
+    else:
+        candidates.sort(key=lambda d: -len(d.columns))
+    return _with_quoting(file, min(candidates, key=lambda d: _fit(file, d, _SAMPLE_RECORDS)[0]))
 
 
 def records(file: IO[bytes], dialect: Dialect) -> Iterator[Record]:
@@ -142,7 +144,7 @@ def _with_quoting(file: IO[bytes], dialect: Dialect) -> Dialect:
         ways.append("backslash")
     candidates = [replace(dialect, quoting=way) for way in ways]
     # The first of those that are equally good.
-    best = min(candidates, key=lambda candidate: _broken_lines(file, candidate, None))
+    best = min(candidates, key=lambda candidate: _fit(file, candidate, None))
     if "none-backslash" in ways and any("\\N" in r.fields for r in _sample(file, best)):
         return candidates[-1]  # only a database writes a field like that
     return best
@@ -152,18 +154,23 @@ def _sample(file: IO[bytes], dialect: Dialect) -> Iterator[Record]:
     return islice(records(file, dialect), _SAMPLE_RECORDS)
 
 
-def _broken_lines(file: IO[bytes], dialect: Dialect, most: int | None) -> int:
-    """How many lines are in records that are broken.
+def _fit(file: IO[bytes], dialect: Dialect, most: int | None) -> tuple[int, int]:
+    """How badly a dialect fits: the number of lines in broken records, and of records, negative: of
+    two that break nothing, the one that joins lines has taken a quote for more than it is.
 
-    A field that holds both line ends and delimiters counts as broken: a quote that opens nothing
-    has swallowed the records after it.
+    A field with a line of many delimiters inside counts as broken: a stray quote has swallowed it.
     """
-    broken = before = 0
+    broken = before = count = 0
+    delimiters = len(dialect.columns) - 1
     for number, fields, fault in islice(records(file, dialect), most):
-        if fault is not None or any("\n" in f and dialect.delimiter in f for f in fields):
+        inside = (line for f in fields if "\n" in f for line in f.split("\n")[1:-1])
+        if fault is not None or any(
+            2 * line.count(dialect.delimiter) >= delimiters > 0 for line in inside
+        ):
             broken += number - before
         before = number
-    return broken
+        count += 1
+    return broken, -count
 
 
 def _rows(file: IO[bytes], dialect: Dialect) -> Iterator[Record]:

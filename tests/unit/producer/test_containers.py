@@ -1,0 +1,503 @@
+"""What a file may be, whatever its name: delimited text, JSON in any form, Parquet, compressed."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from backports import zstd
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.contracts import Claim, PromptSpec
+from services.contracts.bounds import MAX_LINE_BYTES
+from services.contracts.errors import InputError
+from services.contracts.runs import InputSummary
+from services.producer import ClaimsFile, Rejection, Selection, Source
+
+PROMPT = PromptSpec()
+FROZE = "The harbour froze in 1963."
+ROWS = [
+    {"id": "1", "claim": FROZE, "label": "SUPPORTS"},
+    {"id": "2", "claim": "It, is; deep|er.", "label": "REFUTES"},
+]
+
+
+def write(directory: Path, content: bytes | str, name: str = "claims") -> Path:
+    path = directory / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def read(path: Path, **columns: str) -> list[Claim]:
+    return judged(path, **columns)[1]
+
+
+def judged(path: Path, **columns: str) -> tuple[InputSummary, list[Claim], list[Rejection]]:
+    rejections: list[Rejection] = []
+    with Source.open(str(path), claim_column=columns.get("claim")) as source:
+        file = ClaimsFile(source, PROMPT, Selection(columns=columns))
+        summary = file.inspect(rejections.append)
+        claims = [claim for _, chunk in file.claims(file.new_summary()) for claim in chunk]
+    return summary, claims, rejections
+
+
+def texts(path: Path, **columns: str) -> list[str]:
+    return [claim.text for claim in read(path, **columns)]
+
+
+def delimited(delimiter: str, **how: Any) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, delimiter=delimiter, **how)
+    writer.writerow(["id", "claim", "label"])
+    writer.writerows([row.values() for row in ROWS])
+    return out.getvalue()
+
+
+# Delimited text.
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t", ";", "|"])
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_delimited_text_is_read_whatever_its_dialect(
+    delimiter: str, quoting: int, end: str, mark: str, tmp_path: Path
+) -> None:
+    content = mark + delimited(delimiter, quoting=quoting, lineterminator=end)
+    claims = read(write(tmp_path, content))
+    assert [(c.claim_id, c.text, c.gold) for c in claims] == [tuple(r.values()) for r in ROWS]
+
+
+def test_a_line_that_names_the_separator_is_believed(tmp_path: Path) -> None:
+    claims = read(write(tmp_path, "sep=;\r\nclaim;label\r\nIt froze, in 1963.;SUPPORTS\r\n"))
+    assert [(c.text, c.gold) for c in claims] == [("It froze, in 1963.", "SUPPORTS")]
+
+
+@pytest.mark.parametrize("header", [" Claim , Gold Label ", "CLAIM,gold-label", "Claim,GOLD_LABEL"])
+def test_a_header_may_have_spaces_and_capitals(header: str, tmp_path: Path) -> None:
+    (claim,) = read(write(tmp_path, f"{header}\n{FROZE},SUPPORTS\n"))
+    assert (claim.text, claim.gold) == (FROZE, "SUPPORTS")
+
+
+def test_columns_that_are_empty_to_the_end_of_the_sheet_are_none(tmp_path: Path) -> None:
+    path = write(tmp_path, f"claim,label,,,\n{FROZE},SUPPORTS,,,\n,,,,\nB.,REFUTES,,,\n")
+    summary, claims, _ = judged(path)
+    assert [c.text for c in claims] == [FROZE, "B."]
+    assert summary.records == 2
+
+
+def test_a_column_without_a_delimiter_is_a_column(tmp_path: Path) -> None:
+    path = write(tmp_path, "claim\nIt froze, in 1963.\nIt is; deep.\n")
+    assert texts(path) == ["It froze, in 1963.", "It is; deep."]
+
+
+def test_a_file_without_a_header_is_told_with_the_way_to_number_its_columns(tmp_path: Path) -> None:
+    path = write(tmp_path, f"{FROZE},SUPPORTS\nIt is deep.,REFUTES\n", "mine.csv")
+    with pytest.raises(InputError) as refused:
+        read(path)
+    assert str(refused.value) == (
+        f"{path}, line 1: no column is called 'claim'; the columns are '{FROZE}', 'SUPPORTS'. Name "
+        "the one that holds it with --column claim=NAME. If this line is a claim already and the "
+        "file has no header, number the columns instead: --column claim=1 --column label=2"
+    )
+    claims = read(path, claim="1", label="2")
+    assert [(c.text, c.gold, c.position) for c in claims] == [
+        (FROZE, "SUPPORTS", 0),
+        ("It is deep.", "REFUTES", 1),
+    ]
+
+
+def test_lines_of_plain_text_are_claims_when_their_column_is_numbered(tmp_path: Path) -> None:
+    path = write(tmp_path, "The harbour froze, they say.\nIt is deep.\n", "mine.txt")
+    assert texts(path, claim="1") == ["The harbour froze, they say.", "It is deep."]
+
+
+SPARK = (
+    'claim,label\n"He said \\"the harbour froze\\" twice",SUPPORTS\n'
+    '"He said \\"no\\" and\nthen left",SUPPORTS\nPlain.,REFUTES\n'
+)
+
+
+def test_quotes_escaped_by_a_backslash_are_read_and_no_half_record_is_a_claim(
+    tmp_path: Path,
+) -> None:
+    assert texts(write(tmp_path, SPARK)) == [
+        'He said "the harbour froze" twice',
+        'He said "no" and\nthen left',
+        "Plain.",
+    ]
+
+
+def test_a_quote_that_is_escaped_late_in_the_file_decides_all_the_same(tmp_path: Path) -> None:
+    head = "claim,label\n" + "".join(f"Claim {n}.,SUPPORTS\n" for n in range(5_000))
+    assert len(read(write(tmp_path, head + SPARK.partition("\n")[2]))) == 5_003
+
+
+def test_a_backslash_at_a_quotes_end_is_only_a_backslash(tmp_path: Path) -> None:
+    path = write(tmp_path, 'claim,label\n"It lies in C:\\",SUPPORTS\n"He said ""no""",REFUTES\n')
+    assert texts(path) == ["It lies in C:\\", 'He said "no"']
+
+
+def test_a_null_of_a_database_is_no_text(tmp_path: Path) -> None:
+    path = write(tmp_path, 'claim,evidence,label\n"He said \\"no\\".",\\N,SUPPORTS\n')
+    (claim,) = read(path)
+    assert (claim.text, claim.evidence, claim.gold) == ('He said "no".', None, "SUPPORTS")
+
+
+def test_a_databases_export_with_tabs_is_read(tmp_path: Path) -> None:
+    content = (
+        "claim\tevidence\tlabel\n"
+        'He said \\"no\\"\\tand left\t\\N\tSUPPORTS\n'
+        "Two\\\nlines\tA \\\\ backslash\tREFUTES\n"
+    )
+    claims = read(write(tmp_path, content))
+    assert [(c.text, c.evidence) for c in claims] == [
+        ('He said "no"\tand left', None),
+        ("Two\nlines", "A \\ backslash"),
+    ]
+
+
+def test_a_stray_quote_swallows_no_records(tmp_path: Path) -> None:
+    lines = [f"{n}\tClaim {n}.\tSUPPORTS" for n in range(9)]
+    lines[2] = '2\t"Claim 2.\tSUPPORTS'
+    lines[6] = '6\tClaim "6".\tREFUTES'
+    summary, claims, rejections = judged(write(tmp_path, "id\tclaim\tlabel\n" + "\n".join(lines)))
+    assert [claim.claim_id for claim in claims] == [str(n) for n in range(9)]
+    assert claims[2].text == '"Claim 2.'
+    assert (summary.records, rejections) == (9, [])
+
+
+def test_a_stray_quote_that_another_one_closes_joins_no_records(tmp_path: Path) -> None:
+    path = write(tmp_path, 'id\tclaim\tlabel\n1\t"One.\tSUPPORTS\n2\tTwo."\tREFUTES\n')
+    assert texts(path) == ['"One.', 'Two."']
+
+
+def test_a_field_with_line_ends_and_tabs_is_read_where_it_is_quoted(tmp_path: Path) -> None:
+    path = write(tmp_path, 'claim\tevidence\n"A.\tB.\nC."\t"E.\n\nF."\nD.\tG.\n')
+    assert [(c.text, c.evidence) for c in read(path)] == [
+        ("A.\tB.\nC.", "E.\n\nF."),
+        ("D.", "G."),
+    ]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.text(st.sampled_from('ab ,;|\t"\\\n'), min_size=1, max_size=12).filter(str.strip),
+            st.sampled_from(["SUPPORTS", "REFUTES"]),
+        ),
+        min_size=1,
+        max_size=8,
+    ),
+    st.sampled_from([",", ";", "|"]),
+)
+def test_what_the_csv_module_wrote_is_read_or_rejected_and_never_half_a_record(
+    rows: list[tuple[str, str]], delimiter: str
+) -> None:
+    out = io.StringIO()
+    writer = csv.writer(out, delimiter=delimiter, quoting=csv.QUOTE_ALL, lineterminator="\n")
+    writer.writerow(["claim", "label"])
+    writer.writerows(rows)
+    with Source([io.BytesIO(out.getvalue().encode())], "claims.csv", "csv") as source:
+        lines = list(source.lines())
+    assert [tuple(line.content.values()) for line in lines if line.fault is None] == rows  # type: ignore[union-attr]
+
+
+# JSON.
+
+
+@pytest.mark.parametrize("indent", [None, 0, 2])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_an_array_is_read_with_the_lines_of_its_elements(
+    indent: int | None, mark: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path, mark + json.dumps([*ROWS, {"claim": ""}], indent=indent))
+    _, claims, (rejection,) = judged(path)
+    assert [c.text for c in claims] == [row["claim"] for row in ROWS]
+    lines = path.read_text().splitlines()
+    opened = [number for number, line in enumerate(lines, 1) if "{" in line]
+    assert rejection.line == opened[-1]
+
+
+def test_objects_one_after_the_other_are_read(tmp_path: Path) -> None:
+    path = write(tmp_path, "\n".join(json.dumps(row, indent=2) for row in ROWS))
+    assert texts(path) == [row["claim"] for row in ROWS]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('[\n{"claim": "A."},\n{"claim": "B."\n', r"claims, line 4: the JSON is broken here: "),
+        ('[\n{"claim": "A."}\n{"claim": "B."}]', r"line 3: .* `,` or `\]` expected, not '\{'"),
+        ('[{"claim": "A."}', "line 1: .* the array is not closed"),
+        ('[{"claim": "A."}\n]\n[', "line 3: .* something follows the end of the array"),
+        ('[{"claim": A}]', "line 1: .*Expecting value"),
+        ("[" * 100_000, "line 1: .*(nested too deeply|not closed|broken)"),
+        (
+            '[{"claim": "' + "x" * 2 * MAX_LINE_BYTES + '"}]',
+            "or the value is longer than 1,048,576",
+        ),
+    ],
+)
+def test_an_array_that_breaks_is_refused_with_its_line(
+    content: str, says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=says):
+        read(write(tmp_path, content))
+
+
+@given(
+    st.lists(st.fixed_dictionaries({"claim": st.text(max_size=200)}), min_size=1, max_size=20),
+    st.sampled_from([None, 1]),
+    st.integers(1, 50),
+)
+def test_an_array_is_split_into_what_was_put_together(
+    rows: list[dict[str, str]], indent: int | None, chunk_bytes: int
+) -> None:
+    from unittest import mock
+
+    content = json.dumps(rows, indent=indent, ensure_ascii=False).encode(errors="replace")
+    with (
+        mock.patch("services.producer.json_values._CHUNK_BYTES", chunk_bytes),
+        Source([io.BytesIO(content)], "claims", "json") as source,
+    ):
+        found = [json.loads(line.content) for line in source.lines()]  # type: ignore[arg-type]
+    assert found == json.loads(content)
+
+
+@pytest.mark.parametrize(
+    ("value", "claim_id"),
+    [("1.0", "1"), ("7", "7"), ('"7.0"', "7.0"), ("NaN", "c-e162ebe581ed56ca")],
+)
+def test_a_number_is_an_id_and_nan_is_none(value: str, claim_id: str, tmp_path: Path) -> None:
+    path = write(
+        tmp_path, f'{{"id": {value}, "claim": "{FROZE}", "evidence": NaN, "label": NaN}}\n'
+    )
+    (claim,) = read(path)
+    assert (claim.claim_id, claim.evidence, claim.gold) == (claim_id, None, None)
+
+
+def test_labels_may_be_numbers_and_booleans(tmp_path: Path) -> None:
+    labels = ["0", "1", "1.0", "true", '"0"', "-1", '["SUPPORTS"]']
+    rows = [f'{{"id": {n}, "claim": "C.", "label": {label}}}' for n, label in enumerate(labels)]
+    prompt = PromptSpec.model_validate(
+        {
+            "labels": [
+                {"name": "NO", "word": "no", "aliases": ["0"]},
+                {"name": "YES", "word": "yes", "aliases": ["1", "true"]},
+            ]
+        }
+    )
+    with Source.open(str(write(tmp_path, "\n".join(rows)))) as source:
+        file = ClaimsFile(source, prompt)
+        summary = file.inspect()
+        claims = [claim for _, chunk in file.claims(file.new_summary()) for claim in chunk]
+    assert [c.gold for c in claims] == ["NO", "YES", "YES", "YES", "NO", None, None]
+    assert (summary.unlabelled, summary.kept_back) == (1, 1)
+    assert summary.unknown_labels == (('["SUPPORTS"]', 1),)
+
+
+# Encodings and compression.
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize(
+    "content", [delimited(","), "\n".join(map(json.dumps, ROWS)), json.dumps(ROWS, indent=1)]
+)
+def test_utf_16_and_its_like_are_read(encoding: str, content: str, tmp_path: Path) -> None:
+    path = write(tmp_path, content.replace("froze", "fröze").encode(encoding))
+    assert texts(path) == ["The harbour fröze in 1963.", ROWS[1]["claim"]]
+
+
+def test_a_nul_in_a_line_does_not_make_a_file_utf_16(tmp_path: Path) -> None:
+    path = write(tmp_path, b'{"claim": "a\\u0000b"}\n{"claim": "\x00"}\n{"claim": "Good."}\n')
+    _, claims, rejections = judged(path)
+    assert [c.text for c in claims] == ["Good."]
+    assert [r.kind for r in rejections] == ["claim: NUL character", "not JSON"]
+
+
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress,
+    "bzip2": bz2.compress,
+    "xz": lzma.compress,
+    "zstd": zstd.compress,
+}
+
+
+@pytest.mark.parametrize("kind", COMPRESSIONS)
+@pytest.mark.parametrize("content", [delimited(";"), json.dumps(ROWS)])
+def test_a_compressed_file_is_the_same_run_as_the_file_itself(
+    kind: str, content: str, tmp_path: Path
+) -> None:
+    digests = set()
+    for packed in (content.encode(), COMPRESSIONS[kind](content.encode())):
+        path = write(tmp_path, packed)
+        assert texts(path) == [row["claim"] for row in ROWS]
+        with Source.open(str(path)) as source:
+            digests.add(ClaimsFile(source, PROMPT).source_digest)
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("kind", COMPRESSIONS)
+def test_a_compressed_file_that_is_cut_off_is_told(kind: str, tmp_path: Path) -> None:
+    content = "\n".join(
+        f'{{"id": {n}, "claim": "Claim {n * 7919 % 10007}."}}' for n in range(9_000)
+    )
+    packed = COMPRESSIONS[kind](content.encode())
+    with pytest.raises(InputError, match=f"its {kind} data (end too early|are damaged)"):
+        read(write(tmp_path, packed[: len(packed) // 2]))
+
+
+def test_an_archive_is_told_as_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a ZIP archive; unpack it"):
+        read(write(tmp_path, b"PK\3\4" + bytes(100)))
+
+
+# Parquet, Arrow, and directories of them.
+
+FEATURES = {
+    "label": {"names": ["SUPPORTS", "REFUTES"], "_type": "ClassLabel"},
+    "claim": {"dtype": "string", "_type": "Value"},
+}
+TABLE = pa.table(
+    {"id": [1, 2, 3], "claim": [FROZE, "B.", None], "label": [0, 1, 0]}
+).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": FEATURES}})})
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow stream", "arrow file"])
+def test_a_table_is_read_with_the_names_of_its_classes(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "claims"
+    if kind == "parquet":
+        pq.write_table(TABLE, path)
+    else:
+        new = pa.ipc.new_stream if kind == "arrow stream" else pa.ipc.new_file
+        with new(str(path), TABLE.schema) as writer:
+            writer.write_table(TABLE)
+    summary, claims, (rejection,) = judged(path)
+    assert [(c.claim_id, c.text, c.gold) for c in claims] == [
+        ("1", FROZE, "SUPPORTS"),
+        ("2", "B.", "REFUTES"),
+    ]
+    assert (rejection.line, rejection.kind, summary.records) == (3, "no claim", 3)
+
+
+def test_classes_deep_in_a_table_are_named_too() -> None:
+    from services.producer.tables import _named
+
+    feature = {
+        "_type": "Sequence",
+        "feature": {"evidence_label": {"_type": "ClassLabel", "names": ["A", "B"]}},
+    }
+    assert _named({"evidence_label": [1, None, 9]}, feature) == {"evidence_label": ["B", None, 9]}
+    assert _named([{"evidence_label": 0}], [feature["feature"]]) == [{"evidence_label": "A"}]
+
+
+def test_a_damaged_table_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a damaged parquet file"):
+        read(write(tmp_path, b"PAR1" + bytes(100)))
+
+
+def test_a_directory_of_one_split_is_read_in_the_order_of_its_parts(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for number in range(2):
+        pq.write_table(
+            pa.table({"claim": [f"Part {number}."]}),
+            tmp_path / "data" / f"train-0000{number}-of-00002.parquet",
+        )
+    assert texts(tmp_path) == ["Part 0.", "Part 1."]
+
+
+def test_of_a_directory_of_several_splits_one_must_be_named(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        with pa.ipc.new_stream(
+            str(tmp_path / split / "data-00000-of-00001.arrow"), TABLE.schema
+        ) as writer:
+            writer.write_table(TABLE)
+    with pytest.raises(InputError, match="has several splits; name one of them with --split"):
+        read(tmp_path)
+    with Source.open(str(tmp_path), split="test") as source:
+        assert source.survey().lines == 3
+    with pytest.raises(InputError, match="has no split 'dev'; name one of them"):
+        Source.open(str(tmp_path), split="dev")
+
+
+# Evidence, and columns that are named.
+
+
+@pytest.mark.parametrize(
+    "evidence",
+    [
+        [["Harbour", 3, "In 1963 the harbour was frozen for nine weeks.", 1]],
+        [{"text": "In 1963 the harbour was frozen for nine weeks."}],
+        [["In 1963 the harbour was frozen for nine weeks."]],
+        ["In 1963 the harbour was frozen for nine weeks.", None],
+        {"text": "In 1963 the harbour was frozen for nine weeks."},
+        {"text": ["In 1963 the harbour was frozen for nine weeks."]},
+        [{"evidence": "In 1963 the harbour was frozen for nine weeks.", "entropy": 0.5}],
+        [{"sentences": [{"sentence": "In 1963 the harbour was frozen for nine weeks."}]}],
+    ],
+)
+def test_text_at_any_depth_is_evidence(evidence: object, tmp_path: Path) -> None:
+    path = write(tmp_path, json.dumps({"claim": "C.", "evidence": evidence}))
+    (claim,) = read(path)
+    assert claim.evidence == "In 1963 the harbour was frozen for nine weeks."
+
+
+@pytest.mark.parametrize(
+    ("evidence", "why"),
+    [
+        (None, "the record has none"),
+        ("", "the record has none"),
+        ([], "the record has none"),
+        ([["Harbour", 3]], "page references without text"),
+        ([["The lord of the Ice (2001 film)", 0], ["Harbour", 2]], "page references without text"),
+        ({"url": "https://example.org"}, "no text was found in it"),
+        ([None, ""], "no text was found in it"),
+    ],
+)
+def test_a_claim_without_evidence_is_counted_with_its_reason(
+    evidence: object, why: str, tmp_path: Path
+) -> None:
+    summary, claims, _ = judged(write(tmp_path, json.dumps({"claim": "C.", "evidence": evidence})))
+    assert claims[0].evidence is None
+    assert summary.without_evidence == ((why, 1),)
+
+
+def test_the_first_field_that_has_evidence_is_taken(tmp_path: Path) -> None:
+    rows = [
+        {"claim": "A.", "evidence": None, "evidence_text": "E."},
+        {"claim": "B.", "evidence": "", "evidence_text": "E."},
+        {"claim": "C.", "doc": "E."},
+    ]
+    claims = read(write(tmp_path, "\n".join(map(json.dumps, rows))))
+    assert [c.evidence for c in claims] == ["E."] * 3
+
+
+def test_a_key_that_no_line_has_is_an_error_that_names_those_that_are_there(tmp_path: Path) -> None:
+    rows = [{"id": 1, "claim": "A.", "passage": "E."}] * 3
+    path = write(tmp_path, "\n".join(map(json.dumps, rows)), "claims.jsonl")
+    with pytest.raises(InputError) as refused:
+        read(path, evidence="pasage")
+    assert str(refused.value) == (
+        f"{path}: no line has the key 'pasage' for evidence; the keys are 'id', 'claim', "
+        "'passage'. Correct --column evidence=pasage"
+    )
+
+
+def test_the_column_of_the_labels_is_no_part_of_a_run(tmp_path: Path) -> None:
+    path = write(tmp_path, json.dumps({"claim": "A.", "truth": "SUPPORTS"}))
+    digests = set()
+    for columns in ({}, {"label": "truth"}):
+        with Source.open(str(path)) as source:
+            digests.add(ClaimsFile(source, PROMPT, Selection(columns=columns)).source_digest)
+    assert len(digests) == 1
