@@ -20,7 +20,7 @@ Start = Callable[..., Command]
 def diagnosis(
     command: Start, *arguments: str, about: str = "broker", **variables: str
 ) -> tuple[int, str]:
-    doctor = command("doctor", "--json", *arguments, KEEPWARM_ENGINE_PYTHON="python3", **variables)
+    doctor = command("doctor", "--json", *arguments, **variables)
     code = doctor.wait()
     return code, next(line for line in doctor.lines if f'"check": "{about}"' in line)
 
