@@ -12,6 +12,7 @@ from rich.console import Console
 
 from services.broker import BrokerAddress, Declares, PrivateNode, Publisher
 from services.cli.finished import finished_in
+from services.cli.label_mass import MassWatch
 from services.cli.live_view import LiveView
 from services.cli.screen import print_report
 from services.cli.signals import on_stop_signal
@@ -40,6 +41,7 @@ class Desk:
         directory: Path,
         console: Console,
         workers: int,
+        mass: MassWatch,
     ) -> None:
         self._submission = submission
         self._run_id = submission.run.run_id
@@ -48,6 +50,7 @@ class Desk:
         self._directory = directory
         self._console = console
         self._workers = workers
+        self._mass = mass
         self._stopped_by: int | None = None
         self._failure: BaseException | None = None
         self._progress = Progress(0, 0, 0)
@@ -64,6 +67,9 @@ class Desk:
         status = run_status(self._database, self._run_id)
         if status is not None and status.complete and status.total:
             self._console.print("Every claim has an outcome already.")
+            self._mass.ends(status)
+            return None
+        if self._mass.ends(status):
             return None
         shares = device_shares(self._workers, find_device())
         with ExitStack() as parts:
@@ -206,6 +212,8 @@ class Desk:
                         f"{self._run_id} was cancelled; the same command goes on with it"
                     )
                 if status is not None and status.complete and not publishing.is_alive():
+                    return
+                if self._mass.ends(status):
                     return
                 if self._node is not None and not self._node.alive:
                     self._start_again(self._node)

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from services.cli.label_mass import say_low_mass
 from services.cli.options import StoreOption
 from services.cli.screen import print_report
 from services.collector import Store, build_report, find_run
@@ -25,3 +26,4 @@ def report(
         print(result.model_dump_json(indent=2))
     else:
         print_report(Console(), result)
+        say_low_mass(Console(), [result.status])

@@ -37,6 +37,7 @@ from services.cli.context_options import (
 from services.cli.desk import Desk
 from services.cli.finished import update_gold
 from services.cli.garbage import expect_many_small_objects
+from services.cli.label_mass import AllowLowMassOption, MassWatch
 from services.cli.logs import configure_logs
 from services.cli.options import (
     BrokerOption,
@@ -77,6 +78,7 @@ def run(
     dtype: DTypeOption = "bfloat16",
     max_model_tokens: MaxTokensOption = 1024,
     engine_argument: EngineArgumentOption = None,
+    allow_low_mass: AllowLowMassOption = False,
 ) -> None:
     """Verify a file of claims on this machine, from nothing to a report.
 
@@ -118,12 +120,14 @@ def run(
         refuse_changed_file(submission, database)
         inspect_claims(console, submission, directory / "rejected.jsonl")
         update_gold(submission, database)
-        desk = Desk(submission, settings, database, directory, console, workers)
+        watch = MassWatch(console, allowed=allow_low_mass)
+        desk = Desk(submission, settings, database, directory, console, workers, watch)
         stopped_by = desk.work()
         desk.write_results()
     if stopped_by is not None:
         console.print("Stopped. The same command goes on where this one ended.")
         sys.exit(128 + stopped_by)
+    watch.raise_if_low()
 
 
 @contextmanager

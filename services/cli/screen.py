@@ -85,6 +85,8 @@ def print_report(console: Console, report: "Report") -> None:
     facts.add_row("prompt", Text(status.prompt or "?"))
     facts.add_row("claims", _claims_line(report))
     facts.add_row("verdicts", ", ".join(f"{k} {v:,}" for k, v in report.verdicts.items()))
+    if report.mean_mass is not None:
+        facts.add_row("label words", f"{report.mean_mass:.1%} of the probability (mean)")
     if report.dead:
         facts.add_row("dead", ", ".join(f"{k} {v:,}" for k, v in report.dead.items()))
     if report.quality is not None:

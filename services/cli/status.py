@@ -11,6 +11,7 @@ from rich.console import Console, Group
 from rich.live import Live
 
 from services.cli.fleet_screen import heard_tables
+from services.cli.label_mass import say_low_mass
 from services.cli.listening import Heard, broker_heard
 from services.cli.logs import configure_logs
 from services.cli.options import BrokerOption, StoreOption
@@ -47,7 +48,9 @@ def status(
         elif watch:
             _watch(settings, database, every)
         else:
-            Console().print(status_table(run_statuses(database)))
+            runs = run_statuses(database)
+            Console().print(status_table(runs))
+            say_low_mass(Console(), runs)
 
 
 def _watch(settings: Settings, database: Store, every: float) -> None:

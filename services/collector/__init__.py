@@ -3,6 +3,7 @@
 from services.collector.collector import Collector
 from services.collector.dead import DeadRow, dead_claims, drop_dead, reopen_dead
 from services.collector.export import ExportFormat, export_run
+from services.collector.label_mass import ENOUGH_VERDICTS, LowMass
 from services.collector.report import Report, build_report
 from services.collector.status import (
     KnownRun,
@@ -15,11 +16,13 @@ from services.collector.status import (
 from services.collector.store import Incoming, Store
 
 __all__ = [
+    "ENOUGH_VERDICTS",
     "Collector",
     "DeadRow",
     "ExportFormat",
     "Incoming",
     "KnownRun",
+    "LowMass",
     "Report",
     "RunStatus",
     "Store",

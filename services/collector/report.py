@@ -69,6 +69,9 @@ class Report(BaseModel):
     input: dict[str, Any] | None
     """The producer's InputSummary; None where it did not say."""
     verdicts: dict[str, int]
+    mean_mass: float | None = None
+    """The mean share of the model's probability that the label words held; None without verdicts.
+    """
     dead: dict[str, int]
     redelivered_batches: int
     quality: Quality | None
@@ -89,13 +92,19 @@ def build_report(store: Store, known: KnownRun) -> Report:
     key = known.run_key
     with store.transaction() as connection:
         pairs = connection.execute(
-            select(outcomes.c.gold, outcomes.c.label, func.count().label("claims"))
+            select(
+                outcomes.c.gold,
+                outcomes.c.label,
+                func.count().label("claims"),
+                func.sum(outcomes.c.mass).label("mass"),
+            )
             .where(outcomes.c.run_key == key, outcomes.c.label.is_not(None))
             .group_by(outcomes.c.gold, outcomes.c.label)
         ).all()
         verdicts = dict.fromkeys((*labels, INVALID), 0)
         for pair in pairs:
             verdicts[pair.label] = verdicts.get(pair.label, 0) + pair.claims
+        answered = sum(verdicts.values())
         dead = connection.execute(
             select(outcomes.c.reason, func.count())
             .where(outcomes.c.run_key == key, outcomes.c.reason.is_not(None))
@@ -112,6 +121,7 @@ def build_report(store: Store, known: KnownRun) -> Report:
             else status.total + (status.rejected or 0) + (status.repeated or 0),
             input=known.input and known.input.as_dict(),
             verdicts=verdicts,
+            mean_mass=sum(pair.mass for pair in pairs) / answered if answered else None,
             dead=dict(dead),
             redelivered_batches=redelivered,
             quality=_quality([pair for pair in pairs if pair.gold is not None], labels),

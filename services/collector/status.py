@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection, Row, case, func, select
 
+from services.collector.label_mass import LowMass, low_mass
 from services.collector.schema import deliveries, outcomes, runs, submissions, verdict_counts
 from services.collector.store import Store
 from services.contracts import INVALID, ContextSpec, Run
@@ -54,6 +55,8 @@ class RunStatus(BaseModel):
     workers_seen: int
     complete: bool
     cancelled: bool
+    low_mass: LowMass | None = None
+    """Where the label words hold nearly nothing of the probability: the verdicts mean little."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ def _status(connection: Connection, row: Row[tuple[object, ...]]) -> RunStatus:
     rate = _recent_rate(connection, key, last) if last is not None else 0.0
     left = None if row.claims is None else row.claims - done - dead
     run = json.loads(row.run) if row.run else None
+    complete = left is not None and left <= 0
     labels = (*(label["name"] for label in run["prompt"]["labels"]), INVALID) if run else ()
     return RunStatus(
         run_id=row.run_id,
@@ -168,8 +172,9 @@ def _status(connection: Connection, row: Row[tuple[object, ...]]) -> RunStatus:
         claims_per_second=round(rate, 2),
         eta_seconds=None if left is None or rate == 0 else round(left / rate, 1),
         workers_seen=workers,
-        complete=left is not None and left <= 0,
+        complete=complete,
         cancelled=bool(sendings) and all(at is not None for at in sendings),
+        low_mass=low_mass(connection, key, complete=complete),
     )
 
 

@@ -14,6 +14,7 @@ KeepwarmError (1)
 │   └── TopologyMismatch    a queue exists with other arguments
 ├── StoreError (6)          the store or an output file cannot be read or written
 ├── RunIncomplete (7)       the command ended before every claim had an outcome
+├── LabelsUnlikely (8)      the model hardly ever says a label word; its verdicts mean little
 └── MessageInvalid (1)      a message is not ours, or breaks the contract
 
 The number is the exit code of a command that ends with the error.
@@ -78,6 +79,10 @@ class StoreError(KeepwarmError):
 
 class RunIncomplete(KeepwarmError):
     exit_code = 7
+
+
+class LabelsUnlikely(KeepwarmError):
+    exit_code = 8
 
 
 class MessageInvalid(KeepwarmError):

@@ -1,18 +1,21 @@
 """Deliveries on their way: taken, answered, settled. What an engine fails with is a suspect."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from statistics import median
 
 import structlog
 
 from services.broker import Consumer, Delivery, Publisher
 from services.contexts.completions import Interrupted
 from services.contracts.errors import MessageInvalid
+from services.contracts.verdicts import LOW_MASS
 from services.gpu_worker.examination import Examination
 from services.gpu_worker.in_hand import BatchInHand
-from services.gpu_worker.inference import Inference
+from services.gpu_worker.inference import Inference, Outcome
 from services.gpu_worker.metrics import BATCH_SECONDS, CANCELLED, SUSPECTS
 from services.gpu_worker.pacing import Pace
 from services.gpu_worker.shift import Shift
@@ -41,6 +44,8 @@ class Answering:
     publisher: Publisher
     in_hand: set[BatchInHand] = field(default_factory=set)
     suspects: list[BatchInHand] = field(default_factory=list)
+    warned: set[str] = field(default_factory=set)
+    """Runs of which it was said that the model hardly ever says a label word."""
 
     def take(self, timeout_seconds: float, *, linger: bool) -> list[Delivery]:
         """A batch; or of small ones as many as make a request, those that are here or come soon."""
@@ -134,6 +139,7 @@ class Answering:
         seconds = self.pace.end(begun, 0 if outcome.failure else len(outcome.verdicts))
         self.consumer.set_prefetch(self.pace.batches)
         parts = outcome.split([len(places) for places in asked])
+        self._watch_mass(hands[0], outcome)
         for hand, places, part in zip(hands, asked, parts, strict=True):
             BATCH_SECONDS.labels("inferring").observe(outcome.engine_seconds)
             hand.note(places, part)
@@ -151,6 +157,18 @@ class Answering:
                 self._suspect(hand)
             else:
                 self.settle(hand)
+
+    def _watch_mass(self, hand: BatchInHand, outcome: Outcome) -> None:
+        """Log once a run that its label words hold nearly nothing of the probability."""
+        run_id = hand.batch.run.run_id
+        verdicts = outcome.verdicts.values()
+        if not verdicts or run_id in self.warned:
+            return
+        mass = median(verdict.mass for verdict in verdicts)
+        if mass < LOW_MASS:
+            self.warned.add(run_id)
+            says, _ = Counter(verdict.raw_text for verdict in verdicts).most_common(1)[0]
+            log.warning("labels.unlikely", run=run_id, median_mass=mass, model_says=says)
 
     def _suspect(self, hand: BatchInHand) -> None:
         SUSPECTS.inc()

@@ -98,6 +98,26 @@ def test_a_run_that_loses_its_worker_or_its_engine_completes_with_one_verdict_a_
     assert status["duplicates"] <= (3 * 8 if killed else 0)
 
 
+def test_a_model_that_opens_a_thought_stops_the_run_and_says_so(
+    command: Start, tmp_path: Path
+) -> None:
+    model, out = tmp_path / "thinking", tmp_path / "out"
+    model.mkdir()
+    for file in DEMO_MODEL.iterdir():
+        (model / file.name).symlink_to(file)
+    template = model / "chat_template.jinja"
+    template.unlink(missing_ok=True)
+    template.write_text(
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n"
+        "{% endif %}"
+    )
+    running = command("run", CLAIMS, "--out", str(out), "--model", str(model))
+    assert running.wait(ENGINE_SECONDS) == 8, running.output
+    assert "the labels hold" in running.output and "enable_thinking: false" in running.output
+    assert len(rows(out / "verdicts.jsonl")) >= 64
+
+
 @pytest.fixture(scope="module")
 def engine() -> Iterator[tuple[Attachment, ContextSpec]]:
     """A real engine, held for several tests."""

@@ -99,6 +99,29 @@ def test_bad_lines_are_rejected_with_reasons_and_the_good_ones_go_on(
     assert report["lines"] == 18 and report["status"]["repeated"] == 1
 
 
+def test_a_run_whose_labels_the_model_does_not_say_stops_and_goes_on_with_leave(
+    command: Start, out: Path
+) -> None:
+    arguments = ("run", CLAIMS, "--out", str(out), "--batch-size", "16")
+    slow_thinker = {"VLLM_TEST_FAULT": "thinks", "VLLM_TEST_CLAIM_SECONDS": "0.03"}
+    running = command(*arguments, **slow_thinker)
+    assert running.wait() == 8, running.output
+    assert "Warning: the labels hold 0.21 % of the probability" in running.output
+    assert "the model says '<think>'" in running.output
+    assert "rerun the command with --allow-low-mass" in running.output
+    answered = len(rows(out / "verdicts.jsonl"))
+    assert 64 <= answered < 240
+    report = json.loads((out / "report.json").read_text())
+    assert report["mean_mass"] == pytest.approx(0.002, rel=0.2)
+    assert report["status"]["low_mass"]["says"] == "<think>"
+    told = command("status", "--store", str(out / "keepwarm.sqlite"))
+    assert told.wait() == 0 and "the labels hold 0.21 % of" in told.output
+    assert not strangers(out)
+    again = command(*arguments, "--allow-low-mass", VLLM_TEST_FAULT="thinks")
+    assert again.wait() == 0, again.output
+    assert len(rows(out / "verdicts.jsonl")) == 240
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_a_run_that_the_same_command_completes(
     command: Start, out: Path, number: int

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from services.cli.desk import Desk
+from services.cli.label_mass import MassWatch
 from services.collector import Incoming, Store
 from services.contexts import Device
 from services.contracts import (
@@ -21,7 +22,7 @@ from services.contracts import (
     VerdictBatch,
     load_settings,
 )
-from services.contracts.errors import StoreError, UsageError
+from services.contracts.errors import LabelsUnlikely, StoreError, UsageError
 from services.producer import ClaimsFile, Selection, Source, Submission
 
 Maker = Callable[..., Desk]
@@ -46,10 +47,22 @@ def database(tmp_path: Path) -> Iterator[Store]:
 
 @pytest.fixture
 def desk(submission: Submission, database: Store, tmp_path: Path, screen: Console) -> Maker:
-    def make(directory: Path = tmp_path / "out", *, workers: int = 1, **settings: object) -> Desk:
+    def make(
+        directory: Path = tmp_path / "out",
+        *,
+        workers: int = 1,
+        mass: MassWatch | None = None,
+        **settings: object,
+    ) -> Desk:
         directory.mkdir(exist_ok=True)
         return Desk(
-            submission, load_settings(**settings), database, directory, screen, workers=workers
+            submission,
+            load_settings(**settings),
+            database,
+            directory,
+            screen,
+            workers=workers,
+            mass=mass or MassWatch(screen, allowed=False),
         )
 
     return make
@@ -59,16 +72,18 @@ def announced(run: Run, totals: Totals) -> RunAnnouncement:
     return RunAnnouncement(run=run, submission_id="sub-1", totals=totals)
 
 
-def store_outcomes(database: Store, submission: Submission, count: int) -> None:
+def store_outcomes(
+    database: Store, submission: Submission, count: int, *, mass: float = 1.0, of: int = 2
+) -> None:
     run = submission.run
     verdicts = tuple(
         Verdict(
-            claim_id="ab"[n],
+            claim_id="ab"[n] if of == 2 else f"c{n:03}",
             position=n,
             text="C.",
             label="SUPPORTS",
             probabilities=(1.0, 0.0, 0.0),
-            mass=1.0,
+            mass=mass,
             raw_text="True",
             prompt_tokens=1,
         )
@@ -84,7 +99,7 @@ def store_outcomes(database: Store, submission: Submission, count: int) -> None:
         attempt=1,
         engine_seconds=1.0,
     )
-    totals = Totals(lines=2, claims=2, repeated=0, rejected=0)
+    totals = Totals(lines=of, claims=of, repeated=0, rejected=0)
     database.write(Incoming([announced(run, totals)], [batch], []))
 
 
@@ -100,6 +115,40 @@ def test_a_run_that_is_complete_already_starts_nothing(
     assert desk().work() is None
     assert "Every claim has an outcome already." in seen(screen)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_run_whose_labels_hold_nothing_is_not_begun_again(
+    desk: Maker, database: Store, submission: Submission, screen: Console
+) -> None:
+    store_outcomes(database, submission, 64, mass=0.0006, of=1_000)
+    watch = MassWatch(screen, allowed=False)
+    assert desk(mass=watch).work() is None  # and no broker was started
+    assert "Warning: the labels hold 0.06 % of the probability; the model says 'True'" in seen(
+        screen
+    )
+    with pytest.raises(LabelsUnlikely, match="The run was stopped.*rerun.*--allow-low-mass"):
+        watch.raise_if_low()
+
+
+def test_a_run_that_is_complete_and_whose_labels_hold_nothing_ends_with_an_error(
+    desk: Maker, database: Store, submission: Submission, screen: Console
+) -> None:
+    store_outcomes(database, submission, 2, mass=0.04)
+    watch = MassWatch(screen, allowed=False)
+    assert desk(mass=watch).work() is None
+    with pytest.raises(LabelsUnlikely, match=r"4 % of the probability.*enable_thinking: false"):
+        watch.raise_if_low()
+
+
+def test_with_leave_a_run_whose_labels_hold_nothing_goes_on(
+    desk: Maker, database: Store, submission: Submission, screen: Console
+) -> None:
+    store_outcomes(database, submission, 64, mass=0.0006, of=1_000)
+    watch = MassWatch(screen, allowed=True)
+    with pytest.raises(UsageError, match="the broker's URL is unusable"):
+        desk(mass=watch, broker_url="http://nowhere").work()
+    watch.raise_if_low()
+    assert seen(screen).count("Warning: the labels hold") == 1
 
 
 def test_a_run_of_no_claims_at_all_is_not_taken_for_done(

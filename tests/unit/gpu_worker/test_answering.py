@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import structlog
 
 from services.broker import Delivery
 from services.contexts.attachment import Attachment
@@ -112,6 +113,28 @@ def verdicts_in(broker: RecordingBroker) -> list[str]:
 def returned_in(broker: RecordingBroker) -> list[str]:
     batches = [decode(ClaimBatch, m.body) for m in broker.to(topology.RETURNS_QUEUE)]
     return [claim.claim_id for batch in batches for claim in batch.claims]
+
+
+# Labels that the model does not say.
+
+
+def test_a_worker_warns_once_a_run_that_the_model_hardly_ever_says_a_label_word(
+    answering: Answering,
+    spec: ContextSpec,
+    engine: Attachment,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def score(prompts: list[list[int]], tokens: list[int]) -> Iterator[tuple[int, Answer]]:
+        for index in range(len(prompts)):
+            yield index, Answer("<think>", (-6.0,) * len(tokens))
+
+    monkeypatch.setattr(engine.client, "score", score)
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(3):
+            answering.see_through([delivered(batch_of(spec))])
+    warned = [entry for entry in logs if entry["event"] == "labels.unlikely"]
+    assert [entry["model_says"] for entry in warned] == ["<think>"]
+    assert warned[0]["median_mass"] < 0.01
 
 
 # What is no batch of ours.

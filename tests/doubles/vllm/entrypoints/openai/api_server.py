@@ -24,8 +24,8 @@ FAULT = os.environ.get("VLLM_TEST_FAULT", "")
 """`no-start`: end with an error; `abort`: say that requests were aborted; `unscored`: leave label
 scores out where several prompts come at once; `refuse-long`: refuse requests that hold a prompt of
 over 200 tokens; `crash-long`: end at such a prompt; `nan-long`: score such a prompt with NaN;
-`crash-once`, `hang-once`: end, or fall silent, in the midst of the first request after the probe,
-the first time (a file remembers)."""
+`thinks`: say `<think>` and hardly ever a label; `crash-once`, `hang-once`: end, or fall silent, in
+the midst of the first request after the probe, the first time (a file remembers)."""
 JOURNAL = os.environ.get("VLLM_TEST_JOURNAL", "")
 """A file that gets a line for each prompt of a claim whose answer was sent, and for each time that
 the engine was put to sleep or woken."""
@@ -47,11 +47,13 @@ def choice(request: dict, index: int) -> dict:
     }
     if FAULT == "unscored" and len(request["prompt"]) > 1:
         scores.popitem()
+    if FAULT == "thinks":
+        scores = {name: score - 6 for name, score in scores.items()}
     if FAULT == "nan-long" and is_long(prompt):
         scores = dict.fromkeys(scores, math.nan)
     return {
         "index": index,
-        "text": f"word{chosen}",
+        "text": "<think>" if FAULT == "thinks" else f"word{chosen}",
         "finish_reason": "abort" if FAULT == "abort" and len(prompt) > PROBE_TOKENS else "length",
         "logprobs": {"top_logprobs": [scores]},
     }
