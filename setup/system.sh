@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # Makes sure that the system packages Keepwarm needs are there:
-#   setup/system.sh [--with-postgres|--with-hpc|--with-compose|--with-prometheus]...
+#   setup/system.sh [--with-tests|--with-hpc|--with-compose|--with-prometheus|--with-debootstrap]...
 # Needs root or passwordless sudo only when something is missing; then it says what.
 set -euo pipefail
 
-with_postgres=no with_hpc=no with_compose=no with_prometheus=no
+with_tests=no with_hpc=no with_compose=no with_prometheus=no with_debootstrap=no
 for flag in "$@"; do
     case "$flag" in
-        --with-postgres) with_postgres=yes ;;
+        --with-tests) with_tests=yes ;;
         --with-hpc) with_hpc=yes ;;
         --with-compose) with_compose=yes ;;
         --with-prometheus) with_prometheus=yes ;;
+        --with-debootstrap) with_debootstrap=yes ;;
         *)
-            echo "usage: setup/system.sh [--with-postgres|--with-hpc|--with-compose|--with-prometheus]..." >&2
+            echo "usage: setup/system.sh [--with-tests|--with-hpc|--with-compose|--with-prometheus|--with-debootstrap]..." >&2
             exit 2
             ;;
     esac
@@ -39,8 +40,14 @@ find_missing() {
         runs 'import sysconfig as s; open(s.get_path("include", "posix_prefix") + "/Python.h")' ||
             missing+=("$python_package-dev")
     fi
-    if [[ $with_postgres == yes ]] && ! compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null; then
-        missing+=(postgresql)
+    # A store in PostgreSQL, and a clock that a test sets: it compiles that.
+    if [[ $with_tests == yes ]]; then
+        compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || missing+=(postgresql)
+        command -v cc >/dev/null || missing+=(gcc libc6-dev)
+    fi
+    # Another release of Debian in a directory.
+    if [[ $with_debootstrap == yes && ! -x /usr/sbin/debootstrap ]]; then
+        missing+=(debootstrap)
     fi
     # promtool comes with it.
     if [[ $with_prometheus == yes ]] && ! command -v prometheus >/dev/null; then

@@ -1,4 +1,4 @@
-"""A bare Debian in a directory, for tests of what goes into images: debootstrap, as root."""
+"""A bare Debian in a directory, for tests of images and of other releases: debootstrap, as root."""
 
 import os
 import shutil
@@ -10,10 +10,10 @@ _NETWORK_FILES = ("etc/ssl/certs/ca-certificates.crt", "etc/resolv.conf", "etc/h
 _NETWORK_VARIABLES = ("PIP_CERT", "PIP_INDEX_URL", "http_proxy", "https_proxy", "no_proxy")
 
 
-def make_root(root: Path) -> None:
+def make_root(root: Path, release: str = "bookworm") -> None:
     """A Debian with nothing but what every Debian has."""
     assert os.geteuid() == 0, "chroot and debootstrap are root's"
-    command = ["debootstrap", "--variant=minbase", "--include=ca-certificates", "bookworm", root]
+    command = ["debootstrap", "--variant=minbase", "--include=ca-certificates", release, root]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 

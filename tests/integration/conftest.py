@@ -222,7 +222,7 @@ def postgresql() -> Iterator[PostgreSQL]:
     try:
         server = PostgreSQL()
     except FileNotFoundError:
-        pytest.skip("PostgreSQL's server is not installed; `setup/system.sh --with-postgres` does")
+        pytest.skip("PostgreSQL's server is not installed; `setup/system.sh --with-tests` does")
     with server as running:
         yield running
 
