@@ -57,6 +57,18 @@ class BrokerAddress:
             heartbeat_seconds=settings.broker_heartbeat_seconds,
         )
 
+    @property
+    def password(self) -> str:
+        return self._password
+
+    @property
+    def management_url(self) -> str:
+        """Where the management API is, unless somebody moved it: the same machine and kind of
+        connection.
+        """
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"https://{host}:15671" if self.tls else f"http://{host}:15672"
+
     def parameters(self, connection_name: str) -> pika.ConnectionParameters:
         return pika.ConnectionParameters(
             host=self.host,

@@ -26,7 +26,7 @@ from pika.exceptions import (
 from services.broker.address import BrokerAddress
 from services.broker.metrics import BLOCKED, CONNECTED, RECONNECTS
 from services.broker.queue_counts import Counts, count_queues
-from services.broker.topology import Declares, declare
+from services.broker.topology import Declares, declare, queue_made_before_4
 from services.contracts.backoff import growing_pause
 from services.contracts.errors import (
     BrokerError,
@@ -56,6 +56,9 @@ class Link:
         self._name = name
         self._declares = declares
         self._house_is_missing = False
+        self.made_before_4: set[str] = set()
+        """Queues that RabbitMQ 4 took over from an older version, as far as they were declared
+        here: their messages may be returned 20 times, unless a policy lifts that."""
         self._loop = IOLoop()
         self._connection: pika.SelectConnection | None = None
         self._channel: Channel | None = None
@@ -222,6 +225,7 @@ class Link:
             self._declares,
             lambda: self._on_declared(channel),
             house_is_missing=self._house_is_missing,
+            made_before_4=self.made_before_4,
         )
 
     def _on_declared(self, channel: Channel) -> None:
@@ -256,6 +260,8 @@ class Link:
     def _on_channel_closed(self, _: Channel, reason: BaseException) -> None:
         self._forget_channel()
         if isinstance(reason, ChannelClosedByBroker):
+            if self._take_as_it_is(queue_made_before_4(reason.reply_text)):
+                return
             self._lost_because = f"{reason.reply_text} ({reason.reply_code})"
             if (
                 reason.reply_code == _PRECONDITION_FAILED
@@ -273,6 +279,26 @@ class Link:
             elif reason.reply_code == _NOT_FOUND:
                 self._on_not_found(reason.reply_text)
         self._restart_connection()
+
+    def _take_as_it_is(self, queue: str | None) -> bool:
+        """Declare it all once more, that queue with the arguments that it has. False where that
+        cannot be done, or was done already.
+        """
+        connection = self._connection
+        if queue is None or queue in self.made_before_4:
+            return False
+        if connection is None or not connection.is_open:
+            return False
+        self.made_before_4.add(queue)
+        log.warning(
+            "broker.delivery_limit",
+            link=self._name,
+            queue=queue,
+            hint="made before RabbitMQ 4, which gives up a message that was returned 20 times; a "
+            "policy lifts that, see docs/broker.md",
+        )
+        connection.channel(on_open_callback=self._on_channel_open)
+        return True
 
     def _on_not_found(self, what: str) -> None:
         """An exchange or a queue is not there. Whoever may declare it does so next time."""

@@ -1,7 +1,8 @@
-"""RabbitMQ's management HTTP API, asked as an administrator; every refusal says the next step."""
+"""RabbitMQ's management HTTP API, which tells the next step with every refusal."""
 
 import ipaddress
 import ssl
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote, urlsplit
@@ -16,12 +17,20 @@ class ManagementApi:
     """The management API of one broker. Use it as a context manager."""
 
     def __init__(
-        self, url: str, user: str, password: str, *, ca_file: Path | None, timeout_seconds: float
+        self,
+        url: str,
+        user: str,
+        password: str,
+        *,
+        ca_file: Path | None,
+        timeout_seconds: float,
+        named_by: str = "--management",
+        clear_text: bool = False,
     ) -> None:
         """Raises UsageError for a URL that is none, or that would send the password in the clear:
-        plain HTTP is for loopback alone.
+        plain HTTP is for loopback alone, unless the password is sent so anyway (`clear_text`).
         """
-        self.host = _checked_host(url)
+        self.host = _checked_host(url, named_by, clear_text)
         self._url = url.rstrip("/")
         self._user = user
         self._http = httpx.Client(
@@ -47,9 +56,9 @@ class ManagementApi:
         if "administrator" not in me["tags"]:
             raise self._no_administrator()
 
-    def get(self, *path: str) -> Any:
+    def get(self, *path: str, **parameters: str) -> Any:
         """The JSON at a path; None where there is nothing."""
-        response = self._ask("GET", path)
+        response = self._ask("GET", path, parameters=parameters)
         if response.status_code == httpx.codes.NOT_FOUND:
             return None
         self._raise_unless_success(response)
@@ -62,11 +71,15 @@ class ManagementApi:
         self._raise_unless_success(self._ask("PUT", path, body))
 
     def _ask(
-        self, method: str, path: tuple[str, ...], body: dict[str, str] | None = None
+        self,
+        method: str,
+        path: tuple[str, ...],
+        body: dict[str, str] | None = None,
+        parameters: Mapping[str, str] | None = None,
     ) -> httpx.Response:
         where = "/".join(("/api", *(quote(part, safe="") for part in path)))
         try:
-            response = self._http.request(method, where, json=body)
+            response = self._http.request(method, where, json=body, params=parameters)
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
         if response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
@@ -114,7 +127,7 @@ class ManagementApi:
         )
 
 
-def _checked_host(url: str) -> str:
+def _checked_host(url: str, named_by: str, clear_text: bool) -> str:
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
@@ -122,17 +135,17 @@ def _checked_host(url: str) -> str:
         host = None
     # The URL is not repeated, for it may hold a password.
     if host is None or parts.scheme not in ("http", "https") or parts.query or parts.fragment:
-        raise UsageError("--management: not an address like https://broker.example.org:15671")
+        raise UsageError(f"{named_by}: not an address like https://broker.example.org:15671")
     if "@" in parts.netloc:
         raise UsageError(
-            "--management: a password on a command line can be read by every user of this machine; "
-            "give the user with --admin, and KEEPWARM_BROKER_ADMIN_PASSWORD or …_PASSWORD_FILE"
+            f"{named_by}: no user and no password belong there, for a password on a command line "
+            "can be read by every user of this machine; give the user with --admin, and "
+            "KEEPWARM_BROKER_ADMIN_PASSWORD or …_PASSWORD_FILE"
         )
-    if parts.scheme == "http" and not _is_loopback(host):
+    if parts.scheme == "http" and not clear_text and not _is_loopback(host):
         raise UsageError(
-            f"--management: http to {host} shows the administrator's password to the network; use "
-            f"https, or a tunnel, `ssh -N -L 15672:127.0.0.1:15672 {host}`, with --management "
-            "http://127.0.0.1:15672"
+            f"{named_by}: http to {host} shows the password to the network; use https, or a "
+            f"tunnel, `ssh -N -L 15672:127.0.0.1:15672 {host}`, with {named_by} http://127.0.0.1:15672"
         )
     return host
 

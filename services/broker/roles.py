@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from services.contracts import topology as names
 
 _NOTHING = "^$"
+# The smallest tag that RabbitMQ shows policies to, which may lose claims: its user sees the
+# management pages of virtual hosts that it may log in to, and gets no right over queues by it.
+_SEES_POLICIES = ("management",)
 _ANY_CLAIMS_QUEUE = names.claims_queue("*")
 _ANY_NOTICES_QUEUE = names.listener_queue(names.NOTICES_EXCHANGE, "*")
 _ANY_PRESENCE_QUEUE = names.listener_queue(names.PRESENCE_EXCHANGE, "*")
@@ -80,6 +83,7 @@ ROLES = (
             # It consumes nothing; to make a queue that dead-letters, and to bind it, takes this.
             read=_only(names.CLAIMS_EXCHANGE, _ANY_CLAIMS_QUEUE),
         ),
+        tags=_SEES_POLICIES,
     ),
     Role(
         "worker",
@@ -125,6 +129,7 @@ ROLES = (
                 _ANY_PRESENCE_QUEUE,
             ),
         ),
+        tags=_SEES_POLICIES,
     ),
     Role(
         "operator",

@@ -1,12 +1,18 @@
 """Exchanges and queues, declared idempotently by those who have the right to."""
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pika.channel import Channel
 
 from services.contracts import topology as names
+
+# What RabbitMQ 4 says of a queue that was made before it, and has no delivery limit of its own.
+_NO_LIMIT = re.compile(
+    r"inequivalent arg 'x-delivery-limit' for queue '([^']+)' .* but current is none"
+)
 
 Step = Callable[[Channel, Callable[[Any], None]], None]
 
@@ -23,14 +29,17 @@ class Declares:
     context_ids: tuple[str, ...] = ()
 
 
-def quorum_arguments(server_version: str, *, dead_letters: bool) -> dict[str, Any]:
+def quorum_arguments(
+    server_version: str, *, dead_letters: bool, made_before_4: bool = False
+) -> dict[str, Any]:
     """The arguments of a quorum queue on a broker of this version.
 
     Failures are counted by us, per claim, so the broker's delivery limit has to be out of the way:
-    4.x has one of 20 unless told -1; before, there is none, and -1 would dead-letter at once.
+    4.x has one of 20 unless told -1; before, there is none, and -1 would dead-letter at once. A
+    queue that was made before the broker became 4.x keeps its arguments, without -1.
     """
     arguments: dict[str, Any] = {"x-queue-type": "quorum"}
-    if int(server_version.partition(".")[0]) >= 4:
+    if int(server_version.partition(".")[0]) >= 4 and not made_before_4:
         arguments["x-delivery-limit"] = -1
     if dead_letters:
         arguments |= {
@@ -42,6 +51,14 @@ def quorum_arguments(server_version: str, *, dead_letters: bool) -> dict[str, An
             "x-overflow": "reject-publish",
         }
     return arguments
+
+
+def queue_made_before_4(refusal: str) -> str | None:
+    """The queue that a broker has from its time before 4.x, when it refused to declare that with a
+    delivery limit; None when it refused for another reason.
+    """
+    found = _NO_LIMIT.search(refusal)
+    return found and found[1]
 
 
 def _exchange(name: str, kind: str = "direct") -> Step:
@@ -56,12 +73,16 @@ def _queue(
     exchange_name: str,
     *,
     dead_letters: bool = True,
+    made_before_4: bool = False,
     bind: bool = True,
 ) -> Iterator[Step]:
+    arguments = quorum_arguments(
+        server_version, dead_letters=dead_letters, made_before_4=made_before_4
+    )
     yield lambda channel, done: channel.queue_declare(
         name,
         durable=True,
-        arguments=quorum_arguments(server_version, dead_letters=dead_letters),
+        arguments=arguments,
         callback=done,
     )
     if bind:
@@ -70,7 +91,7 @@ def _queue(
         )
 
 
-def _house(version: str, *, bind: bool = True) -> Iterator[Step]:
+def _house(version: str, made_before_4: Collection[str], *, bind: bool = True) -> Iterator[Step]:
     for name in names.DIRECT_EXCHANGES:
         yield _exchange(name)
     for queue, exchange in (
@@ -83,6 +104,7 @@ def _house(version: str, *, bind: bool = True) -> Iterator[Step]:
         yield from _queue(
             *(version, queue, exchange),
             dead_letters=queue != names.DEAD_MESSAGES_QUEUE,
+            made_before_4=queue in made_before_4,
             bind=bind,
         )
     yield _exchange(names.PRESENCE_EXCHANGE, "fanout")
@@ -90,18 +112,26 @@ def _house(version: str, *, bind: bool = True) -> Iterator[Step]:
     yield _exchange(names.NOTICES_EXCHANGE, "fanout")
 
 
-def _steps(server_version: str, declares: Declares, house_is_missing: bool) -> Iterator[Step]:
+def _steps(
+    server_version: str,
+    declares: Declares,
+    house_is_missing: bool,
+    made_before_4: Collection[str],
+) -> Iterator[Step]:
     if declares.house == "always" or (declares.house == "if-missing" and house_is_missing):
-        yield from _house(server_version)
+        yield from _house(server_version, made_before_4)
     elif declares.house == "unbound":
-        yield from _house(server_version, bind=False)
+        yield from _house(server_version, made_before_4, bind=False)
     elif declares.house == "if-missing":
         # Where it is missing, the broker closes the channel with 404.
         yield lambda channel, done: channel.exchange_declare(
             names.NOTICES_EXCHANGE, passive=True, callback=done
         )
     for context_id in declares.context_ids:
-        yield from _queue(server_version, names.claims_queue(context_id), names.CLAIMS_EXCHANGE)
+        queue = names.claims_queue(context_id)
+        yield from _queue(
+            *(server_version, queue, names.CLAIMS_EXCHANGE), made_before_4=queue in made_before_4
+        )
 
 
 def declare(
@@ -111,12 +141,15 @@ def declare(
     done: Callable[[], None],
     *,
     house_is_missing: bool,
+    made_before_4: Collection[str] = (),
 ) -> None:
     """Declare it all, one after the other, then call `done`.
 
-    A queue that exists with other arguments makes the broker close the channel with 406.
+    A queue that exists with other arguments makes the broker close the channel with 406;
+    `made_before_4` are those that were found to have none for the delivery limit.
     """
-    run_in_order(channel, _steps(server_version, declares, house_is_missing), done)
+    steps = _steps(server_version, declares, house_is_missing, made_before_4)
+    run_in_order(channel, steps, done)
 
 
 def run_in_order(channel: Channel, steps: Iterator[Step], done: Callable[[], None]) -> None:

@@ -5,12 +5,13 @@ from typing import Annotated
 import structlog
 import typer
 
+from services.broker.policies import ask_policies
 from services.cli.garbage import expect_many_small_objects
 from services.cli.logs import configure_logs
 from services.cli.options import BrokerOption, StoreOption
 from services.cli.signals import on_stop_signal
 from services.collector import Collector, Incoming, RunStatus, Store, run_status
-from services.contracts import load_settings
+from services.contracts import Settings, load_settings
 from services.contracts.errors import RunIncomplete
 from services.telemetry import MetricsServer
 
@@ -50,6 +51,7 @@ def collect(
     try:
         with MetricsServer(settings) as metrics:
             if not ended():
+                _log_policies(settings)
                 metrics.serve(collector, {"/sd": collector.targets})
                 collector.run(_log_commit, ended)
             last = status()
@@ -57,6 +59,14 @@ def collect(
         database.close()
     if last is not None and last.cancelled and not last.complete:
         raise RunIncomplete(f"{last.run_id} was cancelled; submitting it again goes on with it")
+
+
+def _log_policies(settings: Settings) -> None:
+    policies = ask_policies(settings)
+    for harm in policies.harms:
+        log.warning("broker.policy", harm=str(harm))
+    if policies.unknown:
+        log.info("broker.policies_unknown", reason=policies.unknown)
 
 
 def _log_commit(incoming: Incoming) -> None:

@@ -20,7 +20,7 @@ from services.cli.worker_processes import WorkerProcess, device_shares, worker_p
 from services.collector import Collector, Store, build_report, export_run, find_run, run_status
 from services.contexts import find_device
 from services.contexts.start_keeper import kept_meanwhile
-from services.contracts import Settings
+from services.contracts import Settings, topology
 from services.contracts.errors import BrokerError, RunIncomplete, StoreError
 from services.producer import Progress, Submission
 from services.telemetry import MetricsServer
@@ -135,6 +135,12 @@ class Desk:
                 highlight=False,
                 markup=False,
             )
+            from services.broker.policies import ask_policies  # with a client for HTTP
+
+            context_id = self._submission.run.context.context_id
+            policies = ask_policies(self._settings, [topology.claims_queue(context_id)])
+            for harm in policies.harms:
+                self._console.print(f"Warning: {harm}", highlight=False, markup=False)
             return self._settings, {"KEEPWARM_BROKER_URL": self._settings.broker_url}
         directory = self._directory / ".broker"
         shutil.rmtree(directory, ignore_errors=True)

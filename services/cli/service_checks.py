@@ -3,10 +3,12 @@
 import os
 import shutil
 import threading
+from collections.abc import Collection
 from pathlib import Path
 
 from services.broker import BrokerAddress, Declares, Publisher
 from services.broker.inspection import missing_exchanges, writable
+from services.broker.policies import Policies, ask_policies
 from services.broker.private_node import find_server
 from services.broker.queue_counts import Counts
 from services.broker.roles import ROLES, Role, roles_that_fit
@@ -41,10 +43,13 @@ def broker(settings: Settings) -> Finding:
             f"{address} takes us, and lacks {', '.join(lacks)}: the next collector that starts "
             f"makes what is missing. Waiting: {lengths}"
         )
-    arguments, fitting = _rights(address)
-    says = f"{address} takes us, {arguments}. Waiting: {lengths}"
+    policies = ask_policies(settings)
+    if losing := [str(harm) for harm in policies.harms if harm.loses_messages]:
+        raise BrokerError(f"{address} takes us, and would lose messages: {' '.join(losing)}")
+    arguments, fitting, limited = _rights(address)
+    says = f"{address} takes us, {arguments}. Waiting: {lengths}{_told(policies, limited)}"
     if len(fitting) == len(ROLES):
-        return well(says)
+        return note(says) if policies.harms or limited - policies.delivery_unlimited else well(says)
     others = [role.name for role in ROLES if role not in fitting]
     return note(
         f"{says}. As far as it was tried, this user is right for: "
@@ -53,14 +58,30 @@ def broker(settings: Settings) -> Finding:
     )
 
 
-def _rights(address: BrokerAddress) -> tuple[str, list[Role]]:
-    """What of the arguments, and the roles that this user may play. Raises BrokerError."""
-    makes_house = True
+def _told(policies: Policies, limited: Collection[str]) -> str:
+    """What more there is to say of the queues."""
+    told = [str(harm) for harm in policies.harms]
+    if kept := sorted(set(limited) - policies.delivery_unlimited):
+        told.append(
+            f"{', '.join(kept)}: made before RabbitMQ 4, which gives up a message that was "
+            "returned 20 times, unless a policy sets delivery-limit to -1 (docs/broker.md)"
+        )
+    if policies.unknown:
+        told.append(f"Policies were not looked at: {policies.unknown}")
+    return "".join(f". {each}" for each in told)
+
+
+def _rights(address: BrokerAddress) -> tuple[str, list[Role], set[str]]:
+    """What of the arguments, the roles that this user may play, and the queues that have a limit on
+    deliveries by default. Raises BrokerError.
+    """
+    makes_house, limited = True, set[str]()
     try:
         # All are there: who may declares them once more, and the broker compares the arguments.
-        Publisher(address, "doctor", window=1, declares=Declares("unbound")).open(
+        with Publisher(address, "doctor", window=1, declares=Declares("unbound")).open(
             _ANSWER_SECONDS
-        ).close()
+        ) as link:
+            limited = set(link.made_before_4)
     except BrokerRefused:
         makes_house = False
     arguments = (
@@ -68,7 +89,7 @@ def _rights(address: BrokerAddress) -> tuple[str, list[Role]]:
         if makes_house
         else "and this user may not make its queues, so their arguments were not compared"
     )
-    return arguments, roles_that_fit(writable(address), makes_house=makes_house)
+    return arguments, roles_that_fit(writable(address), makes_house=makes_house), limited
 
 
 def _counts(link: Publisher) -> Counts:

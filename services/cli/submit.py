@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from services.broker import BrokerAddress, Declares, Publisher
+from services.broker.policies import ask_policies
 from services.cli.changed import refuse_changed_file
 from services.cli.claims_options import (
     BatchSizeOption,
@@ -43,7 +44,7 @@ from services.cli.options import (
 )
 from services.cli.prepare import inspect_claims, prepared_submission
 from services.cli.screen import line_progress
-from services.contracts import load_settings
+from services.contracts import load_settings, topology
 from services.producer import Progress
 from services.producer.submission import Finished
 from services.telemetry import MetricsServer
@@ -119,6 +120,7 @@ def submit(
         ExitStack() as held,
     ):
         run_id = submission.run.run_id
+        claims_queue = topology.claims_queue(submission.run.context.context_id)
         rejected_path = rejected or Path(f"rejected-{run_id}.jsonl")
         inspect_claims(console, submission, rejected_path)
         finished: Finished = nothing_finished
@@ -140,6 +142,8 @@ def submit(
             line_progress(console, "publishing", submission.lines) as publishing,
         ):
             metrics.serve(_Submitting(publisher))
+            for harm in ask_policies(settings, [claims_queue]).harms:
+                console.print(f"Warning: {harm}", highlight=False, markup=False)
             sent = 0
 
             def show(progress: Progress) -> None:

@@ -83,6 +83,9 @@ class Settings(BaseSettings):
     broker_ca_file: Path | None = None
     """PEM bundle that signs the broker's certificate, with `amqps://` only; the system's
     otherwise."""
+    broker_management_url: str | None = None
+    """RabbitMQ's management API, which is asked as the broker's user for policies that would lose
+    claims; `http://HOST:15672` otherwise, or with `amqps://` `https://HOST:15671`."""
     broker_connect_timeout_seconds: Seconds = 30
     """How long a command waits for a broker that is not there before it gives up."""
     broker_heartbeat_seconds: Annotated[int, Field(ge=5, le=600)] = 30

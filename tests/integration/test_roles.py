@@ -286,9 +286,12 @@ def test_no_role_can_make_users_or_give_itself_rights(role: str, broker: Broker)
     assert broker.http_status(role, "GET", "users") == 401
 
 
-def test_only_the_operator_sees_the_management_pages(broker: Broker) -> None:
-    seen = {role: broker.http_status(role, "GET", "queues") for role in ROLES}
-    assert seen == {"producer": 401, "worker": 401, "collector": 401, "operator": 200}
+def test_who_has_to_see_policies_sees_the_management_pages(broker: Broker) -> None:
+    for path in ("queues", f"policies/{VHOST}", f"operator-policies/{VHOST}"):
+        seen = {role: broker.http_status(role, "GET", path) for role in ROLES}
+        assert seen == {"producer": 200, "worker": 401, "collector": 200, "operator": 200}
+    nodes = {role: broker.http_status(role, "GET", "nodes") for role in ROLES}
+    assert nodes == {"producer": 401, "worker": 401, "collector": 401, "operator": 200}
 
 
 def test_again_it_keeps_every_password_and_renews_them_only_when_told(broker: Broker) -> None:

@@ -16,7 +16,7 @@ class ManagementDouble:
     def __init__(self) -> None:
         self.admin = ("guest", "guest")
         self.tags: list[str] = ["administrator"]
-        self.things: dict[str, dict[str, Any]] = {}
+        self.things: dict[str, Any] = {}
         self.listeners = [{"protocol": "amqp", "port": 5672}]
         self.puts: list[str] = []
         self.always: Answer | None = None
@@ -41,9 +41,9 @@ class ManagementDouble:
             return 201, None
         if path not in self.things:
             return 404, {"error": "Object Not Found", "reason": "Not Found"}
-        thing = dict(self.things[path])
+        thing = self.things[path]
         if "tags" in thing:
-            thing["tags"] = [tag for tag in thing["tags"].split(",") if tag]
+            return 200, thing | {"tags": [tag for tag in thing["tags"].split(",") if tag]}
         return 200, thing
 
 
@@ -55,7 +55,10 @@ def management_double() -> Iterator[ManagementDouble]:
         def _serve(self) -> None:
             sent = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
             status, body = double.answer(
-                self.command, unquote(self.path), sent, self.headers.get("Authorization", "")
+                self.command,
+                unquote(self.path.partition("?")[0]),
+                sent,
+                self.headers.get("Authorization", ""),
             )
             content = b"" if body is None else body if isinstance(body, bytes) else _json(body)
             self.send_response(status)

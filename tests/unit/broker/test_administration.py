@@ -102,7 +102,7 @@ def test_a_role_that_someone_made_administrator_is_none_any_more(
     make_user(api, PRODUCER, "keepwarm", "secret")
     broker.things["/api/users/keepwarm-producer"]["tags"] = "administrator"
     assert make_user(api, PRODUCER, "keepwarm", "secret") == "changed"
-    assert broker.things["/api/users/keepwarm-producer"]["tags"] == ""
+    assert broker.things["/api/users/keepwarm-producer"]["tags"] == "management"
 
 
 def test_the_hash_is_the_one_that_rabbitmq_documents() -> None:

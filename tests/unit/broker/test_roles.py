@@ -86,8 +86,12 @@ def test_an_operator_has_every_right_to_every_name() -> None:
         assert granted("operator", right) == EVERY_NAME
 
 
-def test_only_the_operator_sees_the_management_pages_and_nobody_is_administrator() -> None:
-    assert {role.name: role.tags for role in ROLES if role.tags} == {"operator": ("monitoring",)}
+def test_who_sees_policies_has_the_smallest_tag_for_it_and_nobody_is_administrator() -> None:
+    assert {role.name: role.tags for role in ROLES if role.tags} == {
+        "producer": ("management",),
+        "collector": ("management",),
+        "operator": ("monitoring",),
+    }
 
 
 def test_who_is_granted_nothing_matches_nothing() -> None:

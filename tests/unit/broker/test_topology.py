@@ -4,7 +4,13 @@ from typing import Any
 import pytest
 
 from services.broker import Declares
-from services.broker.topology import declare, listen, quorum_arguments, run_in_order
+from services.broker.topology import (
+    declare,
+    listen,
+    queue_made_before_4,
+    quorum_arguments,
+    run_in_order,
+)
 from services.contracts import topology as names
 
 DEAD_LETTERS = {
@@ -28,6 +34,38 @@ def test_from_4_on_the_delivery_limit_is_out_of_the_way(version: str) -> None:
         "x-queue-type": "quorum",
         "x-delivery-limit": -1,
     }
+
+
+def test_a_queue_that_was_made_before_4_keeps_its_arguments() -> None:
+    plain = quorum_arguments("4.0.5", dead_letters=False, made_before_4=True)
+    assert plain == {"x-queue-type": "quorum"}
+
+
+@pytest.mark.parametrize(
+    ("refusal", "queue"),
+    [
+        # As RabbitMQ 4.0.5 says it.
+        (
+            "PRECONDITION_FAILED - inequivalent arg 'x-delivery-limit' for queue 'claims.a' in "
+            "vhost '/': received the value '-1' of type 'signedint' but current is none",
+            "claims.a",
+        ),
+        (
+            "PRECONDITION_FAILED - inequivalent arg 'x-delivery-limit' for queue 'claims.b' in "
+            "vhost '/': received '-1' but current is '50'",
+            None,
+        ),
+        (
+            "PRECONDITION_FAILED - inequivalent arg 'x-overflow' for queue 'claims.a' in vhost "
+            "'/': received the value 'reject-publish' of type 'longstr' but current is none",
+            None,
+        ),
+    ],
+)
+def test_a_queue_from_before_4_is_told_from_one_of_another_kind(
+    refusal: str, queue: str | None
+) -> None:
+    assert queue_made_before_4(refusal) == queue
 
 
 @pytest.mark.parametrize("version", ["3.10.8", "3.13.7", "4.0.5", "4.3.0"])

@@ -1,0 +1,164 @@
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from services.broker.address import BrokerAddress
+from services.broker.policies import _is_the_brokers_own, ask_policies
+from services.contracts import Settings, load_settings, topology
+from services.contracts.errors import UsageError
+from tests.unit.management_double import ManagementDouble, management_double
+
+
+@pytest.fixture
+def broker() -> Iterator[ManagementDouble]:
+    with management_double() as double:
+        double.admin, double.tags = ("producer", "secret"), ["management"]
+        double.things["/api/queues/keepwarm"] = [{"name": "claims.ctx-a"}, {"name": "another"}]
+        yield double
+
+
+@pytest.fixture
+def settings(broker: ManagementDouble) -> Settings:
+    return load_settings(
+        broker_url="amqp://producer@127.0.0.1/keepwarm",
+        broker_password="secret",
+        broker_management_url=broker.url,
+    )
+
+
+def policy(name: str, pattern: str = ".*", priority: int = 0, **definition: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "pattern": pattern,
+        "apply-to": definition.pop("apply_to", "queues"),
+        "priority": priority,
+        "definition": {key.replace("_", "-"): value for key, value in definition.items()},
+    }
+
+
+def test_no_policy_does_no_harm(settings: Settings) -> None:
+    assert ask_policies(settings) == ask_policies(settings, ["claims.ctx-b"])
+    assert not ask_policies(settings).harms
+    assert ask_policies(settings).unknown is None
+
+
+@pytest.mark.parametrize(
+    ("definition", "says"),
+    [
+        ({"message_ttl": 60_000}, "message-ttl to 60000"),
+        ({"expires": 60_000}, "expires to 60000"),
+        ({"delivery_limit": 5}, "delivery-limit to 5"),
+    ],
+)
+def test_what_loses_messages_is_told_with_queues_and_remedy(
+    broker: ManagementDouble, settings: Settings, definition: dict[str, int], says: str
+) -> None:
+    broker.things["/api/policies/keepwarm"] = [policy("site", **definition)]
+    (harm,) = ask_policies(settings, ["claims.ctx-b"]).harms
+    assert harm.loses_messages
+    assert set(harm.queues) == {*topology.HOUSE_QUEUES, "claims.ctx-a", "claims.ctx-b"}
+    assert str(harm).startswith(f"policy site sets {says} on claims.ctx-a, claims.ctx-b, ")
+    assert str(harm).endswith("or remove it: `rabbitmqctl clear_policy -p keepwarm site`")
+
+
+def test_an_operator_policy_counts_as_well(broker: ManagementDouble, settings: Settings) -> None:
+    broker.things["/api/policies/keepwarm"] = [policy("site", priority=9, max_in_memory_length=1)]
+    broker.things["/api/operator-policies/keepwarm"] = [policy("limits", message_ttl=1)]
+    (harm,) = ask_policies(settings).harms
+    assert "operator policy limits" in str(harm)
+    assert "`rabbitmqctl clear_operator_policy -p keepwarm limits`" in str(harm)
+
+
+@pytest.mark.parametrize("key", ["max_length", "max_length_bytes"])
+def test_a_full_queue_drops_dead_messages_and_lets_others_wait(
+    broker: ManagementDouble, settings: Settings, key: str
+) -> None:
+    broker.things["/api/policies/keepwarm"] = [policy("short", **{key: 10})]
+    harms = {harm.loses_messages: harm for harm in ask_policies(settings).harms}
+    assert harms[True].queues == (topology.DEAD_MESSAGES_QUEUE,)
+    assert topology.DEAD_MESSAGES_QUEUE not in harms[False].queues
+    assert "publishers wait" in str(harms[False])
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        policy("not-ours", "^mine", message_ttl=1),
+        policy("other-kind", apply_to="classic_queues", message_ttl=1),
+        policy("exchanges", apply_to="exchanges", message_ttl=1),
+        policy("lower", priority=-1, message_ttl=1),
+        policy("unlimited", delivery_limit=-1),
+    ],
+    ids=lambda each: each["name"],
+)
+def test_what_does_not_touch_our_queues_is_not_told(
+    broker: ManagementDouble, settings: Settings, harmless: dict[str, Any]
+) -> None:
+    first = policy("first", overflow="reject-publish")
+    broker.things["/api/policies/keepwarm"] = [
+        harmless,
+        *([first] if harmless["priority"] < 0 else []),
+    ]
+    assert ask_policies(settings).harms == ()
+
+
+def test_a_lifted_delivery_limit_is_known(broker: ManagementDouble, settings: Settings) -> None:
+    broker.things["/api/policies/keepwarm"] = [policy("lift", "^claims", delivery_limit=-1)]
+    assert ask_policies(settings).delivery_unlimited == {"claims.ctx-a"}
+
+
+def test_a_pattern_that_python_cannot_read_is_told_rather_than_missed(
+    broker: ManagementDouble, settings: Settings
+) -> None:
+    broker.things["/api/policies/keepwarm"] = [policy("site", "^(?|claims|runs)", message_ttl=1)]
+    assert ask_policies(settings).harms
+
+
+def test_a_user_without_the_tag_is_told_how_to_get_it(
+    broker: ManagementDouble, settings: Settings
+) -> None:
+    broker.tags = []
+    unknown = ask_policies(settings).unknown
+    assert unknown is not None
+    assert "`rabbitmqctl set_user_tags producer management`" in unknown
+
+
+def test_an_api_that_is_not_there_is_told(settings: Settings) -> None:
+    nobody = settings.model_copy(update={"broker_management_url": "http://127.0.0.1:1"})
+    unknown = ask_policies(nobody).unknown
+    assert unknown is not None
+    assert "http://127.0.0.1:1 does not answer" in unknown
+
+
+def test_the_password_goes_nowhere_where_the_brokers_own_connection_would_not_show_it() -> None:
+    settings = load_settings(
+        broker_url="amqps://u@broker.example.org/",
+        broker_management_url="http://broker.example.org",
+    )
+    with pytest.raises(UsageError, match="KEEPWARM_BROKER_MANAGEMENT_URL: http to"):
+        ask_policies(settings)
+
+
+@pytest.mark.parametrize(
+    ("url", "management"),
+    [
+        ("amqp://u@broker.example.org/", "http://broker.example.org:15672"),
+        ("amqps://u@broker.example.org:5671/x", "https://broker.example.org:15671"),
+        ("amqp://u@[::1]/", "http://[::1]:15672"),
+    ],
+)
+def test_the_api_is_looked_for_beside_the_broker(url: str, management: str) -> None:
+    address = BrokerAddress.from_settings(load_settings(broker_url=url))
+    assert address.management_url == management
+
+
+def test_on_loopback_only_the_brokers_own_user_is_given_the_password(
+    broker: ManagementDouble,
+) -> None:
+    _, _, port = broker.url.rpartition(":")
+    to_it = load_settings(broker_url=f"amqp://u@127.0.0.1:{port}/")
+    assert _is_the_brokers_own(broker.url, BrokerAddress.from_settings(to_it))
+    nowhere = load_settings(broker_url="amqp://u@127.0.0.1:1/")
+    assert not _is_the_brokers_own(broker.url, BrokerAddress.from_settings(nowhere))
+    assert "belongs to the broker's own user" in str(ask_policies(nowhere).unknown)
