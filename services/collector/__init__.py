@@ -1,7 +1,7 @@
 """Verdicts -> store -> report."""
 
 from services.collector.collector import Collector
-from services.collector.dead import DeadRow, dead_claims, drop_dead, reopen_dead
+from services.collector.dead import DeadRow, dead_claims, drop_dead, reopen_dead, unanswered_claims
 from services.collector.export import ExportFormat, export_run
 from services.collector.label_mass import ENOUGH_VERDICTS, LowMass
 from services.collector.report import Report, build_report
@@ -35,4 +35,5 @@ __all__ = [
     "reopen_dead",
     "run_status",
     "run_statuses",
+    "unanswered_claims",
 ]

@@ -1,14 +1,14 @@
 """The claims that were given up on, as a person handles them: seen, tried again, let go."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, and_, delete, select, update
+from sqlalchemy import ColumnElement, and_, delete, or_, select, update
 
 from services.collector.schema import outcomes, runs
 from services.collector.status import KnownRun
 from services.collector.store import Store
-from services.contracts import Claim, DeadReason
+from services.contracts import INVALID, Claim, DeadReason
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,18 @@ def dead_claims(
             )
             for row in connection.execute(query)
         ]
+
+
+def unanswered_claims(store: Store, known: KnownRun, kinds: Collection[str]) -> frozenset[str]:
+    """Ids of the run's claims whose verdict is INVALID (`invalid`), or that are dead (`dead`)."""
+    wanted = []
+    if "invalid" in kinds:
+        wanted.append(outcomes.c.label == INVALID)
+    if "dead" in kinds:
+        wanted.append(outcomes.c.reason.is_not(None))
+    query = select(outcomes.c.claim_id).where(outcomes.c.run_key == known.run_key, or_(*wanted))
+    with store.transaction() as connection:
+        return frozenset(connection.execute(query).scalars())
 
 
 def drop_dead(store: Store, dead: Sequence[DeadRow]) -> None:

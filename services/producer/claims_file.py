@@ -27,7 +27,8 @@ class Selection:
     """How a file is to be read, and which of its records are wanted.
 
     `format` names a published format, or `plain`; it is recognised otherwise. `limit` takes the
-    first records, with a `seed` a random sample. The other fields are as in `Parser`.
+    first records, with a `seed` a random sample. `only` are the ids of the claims that are wanted.
+    The other fields are as in `Parser`.
     """
 
     format: str | None = None
@@ -37,6 +38,7 @@ class Selection:
     corpus: Path | None = None
     limit: int | None = None
     seed: int | None = None
+    only: frozenset[str] | None = None
 
 
 class ClaimsFile:
@@ -153,11 +155,14 @@ class ClaimsFile:
                 fresh: list[Reading] = []
                 for line, found in parsed:
                     if isinstance(found, Rejection):
-                        summary.add_rejection(found.kind)
-                        on_rejected(found)
+                        if self._selection.only is None:
+                            summary.add_rejection(found.kind)
+                            on_rejected(found)
                         continue
                     for reading in found:
                         sighting, claim = next(checked)
+                        if not self._is_wanted(claim):
+                            continue
                         if sighting is Sighting.REPEATED:
                             summary.repeated += 1
                         elif sighting is Sighting.CONTRADICTED:
@@ -173,6 +178,9 @@ class ClaimsFile:
                 yield read, [reading.claim for reading in fresh]
         finally:
             seen.close()
+
+    def _is_wanted(self, claim: Claim) -> bool:
+        return self._selection.only is None or claim.claim_id in self._selection.only
 
     def _parser(self) -> Parser:
         return Parser(
@@ -214,6 +222,8 @@ class ClaimsFile:
             identity["each_evidence"] = True
         if self._corpus is not None:
             identity["corpus"] = self._corpus.digest
+        if self._selection.only is not None:
+            identity["only"] = sorted(self._selection.only)
         return identity
 
 

@@ -127,7 +127,7 @@ def test_who_may_not_ask_for_policies_is_told_so_by_doctor(
     assert "Policies were not looked at: stranger may not ask" in found["says"]
 
 
-# Queues that RabbitMQ 4 took over from RabbitMQ 3: they have no delivery limit among their arguments.
+# Queues that RabbitMQ 4 took over from RabbitMQ 3: their arguments have no delivery limit.
 
 
 @pytest.fixture
