@@ -13,7 +13,7 @@ from services.broker import BrokerAddress, Declares, PrivateNode, Publisher
 from services.collector import Collector, RunStatus, Store, run_status
 from services.contexts.attachment import drain
 from services.contracts import ContextSpec, PromptSpec, load_settings
-from services.producer import RejectedFile, Source, Submission
+from services.producer import ClaimsFile, RejectedFile, Selection, Source, Submission
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODEL = REPOSITORY / ".models" / "SmolLM2-135M-Instruct"
@@ -106,10 +106,15 @@ class Desk:
             RejectedFile(self.directory / "rejected.jsonl") as rejected,
             Source.open(str(file)) as source,
         ):
+            selection = Selection(limit=limit)
             submission = Submission(
-                source, source.survey(), context=context, prompt=prompt, limit=limit
+                ClaimsFile(source, prompt, selection),
+                context=context,
+                prompt=prompt,
+                selection=selection,
             )
-            submission.publish(publisher, rejected, batch_size=batch_size)
+            submission.inspect(rejected)
+            submission.publish(publisher, batch_size=batch_size)
             return submission.run.run_id
 
     def wait_for(

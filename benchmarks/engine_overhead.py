@@ -74,18 +74,16 @@ def serve_alone(claims_file: Path, limit: int) -> None:
 
 def prompts_of(claims_file: Path, limit: int):
     """The token ids that a worker would send, the label tokens, and the context."""
-    from itertools import islice
 
     from services.contexts import pin_model
     from services.contracts import ContextSpec, PromptSpec
     from services.gpu_worker import CompiledPrompt, ModelTokenizer
-    from services.producer import Parser, Source
+    from services.producer import ClaimsFile, Selection, Source
 
     spec = pin_model(ContextSpec(model=str(MODEL), max_model_tokens=MAX_TOKENS))
     compiled = CompiledPrompt(PromptSpec(), ModelTokenizer.load(spec))
     with Source.open(str(claims_file)) as source:
-        parser = Parser(source, compiled.spec)
-        claims = [parser.parse(line) for line in islice(source.lines(), limit)]
+        claims = list(ClaimsFile(source, compiled.spec, Selection(limit=limit)))
     return compiled.encode(claims), compiled.label_tokens, spec
 
 

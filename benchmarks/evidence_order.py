@@ -40,7 +40,7 @@ from services.contexts.engine_command import CPU_BLOCK_TOKENS  # noqa: E402
 from services.contexts.plan import EnginePlan  # noqa: E402
 from services.contracts import Claim, ContextSpec, PromptSpec, load_settings  # noqa: E402
 from services.gpu_worker import CompiledPrompt, ModelTokenizer  # noqa: E402
-from services.producer import Parser, Source  # noqa: E402
+from services.producer import ClaimsFile, Source  # noqa: E402
 from services.producer.ordering import together  # noqa: E402
 
 MODEL = REPOSITORY / ".models" / "SmolLM2-135M-Instruct"
@@ -87,9 +87,7 @@ def counted(http: httpx.Client) -> tuple[float, float]:
 def read_claims(file: Path, limit: int, sentences: int, chance: Random) -> list[Claim]:
     """About `limit` claims in the file's order: all that there are for evidence drawn at random."""
     with Source.open(str(file)) as source:
-        parser = Parser(source, PromptSpec())
-        parsed = [parser.parse(line) for line in source.lines()]
-    claims = [claim for claim in parsed if isinstance(claim, Claim)]
+        claims = list(ClaimsFile(source, PromptSpec()))
     evidence = sorted({claim.evidence for claim in claims if claim.evidence})
     drawn = chance.sample(evidence, min(len(evidence), limit * len(evidence) // len(claims)))
     passages = {one: " ".join([one, *chance.sample(evidence, sentences - 1)]) for one in drawn}

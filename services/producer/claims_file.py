@@ -133,6 +133,11 @@ class ClaimsFile:
         """
         return self._chunks(self._parser(), summary, on_rejected)
 
+    def __iter__(self) -> Iterator[Claim]:
+        """The claims one by one."""
+        for _, claims in self.claims(self.new_summary()):
+            yield from claims
+
     def new_summary(self) -> FileSummary:
         return FileSummary(self.format.title, self._source.container, self.records)
 

@@ -14,6 +14,7 @@ from services.contracts import Claim, PromptSpec
 from services.contracts.errors import InputError
 from services.producer.corpus import Corpus
 from services.producer.fields import (
+    CLAIM_NAMES,
     NAMES,
     WithoutEvidence,
     evidence_text,
@@ -138,7 +139,7 @@ class Parser:
             try:
                 readings.append(self._reading(line, one))
             except ValidationError as error:
-                return self._explain(line, error, one)
+                return self._explain(line, error, one, fields)
         return readings
 
     def references(self, line: Line) -> Sequence[tuple[str, int | None]]:
@@ -236,12 +237,18 @@ class Parser:
         reason = f"Invalid JSON: {_WHERE_IN_LINE.sub('at column', str(error))}"
         return self._reject(line, None, "not JSON", reason, _WRITE_JSON)
 
-    def _explain(self, line: Line, error: ValidationError, found: Found) -> Rejection:
+    def _explain(
+        self, line: Line, error: ValidationError, found: Found, fields: Mapping[str, Any]
+    ) -> Rejection:
         fault = error.errors(include_url=False)[0]
         field = _FIELDS.get(str(fault["loc"][0])) if fault["loc"] else None
         message, kind = fault["msg"], fault["type"].replace("_", " ")
         next_step = _NEXT_STEPS.get(fault["type"], "correct it, or leave the line out")
         if field == "claim" and found.claim is None:
+            named = {normalized(self._columns.get("claim", "claim")), *CLAIM_NAMES}
+            if not named.isdisjoint(map(normalized, fields)):
+                blank = _NEXT_STEPS["string_too_short"]
+                return self._reject(line, field, "claim: blank", "it is blank", blank)
             listed = ", ".join(list(self.keys_seen)[:12])
             next_step = (
                 f"every line needs a `claim`; the keys are {listed}: if another holds it, name it "

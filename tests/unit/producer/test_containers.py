@@ -46,7 +46,7 @@ def judged(path: Path, **columns: str) -> tuple[InputSummary, list[Claim], list[
     with Source.open(str(path), claim_column=columns.get("claim")) as source:
         file = ClaimsFile(source, PROMPT, Selection(columns=columns))
         summary = file.inspect(rejections.append)
-        claims = [claim for _, chunk in file.claims(file.new_summary()) for claim in chunk]
+        claims = list(file)
     return summary, claims, rejections
 
 
@@ -300,7 +300,7 @@ def test_labels_may_be_numbers_and_booleans(tmp_path: Path) -> None:
     with Source.open(str(write(tmp_path, "\n".join(rows)))) as source:
         file = ClaimsFile(source, prompt)
         summary = file.inspect()
-        claims = [claim for _, chunk in file.claims(file.new_summary()) for claim in chunk]
+        claims = list(file)
     assert [c.gold for c in claims] == ["NO", "YES", "YES", "YES", "NO", None, None]
     assert (summary.unlabelled, summary.kept_back) == (1, 1)
     assert summary.unknown_labels == (('["SUPPORTS"]', 1),)

@@ -1,4 +1,4 @@
-"""Small inputs that failed before, as they were collected; the tests beside this one hold the kinds."""
+"""Small inputs that failed before, as they were collected; other tests hold their kinds."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "format": "FEVER",
         "records": 3,
         "claims": 2,
-        "rejected": (("no claim", 1),),
+        "rejected": (("claim: blank", 1),),
         "numeric_ids": True,
     },
 }
@@ -50,7 +50,7 @@ def test_a_collected_input_is_read_as_it_should(name: str, field: Path) -> None:
 def test_half_a_record_is_never_a_claim(field: Path) -> None:
     with Source.open(str(field / "spark.csv")) as source:
         file = ClaimsFile(source, PromptSpec())
-        claims: list[Claim] = [c for _, chunk in file.claims(file.new_summary()) for c in chunk]
+        claims: list[Claim] = list(file)
     assert claims[1].text == 'He said "no" and\nthen left the harbour'
 
 

@@ -61,7 +61,7 @@ def read(path: Path, selection: Selection = Selection(), **how: Any) -> tuple[An
     with Source.open(str(path), **how) as source:
         file = ClaimsFile(source, PROMPT, selection)
         summary = file.inspect()
-        claims = [c for _, chunk in file.claims(file.new_summary()) for c in chunk]
+        claims = list(file)
         return (file.format.name, summary), claims
 
 
