@@ -245,10 +245,11 @@ class Parser:
         message, kind = fault["msg"], fault["type"].replace("_", " ")
         next_step = _NEXT_STEPS.get(fault["type"], "correct it, or leave the line out")
         if field == "claim" and found.claim is None:
-            named = {normalized(self._columns.get("claim", "claim")), *CLAIM_NAMES}
+            column = self._columns.get("claim")
+            named = CLAIM_NAMES if column is None else {normalized(column)}
             if not named.isdisjoint(map(normalized, fields)):
-                blank = _NEXT_STEPS["string_too_short"]
-                return self._reject(line, field, "claim: blank", "it is blank", blank)
+                step = _NEXT_STEPS["string_too_short"]
+                return self._reject(line, field, "claim: blank", "it is blank", step)
             listed = ", ".join(list(self.keys_seen)[:12])
             next_step = (
                 f"every line needs a `claim`; the keys are {listed}: if another holds it, name it "

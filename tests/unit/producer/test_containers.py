@@ -387,7 +387,7 @@ def test_a_table_is_read_with_the_names_of_its_classes(kind: str, tmp_path: Path
         ("1", FROZE, "SUPPORTS"),
         ("2", "B.", "REFUTES"),
     ]
-    assert (rejection.line, rejection.kind, summary.records) == (3, "no claim", 3)
+    assert (rejection.line, rejection.kind, summary.records) == (3, "claim: blank", 3)
 
 
 def test_classes_deep_in_a_table_are_named_too() -> None:
