@@ -93,6 +93,13 @@ CorpusOption = Annotated[
         show_default=False,
     ),
 ]
+EncodingOption = Annotated[
+    str | None,
+    typer.Option(
+        help="The encoding of the text, like windows-1252; UTF-8, UTF-16, UTF-32 are recognised.",
+        show_default=False,
+    ),
+]
 SplitOption = Annotated[
     str | None,
     typer.Option(help="Which split of a directory of Parquet or Arrow files.", show_default=False),
@@ -104,6 +111,7 @@ class ClaimsOptions:
     """What the flags say of a file of claims."""
 
     container: Container | None
+    encoding: str | None
     split: str | None
     selection: Selection
 
@@ -117,6 +125,7 @@ class ClaimsOptions:
         label_map: list[str] | None,
         each_evidence: bool,
         corpus: Path | None,
+        encoding: str | None,
         split: str | None,
         limit: int | None,
         seed: int | None,
@@ -128,9 +137,12 @@ class ClaimsOptions:
                 f"{', '.join((*CONTAINERS, *FORMAT_NAMES))}"
             )
         check_seed(limit, seed)
+        if encoding is not None and not _is_text_encoding(encoding):
+            raise UsageError(f"--encoding {encoding}: there is no such encoding of text")
         is_container = format in CONTAINERS
         return cls(
             container=cast(Container, format) if is_container else None,
+            encoding=encoding,
             split=split,
             selection=Selection(
                 format=None if is_container else format,
@@ -142,6 +154,14 @@ class ClaimsOptions:
                 seed=seed,
             ),
         )
+
+
+def _is_text_encoding(name: str) -> bool:
+    try:
+        "".encode(name)
+    except (LookupError, UnicodeError, ValueError):
+        return False
+    return True
 
 
 def label_map_from_flags(pairs: list[str] | None, prompt: PromptSpec) -> dict[str, str]:

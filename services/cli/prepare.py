@@ -20,6 +20,7 @@ def open_source(file: str, options: ClaimsOptions) -> Source:
         file,
         options.container,
         claim_column=options.selection.columns.get("claim"),
+        encoding=options.encoding,
         split=options.split,
     )
 

@@ -18,6 +18,7 @@ from services.cli.claims_options import (
     ColumnOption,
     CorpusOption,
     EachEvidenceOption,
+    EncodingOption,
     FileArgument,
     FormatOption,
     LabelMapOption,
@@ -76,6 +77,7 @@ def submit(
     label_map: LabelMapOption = None,
     each_evidence: EachEvidenceOption = False,
     corpus: CorpusOption = None,
+    encoding: EncodingOption = None,
     split: SplitOption = None,
     rejected: Annotated[
         Path | None,
@@ -106,6 +108,7 @@ def submit(
         label_map=label_map,
         each_evidence=each_evidence,
         corpus=corpus,
+        encoding=encoding,
         split=split,
         limit=limit,
         seed=seed,

@@ -77,14 +77,15 @@ def decompressed(file: IO[bytes], name: str) -> IO[bytes]:
     return file
 
 
-def as_utf8(file: IO[bytes], name: str) -> IO[bytes]:
-    """Text in UTF-16 or UTF-32, or with CR alone as line ends, rewritten as UTF-8 with LF.
+def as_utf8(file: IO[bytes], name: str, encoding: str | None = None) -> IO[bytes]:
+    """Text in `encoding`, in UTF-16 or UTF-32, or with CR alone as line ends, rewritten as UTF-8
+    with LF.
 
     Any other file is returned as it is. Raises InputError when the text breaks its encoding.
     """
     sample = file.read(SAMPLE_BYTES)
     file.seek(0)
-    encoding = encoding_of(sample)
+    encoding = encoding or encoding_of(sample)
     if encoding is not None:
         converted = _spooled(_decoded(file, encoding, name), name)
         file.close()
@@ -174,7 +175,8 @@ def _decoded(file: IO[bytes], encoding: str, name: str) -> Iterator[bytes]:
         yield decoder.decode(b"", final=True).encode()
     except UnicodeError as error:
         raise InputError(
-            f"{name} looks like {encoding.upper()} and breaks it ({error}); save it as UTF-8"
+            f"{name} is not {encoding.upper()} throughout ({error}); save it as UTF-8, or name its "
+            "encoding with --encoding"
         ) from error
 
 

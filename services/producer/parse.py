@@ -41,7 +41,7 @@ _NEXT_STEPS = {
     "string_too_long": "shorten it, or split the claim",
     "string_too_short": "give it some text, or leave the line out",
     "string_pattern_mismatch": "remove NUL characters, and give it more than white space",
-    "string_unicode": "save the file as UTF-8",
+    "string_unicode": "save the file as UTF-8, or name its encoding with --encoding",
 }
 _WRITE_JSON = "write one JSON object a line, in UTF-8"
 _WRITE_OBJECT = 'write an object, like {"claim": "…", "evidence": "…", "label": "…"}'

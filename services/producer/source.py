@@ -70,16 +70,17 @@ class Source:
         container: Container | None = None,
         *,
         claim_column: str | None = None,
+        encoding: str | None = None,
     ) -> None:
-        """`claim_column` is the column or key that holds the claim, where it is not a known one; a
-        number counts the columns of delimited text without a header.
+        """`encoding` is that of the text; UTF-8, UTF-16 and UTF-32 are recognised. `claim_column`
+        is the column or key that holds the claim, where it is not a known one; a number counts the columns of delimited text without a header.
 
         Raises InputError when delimited text has no such column.
         """
         self.name = name
         self.container = container or _container(files[0], name)
         self._files = [
-            file if self.container in ("parquet", "arrow") else as_utf8(file, name)
+            file if self.container in ("parquet", "arrow") else as_utf8(file, name, encoding)
             for file in files
         ]
         self._claim_column = claim_column
@@ -106,6 +107,7 @@ class Source:
         container: Container | None = None,
         *,
         claim_column: str | None = None,
+        encoding: str | None = None,
         split: str | None = None,
     ) -> Self:
         """A file, a directory of Parquet or Arrow files, or `-` for standard input.
@@ -122,7 +124,7 @@ class Source:
             for file, _ in opened:
                 held.callback(file.close)
             files = [decompressed(file, name) for file, name in opened]
-            source = cls(files, name, container, claim_column=claim_column)
+            source = cls(files, name, container, claim_column=claim_column, encoding=encoding)
             held.pop_all()
             return source
 

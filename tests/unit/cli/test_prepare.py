@@ -42,7 +42,13 @@ def prompt(*words: str) -> PromptSpec:
 def prepare(screen: Console, file: Path, context: Callable[[], ContextSpec], **how: Any) -> Any:
     asked = how.pop("prompt", PromptSpec())
     flags = {"column": ["claim=statement"], "limit": None, "seed": None, "format": None}
-    flags |= {"label_map": None, "each_evidence": False, "corpus": None, "split": None} | how
+    flags |= {
+        "label_map": None,
+        "each_evidence": False,
+        "corpus": None,
+        "split": None,
+        "encoding": None,
+    } | how
     options = ClaimsOptions.from_flags(asked, **flags)
     return prepared_submission(screen, str(file), context=context, prompt=asked, options=options)
 
@@ -90,6 +96,8 @@ def test_a_file_that_is_not_there_is_known_before_the_model_is_asked_for(
         ({"seed": 1}, "give --limit as well"),
         ({"column": ["claim"]}, "write it like claim=text"),
         ({"format": "fevre"}, "--format fevre: there is no such format; it is one of jsonl, "),
+        ({"encoding": "utf-7.5"}, "--encoding utf-7.5: there is no such encoding of text"),
+        ({"encoding": "hex"}, "--encoding hex: there is no such encoding of text"),
         ({"label_map": ["DISPUTED"]}, 'write it like "DISPUTED=NOT ENOUGH INFO"'),
         ({"label_map": ["DISPUTED=MAYBE"]}, "has no label 'MAYBE'; it has SUPPORTS, REFUTES, NOT"),
     ],

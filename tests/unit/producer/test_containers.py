@@ -95,6 +95,12 @@ def test_columns_that_are_empty_to_the_end_of_the_sheet_are_none(tmp_path: Path)
     assert summary.records == 2
 
 
+def test_spaces_before_a_quote_are_no_part_of_a_field(tmp_path: Path) -> None:
+    path = write(tmp_path, 'id, claim, label\n1, "It froze, in 1963.", SUPPORTS\n')
+    (claim,) = read(path)
+    assert (claim.claim_id, claim.text, claim.gold) == ("1", "It froze, in 1963.", "SUPPORTS")
+
+
 def test_a_column_without_a_delimiter_is_a_column(tmp_path: Path) -> None:
     path = write(tmp_path, "claim\nIt froze, in 1963.\nIt is; deep.\n")
     assert texts(path) == ["It froze, in 1963.", "It is; deep."]
@@ -316,6 +322,21 @@ def test_labels_may_be_numbers_and_booleans(tmp_path: Path) -> None:
 def test_utf_16_and_its_like_are_read(encoding: str, content: str, tmp_path: Path) -> None:
     path = write(tmp_path, content.replace("froze", "fröze").encode(encoding))
     assert texts(path) == ["The harbour fröze in 1963.", ROWS[1]["claim"]]
+
+
+def test_another_encoding_is_read_when_it_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, "claim,label\nThe café froze.,SUPPORTS\n".encode("windows-1252"))
+    _, claims, (rejection,) = judged(path)
+    assert claims == []
+    assert "--encoding" in rejection.next_step
+    with Source.open(str(path), encoding="windows-1252") as source:
+        assert [claim.text for claim in ClaimsFile(source, PROMPT)] == ["The café froze."]
+
+
+def test_text_that_breaks_the_encoding_that_was_named_is_told(tmp_path: Path) -> None:
+    path = write(tmp_path, b"claim\n\xff\n")
+    with pytest.raises(InputError, match="is not ASCII throughout .* name its encoding with"):
+        Source.open(str(path), encoding="ascii")
 
 
 def test_a_nul_in_a_line_does_not_make_a_file_utf_16(tmp_path: Path) -> None:

@@ -379,7 +379,7 @@ def test_csv_columns_that_nobody_asked_for_are_told() -> None:
     ("row", "field", "reason", "next_step"),
     [
         (b"1,", "claim", "it is blank", LEAVE_OUT),
-        (b"1, ", "claim", "it is blank", BLANK),
+        (b'1," "', "claim", "it is blank", BLANK),
         (b"1,a\0b", "claim", "it contains a NUL character", BLANK),
         (b"1,caf\xe9", "claim", "Input should be a valid string", "save the file as UTF-8"),
         (b"1", None, "it has 1 fields; the header has 2", "mend the line, or leave it out"),
