@@ -73,7 +73,8 @@ class Source:
         encoding: str | None = None,
     ) -> None:
         """`encoding` is that of the text; UTF-8, UTF-16 and UTF-32 are recognised. `claim_column`
-        is the column or key that holds the claim, where it is not a known one; a number counts the columns of delimited text without a header.
+        is the column or key that holds the claim, where it is not a known one; a number counts
+        the columns of delimited text without a header.
 
         Raises InputError when delimited text has no such column.
         """
