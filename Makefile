@@ -72,8 +72,9 @@ check: ## lint, types and unit tests, in seconds and without an engine
 	.venv/bin/mypy --strict services
 	.venv/bin/pytest tests/unit -q $(ARGS)
 
-docs: ## make the tables of docs/settings.md anew
+docs: ## make the tables of docs/settings.md and the screens of docs/screens.md anew
 	@.venv/bin/python setup/settings_page.py
+	@.venv/bin/python setup/screens_page.py
 
 dashboards: ## make grafana/dashboards/*.json anew
 	@.venv/bin/python -m grafana.make

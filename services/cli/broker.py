@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 from pydantic import SecretStr
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from services.broker import BrokerAddress, Declares, Publisher
@@ -20,6 +19,7 @@ from services.broker.administration import (
 )
 from services.broker.management_api import ManagementApi
 from services.broker.roles import ROLES
+from services.cli.screen import plain_table, show
 from services.cli.secrets_dir import SecretsDir
 from services.contracts import Settings, load_settings
 from services.contracts.errors import BrokerError, UsageError
@@ -136,13 +136,13 @@ def _declare_topology(
 
 def _show(vhost: str, address: str, directory: SecretsDir, outcomes: dict[str, Outcome]) -> None:
     console = Console()
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = plain_table()
     for name in ("role", "user", "now", "may", "password file"):
         table.add_column(name, overflow="fold")
     for role in ROLES:
         file = Text(str(directory.file(role.name)))
         table.add_row(role.name, role.user(vhost), outcomes[role.name], role.may, file)
-    console.print(table)
+    show(console, table)
     # Not in the table, which would fold them: lines to copy.
     print("\nFor each service, beside KEEPWARM_BROKER_PASSWORD_FILE:")
     scheme, _, place = address.partition("://")

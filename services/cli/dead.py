@@ -1,27 +1,29 @@
 """`keepwarm dead`: claims that were given up on, and messages that nobody could use."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Annotated
 from unicodedata import category
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from services.broker import BrokerAddress, Declares, Delivery, Outgoing, Publisher
 from services.broker.dead_messages import MAX_SHOWN, DeadMessages, origin, reason
+from services.cli.found_stores import readable_stores, store_of_run
 from services.cli.logs import configure_logs
 from services.cli.options import BrokerOption, StoreOption
+from services.cli.screen import add_numbers, plain_table
+from services.cli.screen import show as show_on
 from services.collector import (
     DeadRow,
     KnownRun,
     Store,
     dead_claims,
     drop_dead,
-    find_run,
     reopen_dead,
 )
 from services.contracts import ClaimBatch, Run, Settings, load_settings, topology
@@ -60,8 +62,8 @@ def show(
         return
     if claim is None:
         raise UsageError("name the claim as well: `keepwarm dead show RUN CLAIM`")
-    with Store.open(settings, create=False) as database:
-        _, (row,) = _claims(database, what, [claim])
+    with _claims(settings, what, [claim]) as (_, _, rows):
+        (row,) = rows
     _show(f"run: {row.run_id}\nclaim: {row.claim.claim_id} (line {row.claim.position + 1})")
     _show(f"reason: {row.reason.value}\nengine failures: {row.failures}\n{row.detail}")
     _show(f"text: {row.claim.text}")
@@ -89,8 +91,7 @@ def retry(
                 )
         print(f"{what} is in {origin(message)} again")
         return
-    with Store.open(settings, create=False) as database:
-        run, rows = _claims(database, what, claims or ())
+    with _claims(settings, what, claims or ()) as (database, run, rows):
         if run.run is None:
             raise StoreError(f"{run.run_id} was never announced: submit it again instead")
         submission_id = f"retry-{secrets.token_hex(8)}"
@@ -114,8 +115,7 @@ def drop(
             messages.drop([_picked(messages, what)])
         print(f"{what} is gone")
         return
-    with Store.open(settings, create=False) as database:
-        run, rows = _claims(database, what, claims or ())
+    with _claims(settings, what, claims or ()) as (database, run, rows):
         drop_dead(database, rows)
     print(f"{len(rows):,} claims of {run.run_id} are let go")
 
@@ -129,11 +129,14 @@ def list(
 ) -> None:
     """List dead claims, and where a broker is named the messages that nobody could use."""
     settings = _settings(broker, store)
-    with Store.open(settings, create=False) as database:
-        known = None if run is None else find_run(database, run)
-        rows = dead_claims(database, known)
+    rows = _listed(settings, run)
     console = Console()
-    table = Table("run", "claim", "reason", "failures", "what", box=None, header_style="bold")
+    table = plain_table()
+    table.add_column("run", no_wrap=True)
+    table.add_column("claim", overflow="fold")
+    table.add_column("reason", no_wrap=True)
+    add_numbers(table, "failures")
+    table.add_column("what", overflow="fold")
     for row in rows:
         table.add_row(
             row.run_id,
@@ -142,7 +145,7 @@ def list(
             str(row.failures),
             Text(_harmless(row.detail.partition("\n")[0][:_SHOWN_CHARS])),
         )
-    console.print(table if rows else "no claim is dead")
+    show_on(console, table if rows else Text("no claim is dead"))
     if settings.broker_url is not None and run is None:
         with _messages(settings) as messages:
             _list_messages(console, messages)
@@ -150,7 +153,11 @@ def list(
 
 def _list_messages(console: Console, messages: DeadMessages) -> None:
     found = messages.all()
-    table = Table("message", "from", "bytes", "reason", box=None, header_style="bold")
+    table = plain_table()
+    table.add_column("message", no_wrap=True)
+    table.add_column("from", overflow="fold")
+    add_numbers(table, "bytes")
+    table.add_column("reason", overflow="fold")
     for number, message in found.items():
         table.add_row(
             number,
@@ -158,7 +165,7 @@ def _list_messages(console: Console, messages: DeadMessages) -> None:
             f"{len(message.body):,}",
             Text(_harmless(reason(message))),
         )
-    console.print(table if found else "no message is dead")
+    show_on(console, table if found else Text("no message is dead"))
     if len(found) == MAX_SHOWN:
         console.print(f"only the first {MAX_SHOWN:,} are shown")
 
@@ -190,17 +197,25 @@ def _picked(messages: DeadMessages, wanted: str) -> Delivery:
     return found[wanted]
 
 
+def _listed(settings: Settings, run: str | None) -> Sequence[DeadRow]:
+    if run is not None:
+        with store_of_run(settings, run) as (database, known):
+            return dead_claims(database, known)
+    return [row for store in readable_stores(settings) for row in dead_claims(store)]
+
+
+@contextmanager
 def _claims(
-    database: Store, wanted: str, claim_ids: Sequence[str]
-) -> tuple[KnownRun, Sequence[DeadRow]]:
+    settings: Settings, wanted: str, claim_ids: Sequence[str]
+) -> Iterator[tuple[Store, KnownRun, Sequence[DeadRow]]]:
     """Dead claims of a run. Raises StoreError when there are none, or an id is not among them."""
-    known = find_run(database, wanted)
-    rows = dead_claims(database, known, claim_ids)
-    missing = set(claim_ids) - {row.claim.claim_id for row in rows}
-    if missing or not rows:
-        what = ", ".join(sorted(missing)) or "any claim"
-        raise StoreError(f"{known.run_id} does not have {what} among its dead claims")
-    return known, rows
+    with store_of_run(settings, wanted) as (database, known):
+        rows = dead_claims(database, known, claim_ids)
+        missing = set(claim_ids) - {row.claim.claim_id for row in rows}
+        if missing or not rows:
+            what = ", ".join(sorted(missing)) or "any claim"
+            raise StoreError(f"{known.run_id} does not have {what} among its dead claims")
+        yield database, known, rows
 
 
 def _publish(settings: Settings, run: Run, rows: Sequence[DeadRow], submission_id: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import SecretStr
 from rich.console import Console
+from rich.status import Status
 
 from services.broker import BrokerAddress, Declares, PrivateNode, Publisher
 from services.cli.finished import finished_in
@@ -72,8 +73,12 @@ class Desk:
         if self._mass.ends(status):
             return None
         shares = device_shares(self._workers, find_device())
+        ending = self._console.status("")
         with ExitStack() as parts:
+            parts.callback(ending.stop)
             settings, environment = self._broker(parts)
+            if self._node is not None:
+                parts.callback(ending.update, "stopping RabbitMQ")
             collector = Collector(self._database, settings)
             metrics = parts.enter_context(MetricsServer(settings))
             metrics.serve(collector, {"/sd": collector.targets})
@@ -82,8 +87,10 @@ class Desk:
             # collector takes it, and then the node may go.
             parts.callback(collecting.join, _COLLECT_SECONDS)
             parts.callback(collector.finish)
+            parts.callback(ending.update, "storing the last verdicts")
             publishing = self._thread("producer", lambda: self._publish(settings))
             parts.enter_context(kept_meanwhile(settings, self._directory / "logs" / "keeper.log"))
+            parts.callback(ending.update, "stopping the engine")
             slots = worker_processes(
                 shares,
                 self._submission.run.context,
@@ -91,7 +98,7 @@ class Desk:
                 self._directory / "logs",
                 environment,
             )
-            parts.callback(self._drain, slots)
+            parts.callback(self._drain, slots, ending)
             for slot in slots:
                 slot.start()
             self._watch(slots, publishing, collector)
@@ -116,7 +123,9 @@ class Desk:
                 f"{self._directory}/report.json cannot be written: {error.strerror}; make room"
             ) from error
         print_report(Console(), report)
-        self._console.print(f"Results are in {self._directory}/", highlight=False, markup=False)
+        self._console.print(
+            f"Results are in {self._directory}/", highlight=False, markup=False, soft_wrap=True
+        )
 
     def _stop(self, signal_number: int) -> None:
         self._stopped_by = signal_number
@@ -134,6 +143,7 @@ class Desk:
                 f"{self._directory}; give such a broker to one `keepwarm run` at a time.",
                 highlight=False,
                 markup=False,
+                soft_wrap=True,
             )
             from services.broker.policies import ask_policies  # with a client for HTTP
 
@@ -145,7 +155,7 @@ class Desk:
         directory = self._directory / ".broker"
         shutil.rmtree(directory, ignore_errors=True)
         parts.callback(shutil.rmtree, directory, ignore_errors=True)
-        with self._console.status("starting a private RabbitMQ node"):
+        with self._console.status("starting RabbitMQ"):
             log_file = self._directory.resolve() / "logs" / "rabbitmq.log"
             self._node = parts.enter_context(PrivateNode(directory.resolve(), log_file))
         # The node has a password of its own and no certificate, whatever the environment says.
@@ -210,7 +220,7 @@ class Desk:
                 view.show(
                     status,
                     self._progress,
-                    [slot.state for slot in slots],
+                    slots,
                     waiting_for=collector.waiting_for or self._blocked(),
                 )
                 if self._database.wants(self._submission.submission_id) is False:
@@ -235,12 +245,16 @@ class Desk:
                 f"the private RabbitMQ node ended again and again; its log is {node.log_file}. The "
                 "same command goes on where this one ended"
             )
-        self._console.print("The private RabbitMQ node ended; starting it again.")
+        self._console.print("RabbitMQ ended; starting it again.")
         node.start()
 
-    def _drain(self, slots: list[WorkerProcess]) -> None:
+    def _drain(self, slots: list[WorkerProcess], ending: Status) -> None:
         if self._stopped_by is not None:
             self._console.print("Stopping: workers publish what they have finished …")
+        elif self._failure is None and not self._console.is_terminal:
+            self._console.print("Stopping the workers.")
+        ending.update("waiting for the workers to stop")
+        ending.start()
         for slot in slots:
             slot.terminate()
         for slot in slots:

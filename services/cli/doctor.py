@@ -12,6 +12,7 @@ from rich.text import Text
 from services.cli import node_checks, service_checks
 from services.cli.findings import Check
 from services.cli.options import BrokerOption, StoreOption
+from services.cli.screen import show
 from services.contracts import KeepwarmError, Settings, load_settings
 
 # In the order in which a person would mend them.
@@ -53,7 +54,7 @@ def doctor(
         if as_json:
             print(json.dumps({"check": name, "level": level, "says": says}), flush=True)
         else:
-            console.print(_line(name, level, says))
+            show(console, _line(name, level, says))
     if exit_code:
         raise typer.Exit(exit_code)
 

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
+from services.cli.found_stores import store_of_run
 from services.cli.options import StoreOption
 from services.cli.report import RunArgument
-from services.collector import ExportFormat, Store, export_run, find_run
+from services.collector import ExportFormat, export_run
 from services.contracts import load_settings
 
 _SUFFIXES = {"jsonl": ".jsonl", "csv": ".csv", "parquet": ".parquet", "fever": ".fever.jsonl"}
@@ -26,8 +27,7 @@ def export(
     ] = None,
 ) -> None:
     """Write the outcomes of a run to a file, one row a claim, in the order of the input."""
-    with Store.open(load_settings(store_url=store), create=False) as database:
-        known = find_run(database, run)
+    with store_of_run(load_settings(store_url=store), run) as (database, known):
         path = out or Path(known.run_id + _SUFFIXES[format])
         count = export_run(database, known, format, path)
     print(f"{count:,} rows in {path}", file=sys.stderr)

@@ -8,13 +8,15 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from services.cli.screen import duration
+from services.cli.screen import add_numbers, duration, plain_table
 from services.contracts import ContextDemand, WorkerReport
 
 if TYPE_CHECKING:
     from services.cli.listening import Heard
 
 _MOST_ROWS = 50
+# Enough to tell contexts apart, and to find one in the table of contexts below.
+_CONTEXT_CHARS = 12
 
 
 def heard_tables(heard: "Heard") -> Group:
@@ -27,41 +29,46 @@ def heard_tables(heard: "Heard") -> Group:
     return Group(*(each for part in parts for each in (Text(), part)))
 
 
-def _table(*columns: str, numbers: Sequence[str] = ()) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in columns:
-        table.add_column(name, overflow="fold")
-    for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
 def _workers(workers: Sequence[WorkerReport]) -> Table:
-    table = _table(
-        *("worker", "device", "state", "context"), numbers=("claims/s", "in hand", "job", "left")
-    )
     ordered = sorted(workers, key=lambda each: (each.context_id or "", each.worker_id))
+    # A column for what somebody has, and differs: the table has to fit 80 columns.
+    contexts = len({report.context_id for report in workers}) > 1
+    jobs = any(report.job_id for report in workers)
+    walltimes = any(report.walltime_left_seconds is not None for report in workers)
+    table = plain_table()
+    if not ordered:
+        table.add_row("no worker is there")
+        return table
+    for name in ("worker", "device"):
+        table.add_column(name, overflow="ellipsis")
+    for name in ("state", *(["context"] if contexts else []), *(["job"] if jobs else [])):
+        table.add_column(name, no_wrap=True)
+    add_numbers(table, "claims/s", "in hand", *(["left"] if walltimes else []))
     for report in ordered[:_MOST_ROWS]:
         speed, left = report.claims_per_second, report.walltime_left_seconds
         table.add_row(
             _plain(report.worker_id),
             _plain(report.device),
             report.state,
-            _plain(report.context_id or ""),
+            *([_plain((report.context_id or "")[:_CONTEXT_CHARS])] if contexts else []),
+            *([report.job_id or ""] if jobs else []),
             "" if speed is None else f"{speed:,.1f}",
             f"{report.claims_in_hand:,}",
-            report.job_id or "",
-            "" if left is None else duration(left),
+            *(["" if left is None else duration(left)] if walltimes else []),
         )
     if len(ordered) > _MOST_ROWS:
         table.add_row(f"and {len(ordered) - _MOST_ROWS:,} more")
-    if not ordered:
-        table.add_row("no worker is there")
     return table
 
 
 def _contexts(contexts: Sequence[ContextDemand]) -> Table:
-    table = _table("context", "model", numbers=("ready", "in flight", "workers"))
+    table = plain_table()
+    if not contexts:
+        table.add_row("no context is wanted")
+        return table
+    table.add_column("context", no_wrap=True)
+    table.add_column("model", overflow="fold")
+    add_numbers(table, "ready", "in flight", "workers")
     for line in contexts[:_MOST_ROWS]:
         table.add_row(
             line.context.context_id,
@@ -70,8 +77,6 @@ def _contexts(contexts: Sequence[ContextDemand]) -> Table:
             f"{line.claims_in_flight:,}",
             f"{line.workers_warm:,}",
         )
-    if not contexts:
-        table.add_row("no context is wanted")
     return table
 
 

@@ -2,17 +2,21 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.markup import escape
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from services.contracts import INVALID
+
 if TYPE_CHECKING:  # a machine that only submits, or only reports, has not both
     from services.collector import Report, RunStatus
     from services.collector.startups import Startups
+
+_UNBOUNDED_WIDTH = 10_000
 
 
 @contextmanager
@@ -47,27 +51,55 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def status_table(runs: "Sequence[RunStatus]") -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("run", no_wrap=True)
-    table.add_column("source", overflow="fold", max_width=32)
-    for name in ("total", "done", "dead", "rejected", "claims/s", "workers", "left"):
+def show(console: Console, what: RenderableType) -> None:
+    """Print it. Where the output is no terminal, each line has its own length: nothing is wrapped
+    to a width that nobody sees, and nothing is padded.
+    """
+    if console.is_terminal:
+        console.print(what, highlight=False)
+        return
+    options = console.options.update(width=_UNBOUNDED_WIDTH)
+    for line in console.render_lines(what, options, pad=False):
+        console.file.write("".join(segment.text for segment in line).rstrip() + "\n")
+    console.file.flush()
+
+
+def plain_table(title: str | None = None) -> Table:
+    """A table without rules, for columns of text and numbers."""
+    return Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+
+
+def add_numbers(table: Table, *names: str) -> None:
+    """Columns of numbers, which are never cut; columns of text give way on a narrow terminal."""
+    for name in names:
         table.add_column(name, justify="right", no_wrap=True)
+
+
+def status_table(runs: "Sequence[RunStatus]") -> Table:
+    """A row a run, within 80 columns. Failed claims have a column where there are any."""
+    table = plain_table()
+    if not runs:
+        table.add_row("no run is in this store yet")
+        return table
+    failed = any(run.dead for run in runs)
+    table.add_column("run", no_wrap=True)
+    table.add_column("file", overflow="ellipsis")
+    add_numbers(table, "done", "of", *(["failed"] if failed else []), "claims/s", "left")
     for run in runs:
         table.add_row(
             run.run_id,
-            Text(run.source or "not announced"),
-            "?" if run.total is None else f"{run.total:,}",
+            Text(PurePath(run.source).name if run.source else "not announced"),
             f"{run.done:,}",
-            f"{run.dead:,}",
-            "?" if run.rejected is None else f"{run.rejected:,}",
+            _or_unknown(run.total),
+            *([f"{run.dead:,}"] if failed else []),
             f"{run.claims_per_second:,.1f}",
-            str(run.workers_seen),
             _left(run),
         )
-    if not runs:
-        table.add_row("no run is in this store yet")
     return table
+
+
+def _or_unknown(count: int | None) -> str:
+    return "?" if count is None else f"{count:,}"
 
 
 def _left(run: "RunStatus") -> str:
@@ -76,81 +108,117 @@ def _left(run: "RunStatus") -> str:
     return "cancelled" if run.cancelled else duration(run.eta_seconds)
 
 
-def print_report(console: Console, report: "Report") -> None:
-    """The report as a few small tables."""
+def print_report(console: Console, report: "Report", *, full: bool = False) -> None:
+    """The result and what went wrong; with `full` also where the verdicts were wrong, who computed
+    them, and how long workers took to start.
+    """
     status = report.status
-    console.print(f"[bold]{status.run_id}[/bold]  {escape(status.source or '')}", highlight=False)
+    source = PurePath(status.source).name if status.source else "a file not announced yet"
+    show(console, Text(f"{source}, {status.run_id}", style="bold"))
     facts = Table.grid(padding=(0, 2))
-    facts.add_row("model", Text(status.model or "?"))
-    facts.add_row("prompt", Text(status.prompt or "?"))
-    facts.add_row("claims", _claims_line(report))
-    facts.add_row("verdicts", ", ".join(f"{k} {v:,}" for k, v in report.verdicts.items()))
-    if report.mean_mass is not None:
-        facts.add_row("label words", f"{report.mean_mass:.1%} of the probability (mean)")
-    if report.dead:
-        facts.add_row("dead", ", ".join(f"{k} {v:,}" for k, v in report.dead.items()))
+    facts.add_column(no_wrap=True)
+    facts.add_column(overflow="fold")
+    for name, value in (*_result(report), *(_details(report) if full else ())):
+        facts.add_row(name, Text(value))
+    show(console, facts)
+    if not full:
+        show(console, Text(f"more: keepwarm report {status.run_id} --full", style="dim"))
+        return
     if report.quality is not None:
-        quality = report.quality
-        low, high = quality.accuracy_interval
-        facts.add_row(
-            "accuracy",
-            f"{quality.accuracy:.3f} (95 % interval {low:.3f} to {high:.3f}; "
-            f"{quality.correct:,} of {quality.labelled:,})",
-        )
-        facts.add_row("macro-F1", f"{quality.macro_f1:.3f}")
-    if report.speed is not None:
-        speed = report.speed
-        facts.add_row(
-            "speed",
-            f"{speed.claims_per_second:,.1f} claims/s, {speed.tokens_per_second:,.0f} prompt "
-            f"tokens/s over {duration(speed.wall_seconds)}",
-        )
-    facts.add_row(
-        "duplicates",
-        f"{status.duplicates:,} verdicts came twice and were ignored; "
-        f"{report.redelivered_batches:,} batches were delivered again",
-    )
-    facts.add_row(
-        "preemption",
-        f"{status.returned:,} claims were returned unfinished; at most {status.lost_work:,} were "
-        "computed again",
-    )
-    if report.startups is not None and report.startups.warm is not None:
-        warm = report.startups.warm
-        facts.add_row(
-            "warm starts",
-            f"{warm.count:,} workers found the model warm, after {warm.median_seconds:.2g} s "
-            "(median)",
-        )
-    if report.startups is not None and report.startups.joined is not None:
-        joined = report.startups.joined
-        facts.add_row(
-            "joined starts",
-            f"{joined.count:,} workers waited for another's start, or for a wake, for "
-            f"{joined.median_seconds:.2g} s (median)",
-        )
-    console.print(facts, highlight=False)
-    if report.quality is not None:
-        console.print(_confusion_table(report), highlight=False)
+        show(console, _confusion_table(report))
     if report.workers:
-        console.print(_workers_table(report), highlight=False)
+        show(console, _workers_table(report))
     if report.startups is not None and report.startups.cold:
-        console.print(_cold_starts_table(report.startups), highlight=False)
+        show(console, _cold_starts_table(report.startups))
 
 
-def _claims_line(report: "Report") -> str:
+def _result(report: "Report") -> Iterator[tuple[str, str]]:
+    """What one wants to know first."""
+    status, quality, speed = report.status, report.quality, report.speed
+    if quality is not None:
+        low, high = quality.accuracy_interval
+        yield (
+            "accuracy",
+            f"{quality.accuracy:.3f} ({quality.correct:,} of {quality.labelled:,} correct; "
+            f"95 % interval {low:.3f} to {high:.3f})",
+        )
+        yield "macro-F1", f"{quality.macro_f1:.3f}"
+    shown = {label: n for label, n in report.verdicts.items() if n or label != INVALID}
+    yield "verdicts", ", ".join(f"{label} {n:,}" for label, n in shown.items())
+    yield "claims", _claims_line(status)
+    yield from (("problem", problem) for problem in _problems(report))
+    if speed is not None:
+        yield (
+            "speed",
+            f"{speed.claims_per_second:,.1f} claims/s over {duration(speed.wall_seconds)}",
+        )
+    yield "model", status.model or "not known yet"
+    yield "prompt", status.prompt or "not known yet"
+
+
+def _problems(report: "Report") -> Iterator[str]:
     status = report.status
-    if status.total is None or report.lines is None:
-        return f"{status.done:,} done; the producer has not sent all of them yet"
+    if report.dead:
+        reasons = ", ".join(f"{reason} {n:,}" for reason, n in report.dead.items())
+        yield f"{status.dead:,} claims failed: {reasons}; see keepwarm dead list {status.run_id}"
+    if invalid := report.verdicts.get(INVALID):
+        yield f"{invalid:,} verdicts are INVALID: the model gave the labels too little probability"
+    if status.rejected:
+        yield f"{status.rejected:,} lines of the input were rejected"
+    if status.cancelled and not status.complete:
+        yield "the run was cancelled"
+
+
+def _claims_line(status: "RunStatus") -> str:
+    if status.total is None:
+        return f"{status.done:,} done; not all of the file is sent yet"
+    left = status.total - status.done - status.dead
+    repeated = f"; {status.repeated:,} repeated lines left out" if status.repeated else ""
     return (
-        f"{status.total:,} of {report.lines:,} lines ({status.repeated or 0:,} repeated, "
-        f"{status.rejected or 0:,} rejected); {status.done:,} verdicts, {status.dead:,} dead"
+        f"{status.done:,} of {status.total:,} have a verdict"
+        f"{f', {left:,} are not done yet' if left > 0 else ''}{repeated}"
     )
+
+
+def _details(report: "Report") -> Iterator[tuple[str, str]]:
+    status, startups = report.status, report.startups
+    if report.lines is not None:
+        yield (
+            "lines",
+            f"{report.lines:,}: {_or_unknown(status.total)} claims, {status.repeated or 0:,} "
+            f"repeated, {status.rejected or 0:,} rejected",
+        )
+    if report.mean_mass is not None:
+        yield "label words", f"{report.mean_mass:.1%} of the probability (mean)"
+    if report.speed is not None:
+        yield "tokens", f"{report.speed.tokens_per_second:,.0f} prompt tokens/s"
+    yield (
+        "delivered twice",
+        f"{status.duplicates:,} verdicts (the first one counts), "
+        f"{report.redelivered_batches:,} batches",
+    )
+    yield (
+        "preemption",
+        f"{status.returned:,} claims returned unfinished, at most {status.lost_work:,} computed "
+        "again",
+    )
+    if startups is not None and startups.warm is not None:
+        yield (
+            "warm starts",
+            f"{startups.warm.count:,} workers found the model loaded, in "
+            f"{startups.warm.median_seconds:.2g} s (median)",
+        )
+    if startups is not None and startups.joined is not None:
+        yield (
+            "joined starts",
+            f"{startups.joined.count:,} workers waited for a start that was under way, "
+            f"{startups.joined.median_seconds:.2g} s (median)",
+        )
 
 
 def _confusion_table(report: "Report") -> Table:
     assert report.quality is not None
-    table = Table(title="gold (rows) and verdict (columns)", title_justify="left", box=None)
+    table = plain_table("\ngold (rows) and verdict (columns)")
     table.add_column("")
     rows = report.quality.confusion
     for name in next(iter(rows.values())):
@@ -161,11 +229,10 @@ def _confusion_table(report: "Report") -> Table:
 
 
 def _workers_table(report: "Report") -> Table:
-    table = Table(title="workers", title_justify="left", box=None)
+    table = plain_table("\nworkers")
     for name in ("worker", "device"):
         table.add_column(name, overflow="fold")
-    for name in ("verdicts", "duplicates", "tokens", "engine s"):
-        table.add_column(name, justify="right")
+    add_numbers(table, "verdicts", "duplicates", "tokens", "engine s")
     for share in report.workers:
         table.add_row(
             Text(share.worker_id),
@@ -180,7 +247,7 @@ def _workers_table(report: "Report") -> Table:
 
 def _cold_starts_table(startups: "Startups") -> Table:
     """A column for each phase that somebody measured: the mean seconds of those who did."""
-    table = Table(title="cold starts, in seconds", title_justify="left", box=None)
+    table = plain_table("\ncold starts, in seconds")
     table.add_column("device", overflow="fold")
     measured = [
         name

@@ -11,12 +11,13 @@ from rich.console import Console, Group
 from rich.live import Live
 
 from services.cli.fleet_screen import heard_tables
+from services.cli.found_stores import readable_stores
 from services.cli.label_mass import say_low_mass
 from services.cli.listening import Heard, broker_heard
 from services.cli.logs import configure_logs
 from services.cli.options import BrokerOption, StoreOption
-from services.cli.screen import status_table
-from services.collector import Store, run_statuses
+from services.cli.screen import show, status_table
+from services.collector import RunStatus, run_statuses
 from services.contracts import Settings, load_settings
 
 
@@ -29,31 +30,34 @@ def status(
     ] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 2.0,
 ) -> None:
-    """Tell of every run: how many claims, how many done, how fast, how long still.
+    """List every run: how many claims are done, how fast, how much time is left.
 
-    With --watch also of workers, contexts and queues, as they are heard of at the broker; where
-    there is none, the runs alone.
+    Where no store is named it lists the runs of the default store and those in results/. With
+    --watch it also shows workers, contexts and queues, as the broker's messages tell of them.
     """
     settings = load_settings(store_url=store, broker_url=broker)
-    with Store.open(settings, create=False) as database:
 
-        def show_json() -> None:
-            print(json.dumps([run.model_dump() for run in run_statuses(database)]), flush=True)
+    def show_json() -> None:
+        print(json.dumps([run.model_dump() for run in _statuses(settings)]), flush=True)
 
-        if as_json:
+    if as_json:
+        show_json()
+        while watch:
+            time.sleep(every)
             show_json()
-            while watch:
-                time.sleep(every)
-                show_json()
-        elif watch:
-            _watch(settings, database, every)
-        else:
-            runs = run_statuses(database)
-            Console().print(status_table(runs))
-            say_low_mass(Console(), runs)
+    elif watch:
+        _watch(settings, every)
+    else:
+        runs = _statuses(settings)
+        show(Console(), status_table(runs))
+        say_low_mass(Console(), runs)
 
 
-def _watch(settings: Settings, database: Store, every: float) -> None:
+def _statuses(settings: Settings) -> list[RunStatus]:
+    return [run for store in readable_stores(settings) for run in run_statuses(store)]
+
+
+def _watch(settings: Settings, every: float) -> None:
     console = Console()
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         # Events would be written across the table; what matters of them is in it.
@@ -62,11 +66,11 @@ def _watch(settings: Settings, database: Store, every: float) -> None:
 
             def view() -> Group:
                 heard = broker if isinstance(broker, Heard) else broker.look()
-                return Group(status_table(run_statuses(database)), heard_tables(heard))
+                return Group(status_table(_statuses(settings)), heard_tables(heard))
 
             if not console.is_terminal:
                 while True:
-                    console.print(view())
+                    show(console, view())
                     time.sleep(every)
             with Live(view(), console=console) as live:
                 while True:

@@ -2,6 +2,9 @@
 
 import signal
 from collections.abc import Mapping
+from typing import Annotated
+
+import typer
 
 from services.cli.context_options import (
     DTypeOption,
@@ -39,6 +42,9 @@ def worker(
     dtype: DTypeOption = "bfloat16",
     max_model_tokens: MaxTokensOption = 1024,
     engine_argument: EngineArgumentOption = None,
+    log_progress: Annotated[
+        bool, typer.Option(hidden=True, help="Log how many claims are answered, for `run`.")
+    ] = False,
 ) -> None:
     """Answer claims, until told to stop.
 
@@ -59,7 +65,13 @@ def worker(
     if context is None and (revision or engine_argument):
         raise UsageError("--revision and --engine-argument are a model's; name it with --model")
     with MetricsServer(settings) as metrics:
-        service = Worker(context, node_device(settings), settings, metrics.advertised)
+        service = Worker(
+            context,
+            node_device(settings),
+            settings,
+            metrics.advertised,
+            log_progress=log_progress,
+        )
         on_stop_signal(lambda number: service.stop(_ENDINGS[number]))
         before_the_walltime_ends(lambda: service.stop("walltime"), seconds_until_drain(settings))
         metrics.serve(service)

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -19,6 +20,7 @@ from services.contracts.addresses import any_port, is_host, split_address
 from services.contracts.backoff import growing_pause
 from services.contracts.errors import EngineError, RunIncomplete, UsageError
 from services.contracts.settings import METRICS_OFF
+from services.gpu_worker.answer_count import PROGRESS_EVENT
 from services.leash import Leashed
 
 _SHOWN_LINES = 40
@@ -26,20 +28,22 @@ _LAST_WORDS_SECONDS = 5.0
 _MOST_LOSSES_IN_A_ROW = 5
 _LONGEST_PAUSE_SECONDS = 30.0
 
+WORKING = "working"
+"""The state of a worker whose model is loaded and that takes claims."""
 _STATES = {
-    "worker.starting": "connecting",
+    "worker.starting": "starting",
     "engine.starting": "starting the engine",
-    "engine.ready": "warm",
-    "worker.taking": "warm",
-    "engine.died": "engine died",
-    "engine.start_failed": "engine did not start",
-    "worker.draining": "draining",
+    "engine.ready": WORKING,
+    "worker.taking": WORKING,
+    "engine.died": "the engine stopped, starting it again",
+    "engine.start_failed": "the engine did not start, trying again",
+    "worker.draining": "finishing",
     "worker.stopped": "stopped",
-    "broker.waiting": "waiting for the broker",
-    "broker.blocked": "blocked by the broker's alarm",
-    "broker.unblocked": "warm",
-    "broker.connected": "connected",
+    "broker.waiting": "waiting for RabbitMQ",
+    "broker.blocked": "waiting: RabbitMQ is short of memory or disk",
 }
+_BROKER_IS_BACK = ("broker.connected", "broker.unblocked")
+_NO_ENGINE = ("worker.starting", "engine.starting", "engine.died", "engine.start_failed")
 
 log = structlog.get_logger(__name__)
 
@@ -61,12 +65,22 @@ class WorkerProcess:
         self._grace_seconds = grace_seconds
         self.number = number
         self.state = "not started"
-        self._warm = False
-        self._losses = 0
+        self.losses = 0
+        """How many times a worker was lost here."""
+        self._loaded = self._worked = False
+        self._losses_in_a_row = 0
+        self._answered = self._answered_by_lost = 0
         self._again_at = 0.0
         self._last_lines: deque[str] = deque(maxlen=_SHOWN_LINES)
         self._process: Leashed | None = None
         self._reader: threading.Thread | None = None
+
+    @property
+    def answered(self) -> int:
+        """How many claims the engine has answered here, those of lost workers included. Not all of
+        them need be in the store yet.
+        """
+        return self._answered_by_lost + self._answered
 
     def start(self) -> None:
         self.state = "starting"
@@ -95,8 +109,8 @@ class WorkerProcess:
             return
         code = self._process.exit_code()
         if code is None:
-            if self._warm:
-                self._losses = 0
+            if self._worked:
+                self._losses_in_a_row = 0
             return
         if self._reader is not None:
             self._reader.join(_LAST_WORDS_SECONDS)
@@ -104,21 +118,23 @@ class WorkerProcess:
         for hopeless in (UsageError, EngineError):  # another worker would end in the same way
             if code == hopeless.exit_code:
                 raise hopeless(said.removeprefix("keepwarm: ") or f"see {self._log_file}")
-        self._losses += 1
-        if self._losses >= _MOST_LOSSES_IN_A_ROW:
+        self.losses += 1
+        self._losses_in_a_row += 1
+        self._answered_by_lost, self._answered = self.answered, 0
+        if self._losses_in_a_row >= _MOST_LOSSES_IN_A_ROW:
             raise RunIncomplete(
-                f"worker {self.number} was lost {self._losses} times in a row (last exit code "
-                f"{code}); its log is {self._log_file}, and it said last:\n{said}"
+                f"worker {self.number} was lost {self._losses_in_a_row} times in a row (last exit "
+                f"code {code}); its log is {self._log_file}, and it said last:\n{said}"
             )
         pause = growing_pause(
-            self._losses, first_seconds=1.0, longest_seconds=_LONGEST_PAUSE_SECONDS
+            self._losses_in_a_row, first_seconds=1.0, longest_seconds=_LONGEST_PAUSE_SECONDS
         )
         log.warning(
             "worker.lost", worker=self.number, exit_code=code, again_in_seconds=round(pause, 1)
         )
-        self.state = f"lost (exit code {code}), replaced in {pause:.1f} s"
+        self.state = f"ended with exit code {code}, starting another in {pause:.0f} s"
         self._process.stop()
-        self._process, self._warm = None, False
+        self._process, self._loaded, self._worked = None, False, False
         self._again_at = time.monotonic() + pause
 
     def terminate(self) -> None:
@@ -135,23 +151,37 @@ class WorkerProcess:
         assert process.output is not None
         with self._log_file.open("ab") as file, process.output as lines:
             for line in lines:
+                event = _event(line)
+                if event.get("event") == PROGRESS_EVENT:
+                    self._answered = int(event["answered"])
+                    continue
                 with contextlib.suppress(OSError):  # a full disk must not stop the worker
                     file.write(line)
                     file.flush()
-                self._note(line.decode(errors="replace").rstrip())
+                if event:
+                    self._note(event)
+                else:
+                    self._last_lines.append(line.decode(errors="replace").rstrip())
 
-    def _note(self, line: str) -> None:
-        try:
-            event = json.loads(line)
-            name = event["event"]
-        except (ValueError, KeyError, TypeError):
-            self._last_lines.append(line)
-            return
+    def _note(self, event: Mapping[str, Any]) -> None:
+        name = event["event"]
         if name == "engine.loading":
             self.state = f"loading the model, {event.get('seconds')} s"
-        elif name in _STATES and not (name == "broker.connected" and self._warm):
+        elif name in _BROKER_IS_BACK:
+            self.state = WORKING if self._loaded else "starting the engine"
+        elif name in _STATES:
             self.state = _STATES[name]
-            self._warm = name == "worker.taking" or (self._warm and name == "engine.ready")
+            self._loaded = self.state == WORKING or (self._loaded and name not in _NO_ENGINE)
+            self._worked = self._worked or name == "worker.taking"
+
+
+def _event(line: bytes) -> Mapping[str, Any]:
+    """The event that a line of a worker's log is; empty where it is something else."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return {}
+    return event if isinstance(event, dict) and "event" in event else {}
 
 
 def device_shares(workers: int, device: Device) -> list[dict[str, str]]:
@@ -184,7 +214,7 @@ def worker_processes(
 ) -> list[WorkerProcess]:
     """A slot for each share of the node's devices, for workers of one context."""
     command = [
-        *python_command("services.cli.main", "worker"),
+        *python_command("services.cli.main", "worker", "--log-progress"),
         *("--model", context.model, "--dtype", context.dtype),
         *("--max-model-tokens", str(context.max_model_tokens)),
         *(() if context.revision is None else ("--revision", context.revision)),

@@ -135,7 +135,9 @@ class Answering:
         for hand in hands:
             BATCH_SECONDS.labels("waiting").observe(time.monotonic() - hand.delivery.came_at)
         begun = self.pace.begin()
-        outcome = self.inference.infer(hands[0].batch.run.prompt, claims)
+        outcome = self.inference.infer(
+            hands[0].batch.run.prompt, claims, on_answer=self.shift.answers.add
+        )
         seconds = self.pace.end(begun, 0 if outcome.failure else len(outcome.verdicts))
         self.consumer.set_prefetch(self.pace.batches)
         parts = outcome.split([len(places) for places in asked])

@@ -1,7 +1,7 @@
 """Claims through an engine: each gets a verdict, dies with a reason, or stays without an answer."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -67,9 +67,15 @@ class Inference:
         self._max_prompt_tokens = max_model_tokens - 1  # one is for the answer
         self._prompts: dict[str, CompiledPrompt] = {}
 
-    def infer(self, spec: PromptSpec, claims: Sequence[Claim]) -> Outcome:
+    def infer(
+        self,
+        spec: PromptSpec,
+        claims: Sequence[Claim],
+        *,
+        on_answer: Callable[[], None] = lambda: None,
+    ) -> Outcome:
         """Ask about all claims at once. An engine's failure is part of the outcome, not raised:
-        what was answered before it is good.
+        what was answered before it is good. `on_answer` is called at each answer.
         """
         outcome = Outcome()
         try:
@@ -96,6 +102,7 @@ class Inference:
                 prompt.label_tokens,
                 answers,
                 outcome.refused,
+                on_answer,
             )
         except EngineRequestError as error:
             outcome.failure = error
@@ -118,6 +125,7 @@ class Inference:
         label_tokens: Sequence[int],
         answers: dict[int, Answer],
         refused: dict[int, Refusal],
+        on_answer: Callable[[], None],
     ) -> None:
         """Put the prompts at `indexes` to the engine. A request that it refuses is halved, until
         the prompt is found that it refuses; that one goes to `refused` and harms no other.
@@ -127,14 +135,16 @@ class Inference:
         try:
             asked = [prompts[index] for index in indexes]
             for place, answer in self._client.score(asked, label_tokens):
-                answers.setdefault(indexes[place], answer)
+                if indexes[place] not in answers:
+                    answers[indexes[place]] = answer
+                    on_answer()
         except EngineRefused as error:
             if len(indexes) == 1:
                 refused[indexes[0]] = Refusal(DeadReason.ENGINE_REFUSED, str(error))
                 return
             middle = len(indexes) // 2
             for half in (indexes[:middle], indexes[middle:]):
-                self._ask(half, prompts, label_tokens, answers, refused)
+                self._ask(half, prompts, label_tokens, answers, refused, on_answer)
 
     def _compiled(self, spec: PromptSpec) -> CompiledPrompt:
         prompt = self._prompts.get(spec.prompt_id)

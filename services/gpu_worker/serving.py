@@ -157,6 +157,7 @@ class Serving:
     def _note_time(self, batches_in_hand: int, *, busy: bool) -> None:
         """Once in each turn of the main loop."""
         self._shift.pulse.beat()
+        self._shift.answers.log()
         IN_HAND.set(batches_in_hand)
         use: Use = "batches" if busy else "idle"
         self._shift.device_time.lap(use if self._engine.state == "warm" else "loading")

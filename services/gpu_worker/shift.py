@@ -4,6 +4,7 @@ import threading
 from dataclasses import dataclass
 from typing import Self
 
+from services.gpu_worker.answer_count import AnswerCount
 from services.gpu_worker.device_time import DeviceTime
 from services.gpu_worker.in_hand import Signature
 from services.gpu_worker.news import News
@@ -21,8 +22,10 @@ class Shift:
     news: News
     pulse: Pulse
     stop: threading.Event
+    answers: AnswerCount
 
     @classmethod
-    def begin(cls, signature: Signature, post: Post) -> Self:
+    def begin(cls, signature: Signature, post: Post, *, log_progress: bool = False) -> Self:
         reports, device_time = Reports(signature, post), DeviceTime(signature.device)
-        return cls(signature, reports, device_time, News(), Pulse(), threading.Event())
+        answers = AnswerCount(logged=log_progress)
+        return cls(signature, reports, device_time, News(), Pulse(), threading.Event(), answers)

@@ -39,16 +39,21 @@ class Worker:
         device: Device,
         settings: Settings,
         metrics_address: str | None = None,
+        *,
+        log_progress: bool = False,
     ) -> None:
         """Without a `spec` it goes by the directory, and changes its context when that pays.
-        `metrics_address` is where others find its metrics.
+        `metrics_address` is where others find its metrics. `log_progress`: log how many claims are
+        answered, several times a second.
 
         Raises ModelError or UsageError before anything is started.
         """
         self._device = device
         self._settings = settings
         self._signature = Signature(own_name(), device.name)
-        self._shift = Shift.begin(self._signature, Post.of(settings, metrics_address))
+        self._shift = Shift.begin(
+            self._signature, Post.of(settings, metrics_address), log_progress=log_progress
+        )
         self._stop, self._news = self._shift.stop, self._shift.news
         self._publisher: Publisher | None = None
         self._serving_now: Serving | None = None

@@ -128,7 +128,7 @@ def test_a_signal_stops_a_run_that_the_same_command_completes(
 ) -> None:
     arguments = ("run", CLAIMS, "--out", str(out), "--batch-size", "8")
     running = command(*arguments, VLLM_TEST_CLAIM_SECONDS="0.1")
-    running.said("engine: warm")  # without a terminal, every five seconds
+    running.said("/s")  # without a terminal, every five seconds
     left = running.descendants()
     running.signal(number)
     assert running.wait() == 128 + number, running.output
@@ -190,7 +190,7 @@ def test_an_engine_that_cannot_start_ends_the_run_with_its_last_words(
 
 def test_a_second_run_in_the_same_directory_is_refused(command: Start, out: Path) -> None:
     running = command("run", CLAIMS, "--out", str(out), VLLM_TEST_START_SECONDS="600")
-    running.said("engine: starting")
+    running.said("0 of 240 claims")
     second = command("run", CLAIMS, "--out", str(out))
     assert second.wait() == 6
     assert "another `keepwarm run` works in" in second.output

@@ -27,8 +27,8 @@ LINE = ContextDemand(
 )
 
 
-def shown(heard: Heard) -> str:
-    console = Console(width=200)
+def shown(heard: Heard, width: int = 200) -> str:
+    console = Console(width=width)
     with console.capture() as capture:
         console.print(heard_tables(heard))
     return capture.get()
@@ -42,12 +42,28 @@ def row(text: str, first: str) -> list[str]:
 def test_a_worker_is_a_line_with_all_that_it_said() -> None:
     text = shown(Heard([WORKER], [LINE], {"verdicts": 3, "returns": 0}))
     cells = [cell.strip() for cell in row(text, "node-7-1") if cell.strip()]
-    assert cells == [
-        *("node-7-1", "Tesla T4", "serving", "ctx-1", "1,234.6", "640", "71_3", "1 h 01 min")
-    ]
+    assert cells == [*("node-7-1", "Tesla T4", "serving", "71_3", "1,234.6", "640", "1 h 01 min")]
     cells = [cell.strip() for cell in row(text, "ctx-") if cell.strip()]
     assert cells == [LINE.context.context_id, "small", "64,000", "640", "1"]
     assert "messages waiting: verdicts 3, returns 0" in text
+
+
+def test_workers_of_several_contexts_are_told_apart() -> None:
+    other = WORKER.model_copy(
+        update={"worker_id": "node-8-1", "context_id": "ctx-0123456789abcdef"}
+    )
+    text = shown(Heard([WORKER, other], (), {}))
+    assert "ctx-01234567" in " ".join(row(text, "node-8-1"))
+
+
+def test_the_table_fits_eighty_columns_and_has_no_empty_columns() -> None:
+    report = WORKER.model_copy(
+        update={"worker_id": "gpu-node-0123.cluster-4567-a1b2", "device": "NVIDIA H200 NVL"}
+    )
+    assert max(map(len, shown(Heard([report], [LINE], {}), width=80).splitlines())) <= 80
+    nowhere = report.model_copy(update={"job_id": None, "walltime_left_seconds": None})
+    header = shown(Heard([nowhere], (), {})).splitlines()[1].split()
+    assert header == ["worker", "device", "state", "claims/s", "in", "hand"]
 
 
 def test_where_nobody_is_it_says_so() -> None:

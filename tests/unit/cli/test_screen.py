@@ -1,12 +1,12 @@
 import io
 from collections.abc import Callable
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import pytest
 from rich.console import Console
 
 from services.cli.live_view import LiveView
-from services.cli.screen import duration, line_progress, print_report, status_table
+from services.cli.screen import duration, line_progress, print_report, show, status_table
 from services.collector import Report, RunStatus
 from services.collector.report import Quality, Speed, WorkerShare
 from services.collector.startups import Attaches, ColdStarts, Startups
@@ -132,54 +132,85 @@ def seen(screen: Console) -> Seen:
 
 
 def test_the_status_table_has_a_row_a_run(screen: Console, seen: Seen) -> None:
-    screen.print(status_table([STATUS, but(run_id="run-2", complete=True)]))
+    show(screen, status_table([STATUS, but(run_id="run-2", complete=True, dead=0)]))
     header, first, second = seen().splitlines()
-    assert header.split() == [
-        *("run", "source", "total", "done", "dead", "rejected", "claims/s", "workers", "left")
+    assert header.split() == ["run", "file", "done", "of", "failed", "claims/s", "left"]
+    assert first.split() == [
+        *(STATUS.run_id, "claims.jsonl", "3,456", "12,000", "7", "12.3", "3", "min", "05", "s")
     ]
-    for part in (STATUS.run_id, "claims.jsonl", "12,000", "3,456", "12.3", "3 min 05 s"):
-        assert part in first
     assert second.split()[-1] == "complete"
-    assert "3 min" not in second
+
+
+def test_the_status_table_has_no_column_for_failures_that_there_are_not(
+    screen: Console, seen: Seen
+) -> None:
+    show(screen, status_table([but(dead=0)]))
+    assert "failed" not in seen()
+
+
+def test_the_largest_status_fits_eighty_columns(terminal: Console, seen: Seen) -> None:
+    run = but(source="/a/long/path/to/a-file-of-claims.jsonl", done=1_234_567, total=10_000_000)
+    show(terminal, status_table([run]))
+    lines = seen().splitlines()
+    assert max(map(len, lines)) <= 80
+    for part in (run.run_id, "a-f", "1,234,567", "10,000,000", "12.3", "3 min 05 s"):
+        assert part in lines[1]
 
 
 def test_what_is_not_known_yet_is_a_question_mark(screen: Console, seen: Seen) -> None:
-    screen.print(status_table([but(source=None, total=None, rejected=None, eta_seconds=None)]))
+    show(screen, status_table([but(source=None, total=None, rejected=None, eta_seconds=None)]))
     row = seen().splitlines()[1]
     assert "not announced" in row
-    assert row.split().count("?") == 2
+    assert row.split().count("?") == 1
     assert "unknown" in row
 
 
 def test_an_empty_store_is_told(screen: Console, seen: Seen) -> None:
-    screen.print(status_table([]))
+    show(screen, status_table([]))
     assert "no run is in this store yet" in seen()
 
 
-def test_the_report_shows_quality_speed_and_workers(screen: Console, seen: Seen) -> None:
-    print_report(screen, REPORT)
+def test_the_report_leads_with_the_result_and_what_went_wrong(screen: Console, seen: Seen) -> None:
+    print_report(screen, reported(verdicts={"SUPPORTS": 3_000, "REFUTES": 456, "INVALID": 5}))
+    assert seen().splitlines() == [
+        "claims.jsonl, run-0123456789abcdef",
+        "accuracy  0.600 (60 of 100 correct; 95 % interval 0.502 to 0.691)",
+        "macro-F1  0.654",
+        "verdicts  SUPPORTS 3,000, REFUTES 456, INVALID 5",
+        "claims    3,456 of 12,000 have a verdict, 8,537 are not done yet; 9 repeated lines left "
+        "out",
+        "problem   7 claims failed: too-long 7; see keepwarm dead list run-0123456789abcdef",
+        "problem   5 verdicts are INVALID: the model gave the labels too little probability",
+        "problem   8 lines of the input were rejected",
+        "speed     12.3 claims/s over 10 min 00 s",
+        "model     models/small",
+        "prompt    fever",
+        "more: keepwarm report run-0123456789abcdef --full",
+    ]
+
+
+def test_the_full_report_has_the_details_as_well(screen: Console, seen: Seen) -> None:
+    print_report(screen, REPORT, full=True)
     shown = seen()
     for part in (
-        "run-0123456789abcdef",
-        "12,000 of 12,017 lines (9 repeated, 8 rejected); 3,456 verdicts, 7 dead",
-        "SUPPORTS 3,000, REFUTES 456, INVALID 0",
-        "too-long 7",
-        "0.600 (95 % interval 0.502 to 0.691; 60 of 100)",
-        "0.654",
-        "12.3 claims/s, 1,234 prompt tokens/s over 10 min 00 s",
-        "10 verdicts came twice and were ignored; 11 batches were delivered again",
+        "0.600 (60 of 100 correct",
+        "12,017: 12,000 claims, 9 repeated, 8 rejected",
+        "1,234 prompt tokens/s",
+        "10 verdicts (the first one counts), 11 batches",
+        "13 claims returned unfinished, at most 14 computed again",
         "gold (rows) and verdict (columns)",
         "Tesla T4",
         "1,200.5",
     ):
         assert part in shown
+    assert "more:" not in shown
 
 
-def test_the_report_shows_what_starts_took_phase_by_phase(screen: Console, seen: Seen) -> None:
-    print_report(screen, REPORT)
+def test_the_full_report_shows_what_starts_took_phase_by_phase(screen: Console, seen: Seen) -> None:
+    print_report(screen, REPORT, full=True)
     lines = seen().splitlines()
-    assert any("3 workers found the model warm, after 0.25 s (median)" in line for line in lines)
-    assert any("2 workers waited for another's start, or for a wake" in line for line in lines)
+    assert any("3 workers found the model loaded, in 0.25 s (median)" in line for line in lines)
+    assert any("2 workers waited for a start that was under way" in line for line in lines)
     header = next(line.split() for line in lines if "longest" in line)
     assert header == [
         *("device", "starts", "median", "longest", "load", "compile"),
@@ -194,24 +225,39 @@ def test_the_report_shows_what_starts_took_phase_by_phase(screen: Console, seen:
 
 
 def test_a_report_without_starts_says_nothing_of_them(screen: Console, seen: Seen) -> None:
-    print_report(screen, reported(startups=None))
-    assert "warm" not in seen()
+    print_report(screen, reported(startups=None), full=True)
+    assert "warm starts" not in seen()
     assert "cold starts" not in seen()
 
 
 def test_a_report_without_gold_labels_has_no_accuracy(screen: Console, seen: Seen) -> None:
-    print_report(screen, reported(quality=None, speed=None, workers=(), dead={}, lines=None))
+    incomplete = but(total=None, dead=0, rejected=None)
+    print_report(
+        screen,
+        reported(status=incomplete, quality=None, speed=None, workers=(), dead={}, lines=None),
+        full=True,
+    )
     shown = seen()
     assert "accuracy" not in shown
     assert "claims/s" not in shown
-    assert "3,456 done; the producer has not sent all of them yet" in shown
+    assert "problem" not in shown
+    assert "3,456 done; not all of the file is sent yet" in shown
 
 
-@pytest.mark.parametrize("name", ["claims[final].jsonl", "data[/x]/claims.jsonl", "a[bold].csv"])
+@pytest.mark.parametrize("name", ["claims[final].jsonl", "data[x].jsonl", "a[bold].csv"])
 def test_a_name_with_brackets_is_shown_as_it_is(name: str, screen: Console, seen: Seen) -> None:
-    screen.print(status_table([but(source=name)]))
+    show(screen, status_table([but(source=name)]))
     print_report(screen, reported(status=but(source=name, model=f"/models/{name}")))
     assert seen().count(name) == 3
+
+
+def test_piped_output_is_neither_wrapped_nor_padded(screen: Console, seen: Seen) -> None:
+    path = "/scratch/" + "a-very-long-directory/" * 12 + "claims.jsonl"
+    print_report(screen, reported(status=but(model=path)), full=True)
+    show(screen, status_table([but(source=path)]))
+    lines = seen().splitlines()
+    assert any(line.endswith(path) for line in lines)
+    assert all(line == line.rstrip() for line in lines)
 
 
 def test_progress_of_lines_is_silent_where_there_is_no_terminal(
@@ -222,32 +268,132 @@ def test_progress_of_lines_is_silent_where_there_is_no_terminal(
     assert seen().strip() == ""
 
 
+@dataclass(frozen=True)
+class Worker:
+    """What the live view asks of a worker."""
+
+    state: str = "working"
+    answered: int = 0
+    losses: int = 0
+
+
+LOADING = Worker("loading the model, 12 s")
+ALL_SENT = Progress(12_000, 12_000, 0)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def terminal(screen: Console) -> Console:
+    return Console(file=screen.file, width=80, force_terminal=True, color_system=None)
+
+
+def drawn(view: LiveView, console: Console) -> list[str]:
+    lines = console.render_lines(view.drawing(), pad=False)
+    return ["".join(segment.text for segment in line) for line in lines]
+
+
 def test_progress_without_a_terminal_is_a_line_now_and_then(
-    screen: Console, seen: Seen, monkeypatch: pytest.MonkeyPatch
+    screen: Console, seen: Seen, clock: Clock
 ) -> None:
-    clock = Clock()
-    monkeypatch.setattr("services.cli.live_view.time", SimpleNamespace(monotonic=clock))
-    with LiveView(screen, lines=20_000) as view:
-        view.show(None, Progress(0, 0, 0), ["starting"])
+    with LiveView(screen, lines=20_000, clock=clock) as view:
+        view.show(None, Progress(0, 0, 0), [LOADING])
         clock.now += 4.9
-        view.show(STATUS, Progress(5_000, 4_000, 8), ["warm", "draining"])
-        assert seen() == "0 of 20,000, 0.0 claims/s, unknown left; engine: starting\n"
+        view.show(STATUS, ALL_SENT, [Worker()])
+        assert seen() == "0 %: 0 of 20,000 claims: loading the model, 12 s\n"
         clock.now += 0.2
-        view.show(STATUS, Progress(5_000, 4_000, 8), ["warm", "draining"])
-    assert seen().endswith("engine: warm, draining\n")
+        view.show(STATUS, ALL_SENT, [Worker()])
+        assert seen().splitlines()[1:] == ["29 %: 3,463 of 12,000 claims"]
+        clock.now += 0.1
+        view.show(STATUS, ALL_SENT, [Worker(answered=1)])
+    # The last word is not lost, though it came early.
+    assert seen().splitlines()[2].startswith("29 %: 3,464 of 12,000 claims")
+
+
+def test_the_bar_the_percentage_and_the_time_left_fit_eighty_columns(
+    terminal: Console, clock: Clock
+) -> None:
+    view = LiveView(terminal, lines=10_000_000, clock=clock)
+    large = but(total=10_000_000, done=1_234_000, dead=0)
+    for answered in (0, 1, 600):
+        clock.now += 0.5
+        view.show(large, ALL_SENT, [Worker(answered=answered)])
+    (line,) = drawn(view, terminal)
+    assert len(line) <= 80
+    assert line.count("\N{BOX DRAWINGS HEAVY HORIZONTAL}") >= 1
+    assert "12% 1,234,600 of 10,000,000 claims, 1,198.0/s, 2 h 01 min left" in line
+
+
+def test_progress_moves_with_every_answered_claim(terminal: Console, clock: Clock) -> None:
+    view = LiveView(terminal, lines=240, clock=clock)
+    run = but(total=240, done=0, dead=0)
+    shown = []
+    for answered in (0, 1, 2, 3):
+        clock.now += 0.25
+        view.show(run, ALL_SENT, [Worker(answered=answered)])
+        shown.append(drawn(view, terminal)[0].partition("% ")[2].partition(" of 240")[0])
+    assert shown == ["0", "1", "2", "3"]
+
+
+def test_what_a_lost_worker_had_answered_and_not_published_does_not_count(
+    terminal: Console, clock: Clock
+) -> None:
+    view = LiveView(terminal, lines=240, clock=clock)
+    run = but(total=240, done=64, dead=0)
+    view.show(run, ALL_SENT, [Worker(answered=0)])
+    view.show(run, ALL_SENT, [Worker(answered=30)])
+    assert " 94 of 240" in drawn(view, terminal)[0]
+    view.show(run, ALL_SENT, [Worker("starting", answered=30, losses=1)])
+    assert " 64 of 240 claims: starting" in drawn(view, terminal)[0]
+    view.show(run, ALL_SENT, [Worker(answered=31, losses=1)])
+    assert " 65 of 240" in drawn(view, terminal)[0]
+
+
+def test_what_others_answered_counts_once_it_is_stored(terminal: Console, clock: Clock) -> None:
+    view = LiveView(terminal, lines=240, clock=clock)
+    view.show(but(total=240, done=0, dead=0), ALL_SENT, [Worker()])
+    view.show(but(total=240, done=100, dead=3), ALL_SENT, [Worker(answered=10)])
+    assert " 103 of 240" in drawn(view, terminal)[0]
 
 
 @pytest.mark.parametrize(
-    ("status", "published", "shown"),
+    ("workers", "lines"),
     [
-        (STATUS, Progress(9, 9, 8), "3,463 of 12,000, 12.3 claims/s, 11 min 32 s left"),
-        (but(total=None), Progress(9, 9, 8), "3,463 of 19,992, 12.3 claims/s, 22 min 19 s left"),
-        (but(claims_per_second=0), Progress(9, 9, 8), "3,463 of 12,000, 0.0 claims/s, unknown"),
+        ([LOADING], ["0 of 240 claims: loading the model, 12 s"]),
+        ([LOADING, LOADING], ["0 of 240 claims: 2 workers: 2 loading the model"]),
+        ([Worker()], ["0 of 240 claims"]),
+        (
+            [Worker(), Worker(), LOADING],
+            ["0 of 240 claims", "3 workers: 2 working, 1 loading the model"],
+        ),
+        ([Worker(answered=240)], ["240 of 240 claims, storing the last verdicts"]),
     ],
 )
-def test_the_live_view_says_how_far_it_is(
-    status: RunStatus, published: Progress, shown: str, screen: Console, seen: Seen
+def test_it_says_what_is_waited_for(
+    workers: list[Worker], lines: list[str], terminal: Console, clock: Clock
 ) -> None:
-    with LiveView(screen, lines=20_000) as view:
-        view.show(status, published, ["warm"])
-    assert seen().startswith(shown)
+    view = LiveView(terminal, lines=240, clock=clock)
+    run = but(total=240, done=0, dead=0)
+    view.show(run, ALL_SENT, [Worker("starting") for _ in workers])
+    view.show(run, ALL_SENT, workers)
+    first, *others = drawn(view, terminal)
+    assert first.partition("% ")[2] == lines[0]
+    assert others == lines[1:]
+
+
+def test_until_all_is_sent_the_lines_of_the_file_are_the_total(
+    terminal: Console, clock: Clock
+) -> None:
+    view = LiveView(terminal, lines=20_000, clock=clock)
+    view.show(but(total=None), Progress(9, 9, 8), [Worker()])
+    assert " 3,463 of 19,992 claims" in drawn(view, terminal)[0]
+
+
+def test_what_the_collector_waits_for_is_told_once(screen: Console, seen: Seen) -> None:
+    view = LiveView(screen, lines=240)
+    for _ in range(3):
+        view.show(None, ALL_SENT, [Worker()], waiting_for="the store is on a full disk")
+    assert seen().count("waiting: the store is on a full disk") == 1

@@ -59,12 +59,24 @@ def look_after_until_it_raises(slot: WorkerProcess) -> None:
 @pytest.mark.parametrize(
     ("events", "state"),
     [
-        ([{"event": "worker.starting"}], "connecting"),
+        ([{"event": "worker.starting"}], "starting"),
         ([{"event": "engine.loading", "seconds": 12}], "loading the model, 12 s"),
-        ([{"event": "worker.taking"}, {"event": "broker.connected"}], "warm"),
-        ([{"event": "broker.connected"}], "connected"),
-        ([{"event": "worker.taking"}, {"event": "engine.died"}], "engine died"),
-        ([{"event": "worker.draining"}, "not JSON", "5", "[]", "{}"], "draining"),
+        ([{"event": "worker.taking"}, {"event": "broker.connected"}], "working"),
+        (
+            [{"event": n} for n in ("worker.taking", "broker.waiting", "broker.connected")],
+            "working",
+        ),
+        ([{"event": "worker.taking"}, {"event": "broker.waiting"}], "waiting for RabbitMQ"),
+        ([{"event": "broker.connected"}], "starting the engine"),
+        (
+            [{"event": n} for n in ("worker.taking", "engine.died", "broker.connected")],
+            "starting the engine",
+        ),
+        (
+            [{"event": "worker.taking"}, {"event": "engine.died"}],
+            "the engine stopped, starting it again",
+        ),
+        ([{"event": "worker.draining"}, "not JSON", "5", "[]", "{}"], "finishing"),
     ],
 )
 def test_the_state_is_what_the_worker_said_last(
@@ -79,8 +91,31 @@ def test_the_state_is_what_the_worker_said_last(
 def test_all_that_a_worker_says_is_in_its_log(worker: Starter, tmp_path: Path) -> None:
     slot = worker(says({"event": "worker.taking"}, "and some words"))
     log = tmp_path / "worker.log"
-    wait_for(lambda: slot.state == "warm" and "words" in log.read_text())
+    wait_for(lambda: slot.state == "working" and "words" in log.read_text())
     assert log.read_text() == '{"event": "worker.taking"}\nand some words\n'
+
+
+def test_answers_are_counted_over_lost_workers_and_kept_out_of_the_log(
+    worker: Starter, tmp_path: Path
+) -> None:
+    marker = tmp_path / "was-here"
+    progress = json.dumps({"event": "worker.progress", "answered": 5})
+    slot = worker(
+        f"import os, pathlib, signal\n"
+        f"print({progress!r}, flush=True)\n"
+        f"marker = pathlib.Path({str(marker)!r})\n"
+        "if not marker.exists():\n"
+        "    marker.touch()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n" + says({"event": "worker.taking"})
+    )
+
+    def counted() -> bool:
+        slot.look_after()
+        return slot.answered == 10
+
+    wait_for(counted)
+    assert slot.losses == 1
+    assert "worker.progress" not in (tmp_path / "worker.log").read_text()
 
 
 def test_a_lost_worker_is_replaced(worker: Starter, tmp_path: Path) -> None:
@@ -95,7 +130,7 @@ def test_a_lost_worker_is_replaced(worker: Starter, tmp_path: Path) -> None:
 
     def warm() -> bool:
         slot.look_after()
-        return slot.state == "warm"
+        return slot.state == "working"
 
     wait_for(warm)
     assert marker.exists()
@@ -132,7 +167,7 @@ def test_the_words_of_a_worker_that_gave_up_are_read_to_their_end(
 
 def test_stopping_ends_the_worker(worker: Starter) -> None:
     slot = worker(says({"event": "worker.taking"}))
-    wait_for(lambda: slot.state == "warm")
+    wait_for(lambda: slot.state == "working")
     slot.terminate()
     slot.stop()
     slot.stop()
@@ -199,7 +234,7 @@ def test_a_worker_serves_the_very_context_of_the_run(tmp_path: Path, repository:
     (slot,) = worker_processes([{}], context, load_settings(), tmp_path / "logs", {})
     assert list(slot._command) == [
         *(sys.executable, "-E", "-P", str(repository / "keepwarm_start.py")),
-        *("services.cli.main", "worker"),
+        *("services.cli.main", "worker", "--log-progress"),
         *("--model", "/models/m", "--dtype", "float32", "--max-model-tokens", "77"),
         *("--revision", "files-00", "--engine-argument=--seed=1", "--engine-argument=--x y"),
     ]

@@ -115,6 +115,24 @@ def returned_in(broker: RecordingBroker) -> list[str]:
     return [claim.claim_id for batch in batches for claim in batch.claims]
 
 
+def test_each_answer_counts_as_it_comes(
+    answering: Answering,
+    spec: ContextSpec,
+    engine: Attachment,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+
+    def score(prompts: list[list[int]], tokens: list[int]) -> Iterator[tuple[int, Answer]]:
+        for index in range(len(prompts)):
+            yield index, answer(tokens)
+            seen.append(answering.shift.answers.answered)
+
+    monkeypatch.setattr(engine.client, "score", score)
+    answering.see_through([delivered(batch_of(spec))])
+    assert seen == [1, 2, 3]
+
+
 # Labels that the model does not say.
 
 

@@ -1,0 +1,82 @@
+"""Stores that nobody named: the default one, and those that `keepwarm run` left in `results/`."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from services.collector import KnownRun, Store, find_run
+from services.contracts import Settings
+from services.contracts.errors import StoreError
+
+RESULTS = Path("results")
+"""Where `keepwarm run` writes without --out, in the working directory."""
+STORE_FILE = "keepwarm.sqlite"
+
+
+def found_stores(settings: Settings) -> list[Settings]:
+    """Settings for each store to read: the one that is named; otherwise the default one, where
+    there is one, and those in `results/`, the latest first.
+
+    Raises StoreError where there is none.
+    """
+    if settings.store_url is not None:
+        return [settings]
+    default = Path(settings.store.removeprefix("sqlite:///"))
+    in_results = sorted(
+        RESULTS.glob(f"*/{STORE_FILE}"), key=lambda path: path.stat().st_mtime, reverse=True
+    )
+    paths = [path for path in (default, *in_results) if path.exists()]
+    if not paths:
+        raise StoreError(
+            f"there is no store at {default}, and no {RESULTS}/*/{STORE_FILE} in {Path.cwd()}; "
+            "name one with --store or KEEPWARM_STORE_URL (after `keepwarm run --out DIRECTORY` it "
+            f"is DIRECTORY/{STORE_FILE})"
+        )
+    return [settings.model_copy(update={"store_url": str(path)}) for path in paths]
+
+
+def readable_stores(settings: Settings) -> Iterator[Store]:
+    """Every store found, opened, and closed when the next one is asked for. One that cannot be read
+    is told on standard error, unless it is the only one: then StoreError is raised.
+    """
+    found = found_stores(settings)
+    for each in found:
+        try:
+            store = Store.open(each, create=False)
+        except StoreError as error:
+            if len(found) == 1:
+                raise
+            print(f"keepwarm: left out: {error}", file=sys.stderr)
+            continue
+        with store:
+            yield store
+
+
+@contextmanager
+def store_of_run(settings: Settings, wanted: str) -> Iterator[tuple[Store, KnownRun]]:
+    """The store that has the run whose id is, or begins with, `wanted`, and the run.
+
+    Raises StoreError when none has it, or several have such a run.
+    """
+    having: list[tuple[Settings, KnownRun]] = []
+    refusals: list[StoreError] = []
+    for each in found_stores(settings):
+        try:
+            with Store.open(each, create=False) as store:
+                having.append((each, find_run(store, wanted)))
+        except StoreError as error:
+            refusals.append(error)
+    if not having and len(refusals) == 1:
+        raise refusals[0]
+    if len({known.run_id for _, known in having}) != 1:
+        listed = ", ".join(known.run_id for _, known in having)
+        raise StoreError(
+            f"several runs begin with {wanted!r}: {listed}"
+            if listed
+            else f"none of the {len(refusals)} stores found has a run that begins with {wanted!r}; "
+            "`keepwarm status` lists the runs, --store names another store"
+        )
+    settings_of_it, known = having[0]
+    with Store.open(settings_of_it, create=False) as store:
+        yield store, known

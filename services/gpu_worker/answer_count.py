@@ -1,0 +1,40 @@
+"""How many claims a worker has answered, logged for the `keepwarm run` that started it."""
+
+import threading
+import time
+
+import structlog
+
+PROGRESS_EVENT = "worker.progress"
+_LOG_SECONDS = 0.2
+
+log = structlog.get_logger(__name__)
+
+
+class AnswerCount:
+    """Counts the engine's answers as they come; a batch is published only when all are there."""
+
+    def __init__(self, *, logged: bool = False) -> None:
+        """`logged`: whether `log` writes events at all."""
+        self._logged = logged
+        self._lock = threading.Lock()
+        self._answered = self._last_logged = 0
+        self._due = 0.0
+
+    @property
+    def answered(self) -> int:
+        """Answers so far. A claim that was asked about twice counts twice."""
+        return self._answered
+
+    def add(self) -> None:
+        """Count one answer. Any thread."""
+        with self._lock:
+            self._answered += 1
+
+    def log(self) -> None:
+        """Log the count when it has changed, a few times a second at most."""
+        now = time.monotonic()
+        if not self._logged or now < self._due or self._answered == self._last_logged:
+            return
+        self._due, self._last_logged = now + _LOG_SECONDS, self._answered
+        log.info(PROGRESS_EVENT, answered=self._last_logged)
