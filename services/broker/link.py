@@ -278,7 +278,9 @@ class Link:
                 self._fail_if_first(self._refused(reason.reply_text))
             elif reason.reply_code == _NOT_FOUND:
                 self._on_not_found(reason.reply_text)
-        self._restart_connection()
+        # Whoever may declare what is missing does so with the next connection.
+        declares = self._house_is_missing and self._declares.house != "never"
+        self._restart_connection(routinely=declares)
 
     def _take_as_it_is(self, queue: str | None) -> bool:
         """Declare it all once more, that queue with the arguments that it has. False where that
@@ -337,8 +339,7 @@ class Link:
             first_seconds=_FIRST_DELAY_SECONDS,
             longest_seconds=_LONGEST_DELAY_SECONDS,
         )
-        say = log.debug if self._routinely and self._failures == 1 else log.warning
-        say(
+        self._level_of_loss()(
             "broker.waiting",
             link=self._name,
             reason=self._lost_because or str(error),
@@ -346,6 +347,16 @@ class Link:
         )
         self._lost_because = ""
         self._loop.call_later(delay, self._reconnect)
+
+    def _level_of_loss(self) -> Callable[..., None]:
+        """Connections are lost now and then, and queues come later than their readers; it is worth
+        a warning when the next attempt fails as well.
+        """
+        if self._failures == 1:
+            quietly: Callable[..., None] = log.debug if self._routinely else log.info
+            return quietly
+        loud: Callable[..., None] = log.info if self._house_is_missing else log.warning
+        return loud
 
     def _reconnect(self) -> None:
         if self._closing:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+import structlog
 from pika.exceptions import (
     AMQPConnectionError,
     AuthenticationError,
@@ -54,3 +55,19 @@ def test_a_connection_that_ends_early_is_no_refusal(link: Consumer, error: Excep
     explained = link._explain(error)
     assert isinstance(explained, BrokerUnreachable)
     assert "Is it running, and is the address right?" in str(explained)
+
+
+@pytest.mark.parametrize(
+    ("missing", "levels"),
+    [(False, ["info", "warning", "warning"]), (True, ["info", "info", "info"])],
+)
+def test_a_loss_is_a_warning_only_when_the_next_attempt_fails_as_well(
+    missing: bool, levels: list[str], link: Consumer
+) -> None:
+    link._house_is_missing = missing
+    with structlog.testing.capture_logs() as events:
+        for _ in levels:
+            link._on_connection_lost(None, LOST)
+    assert [(each["event"], each["log_level"]) for each in events] == [
+        ("broker.waiting", level) for level in levels
+    ]
