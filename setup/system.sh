@@ -49,6 +49,9 @@ find_missing() {
     if [[ $with_debootstrap == yes && ! -x /usr/sbin/debootstrap ]]; then
         missing+=(debootstrap)
     fi
+    if [[ $with_postgres == yes ]] && [[ ! -x /usr/sbin/pgbouncer ]]; then
+        missing+=(pgbouncer)
+    fi
     # promtool comes with it.
     if [[ $with_prometheus == yes ]] && ! command -v prometheus >/dev/null; then
         missing+=(prometheus)
@@ -84,7 +87,7 @@ refuse_services() {
 # Made by Keepwarm's setup/system.sh for the time of one apt-get.
 for word in "\$@"; do
     case \$word in
-        rabbitmq-server*|epmd*|postgresql*|slurm*|munge*|docker*|containerd*|prometheus*) exit 101 ;;
+        rabbitmq-server*|epmd*|postgresql*|pgbouncer*|slurm*|munge*|docker*|containerd*|prometheus*) exit 101 ;;
     esac
 done
 [ ! -x $saved ] || exec $saved "\$@"
@@ -127,7 +130,7 @@ if ((${#missing[@]} > 0)); then
     # Nor at the next boot; only for what was not there before.
     for package in "${wanted[@]}"; do
         case $package in
-            rabbitmq-server | postgresql | slurmctld | slurmd | munge | prometheus)
+            rabbitmq-server | postgresql | pgbouncer | slurmctld | slurmd | munge | prometheus)
                 systemctl disable --quiet "$package" 2>/dev/null || true
                 ;;
             docker.io)

@@ -4,11 +4,12 @@ import os
 import socket
 import ssl
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import unquote
 
 import pika
+from pika.credentials import ExternalCredentials
 
+from services.broker.tls import TlsFiles, tls_context
 from services.contracts import Settings
 from services.contracts.errors import UsageError
 from services.contracts.settings import check_broker_url
@@ -22,8 +23,10 @@ class BrokerAddress:
     port: int
     virtual_host: str
     user: str
-    _password: str
+    _password: str | None
+    """None: the certificate that we show is the login."""
     tls: ssl.SSLContext | None
+    shows_certificate: bool
     heartbeat_seconds: int
 
     def __repr__(self) -> str:
@@ -42,23 +45,28 @@ class BrokerAddress:
             )
         url = check_broker_url(settings.broker_url)
         secure = url.scheme == "amqps"
-        if settings.broker_ca_file is not None and not secure:
-            raise UsageError(
-                "KEEPWARM_BROKER_CA_FILE is set but the broker's URL is not amqps://; "
-                "use amqps:// or unset it"
-            )
+        for name in ("broker_ca_file", "broker_cert_file", "broker_key_file"):
+            if getattr(settings, name) is not None and not secure:
+                raise UsageError(
+                    f"KEEPWARM_{name.upper()} is set but the broker's URL is not amqps://; "
+                    "use amqps:// or unset it"
+                )
+        password = settings.secret("broker") or (url.password and unquote(url.password))
+        if password is None and settings.broker_cert_file is None:
+            password = "guest"  # noqa: S105  (RabbitMQ's own default)
         return cls(
             host=(url.host or "localhost").strip("[]"),
             port=url.port or (5671 if secure else 5672),
             virtual_host=unquote((url.path or "").removeprefix("/")) or "/",
             user=unquote(url.username or "guest"),
-            _password=settings.secret("broker") or unquote(url.password or "guest"),
-            tls=tls_context(settings.broker_ca_file) if secure else None,
+            _password=password,
+            tls=tls_context(TlsFiles.of(settings)) if secure else None,
+            shows_certificate=settings.broker_cert_file is not None,
             heartbeat_seconds=settings.broker_heartbeat_seconds,
         )
 
     @property
-    def password(self) -> str:
+    def password(self) -> str | None:
         return self._password
 
     @property
@@ -74,7 +82,11 @@ class BrokerAddress:
             host=self.host,
             port=self.port,
             virtual_host=self.virtual_host,
-            credentials=pika.PlainCredentials(self.user, self._password),
+            credentials=(
+                ExternalCredentials()
+                if self._password is None
+                else pika.PlainCredentials(self.user, self._password)
+            ),
             ssl_options=pika.SSLOptions(self.tls, self.host) if self.tls else None,
             heartbeat=self.heartbeat_seconds,
             # No blocked_connection_timeout: while an alarm lasts, `Publisher` waits and says so.
@@ -82,13 +94,3 @@ class BrokerAddress:
                 "connection_name": f"{connection_name} {socket.gethostname()}:{os.getpid()}"
             },
         )
-
-
-def tls_context(ca_file: Path | None) -> ssl.SSLContext:
-    """Checks certificate and name. Raises UsageError for a file that is no PEM bundle."""
-    try:
-        return ssl.create_default_context(cafile=ca_file)
-    except (OSError, ssl.SSLError) as error:
-        raise UsageError(
-            f"KEEPWARM_BROKER_CA_FILE: cannot use {ca_file}: {error}; it must be a PEM bundle"
-        ) from error

@@ -1,7 +1,6 @@
 """A connection to the broker that one thread owns, opens, and opens again when it is lost."""
 
 import contextlib
-import ssl
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -19,6 +18,7 @@ from pika.exceptions import (
     AuthenticationError,
     ChannelClosedByBroker,
     ConnectionClosedByBroker,
+    IncompatibleProtocolError,
     ProbableAccessDeniedError,
     ProbableAuthenticationError,
 )
@@ -26,12 +26,14 @@ from pika.exceptions import (
 from services.broker.address import BrokerAddress
 from services.broker.metrics import BLOCKED, CONNECTED, RECONNECTS
 from services.broker.queue_counts import Counts, count_queues
+from services.broker.tls import tls_fault
 from services.broker.topology import Declares, declare, queue_made_before_4
 from services.contracts.backoff import growing_pause
 from services.contracts.errors import (
     BrokerError,
     BrokerRefused,
     BrokerUnreachable,
+    BrokerUntrusted,
     TopologyMismatch,
 )
 
@@ -80,7 +82,8 @@ class Link:
     def open(self, timeout_seconds: float) -> Self:
         """Connect, and declare what is ours to declare.
 
-        Raises BrokerRefused or TopologyMismatch at once, BrokerUnreachable after the time-out.
+        Raises BrokerRefused, BrokerUntrusted or TopologyMismatch at once, BrokerUnreachable after
+        the time-out.
         """
         self._thread.start()
         if not self._opened_or_failed.wait(timeout_seconds) or not self._was_open:
@@ -327,7 +330,7 @@ class Link:
             self._loop.stop()
             return
         error = self._explain(reason)
-        if isinstance(error, BrokerRefused):
+        if isinstance(error, BrokerRefused | BrokerUntrusted):
             self._fail_if_first(error)
         if not self._was_open:
             self._error = self._error or error
@@ -407,9 +410,20 @@ class Link:
         )
         if refused:
             return self._refused(str(cause))
+        fault = tls_fault(
+            cause,
+            self._address.host,
+            plain="Name the port that does, 5671 by default; or write amqp://, where nobody on the "
+            "way can read passwords and claims",
+            certificate=self._address.shows_certificate,
+        )
+        if fault is not None:
+            return BrokerUntrusted(f"no TLS connection to the broker at {self._address}: {fault}")
         hint = "Is it running, and is the address right?"
-        if isinstance(cause, ssl.SSLError):
-            hint = "KEEPWARM_BROKER_CA_FILE names the authority that signed its certificate"
+        if isinstance(cause, IncompatibleProtocolError) and self._address.tls is None:
+            hint = (
+                "Is that a port for TLS? Then write amqps://; or is something else running there?"
+            )
         return BrokerUnreachable(f"no connection to the broker at {self._address}: {cause}. {hint}")
 
 

@@ -1,16 +1,20 @@
 """RabbitMQ's management HTTP API, which tells the next step with every refusal."""
 
 import ipaddress
-import ssl
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote, urlsplit
 
 import httpx
 
-from services.broker.address import tls_context
-from services.contracts.errors import BrokerError, BrokerRefused, BrokerUnreachable, UsageError
+from services.broker.tls import TlsFiles, tls_context, tls_fault
+from services.contracts.errors import (
+    BrokerError,
+    BrokerRefused,
+    BrokerUnreachable,
+    BrokerUntrusted,
+    UsageError,
+)
 
 
 class ManagementApi:
@@ -22,7 +26,7 @@ class ManagementApi:
         user: str,
         password: str,
         *,
-        ca_file: Path | None,
+        tls: TlsFiles,
         timeout_seconds: float,
         named_by: str = "--management",
         clear_text: bool = False,
@@ -33,10 +37,11 @@ class ManagementApi:
         self.host = _checked_host(url, named_by, clear_text)
         self._url = url.rstrip("/")
         self._user = user
+        self._shows_certificate = tls.cert_file is not None
         self._http = httpx.Client(
             base_url=self._url,
             auth=httpx.BasicAuth(user, password),
-            verify=tls_context(ca_file),
+            verify=tls_context(tls),
             timeout=timeout_seconds,
             # A proxy from the environment would read the password.
             trust_env=False,
@@ -49,7 +54,7 @@ class ManagementApi:
         self._http.close()
 
     def check_administrator(self) -> None:
-        """Raises BrokerUnreachable, BrokerRefused or BrokerError unless one is let in here."""
+        """Raises BrokerError, as its kinds say, unless one is let in here."""
         me = self.get("whoami")
         if not isinstance(me, dict) or "tags" not in me:
             raise self._unusable("it is not RabbitMQ's management API that answers")
@@ -93,12 +98,15 @@ class ManagementApi:
                 f"{response.status_code}: {_reason(response)}"
             )
 
-    def _unreachable(self, error: httpx.HTTPError) -> BrokerUnreachable:
-        if _is_about_tls(error):
-            return BrokerUnreachable(
-                f"no TLS connection to {self._url}: {error}. KEEPWARM_BROKER_CA_FILE names the "
-                "authority that signed its certificate; https:// needs a TLS listener there"
-            )
+    def _unreachable(self, error: httpx.HTTPError) -> BrokerError:
+        fault = tls_fault(
+            error,
+            self.host,
+            plain="Name the port that does, 15671 by default; http:// is for this machine alone",
+            certificate=self._shows_certificate,
+        )
+        if fault is not None:
+            return BrokerUntrusted(f"no TLS connection to {self._url}: {fault}")
         return BrokerUnreachable(
             f"no management API at {self._url}: {str(error) or type(error).__name__}. Is RabbitMQ "
             "running there? Its plug-in may be off: `rabbitmq-plugins enable rabbitmq_management` "
@@ -155,13 +163,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _is_about_tls(error: BaseException | None) -> bool:
-    """What OpenSSL said is wrapped several times."""
-    while error is not None and not isinstance(error, ssl.SSLError):
-        error = error.__cause__ or error.__context__
-    return error is not None
 
 
 def _reason(response: httpx.Response) -> str:

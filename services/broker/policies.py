@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from services.broker.address import BrokerAddress
 from services.broker.management_api import ManagementApi
+from services.broker.tls import TlsFiles
 from services.contracts import Settings
 from services.contracts import topology as names
 from services.contracts.errors import BrokerError, BrokerRefused, BrokerUnreachable
@@ -103,11 +104,13 @@ def ask_policies(settings: Settings, claims_queues: Sequence[str] = ()) -> Polic
     url = settings.broker_management_url or address.management_url
     if settings.broker_management_url is None and not _is_the_brokers_own(url, address):
         return Policies(unknown=_NOT_ASKED.format(url=url))
+    if address.password is None:
+        return Policies(unknown=f"{url} was not asked: it takes a password, and we have none")
     with ManagementApi(
         url,
         address.user,
         address.password,
-        ca_file=settings.broker_ca_file if url.startswith("https") else None,
+        tls=TlsFiles.of(settings) if url.startswith("https") else TlsFiles(),
         timeout_seconds=_ANSWER_SECONDS,
         named_by="KEEPWARM_BROKER_MANAGEMENT_URL",
         clear_text=address.tls is None,

@@ -19,12 +19,14 @@ from services.broker.administration import (
 )
 from services.broker.management_api import ManagementApi
 from services.broker.roles import ROLES
+from services.broker.tls import TlsFiles
 from services.cli.screen import plain_table, show
 from services.cli.secrets_dir import SecretsDir
 from services.contracts import Settings, load_settings
 from services.contracts.errors import BrokerError, UsageError
 
 _FACTORY_ADMIN = "guest"
+_NO_TLS_FILES = dict.fromkeys(("broker_ca_file", "broker_cert_file", "broker_key_file"))
 
 
 def setup(
@@ -66,7 +68,7 @@ def setup(
         management,
         admin,
         _admin_password(settings, admin),
-        ca_file=settings.broker_ca_file,
+        tls=TlsFiles.of(settings),
         timeout_seconds=settings.broker_connect_timeout_seconds,
     ) as api:
         api.check_administrator()
@@ -119,7 +121,7 @@ def _declare_topology(
             "broker_url": f"{scheme}://{user}@{place}/{vhost}",
             "broker_password": SecretStr(passwords["collector"]),
             "broker_password_file": None,
-            "broker_ca_file": settings.broker_ca_file if scheme == "amqps" else None,
+            **({} if scheme == "amqps" else _NO_TLS_FILES),
         }
     )
     try:

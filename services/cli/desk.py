@@ -165,6 +165,8 @@ class Desk:
                 "broker_password": SecretStr(self._node.password),
                 "broker_password_file": None,
                 "broker_ca_file": None,
+                "broker_cert_file": None,
+                "broker_key_file": None,
             }
         )
         return settings, {
@@ -172,6 +174,8 @@ class Desk:
             "KEEPWARM_BROKER_PASSWORD": self._node.password,
             "KEEPWARM_BROKER_PASSWORD_FILE": None,
             "KEEPWARM_BROKER_CA_FILE": None,
+            "KEEPWARM_BROKER_CERT_FILE": None,
+            "KEEPWARM_BROKER_KEY_FILE": None,
         }
 
     def _thread(self, name: str, work: Callable[[], None]) -> threading.Thread:

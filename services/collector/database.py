@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Engine, create_engine, event, make_url
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError
 
 from services.contracts import Settings
@@ -32,9 +32,31 @@ def open_engine(settings: Settings, *, create: bool, as_it_is: bool = False) -> 
         return engine
     return create_engine(
         url,
-        connect_args={"connect_timeout": _BUSY_SECONDS, "application_name": "keepwarm"},
+        connect_args={
+            "connect_timeout": _BUSY_SECONDS,
+            "application_name": "keepwarm",
+            # Whatever PGCLIENTENCODING says: claims are in any language.
+            "client_encoding": "UTF8",
+            # A pool may give each transaction another connection, which knows nothing of statements
+            # that were prepared on the one before (PgBouncer, pool_mode=transaction).
+            "prepare_threshold": None,
+        },
         pool_pre_ping=True,
     )
+
+
+def refuse_encoding(connection: Connection) -> None:
+    """Raises StoreError when the database has an encoding that cannot hold every claim."""
+    if connection.dialect.name != "postgresql":
+        return
+    encoding = connection.exec_driver_sql("SHOW server_encoding").scalar_one()
+    if encoding != "UTF8":
+        url = connection.engine.url
+        raise StoreError(
+            f"the database {shown(url)} has the encoding {encoding}, which cannot hold claims in "
+            "every language; make one in UTF8, for example with createdb -E UTF8 -T template0 "
+            f"{url.database}_utf8, and name that one as the store"
+        )
 
 
 def checked_url(settings: Settings) -> URL:

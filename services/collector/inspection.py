@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, false, insert, select, text, update
 
-from services.collector.database import open_engine
+from services.collector.database import open_engine, refuse_encoding
 from services.collector.schema import SCHEMA_VERSION, metadata, schema_info
 from services.collector.store import Store
 from services.collector.versions import UPGRADABLE, one_at_a_time, refusal, version_of
@@ -29,6 +29,7 @@ def inspect_store(settings: Settings) -> Inspected:
     store, read_only = Store(engine), None
     try:
         with store.transaction() as connection:
+            refuse_encoding(connection)
             version = version_of(connection)
         if version != SCHEMA_VERSION and version not in UPGRADABLE:
             raise refusal(engine.url, version)

@@ -23,7 +23,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
-from services.collector.database import open_engine, shown
+from services.collector.database import open_engine, refuse_encoding, shown
 from services.collector.schema import (
     SCHEMA_VERSION,
     deliveries,
@@ -116,12 +116,14 @@ class Store:
     def open(cls, settings: Settings, *, create: bool = True) -> "Store":
         """Open the store, and make its tables where there are none.
 
-        Raises StoreError when it cannot be used, UsageError when the URL is not one.
+        Raises StoreError when it cannot be used or cannot hold every claim's text, UsageError when
+        the URL is not one.
         """
         engine = open_engine(settings, create=create)
         store = cls(engine)
         try:
             with store.transaction() as connection:
+                refuse_encoding(connection)
                 version = up_to_date(connection)
                 if version != SCHEMA_VERSION:
                     raise refusal(engine.url, version)

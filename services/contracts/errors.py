@@ -11,6 +11,7 @@ KeepwarmError (1)
 ├── BrokerError (5)         the broker cannot be used
 │   ├── BrokerUnreachable   nobody answers at the address
 │   ├── BrokerRefused       it answers and says no: password, virtual host, permission
+│   ├── BrokerUntrusted     no TLS connection with it can be made: certificate, name, plain port
 │   └── TopologyMismatch    a queue exists with other arguments
 ├── StoreError (6)          the store or an output file cannot be read or written
 ├── RunIncomplete (7)       the command ended before every claim had an outcome
@@ -66,6 +67,10 @@ class BrokerUnreachable(BrokerError):
 
 
 class BrokerRefused(BrokerError):
+    pass
+
+
+class BrokerUntrusted(BrokerError):
     pass
 
 

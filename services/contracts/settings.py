@@ -86,6 +86,12 @@ class Settings(BaseSettings):
     broker_management_url: str | None = None
     """RabbitMQ's management API, which is asked as the broker's user for policies that would lose
     claims; `http://HOST:15672` otherwise, or with `amqps://` `https://HOST:15671`."""
+    broker_cert_file: Path | None = None
+    """PEM file with a certificate of ours, for a broker that wants one, with `amqps://` only.
+    Without a password it is the login as well (SASL EXTERNAL)."""
+    broker_key_file: Path | None = None
+    """PEM file with the certificate's key, without a passphrase, where that is in a file of its
+    own."""
     broker_connect_timeout_seconds: Seconds = 30
     """How long a command waits for a broker that is not there before it gives up."""
     broker_heartbeat_seconds: Annotated[int, Field(ge=5, le=600)] = 30
@@ -179,6 +185,8 @@ class Settings(BaseSettings):
         "broker_password_file",
         "broker_admin_password_file",
         "broker_ca_file",
+        "broker_cert_file",
+        "broker_key_file",
         "store_password_file",
         "runtime_dir",
         "cache_dir",

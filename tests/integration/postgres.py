@@ -7,10 +7,14 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
 _PATIENCE_SECONDS = 240.0
+_PGBOUNCER = Path("/usr/sbin/pgbouncer")
+_POOL_PORT = 6432
 
 
 class PostgreSQL:
@@ -41,11 +45,14 @@ class PostgreSQL:
                 "--pdeathsig=QUIT",
             ]
 
-    def new_database(self) -> str:
+    def new_database(self, encoding: str = "UTF8") -> str:
         """The URL of a database with nothing in it."""
         self._databases += 1
         name = f"keepwarm{self._databases}"
-        self._run("createdb", "-h", str(self._directory), "-U", "keepwarm", name)
+        self._run(
+            *("createdb", "-h", str(self._directory), "-U", "keepwarm"),
+            *("-T", "template0", "--locale=C", "-E", encoding, name),
+        )
         return f"postgresql://keepwarm@/{name}?host={self._directory}"
 
     def __enter__(self) -> Self:
@@ -93,6 +100,41 @@ class PostgreSQL:
             raise AssertionError(f"PostgreSQL did not stop:\n{self.log}") from None
         finally:
             self._server = None
+
+    @contextmanager
+    def pooled(self) -> Iterator[str]:
+        """A PgBouncer in front of it that gives a connection for one transaction at a time: its
+        directory and port, as the query of a URL.
+        """
+        if not _PGBOUNCER.exists():
+            raise FileNotFoundError(str(_PGBOUNCER))
+        settings = self._directory / "pgbouncer.ini"
+        settings.write_text(
+            f"[databases]\n* = host={self._directory} user=keepwarm\n"
+            "[pgbouncer]\nauth_type = any\npool_mode = transaction\n"
+            # Two, so that a client gets now one, now the other.
+            f"default_pool_size = 2\nunix_socket_dir = {self._directory}\n"
+            f"listen_addr =\nlisten_port = {_POOL_PORT}\n",
+            encoding="utf-8",
+        )
+        settings.chmod(0o644)
+        with self._log.open("ab") as log:
+            pool = subprocess.Popen(
+                [*self._become, str(_PGBOUNCER), str(settings)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self._directory,
+            )
+        try:
+            deadline = time.monotonic() + _PATIENCE_SECONDS
+            while not (self._directory / f".s.PGSQL.{_POOL_PORT}").exists():
+                assert pool.poll() is None and time.monotonic() < deadline, self.log
+                time.sleep(0.05)
+            yield f"host={self._directory}&port={_POOL_PORT}"
+        finally:
+            pool.terminate()
+            pool.wait(_PATIENCE_SECONDS)
 
     @property
     def log(self) -> str:

@@ -1,4 +1,5 @@
 import ssl
+import subprocess
 from pathlib import Path
 
 import certifi
@@ -130,3 +131,41 @@ def test_a_directory_is_no_bundle(tmp_path: Path) -> None:
 def test_a_bundle_without_tls_is_refused_for_it_would_protect_nothing() -> None:
     with pytest.raises(UsageError, match="use amqps:// or unset it"):
         address("amqp://h", broker_ca_file=Path(certifi.where()))
+
+
+@pytest.mark.parametrize("name", ["broker_cert_file", "broker_key_file"])
+def test_a_certificate_without_tls_is_refused_for_it_would_not_be_shown(
+    name: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=f"KEEPWARM_{name.upper()} is set .* use amqps://"):
+        address("amqp://h", **{name: tmp_path / "cert.pem"})
+
+
+def test_a_key_without_its_certificate_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="KEEPWARM_BROKER_CERT_FILE is not; set both"):
+        address("amqps://h", broker_key_file=tmp_path / "key.pem")
+
+
+@pytest.mark.parametrize("content", [None, "no certificate at all\n"])
+def test_a_certificate_that_is_missing_or_not_pem_is_named(
+    content: str | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "cert.pem"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UsageError, match=f"cannot use the certificate {file}"):
+        address("amqps://h", broker_cert_file=file)
+
+
+def test_a_key_with_a_passphrase_is_refused_and_nobody_is_asked_for_it(tmp_path: Path) -> None:
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-passout", "pass:hunter2"),
+            *("-subj", "/CN=keepwarm", "-keyout", str(key), "-out", str(cert)),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    with pytest.raises(UsageError, match=f"the key in {key} is encrypted"):
+        address("amqps://h", broker_cert_file=cert, broker_key_file=key)

@@ -14,7 +14,14 @@ from services.broker.administration import (
 )
 from services.broker.management_api import ManagementApi
 from services.broker.roles import ROLES
-from services.contracts.errors import BrokerError, BrokerRefused, BrokerUnreachable, UsageError
+from services.broker.tls import TlsFiles
+from services.contracts.errors import (
+    BrokerError,
+    BrokerRefused,
+    BrokerUnreachable,
+    BrokerUntrusted,
+    UsageError,
+)
 from tests.unit.management_double import ManagementDouble, management_double
 
 PRODUCER, OPERATOR = ROLES[0], ROLES[-1]
@@ -33,7 +40,7 @@ def api(broker: ManagementDouble) -> Iterator[ManagementApi]:
 
 
 def connected(url: str, password: str = "guest") -> ManagementApi:
-    return ManagementApi(url, "guest", password, ca_file=None, timeout_seconds=5)
+    return ManagementApi(url, "guest", password, tls=TlsFiles(), timeout_seconds=5)
 
 
 # What is made.
@@ -145,7 +152,7 @@ def test_nobody_at_the_address_is_told_with_the_plug_in_to_enable() -> None:
 def test_tls_to_a_port_without_it_is_told(broker: ManagementDouble) -> None:
     with (
         connected(broker.url.replace("http:", "https:")) as api,
-        pytest.raises(BrokerUnreachable, match="KEEPWARM_BROKER_CA_FILE"),
+        pytest.raises(BrokerUntrusted, match=r"does not speak TLS.* 15671 by default"),
     ):
         api.check_administrator()
 

@@ -222,6 +222,8 @@ PATHS = (
     "broker_password_file",
     "broker_admin_password_file",
     "broker_ca_file",
+    "broker_cert_file",
+    "broker_key_file",
     "store_password_file",
     "runtime_dir",
 )

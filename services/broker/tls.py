@@ -1,0 +1,119 @@
+"""TLS to the broker: what we trust, who we are, and what went wrong, in words."""
+
+import re
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from services.contracts import Settings
+from services.contracts.errors import UsageError
+
+# As OpenSSL names it; pika and httpx give it in a text only, and each version a little otherwise.
+_REASON = re.compile(r"\[SSL: ([\w/]+)\]")
+_NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST", "UNKNOWN_PROTOCOL")
+_WANTS_CERTIFICATE = ("CERTIFICATE_REQUIRED", "ALERT_HANDSHAKE_FAILURE", "ALERT_BAD_CERTIFICATE")
+_REFUSES_CERTIFICATE = {
+    "ALERT_UNKNOWN_CA": "does not trust the authority that signed our certificate",
+    "ALERT_CERTIFICATE_EXPIRED": "says that our certificate has expired",
+    "ALERT_CERTIFICATE_REVOKED": "says that our certificate was revoked",
+    "ALERT_CERTIFICATE_UNKNOWN": "does not take our certificate",
+    "ALERT_UNSUPPORTED_CERTIFICATE": "does not take our certificate",
+    "ALERT_DECRYPT_ERROR": "does not take our certificate",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files: the authorities that we trust (the system's where there is none), and a
+    certificate and key of ours, for a broker that wants one.
+    """
+
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        return cls(settings.broker_ca_file, settings.broker_cert_file, settings.broker_key_file)
+
+
+def tls_context(files: TlsFiles) -> ssl.SSLContext:
+    """Checks certificate and name, and shows a certificate of ours where there is one.
+
+    Raises UsageError for a file that is not what it should be.
+    """
+    try:
+        context = ssl.create_default_context(cafile=files.ca_file)
+    except (OSError, ssl.SSLError) as error:
+        raise UsageError(
+            f"KEEPWARM_BROKER_CA_FILE: cannot use {files.ca_file}: {error}; it must be a PEM bundle"
+        ) from error
+    if files.cert_file is not None:
+        _show_certificate(context, files.cert_file, files.key_file)
+    elif files.key_file is not None:
+        raise UsageError(
+            "KEEPWARM_BROKER_KEY_FILE is set and KEEPWARM_BROKER_CERT_FILE is not; set both"
+        )
+    return context
+
+
+def _show_certificate(context: ssl.SSLContext, cert_file: Path, key_file: Path | None) -> None:
+    def no_passphrase() -> str:
+        raise UsageError(
+            f"the key in {key_file or cert_file} is encrypted, and nobody is there to type its "
+            "passphrase; take it away, as with openssl pkey -in KEY -out NEWKEY"
+        )
+
+    try:
+        context.load_cert_chain(cert_file, key_file, no_passphrase)
+    except (OSError, ssl.SSLError) as error:
+        raise UsageError(
+            f"cannot use the certificate {cert_file} with the key in {key_file or cert_file}: "
+            f"{error}; KEEPWARM_BROKER_CERT_FILE and …_KEY_FILE name PEM files that belong together"
+        ) from error
+
+
+def tls_fault(error: object, host: str, *, plain: str, certificate: bool) -> str | None:
+    """What is wrong with a TLS connection and what to do, where trying again changes nothing; None
+    otherwise. `plain`: what to do where the port does not speak TLS; `certificate`: whether we show
+    one of ours.
+    """
+    text = str(error)
+    found = _REASON.search(text)
+    if found is None:
+        return None
+    reason = found[1]
+    if reason == "CERTIFICATE_VERIFY_FAILED":
+        return _untrusted(text, host)
+    if reason in _NO_TLS:
+        return f"the port does not speak TLS. {plain}"
+    for alert, what in _REFUSES_CERTIFICATE.items():
+        if reason.endswith(alert):
+            return f"the broker {what}. KEEPWARM_BROKER_CERT_FILE must name one that it takes"
+    if reason.endswith(_WANTS_CERTIFICATE):
+        return (
+            "the broker refused the certificate of KEEPWARM_BROKER_CERT_FILE; its log says why"
+            if certificate
+            else "the broker wants a certificate of ours: name one with KEEPWARM_BROKER_CERT_FILE "
+            "and its key with KEEPWARM_BROKER_KEY_FILE"
+        )
+    if reason.endswith(("PROTOCOL_VERSION", "UNSUPPORTED_PROTOCOL", "NO_SHARED_CIPHER")):
+        return "the broker offers no version of TLS, or no cipher, that this machine takes"
+    return None
+
+
+def _untrusted(text: str, host: str) -> str:
+    if "expired" in text:
+        return "its certificate has expired. Renew it on the broker"
+    if "not yet valid" in text:
+        return "its certificate is not valid yet. Check this machine's clock"
+    if "mismatch" in text:
+        return (
+            f"its certificate is not for the name {host}. Use a name that it is for in the "
+            "broker's URL"
+        )
+    return (
+        "no authority that this machine trusts has signed its certificate. Name the one that did "
+        "with KEEPWARM_BROKER_CA_FILE"
+    )

@@ -1,0 +1,101 @@
+"""PostgreSQL as people have it: behind a pool, in another encoding, with TLS."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from services.collector import Incoming, Store, run_status
+from services.contracts import (
+    ContextSpec,
+    PromptSpec,
+    Run,
+    RunAnnouncement,
+    Totals,
+    Verdict,
+    VerdictBatch,
+    load_settings,
+)
+from services.contracts.errors import StoreError
+from tests.integration.postgres import PostgreSQL
+
+Opener = Callable[[str], Store]
+
+
+@pytest.fixture
+def opened() -> Iterator[Opener]:
+    """Opens stores, and closes them after the test."""
+    stores: list[Store] = []
+
+    def open_store(url: str) -> Store:
+        stores.append(Store.open(load_settings(store_url=url)))
+        return stores[-1]
+
+    yield open_store
+    for store in stores:
+        store.close()
+
+
+@pytest.fixture(scope="module")
+def run(small_model: Path) -> Run:
+    context = ContextSpec(model=str(small_model))
+    return Run(source="f", source_digest="d", context=context, prompt=PromptSpec())
+
+
+def verdicts(run: Run, number: int, text: str = "Łódź is a city. 東京 too.") -> Incoming:
+    """A batch of one claim."""
+    verdict = Verdict(
+        claim_id=f"c{number}",
+        position=number,
+        text=text,
+        label="SUPPORTS",
+        probabilities=(1.0, 0.0, 0.0),
+        mass=1.0,
+        raw_text="True",
+        prompt_tokens=1,
+    )
+    batch = VerdictBatch(
+        run_id=run.run_id,
+        batch_id=f"b-{number}",
+        labels=run.prompt.label_names,
+        verdicts=(verdict,),
+        worker_id="w",
+        device="d",
+        attempt=1,
+        engine_seconds=1.0,
+    )
+    totals = Totals(lines=100, claims=100, repeated=0, rejected=0)
+    announcement = RunAnnouncement(run=run, submission_id="sub-1", totals=totals)
+    return Incoming([announcement], [batch], [])
+
+
+def test_a_pool_that_gives_connections_for_one_transaction_is_a_store_as_any(
+    postgresql: PostgreSQL, opened: Opener, run: Run
+) -> None:
+    database = postgresql.new_database().partition("?")[0]
+    with postgresql.pooled() as pool:
+        stores = [opened(f"{database}?{pool}") for _ in range(3)]
+        for number in range(30):  # what psycopg does often, it would prepare on one connection
+            store = stores[number % 3]
+            store.write(verdicts(run, number))
+            status = run_status(stores[(number + 1) % 3], run.run_id)
+            assert status is not None and status.done == number + 1
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII", "EUC_JP"])
+def test_a_database_that_cannot_hold_every_claim_is_refused_when_it_is_opened(
+    encoding: str, postgresql: PostgreSQL, opened: Opener
+) -> None:
+    with pytest.raises(StoreError) as refused:
+        opened(postgresql.new_database(encoding))
+    said = str(refused.value)
+    assert f"has the encoding {encoding}" in said and "createdb -E UTF8 -T template0" in said
+
+
+def test_a_client_encoding_in_the_environment_changes_nothing(
+    postgresql: PostgreSQL, opened: Opener, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
+    store = opened(postgresql.new_database())
+    store.write(verdicts(run, 0))
+    assert store.texts(run.run_id, ["c0"]) == {"c0": "Łódź is a city. 東京 too."}

@@ -1,0 +1,43 @@
+"""What OpenSSL says, in the spellings of its versions, in words that name the next step."""
+
+import pytest
+
+from services.broker.tls import tls_fault
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        ("[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1006)", "PLAIN"),
+        ("[SSL: RECORD_LAYER_FAILURE] record layer failure (_ssl.c:1032)", "PLAIN"),
+        (
+            "StreamLostError: (\"…SSLError(1, '[SSL: TLSV13_ALERT_CERTIFICATE_REQUIRED] tlsv13 …",
+            "wants a certificate",
+        ),
+        ("[SSL: SSLV3_ALERT_HANDSHAKE_FAILURE] sslv3 alert handshake failure", "wants a cert"),
+        ("[SSL: SSL/TLS_ALERT_HANDSHAKE_FAILURE] ssl/tls alert", "wants a cert"),
+        ("[SSL: TLSV1_ALERT_UNKNOWN_CA] tlsv1 alert unknown ca", "does not trust the authority"),
+        ("[SSL: SSLV3_ALERT_CERTIFICATE_EXPIRED] sslv3 alert", "our certificate has expired"),
+        ("[SSL: TLSV1_ALERT_PROTOCOL_VERSION] tlsv1 alert", "no version of TLS"),
+    ],
+)
+def test_a_fault_that_stays_is_told(error: str, says: str) -> None:
+    assert says in str(tls_fault(error, "h", plain="PLAIN", certificate=False))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "StreamLostError: ('Stream connection lost: ConnectionResetError(104, …)',)",
+        "SSLEOFError(8, 'EOF occurred in violation of protocol (_ssl.c:2427)')",
+        "[SSL: TLSV1_ALERT_INTERNAL_ERROR] tlsv1 alert internal error",
+    ],
+)
+def test_what_may_pass_is_no_such_fault(error: str) -> None:
+    assert tls_fault(error, "h", plain="PLAIN", certificate=False) is None
+
+
+def test_a_certificate_that_was_shown_and_refused_is_not_asked_for() -> None:
+    error = "[SSL: SSLV3_ALERT_HANDSHAKE_FAILURE] sslv3 alert handshake failure"
+    said = tls_fault(error, "h", plain="PLAIN", certificate=True)
+    assert said is not None and "refused the certificate of KEEPWARM_BROKER_CERT_FILE" in said
