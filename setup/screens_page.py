@@ -77,6 +77,7 @@ _REPORT = Report(
     status=_DONE,
     run=None,
     lines=243,
+    input={"rejected": {"no claim": 2, "no JSON": 1}, "without_evidence": {}, "unknown_labels": {}},
     verdicts={"SUPPORTS": 171, "REFUTES": 61, "NOT ENOUGH INFO": 6, "INVALID": 0},
     dead={"too-long": 2},
     redelivered_batches=0,

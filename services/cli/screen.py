@@ -1,6 +1,7 @@
 """What a person sees: tables, progress and the report, drawn by rich."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import PurePath
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:  # a machine that only submits, or only reports, has not both
     from services.collector.startups import Startups
 
 _UNBOUNDED_WIDTH = 10_000
+_MOST_LISTED = 5
 
 
 @contextmanager
@@ -163,10 +165,26 @@ def _problems(report: "Report") -> Iterator[str]:
         yield f"{status.dead:,} claims failed: {reasons}; see keepwarm dead list {status.run_id}"
     if invalid := report.verdicts.get(INVALID):
         yield f"{invalid:,} verdicts are INVALID: the model gave the labels too little probability"
+    found = report.input or {}
     if status.rejected:
-        yield f"{status.rejected:,} lines of the input were rejected"
+        yield f"{status.rejected:,} lines were rejected{_listed(found.get('rejected'))}"
+    if without := found.get("without_evidence"):
+        yield f"{sum(without.values()):,} claims had no evidence{_listed(without)}"
+    if unknown := found.get("unknown_labels"):
+        yield (
+            f"{sum(unknown.values()):,} claims are not in the scores, for the prompt does not know "
+            f"their labels{_listed(unknown)}"
+        )
     if status.cancelled and not status.complete:
         yield "the run was cancelled"
+
+
+def _listed(counts: Mapping[str, int] | None) -> str:
+    """Counts by what they count, the largest first."""
+    ordered = Counter(counts or {}).most_common()
+    listed = ", ".join(f"{what} {count:,}" for what, count in ordered[:_MOST_LISTED])
+    more = ", …" if len(ordered) > _MOST_LISTED else ""
+    return f": {listed}{more}" if listed else ""
 
 
 def _claims_line(status: "RunStatus") -> str:

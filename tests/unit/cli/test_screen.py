@@ -181,12 +181,28 @@ def test_the_report_leads_with_the_result_and_what_went_wrong(screen: Console, s
         "out",
         "problem   7 claims failed: too-long 7; see keepwarm dead list run-0123456789abcdef",
         "problem   5 verdicts are INVALID: the model gave the labels too little probability",
-        "problem   8 lines of the input were rejected",
+        "problem   8 lines were rejected",
         "speed     12.3 claims/s over 10 min 00 s",
         "model     models/small",
         "prompt    fever",
         "more: keepwarm report run-0123456789abcdef --full",
     ]
+
+
+def test_the_report_says_what_was_wrong_with_the_file(screen: Console, seen: Seen) -> None:
+    found = {
+        "rejected": {"no claim": 6, "no JSON": 2},
+        "without_evidence": {"only references": 40},
+        "unknown_labels": {"DISPUTED": 3, "mixture": 9},
+    }
+    print_report(screen, reported(input=found))
+    for line in (
+        "problem   8 lines were rejected: no claim 6, no JSON 2",
+        "problem   40 claims had no evidence: only references 40",
+        "problem   12 claims are not in the scores, for the prompt does not know their labels: "
+        "mixture 9, DISPUTED 3",
+    ):
+        assert line in seen().splitlines()
 
 
 def test_the_full_report_has_the_details_as_well(screen: Console, seen: Seen) -> None:
