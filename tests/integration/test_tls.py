@@ -36,7 +36,9 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateNode]:
         running.control(
             "eval",
             "application:set_env(rabbit, auth_mechanisms, ['PLAIN', 'EXTERNAL']), "
-            "application:set_env(rabbit, ssl_cert_login_from, common_name).",
+            "application:set_env(rabbit, ssl_cert_login_from, common_name), "
+            # Without it no certificate is taken for a login.
+            "application:set_env(rabbit, ssl_options, [{verify, verify_peer}]).",
         )
         yield running
 
