@@ -126,7 +126,8 @@ class PrivateNode:
             env=self._environment(server),
             cwd=self._directory,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             check=False,
             timeout=_START_TIMEOUT_SECONDS,
         )

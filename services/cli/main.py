@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
 import gc
 import importlib.metadata
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated
@@ -14,6 +15,8 @@ from typing import Annotated
 import typer
 
 from services.cli.imports import without
+from services.cli.streams import make_robust
+from services.cli.user import name_the_user
 from services.contracts import KeepwarmError
 from services.contracts.errors import UsageError
 
@@ -114,6 +117,14 @@ gc.freeze()  # nor is it looked at later
 gc.enable()
 
 
+def _with_home(argument: str) -> str:
+    """`--store=~/x` as a shell gives `--store ~/x`: it expands no `~` in the midst of a word."""
+    flag, equals, value = argument.partition("=")
+    if flag.startswith("--") and equals and value.startswith("~"):
+        return f"{flag}={os.path.expanduser(value)}"  # noqa: PTH111  (the rest stays as it is)
+    return argument
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         print(f"keepwarm {importlib.metadata.version('keepwarm')}")
@@ -131,6 +142,9 @@ def _options(
 
 
 def main() -> None:
+    make_robust()
+    sys.argv[1:] = [_with_home(argument) for argument in sys.argv[1:]]
+    name_the_user()
     try:
         app()
     except KeepwarmError as error:

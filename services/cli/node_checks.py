@@ -97,7 +97,8 @@ def engine(settings: Settings) -> Finding:
         done = subprocess.run(
             [str(python), "-c", _ASK_ENGINE],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             check=False,
             timeout=_IMPORT_SECONDS,
             stdin=subprocess.DEVNULL,

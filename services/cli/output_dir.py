@@ -1,12 +1,12 @@
 """The output directory of `keepwarm run`: ours while we run, checked before anything costs time."""
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from services.contracts import locks
 from services.contracts.errors import StoreError
 
 # A private node blocks publishers when its disk has less than 256 MB left.
@@ -27,13 +27,10 @@ def held_output_dir(path: Path) -> Iterator[Path]:
             f"the output directory {path} cannot be used: {error.strerror}; name another with --out"
         ) from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock)
-        raise StoreError(
-            f"another `keepwarm run` works in {path}; wait for it, or name another with --out"
-        ) from error
-    try:
+        if not locks.take(lock, path / ".lock", "--out"):
+            raise StoreError(
+                f"another `keepwarm run` works in {path}; wait for it, or name another with --out"
+            )
         free = shutil.disk_usage(path).free
         if free < _LEAST_FREE_BYTES:
             raise StoreError(

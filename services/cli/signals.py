@@ -11,8 +11,9 @@ import structlog
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Slurm's and others' early warning (`--signal=B:USR1@60`). SIGTERM comes after it in any case, and
-# is then the first of its kind.
-_WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+# is then the first of its kind. SIGHUP comes once from the kernel and once from the shell when a
+# terminal is lost, so a second one must not end anything.
+_WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 log = structlog.get_logger(__name__)
 
@@ -51,4 +52,5 @@ def on_stop_signal(stop: Callable[[int], None]) -> None:
 
     threading.Thread(target=lambda: stop(first.get()), name="signals", daemon=True).start()
     for number in (*_STOP_SIGNALS, *_WARNINGS):
-        signal.signal(number, handle)
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup(1)
+            signal.signal(number, handle)

@@ -32,6 +32,7 @@ _ENDINGS: Mapping[int, Ending] = {
     signal.SIGINT: "SIGINT",
     signal.SIGUSR1: "SIGUSR1",
     signal.SIGUSR2: "SIGUSR2",
+    signal.SIGHUP: "SIGHUP",
 }
 
 
@@ -52,8 +53,9 @@ def worker(
     that wait want most, prefers what is warm on this node, and changes its context when that pays.
 
     SIGTERM drains: what is finished is published, the rest returned, within
-    KEEPWARM_GRACE_SECONDS; the exit code is then 0. SIGUSR1, SIGUSR2 and the end of the walltime
-    (SLURM_JOB_END_TIME or KEEPWARM_WALLTIME_SECONDS) drain too. A second SIGTERM ends at once.
+    KEEPWARM_GRACE_SECONDS; the exit code is then 0. SIGUSR1, SIGUSR2, SIGHUP (a lost terminal) and
+    the end of the walltime (SLURM_JOB_END_TIME or KEEPWARM_WALLTIME_SECONDS) drain too. A second
+    SIGTERM ends at once.
     """
     settings = load_settings(broker_url=broker)
     configure_logs(settings)

@@ -75,7 +75,7 @@ def checked_url(settings: Settings) -> URL:
         if url.query or url.host:
             raise UsageError("an SQLite store is a path: sqlite:///FILE, without options")
         return url.set(drivername="sqlite")
-    if url.get_backend_name() != "postgresql":
+    if url.get_backend_name() not in ("postgresql", "postgres"):  # libpq takes both
         raise UsageError(
             f"the store must be SQLite or PostgreSQL, not {url.get_backend_name()}; see "
             "docs/settings.md"

@@ -7,7 +7,6 @@ at the next. What earlier starts wrote stays: nodes that are preempted often wou
 """
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import structlog
 from pydantic import ValidationError
 
 from services.contexts.runtime_dir import open_private_dir
+from services.contracts import locks
 from services.contracts.errors import EngineStartError
 from services.contracts.startup import StartupPhases
 from services.contracts.values import Value
@@ -61,7 +61,7 @@ class EngineCaches:
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(self._directory / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            locks.take(lock, self._directory / f"{name}.lock", "KEEPWARM_CACHE_DIR", wait=True)
             directory.mkdir(mode=0o700, exist_ok=True)
             marker = directory / _UNFINISHED
             if marker.exists():

@@ -1,13 +1,13 @@
 """Directories of our own, closed to every other user, and what is in them: sockets, logs, locks."""
 
 import contextlib
-import fcntl
 import os
 import re
 import stat
 from pathlib import Path
 from typing import IO
 
+from services.contracts import locks
 from services.contracts.errors import UsageError
 
 _TAIL_BYTES = 64 * 1024
@@ -86,19 +86,30 @@ def is_locked(path: Path) -> bool:
 
 
 def take_lock(path: Path) -> int | None:
-    """A descriptor that holds the lock, until it is closed; None while somebody else has it."""
+    """A descriptor that holds the lock, until it is closed; None while somebody else has it.
+
+    Raises UsageError where the file system has no locks.
+    """
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(lock), path.lstat()):
+            if not locks.take(lock, path, "KEEPWARM_RUNTIME_DIR"):
+                os.close(lock)
+                return None
+            if is_still_at(lock, path):
                 return lock
-        except BlockingIOError:
+        except UsageError:
             os.close(lock)
-            return None
-        except FileNotFoundError:
-            pass
+            raise
         os.close(lock)  # removed between the two steps: there is, or will be, another file
+
+
+def is_still_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is the one that others find at `path`."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
 
 
 def keeper_lock(directory: Path) -> Path:

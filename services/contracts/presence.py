@@ -24,7 +24,7 @@ def own_name() -> str:
 
 WorkerState = Literal["idle", "starting", "serving", "draining", "stopped"]
 
-Ending = Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "walltime", "failure"]
+Ending = Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "walltime", "failure"]
 """What ends a worker: a signal, its walltime, or that it cannot go on."""
 
 JOB_ID = r"^[A-Za-z0-9._+-]{1,64}$"

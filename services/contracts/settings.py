@@ -34,13 +34,10 @@ METRICS_OFF = "off"
 Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
 
 
-def _runtime_directory() -> Path:
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(base) / "keepwarm" if base else _private_tmp()
-
-
-def _private_tmp() -> Path:
-    # Short on purpose: a unix socket's path may have 107 bytes.
+def private_tmp() -> Path:
+    """A directory for temporary files of this user's. Its name is short, for a unix socket's path
+    may have 107 bytes.
+    """
     return Path(tempfile.gettempdir()) / f"keepwarm-{os.geteuid()}"
 
 
@@ -53,12 +50,34 @@ def _expanded(path: Path) -> Path:
 
 def _state_directory() -> Path:
     base = os.environ.get("XDG_STATE_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "state") / "keepwarm"
+    if base:
+        return Path(base) / "keepwarm"
+    home = _home()
+    if home is None:
+        raise UsageError(
+            "this user has no home directory to keep a store in; name one with --store or "
+            "KEEPWARM_STORE_URL"
+        )
+    return home / ".local" / "state" / "keepwarm"
 
 
 def _cache_directory() -> Path:
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "keepwarm"
+    if base:
+        return Path(base) / "keepwarm"
+    home = _home()
+    if home is None or not os.access(home, os.W_OK | os.X_OK):
+        return private_tmp() / "cache"
+    return home / ".cache" / "keepwarm"
+
+
+def _home() -> Path | None:
+    """None where neither HOME nor passwd names one, or HOME is what we put in its place."""
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return None
+    return None if home == private_tmp() else home
 
 
 class Settings(BaseSettings):
@@ -164,7 +183,8 @@ class Settings(BaseSettings):
     """How much memory engines may hold together on one device, of each GPU or of the node; all that
     is free otherwise."""
 
-    runtime_dir: Path = Field(default_factory=_runtime_directory)
+    # Not in XDG_RUNTIME_DIR: that is removed at logout, and engines outlive it.
+    runtime_dir: Path = Field(default_factory=private_tmp)
     """Sockets, records and logs of keeper and engines, for the owner alone. Short: a socket's path
     may have 107 bytes."""
     cache_dir: Path = Field(default_factory=_cache_directory)
@@ -180,6 +200,11 @@ class Settings(BaseSettings):
     """DEBUG, INFO, WARNING or ERROR."""
     log_format: Literal["console", "json"] = "console"
     """`console` for people, `json` for machines."""
+
+    @field_validator("store_url")
+    @classmethod
+    def _without_tilde(cls, url: str | None) -> str | None:
+        return str(_expanded(Path(url))) if url is not None and url.startswith("~") else url
 
     @field_validator(
         "broker_password_file",

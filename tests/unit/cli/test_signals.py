@@ -10,7 +10,7 @@ import pytest
 
 from services.cli.signals import on_stop_signal
 
-NUMBERS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
+NUMBERS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP]
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +60,21 @@ print("stopped", flush=True)
 """
 
 
+IGNORES = """
+import os, signal
+from services.cli.signals import on_stop_signal
+
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+on_stop_signal(lambda _: print("asked", flush=True))
+os.kill(os.getpid(), signal.SIGHUP)
+print("alive", flush=True)
+"""
+
+
+def test_nohup_is_respected(repository: Path) -> None:
+    assert told(IGNORES, repository) == (0, "alive\n")
+
+
 def told(code: str, repository: Path, *arguments: str) -> tuple[int, str]:
     """Exit code and words of a process that runs this code."""
     done = subprocess.run(
@@ -101,9 +116,11 @@ def test_the_second_stop_signal_ends_at_once(names: str, repository: Path) -> No
         "SIGTERM SIGUSR1",
         "SIGUSR1 SIGUSR1 SIGUSR2 SIGUSR1",
         "SIGUSR1 SIGUSR2 SIGTERM SIGUSR1",
+        "SIGHUP SIGHUP",
+        "SIGHUP SIGTERM",
     ],
 )
-def test_a_schedulers_early_warning_asks_for_the_end_once_and_forces_nothing(
+def test_an_early_warning_or_a_lost_terminal_asks_for_the_end_once_and_forces_nothing(
     names: str, repository: Path
 ) -> None:
     first = signal.Signals[names.split()[0]]

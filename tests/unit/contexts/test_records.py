@@ -117,7 +117,7 @@ def test_a_lock_that_is_removed_while_it_is_being_taken_is_taken_again(
             removed.append((tmp_path / f"{NAME}.lock").unlink())
         flock(descriptor, how)
 
-    monkeypatch.setattr("services.contexts.runtime_dir.fcntl.flock", late)
+    monkeypatch.setattr("services.contracts.locks.fcntl.flock", late)
     kept = OwnRecord(tmp_path, NAME)
     kept.write(record(context, tmp_path))
     assert removed and live_records(tmp_path) == [record(context, tmp_path)]

@@ -1,6 +1,7 @@
 import os
 import pwd
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from pydantic import ValidationError
 
 from services.contracts import Settings, load_settings
 from services.contracts.errors import UsageError
-from services.contracts.settings import check_broker_url
+from services.contracts.settings import check_broker_url, private_tmp
 
 
 def test_without_any_setting_the_defaults_hold() -> None:
@@ -194,14 +195,55 @@ def test_the_store_is_in_the_state_directory_unless_named(
     )
 
 
-def test_the_runtime_directory_is_the_users_own(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("base", ["there", "not-there"])
+def test_the_runtime_directory_is_the_users_own_and_stays_at_logout(
+    base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    assert load_settings().runtime_dir == tmp_path / "keepwarm"
-    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    (tmp_path / "there").mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / base))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    assert load_settings().runtime_dir.name == "keepwarm-12345"
+    assert load_settings().runtime_dir == tmp_path / "keepwarm-12345"
+
+
+@pytest.fixture
+def _no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the home directory of a user is who has no line in passwd, in a clean environment."""
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def nobody_of_that_name(_: int) -> None:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody_of_that_name)
+
+
+@pytest.mark.usefixtures("_no_home")
+def test_without_a_home_directory_caches_are_in_the_temporary_one() -> None:
+    settings = load_settings()
+    assert settings.cache_dir == private_tmp() / "cache"
+    with pytest.raises(UsageError, match="no home directory .* --store or KEEPWARM_STORE_URL"):
+        _ = settings.store
+
+
+def test_caches_are_in_the_temporary_directory_where_the_home_directory_is_not_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/nonexistent")
+    assert load_settings().cache_dir == private_tmp() / "cache"
+
+
+@pytest.mark.parametrize("url", ["~/x.sqlite", "~someone-else/x"])
+def test_a_stores_path_may_begin_with_a_tilde(
+    url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if url.startswith("~/"):
+        assert load_settings(store_url=url).store == str(tmp_path / "x.sqlite")
+    else:
+        with pytest.raises(UsageError, match="KEEPWARM_STORE_URL: .* no such user"):
+            load_settings(store_url=url)
 
 
 def test_settings_load_for_a_user_who_has_a_number_but_no_name(

@@ -1,0 +1,78 @@
+"""Standard streams of a person whose locale is not UTF-8, or whose terminal is lost."""
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SAYS = r"""
+import sys
+from services.cli.streams import make_robust
+make_robust()
+for stream in (sys.stdout, sys.stderr):
+    print("done \u2026 \udcff", file=stream)
+"""
+GOES_ON = """
+import os, sys
+from pathlib import Path
+from services.cli.streams import make_robust
+make_robust()
+print("ready")
+sys.stdin.readline()
+print("to nobody", flush=True)
+print("to nobody", file=sys.stderr, flush=True)
+Path(sys.argv[1]).write_text("results")
+"""
+LATIN = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "latin-1"}
+
+
+def test_pipes_get_utf_8_whatever_the_locale(repository: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SAYS],
+        env={**os.environ, **LATIN},
+        cwd=repository,
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout == done.stderr == "done \u2026 \\udcff\n".encode()
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+def test_a_terminal_gets_escapes_for_what_its_encoding_lacks(
+    encoding: str, repository: Path
+) -> None:
+    ours, its = pty.openpty()
+    done = subprocess.run(
+        [sys.executable, "-c", SAYS],
+        env={**os.environ, **LATIN, "PYTHONIOENCODING": encoding},
+        cwd=repository,
+        stdout=its,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(its)
+    shown = os.read(ours, 100)
+    os.close(ours)
+    assert done.returncode == 0, done.stderr
+    dots = "\u2026".encode() if encoding == "utf-8" else b"\\u2026"
+    assert shown == b"done " + dots + b" \\udcff\r\n"
+
+
+def test_who_writes_to_a_lost_terminal_goes_on(repository: Path, tmp_path: Path) -> None:
+    ours, its = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", GOES_ON, str(tmp_path / "out")],
+        cwd=repository,
+        stdin=subprocess.PIPE,
+        stdout=its,
+        stderr=its,
+    )
+    os.close(its)
+    assert os.read(ours, 100) == b"ready\r\n"
+    os.close(ours)
+    process.communicate(b"\n", timeout=60)
+    assert process.returncode == 0
+    assert (tmp_path / "out").read_text() == "results"

@@ -1,0 +1,46 @@
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+
+from services.cli.output_dir import held_output_dir
+from services.contexts.caches import EngineCaches
+from services.contexts.runtime_dir import take_lock
+from services.contracts import locks
+from services.contracts.errors import UsageError
+
+
+@pytest.fixture
+def _no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Lustre that is mounted without `-o flock`."""
+
+    def flock(*_: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+def test_a_lock_is_had_once(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    one, other = (os.open(path, os.O_RDWR | os.O_CREAT) for _ in range(2))
+    assert locks.take(one, path, "--out")
+    assert not locks.take(other, path, "--out")
+    os.close(one)
+    assert locks.take(other, path, "--out", wait=True)
+    os.close(other)
+
+
+@pytest.mark.usefixtures("_no_locks")
+def test_a_file_system_without_locks_is_named_with_the_setting_that_chose_it(
+    tmp_path: Path,
+) -> None:
+    says = "the file system of .* has no file locks .*; name a directory on a local disk"
+    with pytest.raises(UsageError, match=f"--out: {says}"), held_output_dir(tmp_path):
+        pass
+    with pytest.raises(UsageError, match=f"KEEPWARM_RUNTIME_DIR: {says}"):
+        take_lock(tmp_path / "keeper.lock")
+    caches = EngineCaches(tmp_path)
+    with pytest.raises(UsageError, match=f"KEEPWARM_CACHE_DIR: {says}"), caches.starting("e"):
+        pass
