@@ -57,6 +57,7 @@ def _make_ready(root: Path, release: str) -> None:
         make_root(unfinished, release)
         unfinished.rename(root)
     give_network(root)
+    (root / _CHECKOUT).mkdir(parents=True, exist_ok=True)
     if not (root / "usr/bin/make").exists():
         packages = "apt-get -qq update && apt-get -qq install --no-install-recommends make python3"
         done = _run(root, ["sh", "-c", f"{packages} >/var/log/make.log 2>&1"])
@@ -65,7 +66,6 @@ def _make_ready(root: Path, release: str) -> None:
 
 def _copy_checkout(target: Path) -> None:
     """What git knows of, or would add; what was installed there before is kept."""
-    target.mkdir(parents=True, exist_ok=True)
     for old in target.iterdir():
         if old.name not in _KEPT:
             shutil.rmtree(old) if old.is_dir() else old.unlink()

@@ -13,6 +13,7 @@ from services.broker import PrivateNode
 from services.broker.topology import quorum_arguments
 from services.contexts import pin_model
 from services.contracts import ContextSpec, topology
+from services.contracts.errors import BrokerError
 from tests.integration.conftest import (
     Command,
     commands,
@@ -55,7 +56,8 @@ def managed(environment: dict[str, str], node: PrivateNode) -> Iterator[Start]:
 def policy(node: PrivateNode) -> Iterator[Callable[[str], None]]:
     """Sets the policy `site` on all queues."""
     yield lambda definition: node.control("set_policy", "site", ".*", definition)
-    node.control("clear_policy", "site")
+    with suppress(BrokerError):  # the test was skipped before it set one
+        node.control("clear_policy", "site")
 
 
 def doctor(start: Start) -> tuple[dict[str, str], int]:
@@ -127,7 +129,7 @@ def test_who_may_not_ask_for_policies_is_told_so_by_doctor(
     assert "Policies were not looked at: stranger may not ask" in found["says"]
 
 
-# Queues that RabbitMQ 4 took over from RabbitMQ 3: their arguments have no delivery limit.
+# Queues that RabbitMQ 4 took over from RabbitMQ 3 have no delivery limit among their arguments.
 
 
 @pytest.fixture
