@@ -129,6 +129,7 @@ class ClaimsOptions:
         split: str | None,
         limit: int | None,
         seed: int | None,
+        only: frozenset[str] | None = None,
     ) -> Self:
         """Raises UsageError that names the flag."""
         if format is not None and format not in (*CONTAINERS, *FORMAT_NAMES):
@@ -152,6 +153,7 @@ class ClaimsOptions:
                 corpus=corpus,
                 limit=limit,
                 seed=seed,
+                only=only,
             ),
         )
 

@@ -46,6 +46,7 @@ from services.cli.options import (
 )
 from services.cli.output_dir import held_output_dir
 from services.cli.prepare import inspect_claims, prepared_submission
+from services.cli.repeat import FromOption, OnlyOption, claims_to_repeat
 from services.collector import (
     Store,
 )
@@ -81,6 +82,8 @@ def run(
     max_model_tokens: MaxTokensOption = 1024,
     engine_argument: EngineArgumentOption = None,
     allow_low_mass: AllowLowMassOption = False,
+    only: OnlyOption = None,
+    from_run: FromOption = None,
 ) -> None:
     """Verify a file of claims on this machine, from nothing to a report.
 
@@ -103,6 +106,7 @@ def run(
         split=split,
         limit=limit,
         seed=seed,
+        only=claims_to_repeat(settings, only, from_run),
     )
     context = partial(
         context_from_flags, settings, model, revision, dtype, max_model_tokens, engine_argument

@@ -1,0 +1,46 @@
+"""`--only invalid,dead --from RUN`: the claims of a file that an earlier run could not answer."""
+
+from typing import Annotated
+
+import typer
+
+from services.cli.found_stores import store_of_run
+from services.collector import unanswered_claims
+from services.contracts import Settings
+from services.contracts.errors import InputError, UsageError
+
+_KINDS = ("invalid", "dead")
+
+OnlyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--only",
+        help="With --from: only claims whose verdict there is INVALID (invalid), that are dead "
+        "there (dead), or both (invalid,dead). Use another prompt or model for them.",
+        show_default=False,
+    ),
+]
+FromOption = Annotated[
+    str | None,
+    typer.Option("--from", help="The run that --only refers to.", show_default=False),
+]
+
+
+def claims_to_repeat(
+    settings: Settings, only: str | None, from_run: str | None
+) -> frozenset[str] | None:
+    """The ids of the claims that the flags ask for; None where they ask for all.
+
+    Raises UsageError for flags that say nothing, StoreError when there is no such run, InputError
+    when none of its claims is such.
+    """
+    if only is None and from_run is None:
+        return None
+    kinds = [kind.strip() for kind in (only or "").split(",")]
+    if from_run is None or not set(kinds) <= set(_KINDS):
+        raise UsageError("--only and --from go together: --only invalid,dead --from RUN")
+    with store_of_run(settings, from_run) as (store, known):
+        found = unanswered_claims(store, known, kinds)
+    if not found:
+        raise InputError(f"{known.run_id} has no {' or '.join(kinds)} claims: nothing is to repeat")
+    return found
