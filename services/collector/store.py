@@ -104,9 +104,10 @@ class Store:
         self._update_gold = (
             update(outcomes)
             .where(
-                outcomes.c.run_key == bindparam("key"), outcomes.c.claim_id == bindparam("claim")
+                outcomes.c.run_key == bindparam("of_run"),
+                outcomes.c.claim_id == bindparam("of_claim"),
             )
-            .values(gold=bindparam("new"))
+            .values(gold=bindparam("new_gold"))
         )
         self._insert_startup = dialect.insert(startups).on_conflict_do_nothing()
         # Wall-clock time that cannot jump while this process lives.
@@ -207,7 +208,7 @@ class Store:
                 gold = golds[row.claim_id]
                 if row.gold == gold:
                     continue
-                changed.append({"key": key, "claim": row.claim_id, "new": gold})
+                changed.append({"of_run": key, "of_claim": row.claim_id, "new_gold": gold})
                 if key is not None and row.label is not None:
                     counts.replace_gold(key, row.label, row.gold, gold)
             if changed:

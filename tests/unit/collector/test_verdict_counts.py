@@ -152,3 +152,35 @@ def test_a_store_of_before_is_counted_once_when_it_is_opened(
     with ThreadPoolExecutor(4) as pool:
         store, *_ = pool.map(lambda _: open_store(), range(4))
     assert counts(store) == expected and len(expected) == 2
+
+
+def test_gold_labels_that_come_later_are_counted(
+    store: Store, make: SimpleNamespace, run: Run
+) -> None:
+    verdicts = [make.verdict(0, "A"), make.verdict(1, "A", gold="C"), make.verdict(2, "C")]
+    store.write(make.incoming(make.announced(), make.batch(*verdicts), make.dead(3)))
+    golds = {"c0": "A", "c1": None, "c2": "A", "c3": "B B", "unknown": "A"}
+    assert store.set_gold(run.run_id, golds) == 4
+    status = run_status(store, run.run_id)
+    assert status is not None
+    assert (status.judged, status.correct) == (2, 1)
+    assert counts(store) == anew(store)
+    assert store.set_gold(run.run_id, golds) == 0
+
+
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.lists(
+        st.dictionaries(st.integers(0, 4).map("c{}".format), st.sampled_from([None, "A", "C"])),
+        max_size=4,
+    )
+)
+def test_whatever_gold_labels_come_the_counts_are_those_of_the_outcomes(
+    changes: list[dict[str, str | None]], store: Store, make: SimpleNamespace, run: Run
+) -> None:
+    store.write(make.incoming(make.batch(*(make.verdict(n, "AC"[n % 2]) for n in range(5)))))
+    for golds in changes:
+        store.set_gold(run.run_id, golds)
+    assert counts(store) == anew(store)
