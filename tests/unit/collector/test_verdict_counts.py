@@ -159,7 +159,7 @@ def test_gold_labels_that_come_later_are_counted(
 ) -> None:
     verdicts = [make.verdict(0, "A"), make.verdict(1, "A", gold="C"), make.verdict(2, "C")]
     store.write(make.incoming(make.announced(), make.batch(*verdicts), make.dead(3)))
-    golds = {"c0": "A", "c1": None, "c2": "A", "c3": "B B", "unknown": "A"}
+    golds = {"c0": "A", "c1": None, "c2": "A", "c3": "C", "unknown": "A"}
     assert store.set_gold(run.run_id, golds) == 4
     status = run_status(store, run.run_id)
     assert status is not None
@@ -172,7 +172,7 @@ def test_gold_labels_that_come_later_are_counted(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    st.lists(
+    changes=st.lists(
         st.dictionaries(st.integers(0, 4).map("c{}".format), st.sampled_from([None, "A", "C"])),
         max_size=4,
     )
