@@ -16,8 +16,13 @@ from services.contexts.eviction import Candidate, cheapest_to_lose
 from services.contexts.memory import free_bytes, needed_bytes
 from services.contexts.plan import EnginePlan
 from services.contexts.records import State, live_records
-from services.contexts.runtime_dir import keeper_lock, open_runtime_dir, take_lock
-from services.contexts.slot import Slot
+from services.contexts.runtime_dir import (
+    is_still_at,
+    keeper_lock,
+    open_runtime_dir,
+    take_lock,
+)
+from services.contexts.slot import SOCKET_REMOVED, Slot
 from services.contexts.template_process import TEMPLATE_NAMES, Template
 from services.contracts import Settings
 from services.contracts.errors import EngineStartError, KeeperError
@@ -25,6 +30,7 @@ from services.contracts.values import content_id
 
 _GIB = 1024**3
 _LOOK_SECONDS = 0.2
+_LOCK_TRIES, _LOCK_PAUSE_SECONDS = 20, 0.05
 # Of the grace period. Workers drain in about as long; what is left is for the engines' own end.
 _DRAIN_PART = 0.6
 
@@ -62,6 +68,34 @@ class Keeper:
         for template in self._templates.values():
             template.stop()
         os.close(self._lock)
+
+    def renew_directory(self) -> None:
+        """Make a runtime directory again that was removed. Engines whose sockets were in it cannot
+        be reached any more, and are stopped; whoever uses one asks for it again.
+
+        Raises UsageError where it cannot be made, KeeperError where another keeper has it now.
+        """
+        if is_still_at(os.fstat(self._lock), keeper_lock(self.directory)):
+            return  # only a socket was removed
+        log.warning("directory.removed", directory=str(self.directory))
+        open_runtime_dir(self.directory)
+        for _ in range(_LOCK_TRIES):
+            lock = take_lock(keeper_lock(self.directory))
+            if lock is not None:
+                break
+            time.sleep(_LOCK_PAUSE_SECONDS)  # somebody looks whether there is a keeper
+        else:
+            raise KeeperError(f"{self.directory} was removed, and has another keeper now")
+        os.close(self._lock)
+        self._lock = lock
+        with self._changed:
+            slots = [slot for slot in self._slots.values() if not slot.finished]
+        for slot in slots:
+            slot.stop(SOCKET_REMOVED)
+        with self._templating:  # while its last templates end, nobody gets a new one
+            for template in self._templates.values():
+                template.stop()
+            self._templates.clear()
 
     def drain(self) -> None:
         """The node is going: start no engine any more, let workers finish with those that there

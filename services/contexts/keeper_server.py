@@ -6,6 +6,8 @@ import select
 import socket
 import threading
 import time
+from pathlib import Path
+from typing import Literal
 
 import structlog
 
@@ -13,7 +15,7 @@ from services.contexts.device import find_device
 from services.contexts.keeper import Keeper
 from services.contexts.protocol import Attach, Demand, Drain, Evict, Line, Look, Word
 from services.contexts.records import State
-from services.contexts.runtime_dir import keeper_socket
+from services.contexts.runtime_dir import is_still_at, keeper_socket
 from services.contexts.slot import Slot
 from services.contracts.errors import KeeperError, KeepwarmError
 from services.telemetry import Pulse
@@ -52,24 +54,39 @@ class KeeperServer:
         self._stop.set()
 
     def serve(self) -> None:
-        """Take connections; at the end stop every engine."""
+        """Take connections; at the end stop every engine. A runtime directory that is removed
+        meanwhile, as clean-ups of /tmp do, is made again.
+
+        Raises UsageError or KeeperError where it cannot be had again.
+        """
+        try:
+            while self._listen() == "removed":
+                self._keeper.renew_directory()
+        finally:
+            self._keeper.close()
+            log.info("keeper.stopped")
+
+    def _listen(self) -> Literal["removed", "ended"]:
+        """Until our socket is removed, or our time is over."""
         path = keeper_socket(self._keeper.directory)
         with socket.socket(socket.AF_UNIX) as listener:
             path.unlink(missing_ok=True)
             listener.bind(str(path))
             path.chmod(0o600)
+            own = path.lstat()
             listener.listen(64)
             log.info("keeper.ready", directory=str(self._keeper.directory), pid=os.getpid())
             try:
-                self._accept(listener)
+                self._accept(listener, path, own)
             finally:
-                path.unlink(missing_ok=True)
-                self._keeper.close()
-                log.info("keeper.stopped")
+                removed = not is_still_at(own, path)
+                if not removed:
+                    path.unlink()
+            return "removed" if removed else "ended"
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self, listener: socket.socket, path: Path, own: os.stat_result) -> None:
         needed = time.monotonic()
-        while not self._stop.is_set():
+        while not self._stop.is_set() and is_still_at(own, path):
             self._pulse.beat()
             if self._connections or not self._keeper.empty or self._for_ever:
                 needed = time.monotonic()

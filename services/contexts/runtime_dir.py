@@ -96,7 +96,7 @@ def take_lock(path: Path) -> int | None:
             if not locks.take(lock, path, "KEEPWARM_RUNTIME_DIR"):
                 os.close(lock)
                 return None
-            if is_still_at(lock, path):
+            if is_still_at(os.fstat(lock), path):
                 return lock
         except UsageError:
             os.close(lock)
@@ -104,10 +104,10 @@ def take_lock(path: Path) -> int | None:
         os.close(lock)  # removed between the two steps: there is, or will be, another file
 
 
-def is_still_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is the one that others find at `path`."""
+def is_still_at(status: os.stat_result, path: Path) -> bool:
+    """Whether a file is the one that others find at `path`."""
     try:
-        return os.path.samestat(os.fstat(descriptor), path.lstat())
+        return os.path.samestat(status, path.lstat())
     except FileNotFoundError:
         return False
 

@@ -23,6 +23,7 @@ from services.contracts import Settings
 from services.contracts.errors import EngineRequestError, EngineStartError, KeepwarmError
 
 _LOOK_SECONDS = 0.1
+SOCKET_REMOVED = "its socket was removed"
 
 log = structlog.get_logger(__name__)
 
@@ -277,6 +278,8 @@ class Slot:
         while not self._stop.is_set():
             if not self._engine.alive:
                 return f"it ended (exit code {self._engine.exit_code()})"
+            if not self._engine.socket.exists():
+                return self._why if self._stop.is_set() else SOCKET_REMOVED
             record = self.record
             if record.attached and record.state == "asleep":
                 self._wake()

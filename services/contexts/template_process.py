@@ -113,6 +113,7 @@ class Template:
         self.log_file = directory / f"{name}.log"
         self._grace_seconds = grace_seconds
         self.log_file.unlink(missing_ok=True)
+        self._was_ready = False
         self._started = time.monotonic()
         with open_log(self.log_file) as output:
             self._process = Leashed(
@@ -125,6 +126,9 @@ class Template:
 
     @property
     def alive(self) -> bool:
+        """Whether it runs, and its socket was not removed."""
+        if self._was_ready and not self._socket.exists():
+            return False
         return self._process.exit_code() is None
 
     def ready(self, stop: threading.Event, timeout_seconds: float) -> None:
@@ -147,6 +151,7 @@ class Template:
                 )
             if stop.wait(_POLL_SECONDS):
                 return
+        self._was_ready = True
 
     def fork(
         self,

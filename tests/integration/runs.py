@@ -14,12 +14,17 @@ from sqlalchemy import create_engine, text
 from services.collector import RunStatus, Store, run_status
 from services.contexts.records import ContextRecord, live_records
 from services.contracts import load_settings
-from tests.conftest import REPOSITORY, sample_lines
+from tests.conftest import REPOSITORY, holds, sample_lines
 from tests.integration.conftest import PATIENCE, Command, wait_until
 
 Start = Callable[..., Command]
 CLAIMS = str(REPOSITORY / "samples" / "claims.jsonl")
 SLOWLY = {"VLLM_TEST_CLAIM_SECONDS": "0.02"}
+
+
+def keepers(environment: dict[str, str]) -> list[psutil.Process]:
+    lock = Path(environment["KEEPWARM_RUNTIME_DIR"]) / "keeper.lock"
+    return [process for process in psutil.process_iter() if holds(process, lock)]
 
 
 def sqlalchemy_url(environment: dict[str, str]) -> str:

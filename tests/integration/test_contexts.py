@@ -9,9 +9,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import holds
 from tests.integration.conftest import PATIENCE, Command, wait_until
-from tests.integration.runs import CLAIMS, assert_complete, begin, end_well, submit, warm_here
+from tests.integration.runs import (
+    CLAIMS,
+    assert_complete,
+    begin,
+    end_well,
+    keepers,
+    submit,
+    warm_here,
+)
 
 Start = Callable[..., Command]
 
@@ -22,11 +29,6 @@ def the_engine(environment: dict[str, str]) -> psutil.Process:
     engine = psutil.Process(record.pid)
     assert engine.create_time() == record.pid_started
     return engine
-
-
-def keepers(environment: dict[str, str]) -> list[psutil.Process]:
-    lock = Path(environment["KEEPWARM_RUNTIME_DIR"]) / "keeper.lock"
-    return [process for process in psutil.process_iter() if holds(process, lock)]
 
 
 def the_keeper(environment: dict[str, str]) -> psutil.Process:

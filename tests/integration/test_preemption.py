@@ -51,7 +51,7 @@ def journal(environment: dict[str, str], tmp_path: Path) -> Callable[[], Counter
     return read
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP])
 def test_a_drain_publishes_what_is_answered_and_returns_only_the_rest(
     command: Start,
     environment: dict[str, str],

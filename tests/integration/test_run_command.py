@@ -1,11 +1,17 @@
 """`keepwarm run`, `submit`, `collect`, `status`, `report`, `export`: as a person calls them."""
 
+import contextlib
 import csv
+import fcntl
 import json
 import os
+import pty
+import shutil
 import signal
 import subprocess
 import sys
+import termios
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +22,7 @@ import pytest
 from services.broker import PrivateNode
 from tests.conftest import REPOSITORY, SHARED_DATA, sample_lines
 from tests.integration.conftest import PATIENCE, Command, is_worker, wait_until
-from tests.integration.runs import wait_for_the_first_of
+from tests.integration.runs import keepers, wait_for_the_first_of
 
 Start = Callable[..., Command]
 CLAIMS = str(REPOSITORY / "samples" / "claims.jsonl")
@@ -138,6 +144,58 @@ def test_a_signal_stops_a_run_that_the_same_command_completes(
     again = command(*arguments)
     assert again.wait() == 0, again.output
     assert_one_row_a_claim(out)
+
+
+def test_a_run_that_loses_its_terminal_writes_its_results(
+    environment: dict[str, str], out: Path
+) -> None:
+    arguments = ("run", CLAIMS, "--out", str(out), "--batch-size", "8")
+    ours, its = pty.openpty()
+    running = subprocess.Popen(
+        [sys.executable, "-m", "services.cli.main", *arguments],
+        env={**environment, "VLLM_TEST_CLAIM_SECONDS": "0.1", "TERM": "xterm"},
+        cwd=REPOSITORY,
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        start_new_session=True,
+        # The terminal of its session, as in a shell of sshd's.
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(its)
+    shown = threading.Thread(target=read_all, args=(ours,))
+    shown.start()
+    wait_for_the_first_of(out)
+    left = psutil.Process(running.pid).children(recursive=True)
+    os.close(ours)
+    assert running.wait(PATIENCE) == 128 + signal.SIGHUP
+    shown.join(PATIENCE)
+    assert 0 < len(rows(out / "verdicts.jsonl")) < 240
+    assert not json.loads((out / "report.json").read_text())["status"]["complete"]
+    wait_until(lambda: not any(process.is_running() for process in left), "all of it gone")
+    assert not strangers(out)
+
+
+def read_all(terminal: int) -> None:
+    with contextlib.suppress(OSError):
+        while os.read(terminal, 65536):
+            pass
+
+
+def test_a_run_whose_runtime_directory_is_removed_completes_and_leaves_nothing(
+    command: Start, out: Path, environment: dict[str, str]
+) -> None:
+    running = command(
+        *("run", CLAIMS, "--out", str(out), "--batch-size", "8"), VLLM_TEST_CLAIM_SECONDS="0.05"
+    )
+    wait_for_the_first_of(out)
+    left = running.descendants()
+    shutil.rmtree(environment["KEEPWARM_RUNTIME_DIR"])
+    assert running.wait() == 0, running.output
+    assert_one_row_a_claim(out)
+    wait_until(lambda: not any(process.is_running() for process in left), "all of it gone")
+    assert not strangers(out)
+    assert not keepers(environment)
 
 
 def test_sigkill_leaves_no_process_behind_and_the_same_command_completes(

@@ -408,6 +408,7 @@ def test_two_may_write_to_one_store(open_store: Opener, make: SimpleNamespace, r
         ("mysql://u@h/d", "must be SQLite or PostgreSQL, not mysql"),
         ("://x", "the store's URL is unusable"),
         ("postgresql://h:port/d", "the store's URL is unusable"),
+        ("postgres+psycopg://h/d", "must be SQLite or PostgreSQL"),
     ],
 )
 def test_what_can_be_no_store_is_told(url: str, says: str, open_store: Opener) -> None:

@@ -3,12 +3,14 @@
 import errno
 import gc
 import os
+import shutil
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -20,6 +22,7 @@ from services.contexts.keeper_server import KeeperServer
 from services.contexts.plan import EnginePlan
 from services.contexts.protocol import Drain, Line, Word
 from services.contexts.records import ContextRecord, State, live_records
+from services.contexts.runtime_dir import keeper_socket
 from services.contexts.slot import Slot
 from services.contexts.template_process import is_imported
 from services.contracts import ContextSpec, load_settings
@@ -33,11 +36,12 @@ GENEROUS_SECONDS = 60.0
 ALL_BYTES = 2**50
 
 
-def wait_until(met: Callable[[], object], what: str) -> None:
+def wait_until(met: Callable[[], Any], what: str) -> Any:
     deadline = time.monotonic() + GENEROUS_SECONDS
-    while not met():
+    while not (found := met()):
         assert time.monotonic() < deadline, f"never happened: {what}"
         time.sleep(0.02)
+    return found
 
 
 class Node:
@@ -808,6 +812,67 @@ def test_a_keeper_that_was_told_to_drain_ends_though_nobody_waits_for_its_answer
     line.close()
     left.set()
     wait_until(lambda: service.unready, "its end")
+
+
+@pytest.fixture
+def listening(start: Callable[..., Node]) -> Iterator[Node]:
+    """A keeper that takes connections."""
+    node = start()
+    server = KeeperServer(node.keeper, for_ever=True)
+
+    def serve() -> None:
+        while server._listen() == "removed":
+            node.keeper.renew_directory()
+
+    serving = threading.Thread(target=serve)
+    serving.start()
+    wait_until(lambda: keeper_socket(node.keeper.directory).exists(), "its socket")
+    yield node
+    server.stop()
+    serving.join(GENEROUS_SECONDS)
+
+
+def test_when_its_directory_is_removed_no_engine_stays_that_cannot_be_reached(
+    listening: Node,
+) -> None:
+    directory = listening.keeper.directory
+    engine = listening.warm("a")
+    process = process_of(engine)
+    shutil.rmtree(directory)
+    assert listening.goes(engine) == "its socket was removed"
+    wait_until(lambda: not process.is_running(), "the end of the engine's process")
+    wait_until(lambda: start_keeper.connected(directory), "an answer").close()
+    with pytest.raises(KeeperError, match="has a keeper already"):
+        Keeper(load_settings())
+    assert listening.warm("a").record.pid != process.pid
+
+
+@pytest.mark.parametrize("pattern", ["keeper.sock", "ctx-*.sock", "template-*.sock"])
+def test_a_socket_that_is_removed_is_made_again(listening: Node, pattern: str) -> None:
+    directory = listening.keeper.directory
+    engine = listening.warm("a")
+    (socket_file,) = directory.glob(pattern)
+    socket_file.unlink()
+    if pattern == "ctx-*.sock":
+        assert listening.goes(engine) == "its socket was removed"
+    if pattern == "template-*.sock":
+        engine.stop("the test wants another")
+        listening.goes(engine)
+    wait_until(lambda: start_keeper.connected(directory), "an answer").close()
+    assert listening.warm("a").record.pid is not None
+    assert len(list(directory.glob(pattern))) == 1
+
+
+def test_a_directory_that_another_keeper_has_by_now_is_left_to_it(
+    start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = start()
+    monkeypatch.setattr("services.contexts.keeper._LOCK_PAUSE_SECONDS", 0.001)
+    shutil.rmtree(node.keeper.directory)
+    other = Keeper(load_settings())
+    with pytest.raises(KeeperError, match="has another keeper now"):
+        node.keeper.renew_directory()
+    other.close()
 
 
 @pytest.fixture
