@@ -118,7 +118,7 @@ def store(settings: Settings) -> Finding:
         return _schema(shown(url), settings)
     file = Path(url.database or "")
     directory = next(parent for parent in file.absolute().parents if parent.exists())
-    if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
+    if not file.exists() and not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
         raise StoreError(
             f"{directory} cannot be written by user {os.geteuid()}, and SQLite writes files beside "
             f"{file.name}; mend its permissions, or name another store with KEEPWARM_STORE_URL"

@@ -6,9 +6,11 @@ import time
 from itertools import count
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError
+from sqlalchemy.pool import NullPool
 
 from services.contracts import Settings
 from services.contracts.backoff import growing_pause
@@ -26,6 +28,15 @@ def open_engine(settings: Settings, *, create: bool, as_it_is: bool = False) -> 
     url = checked_url(settings)
     if url.get_backend_name() == "sqlite":
         _prepare_sqlite_file(url, create=create)
+        if not create and is_read_only(url):
+            # Each transaction looks anew whether somebody writes to it.
+            path = Path(url.database or "").absolute()
+            return create_engine(
+                url,
+                creator=lambda: _connect_read_only(path),
+                poolclass=NullPool,
+                paramstyle="named",
+            )
         engine = create_engine(url, connect_args={"timeout": _BUSY_SECONDS}, paramstyle="named")
         if not as_it_is:
             event.listen(engine, "connect", _set_up_sqlite)
@@ -103,13 +114,37 @@ def _prepare_sqlite_file(url: URL, *, create: bool) -> None:
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(mode=0o600)
-        with path.open("r+b"):
+        with path.open("r+b" if create else "rb"):
             pass
     except OSError as error:
         raise StoreError(
-            f"the store {path} cannot be written by user {os.geteuid()}: {error.strerror}; mend "
-            "its permissions, or name another with --store"
+            f"the store {path} cannot be {'written' if create else 'read'} by user "
+            f"{os.geteuid()}: {error.strerror}; mend its permissions, or name another with --store"
         ) from error
+
+
+def is_read_only(url: URL) -> bool:
+    """Whether this user may read an SQLite file and not write it, or not the files beside it."""
+    if url.get_backend_name() != "sqlite":
+        return False
+    path = Path(url.database or "").absolute()
+    return not (
+        os.access(path, os.W_OK, effective_ids=True)
+        and os.access(path.parent, os.W_OK | os.X_OK, effective_ids=True)
+    )
+
+
+def _connect_read_only(path: Path) -> sqlite3.Connection:
+    # A store that nobody writes to has no log beside it. Then SQLite must be told so: else it would
+    # make files beside the store, which we may not. https://www.sqlite.org/wal.html#readonly
+    log = path.with_name(f"{path.name}-wal")
+    unchanging = "" if log.exists() and log.stat().st_size else "&immutable=1"
+    return sqlite3.connect(
+        f"file:{quote(str(path))}?mode=ro{unchanging}",
+        uri=True,
+        timeout=_BUSY_SECONDS,
+        check_same_thread=False,
+    )
 
 
 def _set_up_sqlite(connection: Any, _: Any) -> None:

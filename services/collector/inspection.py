@@ -1,5 +1,6 @@
 """What a store is like, found out without a change to it."""
 
+import sqlite3
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, false, insert, select, text, update
@@ -40,12 +41,18 @@ def inspect_store(settings: Settings) -> Inspected:
                 connection.rollback()
         except StoreError as error:
             cause = getattr(error.__cause__, "orig", None)
-            if getattr(cause, "sqlstate", None) not in _READ_ONLY:
+            if not _is_read_only(cause):
                 raise
             read_only = str(cause).splitlines()[0]
     finally:
         engine.dispose()
     return Inspected(version, read_only)
+
+
+def _is_read_only(cause: BaseException | None) -> bool:
+    if isinstance(cause, sqlite3.Error):
+        return cause.sqlite_errorcode & 0xFF == sqlite3.SQLITE_READONLY  # and its extended codes
+    return getattr(cause, "sqlstate", None) in _READ_ONLY
 
 
 def _try_to_write(connection: Connection, version: int | None) -> str | None:

@@ -23,7 +23,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
-from services.collector.database import open_engine, refuse_encoding, shown
+from services.collector.database import is_read_only, open_engine, refuse_encoding, shown
 from services.collector.schema import (
     SCHEMA_VERSION,
     deliveries,
@@ -33,7 +33,7 @@ from services.collector.schema import (
     submissions,
 )
 from services.collector.verdict_counts import Gained
-from services.collector.versions import refusal, up_to_date
+from services.collector.versions import refusal, up_to_date, version_of
 from services.contracts import (
     ClaimBatch,
     ContextReady,
@@ -125,9 +125,10 @@ class Store:
         try:
             with store.transaction() as connection:
                 refuse_encoding(connection)
-                version = up_to_date(connection)
+                reads_only = not create and is_read_only(engine.url)
+                version = version_of(connection) if reads_only else up_to_date(connection)
                 if version != SCHEMA_VERSION:
-                    raise refusal(engine.url, version)
+                    raise refusal(engine.url, version, reads_only=reads_only)
         except BaseException:
             store.close()
             raise

@@ -50,7 +50,13 @@ def one_at_a_time(connection: Connection) -> None:
     connection.exec_driver_sql(_ONE_AT_A_TIME[connection.dialect.name])
 
 
-def refusal(url: URL, version: int | None) -> StoreError:
+def refusal(url: URL, version: int | None, *, reads_only: bool = False) -> StoreError:
+    if reads_only and version in UPGRADABLE:
+        return StoreError(
+            f"the store {shown(url)} has schema version {version or 'none'} and must be brought up "
+            f"to version {SCHEMA_VERSION}, which this user may not do; ask its owner to run "
+            "`keepwarm status` on it once, or copy the file"
+        )
     return StoreError(
         f"the store {shown(url)} has schema version {version}; this Keepwarm "
         f"knows {SCHEMA_VERSION}. Use another store, or the Keepwarm that made this one"

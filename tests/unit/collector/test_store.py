@@ -1,3 +1,4 @@
+import contextlib
 import secrets
 import sqlite3
 import stat
@@ -12,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 
-from services.collector import Incoming, Store, find_run, run_status
+from services.collector import Incoming, Store, build_report, find_run, run_status
+from services.collector.database import checked_url
 from services.collector.schema import SCHEMA_VERSION, metadata, outcomes, runs
 from services.collector.schema import startups as startups_table
 from services.contracts import DeadReason, Run, StartupPhases, load_settings
@@ -408,12 +410,63 @@ def test_two_may_write_to_one_store(open_store: Opener, make: SimpleNamespace, r
         ("mysql://u@h/d", "must be SQLite or PostgreSQL, not mysql"),
         ("://x", "the store's URL is unusable"),
         ("postgresql://h:port/d", "the store's URL is unusable"),
-        ("postgres+psycopg://h/d", "must be SQLite or PostgreSQL"),
     ],
 )
 def test_what_can_be_no_store_is_told(url: str, says: str, open_store: Opener) -> None:
     with pytest.raises(UsageError, match=says):
         open_store(url)
+
+
+def test_a_postgresql_url_may_begin_as_libpq_takes_it_too() -> None:
+    ours, theirs = (
+        checked_url(load_settings(store_url=f"{scheme}://u@h/d"))
+        for scheme in ("postgresql", "postgres")
+    )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("closed", ["file", "directory"])
+@pytest.mark.parametrize("written_to", [False, True])
+def test_a_store_of_somebody_elses_can_be_read(
+    closed: str,
+    written_to: bool,
+    open_dir: Path,
+    make: SimpleNamespace,
+    run: Run,
+    unprivileged: Callable[[], AbstractContextManager[None]],
+) -> None:
+    settings = load_settings(store_url=str(open_dir / "s.sqlite"))
+    Store.open(settings).close()
+    (open_dir / "s.sqlite").chmod(0o644)
+    with contextlib.ExitStack() as writing:
+        writer = writing.enter_context(Store.open(settings))
+        writer.write(make.incoming(make.batch(make.verdict(1))))
+        if not written_to:
+            writing.close()
+        (open_dir / "s.sqlite").chmod(0o444 if closed == "file" else 0o644)
+        open_dir.chmod(0o555 if closed == "directory" else 0o777)
+        there = sorted(open_dir.iterdir())
+        with unprivileged(), Store.open(settings, create=False) as store:
+            assert counted(store, run) == (1, 0, 0)
+            assert build_report(store, find_run(store, run.run_id)).verdicts
+            with pytest.raises(StoreError, match="readonly database.* this user may write to it"):
+                store.write(make.incoming(make.batch(make.verdict(2))))
+        assert sorted(open_dir.iterdir()) == there
+        if written_to:
+            writer.write(make.incoming(make.batch(make.verdict(3))))
+
+
+def test_a_store_of_an_older_version_that_we_may_not_write_is_refused_with_the_way_out(
+    open_dir: Path, unprivileged: Callable[[], AbstractContextManager[None]]
+) -> None:
+    settings = load_settings(store_url=str(open_dir / "s.sqlite"))
+    Store.open(settings).close()
+    with closing(sqlite3.connect(open_dir / "s.sqlite")) as database, database:
+        database.execute("UPDATE keepwarm_schema SET version = 4")
+    (open_dir / "s.sqlite").chmod(0o444)
+    open_dir.chmod(0o555)
+    with unprivileged(), pytest.raises(StoreError, match="has schema version 4 .* ask its owner"):
+        Store.open(settings, create=False)
 
 
 def test_a_store_that_is_not_there_is_not_made_to_be_read(
