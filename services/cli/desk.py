@@ -40,15 +40,18 @@ class Desk:
         settings: Settings,
         database: Store,
         directory: Path,
+        place: Path,
         console: Console,
         workers: int,
         mass: MassWatch,
     ) -> None:
+        """Results go to `directory`; the private node's data are in `place`, on a local disk."""
         self._submission = submission
         self._run_id = submission.run.run_id
         self._settings = settings
         self._database = database
         self._directory = directory
+        self._place = place
         self._console = console
         self._workers = workers
         self._mass = mass
@@ -152,7 +155,7 @@ class Desk:
             for harm in policies.harms:
                 self._console.print(f"Warning: {harm}", highlight=False, markup=False)
             return self._settings, {"KEEPWARM_BROKER_URL": self._settings.broker_url}
-        directory = self._directory / ".broker"
+        directory = self._place / ".broker"
         shutil.rmtree(directory, ignore_errors=True)
         parts.callback(shutil.rmtree, directory, ignore_errors=True)
         with self._console.status("starting RabbitMQ"):

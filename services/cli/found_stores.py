@@ -7,7 +7,7 @@ from pathlib import Path
 
 from services.collector import KnownRun, Store, find_run
 from services.contracts import Settings
-from services.contracts.errors import StoreError
+from services.contracts.errors import StoreError, UsageError
 
 RESULTS = Path("results")
 """Where `keepwarm run` writes without --out, in the working directory."""
@@ -22,18 +22,26 @@ def found_stores(settings: Settings) -> list[Settings]:
     """
     if settings.store_url is not None:
         return [settings]
-    default = Path(settings.store.removeprefix("sqlite:///"))
+    default = _default_store(settings)
     in_results = sorted(
         RESULTS.glob(f"*/{STORE_FILE}"), key=lambda path: path.stat().st_mtime, reverse=True
     )
-    paths = [path for path in (default, *in_results) if path.exists()]
+    paths = [path for path in (*default, *in_results) if path.exists()]
     if not paths:
+        nowhere = f"there is no store at {default[0]}" if default else "there is no default store"
         raise StoreError(
-            f"there is no store at {default}, and no {RESULTS}/*/{STORE_FILE} in {Path.cwd()}; "
+            f"{nowhere}, and no {RESULTS}/*/{STORE_FILE} in {Path.cwd()}; "
             "name one with --store or KEEPWARM_STORE_URL (after `keepwarm run --out DIRECTORY` it "
             f"is DIRECTORY/{STORE_FILE})"
         )
     return [settings.model_copy(update={"store_url": str(path)}) for path in paths]
+
+
+def _default_store(settings: Settings) -> list[Path]:
+    try:
+        return [Path(settings.store.removeprefix("sqlite:///"))]
+    except UsageError:  # this user has no home directory
+        return []
 
 
 def readable_stores(settings: Settings) -> Iterator[Store]:

@@ -10,7 +10,7 @@ from services.contracts import locks
 from services.contracts.errors import StoreError
 
 # A private node blocks publishers when its disk has less than 256 MB left.
-_LEAST_FREE_BYTES = 512 * 1024 * 1024
+LEAST_FREE_BYTES = 512 * 1024 * 1024
 
 
 @contextmanager
@@ -32,10 +32,10 @@ def held_output_dir(path: Path) -> Iterator[Path]:
                 f"another `keepwarm run` works in {path}; wait for it, or name another with --out"
             )
         free = shutil.disk_usage(path).free
-        if free < _LEAST_FREE_BYTES:
+        if free < LEAST_FREE_BYTES:
             raise StoreError(
                 f"the disk of {path} has {free // 2**20} MiB left, and at least "
-                f"{_LEAST_FREE_BYTES // 2**20} MiB are needed; make room, or name another --out"
+                f"{LEAST_FREE_BYTES // 2**20} MiB are needed; make room, or name another --out"
             )
         yield path
     finally:

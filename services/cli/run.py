@@ -37,8 +37,10 @@ from services.cli.context_options import (
 )
 from services.cli.desk import Desk
 from services.cli.finished import update_gold
+from services.cli.found_stores import STORE_FILE
 from services.cli.garbage import expect_many_small_objects
 from services.cli.label_mass import AllowLowMassOption, MassWatch
+from services.cli.local_disk import working_dir
 from services.cli.logs import configure_logs
 from services.cli.options import (
     BrokerOption,
@@ -118,8 +120,9 @@ def run(
         stem = "stdin" if file == "-" else Path(file).stem
         directory = out or Path("results") / f"{stem}-{submission.run.run_id.removeprefix('run-')}"
         held.enter_context(held_output_dir(directory))
+        place = held.enter_context(working_dir(directory, console))
         settings = settings.model_copy(
-            update={"store_url": settings.store_url or str(directory / "keepwarm.sqlite")}
+            update={"store_url": settings.store_url or str(place / STORE_FILE)}
         )
         configure_logs(settings, held.enter_context(_log_file(directory)))
         database = Store.open(settings)
@@ -128,7 +131,7 @@ def run(
         inspect_claims(console, submission, directory / "rejected.jsonl")
         update_gold(submission, database)
         watch = MassWatch(console, allowed=allow_low_mass)
-        desk = Desk(submission, settings, database, directory, console, workers, watch)
+        desk = Desk(submission, settings, database, directory, place, console, workers, watch)
         stopped_by = desk.work()
         desk.write_results()
     if stopped_by is not None:

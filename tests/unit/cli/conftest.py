@@ -59,6 +59,13 @@ def screen() -> Console:
 
 
 @pytest.fixture
+def incoming(run: Run) -> Incoming:
+    """A run as it is announced."""
+    totals = Totals(lines=3, claims=3, repeated=0, rejected=0)
+    return Incoming([RunAnnouncement(run=run, submission_id="sub-1", totals=totals)])
+
+
+@pytest.fixture
 def stored(run: Run, tmp_path: Path) -> Path:
     """A store with a run of three claims, two of them done."""
     path = tmp_path / "store.sqlite"

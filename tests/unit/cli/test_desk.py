@@ -60,6 +60,7 @@ def desk(submission: Submission, database: Store, tmp_path: Path, screen: Consol
             load_settings(**settings),
             database,
             directory,
+            directory,
             screen,
             workers=workers,
             mass=mass or MassWatch(screen, allowed=False),

@@ -1,0 +1,90 @@
+"""Where a run keeps its store and its broker's data while it works: on a disk of this node."""
+
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from services.cli.findings import shared_file_system
+from services.cli.found_stores import STORE_FILE
+from services.cli.output_dir import LEAST_FREE_BYTES
+from services.contexts.runtime_dir import open_private_dir
+from services.contracts.errors import StoreError
+from services.contracts.settings import private_tmp
+from services.contracts.values import content_id
+
+
+@contextmanager
+def working_dir(out: Path, console: Console) -> Iterator[Path]:
+    """The output directory itself; where that is on a network file system, a directory on a local
+    disk instead, and the person is told so. RabbitMQ and SQLite need locks that such file systems
+    may not have, and SQLite's write-ahead log works on none of them.
+
+    A store that is in `out` is copied first, and what became of it is copied back at the end. One
+    that a killed run has left on the local disk is used again.
+
+    Raises StoreError when the store cannot be copied.
+    """
+    kind = shared_file_system(out)
+    if kind is None:
+        yield out
+        return
+    base = private_tmp()
+    if shared_file_system(base.parent) or _free_bytes(base.parent) < LEAST_FREE_BYTES:
+        _say(
+            console,
+            f"Warning: {out} is on {kind}, where RabbitMQ and SQLite can lose data, and "
+            f"{base.parent} has no room on a local disk. Name a local directory in TMPDIR, or with "
+            "--out.",
+        )
+        yield out
+        return
+    local = open_private_dir(base, "TMPDIR") / content_id("run", str(out.resolve()))
+    local.mkdir(mode=0o700, exist_ok=True)
+    _say(
+        console,
+        f"{out} is on {kind}: the store and RabbitMQ's data are in {local} during the run. "
+        f"The store is copied to {out / STORE_FILE} at the end.",
+    )
+    kept, used = out / STORE_FILE, local / STORE_FILE
+    try:
+        if kept.exists() and not (used.exists() and _changed(used) > _changed(kept)):
+            _copy(kept, used)
+        yield local
+    finally:
+        if used.exists():
+            _copy(used, kept)
+        shutil.rmtree(local)
+
+
+def _copy(store: Path, to: Path) -> None:
+    """Whole or not at all, its write-ahead log included."""
+    new = to.with_suffix(".new")
+    try:
+        new.unlink(missing_ok=True)
+        with closing(sqlite3.connect(store)) as source, closing(sqlite3.connect(new)) as target:
+            source.backup(target)
+        for log in ("-wal", "-shm"):
+            to.with_name(to.name + log).unlink(missing_ok=True)
+        new.replace(to)
+    except (OSError, sqlite3.Error) as error:
+        raise StoreError(
+            f"the store {store} cannot be copied to {to}: {error}; make room and run the same "
+            "command again, or name another directory with --out"
+        ) from error
+
+
+def _changed(store: Path) -> float:
+    log = store.with_name(store.name + "-wal")
+    return max(path.stat().st_mtime for path in (store, log) if path.exists())
+
+
+def _free_bytes(directory: Path) -> int:
+    return shutil.disk_usage(directory).free
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,116 @@
+"""A run whose output directory is on a network file system."""
+
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+from rich.console import Console
+
+from services.cli import local_disk
+from services.cli.found_stores import STORE_FILE
+from services.cli.local_disk import working_dir
+from services.collector import Incoming, Store, run_status
+from services.contracts import Run, load_settings
+from services.contracts.errors import StoreError
+
+
+class Partition(NamedTuple):
+    mountpoint: str
+    fstype: str
+
+
+@pytest.fixture(autouse=True)
+def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory on Lustre, and one for temporary files on a local disk."""
+    out = tmp_path / "scratch" / "out"
+    out.mkdir(parents=True)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    mounted(monkeypatch, tmp_path / "scratch")
+    return out
+
+
+def mounted(monkeypatch: pytest.MonkeyPatch, *places: Path) -> None:
+    mounts = [Partition("/", "ext4"), *(Partition(str(place), "lustre") for place in places)]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
+
+
+def said(screen: Console) -> str:
+    return screen.file.getvalue()
+
+
+def stored(place: Path) -> Store:
+    return Store.open(load_settings(store_url=str(place / STORE_FILE)))
+
+
+def test_on_a_local_disk_a_run_works_in_its_output_directory(
+    tmp_path: Path, screen: Console
+) -> None:
+    with working_dir(tmp_path, screen) as place:
+        assert place == tmp_path
+    assert said(screen) == ""
+
+
+def test_on_a_network_file_system_it_works_on_a_local_disk_and_says_so(
+    out: Path, tmp_path: Path, screen: Console, incoming: Incoming, run: Run
+) -> None:
+    with working_dir(out, screen) as place:
+        assert place.is_relative_to(tmp_path / "tmp")
+        with stored(place) as store:
+            store.write(incoming)
+        assert not (out / STORE_FILE).exists()
+    assert f"{out} is on lustre: the store and RabbitMQ's data are in {place}" in said(screen)
+    assert not place.exists()
+    with stored(out) as store:
+        assert run_status(store, run.run_id) is not None
+
+
+def test_the_same_command_goes_on_with_the_store_that_was_copied_back(
+    out: Path, screen: Console, incoming: Incoming, run: Run
+) -> None:
+    with stored(out) as store:
+        store.write(incoming)
+    for _ in range(2):
+        with working_dir(out, screen) as place, stored(place) as store:
+            assert run_status(store, run.run_id) is not None
+
+
+def test_what_a_killed_run_left_on_the_local_disk_is_used(
+    out: Path, screen: Console, incoming: Incoming, run: Run
+) -> None:
+    stored(out).close()
+    with working_dir(out, screen) as place:
+        pass
+    place.mkdir()
+    with stored(place) as store:
+        store.write(incoming)
+    with working_dir(out, screen) as again, stored(again) as store:
+        assert again == place
+        assert run_status(store, run.run_id) is not None
+
+
+@pytest.mark.parametrize("why", ["shared", "full"])
+def test_without_room_on_a_local_disk_it_works_in_place_with_a_warning(
+    why: str, out: Path, tmp_path: Path, screen: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if why == "shared":
+        mounted(monkeypatch, tmp_path)
+    else:
+        monkeypatch.setattr(local_disk, "_free_bytes", lambda _: 0)
+    with working_dir(out, screen) as place:
+        assert place == out
+    assert "Warning" in said(screen) and "Name a local directory in TMPDIR" in said(screen)
+
+
+def test_a_store_that_cannot_be_copied_back_stays_on_the_local_disk(
+    out: Path, screen: Console
+) -> None:
+    with (
+        pytest.raises(StoreError, match="cannot be copied to .*make room"),
+        working_dir(out, screen) as place,
+    ):
+        stored(place).close()
+        (out / STORE_FILE).mkdir()
+    assert (place / STORE_FILE).exists()
