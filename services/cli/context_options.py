@@ -47,6 +47,22 @@ MaxTokensOption = Annotated[
         help="The longest prompt and its answer, in tokens; longer claims become dead claims.",
     ),
 ]
+AdapterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        help="A LoRA adapter for the model: its directory, or its name on the hub.",
+        show_default=False,
+    ),
+]
+AdapterRevisionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter-revision",
+        help="The adapter's revision; the present one otherwise.",
+        show_default=False,
+    ),
+]
 EngineArgumentOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -65,11 +81,15 @@ def context_from_flags(
     dtype: DType,
     max_model_tokens: int,
     engine_arguments: list[str] | None,
+    adapter: str | None = None,
+    adapter_revision: str | None = None,
 ) -> ContextSpec:
     """The context that the flags mean, pinned to the weights that are there now.
 
     Raises ModelError when there is no such model, UsageError when a flag is out of bounds.
     """
+    if adapter_revision is not None and adapter is None:
+        raise UsageError("--adapter-revision is an adapter's; name it with --adapter")
     demo = str(DEMO_MODEL) if DEMO_MODEL.is_dir() else DEMO_MODEL_ON_HUB
     try:
         spec = ContextSpec(
@@ -78,6 +98,8 @@ def context_from_flags(
             dtype=dtype,
             max_model_tokens=max_model_tokens,
             engine_arguments=tuple(engine_arguments or ()),
+            adapter=adapter,
+            adapter_revision=adapter_revision,
         )
     except ValidationError as error:
         field = str(error.errors()[0]["loc"][0]).replace("_", "-")

@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 
 from services.cli.context_options import (
+    AdapterOption,
+    AdapterRevisionOption,
     DTypeOption,
     EngineArgumentOption,
     MaxTokensOption,
@@ -41,6 +43,8 @@ def warm(
     dtype: DTypeOption = "bfloat16",
     max_model_tokens: MaxTokensOption = 1024,
     engine_argument: EngineArgumentOption = None,
+    adapter: AdapterOption = None,
+    adapter_revision: AdapterRevisionOption = None,
 ) -> None:
     """Prepare a context on this node before any claims come.
 
@@ -49,7 +53,14 @@ def warm(
     settings = load_settings()
     configure_logs(settings)
     context = context_from_flags(
-        settings, model, revision, dtype, max_model_tokens, engine_argument
+        settings,
+        model,
+        revision,
+        dtype,
+        max_model_tokens,
+        engine_argument,
+        adapter,
+        adapter_revision,
     )
     stop = threading.Event()
     stopped_by: dict[str, int] = {}
@@ -185,6 +196,8 @@ def _shown(record: ContextRecord) -> str:
         f"  {record.state} for {_ago(record.seconds)}{memory}, {record.attached} workers now; used "
         f"{record.used} times, the last {last}",
     ]
+    if record.adapters:
+        lines.append(f"  adapters: {', '.join(record.adapters)}")
     if record.phases is not None:
         phases = record.phases.model_dump(exclude={"total"}, exclude_none=True)
         parts = ", ".join(f"{name.replace('_', ' ')} {took:.1f}" for name, took in phases.items())

@@ -28,6 +28,8 @@ from services.cli.claims_options import (
     prompt_from_flag,
 )
 from services.cli.context_options import (
+    AdapterOption,
+    AdapterRevisionOption,
     DTypeOption,
     EngineArgumentOption,
     MaxTokensOption,
@@ -83,6 +85,8 @@ def run(
     dtype: DTypeOption = "bfloat16",
     max_model_tokens: MaxTokensOption = 1024,
     engine_argument: EngineArgumentOption = None,
+    adapter: AdapterOption = None,
+    adapter_revision: AdapterRevisionOption = None,
     allow_low_mass: AllowLowMassOption = False,
     only: OnlyOption = None,
     from_run: FromOption = None,
@@ -111,7 +115,15 @@ def run(
         only=claims_to_repeat(settings, only, from_run),
     )
     context = partial(
-        context_from_flags, settings, model, revision, dtype, max_model_tokens, engine_argument
+        context_from_flags,
+        settings,
+        model,
+        revision,
+        dtype,
+        max_model_tokens,
+        engine_argument,
+        adapter,
+        adapter_revision,
     )
     with ExitStack() as held:
         submission = held.enter_context(

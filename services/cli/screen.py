@@ -155,6 +155,8 @@ def _result(report: "Report") -> Iterator[tuple[str, str]]:
             f"{speed.claims_per_second:,.1f} claims/s over {duration(speed.wall_seconds)}",
         )
     yield "model", status.model or "not known yet"
+    if report.run is not None and report.run.context.adapter is not None:
+        yield "adapter", report.run.context.adapter
     yield "prompt", status.prompt or "not known yet"
 
 

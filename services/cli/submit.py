@@ -29,6 +29,8 @@ from services.cli.claims_options import (
     prompt_from_flag,
 )
 from services.cli.context_options import (
+    AdapterOption,
+    AdapterRevisionOption,
     DTypeOption,
     EngineArgumentOption,
     MaxTokensOption,
@@ -90,6 +92,8 @@ def submit(
     dtype: DTypeOption = "bfloat16",
     max_model_tokens: MaxTokensOption = 1024,
     engine_argument: EngineArgumentOption = None,
+    adapter: AdapterOption = None,
+    adapter_revision: AdapterRevisionOption = None,
 ) -> None:
     """Publish a file of claims for workers to answer, and print the run's id.
 
@@ -114,7 +118,15 @@ def submit(
         seed=seed,
     )
     context = partial(
-        context_from_flags, settings, model, revision, dtype, max_model_tokens, engine_argument
+        context_from_flags,
+        settings,
+        model,
+        revision,
+        dtype,
+        max_model_tokens,
+        engine_argument,
+        adapter,
+        adapter_revision,
     )
     with (
         prepared_submission(

@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from services.cli.context_options import (
+    AdapterOption,
+    AdapterRevisionOption,
     DTypeOption,
     EngineArgumentOption,
     MaxTokensOption,
@@ -43,6 +45,8 @@ def worker(
     dtype: DTypeOption = "bfloat16",
     max_model_tokens: MaxTokensOption = 1024,
     engine_argument: EngineArgumentOption = None,
+    adapter: AdapterOption = None,
+    adapter_revision: AdapterRevisionOption = None,
     log_progress: Annotated[
         bool, typer.Option(hidden=True, help="Log how many claims are answered, for `run`.")
     ] = False,
@@ -60,12 +64,23 @@ def worker(
     settings = load_settings(broker_url=broker)
     configure_logs(settings)
     context = (
-        context_from_flags(settings, model, revision, dtype, max_model_tokens, engine_argument)
+        context_from_flags(
+            settings,
+            model,
+            revision,
+            dtype,
+            max_model_tokens,
+            engine_argument,
+            adapter,
+            adapter_revision,
+        )
         if model or settings.model
         else None
     )
-    if context is None and (revision or engine_argument):
-        raise UsageError("--revision and --engine-argument are a model's; name it with --model")
+    if context is None and (revision or engine_argument or adapter):
+        raise UsageError(
+            "--revision, --engine-argument and --adapter are a model's; name it with --model"
+        )
     with MetricsServer(settings) as metrics:
         service = Worker(
             context,

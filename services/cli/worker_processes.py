@@ -218,6 +218,12 @@ def worker_processes(
         *("--model", context.model, "--dtype", context.dtype),
         *("--max-model-tokens", str(context.max_model_tokens)),
         *(() if context.revision is None else ("--revision", context.revision)),
+        *(() if context.adapter is None else ("--adapter", context.adapter)),
+        *(
+            ()
+            if context.adapter_revision is None
+            else ("--adapter-revision", context.adapter_revision)
+        ),
         *(f"--engine-argument={argument}" for argument in context.engine_arguments),
     ]
     directory.mkdir(parents=True, exist_ok=True)

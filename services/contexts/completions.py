@@ -22,6 +22,8 @@ _DATA, _LAST_EVENT = b"data:", b"[DONE]"
 # What comes of an engine that is not there, or breaks off; a time-out is an OSError as well.
 _BROKEN = (OSError, http.client.HTTPException)
 _HEALTH_SECONDS = 5.0
+# What vLLM 0.32 says of an adapter that it has.
+_LOADED = "already been loaded"
 _MOST_ERROR_BYTES = 2_000
 _JSON = {"Content-Type": "application/json"}
 # An engine that is slow to tell of itself must not hold up whoever asks.
@@ -144,9 +146,20 @@ class CompletionClient:
         """Undo `sleep`. Raises EngineRequestError."""
         self._post("/wake_up")
 
-    def _post(self, path: str) -> None:
+    def load_adapter(self, name: str, directory: Path) -> None:
+        """Load a LoRA adapter, to be asked by this name; one that is loaded already stays.
+
+        Raises EngineRequestError, with what the engine says, when it does not take it.
+        """
         try:
-            with self._asked("POST", path) as response:
+            self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(directory)})
+        except EngineRefused as error:
+            if _LOADED not in str(error):
+                raise
+
+    def _post(self, path: str, body: dict[str, str] | None = None) -> None:
+        try:
+            with self._asked("POST", path, body=body) as response:
                 _raise_unless_success(response)
         except _BROKEN as error:
             raise EngineRequestError(f"the engine did not do {path}: {error!r}") from error
@@ -217,12 +230,20 @@ class CompletionClient:
 
     @contextlib.contextmanager
     def _asked(
-        self, method: str, path: str, *, seconds: float | None = None
+        self,
+        method: str,
+        path: str,
+        *,
+        seconds: float | None = None,
+        body: dict[str, str] | None = None,
     ) -> Iterator[http.client.HTTPResponse]:
-        """The response to a request without content; `seconds` is how long it may be silent."""
+        """The response to a request; `seconds` is how long it may be silent."""
         connection = _Connection(self._socket_path, seconds or self._timeout_seconds)
         with contextlib.closing(connection):
-            connection.request(method, path)
+            if body is None:
+                connection.request(method, path)
+            else:
+                connection.request(method, path, to_json(body), _JSON)
             with connection.getresponse() as response:
                 yield response
 
@@ -231,6 +252,9 @@ def _raise_unless_success(response: http.client.HTTPResponse) -> None:
     if response.status == HTTPStatus.OK:
         return
     text = response.read(_MOST_ERROR_BYTES).decode(errors="replace")[:500]
+    if response.status == HTTPStatus.NOT_FOUND:
+        # Not the prompts' fault: an engine that lost an adapter gets it back with its next start.
+        raise EngineRequestError(f"the engine does not have what was asked for: {text}")
     if HTTPStatus.BAD_REQUEST <= response.status < HTTPStatus.INTERNAL_SERVER_ERROR:
         raise EngineRefused(f"the engine refused the request: {text}")
     raise EngineRequestError(f"the engine failed (HTTP {response.status}): {text}")

@@ -121,8 +121,12 @@ class Engine:
         """Raises EngineRequestError."""
         self._client().wake()
 
+    def load_adapter(self, name: str, directory: Path) -> None:
+        """Have requests that name it answered with this adapter. Raises EngineRequestError."""
+        self._client().load_adapter(name, directory)
+
     def _client(self) -> CompletionClient:
-        return CompletionClient(self.socket, self.plan.spec.context_id, _PROBE_SECONDS)
+        return CompletionClient(self.socket, self.plan.spec.base.context_id, _PROBE_SECONDS)
 
     def memory_bytes(self) -> int | None:
         """What it holds now: of its GPU, or of the node. None when it cannot be told."""

@@ -5,8 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from services.contexts.device import Device
-from services.contexts.model_files import is_local
+from services.contexts.model_files import MAX_ADAPTER_RANK, is_local
 from services.contexts.plan import EnginePlan, is_an_engines_own
 from services.contracts.bounds import MAX_LABELS
 
@@ -23,13 +22,19 @@ _CPU_CACHE_GIB = (1, 8)
 # libgomp's own are 300,000 where there are as many threads as cores. With 1,000, an engine that has
 # its cores for itself loses an eighth of its speed to threads that fall asleep and are woken.
 _SPINS = 3_000
+# Four adapters in one step; more wait for their turn, and stay in the node's memory.
+_ADAPTER_ARGUMENTS = (
+    "--enable-lora",
+    *("--max-lora-rank", str(MAX_ADAPTER_RANK)),
+    *("--max-loras", "4", "--max-cpu-loras", "32"),
+)
 
 
 def engine_arguments(plan: EnginePlan, socket_path: Path) -> list[str]:
     """The arguments of the engine. Later ones win: ours, the context's, the operator's."""
     spec = plan.spec
     return [
-        *("--model", spec.model, "--served-model-name", spec.context_id),
+        *("--model", spec.model, "--served-model-name", spec.base.context_id),
         *(() if spec.revision is None or is_local(spec.model) else ("--revision", spec.revision)),
         *("--uds", str(socket_path)),
         *("--dtype", spec.dtype, "--max-model-len", str(spec.max_model_tokens)),
@@ -39,13 +44,15 @@ def engine_arguments(plan: EnginePlan, socket_path: Path) -> list[str]:
         *("--max-logprobs", str(2 * MAX_LABELS)),
         "--disable-uvicorn-access-log",
         *(("--trust-remote-code",) if plan.trust_remote_code else ()),
-        *_device_arguments(plan.device, spec.max_model_tokens),
+        *_device_arguments(plan),
+        *(_ADAPTER_ARGUMENTS if plan.takes_adapters else ()),
         *spec.engine_arguments,
         *plan.arguments,
     ]
 
 
-def _device_arguments(device: Device, max_model_tokens: int) -> Sequence[str]:
+def _device_arguments(plan: EnginePlan) -> Sequence[str]:
+    device, max_model_tokens = plan.device, plan.spec.max_model_tokens
     # The server as it comes computes fewer tokens a step than vLLM's offline class does, for the
     # sake of latency. Claims are offline work: on GPUs these are the offline class's figures (vLLM
     # 0.32). On processors half of them fill the machine as well, and a step there takes a second,
@@ -55,8 +62,9 @@ def _device_arguments(device: Device, max_model_tokens: int) -> Sequence[str]:
         return (
             *("--max-num-seqs", "512"),
             *("--max-num-batched-tokens", str(max(step, max_model_tokens))),
-            # So that it can be put to sleep when another context needs the GPU.
-            "--enable-sleep-mode",
+            # So that it can be put to sleep when another context needs the GPU. Whether adapters
+            # come back from there was never tested: an engine that has some ends instead.
+            *(() if plan.takes_adapters else ("--enable-sleep-mode",)),
         )
     return (
         *("--max-num-batched-tokens", str(max(2_048, max_model_tokens))),
@@ -114,6 +122,9 @@ def engine_environment(plan: EnginePlan, cache: Path) -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "TRITON_CACHE_DIR": str(cache / "triton"),
     }
+    if plan.takes_adapters:
+        # They are loaded as they are asked for. The endpoint is on a socket that is ours alone.
+        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     if is_local(plan.spec.model):
         environment["HF_HUB_OFFLINE"] = "1"
     if plan.device.kind == "cpu":

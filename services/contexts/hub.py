@@ -17,12 +17,15 @@ from services.contracts.errors import ModelError
 _WEIGHTS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
 
-def fetch_weights(spec: ContextSpec) -> None:
-    """Bring a model to this node, where it is not yet. Raises ModelError."""
+def fetch_weights(spec: ContextSpec) -> Path:
+    """Bring a model to this node, where it is not yet; where it is. Raises ModelError."""
     try:
-        snapshot_download(spec.model, revision=spec.revision, allow_patterns=[*_WEIGHTS])
+        directory = snapshot_download(
+            spec.model, revision=spec.revision, allow_patterns=[*_WEIGHTS]
+        )
     except Exception as error:  # its HTTP library's, too, which are no OSErrors
         raise _unreachable(spec.model, error) from error
+    return Path(directory)
 
 
 def small_file(spec: ContextSpec, name: str) -> Path | None:

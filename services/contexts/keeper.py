@@ -164,7 +164,8 @@ class Keeper:
                 and (
                     wanted is None
                     or slot.plan.name in wanted
-                    or slot.plan.spec.context_id in wanted
+                    or slot.plan.spec.base.context_id in wanted
+                    or not slot.contexts.isdisjoint(wanted)
                 )
             ]
         for slot in going:
@@ -180,7 +181,7 @@ class Keeper:
             self._demand = dict(claims)
             slots = list(self._slots.values())
         for slot in slots:
-            slot.hear_demand(claims.get(slot.plan.spec.context_id, 0))
+            slot.hear_demand(sum(claims.get(context_id, 0) for context_id in slot.contexts))
 
     def wait_for_change(self, seconds: float) -> None:
         with self._changed:

@@ -17,7 +17,8 @@ from services.contexts.protocol import Attach, Demand, Drain, Evict, Line, Look,
 from services.contexts.records import State
 from services.contexts.runtime_dir import is_still_at, keeper_socket
 from services.contexts.slot import Slot
-from services.contracts.errors import KeeperError, KeepwarmError
+from services.contracts import ContextSpec
+from services.contracts.errors import EngineStartError, KeeperError, KeepwarmError
 from services.telemetry import Pulse
 
 _LOOK_SECONDS = 0.05
@@ -118,7 +119,7 @@ class KeeperServer:
                 line.send(Word(gone=str(error)))
                 return
             try:
-                self._hold(line, slot, found)
+                self._hold(line, slot, found, request.plan.spec)
             finally:
                 slot.detach()
         elif isinstance(request, Demand):
@@ -137,16 +138,25 @@ class KeeperServer:
                 self.stop()  # a keeper that has drained is of no use, whoever is there to hear it
             line.send(Word())
 
-    def _hold(self, line: Line, slot: Slot, found: State | None) -> None:
+    def _hold(self, line: Line, slot: Slot, found: State | None, spec: ContextSpec) -> None:
         """Tell the worker how its engine is, until one of the two is gone. How the start went is
-        for the one whom it was for: others would tell of the same start again.
+        for the one whom it was for: others would tell of the same start again. It is warm for this
+        worker once it has the worker's adapter, if there is one.
         """
         told = None
+        loaded = spec.adapter is None
         while True:
             record = slot.record
             if slot.gone is not None:
                 line.send(Word(gone=slot.gone))
                 return
+            if not loaded and record.state == "warm":
+                try:
+                    slot.load_adapter(spec)
+                except EngineStartError as error:
+                    line.send(Word(gone=str(error)))
+                    return
+                loaded = True
             if told is None or (record.state, record.says) != (told.state, told.says):
                 told = record
                 shown = record if found is None else record.model_copy(update={"phases": None})

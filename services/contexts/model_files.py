@@ -1,13 +1,20 @@
-"""Where a model's files are, and which weights exactly are meant."""
+"""Where the files of a model and its adapter are, and which weights exactly are meant."""
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 from services.contracts import ContextSpec
-from services.contracts.errors import ModelError
+from services.contracts.errors import ModelError, UsageError
 
+_ADAPTER_CONFIG = "adapter_config.json"
 _WHOLE_FILE_BYTES = 4 * 1024 * 1024
 _SAMPLE_BYTES = 1024 * 1024
+MAX_ADAPTER_RANK = 64
+"""The largest rank of adapters that engines take as they come: adapters share an engine, whose
+buffers have this rank.
+"""
 
 
 def is_local(model: str) -> bool:
@@ -19,9 +26,27 @@ def pin_model(spec: ContextSpec) -> ContextSpec:
     """`spec` with an absolute path or a hub name, and the revision that it stands for now.
 
     A local directory is pinned by a fingerprint of its files, a hub name by its commit, so that
-    answers of a model that changed in place are never taken for the old one's.
-    Raises ModelError.
+    answers of a model that changed in place are never taken for the old one's. The same goes for
+    its adapter. Raises ModelError, and UsageError for engine arguments that would not be obeyed.
     """
+    refuse_adapter_arguments("--engine-argument", spec.engine_arguments)
+    return _pin_adapter(_pin_base(spec))
+
+
+def refuse_adapter_arguments(where: str, arguments: tuple[str, ...]) -> None:
+    """Raises UsageError for arguments that load an adapter: a request names its model, and these
+    do not change the name, so every answer would be the base model's.
+    """
+    for argument in arguments:
+        flag = argument.partition("=")[0].replace("_", "-")
+        if flag in ("--enable-lora", "--lora-modules"):
+            raise UsageError(
+                f"{where}: {flag} loads an adapter that no request would name, so that all answers "
+                "would be the base model's; use --adapter PATH or --adapter HUB_NAME instead"
+            )
+
+
+def _pin_base(spec: ContextSpec) -> ContextSpec:
     if not is_local(spec.model):
         from services.contexts import hub  # a quarter of a second, which local models need not pay
 
@@ -50,6 +75,97 @@ def pin_model(spec: ContextSpec) -> ContextSpec:
             "anew for this one"
         )
     return spec.model_copy(update={"model": str(directory), "revision": fingerprint})
+
+
+def _pin_adapter(spec: ContextSpec) -> ContextSpec:
+    if spec.adapter is None:
+        return spec
+    if is_local(spec.adapter):
+        pinned = _pin_adapter_directory(spec, spec.adapter)
+    else:
+        from services.contexts import hub
+
+        commit = hub.commit(spec.adapter, spec.adapter_revision)
+        pinned = spec.model_copy(update={"adapter_revision": commit})
+    _check_adapter(pinned)
+    return pinned
+
+
+def _pin_adapter_directory(spec: ContextSpec, adapter: str) -> ContextSpec:
+    try:
+        directory = Path(adapter).expanduser().resolve()
+    except RuntimeError as error:
+        raise ModelError(f"there is no adapter at {adapter}: {error}") from error
+    if not (directory / _ADAPTER_CONFIG).is_file():
+        raise ModelError(
+            f"there is no adapter at {directory}: it must be a directory with {_ADAPTER_CONFIG} "
+            "and adapter_model.safetensors, as PEFT saves it. A name like ORG/ADAPTER is fetched "
+            "from the hub"
+        )
+    try:
+        fingerprint = _fingerprint(directory)
+    except OSError as error:
+        raise ModelError(
+            f"the adapter at {directory} cannot be read: {error.filename}: {error.strerror}; "
+            "correct its permissions"
+        ) from error
+    if spec.adapter_revision not in (None, fingerprint):
+        raise ModelError(
+            f"the adapter at {directory} is {fingerprint}, but {spec.adapter_revision} is wanted: "
+            "its files changed, or this is another adapter. Put the right files there, or submit "
+            "the claims again for this one"
+        )
+    return spec.model_copy(update={"adapter": str(directory), "adapter_revision": fingerprint})
+
+
+def _check_adapter(spec: ContextSpec) -> None:
+    """Raises ModelError for an adapter that engines do not take: known before one is started."""
+    path = model_file(_as_model(spec), _ADAPTER_CONFIG)
+    if path is None:
+        raise ModelError(
+            f"{spec.adapter} has no {_ADAPTER_CONFIG}, so it is no adapter as PEFT saves it; is it "
+            "a whole model? Then give it with --model"
+        )
+    try:
+        config: dict[str, Any] = json.loads(path.read_bytes())
+        kind = str(config.get("peft_type", "LORA"))
+        rank = max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{_ADAPTER_CONFIG} of the adapter {spec.adapter} cannot be read: {error!r}"
+        ) from error
+    if kind != "LORA" or config.get("use_dora"):
+        raise ModelError(
+            f"the adapter {spec.adapter} is of the kind {'DoRA' if kind == 'LORA' else kind}; "
+            "engines take LoRA alone. Merge it into its model (PEFT's merge_and_unload), and give "
+            "that with --model"
+        )
+    chosen = any(
+        argument.replace("_", "-").startswith("--max-lora-rank")
+        for argument in spec.engine_arguments
+    )
+    if rank > MAX_ADAPTER_RANK and not chosen:
+        needed = 2 ** (rank - 1).bit_length()
+        raise ModelError(
+            f"the adapter {spec.adapter} has rank {rank}; engines take {MAX_ADAPTER_RANK} as they "
+            f"come. Give --engine-argument=--max-lora-rank={needed} as well"
+        )
+
+
+def _as_model(spec: ContextSpec) -> ContextSpec:
+    """The adapter as what is fetched and looked for like a model."""
+    assert spec.adapter is not None
+    return ContextSpec(model=spec.adapter, revision=spec.adapter_revision)
+
+
+def adapter_directory(spec: ContextSpec) -> Path:
+    """Where the adapter's files are on this node, fetched if need be. Raises ModelError."""
+    adapter = _as_model(spec)
+    if is_local(adapter.model):
+        return Path(adapter.model)
+    from services.contexts import hub
+
+    return hub.fetch_weights(adapter)
 
 
 def model_file(spec: ContextSpec, name: str) -> Path | None:

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from keepwarm_start import SEARCHED_LAST
 from services.contexts.device import Device, visible_gpus
+from services.contexts.model_files import refuse_adapter_arguments
 from services.contracts import ContextSpec, Settings
 from services.contracts.errors import UsageError
 from services.contracts.values import Value, content_id
@@ -54,6 +55,7 @@ class EnginePlan(Value):
             arguments = shlex.split(settings.engine_arguments)
         except ValueError as error:
             raise UsageError(f"KEEPWARM_ENGINE_ARGUMENTS does not parse: {error}") from error
+        refuse_adapter_arguments("KEEPWARM_ENGINE_ARGUMENTS", tuple(arguments))
         return cls(
             spec=spec,
             device=device,
@@ -66,11 +68,19 @@ class EnginePlan(Value):
             },
         )
 
+    @property
+    def takes_adapters(self) -> bool:
+        return self.spec.adapter is not None
+
     @cached_property
     def name(self) -> str:
         """The engine's name on its node: the context's, and a digest of all else that matters.
 
-        How much memory is free is not part of it: that changes as soon as the engine runs.
+        How much memory is free is not part of it: that changes as soon as the engine runs. Which
+        adapter it is asked for is not part of it either: adapters of one model share an engine.
         """
         rest = self.model_dump(mode="json", exclude={"spec": True, "device": {"memory_bytes"}})
-        return f"{self.spec.context_id}-{content_id('', rest, hex_digits=8).removeprefix('-')}"
+        if self.takes_adapters:
+            rest["takes_adapters"] = True
+        context_id = self.spec.base.context_id
+        return f"{context_id}-{content_id('', rest, hex_digits=8).removeprefix('-')}"

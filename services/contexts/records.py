@@ -56,6 +56,8 @@ class ContextRecord(Value):
     demand: int = 0
     """Claims that wait for it, as far as the workers here have heard."""
     phases: StartupPhases | None = None
+    adapters: tuple[str, ...] = ()
+    """The adapters that workers asked it for."""
 
     @property
     def seconds(self) -> float:

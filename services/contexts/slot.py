@@ -14,13 +14,18 @@ from services.contexts.caches import EngineCaches, PastStart
 from services.contexts.engine import Engine, start_error
 from services.contexts.eviction import Candidate
 from services.contexts.memory import needed_bytes
-from services.contexts.model_files import is_local, weights_bytes
+from services.contexts.model_files import adapter_directory, is_local, weights_bytes
 from services.contexts.plan import EnginePlan
 from services.contexts.records import ContextRecord, OwnRecord, State
 from services.contexts.silence import Silence
 from services.contexts.template_process import Template
-from services.contracts import Settings
-from services.contracts.errors import EngineRequestError, EngineStartError, KeepwarmError
+from services.contracts import ContextSpec, Settings
+from services.contracts.errors import (
+    EngineRequestError,
+    EngineStartError,
+    KeepwarmError,
+    ModelError,
+)
 
 _LOOK_SECONDS = 0.1
 SOCKET_REMOVED = "its socket was removed"
@@ -60,6 +65,9 @@ class Slot:
         self._why = "it was stopped"
         self._awake = threading.Event()
         self._lock = threading.Lock()
+        self._loading = threading.Lock()
+        self.contexts = frozenset({plan.spec.context_id})
+        """What it is asked for: its own context, or one for each of its adapters."""
         self._own: OwnRecord | None = None
         self.gone: str | None = None
         """Why the engine is no more; None while it is, or may yet be."""
@@ -69,7 +77,7 @@ class Slot:
         now = time.monotonic()
         self.record = ContextRecord(
             name=plan.name,
-            context=plan.spec,
+            context=plan.spec.base,
             device=plan.device.name,
             state="waiting",
             socket=str(self._engine.socket),
@@ -111,6 +119,25 @@ class Slot:
             if not self.record.attached and self.record.state in ("waiting", "starting"):
                 # At once, so that nobody attaches to a start that is being given up.
                 self._begin_to_stop("nobody waits for it any more")
+
+    def load_adapter(self, spec: ContextSpec) -> None:
+        """Have the adapter of this context in the engine, which is warm; nothing for one without.
+
+        Raises EngineStartError when it cannot be fetched, or does not fit the model.
+        """
+        if spec.adapter is None:
+            return
+        with self._loading:
+            try:
+                self._engine.load_adapter(spec.context_id, adapter_directory(spec))
+            except (EngineRequestError, ModelError) as error:
+                raise EngineStartError(
+                    f"the adapter {spec.adapter} cannot be used with {spec.model}: {error}"
+                ) from error
+        with self._lock:
+            self.contexts |= {spec.context_id}
+            if spec.adapter not in self.record.adapters:
+                self._note(adapters=(*self.record.adapters, spec.adapter))
 
     def hear_demand(self, claims: int) -> None:
         with self._lock:
@@ -181,7 +208,7 @@ class Slot:
         """On CUDA, where the host has memory for what moves there: the weights, or all that it
         holds where their size is not known.
         """
-        if self.plan.device.kind != "cuda":
+        if self.plan.device.kind != "cuda" or self.plan.takes_adapters:
             return False
         moves = weights_bytes(self.plan.spec) or self.record.memory_bytes or 0
         return psutil.virtual_memory().available > moves

@@ -25,6 +25,18 @@ class ContextSpec(Value):
     dtype: DType = "bfloat16"
     max_model_tokens: Annotated[int, Field(ge=16, le=10_000_000)] = 1024
     engine_arguments: Annotated[tuple[Name, ...], Field(max_length=MAX_ENGINE_ARGUMENTS)] = ()
+    # Left out where there is none: ids and messages are what they were before there were adapters.
+    adapter: Annotated[Name | None, Field(exclude_if=lambda adapter: adapter is None)] = None
+    """A LoRA adapter of the model: a directory, or a name on the hub."""
+    adapter_revision: Annotated[Name | None, Field(exclude_if=lambda pin: pin is None)] = None
+    """Pins the adapter's weights, as `revision` does the model's."""
+
+    @cached_property
+    def base(self) -> "ContextSpec":
+        """The same without an adapter: what engines that serve several adapters have in common."""
+        if self.adapter is None:
+            return self
+        return self.model_copy(update={"adapter": None, "adapter_revision": None})
 
     @cached_property
     def context_id(self) -> str:

@@ -1,6 +1,8 @@
 """The real thing: RabbitMQ, vLLM and the demo model, and real signals."""
 
+import itertools
 import json
+import math
 import os
 import signal
 import tempfile
@@ -8,7 +10,9 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from services.contexts import find_device, pin_model
 from services.contexts.attachment import Attachment, drain
@@ -141,6 +145,61 @@ def test_a_start_is_measured_phase_by_phase(engine: tuple[Attachment, ContextSpe
     assert all(seconds for seconds in measured)  # vLLM still says what we read from its log
     assert phases.fetch is None  # the model is a directory
     assert sum(seconds or 0 for seconds in measured[:-1]) <= (phases.total or 0)
+
+
+def random_adapter(directory: Path, seed: int) -> Path:
+    """A LoRA adapter of rank 8 for the demo model, as PEFT saves it."""
+    config = json.loads((DEMO_MODEL / "config.json").read_text())
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    sizes = {"q_proj": hidden, "v_proj": hidden // heads * config["num_key_value_heads"]}
+    random = np.random.default_rng(seed)
+    weights = {
+        f"base_model.model.model.layers.{layer}.self_attn.{name}.{part}.weight": (
+            0.05 * random.standard_normal(shape)
+        ).astype(np.float32)
+        for layer in range(config["num_hidden_layers"])
+        for name, size in sizes.items()
+        for part, shape in (("lora_A", (8, hidden)), ("lora_B", (size, 8)))
+    }
+    directory.mkdir()
+    save_file(weights, directory / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": list(sizes)}
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def test_adapters_share_an_engine_and_each_has_probabilities_of_its_own(
+    engine: tuple[Attachment, ContextSpec], tmp_path: Path
+) -> None:
+    running, spec = engine
+    prompt = CompiledPrompt(PromptSpec(), ModelTokenizer.load(spec))
+    prompts = prompt.encode([claim("Ice is hot.", "Ice is cold.")])
+
+    def asked(of: Attachment) -> list[float]:
+        ((_, answer),) = of.client.score(prompts, prompt.label_tokens)
+        return [math.exp(score) for score in answer.logprobs]
+
+    settings = running._settings
+    attached = []
+    try:
+        for seed in (1, 2):
+            adapter = random_adapter(tmp_path / f"adapter-{seed}", seed)
+            adapted = pin_model(spec.model_copy(update={"adapter": str(adapter)}))
+            plan = EnginePlan.of(adapted, find_device(), settings)
+            attached.append(Attachment(plan, settings))
+            assert attached[-1].start(threading.Event())
+        first, second = attached
+        assert first.plan.name == second.plan.name != running.plan.name
+        assert second.warm  # the engine was there, and the adapter takes no start
+        answers = [asked(of) for of in (running, first, second)]
+        for one, other in itertools.combinations(answers, 2):
+            assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 0.01
+        assert [asked(of) for of in (running, first, second)] == [
+            pytest.approx(answer, abs=0.01) for answer in answers
+        ]
+    finally:
+        for one in attached:
+            one.close()
 
 
 def claim(text: str, evidence: str | None = None) -> Claim:

@@ -128,6 +128,24 @@ def test_a_run_whose_labels_the_model_does_not_say_stops_and_goes_on_with_leave(
     assert len(rows(out / "verdicts.jsonl")) == 240
 
 
+def test_a_run_with_an_adapter_is_answered_by_it(command: Start, out: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
+    # The test engine's answers go by the length of the adapter's path.
+    adapter = adapter.rename(tmp_path / ("adapter" + "r" * (1 + -len(str(adapter)) % 3)))
+    (adapter / "adapter_model.safetensors").touch()
+    for name, flags in (("base", ()), ("adapted", ("--adapter", str(adapter)))):
+        running = command("run", CLAIMS, "--limit", "20", "--out", str(out / name), *flags)
+        assert running.wait() == 0, running.output
+    base, adapted = (rows(out / name / "verdicts.jsonl") for name in ("base", "adapted"))
+    assert len(base) == len(adapted) == 20
+    assert all(a["label"] != b["label"] for a, b in zip(base, adapted, strict=True))
+    context = json.loads((out / "adapted" / "report.json").read_text())["run"]["context"]
+    assert context["adapter"] == str(adapter) and context["adapter_revision"].startswith("files-")
+    assert "\nadapter " in running.output
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_a_run_that_the_same_command_completes(
     command: Start, out: Path, number: int

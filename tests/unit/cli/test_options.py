@@ -60,6 +60,20 @@ def test_what_was_mended_in_a_prompt_file_is_told_on_the_screen(
     assert "Note: the prompt file" in said and "ends in white space (' ')" in said
 
 
+def test_an_adapter_is_part_of_the_context(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(models)
+    (models / "adapter").mkdir()
+    (models / "adapter" / "adapter_config.json").write_text('{"r": 8}')
+    with_one = context("a", adapter="adapter")
+    assert with_one.adapter == str(models / "adapter")
+    assert with_one.base == context("a")
+
+
+def test_an_adapters_revision_needs_an_adapter() -> None:
+    with pytest.raises(UsageError, match="--adapter-revision is an adapter's; name it"):
+        context(adapter_revision="main")
+
+
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
     for name in ("a", "b", ".models/SmolLM2-135M-Instruct"):

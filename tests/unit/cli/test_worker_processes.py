@@ -230,13 +230,16 @@ def test_a_worker_serves_the_very_context_of_the_run(tmp_path: Path, repository:
         dtype="float32",
         max_model_tokens=77,
         engine_arguments=("--seed=1", "--x y"),
+        adapter="/adapters/a",
+        adapter_revision="files-01",
     )
     (slot,) = worker_processes([{}], context, load_settings(), tmp_path / "logs", {})
     assert list(slot._command) == [
         *(sys.executable, "-E", "-P", str(repository / "keepwarm_start.py")),
         *("services.cli.main", "worker", "--log-progress"),
         *("--model", "/models/m", "--dtype", "float32", "--max-model-tokens", "77"),
-        *("--revision", "files-00", "--engine-argument=--seed=1", "--engine-argument=--x y"),
+        *("--revision", "files-00", "--adapter", "/adapters/a", "--adapter-revision", "files-01"),
+        *("--engine-argument=--seed=1", "--engine-argument=--x y"),
     ]
 
 

@@ -319,11 +319,41 @@ def test_an_answer_to_a_prompt_that_nobody_asked_is_left_out(index: int, served:
     assert (sorted(found), error) == ([0], None)
 
 
-@pytest.mark.parametrize("status", [400, 404, 413, 422])
+@pytest.mark.parametrize("status", [400, 413, 422])
 def test_a_request_that_the_engine_will_never_take_is_refused(status: int, served: Serve) -> None:
     client = served(lambda *_: (status, [b"the prompt is too long"]))
     with pytest.raises(EngineRefused, match="refused the request: the prompt is too long"):
         list(client.score([[1]], TOKENS))
+
+
+def test_an_engine_that_lost_what_it_is_asked_for_did_not_refuse_the_prompts(
+    served: Serve,
+) -> None:
+    client = served(lambda *_: (404, [b"The model `ctx-1` does not exist."]))
+    with pytest.raises(EngineRequestError, match="does not have what was asked for") as failed:
+        list(client.score([[1]], TOKENS))
+    assert type(failed.value) is EngineRequestError
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "says"),
+    [
+        (200, b"Success: LoRA adapter 'ctx-1' added successfully.", None),
+        (400, b"The lora adapter 'ctx-1' has already been loaded.", None),
+        (400, b"Both 'lora_name' and 'lora_path' must be provided.", "must be provided"),
+        (404, b"No adapter found for /a", "No adapter found for /a"),
+        (500, b"LoRA rank 128 is greater than max_lora_rank 64.", "LoRA rank 128 is greater"),
+    ],
+)
+def test_an_adapter_is_loaded_or_the_engine_says_why_not(
+    status: int, body: bytes, says: str | None, served: Serve
+) -> None:
+    client = served(lambda *_: (status, [body]))
+    if says is None:
+        client.load_adapter("ctx-1", Path("/a"))
+    else:
+        with pytest.raises(EngineRequestError, match=says):
+            client.load_adapter("ctx-1", Path("/a"))
 
 
 @pytest.mark.parametrize("status", [500, 503, 302])

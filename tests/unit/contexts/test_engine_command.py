@@ -59,6 +59,36 @@ def test_the_engine_holds_the_context_behind_the_socket() -> None:
         assert value_of(arguments, flag) == value
 
 
+ADAPTED = SPEC.model_copy(update={"adapter": "org/adapter", "adapter_revision": "c0ffee"})
+OTHERWISE_ADAPTED = SPEC.model_copy(update={"adapter": "/adapters/b", "adapter_revision": "f-1"})
+
+
+def test_an_engine_for_adapters_takes_any_of_them_and_is_named_as_their_model() -> None:
+    assert command(ADAPTED) == command(OTHERWISE_ADAPTED)
+    arguments = command(ADAPTED)
+    assert "--enable-lora" in arguments and value_of(arguments, "--max-lora-rank") == "64"
+    assert value_of(arguments, "--served-model-name") == SPEC.context_id
+    assert environment_of(ADAPTED)["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+
+
+def test_adapters_of_one_model_share_an_engine_and_the_model_alone_has_another() -> None:
+    assert plan(ADAPTED).name == plan(OTHERWISE_ADAPTED).name != plan(SPEC).name
+    assert plan(ADAPTED).name.startswith(SPEC.context_id)
+    assert "--enable-lora" not in command(SPEC)
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in environment_of(SPEC)
+
+
+def test_an_engine_for_adapters_is_not_put_to_sleep() -> None:
+    assert "--enable-sleep-mode" in command(SPEC, GPU)
+    assert "--enable-sleep-mode" not in command(ADAPTED, GPU)
+
+
+@pytest.mark.parametrize("arguments", ["--enable-lora", "--lora-modules mine=/a"])
+def test_an_operators_adapter_is_refused_with_the_way_out(arguments: str) -> None:
+    with pytest.raises(UsageError, match="KEEPWARM_ENGINE_ARGUMENTS: .* use --adapter PATH"):
+        command(engine_arguments=arguments)
+
+
 def test_the_engine_may_run_under_another_interpreter(tmp_path: Path) -> None:
     other = tmp_path / "python"
     other.symlink_to(sys.executable)

@@ -140,6 +140,62 @@ def process_of(slot: Slot) -> psutil.Process:
 # One engine for all who want it.
 
 
+def adapter_plan(node: Node, directory: Path, name: str) -> EnginePlan:
+    adapter = directory / name
+    adapter.mkdir(exist_ok=True)
+    plan = node.plan("a")
+    spec = plan.spec.model_copy(update={"adapter": str(adapter), "adapter_revision": f"f-{name}"})
+    return plan.model_copy(update={"spec": spec})
+
+
+def lease(node: Node, plan: EnginePlan) -> tuple[Slot, Word]:
+    """What a worker that attaches with this plan hears in the end."""
+    slot, found = node.keeper.attach(plan)
+    ours, theirs = map(Line, socket.socketpair())
+    server = KeeperServer(node.keeper, for_ever=True)
+    holding = threading.Thread(target=server._hold, args=(theirs, slot, found, plan.spec))
+    holding.start()
+    word = ours.word(GENEROUS_SECONDS)
+    while word is not None and word.gone is None and word.record and word.record.state != "warm":
+        word = ours.word(GENEROUS_SECONDS)
+    ours.close()
+    holding.join(GENEROUS_SECONDS)
+    theirs.close()
+    assert word is not None
+    return slot, word
+
+
+def test_adapters_of_one_model_share_an_engine_that_is_not_the_models_own(
+    start: Callable[..., Node], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = start()
+    monkeypatch.setattr("services.contexts.keeper.free_bytes", lambda _: ALL_BYTES)
+    plans = [adapter_plan(node, tmp_path, name) for name in ("one", "other", "one")]
+    for plan in plans:
+        Path(plan.spec.adapter or "", "adapter_model.safetensors").touch()
+    slots = [lease(node, plan)[0] for plan in plans]
+    assert slots[0] is slots[1] is slots[2]
+    assert node.warm("a") is not slots[0]
+    (record,) = (r for r in node.records() if r.name == slots[0].plan.name)
+    assert record.adapters == tuple(str(tmp_path / name) for name in ("one", "other"))
+    assert record.context == node.plan("a").spec
+    assert journal(tmp_path) == ["adapter:one", "adapter:other"]  # each loaded once
+    node.keeper.hear_demand({plan.spec.context_id: 3 for plan in plans})
+    assert slots[0].record.demand == 6
+    assert node.keeper.evict((plans[1].spec.context_id,)) == (slots[0].plan.name,)
+
+
+def test_an_adapter_that_the_engine_does_not_take_is_told_and_its_engine_stays(
+    start: Callable[..., Node], tmp_path: Path
+) -> None:
+    node = start()
+    plan = adapter_plan(node, tmp_path, "empty")
+    slot, word = lease(node, plan)
+    assert f"the adapter {plan.spec.adapter} cannot be used with {plan.spec.model}" in word.gone
+    assert "No adapter found" in word.gone
+    assert slot.record.state == "warm"
+
+
 def test_a_second_keeper_of_the_same_directory_is_refused(start: Callable[..., Node]) -> None:
     node = start()
     with pytest.raises(KeeperError, match=f"a keeper already, in {node.keeper.directory}"):
@@ -734,7 +790,7 @@ def told(node: Node, slot: Slot, found: State | None) -> Word:
     """What a worker hears that came to the engine so."""
     ours, theirs = map(Line, socket.socketpair())
     server = KeeperServer(node.keeper, for_ever=True)
-    holding = threading.Thread(target=server._hold, args=(theirs, slot, found))
+    holding = threading.Thread(target=server._hold, args=(theirs, slot, found, slot.plan.spec))
     holding.start()
     word = ours.word(GENEROUS_SECONDS)
     ours.close()

@@ -11,7 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from services.contexts import hub, pin_model
 from services.contexts.model_files import is_local, model_file, weights_bytes
 from services.contracts import ContextSpec
-from services.contracts.errors import ModelError
+from services.contracts.errors import ModelError, UsageError
 
 MIB = 1024**2
 
@@ -174,6 +174,94 @@ def test_the_size_of_the_weights_is_known_where_they_are(
         (model_dir / part).write_bytes(b"x" * size)
     where[0] = str(model_dir / "config.json")
     assert weights_bytes(spec) == 7
+
+
+# Adapters.
+
+
+@pytest.fixture
+def adapter_dir(tmp_path: Path) -> Path:
+    directory = tmp_path / "adapter"
+    directory.mkdir()
+    (directory / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 16}')
+    (directory / "adapter_model.safetensors").write_bytes(b"weights")
+    return directory
+
+
+def with_adapter(model_dir: Path, adapter: Path | str, **changes: object) -> ContextSpec:
+    return ContextSpec(model=str(model_dir), adapter=str(adapter), **changes)  # type: ignore[arg-type]
+
+
+def test_an_adapter_is_pinned_like_its_model(model_dir: Path, adapter_dir: Path) -> None:
+    pinned = pin_model(with_adapter(model_dir, adapter_dir))
+    assert pinned.adapter == str(adapter_dir)
+    assert pinned.adapter_revision is not None and pinned.adapter_revision.startswith("files-")
+    assert pin_model(pinned) == pinned
+    assert pinned.base == pin_model(ContextSpec(model=str(model_dir)))
+    (adapter_dir / "adapter_model.safetensors").write_bytes(b"trained")
+    other = pin_model(with_adapter(model_dir, adapter_dir))
+    assert other.context_id != pinned.context_id
+    with pytest.raises(ModelError, match="adapter at .* but files-.* is wanted: its files changed"):
+        pin_model(pinned)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (None, r"there is no adapter at .*adapter_config\.json"),
+        ("{", "cannot be read"),
+        ("[]", "cannot be read"),
+        ('{"peft_type": "LORA"}', "cannot be read: KeyError"),
+        ('{"r": "many"}', "cannot be read: ValueError"),
+        ('{"peft_type": "IA3", "r": 8}', "of the kind IA3; engines take LoRA alone"),
+        ('{"r": 8, "use_dora": true}', "of the kind DoRA; engines take LoRA alone"),
+        ('{"r": 100}', "rank 100; .* Give --engine-argument=--max-lora-rank=128 as well"),
+        ('{"r": 8, "rank_pattern": {"q_proj": 256}}', "rank 256; .*--max-lora-rank=256 as well"),
+    ],
+)
+def test_an_adapter_that_no_engine_takes_is_told_before_one_is_started(
+    config: str | None, says: str, model_dir: Path, adapter_dir: Path
+) -> None:
+    path = adapter_dir / "adapter_config.json"
+    path.unlink() if config is None else path.write_text(config)
+    with pytest.raises(ModelError, match=says):
+        pin_model(with_adapter(model_dir, adapter_dir))
+
+
+def test_an_adapter_of_a_large_rank_is_taken_with_the_argument_for_it(
+    model_dir: Path, adapter_dir: Path
+) -> None:
+    (adapter_dir / "adapter_config.json").write_text('{"r": 128}')
+    argument = ("--max-lora-rank=128",)
+    assert pin_model(with_adapter(model_dir, adapter_dir, engine_arguments=argument))
+
+
+def test_a_hub_adapter_is_pinned_by_its_commit(
+    model_dir: Path, adapter_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "commit", lambda name, _: f"commit-of-{name}")
+    monkeypatch.setattr(hub, "small_file", lambda _, name: adapter_dir / name)
+    pinned = pin_model(with_adapter(model_dir, "org/adapter"))
+    assert (pinned.adapter, pinned.adapter_revision) == ("org/adapter", "commit-of-org/adapter")
+    monkeypatch.setattr(hub, "small_file", lambda *_: None)
+    with pytest.raises(ModelError, match=r"org/adapter has no adapter_config\.json"):
+        pin_model(with_adapter(model_dir, "org/adapter"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--enable-lora",),
+        ("--seed=1", "--lora-modules=mine=/adapters/mine"),
+        ("--lora-modules", "mine=/adapters/mine"),
+        ("--lora_modules=mine=/a",),
+    ],
+)
+def test_an_adapter_among_the_engines_arguments_is_refused_with_the_way_out(
+    arguments: tuple[str, ...], model_dir: Path
+) -> None:
+    with pytest.raises(UsageError, match="all answers would be the base model's; use --adapter"):
+        pin_model(ContextSpec(model=str(model_dir), engine_arguments=arguments))
 
 
 # The hub, which is not there.

@@ -16,11 +16,25 @@ OTHERWISE = {
     "dtype": "float32",
     "max_model_tokens": 1024,
     "engine_arguments": ("--quantization=int8",),
+    "adapter": "org/adapter",
+    "adapter_revision": "c0ffee",
 }
 
 
 def test_a_context_id_is_what_it_was_when_the_first_queue_was_declared() -> None:
     assert SPEC.context_id == "ctx-34964f0b28b1c452"
+
+
+def test_a_context_without_an_adapter_is_written_as_it_was_before_there_were_any() -> None:
+    assert not {"adapter", "adapter_revision"} & SPEC.model_dump(mode="json").keys()
+    assert "adapter" not in SPEC.model_dump_json()
+
+
+def test_the_base_of_a_context_is_the_same_without_its_adapter() -> None:
+    adapted = SPEC.model_copy(update={"adapter": "org/adapter", "adapter_revision": "c0ffee"})
+    assert adapted.base == SPEC and adapted.base.context_id == SPEC.context_id
+    assert SPEC.base is SPEC
+    assert ContextSpec.model_validate_json(adapted.model_dump_json()) == adapted
 
 
 def test_every_field_of_a_context_is_part_of_its_identity() -> None:

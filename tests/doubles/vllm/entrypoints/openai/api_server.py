@@ -2,8 +2,9 @@
 it in vLLM's place, so that the worker's own code starts it unchanged.
 
 It speaks as much of the protocol as a worker needs: `/health`, `/metrics`, `/sleep`, `/wake_up`,
-and `/v1/completions` with token ids and `logprob_token_ids`, as a stream. A prompt's answer depends
-on its token ids alone. `VLLM_TEST_…` variables make it slow or faulty.
+`/v1/load_lora_adapter`, and `/v1/completions` with token ids and `logprob_token_ids`, as a stream.
+A prompt's answer depends on its token ids and the adapter alone. `VLLM_TEST_…` variables make it
+slow or faulty.
 """
 
 import argparse
@@ -32,6 +33,8 @@ the engine was put to sleep or woken."""
 LONG_TOKENS = 200
 answered = {"tokens": 0}
 PROBE_TOKENS = 3
+adapters: dict[str, str] = {}
+"""The directory of each adapter that was loaded, by the name that it is asked by."""
 
 
 def is_long(prompt: list[int]) -> bool:
@@ -40,7 +43,8 @@ def is_long(prompt: list[int]) -> bool:
 
 def choice(request: dict, index: int) -> dict:
     tokens, prompt = request["logprob_token_ids"], request["prompt"][index]
-    chosen = sum(prompt) % len(tokens)
+    # An adapter answers otherwise than its model.
+    chosen = (sum(prompt) + len(adapters.get(request["model"], ""))) % len(tokens)
     scores = {
         f"token_id:{token}": (-0.25 if position == chosen else -3.0 - position)
         for position, token in enumerate(tokens)
@@ -80,6 +84,27 @@ def note_sleep(head: str) -> None:
     if JOURNAL and head.startswith(("POST /sleep", "POST /wake_up")):
         with Path(JOURNAL).open("a") as file:
             file.write(f"{head.split()[1]}\n")
+
+
+def load_adapter(arguments: argparse.Namespace, request: dict) -> tuple[str, str]:
+    """The status and the text of the answer, in vLLM's words."""
+    name, path = request["lora_name"], request["lora_path"]
+    if not arguments.enable_lora:
+        return "404 Not Found", '{"detail":"Not Found"}'
+    if name in adapters:
+        return "400 Bad Request", f"The lora adapter '{name}' has already been loaded."
+    if not (Path(path) / "adapter_model.safetensors").is_file():
+        return "404 Not Found", f"Loading lora {name} failed: No adapter found for {path}"
+    adapters[name] = path
+    if JOURNAL:
+        with Path(JOURNAL).open("a") as file:
+            file.write(f"adapter:{Path(path).name}\n")
+    return "200 OK", f"Success: LoRA adapter '{name}' added successfully."
+
+
+def answer_shortly(writer: asyncio.StreamWriter, status: str, text: str) -> None:
+    head = f"HTTP/1.1 {status}\r\nContent-Length: {len(text.encode())}\r\n\r\n"
+    writer.write(head.encode() + text.encode())
 
 
 def metrics(arguments: argparse.Namespace) -> bytes:
@@ -128,6 +153,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--uds", required=True)
     parser.add_argument("--served-model-name", default="")
+    parser.add_argument("--enable-lora", action="store_true")
     arguments, _ = parser.parse_known_args()
     print("the test engine is starting", flush=True)
     if FAULT == "no-start":
@@ -151,7 +177,15 @@ async def main() -> None:
                 body = await reader.readexactly(length)
                 request = from_json(body) if body else {"prompt": []}
                 note_sleep(head)
-                if FAULT == "refuse-long" and any(map(is_long, request["prompt"])):
+                if head.startswith("POST /v1/load_lora_adapter"):
+                    answer_shortly(writer, *load_adapter(arguments, request))
+                elif request.get("model", arguments.served_model_name) not in (
+                    arguments.served_model_name,
+                    *adapters,
+                ):
+                    text = f"The model `{request['model']}` does not exist."
+                    answer_shortly(writer, "404 Not Found", text)
+                elif FAULT == "refuse-long" and any(map(is_long, request["prompt"])):
                     content = b'{"error": {"message": "a prompt is too long"}}'
                     status = f"400 Bad Request\r\nContent-Length: {len(content)}"
                     writer.write(f"HTTP/1.1 {status}\r\n\r\n".encode() + content)
