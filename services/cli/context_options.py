@@ -5,11 +5,12 @@ from typing import Annotated
 
 import typer
 from pydantic import ValidationError
+from rich.console import Console
 
 from services.contexts import pin_model
 from services.contracts import ContextSpec, Settings
 from services.contracts.contexts import DType
-from services.contracts.errors import UsageError
+from services.contracts.errors import ModelError, UsageError
 from services.contracts.wire import first_fault
 
 DEMO_MODEL = Path(".models/SmolLM2-135M-Instruct")
@@ -106,4 +107,21 @@ def context_from_flags(
         flag = "engine-argument" if field == "engine-arguments" else field
         what = first_fault(error).partition(": ")[2]
         raise UsageError(f"--{flag}: {what}; see `keepwarm worker --help`") from error
-    return pin_model(spec)
+    if spec.model != DEMO_MODEL_ON_HUB or model or settings.model:
+        return pin_model(spec)
+    # Outside a clone: nobody chose this model, and it is too small for real work.
+    default = (
+        f"no --model or KEEPWARM_MODEL is given, so the default is used, the demo model "
+        f"{DEMO_MODEL_ON_HUB}"
+    )
+    try:
+        pinned = pin_model(spec)
+    except ModelError as error:
+        raise ModelError(f"{default}: {error}") from error
+    Console(stderr=True).print(
+        f"Note: {default}; name your own for real work.",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    return pinned

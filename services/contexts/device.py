@@ -13,6 +13,11 @@ import pynvml
 
 from services.contracts.errors import EngineStartError
 
+# Without a library or a loaded driver there is no GPU to be used; whatever else NVML says, there is
+# a driver, and it does not work.
+_NO_DRIVER = (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
+_MISMATCH = pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH
+
 
 @dataclass(frozen=True)
 class Device:
@@ -31,7 +36,8 @@ class Device:
 def find_device() -> Device:
     """The first visible NVIDIA GPU, or else the processors.
 
-    Raises EngineStartError when CUDA_VISIBLE_DEVICES names a GPU that is not there.
+    Raises EngineStartError when CUDA_VISIBLE_DEVICES names a GPU that is not there, and when there
+    is a driver that does not answer.
     """
     cores = tuple(sorted(os.sched_getaffinity(0)))
     gpus = visible_gpus()
@@ -44,6 +50,7 @@ def visible_gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: indexes or UUIDs.
 
     UUIDs are whole ones. HTCondor gives their beginnings, which CUDA takes, but not NVML and vLLM.
+    Raises EngineStartError when none is named and there is a driver that does not answer.
     """
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
@@ -54,8 +61,10 @@ def visible_gpus() -> list[str]:
     try:
         with nvml():
             return [str(index) for index in range(pynvml.nvmlDeviceGetCount())]
-    except pynvml.NVMLError:
-        return []  # no driver: no GPU
+    except pynvml.NVMLError as error:
+        if error.value in _NO_DRIVER:
+            return []
+        raise EngineStartError(_broken_driver(error)) from error
 
 
 def _uuids() -> list[str]:
@@ -129,7 +138,22 @@ def gpu_handle(visible: str) -> Iterator[Any]:
         raise EngineStartError(_no_gpu(visible, error)) from error
 
 
+def _broken_driver(error: pynvml.NVMLError) -> str:
+    remedy = "see what `nvidia-smi` says, and restart the node or ask its administrator"
+    if error.value == _MISMATCH:
+        remedy = (
+            "it was updated while the old one was in use: restart the node, or unload and load the "
+            "nvidia kernel modules; in a container, restart the container"
+        )
+    return (
+        f"the NVIDIA driver is there and does not answer ({error}): {remedy}. To use the "
+        "processors instead, set CUDA_VISIBLE_DEVICES to nothing"
+    )
+
+
 def _no_gpu(visible: str, error: pynvml.NVMLError) -> str:
+    if error.value == _MISMATCH:
+        return _broken_driver(error)
     return (
         f"there is no GPU {visible!r} here ({error}); correct CUDA_VISIBLE_DEVICES, or set it to "
         "nothing to use the processors"

@@ -1,6 +1,5 @@
 """The life of one engine: forked, waited for with its log at hand, put to sleep, stopped whole."""
 
-import os
 import re
 import threading
 import time
@@ -14,6 +13,7 @@ import structlog
 from services.contexts.completions import CompletionClient
 from services.contexts.device import nvml
 from services.contexts.engine_command import cores_of, engine_arguments, engine_environment
+from services.contexts.engine_log import Ending, explanation, oom_kills
 from services.contexts.plan import EnginePlan
 from services.contexts.runtime_dir import log_tail, quoted_tail, socket_path
 from services.contexts.template_process import EngineProcess, Template
@@ -39,6 +39,9 @@ class Engine:
         self.socket = socket_path(directory, plan.name)
         self.log_file = directory / f"{plan.name}.log"
         self._process: EngineProcess | None = None
+        self._oom_kills = 0
+        self.failed: Ending | None = None
+        """How it was when its start failed."""
         self._stopping = threading.Lock()
 
     @property
@@ -71,6 +74,7 @@ class Engine:
         self.socket.unlink(missing_ok=True)  # of one that was killed
         if stop.is_set():
             return None
+        self._oom_kills = oom_kills()
         self._process = template.fork(
             self.plan.name,
             engine_arguments(self.plan, self.socket),
@@ -143,6 +147,10 @@ class Engine:
         process = self._process
         return None if process is None else process.exit_code()
 
+    def ending(self) -> Ending:
+        """How it ended, if it did."""
+        return Ending(self.exit_code(), oom_kills() > self._oom_kills)
+
     def _probe(self, client: CompletionClient) -> None:
         """Ask something small: the engine must score the very tokens that it is asked to."""
         try:
@@ -155,8 +163,9 @@ class Engine:
             )
 
     def _failed(self, what: str) -> EngineStartError:
-        code = self.exit_code()
+        self.failed = self.ending()
         self.stop()
+        code = self.failed.exit_code
         return EngineStartError(what if code is None else f"{what} (exit code {code})")
 
     def _phases(self, imports: float, first_token: float, total: float) -> StartupPhases:
@@ -173,13 +182,18 @@ class Engine:
         )
 
 
-def start_error(plan: EnginePlan, log_file: str | os.PathLike[str], what: str) -> EngineStartError:
-    """What to tell a person when an engine cannot be used, with the end of its log."""
-    return EngineStartError(
-        f"no engine for {plan.spec.model} on {plan.device.name}: {what}. "
-        f"The last lines of its log, {log_file}:\n{quoted_tail(Path(log_file))}\n"
-        "A smaller --max-model-tokens, or other KEEPWARM_ENGINE_ARGUMENTS, may help"
-    )
+def start_error(
+    plan: EnginePlan, log_file: Path, what: str, ending: Ending | None = None
+) -> EngineStartError:
+    """What to tell a person when an engine cannot be used: the cause and the next step, where they
+    are known, and the end of its log.
+    """
+    sentences = [f"no engine for {plan.spec.model} on {plan.device.name}: {what.rstrip('.')}."]
+    sentences += filter(None, [explanation(log_file, ending or Ending(), plan.device.name)])
+    tail = quoted_tail(log_file)
+    if tail:
+        sentences.append(f"The last lines of its log, {log_file}:\n{tail}")
+    return EngineStartError(" ".join(sentences))
 
 
 def _seconds(pattern: re.Pattern[str], text: str) -> float | None:

@@ -1,13 +1,23 @@
 """Models on the hub: which commit is meant, their small files, and their weights."""
 
+import errno
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import (
+    HfApi,
+    constants,
+    hf_hub_download,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 
 from services.contracts import ContextSpec
@@ -74,8 +84,52 @@ def cached(model: str, revision: str | None) -> Path | None:
 
 
 def _unreachable(model: str, error: Exception) -> ModelError:
-    summary = str(error).strip().partition("\n")[0] or type(error).__name__
+    """What went wrong, and the next step, which differs by what it was."""
+    summary = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
     return ModelError(
-        f"cannot get the model {model!r} from the hub: {summary}. Check the name and the network, "
-        "log in for a gated model (HF_TOKEN), or give a directory with --model PATH"
+        f"cannot get the model {model!r} from the hub: {summary}. {_next_step(model, error)}"
     )
+
+
+def _next_step(model: str, error: Exception) -> str:
+    disk = _disk_error(error)
+    if disk is not None:
+        what = "The disk quota is used up" if disk == errno.EDQUOT else "The disk is full"
+        return (
+            f"{what} in {constants.HF_HUB_CACHE}: make room there, or set HF_HOME to a directory "
+            "on a larger disk"
+        )
+    if isinstance(error, GatedRepoError):
+        return (
+            f"It is a gated model: accept its terms at {constants.ENDPOINT}/{model}, and set "
+            "HF_TOKEN to a token of your account"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return "It has no such revision: correct --revision"
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            "The hub has no such model, or it is private: check the name, set HF_TOKEN for a "
+            "private one, or give a directory with --model PATH"
+        )
+    if isinstance(error, HfHubHTTPError):
+        if error.response.status_code in (401, 403):
+            return "The hub refuses the token: correct HF_TOKEN, or unset it for a public model"
+        return "The hub failed to answer: try again later, or give a directory with --model PATH"
+    if constants.HF_HUB_OFFLINE:
+        return (
+            "HF_HUB_OFFLINE is set, and the model is not in the cache "
+            f"({constants.HF_HUB_CACHE}): fetch it on a machine with a network, or unset it"
+        )
+    return (
+        f"Does this machine reach {constants.ENDPOINT}? Behind a proxy set HTTPS_PROXY; without a "
+        "network fetch the model elsewhere, and give its directory with --model PATH"
+    )
+
+
+def _disk_error(error: BaseException | None) -> int | None:
+    """ENOSPC or EDQUOT, where one of them is what an error came from."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return error.errno
+        error = error.__cause__ or error.__context__
+    return None

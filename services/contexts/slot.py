@@ -12,6 +12,7 @@ import structlog
 
 from services.contexts.caches import EngineCaches, PastStart
 from services.contexts.engine import Engine, start_error
+from services.contexts.engine_log import explanation
 from services.contexts.eviction import Candidate
 from services.contexts.memory import needed_bytes
 from services.contexts.model_files import adapter_directory, is_local, weights_bytes
@@ -224,7 +225,8 @@ class Slot:
         except _BrokenOff:
             why = self._why
         except EngineStartError as error:
-            why = str(start_error(self.plan, self._engine.log_file, str(error)))
+            engine = self._engine
+            why = str(start_error(self.plan, engine.log_file, str(error), engine.failed))
             log.error("context.failed", context=self.plan.name, reason=str(error))
         except (KeepwarmError, OSError, psutil.Error) as error:
             why = str(error)
@@ -241,6 +243,8 @@ class Slot:
                 log.info("context.gone", context=self.plan.name, why=why.partition("\n")[0])
 
     def _start(self) -> None:
+        # What an earlier engine of this name has left there explains nothing of this start.
+        self._engine.log_file.unlink(missing_ok=True)
         with self._room(), self._house.caches.starting(self.plan.name) as cache:
             self._note_state("starting")
             log.info("context.starting", context=self.plan.name, log=str(self._engine.log_file))
@@ -304,7 +308,7 @@ class Slot:
         silence = Silence(self._engine.answers)
         while not self._stop.is_set():
             if not self._engine.alive:
-                return f"it ended (exit code {self._engine.exit_code()})"
+                return self._how_it_ended()
             if not self._engine.socket.exists():
                 return self._why if self._stop.is_set() else SOCKET_REMOVED
             record = self.record
@@ -320,6 +324,11 @@ class Slot:
             self._awake.wait(_LOOK_SECONDS)
             self._awake.clear()
         return self._why
+
+    def _how_it_ended(self) -> str:
+        ending = self._engine.ending()
+        said = explanation(self._engine.log_file, ending, self.plan.device.name)
+        return f"it ended (exit code {ending.exit_code})" + (f". {said}" if said else "")
 
     def _stop_unused(self, why: str) -> None:
         with self._lock:

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 from services.contexts import template
+from services.contexts.engine_log import Ending, explanation
 from services.contexts.lines import Lines
 from services.contexts.runtime_dir import open_log, quoted_tail, socket_path
 from services.contracts.errors import EngineStartError
@@ -139,10 +140,11 @@ class Template:
         deadline = self._started + timeout_seconds
         while not self._socket.exists():
             if not self.alive:
+                code = self._process.exit_code()
+                why = explanation(self.log_file, Ending(code), "this node")
                 raise EngineStartError(
-                    f"{self._module} cannot be imported (exit code "
-                    f"{self._process.exit_code()}); is vLLM installed for "
-                    f"KEEPWARM_ENGINE_PYTHON? {self.said()}"
+                    f"{self._module} cannot be imported (exit code {code}). "
+                    f"{why}{' ' if why else ''}{self.said()}"
                 )
             if time.monotonic() > deadline:
                 raise EngineStartError(

