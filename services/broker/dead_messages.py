@@ -20,12 +20,24 @@ _EXCHANGES = {
     topology.DEAD_CLAIMS_QUEUE: topology.DEAD_EXCHANGE,
 }
 
+# https://www.rabbitmq.com/docs/dlx: why a broker takes a message off a queue by itself.
+_GIVEN_UP = {
+    "expired": "the broker gave it up: it waited for longer than a policy's message-ttl",
+    "delivery_limit": "the broker gave it up: it was returned more often than its queue's "
+    "delivery limit (docs/broker.md)",
+    "maxlen": "the broker gave it up: its queue was full, by a policy's max-length",
+}
+
 MAX_SHOWN = 1_000
 
 
 def reason(message: Delivery) -> str:
-    """Why it could not be used."""
-    return str(message.headers.get(topology.REASON_HEADER, "the broker gave it up"))
+    """Why it could not be used: as we noted it, or as the broker did."""
+    noted = message.headers.get(topology.REASON_HEADER)
+    match message.headers.get("x-death"):
+        case [{"reason": str(why)}, *_] if not noted:
+            return _GIVEN_UP.get(why, f"the broker gave it up: {why}")
+    return str(noted or "the broker gave it up")
 
 
 def origin(message: Delivery) -> str:

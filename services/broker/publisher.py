@@ -164,7 +164,13 @@ class Publisher(Link):
                 tags.append(known)
         settled = [self._unconfirmed.pop(known) for known in tags if known in self._unconfirmed]
         if isinstance(frame.method, Basic.Nack):
-            log.warning("broker.nacked", link=self._name, messages=len(settled))
+            log.warning(
+                "broker.nacked",
+                link=self._name,
+                messages=len(settled),
+                hint="a queue is full, by a policy's max-length, or has lost most of its replicas; "
+                "sent again until it is taken",
+            )
             self._send_later(settled)
             return
         unroutable = [message for message in settled if message.message_id in self._returned]

@@ -9,16 +9,19 @@ from contextlib import suppress
 import pika
 import pytest
 
-from services.broker import PrivateNode
+from services.broker import BrokerAddress, PrivateNode
+from services.broker.dead_messages import DeadMessages, reason
 from services.broker.topology import quorum_arguments
 from services.contexts import pin_model
 from services.contracts import ContextSpec, topology
 from services.contracts.errors import BrokerError
 from tests.integration.conftest import (
+    PATIENCE,
     Command,
     commands,
     delete_queues,
     plain_connection,
+    wait_for_messages,
     wait_until,
 )
 from tests.integration.runs import submit
@@ -53,9 +56,9 @@ def managed(environment: dict[str, str], node: PrivateNode) -> Iterator[Start]:
 
 
 @pytest.fixture
-def policy(node: PrivateNode) -> Iterator[Callable[[str], None]]:
-    """Sets the policy `site` on all queues."""
-    yield lambda definition: node.control("set_policy", "site", ".*", definition)
+def policy(node: PrivateNode) -> Iterator[Callable[..., None]]:
+    """Sets the policy `site` on all queues, unless told otherwise."""
+    yield lambda definition, pattern=".*": node.control("set_policy", "site", pattern, definition)
     with suppress(BrokerError):  # the test was skipped before it set one
         node.control("clear_policy", "site")
 
@@ -79,7 +82,7 @@ def doctor(start: Start) -> tuple[dict[str, str], int]:
     ],
 )
 def test_a_policy_that_loses_messages_is_told_by_submit_collect_and_doctor(
-    managed: Start, policy: Callable[[str], None], definition: str, says: str
+    managed: Start, policy: Callable[..., None], definition: str, says: str
 ) -> None:
     policy(definition)
     submitting = managed("submit", "samples/claims.jsonl", "--batch-size", "64")
@@ -97,7 +100,7 @@ def test_a_policy_that_loses_messages_is_told_by_submit_collect_and_doctor(
 
 
 def test_a_short_queue_that_refuses_what_is_too_much_is_a_note(
-    managed: Start, policy: Callable[[str], None]
+    managed: Start, policy: Callable[..., None]
 ) -> None:
     policy('{"max-length": 1000, "overflow": "reject-publish"}')
     found, _ = doctor(managed)
@@ -127,6 +130,20 @@ def test_who_may_not_ask_for_policies_is_told_so_by_doctor(
     finally:
         node.control("delete_user", "stranger")
     assert "Policies were not looked at: stranger may not ask" in found["says"]
+
+
+def test_claims_that_a_policy_gave_up_are_dead_messages_that_say_so(
+    managed: Start, policy: Callable[..., None], node: PrivateNode, address: BrokerAddress
+) -> None:
+    policy('{"message-ttl": 100}', r"^claims\.")
+    submit(managed)
+    wait_for_messages(node, topology.DEAD_MESSAGES_QUEUE, 15, "all given up")
+    with DeadMessages(address, PATIENCE) as messages:
+        found = messages.all().values()
+        assert {reason(message) for message in found} == {
+            "the broker gave it up: it waited for longer than a policy's message-ttl"
+        }
+        messages.drop([*found])
 
 
 # Queues that RabbitMQ 4 took over from RabbitMQ 3 have no delivery limit among their arguments.
@@ -168,7 +185,7 @@ def test_a_run_on_queues_from_rabbitmq_3_is_complete_and_warns(
 
 
 def test_doctor_tells_of_queues_from_rabbitmq_3_until_a_policy_lifts_their_limit(
-    managed: Start, policy: Callable[[str], None], old_queues: str
+    managed: Start, policy: Callable[..., None], old_queues: str
 ) -> None:
     managed("collect", "--until", submit(managed)).said("broker.connected")
     found, _ = doctor(managed)
@@ -179,7 +196,7 @@ def test_doctor_tells_of_queues_from_rabbitmq_3_until_a_policy_lifts_their_limit
 
 
 def test_a_policy_lets_messages_of_an_old_queue_be_returned_without_end(
-    node: PrivateNode, policy: Callable[[str], None], old_queues: str
+    node: PrivateNode, policy: Callable[..., None], old_queues: str
 ) -> None:
     policy('{"delivery-limit": -1}')
     connection = plain_connection(node)
