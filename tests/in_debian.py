@@ -22,13 +22,19 @@ _CHECKOUT = "src/keepwarm"
 _KEPT = (".venv", ".models")
 _PASSED_ON = ("ARGS", "ENGINE", "TESTS")
 # Mounts that nobody else sees, and processes that end with it, whatever ends it: nothing is left.
+# pivot_root and not chroot alone: containers that are started there need a root that is a mount.
 # The shell stays: as process 1 it waits for orphans, which are zombies otherwise.
 _IN_ROOT = """
 set -e
+mount --bind "$1" "$1"
+mount -t proc proc "$1/proc"
 mount --rbind /dev "$1/dev"
 mount --rbind /sys "$1/sys"
 mount -t tmpfs tmpfs "$1/run"
-exec chroot "$1" /bin/sh -c 'cd "$0"; "$@"; exit $?' "/$2" "${@:3}"
+cd "$1"
+pivot_root . .
+umount --lazy .
+exec chroot . /bin/sh -c 'cd "$0"; "$@"; exit $?' "/$2" "${@:3}"
 """
 
 
@@ -92,8 +98,7 @@ def _run(root: Path, command: list[str]) -> int:
         "TERM": os.environ.get("TERM", "dumb"),
         "DEBIAN_FRONTEND": "noninteractive",
     }
-    proc = f"--mount-proc={root}/proc"
-    return subprocess.run([*alone, proc, *shell], env=environment, check=False).returncode
+    return subprocess.run([*alone, *shell], env=environment, check=False).returncode
 
 
 if __name__ == "__main__":
