@@ -1,11 +1,11 @@
 """The flags that name a context, and the context that they stand for."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
 
 from services.contexts import pin_model
 from services.contracts import ContextSpec, Settings
@@ -118,10 +118,5 @@ def context_from_flags(
         pinned = pin_model(spec)
     except ModelError as error:
         raise ModelError(f"{default}: {error}") from error
-    Console(stderr=True).print(
-        f"Note: {default}; name your own for real work.",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    print(f"Note: {default}; name your own for real work.", file=sys.stderr)
     return pinned
