@@ -19,16 +19,20 @@ SEARCHED_LAST = "KEEPWARM_PYTHONPATH"
 
 def python_command(module: str, *arguments: str) -> list[str]:
     """The command that runs a module of ours in a child process."""
-    return [sys.executable, "-E", "-P", os.path.abspath(__file__), module, *arguments]
+    last = os.environ.get(SEARCHED_LAST)
+    searched = ("-X", f"{SEARCHED_LAST}={last}") if last else ()
+    return [sys.executable, "-E", "-P", *searched, os.path.abspath(__file__), module, *arguments]
 
 
 def isolate() -> None:
     """Put this process's search path in order, and the environment that its children inherit."""
     here = _working_directory()
+    told = sys._xoptions.get(SEARCHED_LAST)  # where the environment is a command's own
+    paths = [os.environ.pop(name, "") for name in ("PYTHONPATH", SEARCHED_LAST)]
     named = [
         os.path.normpath(os.path.join(here, entry))
-        for variable in ("PYTHONPATH", SEARCHED_LAST)
-        if (path := os.environ.pop(variable, ""))
+        for path in (*paths, told if isinstance(told, str) else "")
+        if path
         for entry in path.split(os.pathsep)  # an empty entry means the working directory
     ]
     last = [entry for entry in named if entry != here]

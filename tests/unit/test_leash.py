@@ -221,6 +221,29 @@ def test_a_command_has_a_session_of_its_own(leash: Leash) -> None:
     assert leash.said(leashed) == "True\n"
 
 
+def test_a_leash_finds_its_library_where_pythonpath_says_and_its_command_is_not_told(
+    tmp_path: Path, repository: Path
+) -> None:
+    # As with `pip install --target`, or a cluster's environment modules.
+    owner = (
+        "import os, keepwarm_start; keepwarm_start.isolate()\n"
+        "import sys; from services.leash import Leashed\n"
+        "leashed = Leashed(['/usr/bin/env'], environment={}, grace_seconds=5, output=1)\n"
+        "sys.exit(leashed.wait(60))"
+    )
+    base = getattr(sys, "_base_executable", sys.executable)
+    installed = str(Path(psutil.__file__).parents[1])
+    done = subprocess.run(
+        [base, "-c", owner],
+        env={"PYTHONPATH": f"{repository}{os.pathsep}{installed}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 # Its end.
 
 ORDERLY = """
