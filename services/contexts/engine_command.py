@@ -85,7 +85,6 @@ def template_environment(plan: EnginePlan) -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.upper().startswith("KEEPWARM_") and not is_an_engines_own(name)
     }
-    ours.pop("PYTHONPATH", None)
     chosen = {
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",

@@ -17,8 +17,24 @@ from services.contracts.values import Value, content_id
 # What vLLM and the libraries under it read. The rest of an engine's environment is the keeper's.
 _ENGINES_OWN = re.compile(
     r"(VLLM|CUDA|NVIDIA|NCCL|TORCH|PYTORCH|TRITON|HF|HUGGING_?FACE|TRANSFORMERS|TOKENIZERS"
-    r"|OMP|GOMP|KMP|MKL|OPENBLAS|LD|PYTHON(?!PATH$|SAFEPATH$))\w*"
+    r"|OMP|GOMP|KMP|MKL|OPENBLAS|LD|PYTHON)\w*"
+    # Left by a launcher of distributed jobs, in which an engine would take a place.
+    r"|(LOCAL_|GROUP_|NODE_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)"
     rf"|{SEARCHED_LAST}",
+    re.IGNORECASE,
+)
+# Of these, what is meant for another server of the user's, or would make the engine answer for
+# another model, refuse our requests, hide what its log must tell, or not start (vLLM 0.32).
+_NEVER = re.compile(
+    r"VLLM_(API_KEY|USE_MODELSCOPE|MODEL_REDIRECT_PATH|PLUGINS|PORT|SERVER_DEV_MODE"
+    r"|SKIP_MODEL_NAME_VALIDATION|TEST_FORCE_LOAD_FORMAT|MOE_ROUTING_SIMULATION_STRATEGY"
+    r"|MAX_COMPLETION_PROMPTS|MAX_N_SEQUENCES|KEEP_ALIVE_ON_ENGINE_DEATH"
+    r"|ALLOW_RUNTIME_LORA_UPDATING|ALLOW_INSECURE_SERIALIZATION|RPC_BASE_PATH"
+    r"|USE_RUST_FRONTEND|RUST_FRONTEND_PATH|CONFIGURE_LOGGING|TRACE_FUNCTION|DEBUG_DUMP_PATH"
+    r"|DEBUG_LOG_API_SERVER_RESPONSE|(LORA_RESOLVER|LOGGING|DP|RAY|ELASTIC_EP)_\w+)"
+    r"|(LOCAL_|GROUP_|NODE_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+"
+    r"|PYTHON(?!(NOUSERSITE|USERBASE|DONTWRITEBYTECODE|PYCACHEPREFIX|HASHSEED|MALLOC|UTF8"
+    r"|IOENCODING|UNBUFFERED|FAULTHANDLER)$)\w*",
     re.IGNORECASE,
 )
 
@@ -26,6 +42,10 @@ _ENGINES_OWN = re.compile(
 def is_an_engines_own(variable: str) -> bool:
     """Whether an engine reads this environment variable, so that its worker decides it."""
     return _ENGINES_OWN.fullmatch(variable) is not None
+
+
+def _reaches_an_engine(variable: str) -> bool:
+    return is_an_engines_own(variable) and _NEVER.fullmatch(variable) is None
 
 
 def _gpus(device: Device) -> dict[str, str]:
@@ -63,7 +83,7 @@ class EnginePlan(Value):
             arguments=tuple(arguments),
             trust_remote_code=settings.engine_trust_remote_code,
             environment={
-                **{name: value for name, value in os.environ.items() if is_an_engines_own(name)},
+                **{name: value for name, value in os.environ.items() if _reaches_an_engine(name)},
                 **_gpus(device),
             },
         )

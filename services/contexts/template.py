@@ -19,10 +19,12 @@ import importlib
 import json
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -40,6 +42,8 @@ if __name__ == "__main__":
 from services.leash import adopt_orphans, die_with_parent, hold
 
 _MOST_REQUEST_BYTES = 1024 * 1024
+# A unix socket's path may have 107 bytes, and vLLM's sockets have names of 36.
+_LONGEST_TEMPORARY_BYTES = 107 - len("/kw-12345678/") - 36
 # Imported by vLLM's processes only when they begin to work. Missing ones do not matter.
 _LATER_IMPORTS = (
     "vllm.v1.engine.async_llm",
@@ -94,7 +98,9 @@ class Forked:
             os.kill(self.pid, signal.SIGKILL)
 
 
-def _become_engine(module: str, request: dict[str, Any], connection: socket.socket) -> None:
+def _become_engine(
+    module: str, request: dict[str, Any], connection: socket.socket, temporary: str
+) -> None:
     """In the engine's process, which is a fresh `python -m MODULE` as far as MODULE can tell."""
     connection.close()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
@@ -103,6 +109,8 @@ def _become_engine(module: str, request: dict[str, Any], connection: socket.sock
     signal.set_wakeup_fd(-1)
     os.sched_setaffinity(0, request["cores"])
     os.environ.update(request["environment"])
+    os.environ["TMPDIR"] = os.environ["VLLM_RPC_BASE_PATH"] = temporary
+    tempfile.tempdir = None  # imports may have asked for it
     _obey_offline_mode()
     sys.argv = [module, *request["argv"]]
     _say_what_this_is(f"keepwarm engine {request['name']}")
@@ -133,14 +141,19 @@ def _guard_engine(
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
+    # vLLM leaves sockets and directories behind where temporary files go.
+    base = tempfile.gettempdir()
+    short = base if len(os.fsencode(base)) <= _LONGEST_TEMPORARY_BYTES else "/tmp"  # noqa: S108
+    temporary = tempfile.mkdtemp(prefix="kw-", dir=short)
 
     def start() -> Forked:
-        engine = Forked(lambda: _become_engine(module, request, connection))
+        engine = Forked(lambda: _become_engine(module, request, connection, temporary))
         _say(connection, {"pid": engine.pid, "imported_at": imported_at})
         return engine
 
     code = hold(start, connection.fileno(), request["grace_seconds"])
     if os.getpid() == guard:
+        shutil.rmtree(temporary, ignore_errors=True)
         _say(connection, {"exit_code": code})
     os._exit(code)
 

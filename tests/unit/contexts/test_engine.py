@@ -120,6 +120,30 @@ def test_an_engine_that_started_answers_behind_a_socket_of_its_owners(
     assert sorted(index for index, _ in answers) == [0, 1]
 
 
+@pytest.mark.parametrize("ended", ["stopped", "killed"])
+def test_nothing_is_left_where_temporary_files_go(
+    ended: str, forge: Forge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setenv("VLLM_TEST_LITTER", "1")
+    running = forge.engine()
+    forge.start(running)
+    (of_the_engine,) = temporary.iterdir()
+    assert len(list(of_the_engine.iterdir())) == 2
+    if ended == "stopped":
+        running.stop()
+    else:
+        assert running.pid is not None
+        os.kill(running.pid, signal.SIGKILL)
+        deadline = time.monotonic() + GENEROUS_SECONDS
+        while running.alive:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert list(temporary.iterdir()) == []
+
+
 def test_the_imports_are_paid_once_for_all_engines_of_a_template(forge: Forge) -> None:
     first = forge.start(forge.engine())
     second = forge.start(forge.engine())

@@ -96,6 +96,43 @@ def test_the_engine_may_run_under_another_interpreter(tmp_path: Path) -> None:
     assert plan(engine_python=other).name != plan().name
 
 
+@pytest.mark.parametrize(
+    "variable",
+    [
+        *("VLLM_API_KEY", "VLLM_USE_MODELSCOPE", "VLLM_MODEL_REDIRECT_PATH", "VLLM_PLUGINS"),
+        *("VLLM_PORT", "VLLM_DP_SIZE", "VLLM_LOGGING_CONFIG_PATH", "VLLM_LOGGING_LEVEL"),
+        *("VLLM_MAX_COMPLETION_PROMPTS", "VLLM_TEST_FORCE_LOAD_FORMAT", "vllm_api_key"),
+        *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"),
+        *("PYTHONPATH", "PYTHONHOME", "PYTHONWARNINGS", "PYTHONOPTIMIZE"),
+    ],
+)
+def test_what_is_meant_for_another_server_does_not_reach_the_engine(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = plan().name
+    monkeypatch.setenv(variable, "of another server")
+    assert variable not in environment_of()
+    assert plan().name == before
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        *("VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_HOST_IP"),
+        *("VLLM_ROCM_USE_AITER", "VLLM_DISABLE_PYNCCL", "VLLM_ENABLE_CUDA_COMPATIBILITY"),
+        *("CUDA_HOME", "NCCL_P2P_DISABLE", "HF_TOKEN", "HF_ENDPOINT", "LD_LIBRARY_PATH"),
+        *("TORCH_CUDA_ARCH_LIST", "PYTHONNOUSERSITE", "KEEPWARM_PYTHONPATH"),
+    ],
+)
+def test_what_suits_the_machine_reaches_the_engine(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = plan().name
+    monkeypatch.setenv(variable, "of this machine")
+    assert environment_of()[variable] == "of this machine"
+    assert plan().name != before
+
+
 def test_a_local_models_fingerprint_is_not_a_revision_of_the_engines(tmp_path: Path) -> None:
     spec = ContextSpec(model=str(tmp_path), revision="files-00")
     assert "--revision" not in command(spec)

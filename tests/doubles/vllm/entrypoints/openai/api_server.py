@@ -13,6 +13,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -30,6 +31,8 @@ the midst of the first request after the probe, the first time (a file remembers
 JOURNAL = os.environ.get("VLLM_TEST_JOURNAL", "")
 """A file that gets a line for each prompt of a claim whose answer was sent, and for each time that
 the engine was put to sleep or woken."""
+LITTER = os.environ.get("VLLM_TEST_LITTER", "")
+"""Leave a directory and a socket where temporary files go, as vLLM does."""
 LONG_TOKENS = 200
 answered = {"tokens": 0}
 PROBE_TOKENS = 3
@@ -220,6 +223,9 @@ async def main() -> None:
         finally:
             writer.close()
 
+    if LITTER:
+        tempfile.mkdtemp(prefix="vllm_dist_")
+        Path(os.environ["VLLM_RPC_BASE_PATH"], "socket").touch()
     server = await asyncio.start_unix_server(serve, arguments.uds, limit=1 << 24)
     async with server:
         await server.serve_forever()
