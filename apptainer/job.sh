@@ -39,9 +39,23 @@ fi
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID-}}
 job=${job:-${SLURM_JOB_ID-}}
 in_slurm() { [[ -n $job ]] && command -v scontrol >/dev/null; }
+# Leaves the last line that squeue or scontrol printed in $answer. Slurm's controller may not answer for
+# a moment, so they are asked again, for less time than Slurm waits from SIGTERM to SIGKILL.
+ask_slurm() {
+    local try
+    for try in 1 2 3 4 5; do
+        ((try == 1)) || sleep 2
+        if answer=$("$@" 2>&1); then
+            answer=${answer##*$'\n'}
+            return 0
+        fi
+        case $answer in *ontact*controller* | *"imed out"* | *onnect* | *"Zero Bytes"*) ;; *) return 1 ;; esac
+    done
+    return 1
+}
 if in_slurm && [[ -z ${KEEPWARM_WALLTIME_SECONDS-} ]]; then
     # Slurm 22.05 does not set SLURM_JOB_END_TIME; one that came with the submission is another job's.
-    if end=$(squeue -h -j "$job" -o %e) && end=$(date -d "$end" +%s 2>/dev/null); then
+    if ask_slurm squeue -h -j "$job" -o %e && end=$(date -d "$answer" +%s 2>/dev/null); then
         export SLURM_JOB_END_TIME=$end
     fi
 fi
@@ -49,10 +63,19 @@ fi
 if [[ -n ${KEEPWARM_IMAGE-} ]]; then
     # To bind what is not there is a fatal error.
     mkdir -p "$KEEPWARM_CACHE_DIR" ${HF_HOME:+"$HF_HOME"}
+    binds=()
+    for place in "$KEEPWARM_CACHE_DIR" "$KEEPWARM_RUNTIME_DIR" "$scratch" ${HF_HOME:+"$HF_HOME"}; do
+        # --bind takes a colon or a comma for the end of a path. --mount, which older versions lack,
+        # reads one line of CSV.
+        case $place in
+            *[:,]*) binds+=(--mount "type=bind,\"source=$place\",\"destination=$place\"") ;;
+            *) binds+=(--bind "$place") ;;
+        esac
+    done
+    # The worker's settings are in the environment; with these none would get into the container.
+    unset APPTAINER_CLEANENV SINGULARITY_CLEANENV
     command=(
-        "$(command -v apptainer || command -v singularity || echo apptainer)" exec --nv
-        --bind "$KEEPWARM_CACHE_DIR" --bind "$KEEPWARM_RUNTIME_DIR" --bind "$scratch"
-        ${HF_HOME:+--bind "$HF_HOME"}
+        "$(command -v apptainer || command -v singularity || echo apptainer)" exec --nv "${binds[@]}"
         # Apptainer passes signals on to this one process: not to the worker, which may have them already.
         "$KEEPWARM_IMAGE" env -u KEEPWARM_IMAGE -u KEEPWARM_COMMAND bash /opt/keepwarm/apptainer/job.sh
     )
@@ -85,13 +108,26 @@ if [[ $asked == yes ]] && ((code == 128 + 10 || code == 128 + 15)); then
 fi
 
 # Drained, the worker ends with 0, and the job shall go on elsewhere or later: until `scancel`. Only
-# while Slurm calls it running: else it was cancelled, or is being put back already.
-if ((code == 0)) && in_slurm && [[ $(squeue -h -j "$job" -o %T) == RUNNING ]]; then
-    if scontrol requeue "$job"; then
-        say "drained; $job is back in the queue"
-    else
-        say "drained; $job was submitted with --no-requeue, and ends"
-    fi
+# while Slurm calls it running: else it was cancelled, or is being put back already. Where Slurm does not
+# say, it is put back: Slurm refuses that for a job that was cancelled.
+if ((code == 0)) && in_slurm; then
+    state=unknown
+    if ask_slurm squeue -h -j "$job" -o %T; then state=${answer:-gone}; else say "squeue: $answer"; fi
+    case $state in
+        RUNNING | unknown)
+            if ask_slurm scontrol requeue "$job"; then
+                say "drained; $job is back in the queue"
+            elif [[ $answer == *disabled* ]]; then
+                say "drained; $job was submitted with --no-requeue, and ends"
+            else
+                # Not 0: else Slurm would call it COMPLETED, and nobody would see that it did not go on.
+                say "drained; $job could not be put back: $answer"
+                say "submit it again, or call: scontrol requeue $job"
+                code=75 # EX_TEMPFAIL of sysexits.h
+            fi
+            ;;
+        *) say "drained; Slurm says that $job is $state, so it is not put back" ;;
+    esac
 else
     say "the worker ended with $code"
 fi

@@ -35,6 +35,10 @@ def environment(runtime_dir: Path) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("KEEPWARM_")}
     return {
         **kept,
+        # Of another server of the user's.
+        "VLLM_API_KEY": "secret",
+        "VLLM_USE_MODELSCOPE": "true",
+        "VLLM_PORT": "tcp://10.0.0.1:8000",
         "KEEPWARM_RUNTIME_DIR": str(runtime_dir),
         "KEEPWARM_CACHE_DIR": str(runtime_dir.parent / "cache"),
     }
@@ -70,10 +74,13 @@ def test_a_run_that_loses_its_worker_or_its_engine_completes_with_one_verdict_a_
     command: Start, tmp_path: Path, victim: str, number: int
 ) -> None:
     out = tmp_path / "out"
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
     running = command(
         *("run", CLAIMS, "--batch-size", "8", "--out", str(out)),
         *("--model", str(DEMO_MODEL), "--prompt", str(REPOSITORY / "samples" / "prompt.yaml")),
         KEEPWARM_BATCHES_IN_FLIGHT="3",
+        TMPDIR=str(temporary),
     )
     wait_for_the_first_of(out, ENGINE_SECONDS)
     # The process that holds the model is not the one that speaks HTTP.
@@ -89,6 +96,7 @@ def test_a_run_that_loses_its_worker_or_its_engine_completes_with_one_verdict_a_
     assert running.wait(ENGINE_SECONDS) == 0, running.output
     assert not core.is_running()  # and not its run, which found none when it began
     assert_whole(out, 240)
+    assert list(temporary.iterdir()) == []
     report = json.loads((out / "report.json").read_text())
     assert len(report["workers"]) == (1 if victim == "engine" else 2)
     cold = sum(line["count"] for line in report["startups"]["cold"])

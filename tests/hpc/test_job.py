@@ -69,7 +69,10 @@ def of_the_job(environment: dict[str, str], scratch: Path) -> dict[str, str]:
 class Job(Command):
     """job.sh in a process group of its own."""
 
-    program = (str(JOB),)
+    program = ()
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        super().__init__(environment, python=JOB)
 
 
 @pytest.fixture

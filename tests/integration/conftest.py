@@ -42,11 +42,13 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = PATI
 class Command:
     """A `keepwarm` command as a process of its own, its output at hand."""
 
+    program = ("-m", "services.cli.main")
+
     def __init__(
         self, environment: dict[str, str], *arguments: str, python: str | Path = sys.executable
     ) -> None:
         self.process = subprocess.Popen(
-            [python, "-m", "services.cli.main", *arguments],
+            [python, *self.program, *arguments],
             env={**environment, "PYTHONFAULTHANDLER": "1"},
             cwd=REPOSITORY,
             stdin=subprocess.DEVNULL,
