@@ -10,8 +10,9 @@ from grafana_foundation_sdk.models import common as kinds
 from grafana_foundation_sdk.models import dashboard as models
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-# As grafana/provisioning/datasources/prometheus.yml has it.
-SOURCE = models.DataSourceRef(type_val="prometheus", uid="keepwarm-prometheus")
+# The variable that `board` gives to each dashboard: a Grafana that is there already has another
+# Prometheus.
+SOURCE = models.DataSourceRef(type_val="prometheus", uid="${datasource}")
 TAG = "keepwarm"
 WIDTH = 24
 """Of a dashboard, in Grafana's columns."""
@@ -41,6 +42,9 @@ def board(name: str, title: str, description: str) -> dashboard.Dashboard:
         .tooltip(models.DashboardCursorSync.CROSSHAIR)
         .link(links)
         .readonly()
+        .with_variable(
+            dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus")
+        )
     )
 
 

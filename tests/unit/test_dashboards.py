@@ -67,8 +67,15 @@ def test_a_dashboard_is_whole(dashboard: dict[str, Any]) -> None:
         letters = [target["refId"] for target in panel["targets"]]
         assert all(letters) and len(set(letters)) == len(letters)
         for source in (panel["datasource"], *(each["datasource"] for each in panel["targets"])):
-            assert source == {"type": SOURCE.type_val, "uid": SOURCE.uid}
-    assert [each["name"] for each in dashboard["templating"]["list"]] == ["context", "run"]
+            assert source == {"type": "prometheus", "uid": "${datasource}"}
+    source, *others = dashboard["templating"]["list"]
+    assert (source["name"], source["type"], source["query"]) == (
+        "datasource",
+        "datasource",
+        "prometheus",
+    )
+    assert [each["name"] for each in others] == ["context", "run"]
+    assert all(each["datasource"]["uid"] == "${datasource}" for each in others)
     (link,) = dashboard["links"]
     assert TAG in dashboard["tags"] and link["tags"] == [TAG]
     assert link["includeVars"] and link["keepTime"]
@@ -88,11 +95,11 @@ def test_panels_do_not_lie_on_each_other() -> None:
             taken |= cells
 
 
-def test_grafana_is_given_the_source_that_they_name(repository: Path) -> None:
+def test_grafana_is_given_a_source_of_the_kind_that_they_ask_for(repository: Path) -> None:
     provisioning = repository / "grafana" / "provisioning"
     sources = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())
     (source,) = sources["datasources"]
-    assert (source["type"], source["uid"]) == (SOURCE.type_val, SOURCE.uid)
+    assert source["type"] == SOURCE.type_val and source["isDefault"]
     scrapes = yaml.safe_load((repository / "prometheus" / "prometheus.yml").read_text())
     assert source["jsonData"]["timeInterval"] == scrapes["global"]["scrape_interval"]
 
