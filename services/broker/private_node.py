@@ -70,7 +70,7 @@ class PrivateNode:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        self.kill()
 
     def start(self) -> None:
         """Start it and wait until it listens; on other ports where somebody took one of its own
@@ -136,8 +136,15 @@ class PrivateNode:
         return done.stdout
 
     def stop(self) -> None:
+        """End it in order: it can be started again with what is in its queues."""
         if self._node is not None:
             self._node.stop()
+            self._node = None
+
+    def kill(self) -> None:
+        """End it at once, when what is in its queues is of no more use."""
+        if self._node is not None:
+            self._node.kill()
             self._node = None
 
     def _write_configuration(self) -> None:

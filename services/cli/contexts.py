@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,7 @@ from services.cli.logs import configure_logs
 from services.cli.signals import on_stop_signal
 from services.contexts.attachment import Attachment, drain
 from services.contexts.attachment import evict as evict_engines
+from services.contexts.borrowed_broker import warm_broker
 from services.contexts.plan import EnginePlan
 from services.contexts.records import ContextRecord, live_records
 from services.contexts.runtime_dir import engine_logs, open_runtime_dir
@@ -48,7 +50,8 @@ def warm(
 ) -> None:
     """Prepare a context on this node before any claims come.
 
-    Returns when it is warm. Without a worker it stays so for KEEPWARM_CONTEXT_IDLE_SECONDS.
+    Returns when it is warm. Without a worker it stays so for KEEPWARM_CONTEXT_IDLE_SECONDS. Where
+    no broker is named, a private one is made ready as well, for the next `keepwarm run`.
     """
     settings = load_settings()
     configure_logs(settings)
@@ -71,10 +74,13 @@ def warm(
 
     on_stop_signal(interrupted)
     attachment = Attachment(EnginePlan.of(context, node_device(settings), settings), settings)
-    try:
-        ready = attachment.start(stop)
-    finally:
-        attachment.close()
+    with ThreadPoolExecutor(1) as meanwhile:
+        if settings.broker_url is None:
+            meanwhile.submit(warm_broker, settings, stop.is_set)
+        try:
+            ready = attachment.start(stop)
+        finally:
+            attachment.close()
     if not ready:
         raise typer.Exit(128 + stopped_by["signal"])
     print(attachment.plan.name)

@@ -4,6 +4,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,15 +19,25 @@ from services.cli.live_view import LiveView
 from services.cli.screen import print_report
 from services.cli.signals import on_stop_signal
 from services.cli.worker_processes import WorkerProcess, device_shares, worker_processes
-from services.collector import Collector, Store, build_report, export_run, find_run, run_status
+from services.collector import (
+    Collector,
+    Incoming,
+    Store,
+    build_report,
+    export_run,
+    find_run,
+    run_status,
+)
 from services.contexts import find_device
+from services.contexts.borrowed_broker import BorrowedBroker, borrow_broker
 from services.contexts.start_keeper import kept_meanwhile
 from services.contracts import Settings, topology
 from services.contracts.errors import BrokerError, RunIncomplete, StoreError
 from services.producer import Progress, Submission
 from services.telemetry import MetricsServer
 
-_LOOK_SECONDS = 0.25
+_SHORTEST_LOOK_SECONDS, _LOOK_SECONDS = 0.05, 0.2
+_REST = 3.0
 _COLLECT_SECONDS = 30.0
 _MOST_NODE_STARTS = 5
 
@@ -60,6 +71,9 @@ class Desk:
         self._progress = Progress(0, 0, 0)
         self._node: PrivateNode | None = None
         self._node_starts = 0
+        self._committed = threading.Event()
+        self._borrowed: BorrowedBroker | None = None
+        self._complete = False
         self._publisher: Publisher | None = None
 
     def work(self) -> int | None:
@@ -80,20 +94,17 @@ class Desk:
         with ExitStack() as parts:
             parts.callback(ending.stop)
             settings, environment = self._broker(parts)
-            if self._node is not None:
-                parts.callback(ending.update, "stopping RabbitMQ")
+            parts.callback(ending.update, "stopping the engine and RabbitMQ")
             collector = Collector(self._database, settings)
             metrics = parts.enter_context(MetricsServer(settings))
             metrics.serve(collector, {"/sd": collector.targets})
-            collecting = self._thread("collector", collector.run)
+            collecting = self._thread("collector", lambda: collector.run(self._note_commit))
             # Undone from the last to the first: workers publish what they have finished, the
             # collector takes it, and then the node may go.
             parts.callback(collecting.join, _COLLECT_SECONDS)
             parts.callback(collector.finish)
             parts.callback(ending.update, "storing the last verdicts")
             publishing = self._thread("producer", lambda: self._publish(settings))
-            parts.enter_context(kept_meanwhile(settings, self._directory / "logs" / "keeper.log"))
-            parts.callback(ending.update, "stopping the engine")
             slots = worker_processes(
                 shares,
                 self._submission.run.context,
@@ -154,18 +165,15 @@ class Desk:
             policies = ask_policies(self._settings, [topology.claims_queue(context_id)])
             for harm in policies.harms:
                 self._console.print(f"Warning: {harm}", highlight=False, markup=False)
+            self._keep(parts)
             return self._settings, {"KEEPWARM_BROKER_URL": self._settings.broker_url}
-        directory = self._place / ".broker"
-        shutil.rmtree(directory, ignore_errors=True)
-        parts.callback(shutil.rmtree, directory, ignore_errors=True)
         with self._console.status("starting RabbitMQ"):
-            log_file = self._directory.resolve() / "logs" / "rabbitmq.log"
-            self._node = parts.enter_context(PrivateNode(directory.resolve(), log_file))
+            node = self._borrowed_node(parts) or self._own_node(parts)
         # The node has a password of its own and no certificate, whatever the environment says.
         settings = self._settings.model_copy(
             update={
-                "broker_url": self._node.url,
-                "broker_password": SecretStr(self._node.password),
+                "broker_url": node.url,
+                "broker_password": SecretStr(node.password),
                 "broker_password_file": None,
                 "broker_ca_file": None,
                 "broker_cert_file": None,
@@ -173,13 +181,44 @@ class Desk:
             }
         )
         return settings, {
-            "KEEPWARM_BROKER_URL": self._node.url,
-            "KEEPWARM_BROKER_PASSWORD": self._node.password,
+            "KEEPWARM_BROKER_URL": node.url,
+            "KEEPWARM_BROKER_PASSWORD": node.password,
             "KEEPWARM_BROKER_PASSWORD_FILE": None,
             "KEEPWARM_BROKER_CA_FILE": None,
             "KEEPWARM_BROKER_CERT_FILE": None,
             "KEEPWARM_BROKER_KEY_FILE": None,
         }
+
+    def _borrowed_node(self, parts: ExitStack) -> BorrowedBroker | None:
+        """That of this node's keeper, which is warm if a run was here lately."""
+        borrowed = borrow_broker(self._settings)
+        if borrowed is not None:
+            self._borrowed = borrowed
+            parts.callback(borrowed.close)
+            parts.callback(self._give_back, borrowed)
+        return borrowed
+
+    def _give_back(self, borrowed: BorrowedBroker) -> None:
+        """After all parts of the run have closed their connections to it."""
+        if self._complete and self._failure is None:
+            borrowed.give_back(topology.claims_queue(self._submission.run.context.context_id))
+
+    def _own_node(self, parts: ExitStack) -> PrivateNode:
+        """One that is here for this run alone. The keeper starts meanwhile, where there is none."""
+        directory = self._place.resolve() / ".broker"
+        shutil.rmtree(directory, ignore_errors=True)
+        parts.callback(shutil.rmtree, directory, ignore_errors=True)
+        self._node = PrivateNode(directory, self._directory.resolve() / "logs" / "rabbitmq.log")
+        parts.callback(self._node.kill)
+        starting = parts.enter_context(ThreadPoolExecutor(1)).submit(self._node.start)
+        self._keep(parts)
+        starting.result()
+        return self._node
+
+    def _keep(self, parts: ExitStack) -> None:
+        """A keeper for this run's engine, where the node has none."""
+        log_file = self._directory / "logs" / "keeper.log"
+        parts.enter_context(kept_meanwhile(self._settings, log_file))
 
     def _thread(self, name: str, work: Callable[[], None]) -> threading.Thread:
         def guarded() -> None:
@@ -215,6 +254,9 @@ class Desk:
             return None
         return f"the broker takes no claims at the moment: {self._publisher.blocked_by}"
 
+    def _note_commit(self, _: Incoming) -> None:
+        self._committed.set()
+
     def _note_progress(self, progress: Progress) -> None:
         self._progress = progress
 
@@ -223,6 +265,7 @@ class Desk:
     ) -> None:
         with LiveView(self._console, self._submission.lines) as view:
             while self._failure is None and self._stopped_by is None:
+                began = time.monotonic()
                 status = run_status(self._database, self._run_id)
                 view.show(
                     status,
@@ -235,14 +278,24 @@ class Desk:
                         f"{self._run_id} was cancelled; the same command goes on with it"
                     )
                 if status is not None and status.complete and not publishing.is_alive():
+                    self._complete = True
                     return
                 if self._mass.ends(status):
                     return
+                if self._borrowed is not None and self._borrowed.gone:
+                    raise BrokerError(
+                        "this node's keeper ended, and the RabbitMQ that it had lent to this run "
+                        "with it; rerun the same command to resume the run"
+                    )
                 if self._node is not None and not self._node.alive:
                     self._start_again(self._node)
                 for slot in slots:
                     slot.look_after()
-                time.sleep(_LOOK_SECONDS)
+                # What is committed is shown at once. To add up a large run takes time that the
+                # collector, a thread of this process, needs as well.
+                time.sleep(_SHORTEST_LOOK_SECONDS + _REST * (time.monotonic() - began))
+                self._committed.wait(_LOOK_SECONDS)
+                self._committed.clear()
 
     def _start_again(self, node: PrivateNode) -> None:
         """The node was killed: its queues are on its disk, and everybody is waiting for it."""

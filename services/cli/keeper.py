@@ -1,17 +1,20 @@
 """`keepwarm keeper`."""
 
+import socket
 from typing import Annotated
 
 import typer
 from prometheus_client import REGISTRY
 
+from services.cli.findings import shared_file_system
 from services.cli.logs import configure_logs
 from services.cli.signals import before_the_walltime_ends, on_stop_signal
 from services.contexts import seconds_until_drain
 from services.contexts.keeper import Keeper
-from services.contexts.keeper_server import KeeperServer
+from services.contexts.keeper_server import Broker, KeeperServer
 from services.contexts.metrics import ContextStates
-from services.contracts import load_settings
+from services.contracts import Settings, load_settings
+from services.contracts.values import content_id
 from services.telemetry import MetricsServer
 
 
@@ -36,9 +39,26 @@ def keeper(
     configure_logs(settings)
     with MetricsServer(settings) as metrics:
         kept = Keeper(settings)
-        server = KeeperServer(kept, for_ever=not until_idle)
+        server = KeeperServer(kept, for_ever=not until_idle, broker=_broker(settings))
         on_stop_signal(lambda _: server.stop())
         before_the_walltime_ends(server.stop, seconds_until_drain(settings))
         REGISTRY.register(ContextStates(kept.states))
         metrics.serve(server)
         server.serve()
+
+
+def _broker(settings: Settings) -> Broker | None:
+    """A private RabbitMQ node for the runs on this machine, started when the first one asks; none
+    where there is no local disk for its data.
+    """
+    from services.broker.kept_node import KeptNode  # with a client for AMQP
+
+    if shared_file_system(settings.cache_dir):
+        return None
+    here = [socket.gethostname(), str(settings.runtime_dir)]
+    return KeptNode(
+        # On disk and not in the runtime directory, which may be in memory.
+        settings.cache_dir / content_id("rabbitmq", here, hex_digits=8),
+        settings.runtime_dir / "rabbitmq.log",
+        settings.context_idle_seconds,
+    )

@@ -7,13 +7,25 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import structlog
+from pydantic import SecretStr
 
 from services.contexts.device import find_device
 from services.contexts.keeper import Keeper
-from services.contexts.protocol import Attach, Demand, Drain, Evict, Line, Look, Word
+from services.contexts.protocol import (
+    Attach,
+    Borrow,
+    Demand,
+    Drain,
+    Evict,
+    GiveBack,
+    KeptBroker,
+    Line,
+    Look,
+    Word,
+)
 from services.contexts.records import State
 from services.contexts.runtime_dir import is_still_at, keeper_socket
 from services.contexts.slot import Slot
@@ -22,6 +34,7 @@ from services.contracts.errors import EngineStartError, KeeperError, KeepwarmErr
 from services.telemetry import Pulse
 
 _LOOK_SECONDS = 0.05
+_LOOK_AFTER_SECONDS = 0.5
 _REQUEST_SECONDS = 10.0
 # A keeper without engines and without company waits a little for the next worker.
 _LINGER_SECONDS = 15.0
@@ -29,12 +42,37 @@ _LINGER_SECONDS = 15.0
 log = structlog.get_logger(__name__)
 
 
+class LentNode(Protocol):
+    """A broker that somebody has; `PrivateNode` is one."""
+
+    @property
+    def url(self) -> str: ...
+    @property
+    def password(self) -> str: ...
+
+
+class Broker(Protocol):
+    """A broker that is kept as engines are; `KeptNode` is one."""
+
+    @property
+    def there(self) -> bool: ...
+    def lend(self) -> LentNode | None: ...
+    def look_after(self) -> None: ...
+    def take_back(self, claims_queue: str | None) -> None: ...
+    def throw_away(self) -> None: ...
+    def end_if_idle(self) -> None: ...
+    def close(self) -> None: ...
+
+
 class KeeperServer:
     """Serves until told to stop, or until nobody has needed it for a while."""
 
-    def __init__(self, keeper: Keeper, *, for_ever: bool) -> None:
-        """`for_ever`: stay when there is nothing to keep, for whoever runs it as a service."""
+    def __init__(self, keeper: Keeper, *, for_ever: bool, broker: Broker | None = None) -> None:
+        """`for_ever`: stay when there is nothing to keep, for whoever runs it as a service. Without
+        a `broker` none is lent.
+        """
         self._keeper = keeper
+        self._broker = broker
         self._for_ever = for_ever
         self._stop = threading.Event()
         self._pulse = Pulse()
@@ -65,6 +103,8 @@ class KeeperServer:
                 self._keeper.renew_directory()
         finally:
             self._keeper.close()
+            if self._broker is not None:
+                self._broker.close()
             log.info("keeper.stopped")
 
     def _listen(self) -> Literal["removed", "ended"]:
@@ -89,7 +129,10 @@ class KeeperServer:
         needed = time.monotonic()
         while not self._stop.is_set() and is_still_at(own, path):
             self._pulse.beat()
-            if self._connections or not self._keeper.empty or self._for_ever:
+            if self._broker is not None:
+                self._broker.end_if_idle()
+            kept = not self._keeper.empty or (self._broker is not None and self._broker.there)
+            if self._connections or kept or self._for_ever:
                 needed = time.monotonic()
             elif time.monotonic() - needed > _LINGER_SECONDS:
                 return
@@ -129,6 +172,8 @@ class KeeperServer:
                 line.send(Word(device=find_device()))
             except KeepwarmError as error:
                 line.send(Word(gone=str(error)))
+        elif isinstance(request, Borrow):
+            self._lend(line)
         elif isinstance(request, Evict):
             line.send(Word(done=self._keeper.evict(request.wanted)))
         elif isinstance(request, Drain):
@@ -137,6 +182,40 @@ class KeeperServer:
             finally:
                 self.stop()  # a keeper that has drained is of no use, whoever is there to hear it
             line.send(Word())
+
+    def _lend(self, line: Line) -> None:
+        """The broker, until it is given back or the borrower is gone."""
+        if self._broker is None:
+            line.send(Word(gone="this keeper keeps no broker"))
+            return
+        try:
+            node = self._broker.lend()
+        except KeepwarmError as error:
+            line.send(Word(gone=str(error)))
+            return
+        if node is None:
+            line.send(Word(gone="another run has the broker"))
+            return
+        back: GiveBack | None = None
+        try:
+            lent = KeptBroker(url=node.url, password=SecretStr(node.password))
+            line.send(Word(broker=lent))
+            back = self._given_back(line, self._broker)
+        finally:
+            if back is None:
+                self._broker.throw_away()
+            else:
+                self._broker.take_back(back.claims_queue)
+
+    def _given_back(self, line: Line, broker: Broker) -> GiveBack | None:
+        """None where the borrower has gone without a word."""
+        while True:
+            try:
+                request = line.request(_LOOK_AFTER_SECONDS)
+            except TimeoutError:
+                broker.look_after()
+                continue
+            return request if isinstance(request, GiveBack) else None
 
     def _hold(self, line: Line, slot: Slot, found: State | None, spec: ContextSpec) -> None:
         """Tell the worker how its engine is, until one of the two is gone. How the start went is

@@ -9,13 +9,20 @@ import socket
 import struct
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    ConfigDict,
+    Field,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+    field_serializer,
+)
 
 from services.contexts.device import Device
 from services.contexts.lines import Lines
 from services.contexts.plan import EnginePlan
 from services.contexts.records import ContextRecord
-from services.contracts.bounds import Identity
+from services.contracts.bounds import Identity, Name
 from services.contracts.errors import KeeperError
 from services.contracts.values import Value
 
@@ -57,7 +64,33 @@ class Drain(Value):
     verb: Literal["drain"] = "drain"
 
 
-Request = Attach | Demand | Look | Evict | Drain
+class Borrow(Value):
+    """Lend us the broker that you keep, for as long as we are connected."""
+
+    verb: Literal["borrow"] = "borrow"
+
+
+class GiveBack(Value):
+    """We are done with the broker, and have left nothing in our queues: those that every run has,
+    and this one. None: we did not use it. Has no answer.
+    """
+
+    verb: Literal["give-back"] = "give-back"
+    claims_queue: Name | None
+
+
+class KeptBroker(Value):
+    """A broker on this node. Only processes of the same user can ask for it."""
+
+    url: str
+    password: SecretStr
+
+    @field_serializer("password")
+    def _told(self, password: SecretStr) -> str:
+        return password.get_secret_value()
+
+
+Request = Attach | Demand | Look | Evict | Drain | Borrow | GiveBack
 _REQUEST: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discriminator="verb")])
 
 
@@ -76,6 +109,8 @@ class Word(Value):
     done: tuple[str, ...] = ()
     device: Device | None = None
     """What engines here compute on, for whoever looked."""
+    broker: KeptBroker | None = None
+    """The broker that is lent."""
 
 
 class Line:
@@ -126,7 +161,7 @@ class Line:
                 "`keepwarm contexts evict --all`, or with SIGTERM"
             ) from error
 
-    def ask(self, request: Look | Evict | Drain, timeout_seconds: float) -> Word | None:
+    def ask(self, request: Look | Evict | Drain | Borrow, timeout_seconds: float) -> Word | None:
         """The answer to a request; None when the keeper ended first. Raises KeeperError."""
         self.send(request)
         try:

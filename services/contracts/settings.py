@@ -178,7 +178,8 @@ class Settings(BaseSettings):
     service of its own, like a container: the worker then waits 20 s for it, and asks it for the
     device."""
     context_idle_seconds: Seconds = 600
-    """How long an engine stays that no worker uses ([contexts.md](contexts.md))."""
+    """How long an engine stays that no worker uses, and a keeper's RabbitMQ node that no run uses
+    ([contexts.md](contexts.md))."""
     context_memory_gib: Annotated[float, Field(gt=0)] | None = None
     """How much memory engines may hold together on one device, of each GPU or of the node; all that
     is free otherwise."""

@@ -1,10 +1,11 @@
-import math
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from scipy.stats import binomtest
+from sklearn.metrics import f1_score
 
 from services.collector import Report, Store, build_report, find_run
 from services.contracts import DeadReason, Run
@@ -36,21 +37,18 @@ def write(
 
 
 def wilson(correct: int, total: int) -> tuple[float, float]:
-    """Wilson's score interval (1927), from the formula."""
-    z, p = 1.959963984540054, correct / total
-    centre = (p + z**2 / (2 * total)) / (1 + z**2 / total)
-    half = z / (1 + z**2 / total) * math.sqrt(p * (1 - p) / total + z**2 / (4 * total**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    """Wilson's score interval, as scipy has it."""
+    interval = binomtest(correct, total).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def macro_f1(confusion: dict[str, dict[str, int]]) -> float:
-    """The mean of F1 over the gold labels, from the counts."""
-    scores = []
-    for label, row in confusion.items():
-        true = row.get(label, 0)
-        said = sum(other.get(label, 0) for other in confusion.values())
-        scores.append(2 * true / (said + sum(row.values())))
-    return sum(scores) / len(scores)
+    """The mean of F1 over the gold labels, as scikit-learn has it."""
+    pairs = [
+        (gold, said) for gold, row in confusion.items() for said, n in row.items() for _ in range(n)
+    ]
+    gold, said = zip(*pairs, strict=True)
+    return float(f1_score(gold, said, labels=[*confusion], average="macro", zero_division=0))
 
 
 def test_the_confusion_matrix_is_that_of_the_claims(

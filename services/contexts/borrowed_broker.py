@@ -1,0 +1,73 @@
+"""The broker that this node's keeper keeps warm, for the time of a run."""
+
+import contextlib
+import select
+from collections.abc import Callable
+
+import structlog
+
+from services.contexts.protocol import Borrow, GiveBack, KeptBroker, Line
+from services.contexts.runtime_dir import open_runtime_dir
+from services.contexts.start_keeper import connected, open_keeper
+from services.contracts import Settings
+from services.contracts.errors import KeeperError
+
+# To start a node takes seconds, on a slow machine a minute.
+_START_SECONDS = 150.0
+
+log = structlog.get_logger(__name__)
+
+
+class BorrowedBroker:
+    """Ours for as long as the connection to the keeper is open."""
+
+    def __init__(self, line: Line, broker: KeptBroker) -> None:
+        self._line = line
+        self.url = broker.url
+        self.password = broker.password.get_secret_value()
+
+    @property
+    def gone(self) -> bool:
+        """Whether the keeper has ended, and the broker with it."""
+        # It says nothing more: readable means that its end is closed.
+        return bool(select.select([self._line], [], [], 0)[0])
+
+    def give_back(self, claims_queue: str | None) -> None:
+        """The run is over, and nothing of it is left in its queues; None where it was not used."""
+        with contextlib.suppress(KeeperError):  # it may be gone
+            self._line.send(GiveBack(claims_queue=claims_queue))
+
+    def close(self) -> None:
+        """Without `give_back` before it, the keeper throws the broker away."""
+        self._line.close()
+
+
+def warm_broker(settings: Settings, stopped: Callable[[], bool]) -> None:
+    """Let this node's keeper, which is started if there is none, have a broker ready for the next
+    run; where it cannot, that run starts its own.
+    """
+    line = open_keeper(settings, stopped)
+    borrowed = None if line is None else _borrowed(line)
+    if borrowed is not None:
+        borrowed.give_back(None)
+        borrowed.close()
+
+
+def borrow_broker(settings: Settings) -> BorrowedBroker | None:
+    """The broker of this node's keeper; None where there is no keeper, or it has none for us."""
+    line = connected(open_runtime_dir(settings.runtime_dir))
+    return None if line is None else _borrowed(line)
+
+
+def _borrowed(line: Line) -> BorrowedBroker | None:
+    try:
+        word = line.ask(Borrow(), _START_SECONDS)
+    except KeeperError as error:
+        log.warning("broker.not_borrowed", reason=str(error))
+        word = None
+    if word is None or word.broker is None:
+        # A keeper of an older version hangs up.
+        log.info("broker.not_borrowed", reason=word and word.gone)
+        line.close()
+        return None
+    return BorrowedBroker(line, word.broker)
