@@ -91,6 +91,7 @@ class PrivateNode:
         self.plugin_ports = dict(zip(_LISTENING_PLUGINS, others, strict=True))
 
     def _start(self) -> None:
+        self.stop()  # where it was started before, and has ended: let go of what is left
         server = find_server()
         self._write_configuration()
         with self.log_file.open("ab") as output:

@@ -112,11 +112,11 @@ def test_at_the_end_nothing_is_lent_any_more(kept: KeptNode) -> None:
 
 
 @pytest.fixture
-def environment(small_model: Path, runtime_dir: Path) -> dict[str, str]:
+def environment(small_model: Path, doubles_python: Path, runtime_dir: Path) -> dict[str, str]:
     """A machine without any broker."""
     return {
         **clean_environment(),
-        "PYTHONPATH": str(Path(__file__).parents[1] / "doubles"),
+        "KEEPWARM_ENGINE_PYTHON": str(doubles_python),
         "KEEPWARM_MODEL": str(small_model),
         "KEEPWARM_RUNTIME_DIR": str(runtime_dir),
         "KEEPWARM_CACHE_DIR": str(runtime_dir.parent / "cache"),
