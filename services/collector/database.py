@@ -18,6 +18,18 @@ from services.contracts.errors import StoreError, UsageError
 
 _SQLITE_CACHE_KIB = 16_384
 _BUSY_SECONDS = 30
+_TLS_STEPS = {
+    "does not match host name": "Use a name that the certificate is for in the store's URL",
+    "does not support SSL": (
+        "Turn TLS on there; without sslmode in the URL, anybody on the way can read what is stored"
+    ),
+    "certificate verify failed": (
+        "Its certificate has expired, or no authority that sslrootcert in the URL names has signed "
+        "it; `openssl s_client -starttls postgres -connect HOST:PORT` shows which"
+    ),
+    "root certificate file": "sslrootcert in the URL names the authority's certificate",
+    "client certificate": "Name one with sslcert, and its key with sslkey, in the URL",
+}
 
 
 def open_engine(settings: Settings, *, create: bool, as_it_is: bool = False) -> Engine:
@@ -93,6 +105,14 @@ def checked_url(settings: Settings) -> URL:
         )
     password = settings.secret("store") or url.password
     return url.set(drivername="postgresql+psycopg", password=password)
+
+
+def next_step(why: str) -> str:
+    """What to do about a database's words; libpq's on TLS are told apart."""
+    for words, step in _TLS_STEPS.items():
+        if words in why:
+            return step
+    return "Check that it is there, that this user may write to it, and that its disk is not full"
 
 
 def shown(url: URL) -> str:

@@ -23,7 +23,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
-from services.collector.database import is_read_only, open_engine, refuse_encoding, shown
+from services.collector.database import is_read_only, next_step, open_engine, refuse_encoding, shown
 from services.collector.schema import (
     SCHEMA_VERSION,
     deliveries,
@@ -151,9 +151,9 @@ class Store:
                 yield connection
         except SQLAlchemyError as error:
             cause = getattr(error, "orig", None) or error
+            why = str(cause).strip()
             raise StoreError(
-                f"the store {shown(self._engine.url)} failed: {str(cause).strip()}. Check that it "
-                "is there, that this user may write to it, and that its disk is not full"
+                f"the store {shown(self._engine.url)} failed: {why.rstrip('.')}. {next_step(why)}"
             ) from error
 
     def write(self, incoming: Incoming) -> Counter[str]:

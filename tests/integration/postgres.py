@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
+from services.broker.private_node import free_ports
+from tests.certificates import Certificate
+
 _PATIENCE_SECONDS = 240.0
 _PGBOUNCER = Path("/usr/sbin/pgbouncer")
 _POOL_PORT = 6432
@@ -36,6 +39,7 @@ class PostgreSQL:
         self._log = self._directory / "log"
         self._become: list[str] = []
         self._databases = 0
+        self._port = 5432
         self._server: subprocess.Popen[bytes] | None = None
         if os.geteuid() == 0:
             user = pwd.getpwnam("postgres")
@@ -50,14 +54,16 @@ class PostgreSQL:
         self._databases += 1
         name = f"keepwarm{self._databases}"
         self._run(
-            *("createdb", "-h", str(self._directory), "-U", "keepwarm"),
+            *("createdb", "-h", str(self._directory), "-p", str(self._port), "-U", "keepwarm"),
             *("-T", "template0", "--locale=C", "-E", encoding, name),
         )
-        return f"postgresql://keepwarm@/{name}?host={self._directory}"
+        return f"postgresql://keepwarm@/{name}?host={self._directory}&port={self._port}"
 
     def __enter__(self) -> Self:
         try:
             self._run("initdb", "-D", str(self._data), "-U", "keepwarm", "--auth=trust", "-N")
+            with (self._data / "postgresql.auto.conf").open("a") as settings:
+                settings.write("listen_addresses=''\n")
             self.start()
         except BaseException:
             self._remove()
@@ -73,7 +79,7 @@ class PostgreSQL:
             self._server = subprocess.Popen(
                 [
                     *(*self._become, str(self._programs / "postgres"), "-D", str(self._data)),
-                    *("-k", str(self._directory), "-c", "listen_addresses=", "-c", "fsync=off"),
+                    *("-k", str(self._directory), "-c", "fsync=off"),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -100,6 +106,34 @@ class PostgreSQL:
             raise AssertionError(f"PostgreSQL did not stop:\n{self.log}") from None
         finally:
             self._server = None
+
+    def tls(self, authority: Certificate, shows: Certificate, *, wants_certificate: bool) -> str:
+        """The URL of a database through TLS, without sslmode. The server is started again with
+        these certificates, and the database is empty.
+        """
+        name = self.new_database().partition("?")[0].rpartition("/")[2]
+        for source, target in (
+            (shows.file, "server.crt"),
+            (shows.key, "server.key"),
+            (authority.file, "root.crt"),
+        ):
+            copy = self._data / target
+            copy.write_bytes(source.read_bytes())
+            copy.chmod(0o600)
+            shutil.chown(copy, self._data.owner(), self._data.group())
+        (port,) = free_ports(1)
+        with (self._data / "postgresql.auto.conf").open("a") as settings:
+            settings.write(
+                f"listen_addresses='127.0.0.1'\nport={port}\nssl=on\nssl_ca_file='root.crt'\n"
+            )
+        method = "cert" if wants_certificate else "trust"
+        (self._data / "pg_hba.conf").write_text(
+            f"local all all trust\nhostssl all all all {method}\nhostnossl all all all trust\n"
+        )
+        self.stop(signal.SIGINT)
+        self._port = port
+        self.start()
+        return f"postgresql://keepwarm@localhost:{port}/{name}"
 
     @contextmanager
     def pooled(self) -> Iterator[str]:
@@ -142,6 +176,7 @@ class PostgreSQL:
 
     def _is_ready(self) -> bool:
         asked = [str(self._programs / "pg_isready"), "-q", "-h", str(self._directory)]
+        asked += ["-p", str(self._port)]
         return subprocess.run(asked, check=False).returncode == 0
 
     def _run(self, program: str, *arguments: str) -> None:

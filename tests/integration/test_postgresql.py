@@ -17,6 +17,7 @@ from services.contracts import (
     load_settings,
 )
 from services.contracts.errors import StoreError
+from tests.certificates import Authority
 from tests.integration.postgres import PostgreSQL
 
 Opener = Callable[[str], Store]
@@ -99,3 +100,55 @@ def test_a_client_encoding_in_the_environment_changes_nothing(
     store = opened(postgresql.new_database())
     store.write(verdicts(run, 0))
     assert store.texts(run.run_id, ["c0"]) == {"c0": "Łódź is a city. 東京 too."}
+
+
+# TLS, on a server of its own.
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("ca"))
+
+
+@pytest.fixture
+def own_server(postgresql: PostgreSQL) -> Iterator[PostgreSQL]:
+    """Beside the others' server, which shows that there is one to start."""
+    assert postgresql
+    with PostgreSQL() as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("host", "years", "says"),
+    [
+        ("DNS:elsewhere.example", None, "Use a name that the certificate is for"),
+        ("DNS:localhost", (2001, 2002), "Its certificate has expired, or no authority"),
+    ],
+)
+def test_a_certificate_that_is_of_no_use_is_told(
+    host: str,
+    years: tuple[int, int] | None,
+    says: str,
+    own_server: PostgreSQL,
+    authority: Authority,
+    opened: Opener,
+) -> None:
+    shows = authority.sign(f"database-{years}", host=host, years=years)
+    url = own_server.tls(authority.certificate, shows, wants_certificate=False)
+    with pytest.raises(StoreError, match=says):
+        opened(f"{url}?sslmode=verify-full&sslrootcert={authority.certificate.file}")
+
+
+def test_tls_and_a_client_certificate_are_named_in_the_url(
+    own_server: PostgreSQL, authority: Authority, opened: Opener, tmp_path: Path
+) -> None:
+    shows = authority.sign("database")
+    url = own_server.tls(authority.certificate, shows, wants_certificate=True)
+    url += f"?sslmode=verify-full&sslrootcert={authority.certificate.file}"
+    with pytest.raises(StoreError, match="Name one with sslcert, and its key with sslkey"):
+        opened(url)
+    ours = authority.sign("keepwarm")
+    opened(f"{url}&sslcert={ours.file}&sslkey={ours.key}")
+    stranger = Authority(tmp_path, "stranger").certificate.file
+    with pytest.raises(StoreError, match="no authority that sslrootcert in the URL names"):
+        opened(url.replace(str(authority.certificate.file), str(stranger)))

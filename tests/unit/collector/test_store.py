@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sqlalchemy import select
 
 from services.collector import Incoming, Store, build_report, find_run, run_status
-from services.collector.database import checked_url
+from services.collector.database import checked_url, next_step
 from services.collector.schema import SCHEMA_VERSION, metadata, outcomes, runs
 from services.collector.schema import startups as startups_table
 from services.contracts import DeadReason, Run, StartupPhases, load_settings
@@ -616,3 +616,16 @@ def test_services_that_open_a_new_store_at_the_same_moment_make_it_once(tmp_path
     with ThreadPoolExecutor(8) as pool:
         for store in pool.map(lambda _: Store.open(settings), range(8)):
             store.close()
+
+
+@pytest.mark.parametrize(
+    ("why", "says"),
+    [
+        ("server does not support SSL, but SSL was required", "Turn TLS on there"),
+        ("FATAL:  connection requires a valid client certificate", "sslcert"),
+        ('root certificate file "/root/.postgresql/root.crt" does not exist', "sslrootcert"),
+        ("disk I/O error", "its disk is not full"),
+    ],
+)
+def test_a_fault_of_the_database_names_the_next_step(why: str, says: str) -> None:
+    assert says in next_step(why)
