@@ -46,6 +46,8 @@ class KeptNode:
 
         Raises BrokerError when it cannot be started.
         """
+        if self._lent:
+            return None  # at once: its start, on behalf of whoever has it, takes seconds
         with self._lock:
             if self._lent or self._closed:
                 return None
