@@ -43,14 +43,12 @@ find_missing() {
     # A store in PostgreSQL, and a clock that a test sets: it compiles that.
     if [[ $with_tests == yes ]]; then
         compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || missing+=(postgresql)
+        [[ -x /usr/sbin/pgbouncer ]] || missing+=(pgbouncer)
         command -v cc >/dev/null || missing+=(gcc libc6-dev)
     fi
     # Another release of Debian in a directory.
     if [[ $with_debootstrap == yes && ! -x /usr/sbin/debootstrap ]]; then
         missing+=(debootstrap)
-    fi
-    if [[ $with_postgres == yes ]] && [[ ! -x /usr/sbin/pgbouncer ]]; then
-        missing+=(pgbouncer)
     fi
     # promtool comes with it.
     if [[ $with_prometheus == yes ]] && ! command -v prometheus >/dev/null; then
