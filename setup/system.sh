@@ -65,6 +65,10 @@ find_missing() {
     # A Docker daemon, and a Debian to make images of.
     if [[ $with_compose == yes ]]; then
         command -v dockerd >/dev/null || missing+=(docker.io)
+        # A package of its own from Debian 13 on; before, docker.io brings it.
+        if ! command -v docker >/dev/null && apt-cache show docker-cli >/dev/null 2>&1; then
+            missing+=(docker-cli)
+        fi
         docker compose version >/dev/null 2>&1 || command -v docker-compose >/dev/null ||
             missing+=(docker-compose)
         command -v iptables >/dev/null || missing+=(iptables)
@@ -116,10 +120,11 @@ if ((${#missing[@]} > 0)); then
     fi
     echo "system: installing ${missing[*]}"
     export DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1
-    wanted=("${missing[@]}")
     refuse_services
     log=$(mktemp)
-    if ! { apt-get update && apt-get install -y --no-install-recommends "${wanted[@]}"; } >"$log" 2>&1; then
+    # Once more: only now does apt know which packages there are.
+    update() { apt-get update && find_missing && wanted=("${missing[@]}"); }
+    if ! { update && apt-get install -y --no-install-recommends "${wanted[@]}"; } >"$log" 2>&1; then
         tail -n 15 "$log" >&2
         echo "apt-get failed, all it said is in $log. Mend that, then run the same command again." >&2
         exit 1

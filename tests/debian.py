@@ -7,7 +7,14 @@ from pathlib import Path
 
 # What this machine reaches the network with, so that apt and pip do from the root as well.
 _NETWORK_FILES = ("etc/ssl/certs/ca-certificates.crt", "etc/resolv.conf", "etc/hosts")
-_NETWORK_VARIABLES = ("PIP_CERT", "PIP_INDEX_URL", "http_proxy", "https_proxy", "no_proxy")
+_NETWORK_VARIABLES = (
+    "PIP_CERT",
+    "PIP_INDEX_URL",
+    "PIP_FIND_LINKS",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+)
 
 
 def make_root(root: Path, release: str = "bookworm") -> None:
@@ -34,3 +41,7 @@ def give_network(root: Path) -> None:
     own = Path("/usr/local/share/ca-certificates")
     if own.is_dir():
         shutil.copytree(own, root / own.relative_to("/"), dirs_exist_ok=True)
+    # A directory of wheels may hold a build of torch that an index has not.
+    wheels = Path(os.environ.get("PIP_FIND_LINKS", "/nowhere"))
+    if wheels.is_dir():
+        shutil.copytree(wheels, root / wheels.relative_to("/"), dirs_exist_ok=True)

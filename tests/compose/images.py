@@ -1,7 +1,5 @@
 """Stand-ins for images of a registry, under their names, and then the project's own."""
 
-import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -46,19 +44,13 @@ def make_base(daemon: Daemon) -> None:
 
 
 def _give_pip(root: Path) -> None:
-    """What pip is told here in variables, as a file; with the directory of wheels, should it be
-    told of one: it may hold a build of torch that an index has not.
-    """
+    """What pip is told here in variables, as a file."""
     told = network_variables()
     lines = [f"{option} = {told[name]}" for name, option in _FOR_PIP.items() if name in told]
-    wheels = Path(os.environ.get("PIP_FIND_LINKS", "/nowhere"))
-    if wheels.is_dir():
-        shutil.copytree(wheels, root / wheels.relative_to("/"))
-        lines.append(f"find-links = {wheels}")
     (root / "etc/pip.conf").write_text("\n".join(["[global]", *lines, ""]))
 
 
-_FOR_PIP = {"PIP_CERT": "cert", "PIP_INDEX_URL": "index-url"}
+_FOR_PIP = {"PIP_CERT": "cert", "PIP_INDEX_URL": "index-url", "PIP_FIND_LINKS": "find-links"}
 
 
 def make_stand_ins(daemon: Daemon) -> None:
