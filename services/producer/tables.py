@@ -9,6 +9,8 @@ from services.contracts.errors import InputError
 
 _BATCH_ROWS = 1_000
 _SUFFIXES = (".parquet", ".arrow")
+# As `datasets` saves a split or several, and as the hub has them. What lies deeper is not theirs.
+_PLACES = ("*", "*/*")
 # `train-00000-of-00002.parquet` and `data-00000-of-00001.arrow` are parts of one table.
 _SHARD_MARK = "-of-"
 
@@ -20,7 +22,8 @@ def table_files(directory: Path, split: str | None) -> list[Path]:
     """
     found = sorted(
         path
-        for path in directory.rglob("*")
+        for pattern in _PLACES
+        for path in directory.glob(pattern)
         if path.suffix in _SUFFIXES and not path.name.startswith(".") and path.is_file()
     )
     if not found:

@@ -97,12 +97,14 @@ def test_bad_lines_are_rejected_with_reasons_and_the_good_ones_go_on(
     bad = str(REPOSITORY / "samples" / "bad_lines.jsonl")
     running = command("run", bad, "--out", str(out))
     assert running.wait() == 0, running.output
-    assert len(rows(out / "verdicts.jsonl")) == 4
+    assert len(rows(out / "verdicts.jsonl")) == 5
     rejected = rows(out / "rejected.jsonl")
-    assert [row["line"] for row in rejected] == [2, 3, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15, 17]
+    assert [row["line"] for row in rejected] == [2, 3, 5, 6, 7, 8, 9, 12, 13, 14, 15, 17]
     assert all(row["reason"] and row["next_step"] for row in rejected)
     report = json.loads((out / "report.json").read_text())
     assert report["lines"] == 18 and report["status"]["repeated"] == 1
+    assert report["input"]["unknown_labels"] == {"MAYBE": 1}
+    assert f"Rejected lines: {out}/rejected.jsonl" in running.output
 
 
 def test_a_run_whose_labels_the_model_does_not_say_stops_and_goes_on_with_leave(
@@ -152,7 +154,7 @@ def test_a_signal_stops_a_run_that_the_same_command_completes(
 ) -> None:
     arguments = ("run", CLAIMS, "--out", str(out), "--batch-size", "8")
     running = command(*arguments, VLLM_TEST_CLAIM_SECONDS="0.1")
-    running.said("/s")  # without a terminal, every five seconds
+    running.said("/s, ")  # without a terminal, every five seconds
     left = running.descendants()
     running.signal(number)
     assert running.wait() == 128 + number, running.output
@@ -276,7 +278,7 @@ def test_a_second_run_in_the_same_directory_is_refused(command: Start, out: Path
     ("arguments", "code", "says"),
     [
         (["/no/such/file.jsonl"], 3, "does not exist"),
-        (["/tmp"], 3, "is a directory"),
+        ([str(REPOSITORY), "--limit", "1"], 3, "is a directory"),
         ([CLAIMS, "--model", "/no/such/model"], 4, "there is no model at /no/such/model"),
         ([CLAIMS, "--prompt", "/no/such/prompt.yaml"], 3, "prompt file /no/such/prompt.yaml"),
         ([CLAIMS, "--broker", "amqp://me:secret@host/"], 2, "command line"),
@@ -340,7 +342,8 @@ def test_csv_columns_are_named_on_the_command_line(
     named = ["--column", "claim=text", "--column", "evidence=proof", "--column", "label=truth"]
     running = command("run", str(file), *named, "--out", str(out))
     assert running.wait() == 0, running.output
-    assert "Ignored columns: comment" in running.output
+    assert "claims.csv: claims (CSV), 10 records: 10 claims, 0 repeated" in running.output
+    assert "evidence: all claims" in running.output
     found = rows(out / "verdicts.jsonl")
     assert [row["claim"] for row in found] == [line["claim"] for line in sample_lines()[:10]]
     assert [row["gold"] for row in found] == [line["label"] for line in sample_lines()[:10]]
