@@ -17,7 +17,8 @@ from pathlib import Path
 from tests.debian import give_network, make_root, network_variables, remove_root
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
-_SHARED_DATA = _REPOSITORY.parent / "shared" / "data"
+# Published claims and collected inputs, which some tests want where they are beside the checkout.
+_SHARED = ("shared/data", "shared/field")
 _CHECKOUT = "src/keepwarm"
 _KEPT = (".venv", ".models")
 _PASSED_ON = ("ARGS", "ENGINE", "TESTS")
@@ -82,8 +83,9 @@ def _copy_checkout(target: Path) -> None:
         if (_REPOSITORY / name).exists():  # not removed and still in the index
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(_REPOSITORY / name, target / name)
-    if _SHARED_DATA.is_dir():  # published claims, which some tests want
-        shutil.copytree(_SHARED_DATA, target.parent / "shared" / "data", dirs_exist_ok=True)
+    for part in _SHARED:
+        if (_REPOSITORY.parent / part).is_dir():
+            shutil.copytree(_REPOSITORY.parent / part, target.parent / part, dirs_exist_ok=True)
 
 
 def _run(root: Path, command: list[str]) -> int:

@@ -167,8 +167,10 @@ class PostgreSQL:
                 time.sleep(0.05)
             yield f"host={self._directory}&port={_POOL_PORT}"
         finally:
-            pool.terminate()
+            # From 1.23 on, the end that SIGTERM asks for waits for all clients to leave.
+            pool.kill()
             pool.wait(_PATIENCE_SECONDS)
+            (self._directory / f".s.PGSQL.{_POOL_PORT}").unlink()
 
     @property
     def log(self) -> str:

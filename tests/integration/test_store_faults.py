@@ -210,5 +210,6 @@ def test_collectors_that_share_postgresql_count_each_verdict_once(
     # As a store of before has it: whoever opens it counts.
     with psycopg.connect(database) as other:
         other.execute("DROP TABLE verdict_counts")
+        other.execute("ALTER TABLE runs DROP COLUMN input")
         other.execute("UPDATE keepwarm_schema SET version = 3")
     assert_complete(environment, answered)

@@ -1,8 +1,10 @@
 """What OpenSSL says, in the spellings of its versions, in words that name the next step."""
 
+import ssl
+
 import pytest
 
-from services.broker.tls import tls_fault
+from services.broker.tls import TlsFiles, tls_context, tls_fault
 
 
 @pytest.mark.parametrize(
@@ -41,3 +43,7 @@ def test_a_certificate_that_was_shown_and_refused_is_not_asked_for() -> None:
     error = "[SSL: SSLV3_ALERT_HANDSHAKE_FAILURE] sslv3 alert handshake failure"
     said = tls_fault(error, "h", plain="PLAIN", certificate=True)
     assert said is not None and "refused the certificate of KEEPWARM_BROKER_CERT_FILE" in said
+
+
+def test_an_authority_without_the_newer_extensions_is_trusted_by_every_python() -> None:
+    assert not tls_context(TlsFiles()).verify_flags & ssl.VERIFY_X509_STRICT
