@@ -1,7 +1,9 @@
 """Standard output and error that a locale or a lost terminal cannot turn into a traceback."""
 
+import codecs
 import errno
 import io
+import locale
 import sys
 from typing import Any
 
@@ -34,6 +36,14 @@ def make_robust() -> None:
             sys,
             name,
             io.TextIOWrapper(
-                terminal, stream.encoding, errors="backslashreplace", line_buffering=True
+                terminal, _terminal_encoding(), errors="backslashreplace", line_buffering=True
             ),
         )
+
+
+def _terminal_encoding() -> str:
+    """That of the locale; this process itself is in Python's UTF-8 mode. A locale without an
+    encoding, such as C, counts as UTF-8, as for Python.
+    """
+    encoding = locale.getencoding()
+    return "utf-8" if codecs.lookup(encoding).name == "ascii" else encoding

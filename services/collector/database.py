@@ -85,6 +85,14 @@ def refuse_encoding(connection: Connection) -> None:
 def checked_url(settings: Settings) -> URL:
     """The store's URL, with its password. Raises UsageError when it is none."""
     text = settings.store
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        shown_path = text.encode(errors="backslashreplace").decode()
+        raise UsageError(
+            f"the store's path {shown_path} is not in UTF-8, which SQLite needs; rename its "
+            "directory, or name another place with --store or --out"
+        ) from error
     if "://" not in text:
         return URL.create("sqlite", database=text)
     try:

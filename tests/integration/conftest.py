@@ -117,7 +117,7 @@ class Command:
 
 
 def is_worker(command_line: list[str]) -> bool:
-    return command_line[4:6] == ["services.cli.main", "worker"]
+    return command_line[5:7] == ["services.cli.main", "worker"]
 
 
 @pytest.fixture(scope="session")

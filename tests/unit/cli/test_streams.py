@@ -4,9 +4,13 @@ import os
 import pty
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from services.collector import Store
+from services.contracts import load_settings
 
 SAYS = r"""
 import sys
@@ -26,7 +30,7 @@ print("to nobody", flush=True)
 print("to nobody", file=sys.stderr, flush=True)
 Path(sys.argv[1]).write_text("results")
 """
-LATIN = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "latin-1"}
+LATIN = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
 
 
 def test_pipes_get_utf_8_whatever_the_locale(repository: Path) -> None:
@@ -40,14 +44,13 @@ def test_pipes_get_utf_8_whatever_the_locale(repository: Path) -> None:
     assert done.stdout == done.stderr == "done \u2026 \\udcff\n".encode()
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+@pytest.mark.parametrize("encoding", ["iso8859-1", "ANSI_X3.4-1968", "utf-8"])
 def test_a_terminal_gets_escapes_for_what_its_encoding_lacks(
     encoding: str, repository: Path
 ) -> None:
     ours, its = pty.openpty()
     done = subprocess.run(
-        [sys.executable, "-c", SAYS],
-        env={**os.environ, **LATIN, "PYTHONIOENCODING": encoding},
+        [sys.executable, "-c", f"import locale; locale.getencoding = lambda: {encoding!r}\n{SAYS}"],
         cwd=repository,
         stdout=its,
         stderr=subprocess.PIPE,
@@ -57,7 +60,7 @@ def test_a_terminal_gets_escapes_for_what_its_encoding_lacks(
     shown = os.read(ours, 100)
     os.close(ours)
     assert done.returncode == 0, done.stderr
-    dots = "\u2026".encode() if encoding == "utf-8" else b"\\u2026"
+    dots = b"\\u2026" if encoding == "iso8859-1" else "\u2026".encode()
     assert shown == b"done " + dots + b" \\udcff\r\n"
 
 
@@ -76,3 +79,28 @@ def test_who_writes_to_a_lost_terminal_goes_on(repository: Path, tmp_path: Path)
     process.communicate(b"\n", timeout=60)
     assert process.returncode == 0
     assert (tmp_path / "out").read_text() == "results"
+
+
+def test_the_command_works_in_utf_8_whatever_the_locale(repository: Path, tmp_path: Path) -> None:
+    """Else SQLite would look for its file in a directory of another name."""
+    place = tmp_path / "caf\u00e9"
+    place.mkdir()
+    Store.open(load_settings(store_url=str(place / "store.sqlite"))).close()
+    script = tmp_path / "keepwarm"
+    script.write_text("from keepwarm_start import main\nmain()\n")
+    arguments = (script, "status", "--store", place / "store.sqlite")
+    done = subprocess.run(
+        [os.fsencode(argument) for argument in (sys.executable, *arguments)],
+        env={**os.environ, **LATIN},
+        cwd=tmp_path,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_store_whose_path_is_in_no_utf_8_is_refused(
+    keepwarm: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert keepwarm("status", "--store", "caf\udce9/store.sqlite") == 2
+    assert r"path caf\udce9/store.sqlite is not in UTF-8" in capsys.readouterr().err

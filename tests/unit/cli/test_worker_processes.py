@@ -235,7 +235,7 @@ def test_a_worker_serves_the_very_context_of_the_run(tmp_path: Path, repository:
     )
     (slot,) = worker_processes([{}], context, load_settings(), tmp_path / "logs", {})
     assert list(slot._command) == [
-        *(sys.executable, "-E", "-P", str(repository / "keepwarm_start.py")),
+        *(sys.executable, "-E", "-P", "-Xutf8", str(repository / "keepwarm_start.py")),
         *("services.cli.main", "worker", "--log-progress"),
         *("--model", "/models/m", "--dtype", "float32", "--max-model-tokens", "77"),
         *("--revision", "files-00", "--adapter", "/adapters/a", "--adapter-revision", "files-01"),
