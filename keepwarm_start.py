@@ -21,16 +21,8 @@ def python_command(module: str, *arguments: str) -> list[str]:
     """The command that runs a module of ours in a child process."""
     last = os.environ.get(SEARCHED_LAST)
     searched = ("-X", f"{SEARCHED_LAST}={last}") if last else ()
-    return [
-        sys.executable,
-        "-E",
-        "-P",
-        "-Xutf8",
-        *searched,
-        os.path.abspath(__file__),
-        module,
-        *arguments,
-    ]
+    python = (sys.executable, "-E", "-P", "-Xutf8", *searched)
+    return [*python, os.path.abspath(__file__), module, *arguments]
 
 
 def isolate() -> None:
@@ -66,7 +58,7 @@ def main() -> None:
     """The `keepwarm` command."""
     if sys.getfilesystemencoding() != "utf-8":
         # SQLite takes paths in UTF-8, whatever the locale says, and files are written in UTF-8.
-        os.execv(sys.executable, [sys.executable, "-Xutf8", *sys.orig_argv[1:]])
+        os.execv(sys.executable, [sys.executable, "-Xutf8", *sys.orig_argv[1:]])  # noqa: S606
     isolate()
     from services.cli.main import main as keepwarm
 

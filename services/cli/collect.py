@@ -8,6 +8,7 @@ import typer
 from services.broker.policies import ask_policies
 from services.cli.garbage import expect_many_small_objects
 from services.cli.logs import configure_logs
+from services.cli.network_store import network_store_warning
 from services.cli.options import BrokerOption, StoreOption
 from services.cli.signals import on_stop_signal
 from services.collector import Collector, Incoming, RunStatus, Store, run_status
@@ -37,6 +38,8 @@ def collect(
     expect_many_small_objects()
     settings = load_settings(broker_url=broker, store_url=store)
     configure_logs(settings)
+    if harm := network_store_warning(settings):
+        log.warning("store.on_network", harm=harm)
     database = Store.open(settings)
     collector = Collector(database, settings)
     on_stop_signal(lambda _: collector.stop())

@@ -44,6 +44,7 @@ from services.cli.garbage import expect_many_small_objects
 from services.cli.label_mass import AllowLowMassOption, MassWatch
 from services.cli.local_disk import working_dir
 from services.cli.logs import configure_logs
+from services.cli.network_store import network_store_warning
 from services.cli.options import (
     BrokerOption,
     StoreOption,
@@ -133,6 +134,8 @@ def run(
         directory = out or Path("results") / f"{stem}-{submission.run.run_id.removeprefix('run-')}"
         held.enter_context(held_output_dir(directory))
         place = held.enter_context(working_dir(directory, console))
+        if settings.store_url is not None and (harm := network_store_warning(settings)):
+            console.print(f"Warning: {harm}", highlight=False, markup=False)
         settings = settings.model_copy(
             update={"store_url": settings.store_url or str(place / STORE_FILE)}
         )

@@ -89,6 +89,7 @@ def template_environment(plan: EnginePlan) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "PYTHONUNBUFFERED": "1",
+        "PYTHONUTF8": "1",
         # Whatever the engine starts does not search the working directory for modules.
         "PYTHONSAFEPATH": "1",
         # A thread pool made by an import would not survive the fork. Engines do not compute in it.

@@ -102,3 +102,19 @@ def test_the_workers_command_loads_nothing_for_terminals(repository: Path) -> No
 def test_the_contracts_load_no_service(repository: Path) -> None:
     loaded = modules_after("import services.contracts", repository)
     assert not loaded & {"pika", "httpx", "sqlalchemy", "tokenizers", "typer"}
+
+
+def test_a_clone_with_windows_line_ends_has_none_in_its_files(
+    repository: Path, tmp_path: Path
+) -> None:
+    if not (repository / ".git").exists():
+        pytest.skip("no repository of Git")
+    clone = ["git", "-c", "core.autocrlf=true", "clone", "-q", "--no-local", "--depth=1"]
+    subprocess.run([*clone, f"file://{repository}", str(tmp_path / "clone")], check=True)
+    texts = [
+        path
+        for pattern in ("*.sh", "*.py", "*.jsonl", "Makefile", "*.yaml")
+        for path in (tmp_path / "clone").rglob(pattern)
+    ]
+    assert len(texts) > 100
+    assert [path for path in texts if b"\r\n" in path.read_bytes()] == []

@@ -11,6 +11,7 @@ from rich.console import Console
 from services.cli import local_disk
 from services.cli.found_stores import STORE_FILE
 from services.cli.local_disk import working_dir
+from services.cli.network_store import network_store_warning
 from services.collector import Incoming, Store, run_status
 from services.contracts import Run, load_settings
 from services.contracts.errors import StoreError
@@ -114,3 +115,14 @@ def test_a_store_that_cannot_be_copied_back_stays_on_the_local_disk(
         stored(place).close()
         (out / STORE_FILE).mkdir()
     assert (place / STORE_FILE).exists()
+
+
+def test_a_store_that_was_put_on_a_network_file_system_is_warned_of(
+    out: Path, tmp_path: Path
+) -> None:
+    def warning(place: object) -> str | None:
+        return network_store_warning(load_settings(store_url=str(place)))
+
+    assert f"the store sqlite:///{out}/s.sqlite is on lustre" in (warning(out / "s.sqlite") or "")
+    assert warning(tmp_path / "s.sqlite") is None
+    assert warning("postgresql://u@host/d") is None
