@@ -110,10 +110,9 @@ def test_a_run_that_loses_its_worker_or_its_engine_completes_with_one_verdict_a_
     assert status["duplicates"] <= (3 * 8 if killed else 0)
 
 
-def test_a_model_that_opens_a_thought_stops_the_run_and_says_so(
-    command: Start, tmp_path: Path
-) -> None:
-    model, out = tmp_path / "thinking", tmp_path / "out"
+def thinking_model(directory: Path) -> tuple[str, ...]:
+    """The demo model with a chat template that opens a thought."""
+    model = directory / "thinking"
     model.mkdir()
     for file in DEMO_MODEL.iterdir():
         (model / file.name).symlink_to(file)
@@ -124,9 +123,29 @@ def test_a_model_that_opens_a_thought_stops_the_run_and_says_so(
         "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n"
         "{% endif %}"
     )
-    running = command("run", CLAIMS, "--out", str(out), "--model", str(model))
+    return "--model", str(model)
+
+
+def odd_words(directory: Path) -> tuple[str, ...]:
+    """Label words that no model says."""
+    prompt = directory / "prompt.yaml"
+    prompt.write_text(
+        "chat: false\nlabels:\n- {name: SUPPORTS, word: Zebra}\n- {name: REFUTES, word: Quartz}\n"
+        "- {name: NOT ENOUGH INFO, word: Xylophone}\n"
+    )
+    return "--model", str(DEMO_MODEL), "--prompt", str(prompt)
+
+
+@pytest.mark.parametrize(("flags", "says"), [(thinking_model, r"'\n'"), (odd_words, "' False'")])
+def test_a_run_whose_label_words_the_model_does_not_say_is_stopped_with_what_it_says(
+    command: Start, tmp_path: Path, flags: Callable[[Path], tuple[str, ...]], says: str
+) -> None:
+    out = tmp_path / "out"
+    running = command("run", CLAIMS, "--out", str(out), *flags(tmp_path))
     assert running.wait(ENGINE_SECONDS) == 8, running.output
-    assert "the labels hold" in running.output and "enable_thinking: false" in running.output
+    assert "the labels hold" in running.output
+    assert f"the model says {says}" in running.output
+    assert "enable_thinking: false" in running.output and "--allow-low-mass" in running.output
     assert len(rows(out / "verdicts.jsonl")) >= 64
 
 
