@@ -179,7 +179,7 @@ def test_a_run_that_is_broken_off_leaves_nothing_to_the_next(
     assert command("contexts", "warm", **slow).wait() == 0
     before = nodes(environment)
     out = tmp_path / "out"
-    running = command("run", CLAIMS, "--out", str(out), "--batch-size", "8")
+    running = command("run", CLAIMS, "--out", str(out), "--batch-size", "8", **slow)
     wait_for_the_first_of(out)
     os.kill(running.process.pid, number)
     running.wait()
@@ -195,10 +195,11 @@ def test_a_run_that_is_broken_off_leaves_nothing_to_the_next(
 def test_a_keeper_that_is_killed_ends_the_run_that_has_its_broker(
     command: Start, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    keeper = command("keeper", VLLM_TEST_CLAIM_SECONDS="0.1")
+    keeper = command("keeper")
     keeper.said("keeper.ready")
     out = tmp_path / "out"
-    running = command("run", CLAIMS, "--out", str(out), "--batch-size", "8")
+    slow = {"VLLM_TEST_CLAIM_SECONDS": "0.1"}
+    running = command("run", CLAIMS, "--out", str(out), "--batch-size", "8", **slow)
     wait_for_the_first_of(out)
     keeper.signal(signal.SIGKILL)
     assert running.wait() == 5
