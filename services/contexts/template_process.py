@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import socket
 import threading
 import time
@@ -115,11 +116,15 @@ class Template:
         self._grace_seconds = grace_seconds
         self.log_file.unlink(missing_ok=True)
         self._was_ready = False
+        # Imports leave files where temporary ones go, and so do the engines (template.py).
+        self._temporary = directory / f"{name}.tmp"
+        shutil.rmtree(self._temporary, ignore_errors=True)  # of one that was killed
+        self._temporary.mkdir(mode=0o700)
         self._started = time.monotonic()
         with open_log(self.log_file) as output:
             self._process = Leashed(
                 [python, str(Path(template.__file__)), str(self._socket), module],
-                environment=environment,
+                environment={**environment, "TMPDIR": str(self._temporary)},
                 # Engines in it get their own grace period when its end is theirs.
                 grace_seconds=grace_seconds,
                 output=output,
@@ -187,5 +192,6 @@ class Template:
 
     def stop(self) -> None:
         self._process.stop()
+        shutil.rmtree(self._temporary, ignore_errors=True)
         self._socket.unlink(missing_ok=True)
         self.log_file.unlink(missing_ok=True)

@@ -124,9 +124,7 @@ def test_an_engine_that_started_answers_behind_a_socket_of_its_owners(
 def test_nothing_is_left_where_temporary_files_go(
     ended: str, forge: Forge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
-    monkeypatch.setenv("TMPDIR", str(temporary))
+    temporary = tmp_path / "template.tmp"
     monkeypatch.setenv("VLLM_TEST_LITTER", "1")
     running = forge.engine()
     forge.start(running)
@@ -142,6 +140,8 @@ def test_nothing_is_left_where_temporary_files_go(
             assert time.monotonic() < deadline
             time.sleep(0.02)
     assert list(temporary.iterdir()) == []
+    forge.close()
+    assert not temporary.exists()
 
 
 def test_the_imports_are_paid_once_for_all_engines_of_a_template(forge: Forge) -> None:
