@@ -76,8 +76,11 @@ def end_keeper(directory: Path) -> None:
         process for process in psutil.process_iter() if holds(process, directory / "keeper.lock")
     ]
     for keeper in keepers:
-        left = [keeper, *keeper.children(recursive=True)]
-        keeper.terminate()
+        try:
+            left = [keeper, *keeper.children(recursive=True)]
+            keeper.terminate()
+        except psutil.NoSuchProcess:  # it ended meanwhile, and all that it started with it
+            continue
         _, alive = psutil.wait_procs(left, timeout=20)
         for process in alive:
             process.kill()

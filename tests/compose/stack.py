@@ -12,7 +12,7 @@ from tests.conftest import DEMO_MODEL, REPOSITORY
 # What compose and the builds read; not the copy's own secrets, results or environment.
 _PARTS = (
     *(".dockerignore", "Makefile", "README.md", "docker-compose.yml", "grafana", "prometheus"),
-    *("pyproject.toml", "rabbitmq", "samples", "services", "setup"),
+    *("keepwarm_start.py", "pyproject.toml", "rabbitmq", "samples", "services", "setup"),
 )
 _FILES = ("-f", "docker-compose.yml", "-f", "override.yml")
 # Reads what `status --json --watch` prints, a list of runs a line, until a run is complete.
