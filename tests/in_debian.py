@@ -89,7 +89,9 @@ def _copy_checkout(target: Path) -> None:
 
 
 def _run(root: Path, command: list[str]) -> int:
-    alone = ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child"]
+    # The kernel ends it with us, and with it all that it started.
+    alone = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--propagation", "private"]
+    alone += ["--pid", "--fork", "--kill-child"]
     shell = ["bash", "-c", _IN_ROOT, "in_debian", root, _CHECKOUT, *command]
     environment = {
         **network_variables(),
