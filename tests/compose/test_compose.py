@@ -152,7 +152,7 @@ def test_a_missing_password_is_named(stack: Stack) -> None:
     file = stack.directory / "secrets" / "broker" / "producer.password"
     aside = file.rename(file.with_suffix(".aside"))
     said = stack.compose("run", "--rm", "producer", "submit", "/data/claims.jsonl", check=False)
-    # Compose 2 runs broker-setup first, which wants it too, and shows no logs of what it runs first.
+    # Compose 2 runs broker-setup first, which wants it too, and shows no logs of what ran first.
     said += stack.compose("logs", "broker-setup")
     aside.rename(file)
     assert "producer.password" in said
