@@ -8,11 +8,15 @@ import os
 from types import SimpleNamespace
 
 NAME = os.environ["NVML_TEST_GPU"]
+# As NVIDIA numbers them: no driver's library, no driver, another version of the driver.
+NVML_ERROR_LIBRARY_NOT_FOUND = 12
+NVML_ERROR_DRIVER_NOT_LOADED = 9
+NVML_ERROR_LIB_RM_VERSION_MISMATCH = 18
 MEMORY = SimpleNamespace(total=24 * 2**30, free=23 * 2**30)
 
 
 class NVMLError(Exception):
-    pass
+    value = None
 
 
 def nvmlInit():
