@@ -1,6 +1,8 @@
 """What all tests share: where things are, and a model directory made on the spot."""
 
 import json
+import shutil
+import signal
 import sqlite3
 import sys
 import tempfile
@@ -14,6 +16,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests.interpreters import interpreter
+
+# Under nohup it is ignored, and would be by every process that tests start and signal.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEMO_MODEL = REPOSITORY / ".models" / "SmolLM2-135M-Instruct"
@@ -85,6 +90,12 @@ def end_keeper(directory: Path) -> None:
         for process in alive:
             process.kill()
         assert not alive, f"a keeper did not end what it started: {alive}"
+
+
+def remove_at_once(directory: Path) -> None:
+    """Remove a directory in which another process makes and removes files meanwhile."""
+    aside = directory.rename(directory.with_name(f"{directory.name}.removed"))
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def holds(process: psutil.Process, file: Path) -> bool:

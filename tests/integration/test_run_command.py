@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import pty
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from services.broker import PrivateNode
-from tests.conftest import REPOSITORY, SHARED_DATA, sample_lines
+from tests.conftest import REPOSITORY, SHARED_DATA, remove_at_once, sample_lines
 from tests.integration.conftest import PATIENCE, Command, is_worker, wait_until
 from tests.integration.runs import keepers, wait_for_the_first_of
 
@@ -210,7 +209,7 @@ def test_a_run_whose_runtime_directory_is_removed_completes_and_leaves_nothing(
     )
     wait_for_the_first_of(out)
     left = running.descendants()
-    shutil.rmtree(environment["KEEPWARM_RUNTIME_DIR"])
+    remove_at_once(Path(environment["KEEPWARM_RUNTIME_DIR"]))
     assert running.wait() == 0, running.output
     assert_one_row_a_claim(out)
     wait_until(lambda: not any(process.is_running() for process in left), "all of it gone")

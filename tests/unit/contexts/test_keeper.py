@@ -3,7 +3,6 @@
 import errno
 import gc
 import os
-import shutil
 import socket
 import threading
 import time
@@ -27,6 +26,7 @@ from services.contexts.slot import Slot
 from services.contexts.template_process import is_imported
 from services.contracts import ContextSpec, load_settings
 from services.contracts.errors import EngineRequestError, EngineStartError, KeeperError
+from tests.conftest import remove_at_once
 
 # httpcore leaves a socket that could not connect to Python's garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
@@ -894,7 +894,7 @@ def test_when_its_directory_is_removed_no_engine_stays_that_cannot_be_reached(
     directory = listening.keeper.directory
     engine = listening.warm("a")
     process = process_of(engine)
-    shutil.rmtree(directory)
+    remove_at_once(directory)
     assert listening.goes(engine) == "its socket was removed"
     wait_until(lambda: not process.is_running(), "the end of the engine's process")
     wait_until(lambda: start_keeper.connected(directory), "an answer").close()
@@ -924,7 +924,7 @@ def test_a_directory_that_another_keeper_has_by_now_is_left_to_it(
 ) -> None:
     node = start()
     monkeypatch.setattr("services.contexts.keeper._LOCK_PAUSE_SECONDS", 0.001)
-    shutil.rmtree(node.keeper.directory)
+    remove_at_once(node.keeper.directory)
     other = Keeper(load_settings())
     with pytest.raises(KeeperError, match="has another keeper now"):
         node.keeper.renew_directory()
