@@ -25,7 +25,7 @@ class CompiledPrompt:
         frame = tokenizer.chat_frame(dict(spec.chat_template_kwargs)) if spec.chat else None
         before, turn = frame or ("", "")
         self._plain = not turn
-        # A worker may be sent a prompt that was not read from a file, where this is mended.
+        # A worker may be sent a prompt that was not read from a file, where this is corrected.
         template = spec.template.rstrip() if self._plain else spec.template
         preamble, lead, template = _split(spec.model_copy(update={"template": template}))
         others: tuple[int, ...] = ()

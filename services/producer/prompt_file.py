@@ -14,7 +14,7 @@ _MAX_BYTES = 1024 * 1024
 
 
 def read_prompt(path: Path, note: Callable[[str], None] = lambda _: None) -> PromptSpec:
-    """The prompt in the file. `note` is called with a sentence for each fault that was mended.
+    """The prompt in the file. `note` is called with a sentence for each fault that was corrected.
 
     Raises InputError that names the file, the field and the next step.
     """
