@@ -106,13 +106,7 @@ class Desk:
             RejectedFile(self.directory / "rejected.jsonl") as rejected,
             Source.open(str(file)) as source,
         ):
-            selection = Selection(limit=limit)
-            submission = Submission(
-                ClaimsFile(source, prompt, selection),
-                context=context,
-                prompt=prompt,
-                selection=selection,
-            )
+            submission = Submission(ClaimsFile(source, prompt, Selection(limit=limit)), context)
             submission.inspect(rejected)
             submission.publish(publisher, batch_size=batch_size)
             return submission.run.run_id

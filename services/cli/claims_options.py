@@ -7,6 +7,7 @@ from typing import Annotated, Self, cast, get_args
 import typer
 from rich.console import Console
 
+from services.cli.screen import say
 from services.contracts import PromptSpec
 from services.contracts.errors import UsageError
 from services.producer import Container, Selection, read_prompt
@@ -183,13 +184,11 @@ def label_map_from_flags(pairs: list[str] | None, prompt: PromptSpec) -> dict[st
 
 
 def prompt_from_flag(path: Path | None) -> PromptSpec:
-    """The prompt; what was mended in its file is told on standard error."""
+    """The prompt. Standard error shows what was corrected in its file."""
     if path is None:
         return PromptSpec()
     console = Console(stderr=True)
-    return read_prompt(
-        path, lambda note: console.print(f"Note: {note}", highlight=False, markup=False)
-    )
+    return read_prompt(path, lambda note: say(console, f"Note: {note}"))
 
 
 def columns_from_flags(columns: list[str] | None) -> dict[str, str]:

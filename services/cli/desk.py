@@ -16,7 +16,7 @@ from services.broker import BrokerAddress, Declares, PrivateNode, Publisher
 from services.cli.finished import finished_in
 from services.cli.label_mass import MassWatch
 from services.cli.live_view import LiveView
-from services.cli.screen import print_report
+from services.cli.screen import print_report, say
 from services.cli.signals import on_stop_signal
 from services.cli.worker_processes import WorkerProcess, device_shares, worker_processes
 from services.collector import (
@@ -137,9 +137,7 @@ class Desk:
                 f"{self._directory}/report.json cannot be written: {error.strerror}; make room"
             ) from error
         print_report(Console(), report)
-        self._console.print(
-            f"Results are in {self._directory}/", highlight=False, markup=False, soft_wrap=True
-        )
+        say(self._console, f"Results are in {self._directory}/")
 
     def _stop(self, signal_number: int) -> None:
         self._stopped_by = signal_number
@@ -152,19 +150,17 @@ class Desk:
             Publisher(address, "check", window=1).open(
                 self._settings.broker_connect_timeout_seconds
             ).close()
-            self._console.print(
+            say(
+                self._console,
                 f"This run's collector takes the verdicts of every run at {address}, into "
                 f"{self._directory}; give such a broker to one `keepwarm run` at a time.",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
             )
             from services.broker.policies import ask_policies  # with a client for HTTP
 
             context_id = self._submission.run.context.context_id
             policies = ask_policies(self._settings, [topology.claims_queue(context_id)])
             for harm in policies.harms:
-                self._console.print(f"Warning: {harm}", highlight=False, markup=False)
+                say(self._console, f"Warning: {harm}")
             self._keep(parts)
             return self._settings, {"KEEPWARM_BROKER_URL": self._settings.broker_url}
         with self._console.status("starting RabbitMQ"):

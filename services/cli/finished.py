@@ -24,9 +24,15 @@ def update_gold(submission: Submission, store: "Store") -> None:
     summary = submission.input
     if summary is None or not (summary.gold or summary.unknown_labels):
         return  # no labels are known, and that takes none away
-    store.set_input(submission.run.run_id, summary)
+    from services.collector import run_status  # its extra is here: there is a store
+
+    run_id = submission.run.run_id
+    status = run_status(store, run_id)
+    if status is None or not status.done + status.dead:
+        return  # the file is not read once more for nothing
+    store.set_input(run_id, summary)
     for claims in submission.claims():
-        store.set_gold(submission.run.run_id, {claim.claim_id: claim.gold for claim in claims})
+        store.set_gold(run_id, {claim.claim_id: claim.gold for claim in claims})
 
 
 def nothing_finished(_: Sequence[Claim]) -> Collection[str]:

@@ -25,10 +25,11 @@ def _read(file: ClaimsFile, summary: InputSummary) -> str:
 
 def kind_of(file: ClaimsFile) -> str:
     """How the file keeps its records: JSONL, CSV, CSV without a header, …"""
-    if file.delimiter is None:
-        return _CONTAINERS[file.container]
-    kind = _DELIMITERS.get(file.delimiter, f"separated by {file.delimiter!r}")
-    return kind if file.has_header else f"{kind} without a header"
+    source = file.source
+    if source.delimiter is None:
+        return _CONTAINERS[source.container]
+    kind = _DELIMITERS.get(source.delimiter, f"separated by {source.delimiter!r}")
+    return kind if source.has_header else f"{kind} without a header"
 
 
 def _labels(summary: InputSummary) -> str:

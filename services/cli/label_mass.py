@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from services.cli.screen import say
 from services.contracts.errors import LabelsUnlikely
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def say_low_mass(console: Console, runs: "Sequence[RunStatus]") -> None:
     """A line for each run that it is true of."""
     for run in runs:
         if run.low_mass is not None:
-            _say(console, f"{run.run_id}: {run.low_mass}. {_WAYS_OUT}.")
+            say(console, f"{run.run_id}: {run.low_mass}. {_WAYS_OUT}.")
 
 
 class MassWatch:
@@ -52,7 +53,7 @@ class MassWatch:
             return False
         if not self._warned:
             self._warned = True
-            _say(self._console, f"Warning: {status.low_mass}.")
+            say(self._console, f"Warning: {status.low_mass}.")
         if self._allowed or not (status.complete or status.low_mass.claims >= ENOUGH_VERDICTS):
             return False
         self._ended = status
@@ -71,7 +72,3 @@ class MassWatch:
             f"{self._ended.low_mass}. {_WAYS_OUT}. {way_on}, rerun the command with "
             "--allow-low-mass"
         )
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, Task, TaskProgressColumn, TextColumn
 from rich.text import Text
 
-from services.cli.screen import duration
+from services.cli.screen import duration, say
 from services.cli.worker_processes import WORKING
 from services.collector import RunStatus
 from services.producer import Progress as Published
@@ -91,9 +91,7 @@ class LiveView:
     ) -> None:
         """Draw the present state; say once what the collector has to wait for, if it has to."""
         if waiting_for is not None and waiting_for != self._told:
-            self._console.print(
-                f"waiting: {waiting_for}", highlight=False, markup=False, soft_wrap=True
-            )
+            say(self._console, f"waiting: {waiting_for}")
         self._told = waiting_for
         stored = 0 if status is None else status.done + status.dead
         total = max(stored, self._lines - published.rejected)
@@ -134,7 +132,7 @@ class LiveView:
 
     def _print_line(self) -> None:
         if self._line != self._last_line and not self._console.is_terminal:
-            self._console.print(self._line, highlight=False, markup=False, soft_wrap=True)
+            say(self._console, self._line)
             self._printed_at, self._last_line = self._clock(), self._line
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from services.cli.findings import shared_file_system
 from services.cli.found_stores import STORE_FILE
 from services.cli.output_dir import LEAST_FREE_BYTES
+from services.cli.screen import say
 from services.contexts.runtime_dir import open_private_dir
 from services.contracts.errors import StoreError
 from services.contracts.settings import private_tmp
@@ -34,7 +35,7 @@ def working_dir(out: Path, console: Console) -> Iterator[Path]:
         return
     base = private_tmp()
     if shared_file_system(base.parent) or _free_bytes(base.parent) < LEAST_FREE_BYTES:
-        _say(
+        say(
             console,
             f"Warning: {out} is on {kind}, where RabbitMQ and SQLite can lose data, and "
             f"{base.parent} has no room on a local disk. Name a local directory in TMPDIR, or with "
@@ -44,7 +45,7 @@ def working_dir(out: Path, console: Console) -> Iterator[Path]:
         return
     local = open_private_dir(base, "TMPDIR") / content_id("run", str(out.resolve()))
     local.mkdir(mode=0o700, exist_ok=True)
-    _say(
+    say(
         console,
         f"{out} is on {kind}: the store and RabbitMQ's data are in {local} during the run. "
         f"The store is copied to {out / STORE_FILE} at the end.",
@@ -84,7 +85,3 @@ def _changed(store: Path) -> float:
 
 def _free_bytes(directory: Path) -> int:
     return shutil.disk_usage(directory).free
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from services.cli.claims_options import ClaimsOptions
 from services.cli.input_summary import summary_lines
-from services.cli.screen import line_progress
+from services.cli.screen import line_progress, say
 from services.contracts import ContextSpec, PromptSpec
 from services.gpu_worker import CompiledPrompt, ModelTokenizer
 from services.producer import ClaimsFile, RejectedFile, Source, Submission
@@ -55,7 +55,7 @@ def prepared_submission(
         pinned = context()
         CompiledPrompt(prompt, ModelTokenizer.load(pinned))
         claims = read_claims(console, source, prompt, options)
-        yield Submission(claims, context=pinned, prompt=prompt, selection=options.selection)
+        yield Submission(claims, pinned)
 
 
 def inspect_claims(console: Console, submission: Submission, rejected: Path) -> None:
@@ -69,6 +69,6 @@ def inspect_claims(console: Console, submission: Submission, rejected: Path) -> 
     ):
         summary = submission.inspect(rejections, checking)
     for line in summary_lines(submission.file, summary):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(console, line)
     if summary.rejected:
-        console.print(f"Rejected lines: {rejected}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"Rejected lines: {rejected}")

@@ -52,6 +52,7 @@ from services.cli.options import (
 from services.cli.output_dir import held_output_dir
 from services.cli.prepare import inspect_claims, prepared_submission
 from services.cli.repeat import FromOption, OnlyOption, claims_to_repeat
+from services.cli.screen import say
 from services.collector import (
     Store,
 )
@@ -96,7 +97,8 @@ def run(
 
     Without --broker a private RabbitMQ node is started, on loopback and with a password of its
     own, and taken down again. Results are OUT/verdicts.jsonl (a row a claim, input order),
-    OUT/report.json and OUT/rejected.jsonl. Stopped half-way, the same command goes on where it was.
+    OUT/report.json and OUT/rejected.jsonl. If a run is interrupted, rerun the same command to
+    resume it.
     """
     expect_many_small_objects()
     settings = load_settings(broker_url=broker, store_url=store, batch_size=batch_size)
@@ -135,7 +137,7 @@ def run(
         held.enter_context(held_output_dir(directory))
         place = held.enter_context(working_dir(directory, console))
         if settings.store_url is not None and (harm := network_store_warning(settings)):
-            console.print(f"Warning: {harm}", highlight=False, markup=False)
+            say(console, f"Warning: {harm}")
         settings = settings.model_copy(
             update={"store_url": settings.store_url or str(place / STORE_FILE)}
         )

@@ -66,6 +66,11 @@ def show(console: Console, what: RenderableType) -> None:
     console.file.flush()
 
 
+def say(console: Console, text: str) -> None:
+    """Print a sentence as it is: no markup, and no line broken to a width that nobody sees."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def plain_table(title: str | None = None) -> Table:
     """A table without rules, for columns of text and numbers."""
     return Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)

@@ -46,7 +46,7 @@ from services.cli.options import (
     StoreOption,
 )
 from services.cli.prepare import inspect_claims, prepared_submission
-from services.cli.screen import line_progress
+from services.cli.screen import line_progress, say
 from services.contracts import load_settings, topology
 from services.producer import Progress
 from services.producer.submission import Finished
@@ -158,7 +158,7 @@ def submit(
         ):
             metrics.serve(_Submitting(publisher))
             for harm in ask_policies(settings, [claims_queue]).harms:
-                console.print(f"Warning: {harm}", highlight=False, markup=False)
+                say(console, f"Warning: {harm}")
             sent = 0
 
             def show(progress: Progress) -> None:
@@ -173,9 +173,9 @@ def submit(
                 finished=finished,
                 on_progress=show,
             )
-    console.print(
+    say(
+        console,
         f"{sent:,} of {totals.claims:,} claims are with the broker, for workers of "
         f"{submission.run.context.context_id}",
-        highlight=False,
     )
     print(run_id)

@@ -1,13 +1,10 @@
 """The share of the model's probability that the label words hold, and what it says instead."""
 
-from collections import Counter
-from statistics import median
-
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection, select
 
 from services.collector.schema import outcomes
-from services.contracts.verdicts import LOW_MASS
+from services.contracts.label_mass import said_instead
 
 ENOUGH_VERDICTS = 64
 """A batch of the default size. A median over so many is not one odd claim, and costs seconds."""
@@ -46,8 +43,5 @@ def low_mass(connection: Connection, run_key: int, *, complete: bool) -> LowMass
     ).all()
     if not rows or (len(rows) < _FEWEST_VERDICTS and not complete):
         return None
-    middle = median(row.mass for row in rows)
-    if middle >= LOW_MASS:
-        return None
-    says, _ = Counter(row.raw_text for row in rows).most_common(1)[0]
-    return LowMass(claims=len(rows), median=middle, says=says)
+    found = said_instead([(row.mass, row.raw_text) for row in rows])
+    return found and LowMass(claims=len(rows), median=found[0], says=found[1])

@@ -14,13 +14,13 @@ from services.contracts import ContextSpec, Settings
 from services.contracts.errors import UsageError
 from services.contracts.values import Value, content_id
 
+# Left by a launcher of distributed jobs, in which an engine would take a place.
+_LAUNCHERS = r"(LOCAL_|GROUP_|NODE_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)"
 # What vLLM and the libraries under it read. The rest of an engine's environment is the keeper's.
 _ENGINES_OWN = re.compile(
     r"(VLLM|CUDA|NVIDIA|NCCL|TORCH|PYTORCH|TRITON|HF|HUGGING_?FACE|TRANSFORMERS|TOKENIZERS"
     r"|OMP|GOMP|KMP|MKL|OPENBLAS|LD|PYTHON)\w*"
-    # Left by a launcher of distributed jobs, in which an engine would take a place.
-    r"|(LOCAL_|GROUP_|NODE_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)"
-    rf"|{SEARCHED_LAST}",
+    rf"|{_LAUNCHERS}|{SEARCHED_LAST}",
     re.IGNORECASE,
 )
 # Of these, what is meant for another server of the user's, or would make the engine answer for
@@ -32,7 +32,7 @@ _NEVER = re.compile(
     r"|ALLOW_RUNTIME_LORA_UPDATING|ALLOW_INSECURE_SERIALIZATION|RPC_BASE_PATH"
     r"|USE_RUST_FRONTEND|RUST_FRONTEND_PATH|CONFIGURE_LOGGING|TRACE_FUNCTION|DEBUG_DUMP_PATH"
     r"|DEBUG_LOG_API_SERVER_RESPONSE|(LORA_RESOLVER|LOGGING|DP|RAY|ELASTIC_EP)_\w+)"
-    r"|(LOCAL_|GROUP_|NODE_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+"
+    rf"|{_LAUNCHERS}|TORCHELASTIC_\w+"
     r"|PYTHON(?!(NOUSERSITE|USERBASE|DONTWRITEBYTECODE|PYCACHEPREFIX|HASHSEED|MALLOC|UTF8"
     r"|IOENCODING|UNBUFFERED|FAULTHANDLER)$)\w*",
     re.IGNORECASE,

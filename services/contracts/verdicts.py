@@ -26,14 +26,6 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Attempt = Annotated[Int31, Field(ge=1)]
 
 
-LOW_MASS = 0.1
-"""Where half of the claims have less mass than this, the model does not answer with label words.
-
-Prompts that it answers have a median of 0.3 and more, even with a model of 135 million parameters;
-templates that open a thought, or words that no model says, 0.04 and less.
-"""
-
-
 class Verdict(Value):
     """What the model says of one claim.
 

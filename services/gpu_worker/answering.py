@@ -1,18 +1,16 @@
 """Deliveries on their way: taken, answered, settled. What an engine fails with is a suspect."""
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from statistics import median
 
 import structlog
 
 from services.broker import Consumer, Delivery, Publisher
 from services.contexts.completions import Interrupted
 from services.contracts.errors import MessageInvalid
-from services.contracts.verdicts import LOW_MASS
+from services.contracts.label_mass import said_instead
 from services.gpu_worker.examination import Examination
 from services.gpu_worker.in_hand import BatchInHand
 from services.gpu_worker.inference import Inference, Outcome
@@ -163,14 +161,12 @@ class Answering:
     def _watch_mass(self, hand: BatchInHand, outcome: Outcome) -> None:
         """Log once a run that its label words hold nearly nothing of the probability."""
         run_id = hand.batch.run.run_id
-        verdicts = outcome.verdicts.values()
-        if not verdicts or run_id in self.warned:
+        answers = [(verdict.mass, verdict.raw_text) for verdict in outcome.verdicts.values()]
+        if not answers or run_id in self.warned:
             return
-        mass = median(verdict.mass for verdict in verdicts)
-        if mass < LOW_MASS:
+        if found := said_instead(answers):
             self.warned.add(run_id)
-            says, _ = Counter(verdict.raw_text for verdict in verdicts).most_common(1)[0]
-            log.warning("labels.unlikely", run=run_id, median_mass=mass, model_says=says)
+            log.warning("labels.unlikely", run=run_id, median_mass=found[0], model_says=found[1])
 
     def _suspect(self, hand: BatchInHand) -> None:
         SUSPECTS.inc()

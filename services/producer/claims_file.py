@@ -12,14 +12,19 @@ from services.contracts.values import content_id
 from services.producer.corpus import Corpus, read_corpus
 from services.producer.fields import NAMES, normalized
 from services.producer.parse import Parser, Reading, Rejection, check_columns
-from services.producer.published import PLAIN, format_named, read_plain, recognized
+from services.producer.published import (
+    PLAIN,
+    RECORDS_LOOKED_AT,
+    format_named,
+    read_plain,
+    recognized,
+)
 from services.producer.sample import chosen
 from services.producer.seen import SeenIds, Sighting
 from services.producer.source import Source
 from services.producer.summary import FileSummary
 
 _CHUNK_RECORDS = 1_024
-_RECORDS_LOOKED_AT = 20
 
 
 @dataclass(frozen=True)
@@ -62,14 +67,14 @@ class ClaimsFile:
         Raises InputError when the file is empty, its columns do not fit, or the corpus is none.
         """
         check_columns(selection.columns)
-        self._source = source
-        self._selection = selection
-        self._prompt = prompt
+        self.source = source
+        self.selection = selection
+        self.prompt = prompt
         self.name = source.name
         self.format = (
             format_named(selection.format)
             if selection.format is not None
-            else recognized(source.first_records(_RECORDS_LOOKED_AT))
+            else recognized(source.first_records(RECORDS_LOOKED_AT))
         )
         if source.columns is not None:
             _check_header(source, selection.columns)
@@ -85,20 +90,6 @@ class ClaimsFile:
             self._corpus = self._read_corpus(selection.corpus, on_pages)
         self.source_digest = content_id("src", self._identity(survey.digest))
 
-    @property
-    def container(self) -> str:
-        return self._source.container
-
-    @property
-    def delimiter(self) -> str | None:
-        """What stands between the fields of delimited text; None for other containers."""
-        return self._source.delimiter
-
-    @property
-    def has_header(self) -> bool:
-        """Whether the file names its columns."""
-        return self._source.has_header
-
     def inspect(
         self,
         on_rejected: Callable[[Rejection], None] = lambda _: None,
@@ -106,13 +97,13 @@ class ClaimsFile:
     ) -> InputSummary:
         """Read every claim, and say what there is.
 
-        Raises InputError when a named column is in no record, or when not one record is a claim.
+        Raises InputError when a named column is in no record.
         """
         summary = self.new_summary()
         parser = self._parser()
         for lines, _ in self._chunks(parser, summary, on_rejected):
             on_lines(lines)
-        for field_name, column in self._selection.columns.items():
+        for field_name, column in self.selection.columns.items():
             if column in parser.unseen_columns:
                 listed = ", ".join(repr(key) for key in list(parser.keys_seen)[:20]) or "none"
                 raise InputError(
@@ -121,7 +112,7 @@ class ClaimsFile:
                 )
         if self.format is PLAIN:
             known = {normalized(name) for names in NAMES.values() for name in names}
-            known |= {normalized(column) for column in self._selection.columns.values()}
+            known |= {normalized(column) for column in self.selection.columns.values()}
             self.ignored_keys = tuple(k for k in parser.keys_seen if normalized(k) not in known)
         return summary.result()
 
@@ -139,15 +130,13 @@ class ClaimsFile:
             yield from claims
 
     def new_summary(self) -> FileSummary:
-        return FileSummary(self.format.title, self._source.container, self.records)
+        return FileSummary(self.format.title, self.source.container, self.records)
 
     def _chunks(
         self, parser: Parser, summary: FileSummary, on_rejected: Callable[[Rejection], None]
     ) -> Iterator[tuple[int, list[Claim]]]:
         seen = SeenIds()
-        lines = chosen(
-            self._source.lines(), self.records, self._selection.limit, self._selection.seed
-        )
+        lines = chosen(self.source.lines(), self.records, self.selection.limit, self.selection.seed)
         read = 0
         try:
             while chunk := list(islice(lines, _CHUNK_RECORDS)):
@@ -160,7 +149,7 @@ class ClaimsFile:
                 fresh: list[Reading] = []
                 for line, found in parsed:
                     if isinstance(found, Rejection):
-                        if self._selection.only is None:
+                        if self.selection.only is None:
                             summary.add_rejection(found.kind)
                             on_rejected(found)
                         continue
@@ -185,16 +174,16 @@ class ClaimsFile:
             seen.close()
 
     def _is_wanted(self, claim: Claim) -> bool:
-        return self._selection.only is None or claim.claim_id in self._selection.only
+        return self.selection.only is None or claim.claim_id in self.selection.only
 
     def _parser(self) -> Parser:
         return Parser(
             self.name,
-            self._prompt,
+            self.prompt,
             self.format,
-            columns=self._selection.columns,
-            label_map=self._selection.label_map,
-            each_evidence=self._selection.each_evidence,
+            columns=self.selection.columns,
+            label_map=self.selection.label_map,
+            each_evidence=self.selection.each_evidence,
             corpus=self._corpus,
         )
 
@@ -205,9 +194,7 @@ class ClaimsFile:
                 "--corpus and --wiki, or name the format with --format"
             )
         parser = self._parser()
-        lines = chosen(
-            self._source.lines(), self.records, self._selection.limit, self._selection.seed
-        )
+        lines = chosen(self.source.lines(), self.records, self.selection.limit, self.selection.seed)
         return read_corpus(
             path, (reference for line in lines for reference in parser.references(line)), on_pages
         )
@@ -218,17 +205,17 @@ class ClaimsFile:
         """
         identity: dict[str, object] = {
             "bytes": digest,
-            "format": self._source.container,
-            "columns": {f: c for f, c in self._selection.columns.items() if f != "label"},
+            "format": self.source.container,
+            "columns": {f: c for f, c in self.selection.columns.items() if f != "label"},
         }
         if self.format.read is not read_plain:
             identity["reading"] = self.format.name
-        if self._selection.each_evidence:
+        if self.selection.each_evidence:
             identity["each_evidence"] = True
         if self._corpus is not None:
             identity["corpus"] = self._corpus.digest
-        if self._selection.only is not None:
-            identity["only"] = sorted(self._selection.only)
+        if self.selection.only is not None:
+            identity["only"] = sorted(self.selection.only)
         return identity
 
 

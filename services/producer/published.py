@@ -17,7 +17,8 @@ from services.producer.fields import (
     normalized,
 )
 
-_RECORDS_LOOKED_AT = 20
+RECORDS_LOOKED_AT = 20
+"""By so many of its first records a file is recognised."""
 
 Fields = Mapping[str, Any]
 Reference = tuple[str, int | None]
@@ -375,7 +376,7 @@ def recognized(records: Sequence[Fields]) -> PublishedFormat:
     """The format of a file by its first records; PLAIN when they are of none."""
     looked_at = [
         {normalized(key): value for key, value in record.items()}
-        for record in records[:_RECORDS_LOOKED_AT]
+        for record in records[:RECORDS_LOOKED_AT]
     ]
     for known in FORMATS:
         if looked_at and all(known.matches(fields) for fields in looked_at):

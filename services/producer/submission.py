@@ -10,7 +10,6 @@ from services.contracts import (
     Claim,
     ClaimBatch,
     ContextSpec,
-    PromptSpec,
     Run,
     RunAnnouncement,
     Totals,
@@ -19,7 +18,7 @@ from services.contracts import (
 from services.contracts.bounds import MAX_BATCH_BYTES, MAX_NAME_CHARS
 from services.contracts.errors import InputError
 from services.contracts.runs import InputSummary
-from services.producer.claims_file import ClaimsFile, Selection
+from services.producer.claims_file import ClaimsFile
 from services.producer.metrics import LINES, PUBLISHED
 from services.producer.ordering import together
 from services.producer.rejected import RejectedFile
@@ -48,9 +47,7 @@ class Submission:
     them, and with `finished` they are not even sent.
     """
 
-    def __init__(
-        self, file: ClaimsFile, *, context: ContextSpec, prompt: PromptSpec, selection: Selection
-    ) -> None:
+    def __init__(self, file: ClaimsFile, context: ContextSpec) -> None:
         self.file = file
         self.input: InputSummary | None = None
         """What `inspect` found."""
@@ -59,9 +56,9 @@ class Submission:
             source=file.name[-MAX_NAME_CHARS:],
             source_digest=file.source_digest,
             context=context,
-            prompt=prompt,
-            limit=selection.limit,
-            seed=selection.seed,
+            prompt=file.prompt,
+            limit=file.selection.limit,
+            seed=file.selection.seed,
         )
 
     @property

@@ -23,7 +23,7 @@ from services.contracts import (
     load_settings,
 )
 from services.contracts.errors import LabelsUnlikely, StoreError, UsageError
-from services.producer import ClaimsFile, Selection, Source, Submission
+from services.producer import ClaimsFile, Source, Submission
 
 Maker = Callable[..., Desk]
 
@@ -33,9 +33,7 @@ def submission(tmp_path: Path, context: ContextSpec, prompt: PromptSpec) -> Iter
     path = tmp_path / "claims.jsonl"
     path.write_text('{"id": "a", "claim": "One."}\n{"id": "b", "claim": "Two."}\n')
     with Source.open(str(path)) as source:
-        yield Submission(
-            ClaimsFile(source, prompt), context=context, prompt=prompt, selection=Selection()
-        )
+        yield Submission(ClaimsFile(source, prompt), context)
 
 
 @pytest.fixture

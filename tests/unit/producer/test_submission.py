@@ -98,12 +98,7 @@ class Desk:
             Source.open(str(path), claim_column=claim_column) as source,
             RejectedFile(self.rejected) as rejections,
         ):
-            self.submission = Submission(
-                ClaimsFile(source, self._prompt, selection),
-                context=self._context,
-                prompt=self._prompt,
-                selection=selection,
-            )
+            self.submission = Submission(ClaimsFile(source, self._prompt, selection), self._context)
             self.submission.inspect(rejections)
             return self.submission.publish(
                 self.publisher,  # type: ignore[arg-type]
