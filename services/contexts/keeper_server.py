@@ -111,11 +111,14 @@ class KeeperServer:
         """Until our socket is removed, or our time is over."""
         path = keeper_socket(self._keeper.directory)
         with socket.socket(socket.AF_UNIX) as listener:
-            path.unlink(missing_ok=True)
-            listener.bind(str(path))
-            path.chmod(0o600)
-            own = path.lstat()
+            # Under its name once it listens: who finds the socket can connect to it.
+            new = path.with_suffix(".new")
+            new.unlink(missing_ok=True)
+            listener.bind(str(new))
+            new.chmod(0o600)
             listener.listen(64)
+            own = new.lstat()
+            new.rename(path)
             log.info("keeper.ready", directory=str(self._keeper.directory), pid=os.getpid())
             try:
                 self._accept(listener, path, own)

@@ -1,5 +1,6 @@
 """A keeper lends its broker: to whom, until when, and what becomes of it."""
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -70,9 +71,9 @@ def serve(settings: Settings) -> Iterator[Callable[[Broker | None], None]]:
         serving = threading.Thread(target=server.serve)
         serving.start()
         started.append((server, serving))
-        socket = settings.runtime_dir / "keeper.sock"
+        path = settings.runtime_dir / "keeper.sock"
         deadline = time.monotonic() + GENEROUS_SECONDS
-        while not socket.exists():
+        while not path.exists():
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
@@ -138,6 +139,22 @@ def test_where_the_keeper_has_no_broker_there_is_none(
 
 def test_without_a_keeper_there_is_none(settings: Settings) -> None:
     assert borrow_broker(settings) is None
+
+
+def test_who_finds_the_socket_of_a_keeper_can_connect_to_it(
+    serve: Serve, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that finds it too early starts a broker of its own, and loses seconds."""
+    found_too_early = []
+
+    class Slow(socket.socket):
+        def listen(self, backlog: int = 1) -> None:
+            found_too_early.append((settings.runtime_dir / "keeper.sock").exists())
+            super().listen(backlog)
+
+    monkeypatch.setattr("services.contexts.keeper_server.socket.socket", Slow)
+    serve(None)
+    assert found_too_early == [False]
 
 
 def test_the_broker_ends_with_its_keeper(settings: Settings) -> None:
