@@ -2,11 +2,14 @@
 
     .venv/bin/python benchmarks/engine_overhead.py
 
-Both hold the same model with the same arguments, warm, in one run; they take turns, so that a
-machine whose speed drifts treats them alike, and who waits is suspended. "Alone" is vLLM's own
-`LLM.generate` on ready token ids, in a process of its own, nothing else around it. "Keepwarm" is
-everything from the first line of the file to the last verdict in the store. Prefix caching is off,
-for the same claims come again every round. Prints claims/s per round and the median of the ratios.
+"Alone" is the fastest that vLLM can be made on this machine: its own `LLM.generate` on ready
+token ids, in one process, with all cores and its own settings of threads, and that number of
+tokens a step which was the fastest of several. "Keepwarm" is everything from the first line of the
+file to the last verdict in the store, with its defaults. Both hold the same model, warm; they take
+turns, so that a machine whose speed drifts treats them alike, and who waits is suspended. Prefix
+caching is off in both, for the same claims come again every round. Each round takes a few claims
+and many: their difference gives the rate without the start and the tail, and what is left is the
+fixed seconds.
 """
 
 import argparse
@@ -19,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
@@ -32,74 +36,137 @@ MODEL = REPOSITORY / ".models" / "SmolLM2-135M-Instruct"
 SYMMETRIC = REPOSITORY.parent / "shared" / "data" / "fever_symmetric_dev.jsonl"
 SAMPLES = REPOSITORY / "samples" / "claims.jsonl"
 MAX_TOKENS = 1024
-MAX_SEQUENCES = 64
+STEP_TOKENS = (1_024, 2_048, 4_096, 8_192)
+TRIED_CLAIMS = 128
 console = Console(width=100)
 
 
-def serve_alone(claims_file: Path, limit: int) -> None:
-    """vLLM in this process: at each line on standard input, all claims once; seconds on output."""
-    from services.contexts import find_device
-    from services.contexts.engine_command import CPU_BLOCK_TOKENS, engine_environment
-    from services.contexts.plan import EnginePlan
-    from services.contracts import load_settings
+@dataclass(frozen=True)
+class Speed:
+    """Of one side in one round."""
 
-    prompt, tokens, spec = prompts_of(claims_file, limit)
-    plan = EnginePlan.of(spec, find_device(), load_settings())
-    os.environ.update(engine_environment(plan, Path(tempfile.gettempdir()) / "keepwarm-alone"))
+    claims_a_second: float
+    fixed_seconds: float
+
+    @classmethod
+    def of(cls, few: int, few_seconds: float, many: int, many_seconds: float) -> "Speed":
+        rate = (many - few) / (many_seconds - few_seconds)
+        return cls(rate, few_seconds - few / rate)
+
+
+class Alone:
+    """vLLM by itself, in a process of its own, ready."""
+
+    def __init__(self, claims_file: Path, step_tokens: int) -> None:
+        self._process = subprocess.Popen(
+            [
+                sys.executable,
+                __file__,
+                "--alone",
+                str(claims_file),
+                "--step-tokens",
+                str(step_tokens),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            bufsize=1,
+        )
+        self.pid = self._process.pid
+        if self._answer() != "ready":
+            raise SystemExit("vLLM alone did not start; run it with --alone by hand to see why")
+
+    def run(self, count: int) -> float:
+        """Seconds for so many claims."""
+        self._process.stdin.write(f"{count}\n")
+        return float(self._answer())
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _answer(self) -> str:
+        return self._process.stdout.readline().strip()
+
+
+def serve_alone(claims_file: Path, step_tokens: int) -> None:
+    """vLLM in this process: for each count on standard input, the seconds on output."""
+    # In this very process, not in one that it starts and talks to. Everything else is vLLM's own.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     output = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # vLLM's own words go to standard error
+    prompts, tokens = prompts_of(claims_file)
     from vllm import LLM, SamplingParams
 
     llm = LLM(
         model=str(MODEL),
         dtype="bfloat16",
         max_model_len=MAX_TOKENS,
-        max_num_seqs=MAX_SEQUENCES,
+        max_num_batched_tokens=step_tokens,
         enforce_eager=True,
         enable_prefix_caching=False,
-        block_size=CPU_BLOCK_TOKENS if plan.device.kind == "cpu" else None,
-        distributed_executor_backend="uni",
         generation_config="vllm",
     )
     parameters = SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=list(tokens))
-    ready = [{"prompt_token_ids": ids} for ids in prompt]
+    ready = [{"prompt_token_ids": ids} for ids in prompts]
     llm.generate(ready[:8], parameters, use_tqdm=False)
     output.write("ready\n")
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        count = int(line)
         started = time.monotonic()
-        answers = llm.generate(ready, parameters, use_tqdm=False)
-        assert len(answers) == len(ready)
+        answers = llm.generate(ready[:count], parameters, use_tqdm=False)
         output.write(f"{time.monotonic() - started}\n")
+        assert len(answers) == count
 
 
-def prompts_of(claims_file: Path, limit: int):
-    """The token ids that a worker would send, the label tokens, and the context."""
+def fastest_alone(claims_file: Path) -> int:
+    """The number of tokens a step with which vLLM alone is fastest here."""
+    seconds = {}
+    for step_tokens in STEP_TOKENS:
+        alone = Alone(claims_file, step_tokens)
+        seconds[step_tokens] = min(alone.run(TRIED_CLAIMS) for _ in range(2))
+        alone.close()
+        console.print(
+            f"vLLM alone, {step_tokens:,} tokens a step: "
+            f"{TRIED_CLAIMS / seconds[step_tokens]:.2f} claims/s",
+            highlight=False,
+        )
+    return min(seconds, key=seconds.__getitem__)
 
+
+def prompts_of(claims_file: Path) -> tuple[list[list[int]], Sequence[int]]:
+    """The token ids that a worker would send, and the label tokens."""
     from services.contexts import pin_model
     from services.contracts import ContextSpec, PromptSpec
     from services.gpu_worker import CompiledPrompt, ModelTokenizer
-    from services.producer import ClaimsFile, Selection, Source
+    from services.producer import ClaimsFile, Source
 
     spec = pin_model(ContextSpec(model=str(MODEL), max_model_tokens=MAX_TOKENS))
     compiled = CompiledPrompt(PromptSpec(), ModelTokenizer.load(spec))
     with Source.open(str(claims_file)) as source:
-        claims = list(ClaimsFile(source, compiled.spec, Selection(limit=limit)))
-    return compiled.encode(claims), compiled.label_tokens, spec
+        claims = list(ClaimsFile(source, compiled.spec))
+    return [list(ids) for ids in compiled.encode(claims)], compiled.label_tokens
+
+
+def write_claims(path: Path, count: int) -> None:
+    """So many claims, with ids of their own, from a real file where it is at hand."""
+    source = SYMMETRIC if SYMMETRIC.exists() else SAMPLES
+    lines = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            line = lines[number % len(lines)]
+            claim = {"id": str(number), "claim": line["claim"], "evidence": line["evidence"]}
+            file.write(json.dumps(claim) + "\n")
 
 
 class Keepwarm:
     """A node, a warm worker and a collector; `run` sends the claims once more, as a new run."""
 
-    def __init__(self, directory: Path, batch_size: int) -> None:
+    def __init__(self, directory: Path) -> None:
         from benchmarks.desk import Desk
 
-        self._batch_size = batch_size
-        self._desk = Desk(
-            directory,
-            KEEPWARM_ENGINE_ARGUMENTS=(
-                f"--no-enable-prefix-caching --max-num-seqs {MAX_SEQUENCES}"
-            ),
-        )
+        self._desk = Desk(directory, KEEPWARM_ENGINE_ARGUMENTS="--no-enable-prefix-caching")
         self._worker, _ = self._desk.ready_worker()
 
     def run(self, claims_file: Path, limit: int, name: str) -> float:
@@ -108,10 +175,10 @@ class Keepwarm:
         from services.contracts import ContextSpec, PromptSpec
 
         context = pin_model(ContextSpec(model=str(MODEL), max_model_tokens=MAX_TOKENS))
+        prompt = PromptSpec(name=name)
         started = time.monotonic()
-        self._desk.wait_for(
-            self._desk.publish(claims_file, PromptSpec(name=name), context, self._batch_size, limit)
-        )
+        batch_size = self._desk.settings.batch_size
+        self._desk.wait_for(self._desk.publish(claims_file, prompt, context, batch_size, limit))
         return time.monotonic() - started
 
     @property
@@ -147,58 +214,83 @@ def suspended(pids: Sequence[int]) -> Iterator[None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--claims", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--claims", type=int, default=1024, help="the many of each round")
+    parser.add_argument("--few", type=int, default=128, help="the few of each round")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    parser.add_argument("--alone", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--step-tokens", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args()
     if not MODEL.is_dir():
         raise SystemExit("the demo model is not there: run `make setup` first")
-    file = SYMMETRIC if SYMMETRIC.exists() else SAMPLES
-    if arguments.alone:
-        serve_alone(file, arguments.claims)
+    if given.alone:
+        serve_alone(given.alone, given.step_tokens)
         return
 
-    count = min(arguments.claims, sum(1 for _ in file.open("rb")))
-    alone = subprocess.Popen(
-        [sys.executable, __file__, "--alone", "--claims", str(count)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        bufsize=1,
-    )
     with tempfile.TemporaryDirectory(prefix="keepwarm-benchmark-") as name:
-        keepwarm = Keepwarm(Path(name), arguments.batch_size)
-        try:
-            assert alone.stdout.readline() == "ready\n", "vLLM alone did not start"
-            rounds = []
-            for number in range(arguments.rounds + 1):
-                with suspended(keepwarm.pids):
-                    alone.stdin.write("go\n")
-                    alone_seconds = float(alone.stdout.readline())
-                with suspended([alone.pid]):
-                    keepwarm_seconds = keepwarm.run(file, count, f"round {number}")
-                if number:  # the first round warms both up
-                    rounds.append((count / alone_seconds, count / keepwarm_seconds))
-        finally:
-            keepwarm.close()
-            alone.stdin.close()
-            alone.wait()
-
-    table = Table(title=f"{count} claims of {file.name}, warm, batches of {arguments.batch_size}")
-    for column in ("round", "vLLM alone, claims/s", "Keepwarm, claims/s", "ratio"):
-        table.add_column(column, justify="right")
-    for number, (by_itself, through) in enumerate(rounds, 1):
-        table.add_row(
-            str(number), f"{by_itself:.2f}", f"{through:.2f}", f"{through / by_itself:.3f}"
+        claims_file = Path(name) / "claims.jsonl"
+        write_claims(claims_file, given.claims)
+        step_tokens = fastest_alone(claims_file)
+        rounds = measure(
+            Path(name), claims_file, step_tokens, given.few, given.claims, given.rounds
         )
-    ratio = statistics.median(through / by_itself for by_itself, through in rounds)
-    table.add_row("median", "", "", f"{ratio:.3f}")
+
+    table = Table(
+        title=f"{given.few:,} and {given.claims:,} claims; alone with {step_tokens:,} tokens a step"
+    )
+    table.add_column("round", justify="right")
+    for side in ("vLLM alone", "Keepwarm"):
+        table.add_column(f"{side}, claims/s", justify="right")
+        table.add_column("fixed, s", justify="right")
+    table.add_column("ratio of the rates", justify="right")
+    ratios = [through.claims_a_second / alone.claims_a_second for alone, through in rounds]
+    for number, ((alone, through), ratio) in enumerate(zip(rounds, ratios, strict=True), 1):
+        cells = (
+            figure
+            for side in (alone, through)
+            for figure in (side.claims_a_second, side.fixed_seconds)
+        )
+        table.add_row(str(number), *(f"{cell:.2f}" for cell in cells), f"{ratio:.3f}")
+    table.add_row("median", *[""] * 4, f"{statistics.median(ratios):.3f}")
     console.print(table)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"claims": count, "rounds": rounds, "ratio": ratio}))
+    if given.json:
+        figures = {
+            "step_tokens": step_tokens,
+            "rounds": [
+                {"alone": asdict(alone), "keepwarm": asdict(through)} for alone, through in rounds
+            ],
+            "ratio": statistics.median(ratios),
+        }
+        given.json.write_text(json.dumps(figures) + "\n", encoding="utf-8")
+
+
+def measure(
+    directory: Path, claims_file: Path, step_tokens: int, few: int, many: int, rounds: int
+) -> list[tuple[Speed, Speed]]:
+    """Of vLLM alone and of Keepwarm, in each round."""
+    speeds = []
+    keepwarm = Keepwarm(directory)
+    try:
+        alone = Alone(claims_file, step_tokens)
+        try:
+            alone.run(few)  # warms it up; so does the next line
+            keepwarm.run(claims_file, few, "warming up")
+            for number in range(rounds):
+                with suspended(keepwarm.pids):
+                    by_itself = Speed.of(few, alone.run(few), many, alone.run(many))
+                with suspended([alone.pid]):
+                    through = Speed.of(
+                        few,
+                        keepwarm.run(claims_file, few, f"few {number}"),
+                        many,
+                        keepwarm.run(claims_file, many, f"many {number}"),
+                    )
+                speeds.append((by_itself, through))
+        finally:
+            alone.close()
+    finally:
+        keepwarm.close()
+    return speeds
 
 
 if __name__ == "__main__":
