@@ -1,17 +1,21 @@
 """The flags that name a context, and the context that they stand for."""
 
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from pydantic import ValidationError
 
+from services.cli.shown import shown
 from services.contexts import pin_model
 from services.contracts import ContextSpec, Settings
 from services.contracts.contexts import DType
 from services.contracts.errors import ModelError, UsageError
 from services.contracts.wire import first_fault
+
+_FIRST_LINE_SECONDS, _LINE_SECONDS = 2.0, 10.0
 
 DEMO_MODEL = Path(".models/SmolLM2-135M-Instruct")
 DEMO_MODEL_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -75,6 +79,24 @@ EngineArgumentOption = Annotated[
 ]
 
 
+class _ReadingWeights:
+    """A line on standard error now and then, where reading them takes long."""
+
+    def __init__(self) -> None:
+        self._next_line = time.monotonic() + _FIRST_LINE_SECONDS
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + _LINE_SECONDS
+            print(
+                shown(
+                    f"Reading the weights to identify them: {done / 1e9:.1f} of "
+                    f"{total / 1e9:.1f} GB (once for each file)"
+                ),
+                file=sys.stderr,
+            )
+
+
 def context_from_flags(
     settings: Settings,
     model: str | None,
@@ -108,15 +130,15 @@ def context_from_flags(
         what = first_fault(error).partition(": ")[2]
         raise UsageError(f"--{flag}: {what}; see `keepwarm worker --help`") from error
     if spec.model != DEMO_MODEL_ON_HUB or model or settings.model:
-        return pin_model(spec)
+        return pin_model(spec, settings.cache_dir, _ReadingWeights())
     # Outside a clone: nobody chose this model, and it is too small for real work.
     default = (
         f"no --model or KEEPWARM_MODEL is given, so the default is used, the demo model "
         f"{DEMO_MODEL_ON_HUB}"
     )
     try:
-        pinned = pin_model(spec)
+        pinned = pin_model(spec, settings.cache_dir, _ReadingWeights())
     except ModelError as error:
         raise ModelError(f"{default}: {error}") from error
-    print(f"Note: {default}; name your own for real work.", file=sys.stderr)
+    print(shown(f"Note: {default}; name your own for real work."), file=sys.stderr)
     return pinned

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from services.broker import BrokerAddress, Declares, Publisher
 from services.broker.policies import ask_policies
@@ -46,7 +45,9 @@ from services.cli.options import (
     StoreOption,
 )
 from services.cli.prepare import inspect_claims, prepared_submission
-from services.cli.screen import line_progress, say
+from services.cli.screen import Screen, line_progress, say
+from services.cli.shown import shown
+from services.contexts.accepted import refusal
 from services.contracts import load_settings, topology
 from services.producer import Progress
 from services.producer.submission import Finished
@@ -103,7 +104,7 @@ def submit(
     expect_many_small_objects()
     settings = load_settings(broker_url=broker, store_url=store, batch_size=batch_size)
     configure_logs(settings)
-    console = Console(stderr=True)
+    console = Screen(stderr=True)
     prompt_spec = prompt_from_flag(prompt)
     options = ClaimsOptions.from_flags(
         prompt_spec,
@@ -159,6 +160,13 @@ def submit(
             metrics.serve(_Submitting(publisher))
             for harm in ask_policies(settings, [claims_queue]).harms:
                 say(console, f"Warning: {harm}")
+            reason = refusal(submission.run.context, settings)
+            if reason is not None:
+                say(
+                    console,
+                    "Warning: only workers that are given this model serve this run, because "
+                    f"{reason}",
+                )
             sent = 0
 
             def show(progress: Progress) -> None:
@@ -178,4 +186,4 @@ def submit(
         f"{sent:,} of {totals.claims:,} claims are with the broker, for workers of "
         f"{submission.run.context.context_id}",
     )
-    print(run_id)
+    print(shown(run_id))

@@ -1,20 +1,22 @@
 """Where the files of a model and its adapter are, and which weights exactly are meant."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import structlog
+
+from services.contexts.fingerprint import Watch, fingerprint, sampled_fingerprint
 from services.contracts import ContextSpec
 from services.contracts.errors import ModelError, UsageError
 
 _ADAPTER_CONFIG = "adapter_config.json"
-_WHOLE_FILE_BYTES = 4 * 1024 * 1024
-_SAMPLE_BYTES = 1024 * 1024
 MAX_ADAPTER_RANK = 64
 """The largest rank of adapters that engines take as they come: adapters share an engine, whose
 buffers have this rank.
 """
+
+log = structlog.get_logger(__name__)
 
 
 def is_local(model: str) -> bool:
@@ -22,15 +24,20 @@ def is_local(model: str) -> bool:
     return model.startswith((".", "/", "~")) or Path(model).is_dir()
 
 
-def pin_model(spec: ContextSpec) -> ContextSpec:
+def pin_model(
+    spec: ContextSpec,
+    cache_dir: Path | None = None,
+    watch: Watch = lambda done, total: None,
+) -> ContextSpec:
     """`spec` with an absolute path or a hub name, and the revision that it stands for now.
 
     A local directory is pinned by a fingerprint of its files, a hub name by its commit, so that
     answers of a model that changed in place are never taken for the old one's. The same goes for
-    its adapter. Raises ModelError, and UsageError for engine arguments that would not be obeyed.
+    its adapter. Large files are read once where there is a `cache_dir`; `watch` is told how far
+    that is. Raises ModelError, and UsageError for engine arguments that would not be obeyed.
     """
     refuse_adapter_arguments("--engine-argument", spec.engine_arguments)
-    return _pin_adapter(_pin_base(spec))
+    return _pin_adapter(_pin_base(spec, cache_dir, watch), cache_dir, watch)
 
 
 def refuse_adapter_arguments(where: str, arguments: tuple[str, ...]) -> None:
@@ -46,7 +53,7 @@ def refuse_adapter_arguments(where: str, arguments: tuple[str, ...]) -> None:
             )
 
 
-def _pin_base(spec: ContextSpec) -> ContextSpec:
+def _pin_base(spec: ContextSpec, cache_dir: Path | None, watch: Watch) -> ContextSpec:
     if not is_local(spec.model):
         from services.contexts import hub  # a quarter of a second, which local models need not pay
 
@@ -62,26 +69,26 @@ def _pin_base(spec: ContextSpec) -> ContextSpec:
             "HuggingFaceTB/SmolLM2-135M-Instruct is fetched from the hub"
         )
     try:
-        fingerprint = _fingerprint(directory)
+        found = _fingerprint(directory, spec.revision, cache_dir, watch)
     except OSError as error:
         raise ModelError(
             f"the model at {directory} cannot be read: {error.filename}: {error.strerror}; mend "
             "its permissions"
         ) from error
-    if spec.revision not in (None, fingerprint):
+    if spec.revision not in (None, found):
         raise ModelError(
-            f"the model at {directory} is {fingerprint}, but {spec.revision} is wanted: its files "
+            f"the model at {directory} is {found}, but {spec.revision} is wanted: its files "
             "changed, or this is another model. Put the right files there, or submit the claims "
             "anew for this one"
         )
-    return spec.model_copy(update={"model": str(directory), "revision": fingerprint})
+    return spec.model_copy(update={"model": str(directory), "revision": found})
 
 
-def _pin_adapter(spec: ContextSpec) -> ContextSpec:
+def _pin_adapter(spec: ContextSpec, cache_dir: Path | None, watch: Watch) -> ContextSpec:
     if spec.adapter is None:
         return spec
     if is_local(spec.adapter):
-        pinned = _pin_adapter_directory(spec, spec.adapter)
+        pinned = _pin_adapter_directory(spec, spec.adapter, cache_dir, watch)
     else:
         from services.contexts import hub
 
@@ -91,7 +98,9 @@ def _pin_adapter(spec: ContextSpec) -> ContextSpec:
     return pinned
 
 
-def _pin_adapter_directory(spec: ContextSpec, adapter: str) -> ContextSpec:
+def _pin_adapter_directory(
+    spec: ContextSpec, adapter: str, cache_dir: Path | None, watch: Watch
+) -> ContextSpec:
     try:
         directory = Path(adapter).expanduser().resolve()
     except RuntimeError as error:
@@ -103,19 +112,29 @@ def _pin_adapter_directory(spec: ContextSpec, adapter: str) -> ContextSpec:
             "from the hub"
         )
     try:
-        fingerprint = _fingerprint(directory)
+        found = _fingerprint(directory, spec.adapter_revision, cache_dir, watch)
     except OSError as error:
         raise ModelError(
             f"the adapter at {directory} cannot be read: {error.filename}: {error.strerror}; "
             "correct its permissions"
         ) from error
-    if spec.adapter_revision not in (None, fingerprint):
+    if spec.adapter_revision not in (None, found):
         raise ModelError(
-            f"the adapter at {directory} is {fingerprint}, but {spec.adapter_revision} is wanted: "
+            f"the adapter at {directory} is {found}, but {spec.adapter_revision} is wanted: "
             "its files changed, or this is another adapter. Put the right files there, or submit "
             "the claims again for this one"
         )
-    return spec.model_copy(update={"adapter": str(directory), "adapter_revision": fingerprint})
+    return spec.model_copy(update={"adapter": str(directory), "adapter_revision": found})
+
+
+def _fingerprint(directory: Path, wanted: str | None, cache_dir: Path | None, watch: Watch) -> str:
+    """The fingerprint of a directory's files; the one that is wanted where they have that too."""
+    found = fingerprint(directory, cache_dir, watch)
+    if wanted not in (None, found) and wanted == sampled_fingerprint(directory):
+        # Of a run that was submitted before whole files were read: it can be completed.
+        log.warning("model.pinned_by_a_sample", directory=str(directory), revision=wanted)
+        return wanted
+    return found
 
 
 def _check_adapter(spec: ContextSpec) -> None:
@@ -196,21 +215,3 @@ def weights_bytes(spec: ContextSpec) -> int | None:
         return sum(file.stat().st_size for file in directory.glob("*.safetensors")) or None
     except OSError:
         return None
-
-
-def _fingerprint(directory: Path) -> str:
-    """Names, sizes and contents; of files over 4 MiB the first and last MiB: weights are large."""
-    digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-        if any(part.startswith(".") for part in path.relative_to(directory).parts):
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(directory)}\0{size}\0".encode())
-        with path.open("rb") as file:
-            if size <= _WHOLE_FILE_BYTES:
-                digest.update(file.read())
-            else:
-                digest.update(file.read(_SAMPLE_BYTES))
-                file.seek(-_SAMPLE_BYTES, 2)
-                digest.update(file.read())
-    return f"files-{digest.hexdigest()}"

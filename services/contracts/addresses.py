@@ -1,5 +1,6 @@
 """Addresses of HTTP servers, `host:port`, as settings and messages have them."""
 
+import ipaddress
 import re
 from typing import Annotated
 
@@ -35,6 +36,14 @@ def any_port(address: str) -> str:
 def is_host(text: str) -> bool:
     """Whether it is a name or an address alone, without a port."""
     return _HOST_ALONE.fullmatch(text) is not None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether this names the machine itself, as far as its name tells."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def _reachable(address: str) -> str:

@@ -6,9 +6,11 @@ Secrets are given as `KEEPWARM_BROKER_PASSWORD` and its like, or as files named 
 """
 
 import os
+import re
 import shutil
 import sys
 import tempfile
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -23,7 +25,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from services.contracts.addresses import is_host, split_address
+from services.contracts.addresses import is_host, is_loopback, split_address
 from services.contracts.bounds import MAX_BATCH_CLAIMS
 from services.contracts.errors import UsageError
 from services.contracts.wire import first_fault
@@ -111,6 +113,10 @@ class Settings(BaseSettings):
     broker_key_file: Path | None = None
     """PEM file with the certificate's key, without a passphrase, where that is in a file of its
     own."""
+    plaintext_hosts: str = ""
+    """Hosts, or patterns of them, separated by spaces, to which passwords and claims may travel in
+    the clear: brokers by `amqp://`, PostgreSQL without `sslmode=verify-full`. Connections within
+    this machine always may."""
     broker_connect_timeout_seconds: Seconds = 30
     """How long a command waits for a broker that is not there before it gives up."""
     broker_heartbeat_seconds: Annotated[int, Field(ge=5, le=600)] = 30
@@ -159,6 +165,14 @@ class Settings(BaseSettings):
     engine_arguments: str = ""
     """Further arguments for the engine, as in a shell. They win over the worker's choice and the
     context's, and are not part of the context."""
+    accepted_engine_arguments: str = ""
+    """Further engine arguments that a worker without a model accepts from runs, separated by
+    spaces: `--attention-backend --quantization-config`. Many of vLLM's arguments load code; see
+    below for those that are always accepted."""
+    accepted_models: str = ""
+    """Patterns, separated by spaces, of the models and adapters that a worker without a model
+    serves: `HuggingFaceTB/* /data/models/*`; all otherwise. Directories are compared by their real
+    path."""
     engine_start_timeout_seconds: Seconds = 1_800
     """How long an engine may load before it is given up."""
     engine_request_timeout_seconds: Seconds = 120
@@ -236,6 +250,14 @@ class Settings(BaseSettings):
             split_address(address)
         return address
 
+    @field_validator("accepted_engine_arguments")
+    @classmethod
+    def _names_alone(cls, arguments: str) -> str:
+        for argument in arguments.split():
+            if re.fullmatch(r"--[a-z][a-z0-9-]*", argument) is None:
+                raise ValueError(f"{argument!r}: write names alone, like --attention-backend")
+        return arguments
+
     @field_validator("engine_python")
     @classmethod
     def _absolute_command(cls, path: Path) -> Path:
@@ -253,6 +275,11 @@ class Settings(BaseSettings):
                     f"KEEPWARM_{service.upper()}_PASSWORD_FILE are both set; unset one"
                 )
         return self
+
+    def may_be_plaintext(self, host: str) -> bool:
+        """Whether a connection to this host may do without verified TLS."""
+        patterns = self.plaintext_hosts.split()
+        return is_loopback(host) or any(fnmatchcase(host, pattern) for pattern in patterns)
 
     @property
     def store(self) -> str:

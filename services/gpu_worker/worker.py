@@ -11,12 +11,13 @@ from prometheus_client import REGISTRY
 
 from services.broker import BrokerAddress, Consumer, Publisher
 from services.contexts import pin_model
+from services.contexts.accepted import refusal
 from services.contexts.completions import CompletionClient
 from services.contexts.device import Device
 from services.contexts.metrics import ContextStates, EngineMetrics
 from services.contexts.records import State
 from services.contracts import ContextDemand, ContextSpec, Settings
-from services.contracts.errors import EngineError, UsageError
+from services.contracts.errors import EngineError, ModelError, UsageError
 from services.contracts.presence import Ending, own_name
 from services.gpu_worker.in_hand import Signature
 from services.gpu_worker.readiness import Readiness
@@ -26,6 +27,7 @@ from services.gpu_worker.shift import Shift
 from services.gpu_worker.taking import Situation, Switch, next_context
 
 _LOOK_SECONDS = 0.2
+_REPORT_SECONDS = 10.0
 
 log = structlog.get_logger(__name__)
 
@@ -59,6 +61,8 @@ class Worker:
         self._serving_now: Serving | None = None
         self._heard = 0
         self._next: ContextSpec | None = None
+        self._refused: set[str] = set()
+        self._reported = 0.0
         self._readiness: Readiness | None = None
         self._only: Serving | None = None
         if spec is None:
@@ -188,9 +192,12 @@ class Worker:
                 continue
             try:
                 # A path that the producer knows must hold the same weights here.
-                with closing(self._serving(pin_model(spec))) as serving:
+                pinned = pin_model(spec, self._settings.cache_dir, self._watch_reading)
+                with closing(self._serving(pinned)) as serving:
                     self._serve(serving, publisher)
             except (EngineError, UsageError) as error:
+                if self._stop.is_set():
+                    return
                 # Another node may have what this one lacks; other contexts may work here.
                 pause = readiness.failed(spec.context_id, error)
                 log.error(
@@ -237,12 +244,40 @@ class Worker:
         self._shift.pulse.beat()
         self._shift.device_time.lap("idle")
 
+    def _watch_reading(self, done_bytes: int, total_bytes: int) -> None:
+        """While weights are read to identify them. Raises ModelError when told to stop."""
+        if self._stop.is_set():
+            raise ModelError("stopped while reading weights")
+        self._shift.pulse.beat()
+        self._shift.device_time.lap("loading")
+        if time.monotonic() - self._reported >= _REPORT_SECONDS:
+            self._reported = time.monotonic()
+            log.info("model.reading", done_bytes=done_bytes, total_bytes=total_bytes)
+
     def _contexts(self) -> Sequence[ContextSpec]:
-        return [line.context for line in self._news.contexts]
+        return [line.context for line in self._accepted()]
+
+    def _accepted(self) -> Sequence[ContextDemand]:
+        """What the directory has for this worker. What it has of its contexts comes from whoever
+        may publish runs, who is not trusted with what runs on this node.
+        """
+        lines: list[ContextDemand] = []
+        refused: set[str] = set()
+        for line in self._news.contexts:
+            reason = refusal(line.context, self._settings)
+            if reason is None:
+                lines.append(line)
+                continue
+            context_id = line.context.context_id
+            refused.add(context_id)
+            if context_id not in self._refused:
+                log.warning("context.refused", context=context_id, reason=reason)
+        self._refused = refused
+        return lines
 
     def _choose(self, readiness: Readiness, situation: Situation) -> ContextSpec | None:
         usable: Sequence[ContextDemand] = [
-            line for line in self._news.contexts if readiness.may_try(line.context.context_id)
+            line for line in self._accepted() if readiness.may_try(line.context.context_id)
         ]
         decision = next_context(usable, situation)
         log.debug("context.considered", reason=decision.reason)

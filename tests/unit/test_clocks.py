@@ -14,6 +14,9 @@ ALLOWED = {
     ("collector/store.py", "Store.__init__"): (
         "`received_at` is a date: one look when the store is opened, monotonic from there"
     ),
+    ("contexts/fingerprint.py", "_remember"): (
+        "when a file changed is a date: one look, and after a jump a file is read once more"
+    ),
     ("contexts/walltime.py", "seconds_left"): (
         "the scheduler says when the job ends as a date: one look at the start"
     ),

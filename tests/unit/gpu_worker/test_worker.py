@@ -1,8 +1,10 @@
 """Who a worker is, and which context it serves; that it answers is shown on a real broker."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from services.contracts import ContextDemand, ContextSpec, Notice, encode, load_settings
 from services.contracts.errors import ModelError
@@ -44,7 +46,7 @@ def test_a_context_that_failed_once_is_served_when_it_can_be_had_again(
     hub = iter([ModelError("the hub has a hiccup")])
     waited = 0
 
-    def pin(spec: ContextSpec) -> ContextSpec:
+    def pin(spec: ContextSpec, *_: object) -> ContextSpec:
         for error in hub:
             raise error
         return spec
@@ -67,3 +69,51 @@ def test_a_context_that_failed_once_is_served_when_it_can_be_had_again(
     worker._serve_what_is_wanted(readiness, None)  # type: ignore[arg-type]
     assert served == [spec.context_id]
     assert 5 <= waited <= 10  # and not at once
+
+
+def test_a_context_that_is_not_accepted_from_runs_is_never_chosen(
+    spec: ContextSpec, tmp_path: Path
+) -> None:
+    """With a producer's password anybody may publish it, with the most claims of all."""
+    settings = load_settings(runtime_dir=tmp_path / "run", cache_dir=tmp_path / "cache")
+    worker = Worker(None, DEVICE, settings)
+    hostile = spec.model_copy(update={"engine_arguments": ("--worker-cls=evil.Worker",)})
+    wanted = Situation(None, True, 600.0, 0.0, None, {}, 0.0)
+
+    def heard(*contexts: ContextSpec) -> None:
+        lines = tuple(
+            ContextDemand(context=each, claims_ready=10**6, claims_in_flight=0, workers_warm=0)
+            for each in contexts
+        )
+        worker._news.hear(encode(Notice(contexts=lines)))
+
+    readiness = Readiness(DEVICE, settings)
+    heard(hostile)
+    with capture_logs() as events:
+        for _ in range(3):
+            assert worker._choose(readiness, wanted) is None
+    (event,) = [event for event in events if event["event"] == "context.refused"]
+    assert event["context"] == hostile.context_id and "--worker-cls" in event["reason"]
+    heard(hostile, spec)
+    assert worker._choose(readiness, wanted) == spec
+    assert [each.context_id for each in worker._contexts()] == [spec.context_id]
+
+
+def test_a_worker_that_is_told_to_stop_reads_no_more_weights(
+    spec: ContextSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load_settings(runtime_dir=tmp_path / "run", cache_dir=tmp_path / "cache")
+    worker = Worker(None, DEVICE, settings)
+
+    def pin(spec: ContextSpec, cache_dir: Path, watch: Callable[[int, int], None]) -> ContextSpec:
+        assert cache_dir == tmp_path / "cache"
+        watch(1, 10**12)
+        worker.stop()
+        watch(2, 10**12)
+        raise AssertionError("it read on")
+
+    monkeypatch.setattr("services.gpu_worker.worker.pin_model", pin)
+    monkeypatch.setattr(worker, "_first_context", lambda *_: spec)
+    with capture_logs() as events:
+        worker._serve_what_is_wanted(Readiness(DEVICE, settings), None)  # type: ignore[arg-type]
+    assert [event["event"] for event in events] == ["model.reading"]
