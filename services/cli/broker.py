@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 from pydantic import SecretStr
-from rich.console import Console
 from rich.text import Text
 
 from services.broker import BrokerAddress, Declares, Publisher
@@ -16,11 +15,12 @@ from services.broker.administration import (
     has_user,
     make_user,
     make_virtual_host,
+    set_limits,
 )
 from services.broker.management_api import ManagementApi
 from services.broker.roles import ROLES
 from services.broker.tls import TlsFiles
-from services.cli.screen import plain_table, show
+from services.cli.screen import Screen, plain_table, say, show
 from services.cli.secrets_dir import SecretsDir
 from services.contracts import Settings, load_settings
 from services.contracts.errors import BrokerError, UsageError
@@ -45,6 +45,15 @@ def setup(
             metavar="DIRECTORY", help="Where the roles' passwords are; one that is there is used."
         ),
     ] = Path("secrets"),
+    workers: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=1_000_000,
+            help="So many workers at a time; connections, channels and queues are limited by it.",
+        ),
+    ] = 1_000,
     renew: Annotated[bool, typer.Option("--renew", help="Give every role a new password.")] = False,
 ) -> None:
     """Make a virtual host on a broker, and users with just the rights of their roles.
@@ -58,7 +67,8 @@ def setup(
 
     The roles' passwords are random and go to DIRECTORY/ROLE.password; none is
     shown. Run again, it makes what is missing and keeps the rest; with the same
-    directory another broker gets the same passwords. See docs/broker.md.
+    directory another broker gets the same passwords. Connections, channels and
+    queues are limited by --workers. See docs/broker.md.
     """
     settings = load_settings()
     check_virtual_host(vhost)
@@ -76,6 +86,7 @@ def setup(
         passwords = _passwords(api, vhost, directory, renew)
         make_virtual_host(api, vhost)
         outcomes = {role.name: make_user(api, role, vhost, passwords[role.name]) for role in ROLES}
+        set_limits(api, vhost, workers)
         address = amqp_address(api)
     _declare_topology(settings, address, vhost, passwords)
     _show(vhost, address, directory, outcomes)
@@ -131,13 +142,16 @@ def _declare_topology(
             window=1,
             declares=Declares("always"),
         ).open(settings.broker_connect_timeout_seconds).close()
-    except BrokerError as error:
+    except (BrokerError, UsageError) as error:
         # Behind a tunnel to the management API alone, its AMQP port is out of reach from here.
-        print(f"Its queues are not made yet ({error}); the first `keepwarm collect` makes them")
+        say(
+            Screen(),
+            f"Its queues are not made yet ({error}); the first `keepwarm collect` makes them",
+        )
 
 
 def _show(vhost: str, address: str, directory: SecretsDir, outcomes: dict[str, Outcome]) -> None:
-    console = Console()
+    console = Screen()
     table = plain_table()
     for name in ("role", "user", "now", "may", "password file"):
         table.add_column(name, overflow="fold")
@@ -149,7 +163,7 @@ def _show(vhost: str, address: str, directory: SecretsDir, outcomes: dict[str, O
     print("\nFor each service, beside KEEPWARM_BROKER_PASSWORD_FILE:")
     scheme, _, place = address.partition("://")
     for role in ROLES:
-        print(f"KEEPWARM_BROKER_URL={scheme}://{role.user(vhost)}@{place}/{vhost}")
+        say(console, f"KEEPWARM_BROKER_URL={scheme}://{role.user(vhost)}@{place}/{vhost}")
     if scheme == "amqp":
         print(
             "This broker does not listen for TLS: beyond this machine, passwords and claims can be "

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from services.cli.options import StoreOption
+from services.cli.shown import shown
 from services.collector import Store, find_run
 from services.contracts import load_settings
 
@@ -21,4 +22,4 @@ def cancel(
     with Store.open(load_settings(store_url=store), create=False) as database:
         known = find_run(database, run)
         database.cancel(known.run_key)
-    print(f"{known.run_id} is cancelled; workers hear of it from the collector")
+    print(shown(f"{known.run_id} is cancelled; workers hear of it from the collector"))

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Annotated, Self, cast, get_args
 
 import typer
-from rich.console import Console
 
-from services.cli.screen import say
+from services.cli.screen import Screen, say
 from services.contracts import PromptSpec
 from services.contracts.errors import UsageError
 from services.producer import Container, Selection, read_prompt
@@ -187,7 +186,7 @@ def prompt_from_flag(path: Path | None) -> PromptSpec:
     """The prompt. Standard error shows what was corrected in its file."""
     if path is None:
         return PromptSpec()
-    console = Console(stderr=True)
+    console = Screen(stderr=True)
     return read_prompt(path, lambda note: say(console, f"Note: {note}"))
 
 

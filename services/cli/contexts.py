@@ -21,6 +21,7 @@ from services.cli.context_options import (
     context_from_flags,
 )
 from services.cli.logs import configure_logs
+from services.cli.shown import shown
 from services.cli.signals import on_stop_signal
 from services.contexts.attachment import Attachment, drain
 from services.contexts.attachment import evict as evict_engines
@@ -83,7 +84,7 @@ def warm(
             attachment.close()
     if not ready:
         raise typer.Exit(128 + stopped_by["signal"])
-    print(attachment.plan.name)
+    print(shown(attachment.plan.name))
 
 
 def evict(
@@ -113,7 +114,7 @@ def evict(
     else:
         raise UsageError("name what is to go, or use --all; `keepwarm contexts list` shows what is")
     for name in gone:
-        print(name)
+        print(shown(name))
 
 
 def logs(
@@ -127,7 +128,7 @@ def logs(
     try:
         with log.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
-                print(line, end="")
+                print(shown(line), end="")
     except OSError as error:
         raise UsageError(f"{log} cannot be read: {error.strerror}") from error
 
@@ -147,7 +148,7 @@ def list(as_json: JsonOption = False) -> None:
         print("Nothing is warm on this node. `keepwarm contexts warm` prepares a context.")
         return
     for record in records:
-        print(_shown(record))
+        print(shown(_told(record)))
 
 
 def _records(settings: Settings) -> Sequence[ContextRecord]:
@@ -194,7 +195,7 @@ def _unknown(wanted: str, records: Sequence[ContextRecord]) -> UsageError:
     return UsageError(f"no engine here begins with {wanted!r}; warm on this node: {listed}")
 
 
-def _shown(record: ContextRecord) -> str:
+def _told(record: ContextRecord) -> str:
     memory = "" if record.memory_bytes is None else f", {record.memory_bytes / _GIB:.1f} GiB"
     last = "now" if record.attached else f"{_ago(time.monotonic() - record.last_used)} ago"
     lines = [

@@ -5,10 +5,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Annotated
-from unicodedata import category
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from services.broker import BrokerAddress, Declares, Delivery, Outgoing, Publisher
@@ -16,8 +14,9 @@ from services.broker.dead_messages import MAX_SHOWN, DeadMessages, origin, reaso
 from services.cli.found_stores import readable_stores, store_of_run
 from services.cli.logs import configure_logs
 from services.cli.options import BrokerOption, StoreOption
-from services.cli.screen import add_numbers, plain_table
+from services.cli.screen import Screen, add_numbers, plain_table
 from services.cli.screen import show as show_on
+from services.cli.shown import shown
 from services.collector import (
     DeadRow,
     KnownRun,
@@ -89,7 +88,7 @@ def retry(
                 raise UsageError(
                     f"{what} came from {origin(message)!r}: there is no way back there"
                 )
-        print(f"{what} is in {origin(message)} again")
+        _show(f"{what} is in {origin(message)} again")
         return
     with _claims(settings, what, claims or ()) as (database, run, rows):
         if run.run is None:
@@ -99,7 +98,7 @@ def retry(
         _publish(settings, run.run, rows, submission_id)
         # Only now: a retry that was cut short leaves them dead, and is merely done again.
         reopen_dead(database, rows)
-    print(f"{len(rows):,} claims of {run.run_id} are with the broker again")
+    _show(f"{len(rows):,} claims of {run.run_id} are with the broker again")
 
 
 def drop(
@@ -113,11 +112,11 @@ def drop(
     if what.startswith(_MESSAGE):
         with _messages(settings) as messages:
             messages.drop([_picked(messages, what)])
-        print(f"{what} is gone")
+        _show(f"{what} is gone")
         return
     with _claims(settings, what, claims or ()) as (database, run, rows):
         drop_dead(database, rows)
-    print(f"{len(rows):,} claims of {run.run_id} are let go")
+    _show(f"{len(rows):,} claims of {run.run_id} are let go")
 
 
 def list(
@@ -130,7 +129,7 @@ def list(
     """List dead claims, and where a broker is named the messages that nobody could use."""
     settings = _settings(broker, store)
     rows = _listed(settings, run)
-    console = Console()
+    console = Screen()
     table = plain_table()
     table.add_column("run", no_wrap=True)
     table.add_column("claim", overflow="fold")
@@ -140,10 +139,10 @@ def list(
     for row in rows:
         table.add_row(
             row.run_id,
-            Text(_harmless(row.claim.claim_id)),
+            row.claim.claim_id,
             row.reason.value,
             str(row.failures),
-            Text(_harmless(row.detail.partition("\n")[0][:_SHOWN_CHARS])),
+            row.detail.partition("\n")[0][:_SHOWN_CHARS],
         )
     show_on(console, table if rows else Text("no claim is dead"))
     if settings.broker_url is not None and run is None:
@@ -151,7 +150,7 @@ def list(
             _list_messages(console, messages)
 
 
-def _list_messages(console: Console, messages: DeadMessages) -> None:
+def _list_messages(console: Screen, messages: DeadMessages) -> None:
     found = messages.all()
     table = plain_table()
     table.add_column("message", no_wrap=True)
@@ -161,9 +160,9 @@ def _list_messages(console: Console, messages: DeadMessages) -> None:
     for number, message in found.items():
         table.add_row(
             number,
-            Text(_harmless(origin(message))),
+            origin(message),
             f"{len(message.body):,}",
-            Text(_harmless(reason(message))),
+            reason(message),
         )
     show_on(console, table if found else Text("no message is dead"))
     if len(found) == MAX_SHOWN:
@@ -171,12 +170,7 @@ def _list_messages(console: Console, messages: DeadMessages) -> None:
 
 
 def _show(text: str) -> None:
-    print(_harmless(text))
-
-
-def _harmless(text: str) -> str:
-    """What strangers wrote, without the characters that a terminal would obey."""
-    return "".join(c if category(c) != "Cc" or c in "\n\t" else "\ufffd" for c in text)
+    print(shown(text))
 
 
 def _settings(broker: str | None, store: str | None) -> Settings:

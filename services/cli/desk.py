@@ -9,14 +9,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from pydantic import SecretStr
-from rich.console import Console
 from rich.status import Status
 
 from services.broker import BrokerAddress, Declares, PrivateNode, Publisher
 from services.cli.finished import finished_in
 from services.cli.label_mass import MassWatch
 from services.cli.live_view import LiveView
-from services.cli.screen import print_report, say
+from services.cli.screen import Screen, print_report, say
 from services.cli.signals import on_stop_signal
 from services.cli.worker_processes import WorkerProcess, device_shares, worker_processes
 from services.collector import (
@@ -52,7 +51,7 @@ class Desk:
         database: Store,
         directory: Path,
         place: Path,
-        console: Console,
+        console: Screen,
         workers: int,
         mass: MassWatch,
     ) -> None:
@@ -136,7 +135,7 @@ class Desk:
             raise StoreError(
                 f"{self._directory}/report.json cannot be written: {error.strerror}; make room"
             ) from error
-        print_report(Console(), report)
+        print_report(Screen(), report)
         say(self._console, f"Results are in {self._directory}/")
 
     def _stop(self, signal_number: int) -> None:

@@ -5,14 +5,13 @@ from collections.abc import Mapping
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from services.cli import node_checks, service_checks
 from services.cli.findings import Check
 from services.cli.options import BrokerOption, StoreOption
-from services.cli.screen import show
+from services.cli.screen import Screen, show
 from services.contracts import KeepwarmError, Settings, load_settings
 
 # In the order in which a person would mend them.
@@ -45,7 +44,7 @@ def doctor(
     fault: 2 a setting, 4 the engine, 5 the broker, 6 the store.
     """
     settings = load_settings(broker_url=broker, store_url=store)
-    console = Console(stderr=as_json)
+    console = Screen(stderr=as_json)
     exit_code = 0
     for name, check in CHECKS.items():
         with console.status(f"{name} …"):

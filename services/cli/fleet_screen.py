@@ -25,7 +25,7 @@ def heard_tables(heard: "Heard") -> Group:
     if heard.queues is not None:
         parts += [_workers(heard.workers), _contexts(heard.contexts), _queues(heard.queues)]
     if heard.fault is not None:
-        parts.append(_plain(f"no workers are shown: {heard.fault}"))
+        parts.append(Text(f"no workers are shown: {heard.fault}"))
     return Group(*(each for part in parts for each in (Text(), part)))
 
 
@@ -47,10 +47,10 @@ def _workers(workers: Sequence[WorkerReport]) -> Table:
     for report in ordered[:_MOST_ROWS]:
         speed, left = report.claims_per_second, report.walltime_left_seconds
         table.add_row(
-            _plain(report.worker_id),
-            _plain(report.device),
+            report.worker_id,
+            report.device,
             report.state,
-            *([_plain((report.context_id or "")[:_CONTEXT_CHARS])] if contexts else []),
+            *([(report.context_id or "")[:_CONTEXT_CHARS]] if contexts else []),
             *([report.job_id or ""] if jobs else []),
             "" if speed is None else f"{speed:,.1f}",
             f"{report.claims_in_hand:,}",
@@ -72,7 +72,7 @@ def _contexts(contexts: Sequence[ContextDemand]) -> Table:
     for line in contexts[:_MOST_ROWS]:
         table.add_row(
             line.context.context_id,
-            _plain(PurePath(line.context.model).name),
+            PurePath(line.context.model).name,
             f"{line.claims_ready:,}",
             f"{line.claims_in_flight:,}",
             f"{line.workers_warm:,}",
@@ -83,8 +83,3 @@ def _contexts(contexts: Sequence[ContextDemand]) -> Table:
 def _queues(queues: Mapping[str, int]) -> Text:
     listed = ", ".join(f"{name} {messages:,}" for name, messages in queues.items())
     return Text(f"messages waiting: {listed or 'the broker has no queue of ours yet'}")
-
-
-def _plain(text: str) -> Text:
-    """Without what a terminal would obey."""
-    return Text("".join(each if each.isprintable() else "?" for each in text))

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from services.cli.shown import shown
 from services.collector import KnownRun, Store, find_run
 from services.contracts import Settings
 from services.contracts.errors import StoreError, UsageError
@@ -55,7 +56,7 @@ def readable_stores(settings: Settings) -> Iterator[Store]:
         except StoreError as error:
             if len(found) == 1:
                 raise
-            print(f"keepwarm: left out: {error}", file=sys.stderr)
+            print(shown(f"keepwarm: left out: {error}"), file=sys.stderr)
             continue
         with store:
             yield store

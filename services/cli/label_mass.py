@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from services.cli.screen import say
+from services.cli.screen import Screen, say
 from services.contracts.errors import LabelsUnlikely
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ _WAYS_OUT = (
 )
 
 
-def say_low_mass(console: Console, runs: "Sequence[RunStatus]") -> None:
+def say_low_mass(console: Screen, runs: "Sequence[RunStatus]") -> None:
     """A line for each run that it is true of."""
     for run in runs:
         if run.low_mass is not None:
@@ -38,7 +37,7 @@ class MassWatch:
     stop for that.
     """
 
-    def __init__(self, console: Console, *, allowed: bool) -> None:
+    def __init__(self, console: Screen, *, allowed: bool) -> None:
         """`allowed`: warn, and go on."""
         self._console = console
         self._allowed = allowed

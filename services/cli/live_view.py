@@ -5,12 +5,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, Self
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, Task, TaskProgressColumn, TextColumn
 from rich.text import Text
 
-from services.cli.screen import duration, say
+from services.cli.screen import Screen, duration, say
 from services.cli.worker_processes import WORKING
 from services.collector import RunStatus
 from services.producer import Progress as Published
@@ -48,7 +48,7 @@ class LiveView:
     """
 
     def __init__(
-        self, console: Console, lines: int, clock: Callable[[], float] = time.monotonic
+        self, console: Screen, lines: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """`lines` of the input: the best guess of how many claims there are until all are sent."""
         self._console = console

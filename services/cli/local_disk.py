@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from rich.console import Console
-
 from services.cli.findings import shared_file_system
 from services.cli.found_stores import STORE_FILE
 from services.cli.output_dir import LEAST_FREE_BYTES
-from services.cli.screen import say
+from services.cli.screen import Screen, say
 from services.contexts.runtime_dir import open_private_dir
 from services.contracts.errors import StoreError
 from services.contracts.settings import private_tmp
@@ -19,7 +17,7 @@ from services.contracts.values import content_id
 
 
 @contextmanager
-def working_dir(out: Path, console: Console) -> Iterator[Path]:
+def working_dir(out: Path, console: Screen) -> Iterator[Path]:
     """The output directory itself; where that is on a network file system, a directory on a local
     disk instead, and the person is told so. RabbitMQ and SQLite need locks that such file systems
     may not have, and SQLite's write-ahead log works on none of them.

@@ -7,6 +7,7 @@ from typing import TextIO, cast
 
 import structlog
 
+from services.cli.shown import shown
 from services.contracts import Settings
 
 
@@ -25,12 +26,21 @@ class _Sink:
             self._stream.flush()
 
 
+def _shown_values(
+    _: object, __: str, event: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
+    return {
+        name: shown(value) if isinstance(value, str) else value for name, value in event.items()
+    }
+
+
 def configure_logs(settings: Settings, stream: TextIO | None = None) -> None:
     """Send all events to `stream` (standard error by default), from the set level upwards."""
     target = stream or sys.stderr
+    as_json = settings.log_format == "json"
     renderer: structlog.typing.Processor = (
         structlog.processors.JSONRenderer()
-        if settings.log_format == "json"
+        if as_json
         else structlog.dev.ConsoleRenderer(colors=target.isatty())
     )
     structlog.configure(
@@ -38,8 +48,9 @@ def configure_logs(settings: Settings, stream: TextIO | None = None) -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info
-            if settings.log_format == "json"
+            if as_json
             else structlog.processors.StackInfoRenderer(),
+            *(() if as_json else (_shown_values,)),  # JSON escapes what is not ASCII
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(

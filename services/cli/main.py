@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from services.cli.imports import without
+from services.cli.shown import shown
 from services.cli.streams import make_robust
 from services.cli.user import name_the_user
 from services.contracts import KeepwarmError
@@ -127,7 +128,7 @@ def _with_home(argument: str) -> str:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"keepwarm {importlib.metadata.version('keepwarm')}")
+        print(shown(f"keepwarm {importlib.metadata.version('keepwarm')}"))
         raise typer.Exit
 
 
@@ -148,7 +149,7 @@ def main() -> None:
     try:
         app()
     except KeepwarmError as error:
-        print(f"keepwarm: {error}", file=sys.stderr)
+        print(shown(f"keepwarm: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)
 
 

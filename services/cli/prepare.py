@@ -4,11 +4,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
-
 from services.cli.claims_options import ClaimsOptions
 from services.cli.input_summary import summary_lines
-from services.cli.screen import line_progress, say
+from services.cli.screen import Screen, line_progress, say
 from services.contracts import ContextSpec, PromptSpec
 from services.gpu_worker import CompiledPrompt, ModelTokenizer
 from services.producer import ClaimsFile, RejectedFile, Source, Submission
@@ -26,7 +24,7 @@ def open_source(file: str, options: ClaimsOptions) -> Source:
 
 
 def read_claims(
-    console: Console, source: Source, prompt: PromptSpec, options: ClaimsOptions
+    console: Screen, source: Source, prompt: PromptSpec, options: ClaimsOptions
 ) -> ClaimsFile:
     """The file recognised and read through once, with progress on the screen.
 
@@ -38,7 +36,7 @@ def read_claims(
 
 @contextmanager
 def prepared_submission(
-    console: Console,
+    console: Screen,
     file: str,
     *,
     context: Callable[[], ContextSpec],
@@ -58,7 +56,7 @@ def prepared_submission(
         yield Submission(claims, pinned)
 
 
-def inspect_claims(console: Console, submission: Submission, rejected: Path) -> None:
+def inspect_claims(console: Screen, submission: Submission, rejected: Path) -> None:
     """Say what is in the file before anything is started; its rejected lines go to `rejected`.
 
     Raises InputError when not one line is a claim.

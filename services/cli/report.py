@@ -1,14 +1,14 @@
 """`keepwarm report`."""
 
+import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from services.cli.found_stores import store_of_run
 from services.cli.label_mass import say_low_mass
 from services.cli.options import StoreOption
-from services.cli.screen import print_report
+from services.cli.screen import Screen, print_report
 from services.collector import build_report
 from services.contracts import load_settings
 
@@ -27,7 +27,7 @@ def report(
     with store_of_run(load_settings(store_url=store), run) as (database, known):
         result = build_report(database, known)
     if as_json:
-        print(result.model_dump_json(indent=2))
+        print(json.dumps(result.model_dump(mode="json"), indent=2))
     else:
-        print_report(Console(), result, full=full)
-        say_low_mass(Console(), [result.status])
+        print_report(Screen(), result, full=full)
+        say_low_mass(Screen(), [result.status])

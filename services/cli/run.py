@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, TextIO
 
 import typer
-from rich.console import Console
 
 from services.cli.changed import refuse_changed_file
 from services.cli.claims_options import (
@@ -52,7 +51,7 @@ from services.cli.options import (
 from services.cli.output_dir import held_output_dir
 from services.cli.prepare import inspect_claims, prepared_submission
 from services.cli.repeat import FromOption, OnlyOption, claims_to_repeat
-from services.cli.screen import say
+from services.cli.screen import Screen, say
 from services.collector import (
     Store,
 )
@@ -102,7 +101,7 @@ def run(
     """
     expect_many_small_objects()
     settings = load_settings(broker_url=broker, store_url=store, batch_size=batch_size)
-    console = Console(stderr=True)
+    console = Screen(stderr=True)
     prompt_spec = prompt_from_flag(prompt)
     options = ClaimsOptions.from_flags(
         prompt_spec,

@@ -1,16 +1,22 @@
-"""What a person sees: tables, progress and the report, drawn by rich."""
+"""What a person sees: tables, progress and the report, drawn by rich.
+
+Much of it was written by others: ids and labels in messages, claims, the logs of engines. Whatever
+is printed goes through `shown`: a `Screen` does so, and callers of `print` do.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from services.cli.shown import shown
 from services.contracts import INVALID
 
 if TYPE_CHECKING:  # a machine that only submits, or only reports, has not both
@@ -21,10 +27,24 @@ _UNBOUNDED_WIDTH = 10_000
 _MOST_LISTED = 5
 
 
+class Screen(Console):
+    """A console that prints text as it is: no markup, no emoji codes, and only `shown` text."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, markup=False, emoji=False, highlight=False)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            if segment.control:
+                yield segment
+            else:
+                yield Segment(shown(segment.text), segment.style)
+
+
 @contextmanager
-def line_progress(
-    console: Console, what: str, total: int | None
-) -> Iterator[Callable[[int], None]]:
+def line_progress(console: Screen, what: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A bar (or a count, when the total is unknown) that is moved by calling what is yielded."""
     progress = Progress(
         TextColumn(what),
@@ -53,7 +73,7 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def show(console: Console, what: RenderableType) -> None:
+def show(console: Screen, what: RenderableType) -> None:
     """Print it. Where the output is no terminal, each line has its own length: nothing is wrapped
     to a width that nobody sees, and nothing is padded.
     """
@@ -66,7 +86,7 @@ def show(console: Console, what: RenderableType) -> None:
     console.file.flush()
 
 
-def say(console: Console, text: str) -> None:
+def say(console: Screen, text: str) -> None:
     """Print a sentence as it is: no markup, and no line broken to a width that nobody sees."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
@@ -115,7 +135,7 @@ def _left(run: "RunStatus") -> str:
     return "cancelled" if run.cancelled else duration(run.eta_seconds)
 
 
-def print_report(console: Console, report: "Report", *, full: bool = False) -> None:
+def print_report(console: Screen, report: "Report", *, full: bool = False) -> None:
     """The result and what went wrong; with `full` also where the verdicts were wrong, who computed
     them, and how long workers took to start.
     """

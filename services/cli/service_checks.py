@@ -49,7 +49,8 @@ def broker(settings: Settings) -> Finding:
     arguments, fitting, limited = _rights(address)
     says = f"{address} takes us, {arguments}. Waiting: {lengths}{_told(policies, limited)}"
     if len(fitting) == len(ROLES):
-        return note(says) if policies.harms or limited - policies.delivery_unlimited else well(says)
+        noted = policies.harms or policies.unlimited or limited - policies.delivery_unlimited
+        return note(says) if noted else well(says)
     others = [role.name for role in ROLES if role not in fitting]
     return note(
         f"{says}. As far as it was tried, this user is right for: "
@@ -65,6 +66,11 @@ def _told(policies: Policies, limited: Collection[str]) -> str:
         told.append(
             f"{', '.join(kept)}: made before RabbitMQ 4, which gives up a message that was "
             "returned 20 times, unless a policy sets delivery-limit to -1 (docs/broker.md)"
+        )
+    if policies.unlimited:
+        told.append(
+            f"Without limits on connections, channels and queues: {', '.join(policies.unlimited)}; "
+            "`keepwarm broker setup`, run again, sets them"
         )
     if policies.unknown:
         told.append(f"Policies were not looked at: {policies.unknown}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 
 from services.cli.fleet_screen import heard_tables
@@ -16,7 +16,7 @@ from services.cli.label_mass import say_low_mass
 from services.cli.listening import Heard, broker_heard
 from services.cli.logs import configure_logs
 from services.cli.options import BrokerOption, StoreOption
-from services.cli.screen import show, status_table
+from services.cli.screen import Screen, show, status_table
 from services.collector import RunStatus, run_statuses
 from services.contracts import Settings, load_settings
 
@@ -49,8 +49,8 @@ def status(
         _watch(settings, every)
     else:
         runs = _statuses(settings)
-        show(Console(), status_table(runs))
-        say_low_mass(Console(), runs)
+        show(Screen(), status_table(runs))
+        say_low_mass(Screen(), runs)
 
 
 def _statuses(settings: Settings) -> list[RunStatus]:
@@ -58,7 +58,7 @@ def _statuses(settings: Settings) -> list[RunStatus]:
 
 
 def _watch(settings: Settings, every: float) -> None:
-    console = Console()
+    console = Screen()
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         # Events would be written across the table; what matters of them is in it.
         configure_logs(settings, nowhere)

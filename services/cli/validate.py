@@ -7,7 +7,6 @@ from itertools import islice
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from services.cli.claims_options import (
     ClaimsOptions,
@@ -32,7 +31,7 @@ from services.cli.context_options import (
 )
 from services.cli.input_summary import counted, kind_of, summary_lines, total
 from services.cli.prepare import open_source, read_claims
-from services.cli.screen import line_progress
+from services.cli.screen import Screen, line_progress, say
 from services.contracts import Claim, load_settings
 from services.contracts.errors import InputError, ModelError
 from services.contracts.runs import InputSummary
@@ -67,7 +66,7 @@ def validate(
     see them. Ends with 3 when not one record is a claim.
     """
     settings = load_settings()
-    console = Console(stderr=True)
+    console = Screen(stderr=True)
     prompt_spec = prompt_from_flag(prompt)
     options = ClaimsOptions.from_flags(
         prompt_spec,
@@ -107,7 +106,7 @@ def validate(
                     tokens = _token_lengths(claims, compiled, max_model_tokens, counting)
                 examples = [tokenizer.text(ids) for ids in compiled.encode(_first(claims))]
     if as_json:
-        print(json.dumps(_as_json(claims, summary, tokens, no_tokenizer), ensure_ascii=False))
+        print(json.dumps(_as_json(claims, summary, tokens, no_tokenizer)))
     else:
         _print(claims, summary, rejections, tokens, no_tokenizer, examples)
     if summary.claims == 0:
@@ -166,25 +165,27 @@ def _print(
     no_tokenizer: str | None,
     examples: Sequence[str],
 ) -> None:
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = Screen()
     for line in summary_lines(file, summary):
-        console.print(line)
+        say(console, line)
     if file.ignored_keys:
-        console.print(f"ignored: {', '.join(file.ignored_keys)}")
+        say(console, f"ignored: {', '.join(file.ignored_keys)}")
     if summary.rejected:
-        console.print(f"rejected: {counted(summary.rejected, 20)}")
+        say(console, f"rejected: {counted(summary.rejected, 20)}")
         for rejection in rejections:
-            console.print(
+            say(
+                console,
                 f"  line {rejection.line}: {rejection.reason}; {rejection.next_step}\n"
-                f"    {rejection.content[:160]}"
+                f"    {rejection.content[:160]}",
             )
     if no_tokenizer is not None:
-        console.print(f"tokens: not counted: {no_tokenizer}")
+        say(console, f"tokens: not counted: {no_tokenizer}")
     elif tokens:
-        console.print(
+        say(
+            console,
             f"tokens: median {tokens['median']:,}, 95 % up to {tokens['percentile_95']:,}, longest "
             f"{tokens['longest']:,}; over the limit of {tokens['limit']:,}: {tokens['too_long']:,}"
-            + (" (they become dead claims; see --max-model-tokens)" if tokens["too_long"] else "")
+            + (" (they become dead claims; see --max-model-tokens)" if tokens["too_long"] else ""),
         )
     for number, example in enumerate(examples, 1):
-        console.print(f"\n--- claim {number}, as the model will see it ---\n{example}")
+        say(console, f"\n--- claim {number}, as the model will see it ---\n{example}")

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,13 +41,26 @@ COLUMNS = (
 )
 
 
-def export_run(store: Store, known: KnownRun, format: ExportFormat, path: Path) -> int:
+# What a spreadsheet takes for the beginning of a formula, in full width too.
+_FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
+
+
+def export_run(
+    store: Store,
+    known: KnownRun,
+    format: ExportFormat,
+    path: Path,
+    *,
+    formulas: bool = False,
+) -> int:
     """Write the outcomes of a run to `path`, whole or not at all; how many there were.
 
     One row a claim, in input order. `probabilities` are by label (columns `p:LABEL` in CSV); a
     dead claim has no label but a `dead_reason`. `fever` is what the FEVER scorer takes:
     `predicted_label` and an empty `predicted_evidence`, one row for each record of the input, for
-    the scorer joins by position. Ids are numbers where all of the file's are.
+    the scorer joins by position. Ids are numbers where all of the file's are. In CSV a text that a
+    spreadsheet would take for a formula begins with `'`, unless `formulas` are wanted.
     Raises StoreError when the file cannot be written.
     """
     labels = known.run.prompt.label_names if known.run else ()
@@ -55,9 +69,12 @@ def export_run(store: Store, known: KnownRun, format: ExportFormat, path: Path) 
     def fever(file: IO[bytes], rows: Rows, _: Sequence[str]) -> int:
         return _write_fever(file, rows, known)
 
+    def csv_file(file: IO[bytes], rows: Rows, labels: Sequence[str]) -> int:
+        return _write_csv(file, rows, labels, formulas=formulas)
+
     write: Callable[[IO[bytes], Rows, Sequence[str]], int] = {
         "jsonl": _write_jsonl,
-        "csv": _write_csv,
+        "csv": csv_file,
         "parquet": _write_parquet,
         "fever": fever,
     }[format]
@@ -171,15 +188,24 @@ def _flat(row: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
     return flat | {f"p:{label}": scores.get(label) for label in labels}
 
 
-def _write_csv(file: IO[bytes], rows: Rows, labels: Sequence[str]) -> int:
+def _no_formula(value: Any) -> Any:
+    """As OWASP advises (CSV Injection); numbers stay numbers."""
+    if not isinstance(value, str) or not _FORMULA.match(value) or _NUMBER.fullmatch(value):
+        return value
+    return f"'{value}"
 
+
+def _write_csv(file: IO[bytes], rows: Rows, labels: Sequence[str], *, formulas: bool) -> int:
     names = [name for name in COLUMNS if name != "probabilities"]
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     writer = csv.DictWriter(text, [*names, *(f"p:{label}" for label in labels)])
     writer.writeheader()
     count = 0
     for row in rows:
-        writer.writerow(_flat(row, labels))
+        flat = _flat(row, labels)
+        if not formulas:
+            flat = {name: _no_formula(value) for name, value in flat.items()}
+        writer.writerow(flat)
         count += 1
     text.flush()
     text.detach()

@@ -35,6 +35,13 @@ _NO_NUL_NOT_BLANK = r"^[^\x00]*[^\x00\s][^\x00]*$"
 Identity = Annotated[
     str, StringConstraints(min_length=1, max_length=MAX_ID_CHARS, pattern=_NO_NUL_NOT_BLANK)
 ]
+# Made by Keepwarm itself, and so no text: it may name a file, a queue, a line on a screen.
+OwnId = Annotated[
+    str,
+    StringConstraints(
+        min_length=1, max_length=MAX_ID_CHARS, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+    ),
+]
 # A part of an AMQP message id, which holds 255 bytes.
 BatchId = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[!-~]+$")]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARS, pattern=_NO_NUL)]

@@ -11,6 +11,7 @@ from services.contracts.bounds import (
     EvidenceText,
     Identity,
     Int63,
+    OwnId,
 )
 from services.contracts.prompts import LabelName
 from services.contracts.runs import Run
@@ -32,6 +33,6 @@ class ClaimBatch(Message):
     """The claims in one message, with all that a worker needs: it has no memory to lose."""
 
     run: Run
-    submission_id: Identity
+    submission_id: OwnId
     batch_id: BatchId
     claims: Annotated[tuple[Claim, ...], Field(min_length=1, max_length=MAX_BATCH_CLAIMS)]

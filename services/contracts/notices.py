@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from services.contracts.bounds import Identity, Int31, Int63
+from services.contracts.bounds import Int31, Int63, OwnId
 from services.contracts.contexts import ContextSpec
 from services.contracts.values import Value
 from services.contracts.wire import Message
@@ -40,5 +40,5 @@ class Notice(Message):
     warm; the most wanted come first.
     """
 
-    cancelled: Annotated[tuple[Identity, ...], Field(max_length=MAX_CANCELLED)] = ()
+    cancelled: Annotated[tuple[OwnId, ...], Field(max_length=MAX_CANCELLED)] = ()
     contexts: Annotated[tuple[ContextDemand, ...], Field(max_length=MAX_CONTEXTS)] = ()

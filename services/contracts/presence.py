@@ -1,6 +1,7 @@
 """That a worker is there, and what it serves, as it says itself again and again."""
 
 import os
+import re
 import secrets
 import socket
 from typing import Annotated, Literal
@@ -8,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from services.contracts.addresses import ReachableAddress
-from services.contracts.bounds import Identity, Int31, Name
+from services.contracts.bounds import Int31, Name, OwnId
 from services.contracts.wire import Message
 
 REPORT_SECONDS = 5.0
@@ -19,7 +20,9 @@ FORGOTTEN_SECONDS = 20.0
 
 def own_name() -> str:
     """A name for this process that no other has, here or elsewhere."""
-    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
+    # Whatever the machine's administrator has named it.
+    host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname()).lstrip("-.") or "host"
+    return f"{host[:200]}-{os.getpid()}-{secrets.token_hex(2)}"
 
 
 WorkerState = Literal["idle", "starting", "serving", "draining", "stopped"]
@@ -39,8 +42,8 @@ class WorkerReport(Message):
     that says `stopped` is gone at once. Older workers tell nothing of what has a default.
     """
 
-    worker_id: Name
-    context_id: Identity | None
+    worker_id: OwnId
+    context_id: OwnId | None
     device: Name
     state: WorkerState
     claims_per_second: Annotated[float, Field(ge=0)] | None

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from services.contracts.bounds import MAX_COUNTED, Identity, Int63, Name
+from services.contracts.bounds import MAX_COUNTED, Int63, Name, OwnId
 from services.contracts.contexts import ContextSpec
 from services.contracts.prompts import PromptSpec
 from services.contracts.values import Value, content_id
@@ -25,7 +25,7 @@ class Run(Value):
     """
 
     source: Name
-    source_digest: Identity
+    source_digest: OwnId
     context: ContextSpec
     prompt: PromptSpec
     limit: Annotated[int, Field(ge=1)] | None = None
@@ -101,6 +101,6 @@ class RunAnnouncement(Message):
     """
 
     run: Run
-    submission_id: Identity
+    submission_id: OwnId
     totals: Totals | None = None
     input: InputSummary | None = None

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from services.contracts.bounds import Identity, Name
+from services.contracts.bounds import Name, OwnId
 from services.contracts.values import Value
 from services.contracts.wire import Message
 
@@ -38,9 +38,9 @@ class ContextReady(Message):
     and not warm, it joined one that was for another, or waited until an engine awoke.
     """
 
-    startup_id: Identity
-    worker_id: Name
-    context_id: Identity
+    startup_id: OwnId
+    worker_id: OwnId
+    context_id: OwnId
     device: Name
     warm: bool
     seconds: StartupSeconds

@@ -15,6 +15,7 @@ from services.contracts.bounds import (
     Int31,
     Int63,
     Name,
+    OwnId,
     RawText,
 )
 from services.contracts.claims import Claim
@@ -49,11 +50,11 @@ class Verdict(Value):
 class VerdictBatch(Message):
     """The verdicts of one batch of claims, by one worker, from one request to its engine."""
 
-    run_id: Identity
+    run_id: OwnId
     batch_id: BatchId
     labels: Annotated[tuple[LabelName, ...], Field(min_length=2, max_length=MAX_LABELS)]
     verdicts: Annotated[tuple[Verdict, ...], Field(min_length=1, max_length=MAX_BATCH_CLAIMS)]
-    worker_id: Name
+    worker_id: OwnId
     device: Name
     attempt: Attempt
     engine_seconds: Annotated[float, Field(ge=0)]
@@ -79,11 +80,11 @@ class DeadReason(StrEnum):
 class DeadClaim(Message):
     """A claim given up on, with its reason: the outcome of a claim that can have no verdict."""
 
-    run_id: Identity
+    run_id: OwnId
     claim: Claim
     reason: DeadReason
     detail: Detail
-    worker_id: Name
+    worker_id: OwnId
     attempt: Attempt
     failures: Int31 = 0
     """Failures of an engine that the claim was part of."""

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import structlog
-from rich.console import Console
 
 from services.cli.main import main
+from services.cli.screen import Screen
 from services.collector import Incoming, Store
 from services.contracts import Run, RunAnnouncement, Totals, Verdict, VerdictBatch, load_settings
 
@@ -53,9 +53,9 @@ def keepwarm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
 
 @pytest.fixture
-def screen() -> Console:
+def screen() -> Screen:
     """A console that remembers; `screen.file.getvalue()` is what a person would see."""
-    return Console(file=io.StringIO(), width=160, force_terminal=False)
+    return Screen(file=io.StringIO(), width=160, force_terminal=False)
 
 
 @pytest.fixture

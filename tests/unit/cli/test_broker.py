@@ -1,4 +1,5 @@
 import base64
+import re
 import stat
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from services.broker.administration import password_hash
+from services.contracts.topology import HOUSE_QUEUES
 from tests.unit.management_double import ManagementDouble, management_double
 
 ROLES = ("producer", "worker", "collector", "operator")
@@ -63,8 +65,34 @@ def test_again_it_changes_nothing(
     capsys.readouterr()
     assert setup() == 0
     assert passwords() == before
-    assert all(path.startswith("/api/permissions/keepwarm/") for path in broker.puts)
+    again = (
+        "permissions/keepwarm/",
+        "user-limits/keepwarm-",
+        "vhost-limits/keepwarm/",
+        "policies/",
+    )
+    assert all(path.removeprefix("/api/").startswith(again) for path in broker.puts)
     assert capsys.readouterr().out.count(" kept ") == len(ROLES)
+
+
+def test_what_a_password_can_use_up_is_bounded_by_the_number_of_workers(
+    broker: ManagementDouble, setup: Command
+) -> None:
+    assert setup("--workers", "10") == 0
+    for role in ROLES:
+        connections = 60 if role == "worker" else 300
+        limits = f"/api/user-limits/keepwarm-{role}"
+        assert broker.things[f"{limits}/max-connections"] == {"value": connections}
+        assert broker.things[f"{limits}/max-channels"] == {"value": 2 * connections}
+    whole = "/api/vhost-limits/keepwarm"
+    assert broker.things[f"{whole}/max-connections"] == {"value": 960}
+    assert broker.things[f"{whole}/max-queues"] == {"value": 10_020}
+    for name, queue in (("notices", "notices.w"), ("presence", "presence.c")):
+        policy = broker.things[f"/api/policies/keepwarm/keepwarm-{name}"]
+        assert re.search(policy["pattern"], queue) and policy["apply-to"] == "queues"
+        assert policy["definition"].keys() == {"max-length", "max-length-bytes", "expires"}
+        for lasting in (*HOUSE_QUEUES, "claims.ctx-1"):
+            assert not re.search(policy["pattern"], lasting)
 
 
 def test_renewed_passwords_are_new_on_disk_and_on_the_broker(

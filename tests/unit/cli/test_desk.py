@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from services.cli.desk import Desk
 from services.cli.label_mass import MassWatch
+from services.cli.screen import Screen
 from services.collector import Incoming, Store
 from services.contexts import Device
 from services.contracts import (
@@ -44,7 +44,7 @@ def database(tmp_path: Path) -> Iterator[Store]:
 
 
 @pytest.fixture
-def desk(submission: Submission, database: Store, tmp_path: Path, screen: Console) -> Maker:
+def desk(submission: Submission, database: Store, tmp_path: Path, screen: Screen) -> Maker:
     def make(
         directory: Path = tmp_path / "out",
         *,
@@ -102,13 +102,13 @@ def store_outcomes(
     database.write(Incoming([announced(run, totals)], [batch], []))
 
 
-def seen(screen: Console) -> str:
+def seen(screen: Screen) -> str:
     assert isinstance(screen.file, io.StringIO)
     return screen.file.getvalue()
 
 
 def test_a_run_that_is_complete_already_starts_nothing(
-    desk: Maker, database: Store, submission: Submission, tmp_path: Path, screen: Console
+    desk: Maker, database: Store, submission: Submission, tmp_path: Path, screen: Screen
 ) -> None:
     store_outcomes(database, submission, 2)
     assert desk().work() is None
@@ -117,7 +117,7 @@ def test_a_run_that_is_complete_already_starts_nothing(
 
 
 def test_a_run_whose_labels_hold_nothing_is_not_begun_again(
-    desk: Maker, database: Store, submission: Submission, screen: Console
+    desk: Maker, database: Store, submission: Submission, screen: Screen
 ) -> None:
     store_outcomes(database, submission, 64, mass=0.0006, of=1_000)
     watch = MassWatch(screen, allowed=False)
@@ -130,7 +130,7 @@ def test_a_run_whose_labels_hold_nothing_is_not_begun_again(
 
 
 def test_a_run_that_is_complete_and_whose_labels_hold_nothing_ends_with_an_error(
-    desk: Maker, database: Store, submission: Submission, screen: Console
+    desk: Maker, database: Store, submission: Submission, screen: Screen
 ) -> None:
     store_outcomes(database, submission, 2, mass=0.04)
     watch = MassWatch(screen, allowed=False)
@@ -140,7 +140,7 @@ def test_a_run_that_is_complete_and_whose_labels_hold_nothing_ends_with_an_error
 
 
 def test_with_leave_a_run_whose_labels_hold_nothing_goes_on(
-    desk: Maker, database: Store, submission: Submission, screen: Console
+    desk: Maker, database: Store, submission: Submission, screen: Screen
 ) -> None:
     store_outcomes(database, submission, 64, mass=0.0006, of=1_000)
     watch = MassWatch(screen, allowed=True)
@@ -172,7 +172,7 @@ def test_more_workers_than_gpus_are_refused_before_anything_is_started(
 
 
 def test_results_are_rows_and_a_report(
-    desk: Maker, database: Store, submission: Submission, tmp_path: Path, screen: Console
+    desk: Maker, database: Store, submission: Submission, tmp_path: Path, screen: Screen
 ) -> None:
     store_outcomes(database, submission, 1)
     desk().write_results()
@@ -205,7 +205,7 @@ def test_the_place_of_the_results_is_shown_as_it_is(
     database: Store,
     submission: Submission,
     tmp_path: Path,
-    screen: Console,
+    screen: Screen,
 ) -> None:
     store_outcomes(database, submission, 1)
     directory = tmp_path / name

@@ -3,10 +3,10 @@
 import re
 
 import pytest
-from rich.console import Console
 
 from services.cli.fleet_screen import heard_tables
 from services.cli.listening import Heard, Listener, broker_heard
+from services.cli.screen import Screen
 from services.contracts import ContextDemand, ContextSpec, WorkerReport, encode, load_settings
 
 WORKER = WorkerReport(
@@ -28,7 +28,7 @@ LINE = ContextDemand(
 
 
 def shown(heard: Heard, width: int = 200) -> str:
-    console = Console(width=width)
+    console = Screen(width=width)
     with console.capture() as capture:
         console.print(heard_tables(heard))
     return capture.get()
@@ -78,9 +78,9 @@ def test_of_many_workers_some_are_listed_and_the_rest_counted() -> None:
 
 
 def test_what_a_worker_says_cannot_command_the_terminal() -> None:
-    bad = WORKER.model_copy(update={"worker_id": "\x1b[31mred[bold]\r", "device": "\x9b2J"})
+    bad = WORKER.model_copy(update={"host": "x", "device": "\x1b[31mred[bold]\r\x9b2J"})
     text = shown(Heard([bad], (), {}))
-    assert "?[31mred[bold]?" in text and not {"\x1b", "\x9b", "\r"} & set(text)
+    assert "\ufffd[31mred[bold]" in text and not {"\x1b", "\x9b", "\r"} & set(text)
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import psutil
 import pytest
-from rich.console import Console
 
 from services.cli import local_disk
 from services.cli.found_stores import STORE_FILE
 from services.cli.local_disk import working_dir
 from services.cli.network_store import network_store_warning
+from services.cli.screen import Screen
 from services.collector import Incoming, Store, run_status
 from services.contracts import Run, load_settings
 from services.contracts.errors import StoreError
@@ -38,7 +38,7 @@ def mounted(monkeypatch: pytest.MonkeyPatch, *places: Path) -> None:
     monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
 
 
-def said(screen: Console) -> str:
+def said(screen: Screen) -> str:
     return screen.file.getvalue()
 
 
@@ -47,7 +47,7 @@ def stored(place: Path) -> Store:
 
 
 def test_on_a_local_disk_a_run_works_in_its_output_directory(
-    tmp_path: Path, screen: Console
+    tmp_path: Path, screen: Screen
 ) -> None:
     with working_dir(tmp_path, screen) as place:
         assert place == tmp_path
@@ -55,7 +55,7 @@ def test_on_a_local_disk_a_run_works_in_its_output_directory(
 
 
 def test_on_a_network_file_system_it_works_on_a_local_disk_and_says_so(
-    out: Path, tmp_path: Path, screen: Console, incoming: Incoming, run: Run
+    out: Path, tmp_path: Path, screen: Screen, incoming: Incoming, run: Run
 ) -> None:
     with working_dir(out, screen) as place:
         assert place.is_relative_to(tmp_path / "tmp")
@@ -69,7 +69,7 @@ def test_on_a_network_file_system_it_works_on_a_local_disk_and_says_so(
 
 
 def test_the_same_command_goes_on_with_the_store_that_was_copied_back(
-    out: Path, screen: Console, incoming: Incoming, run: Run
+    out: Path, screen: Screen, incoming: Incoming, run: Run
 ) -> None:
     with stored(out) as store:
         store.write(incoming)
@@ -79,7 +79,7 @@ def test_the_same_command_goes_on_with_the_store_that_was_copied_back(
 
 
 def test_what_a_killed_run_left_on_the_local_disk_is_used(
-    out: Path, screen: Console, incoming: Incoming, run: Run
+    out: Path, screen: Screen, incoming: Incoming, run: Run
 ) -> None:
     stored(out).close()
     with working_dir(out, screen) as place:
@@ -94,7 +94,7 @@ def test_what_a_killed_run_left_on_the_local_disk_is_used(
 
 @pytest.mark.parametrize("why", ["shared", "full"])
 def test_without_room_on_a_local_disk_it_works_in_place_with_a_warning(
-    why: str, out: Path, tmp_path: Path, screen: Console, monkeypatch: pytest.MonkeyPatch
+    why: str, out: Path, tmp_path: Path, screen: Screen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if why == "shared":
         mounted(monkeypatch, tmp_path)
@@ -106,7 +106,7 @@ def test_without_room_on_a_local_disk_it_works_in_place_with_a_warning(
 
 
 def test_a_store_that_cannot_be_copied_back_stays_on_the_local_disk(
-    out: Path, screen: Console
+    out: Path, screen: Screen
 ) -> None:
     with (
         pytest.raises(StoreError, match="cannot be copied to .*make room"),
@@ -125,4 +125,4 @@ def test_a_store_that_was_put_on_a_network_file_system_is_warned_of(
 
     assert f"the store sqlite:///{out}/s.sqlite is on lustre" in (warning(out / "s.sqlite") or "")
     assert warning(tmp_path / "s.sqlite") is None
-    assert warning("postgresql://u@host/d") is None
+    assert warning("postgresql://u@localhost/d") is None

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from services.cli.claims_options import ClaimsOptions
 from services.cli.prepare import inspect_claims, prepared_submission
+from services.cli.screen import Screen
 from services.contracts import ContextSpec, Label, PromptSpec
 from services.contracts.errors import InputError, ModelError, UsageError
 
@@ -39,7 +39,7 @@ def prompt(*words: str) -> PromptSpec:
     return PromptSpec(template="{claim}:", labels=labels, chat=False)
 
 
-def prepare(screen: Console, file: Path, context: Callable[[], ContextSpec], **how: Any) -> Any:
+def prepare(screen: Screen, file: Path, context: Callable[[], ContextSpec], **how: Any) -> Any:
     asked = how.pop("prompt", PromptSpec())
     flags = {"column": ["claim=statement"], "limit": None, "seed": None, "format": None}
     flags |= {
@@ -58,7 +58,7 @@ def never() -> ContextSpec:
 
 
 def test_a_file_becomes_a_run_of_the_prompt_on_the_context(
-    claims: Path, context: Callable[[], ContextSpec], screen: Console, tmp_path: Path
+    claims: Path, context: Callable[[], ContextSpec], screen: Screen, tmp_path: Path
 ) -> None:
     asked = prompt("True", "False")
     how = {"prompt": asked, "column": ["claim=statement"], "limit": 1}
@@ -81,7 +81,7 @@ def test_a_file_becomes_a_run_of_the_prompt_on_the_context(
 
 
 def test_a_file_that_is_not_there_is_known_before_the_model_is_asked_for(
-    screen: Console, tmp_path: Path
+    screen: Screen, tmp_path: Path
 ) -> None:
     with (
         pytest.raises(InputError, match="does not exist"),
@@ -103,7 +103,7 @@ def test_a_file_that_is_not_there_is_known_before_the_model_is_asked_for(
     ],
 )
 def test_a_bad_flag_is_known_before_anything_is_opened(
-    how: dict[str, Any], says: str, screen: Console, tmp_path: Path
+    how: dict[str, Any], says: str, screen: Screen, tmp_path: Path
 ) -> None:
     with (
         pytest.raises(UsageError, match=says),
@@ -113,7 +113,7 @@ def test_a_bad_flag_is_known_before_anything_is_opened(
 
 
 def test_label_words_that_one_token_cannot_tell_apart_are_known_before_the_file_is_read(
-    claims: Path, context: Callable[[], ContextSpec], screen: Console
+    claims: Path, context: Callable[[], ContextSpec], screen: Screen
 ) -> None:
     with (
         pytest.raises(ModelError, match="start with the same token"),
@@ -123,7 +123,7 @@ def test_label_words_that_one_token_cannot_tell_apart_are_known_before_the_file_
 
 
 def test_a_model_without_a_tokenizer_is_known_before_the_file_is_read(
-    claims: Path, context: Callable[[], ContextSpec], screen: Console, tmp_path: Path
+    claims: Path, context: Callable[[], ContextSpec], screen: Screen, tmp_path: Path
 ) -> None:
     shutil.rmtree(tmp_path / "model")
     with (

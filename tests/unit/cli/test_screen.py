@@ -3,10 +3,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from rich.console import Console
 
 from services.cli.live_view import LiveView
-from services.cli.screen import duration, line_progress, print_report, show, status_table
+from services.cli.screen import Screen, duration, line_progress, print_report, show, status_table
 from services.collector import Report, RunStatus
 from services.collector.report import Quality, Speed, WorkerShare
 from services.collector.startups import Attaches, ColdStarts, Startups
@@ -123,7 +122,7 @@ Seen = Callable[[], str]
 
 
 @pytest.fixture
-def seen(screen: Console) -> Seen:
+def seen(screen: Screen) -> Seen:
     def text() -> str:
         assert isinstance(screen.file, io.StringIO)
         return screen.file.getvalue()
@@ -131,7 +130,7 @@ def seen(screen: Console) -> Seen:
     return text
 
 
-def test_the_status_table_has_a_row_a_run(screen: Console, seen: Seen) -> None:
+def test_the_status_table_has_a_row_a_run(screen: Screen, seen: Seen) -> None:
     show(screen, status_table([STATUS, but(run_id="run-2", complete=True, dead=0)]))
     header, first, second = seen().splitlines()
     assert header.split() == ["run", "file", "done", "of", "failed", "claims/s", "left"]
@@ -142,13 +141,13 @@ def test_the_status_table_has_a_row_a_run(screen: Console, seen: Seen) -> None:
 
 
 def test_the_status_table_has_no_column_for_failures_that_there_are_not(
-    screen: Console, seen: Seen
+    screen: Screen, seen: Seen
 ) -> None:
     show(screen, status_table([but(dead=0)]))
     assert "failed" not in seen()
 
 
-def test_the_largest_status_fits_eighty_columns(terminal: Console, seen: Seen) -> None:
+def test_the_largest_status_fits_eighty_columns(terminal: Screen, seen: Seen) -> None:
     run = but(source="/a/long/path/to/a-file-of-claims.jsonl", done=1_234_567, total=10_000_000)
     show(terminal, status_table([run]))
     lines = seen().splitlines()
@@ -157,7 +156,7 @@ def test_the_largest_status_fits_eighty_columns(terminal: Console, seen: Seen) -
         assert part in lines[1]
 
 
-def test_what_is_not_known_yet_is_a_question_mark(screen: Console, seen: Seen) -> None:
+def test_what_is_not_known_yet_is_a_question_mark(screen: Screen, seen: Seen) -> None:
     show(screen, status_table([but(source=None, total=None, rejected=None, eta_seconds=None)]))
     row = seen().splitlines()[1]
     assert "not announced" in row
@@ -165,12 +164,12 @@ def test_what_is_not_known_yet_is_a_question_mark(screen: Console, seen: Seen) -
     assert "unknown" in row
 
 
-def test_an_empty_store_is_told(screen: Console, seen: Seen) -> None:
+def test_an_empty_store_is_told(screen: Screen, seen: Seen) -> None:
     show(screen, status_table([]))
     assert "no run is in this store yet" in seen()
 
 
-def test_the_report_leads_with_the_result_and_what_went_wrong(screen: Console, seen: Seen) -> None:
+def test_the_report_leads_with_the_result_and_what_went_wrong(screen: Screen, seen: Seen) -> None:
     print_report(screen, reported(verdicts={"SUPPORTS": 3_000, "REFUTES": 456, "INVALID": 5}))
     assert seen().splitlines() == [
         "claims.jsonl, run-0123456789abcdef",
@@ -189,7 +188,7 @@ def test_the_report_leads_with_the_result_and_what_went_wrong(screen: Console, s
     ]
 
 
-def test_the_report_says_what_was_wrong_with_the_file(screen: Console, seen: Seen) -> None:
+def test_the_report_says_what_was_wrong_with_the_file(screen: Screen, seen: Seen) -> None:
     found = {
         "rejected": {"no claim": 6, "no JSON": 2},
         "without_evidence": {"only references": 40},
@@ -205,7 +204,7 @@ def test_the_report_says_what_was_wrong_with_the_file(screen: Console, seen: See
         assert line in seen().splitlines()
 
 
-def test_the_full_report_has_the_details_as_well(screen: Console, seen: Seen) -> None:
+def test_the_full_report_has_the_details_as_well(screen: Screen, seen: Seen) -> None:
     print_report(screen, REPORT, full=True)
     shown = seen()
     for part in (
@@ -222,7 +221,7 @@ def test_the_full_report_has_the_details_as_well(screen: Console, seen: Seen) ->
     assert "more:" not in shown
 
 
-def test_the_full_report_shows_what_starts_took_phase_by_phase(screen: Console, seen: Seen) -> None:
+def test_the_full_report_shows_what_starts_took_phase_by_phase(screen: Screen, seen: Seen) -> None:
     print_report(screen, REPORT, full=True)
     lines = seen().splitlines()
     assert any("3 workers found the model loaded, in 0.25 s (median)" in line for line in lines)
@@ -240,13 +239,13 @@ def test_the_full_report_shows_what_starts_took_phase_by_phase(screen: Console, 
     ]
 
 
-def test_a_report_without_starts_says_nothing_of_them(screen: Console, seen: Seen) -> None:
+def test_a_report_without_starts_says_nothing_of_them(screen: Screen, seen: Seen) -> None:
     print_report(screen, reported(startups=None), full=True)
     assert "warm starts" not in seen()
     assert "cold starts" not in seen()
 
 
-def test_a_report_without_gold_labels_has_no_accuracy(screen: Console, seen: Seen) -> None:
+def test_a_report_without_gold_labels_has_no_accuracy(screen: Screen, seen: Seen) -> None:
     incomplete = but(total=None, dead=0, rejected=None)
     print_report(
         screen,
@@ -261,13 +260,13 @@ def test_a_report_without_gold_labels_has_no_accuracy(screen: Console, seen: See
 
 
 @pytest.mark.parametrize("name", ["claims[final].jsonl", "data[x].jsonl", "a[bold].csv"])
-def test_a_name_with_brackets_is_shown_as_it_is(name: str, screen: Console, seen: Seen) -> None:
+def test_a_name_with_brackets_is_shown_as_it_is(name: str, screen: Screen, seen: Seen) -> None:
     show(screen, status_table([but(source=name)]))
     print_report(screen, reported(status=but(source=name, model=f"/models/{name}")))
     assert seen().count(name) == 3
 
 
-def test_piped_output_is_neither_wrapped_nor_padded(screen: Console, seen: Seen) -> None:
+def test_piped_output_is_neither_wrapped_nor_padded(screen: Screen, seen: Seen) -> None:
     path = "/scratch/" + "a-very-long-directory/" * 12 + "claims.jsonl"
     print_report(screen, reported(status=but(model=path)), full=True)
     show(screen, status_table([but(source=path)]))
@@ -276,9 +275,7 @@ def test_piped_output_is_neither_wrapped_nor_padded(screen: Console, seen: Seen)
     assert all(line == line.rstrip() for line in lines)
 
 
-def test_progress_of_lines_is_silent_where_there_is_no_terminal(
-    screen: Console, seen: Seen
-) -> None:
+def test_progress_of_lines_is_silent_where_there_is_no_terminal(screen: Screen, seen: Seen) -> None:
     with line_progress(screen, "reading", None) as moved:
         moved(100_000)
     assert seen().strip() == ""
@@ -303,17 +300,17 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def terminal(screen: Console) -> Console:
-    return Console(file=screen.file, width=80, force_terminal=True, color_system=None)
+def terminal(screen: Screen) -> Screen:
+    return Screen(file=screen.file, width=80, force_terminal=True, color_system=None)
 
 
-def drawn(view: LiveView, console: Console) -> list[str]:
+def drawn(view: LiveView, console: Screen) -> list[str]:
     lines = console.render_lines(view.drawing(), pad=False)
     return ["".join(segment.text for segment in line) for line in lines]
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(
-    screen: Console, seen: Seen, clock: Clock
+    screen: Screen, seen: Seen, clock: Clock
 ) -> None:
     with LiveView(screen, lines=20_000, clock=clock) as view:
         view.show(None, Progress(0, 0, 0), [LOADING])
@@ -330,7 +327,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
 
 
 def test_the_bar_the_percentage_and_the_time_left_fit_eighty_columns(
-    terminal: Console, clock: Clock
+    terminal: Screen, clock: Clock
 ) -> None:
     view = LiveView(terminal, lines=10_000_000, clock=clock)
     large = but(total=10_000_000, done=1_234_000, dead=0)
@@ -343,7 +340,7 @@ def test_the_bar_the_percentage_and_the_time_left_fit_eighty_columns(
     assert "12% 1,234,600 of 10,000,000 claims, 1,198.0/s, 2 h 01 min left" in line
 
 
-def test_progress_moves_with_every_answered_claim(terminal: Console, clock: Clock) -> None:
+def test_progress_moves_with_every_answered_claim(terminal: Screen, clock: Clock) -> None:
     view = LiveView(terminal, lines=240, clock=clock)
     run = but(total=240, done=0, dead=0)
     shown = []
@@ -355,7 +352,7 @@ def test_progress_moves_with_every_answered_claim(terminal: Console, clock: Cloc
 
 
 def test_what_a_lost_worker_had_answered_and_not_published_does_not_count(
-    terminal: Console, clock: Clock
+    terminal: Screen, clock: Clock
 ) -> None:
     view = LiveView(terminal, lines=240, clock=clock)
     run = but(total=240, done=64, dead=0)
@@ -368,7 +365,7 @@ def test_what_a_lost_worker_had_answered_and_not_published_does_not_count(
     assert " 65 of 240" in drawn(view, terminal)[0]
 
 
-def test_what_others_answered_counts_once_it_is_stored(terminal: Console, clock: Clock) -> None:
+def test_what_others_answered_counts_once_it_is_stored(terminal: Screen, clock: Clock) -> None:
     view = LiveView(terminal, lines=240, clock=clock)
     view.show(but(total=240, done=0, dead=0), ALL_SENT, [Worker()])
     view.show(but(total=240, done=100, dead=3), ALL_SENT, [Worker(answered=10)])
@@ -389,7 +386,7 @@ def test_what_others_answered_counts_once_it_is_stored(terminal: Console, clock:
     ],
 )
 def test_it_says_what_is_waited_for(
-    workers: list[Worker], lines: list[str], terminal: Console, clock: Clock
+    workers: list[Worker], lines: list[str], terminal: Screen, clock: Clock
 ) -> None:
     view = LiveView(terminal, lines=240, clock=clock)
     run = but(total=240, done=0, dead=0)
@@ -401,14 +398,14 @@ def test_it_says_what_is_waited_for(
 
 
 def test_until_all_is_sent_the_lines_of_the_file_are_the_total(
-    terminal: Console, clock: Clock
+    terminal: Screen, clock: Clock
 ) -> None:
     view = LiveView(terminal, lines=20_000, clock=clock)
     view.show(but(total=None), Progress(9, 9, 8), [Worker()])
     assert " 3,463 of 19,992 claims" in drawn(view, terminal)[0]
 
 
-def test_what_the_collector_waits_for_is_told_once(screen: Console, seen: Seen) -> None:
+def test_what_the_collector_waits_for_is_told_once(screen: Screen, seen: Seen) -> None:
     view = LiveView(screen, lines=240)
     for _ in range(3):
         view.show(None, ALL_SENT, [Worker()], waiting_for="the store is on a full disk")

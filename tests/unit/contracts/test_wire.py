@@ -89,6 +89,7 @@ def prompts(draw: st.DrawFn) -> PromptSpec:
     )
 
 
+OWN_IDS = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,19}\Z")
 CONTEXTS = st.builds(
     ContextSpec,
     model=words(40),
@@ -100,7 +101,7 @@ CONTEXTS = st.builds(
 RUNS = st.builds(
     Run,
     source=words(40),
-    source_digest=words(20),
+    source_digest=OWN_IDS,
     context=CONTEXTS,
     prompt=prompts(),
     limit=st.none() | st.integers(1, 2**40),
@@ -133,11 +134,11 @@ def verdict_batches(draw: st.DrawFn) -> VerdictBatch:
         prompt_tokens=st.integers(0, 10**6),
     )
     return VerdictBatch(
-        run_id=draw(words(20)),
+        run_id=draw(OWN_IDS),
         batch_id=draw(BATCH_IDS),
         labels=names,
         verdicts=tuple(draw(st.lists(verdicts, min_size=1, max_size=3))),
-        worker_id=draw(words(20)),
+        worker_id=draw(OWN_IDS),
         device=draw(words(20)),
         attempt=draw(st.integers(1, 1000)),
         engine_seconds=draw(st.floats(min_value=0, max_value=1e6)),
@@ -148,25 +149,25 @@ MESSAGES: dict[str, st.SearchStrategy[Message]] = {
     "ClaimBatch": st.builds(
         ClaimBatch,
         run=RUNS,
-        submission_id=words(20),
+        submission_id=OWN_IDS,
         batch_id=BATCH_IDS,
         claims=st.lists(CLAIMS, min_size=1, max_size=3).map(tuple),
     ),
     "VerdictBatch": verdict_batches(),
     "DeadClaim": st.builds(
         DeadClaim,
-        run_id=words(20),
+        run_id=OWN_IDS,
         claim=CLAIMS,
         reason=st.sampled_from(DeadReason),
         detail=text(60),
-        worker_id=words(20),
+        worker_id=OWN_IDS,
         attempt=st.integers(1, 1000),
         failures=st.integers(0, 1000),
     ),
     "RunAnnouncement": st.builds(
         RunAnnouncement,
         run=RUNS,
-        submission_id=words(20),
+        submission_id=OWN_IDS,
         totals=st.none()
         | st.tuples(COUNT, COUNT, COUNT).map(
             lambda c: Totals(lines=sum(c), claims=c[0], repeated=c[1], rejected=c[2])
@@ -174,7 +175,7 @@ MESSAGES: dict[str, st.SearchStrategy[Message]] = {
     ),
     "Notice": st.builds(
         Notice,
-        cancelled=st.lists(words(20), max_size=3).map(tuple),
+        cancelled=st.lists(OWN_IDS, max_size=3).map(tuple),
         contexts=st.lists(
             st.builds(
                 ContextDemand,
@@ -188,9 +189,9 @@ MESSAGES: dict[str, st.SearchStrategy[Message]] = {
     ),
     "ContextReady": st.builds(
         ContextReady,
-        startup_id=words(20),
-        worker_id=words(20),
-        context_id=words(20),
+        startup_id=OWN_IDS,
+        worker_id=OWN_IDS,
+        context_id=OWN_IDS,
         device=words(20),
         warm=st.booleans(),
         seconds=SECONDS,
@@ -201,8 +202,8 @@ MESSAGES: dict[str, st.SearchStrategy[Message]] = {
     ),
     "WorkerReport": st.builds(
         WorkerReport,
-        worker_id=words(20),
-        context_id=st.none() | words(20),
+        worker_id=OWN_IDS,
+        context_id=st.none() | OWN_IDS,
         device=words(20),
         state=st.sampled_from(["starting", "serving", "draining", "stopped"]),
         claims_per_second=st.none() | st.floats(min_value=0, max_value=1e9),
@@ -286,8 +287,29 @@ def test_a_message_over_the_bound_is_not_even_sent(run: Run) -> None:
         encode(ClaimBatch(run=run, submission_id="s", batch_id="b", claims=claims))
 
 
+# What Keepwarm itself makes may name a file, a queue, a line on a screen.
+OWN_ID_FIELDS = (
+    ("ClaimBatch", "submission_id"),
+    ("ClaimBatch", "run.source_digest"),
+    ("VerdictBatch", "run_id"),
+    ("VerdictBatch", "worker_id"),
+    ("DeadClaim", "run_id"),
+    ("DeadClaim", "worker_id"),
+    ("RunAnnouncement", "submission_id"),
+    ("Notice", "cancelled.0"),
+    ("ContextReady", "startup_id"),
+    ("ContextReady", "worker_id"),
+    ("ContextReady", "context_id"),
+    ("WorkerReport", "worker_id"),
+    ("WorkerReport", "context_id"),
+)
 # A number must fit the store: BIGINT for positions and totals, INTEGER for attempts and tokens.
 BOUNDS: list[tuple[str, str, object]] = [
+    *(
+        (kind, field, bad)
+        for kind, field in OWN_ID_FIELDS
+        for bad in ("../x", ".x", "-x", "a b", "[/red]", "\x1b[2J", "=cmd", "a\n", "é", "a/b", "")
+    ),
     *(("ClaimBatch", "batch_id", bad) for bad in ("", " ", "i" * 129, "a\0", "é")),
     *(("ClaimBatch", "submission_id", bad) for bad in ("", " ", "i" * 257, "a\0", None)),
     *(("ClaimBatch", "claims", bad) for bad in ([], {})),
