@@ -37,7 +37,9 @@ class BrokerAddress:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "BrokerAddress":
-        """Raises UsageError when there is no URL, or it is not an AMQP URL."""
+        """Raises UsageError when there is no URL, it is not an AMQP URL, or it would send the
+        password to another machine in the clear.
+        """
         if settings.broker_url is None:
             raise UsageError(
                 "no broker is named: set KEEPWARM_BROKER_URL or give --broker, for example "
@@ -51,11 +53,18 @@ class BrokerAddress:
                     f"KEEPWARM_{name.upper()} is set but the broker's URL is not amqps://; "
                     "use amqps:// or unset it"
                 )
+        host = (url.host or "localhost").strip("[]")
+        if not secure and not settings.may_be_plaintext(host):
+            raise UsageError(
+                f"amqp:// would show the password and every claim on the way to {host}: use "
+                "amqps:// (docs/broker.md), or a tunnel to this machine; where you trust the "
+                f"network between, KEEPWARM_PLAINTEXT_HOSTS={host} allows it"
+            )
         password = settings.secret("broker") or (url.password and unquote(url.password))
         if password is None and settings.broker_cert_file is None:
             password = "guest"  # noqa: S105  (RabbitMQ's own default)
         return cls(
-            host=(url.host or "localhost").strip("[]"),
+            host=host,
             port=url.port or (5671 if secure else 5672),
             virtual_host=unquote((url.path or "").removeprefix("/")) or "/",
             user=unquote(url.username or "guest"),

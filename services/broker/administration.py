@@ -12,12 +12,19 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 from services.broker.management_api import ManagementApi
-from services.broker.roles import Role
+from services.broker.roles import LISTENER_POLICIES, ROLES, Role, user_limits, virtual_host_limits
 from services.contracts.errors import BrokerError, UsageError
 
 _HASHING = "rabbit_password_hashing_sha256"
 _SALT_BYTES = 4
 _VIRTUAL_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+# Of a queue of notices or heartbeats. A healthy listener is behind by a few, and of old ones none
+# matters. One that nobody reads goes.
+_LISTENER_BYTES = 64 * 1024 * 1024
+_LISTENER_MILLISECONDS = 10 * 60 * 1000
+# Above what an administrator sets for all queues: of several policies a queue has one.
+_LISTENER_PRIORITY = 100
 
 Outcome = Literal["made", "changed", "kept"]
 
@@ -57,6 +64,28 @@ def make_user(api: ManagementApi, role: Role, virtual_host: str, password: str) 
         api.put("users", name, body=user)
     api.put("permissions", virtual_host, name, body=asdict(role.permissions))
     return outcome
+
+
+def set_limits(api: ManagementApi, virtual_host: str, workers: int) -> None:
+    """Bound what the passwords of this virtual host can use up on the broker."""
+    for role in ROLES:
+        for limit, value in user_limits(role, workers).items():
+            api.put("user-limits", role.user(virtual_host), limit, body={"value": value})
+    for limit, value in virtual_host_limits(workers).items():
+        api.put("vhost-limits", virtual_host, limit, body={"value": value})
+    for policy, (beginning, messages) in LISTENER_POLICIES.items():
+        definition = {
+            "max-length": messages,
+            "max-length-bytes": _LISTENER_BYTES,
+            "expires": _LISTENER_MILLISECONDS,
+        }
+        body = {
+            "pattern": f"^{re.escape(beginning)}",
+            "apply-to": "queues",
+            "priority": _LISTENER_PRIORITY,
+            "definition": definition,
+        }
+        api.put("policies", virtual_host, policy, body=body)
 
 
 def amqp_address(api: ManagementApi) -> str:

@@ -389,6 +389,11 @@ class Link:
             self._opened_or_failed.set()
 
     def _refused(self, why: str) -> BrokerRefused:
+        if "limit (" in why:  # "connection limit (60) is reached", in a virtual host or of a user
+            return BrokerRefused(
+                f"the broker at {self._address} refused us: {why}. Close what is connected for "
+                "nothing; `keepwarm broker setup --workers N` raises the limits"
+            )
         return BrokerRefused(
             f"the broker at {self._address} refused us: {why}. Check the user, the password "
             "(KEEPWARM_BROKER_PASSWORD or …_PASSWORD_FILE), the virtual host and its permissions"

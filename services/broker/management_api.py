@@ -1,6 +1,5 @@
 """RabbitMQ's management HTTP API, which tells the next step with every refusal."""
 
-import ipaddress
 from collections.abc import Mapping
 from typing import Any, Self
 from urllib.parse import quote, urlsplit
@@ -8,6 +7,7 @@ from urllib.parse import quote, urlsplit
 import httpx
 
 from services.broker.tls import TlsFiles, tls_context, tls_fault
+from services.contracts.addresses import is_loopback
 from services.contracts.errors import (
     BrokerError,
     BrokerRefused,
@@ -72,14 +72,14 @@ class ManagementApi:
         except ValueError as error:
             raise self._unusable(f"{response.url.path} was not answered with JSON") from error
 
-    def put(self, *path: str, body: dict[str, str]) -> None:
+    def put(self, *path: str, body: Mapping[str, Any]) -> None:
         self._raise_unless_success(self._ask("PUT", path, body))
 
     def _ask(
         self,
         method: str,
         path: tuple[str, ...],
-        body: dict[str, str] | None = None,
+        body: Mapping[str, Any] | None = None,
         parameters: Mapping[str, str] | None = None,
     ) -> httpx.Response:
         where = "/".join(("/api", *(quote(part, safe="") for part in path)))
@@ -150,19 +150,12 @@ def _checked_host(url: str, named_by: str, clear_text: bool) -> str:
             "can be read by every user of this machine; give the user with --admin, and "
             "KEEPWARM_BROKER_ADMIN_PASSWORD or …_PASSWORD_FILE"
         )
-    if parts.scheme == "http" and not clear_text and not _is_loopback(host):
+    if parts.scheme == "http" and not clear_text and not is_loopback(host):
         raise UsageError(
             f"{named_by}: http to {host} shows the password to the network; use https, or a "
             f"tunnel, `ssh -N -L 15672:127.0.0.1:15672 {host}`, with {named_by} http://127.0.0.1:15672"
         )
     return host
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _reason(response: httpx.Response) -> str:

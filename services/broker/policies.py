@@ -4,20 +4,21 @@ Who manages a broker may set a policy for all queues, and RabbitMQ applies it to
 shows it to nobody over AMQP. The management API does, to users with the tag `management`.
 """
 
-import ipaddress
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from services.broker.address import BrokerAddress
 from services.broker.management_api import ManagementApi
+from services.broker.roles import ROLES
 from services.broker.tls import TlsFiles
 from services.contracts import Settings
 from services.contracts import topology as names
+from services.contracts.addresses import is_loopback
 from services.contracts.errors import BrokerError, BrokerRefused, BrokerUnreachable
 
 _ANSWER_SECONDS = 3.0
@@ -68,6 +69,8 @@ class Policies:
     harms: tuple[Harm, ...] = ()
     delivery_unlimited: frozenset[str] = frozenset()
     """Queues whose delivery limit a policy lifts."""
+    unlimited: tuple[str, ...] = ()
+    """The virtual host, and users of its roles, that have no limits (`keepwarm broker setup`)."""
     unknown: str | None = None
     """Why nothing is known of them; None where all is."""
 
@@ -120,28 +123,32 @@ def ask_policies(settings: Settings, claims_queues: Sequence[str] = ()) -> Polic
             there = api.get("queues", host, columns="name", disable_stats="true") or ()
             policies = [*_Policy.all_of("policy", api.get("policies", host) or ())]
             imposed = _Policy.all_of("operator policy", api.get("operator-policies", host) or ())
+            unlimited = tuple(_unlimited(api, host))
         except BrokerError as error:
             return Policies(unknown=_why(error, address.user, url))
     ours = {each["name"] for each in there if each["name"].startswith(names.claims_queue(""))}
     queues = sorted({*names.HOUSE_QUEUES, *claims_queues, *ours})
-    return _judged(queues, address.virtual_host, policies, [*imposed])
+    judged = _judged(queues, address.virtual_host, policies, [*imposed])
+    return replace(judged, unlimited=unlimited)
+
+
+def _unlimited(api: ManagementApi, virtual_host: str) -> Iterator[str]:
+    """An empty list means that there are no limits; None that there is no such user."""
+    if api.get("vhost-limits", virtual_host) == []:
+        yield f"the virtual host {virtual_host}"
+    for user in (role.user(virtual_host) for role in ROLES):
+        if api.get("user-limits", user) == []:
+            yield f"the user {user}"
 
 
 def _is_the_brokers_own(url: str, address: BrokerAddress) -> bool:
     """False where any user of this machine may listen: without TLS, at the guessed port of loopback
     there could be somebody who collects passwords, when a tunnel or nothing is behind it.
     """
-    if address.tls is not None or not _is_loopback(address.host):
+    if address.tls is not None or not is_loopback(address.host):
         return True
     owners = [_listeners(port) for port in (address.port, urlsplit(url).port)]
     return bool(owners[0]) and owners[0] == owners[1]
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _listeners(port: int | None) -> set[str]:

@@ -140,6 +140,39 @@ ROLES = (
 )
 
 
+# A process of a role has two connections and for moments a third. After a network failure the
+# broker keeps those that are lost for another minute, beside the new ones.
+_CONNECTIONS_EACH = 6
+_OTHER_PROCESSES = 50
+_CHANNELS_EACH = 2
+"""For each connection."""
+_CLAIMS_QUEUES = 10_000
+
+
+def user_limits(role: Role, workers: int) -> dict[str, int]:
+    """RabbitMQ's limits for a role's user, with this many workers at a time: what a stolen password
+    can use up.
+    """
+    processes = workers if role.name == "worker" else _OTHER_PROCESSES
+    connections = _CONNECTIONS_EACH * processes
+    return {"max-connections": connections, "max-channels": _CHANNELS_EACH * connections}
+
+
+def virtual_host_limits(workers: int) -> dict[str, int]:
+    """RabbitMQ's limits for the virtual host: claims queues stay, each worker has one of its own
+    and for a moment that of its last connection.
+    """
+    connections = sum(user_limits(role, workers)["max-connections"] for role in ROLES)
+    return {"max-connections": connections, "max-queues": _CLAIMS_QUEUES + 2 * workers}
+
+
+LISTENER_POLICIES = {
+    "keepwarm-notices": (names.listener_queue(names.NOTICES_EXCHANGE, ""), 100),
+    "keepwarm-presence": (names.listener_queue(names.PRESENCE_EXCHANGE, ""), 100_000),
+}
+"""By policy: how its queues' names begin, and how many messages one of them holds."""
+
+
 def roles_that_fit(writable: Collection[str], *, makes_house: bool) -> list[Role]:
     """Roles that a user can play who may publish to these direct exchanges and no other, and may
     make what is always there, or not.

@@ -18,6 +18,7 @@ from services.contracts.errors import StoreError, UsageError
 
 _SQLITE_CACHE_KIB = 16_384
 _BUSY_SECONDS = 30
+_VERIFIED = ("verify-ca", "verify-full")
 _TLS_STEPS = {
     "does not match host name": "Use a name that the certificate is for in the store's URL",
     "does not support SSL": (
@@ -111,8 +112,28 @@ def checked_url(settings: Settings) -> URL:
             f"the store must be SQLite or PostgreSQL, not {url.get_backend_name()}; see "
             "docs/settings.md"
         )
+    _refuse_plaintext(url, settings)
     password = settings.secret("store") or url.password
     return url.set(drivername="postgresql+psycopg", password=password)
+
+
+def _refuse_plaintext(url: URL, settings: Settings) -> None:
+    """Raises UsageError for a PostgreSQL on another machine whose certificate is not checked. What
+    the URL does not say, libpq takes from its environment.
+    """
+    mode = str(url.query.get("sslmode") or os.environ.get("PGSSLMODE") or "prefer")
+    if mode in _VERIFIED:
+        return
+    named = url.query.get("host") or url.host or os.environ.get("PGHOST") or ""
+    hosts = named.split(",") if isinstance(named, str) else named
+    for host in hosts:
+        if host and not host.startswith(("/", "@")) and not settings.may_be_plaintext(host):
+            raise UsageError(
+                f"with sslmode={mode} the store's password and every claim could be read, or "
+                f"changed, on the way to {host}: add ?sslmode=verify-full&sslrootcert=FILE to the "
+                "store's URL; where you trust the network between, "
+                f"KEEPWARM_PLAINTEXT_HOSTS={host} allows it"
+            )
 
 
 def next_step(why: str) -> str:

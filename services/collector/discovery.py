@@ -5,11 +5,10 @@ labels are there for relabelling only: no series gets the id of a worker unless 
 """
 
 from collections.abc import Iterable
-from ipaddress import ip_address
 from typing import Any
 
 from services.contracts import WorkerReport
-from services.contracts.addresses import split_address
+from services.contracts.addresses import is_loopback, split_address
 
 
 def targets(workers: Iterable[WorkerReport], own_host: str) -> list[dict[str, Any]]:
@@ -22,7 +21,7 @@ def targets(workers: Iterable[WorkerReport], own_host: str) -> list[dict[str, An
         report.metrics_address: report
         for report in workers
         if report.metrics_address is not None
-        and (report.host == own_host or not _is_loopback(report.metrics_address))
+        and (report.host == own_host or not is_loopback(split_address(report.metrics_address)[0]))
     }
     return [
         {
@@ -39,11 +38,3 @@ def targets(workers: Iterable[WorkerReport], own_host: str) -> list[dict[str, An
         }
         for address, report in reachable.items()
     ]
-
-
-def _is_loopback(address: str) -> bool:
-    host, _ = split_address(address)
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")

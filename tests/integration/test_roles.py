@@ -18,9 +18,12 @@ import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.exceptions import AMQPConnectionError, ChannelClosedByBroker
 
-from services.broker import PrivateNode
+from services.broker import BrokerAddress, PrivateNode, Publisher
+from services.broker.policies import ask_policies
 from services.broker.topology import quorum_arguments
+from services.contracts import load_settings
 from services.contracts import topology as names
+from services.contracts.errors import BrokerRefused
 from tests.conftest import sample_lines
 from tests.integration.conftest import Command, wait_until
 from tests.integration.runs import wait_for_the_first_verdicts
@@ -72,6 +75,9 @@ class Broker:
                 self.seen.add(" ".join(process.cmdline()))
         except psutil.Error:
             pass
+
+    def rabbitmqctl(self, *command: str) -> str:
+        return self.node.control(*command)
 
     def password(self, role: str) -> str:
         return (self.secrets / f"{role}.password").read_text().strip()
@@ -420,3 +426,48 @@ def test_doctor_says_for_whom_a_user_is_right(broker: Broker, role: str) -> None
     assert f"right for: {role}; not for: {others}. " in told["says"]
     assert ("may not make its queues" in told["says"]) == (role != "collector")
     assert "Not tried: to read queues" in told["says"]
+
+
+def test_a_password_cannot_use_up_the_broker(broker: Broker) -> None:
+    """With the limits for one worker, its user has six connections and not one more."""
+    assert broker.setup("--workers", "1")[0] == 0
+    user, password = f"{VHOST}-worker", broker.password("worker")
+    settings = load_settings(
+        broker_url=f"amqp://{user}@127.0.0.1:{broker.node.port}/{VHOST}", broker_password=password
+    )
+    held: list[pika.BlockingConnection] = []
+    try:
+        while len(held) < 6:
+            held.append(broker.connection(user, password))
+        wait_until(lambda: not broker.lets_in("worker", password), "the limit")
+        with pytest.raises(
+            BrokerRefused, match=r"connection limit \(6\).*broker setup --workers N"
+        ):
+            Publisher(BrokerAddress.from_settings(settings), "test", window=1).open(10)
+        queue = names.listener_queue(names.NOTICES_EXCHANGE, "stolen")
+        held[0].channel().queue_declare(queue, exclusive=True)
+        policy = broker.rabbitmqctl("list_queues", "-p", VHOST, "name", "policy", "type")
+        assert f"{queue}\tkeepwarm-notices\tclassic" in policy
+    finally:
+        for connection in held:
+            connection.close()
+        assert broker.setup()[0] == 0
+
+
+def test_doctor_says_where_limits_are_missing(broker: Broker) -> None:
+    """As on a broker that was set up before there were any."""
+    broker.rabbitmqctl("clear_vhost_limits", "-p", VHOST)
+    broker.rabbitmqctl("clear_user_limits", f"{VHOST}-worker", "all")
+    try:
+        url = f"amqp://{VHOST}-operator@127.0.0.1:{broker.node.port}/{VHOST}"
+        asked = ask_policies(
+            load_settings(
+                broker_url=url,
+                broker_password=broker.password("operator"),
+                broker_management_url=broker.management,
+            )
+        )
+        assert asked.unknown is None
+        assert asked.unlimited == (f"the virtual host {VHOST}", f"the user {VHOST}-worker")
+    finally:
+        assert broker.setup()[0] == 0

@@ -103,6 +103,7 @@ def whole_system(
         addresses = {
             "collector:9464": f"127.0.0.1:{collector_port}",
             "engine:9464": f"127.0.0.1:{keeper_port}",
+            '"[0-9a-z-]+:9464"': '"127[.]0[.]0[.]1:[0-9]+"',
             "rabbitmq:15692": f"127.0.0.1:{node.plugin_ports['rabbitmq_prometheus']}",
         }
         environment = {

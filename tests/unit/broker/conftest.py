@@ -10,7 +10,7 @@ from services.contracts import load_settings
 @contextmanager
 def unopened(queue: str, *, prefetch: int = 1) -> Iterator[Consumer]:
     """One that was never opened."""
-    address = BrokerAddress.from_settings(load_settings(broker_url="amqp://h"))
+    address = BrokerAddress.from_settings(load_settings(broker_url="amqp://localhost"))
     made = Consumer(address, "test", queues=[queue], prefetch=prefetch)
     try:
         yield made

@@ -11,6 +11,8 @@ from services.contracts.errors import UsageError
 
 
 def address(url: str | None, **settings: object) -> BrokerAddress:
+    """Where the network is trusted, unless `plaintext_hosts` say otherwise."""
+    settings = {"plaintext_hosts": "*", **settings}
     return BrokerAddress.from_settings(load_settings(broker_url=url, **settings))
 
 
@@ -49,6 +51,34 @@ def test_a_url_says_where_the_broker_is_and_who_we_are(
 @pytest.mark.parametrize("url", ["amqp://[::1]:5672/", "amqps://[2001:db8::7]/v"])
 def test_an_ip_v6_address_is_given_as_a_resolver_takes_it(url: str) -> None:
     assert address(url).host in ("::1", "2001:db8::7")
+
+
+@pytest.mark.parametrize(
+    ("url", "hosts", "allowed"),
+    [
+        ("amqp://u@broker.example.org/v", "", False),
+        ("amqp://u@broker.example.org/v", "other", False),
+        ("amqp://u@10.0.0.7/v", "", False),
+        ("amqp://u@0.0.0.0/v", "", False),
+        ("amqp://u@localhost.example.org/v", "", False),
+        ("amqp://u@broker.example.org/v", "other broker.example.org", True),
+        ("amqp://u@node-7/v", "node-*", True),
+        ("amqps://u@broker.example.org/v", "", True),
+        ("amqp://u@127.0.0.1/v", "", True),
+        ("amqp://u@127.8.0.1/v", "", True),
+        ("amqp://u@[::1]/v", "", True),
+        ("amqp://u@localhost/v", "", True),
+        ("amqp://", "", True),
+    ],
+)
+def test_a_password_travels_in_the_clear_only_where_the_operator_says_so(
+    url: str, hosts: str, allowed: bool
+) -> None:
+    if allowed:
+        address(url, plaintext_hosts=hosts)
+        return
+    with pytest.raises(UsageError, match=r"use amqps:// .* KEEPWARM_PLAINTEXT_HOSTS=\S+ allows it"):
+        address(url, plaintext_hosts=hosts)
 
 
 def test_without_a_url_the_user_is_told_to_name_a_broker() -> None:

@@ -149,7 +149,8 @@ def test_the_password_goes_nowhere_where_the_brokers_own_connection_would_not_sh
     ],
 )
 def test_the_api_is_looked_for_beside_the_broker(url: str, management: str) -> None:
-    address = BrokerAddress.from_settings(load_settings(broker_url=url))
+    settings = load_settings(broker_url=url, plaintext_hosts="broker.example.org")
+    address = BrokerAddress.from_settings(settings)
     assert address.management_url == management
 
 

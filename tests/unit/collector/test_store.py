@@ -419,10 +419,46 @@ def test_what_can_be_no_store_is_told(url: str, says: str, open_store: Opener) -
 
 def test_a_postgresql_url_may_begin_as_libpq_takes_it_too() -> None:
     ours, theirs = (
-        checked_url(load_settings(store_url=f"{scheme}://u@h/d"))
+        checked_url(load_settings(store_url=f"{scheme}://u@localhost/d"))
         for scheme in ("postgresql", "postgres")
     )
     assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("url", "environment", "allowed"),
+    [
+        ("postgresql://u@db.example.org/d", {}, False),
+        ("postgresql://u@db.example.org/d?sslmode=require", {}, False),
+        ("postgresql://u@/d?host=db.example.org", {}, False),
+        ("postgresql://u@/d?host=localhost,db.example.org", {}, False),
+        ("postgresql://u@/d?host=localhost&host=db.example.org", {}, False),
+        ("postgresql://u@/d", {"PGHOST": "db.example.org"}, False),
+        ("postgresql://u@db.example.org/d?sslmode=prefer", {"PGSSLMODE": "verify-full"}, False),
+        ("postgresql://u@db.example.org/d?sslmode=verify-full", {}, True),
+        ("postgresql://u@db.example.org/d?sslmode=verify-ca", {}, True),
+        ("postgresql://u@db.example.org/d", {"PGSSLMODE": "verify-full"}, True),
+        (
+            "postgresql://u@db.example.org/d",
+            {"KEEPWARM_PLAINTEXT_HOSTS": "rabbitmq *.example.org"},
+            True,
+        ),
+        ("postgresql://u@127.0.0.1/d", {}, True),
+        ("postgresql://u@/d", {}, True),
+        ("postgresql://u@/d?host=/run/postgresql", {}, True),
+    ],
+)
+def test_claims_go_to_another_machines_postgresql_by_verified_tls_alone(
+    url: str, environment: dict[str, str], allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    settings = load_settings(store_url=url)
+    if allowed:
+        checked_url(settings)
+        return
+    with pytest.raises(UsageError, match=r"add \?sslmode=verify-full.* KEEPWARM_PLAINTEXT_HOSTS="):
+        checked_url(settings)
 
 
 @pytest.mark.parametrize("closed", ["file", "directory"])
