@@ -4,6 +4,7 @@
 #   setup/image.sh packages NAME...      Debian's packages
 #   setup/image.sh locks LOCK...         a virtual environment with what setup/requirements/LOCK names
 #   setup/image.sh keepwarm EXTRA...     Keepwarm into it; what it does not need of all that goes
+#   setup/image.sh sbom                  the list of what is in the image, /opt/keepwarm/sbom.cdx.json
 #   setup/image.sh places DIRECTORY...   directories for whoever the container runs as, like /tmp
 # The definition of the image has put what this needs below /opt/keepwarm.
 set -eu
@@ -31,7 +32,7 @@ locks)
             install -r "$file"
             continue
         fi
-        torch=$(grep '^torch==' "$file")
+        torch=$(grep '^torch==' "${file%.lock}.in")
         install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$torch"
         install -r "$file"
         # A CUDA build of torch, where pip finds no other, needs libraries that the lock leaves out.
@@ -47,6 +48,9 @@ keepwarm)
     ln -sf "$here/venv/bin/keepwarm" /usr/local/bin/keepwarm
     # What is installed now need not be there twice.
     rm -rf "$here/services" "$here/keepwarm_start.py" "$here/build" "$here"/*.egg-info
+    ;;
+sbom)
+    python3 -I "$here/setup/sbom.py" "$here/venv" >"$here/sbom.cdx.json"
     ;;
 places)
     mkdir -p "$@"

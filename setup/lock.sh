@@ -18,8 +18,10 @@ compile() {
 cd setup/requirements
 compile "$@" ../../pyproject.toml --extra producer --extra gpu-worker --extra collector --extra dev \
     --constraints services.constraints --generate-hashes --output-file services.lock
-# No hashes: which file is torch 2.13.0 (a CPU or a CUDA build) depends on where pip looks.
+# Without torch, which is installed by its line in engine-cpu.in: which file is torch 2.13.0 (a CPU or a
+# CUDA build) depends on where pip looks, so it has no one hash.
 compile "$@" engine-cpu.in --constraints services.lock --overrides engine-cpu.overrides \
-    --excludes engine-cpu.excludes --output-file engine-cpu.lock
+    --excludes engine-cpu.excludes --no-emit-package torch --generate-hashes \
+    --output-file engine-cpu.lock
 compile "$@" engine-cuda.in --constraints services.lock --generate-hashes \
     --output-file engine-cuda.lock

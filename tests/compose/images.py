@@ -1,5 +1,6 @@
 """Stand-ins for images of a registry, under their names, and then the project's own."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from tests.compose.daemon import Daemon
 from tests.conftest import REPOSITORY
 from tests.debian import give_network, make_root, network_variables, remove_root
 
-BASE = "debian:bookworm-20250520-slim"
+BASE = "debian:bookworm-20260918-slim"
 # What Debian 12 has in their places: RabbitMQ 3.10, PostgreSQL 15, Prometheus 2.42; and no Grafana.
 STAND_INS = ("rabbitmq", "postgres", "prometheus")
 OWN = ("collector", "producer", "gpu-worker", "engine-cpu")
@@ -18,7 +19,12 @@ _HERE = Path(__file__).resolve().parent
 
 def image_of(service: str) -> str:
     file = (REPOSITORY / "docker-compose.yml").read_text(encoding="utf-8")
-    return str(yaml.safe_load(file)["services"][service]["image"])
+    return without_digest(yaml.safe_load(file)["services"][service]["image"])
+
+
+def without_digest(text: str) -> str:
+    """Images by their tags alone: stand-ins come from no registry, and so have no digest of one."""
+    return re.sub(r"@sha256:[0-9a-f]{64}", "", text)
 
 
 def make_base(daemon: Daemon) -> None:

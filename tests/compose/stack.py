@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.compose.daemon import Daemon, run
+from tests.compose.images import without_digest
 from tests.conftest import DEMO_MODEL, REPOSITORY
 
 # What compose and the builds read; not the copy's own secrets, results or environment.
@@ -42,6 +43,8 @@ class Stack:
                 shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy2(source, target)
+        for file in (directory / "docker-compose.yml", *directory.glob("services/*/Dockerfile")):
+            file.write_text(without_digest(file.read_text()))
         shutil.copy2(REPOSITORY / "tests" / "compose" / "override.yml", directory)
 
     def with_secrets(self, **variables: str) -> "Stack":

@@ -3,14 +3,17 @@
 `make test-compose` runs them.
 """
 
+import json
 import os
 import re
 import subprocess
 import sys
+import sysconfig
 import threading
 import tomllib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,9 @@ from services.contracts import load_settings
 OWN = ("collector", "producer", "gpu-worker", "engine-cpu", "engine-cuda")
 ENDS = ("broker-setup", "producer", "operator")  # they do one thing, and are not there for ever
 ROOMS = ("collector", "contexts", "gpu_worker", "producer")
-PINNED = re.compile(r"[a-z0-9./-]+:v?\d+\.\d+\.\d+[a-z0-9.-]*|[a-z]+:\d+\.\d+-[a-z]+")
+TAG = r"[a-z0-9./-]+:v?\d+\.\d+\.\d+[a-z0-9.-]*|[a-z]+:\d+\.\d+-[a-z]+"
+DIGEST = r"@sha256:[0-9a-f]{64}"
+BASE = re.compile(rf"debian:bookworm-\d{{8}}-slim{DIGEST}")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +59,8 @@ def test_every_service_is_closed_and_bounded(services: dict[str, dict[str, Any]]
 def test_every_image_is_pinned(services: dict[str, dict[str, Any]], repository: Path) -> None:
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
     for name, service in services.items():
-        assert PINNED.fullmatch(service["image"]), name
+        digest = "" if "build" in service else DIGEST
+        assert re.fullmatch(f"(?:{TAG}){digest}", service["image"]), name
         if "build" in service:
             assert service["image"].endswith(f":{project['version']}"), name
             assert (repository / service["build"]["dockerfile"]).exists(), name
@@ -152,7 +158,8 @@ def test_a_container_has_longer_to_end_than_its_service(
 def test_a_dockerfile_keeps_the_rules(room: str, repository: Path) -> None:
     text = (repository / "services" / room / "Dockerfile").read_text()
     froms = re.findall(r"^FROM (\S+)", text, re.MULTILINE)
-    assert froms == ["debian:bookworm-20250520-slim", "base", "base"], froms
+    assert BASE.fullmatch(froms[0]) and froms[1:] == ["base", "base"], froms
+    assert "image.sh sbom" in text.rpartition("\nFROM ")[2]
     final = text.rpartition("\nFROM ")[2]
     assert "COPY --from=builder" in final and "USER 10001:10001" in final
     assert "STOPSIGNAL SIGTERM" in final and "HEALTHCHECK" in final
@@ -184,8 +191,29 @@ def test_images_hold_neither_secrets_nor_results(repository: Path) -> None:
     assert set(taken) == {
         *("README.md", "keepwarm_start.py", "pyproject.toml", "services"),
         *("setup/health.py", "setup/image.sh"),
-        *("setup/requirements", "setup/unneeded.py"),
+        *("setup/requirements", "setup/sbom.py", "setup/unneeded.py"),
     }
+
+
+def test_the_bill_of_an_image_names_what_is_installed(repository: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-I", repository / "setup" / "sbom.py", sys.prefix],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    bill = json.loads(done.stdout)
+    assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.5")
+    urls = [component["purl"] for component in bill["components"]]
+    assert urls == sorted(set(urls)) == [each["bom-ref"] for each in bill["components"]]
+    assert any(url.startswith("pkg:deb/debian/dpkg@") for url in urls)
+    listed = {url.removeprefix("pkg:pypi/") for url in urls if url.startswith("pkg:pypi/")}
+    place = Path(sysconfig.get_paths(vars={"base": sys.prefix})["purelib"])
+    here = {
+        f"{re.sub('[-_.]+', '-', each.metadata['Name']).lower()}@{each.version.replace('+', '%2B')}"
+        for each in distributions(path=[str(place)])
+    }
+    assert listed == here
 
 
 # setup/compose_secrets.py, in a checkout of its own.
