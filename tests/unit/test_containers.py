@@ -195,6 +195,16 @@ def test_images_hold_neither_secrets_nor_results(repository: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("lock", ["services", "engine-cpu", "engine-cuda"])
+def test_every_package_of_a_lock_has_a_hash(lock: str, repository: Path) -> None:
+    text = (repository / "setup" / "requirements" / f"{lock}.lock").read_text()
+    packages = re.split(r"^(?=[a-z0-9])", re.sub(r"^#.*\n", "", text, flags=re.M), flags=re.M)[1:]
+    assert len(packages) > 80
+    for package in packages:
+        assert re.match(r"[a-z0-9-]+(\[[a-z0-9,-]+\])?==[^ ]+ ", package), package
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}", package), package
+
+
 def test_the_bill_of_an_image_names_what_is_installed(repository: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-I", repository / "setup" / "sbom.py", sys.prefix],
