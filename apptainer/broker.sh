@@ -19,6 +19,8 @@ if [ ! -e "$here/rabbitmq.conf" ]; then
 listeners.tcp.1     = 127.0.0.1:5672
 management.tcp.ip   = 127.0.0.1
 management.tcp.port = 15672
+# Keepwarm's messages have at most 8 MiB.
+max_message_size    = 16777216
 CONFIGURATION
 fi
 # A new node makes this user, and not guest, whose password everybody knows. One that has users already
