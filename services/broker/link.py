@@ -277,7 +277,7 @@ class Link:
                         "of its own"
                     )
                 )
-            elif reason.reply_code == _ACCESS_REFUSED:
+            elif reason.reply_code == _ACCESS_REFUSED or _is_a_limit(reason.reply_text):
                 self._fail_if_first(self._refused(reason.reply_text))
             elif reason.reply_code == _NOT_FOUND:
                 self._on_not_found(reason.reply_text)
@@ -389,7 +389,7 @@ class Link:
             self._opened_or_failed.set()
 
     def _refused(self, why: str) -> BrokerRefused:
-        if "limit (" in why:  # "connection limit (60) is reached", in a virtual host or of a user
+        if _is_a_limit(why):
             return BrokerRefused(
                 f"the broker at {self._address} refused us: {why}. Close what is connected for "
                 "nothing; `keepwarm broker setup --workers N` raises the limits"
@@ -430,6 +430,13 @@ class Link:
                 "Is that a port for TLS? Then write amqps://; or is something else running there?"
             )
         return BrokerUnreachable(f"no connection to the broker at {self._address}: {cause}. {hint}")
+
+
+def _is_a_limit(why: str) -> bool:
+    """Whether RabbitMQ says that a user or virtual host has too many connections, channels or
+    queues: "connection limit (60) is reached", "has reached the maximum allowed user limit of (9)".
+    """
+    return "limit" in why and "reached" in why
 
 
 def _root(reason: BaseException | str) -> BaseException | str:

@@ -96,9 +96,12 @@ class _Policy:
             return True
 
 
-def ask_policies(settings: Settings, claims_queues: Sequence[str] = ()) -> Policies:
+def ask_policies(
+    settings: Settings, claims_queues: Sequence[str] = (), *, limits: bool = False
+) -> Policies:
     """The policies on the queues that always are, on these claims queues, and on those that are
-    there. Takes some seconds at most, and never raises BrokerError: it says what is unknown.
+    there; with `limits` also who has none. Takes some seconds at most, and never raises
+    BrokerError: it says what is unknown.
 
     Raises UsageError when KEEPWARM_BROKER_MANAGEMENT_URL is no URL, or shows the password to the
     network where the broker's does not.
@@ -123,7 +126,7 @@ def ask_policies(settings: Settings, claims_queues: Sequence[str] = ()) -> Polic
             there = api.get("queues", host, columns="name", disable_stats="true") or ()
             policies = [*_Policy.all_of("policy", api.get("policies", host) or ())]
             imposed = _Policy.all_of("operator policy", api.get("operator-policies", host) or ())
-            unlimited = tuple(_unlimited(api, host))
+            unlimited = tuple(_unlimited(api, host)) if limits else ()
         except BrokerError as error:
             return Policies(unknown=_why(error, address.user, url))
     ours = {each["name"] for each in there if each["name"].startswith(names.claims_queue(""))}

@@ -43,7 +43,7 @@ def broker(settings: Settings) -> Finding:
             f"{address} takes us, and lacks {', '.join(lacks)}: the next collector that starts "
             f"makes what is missing. Waiting: {lengths}"
         )
-    policies = ask_policies(settings)
+    policies = ask_policies(settings, limits=True)
     if losing := [str(harm) for harm in policies.harms if harm.loses_messages]:
         raise BrokerError(f"{address} takes us, and would lose messages: {' '.join(losing)}")
     arguments, fitting, limited = _rights(address)

@@ -465,7 +465,8 @@ def test_doctor_says_where_limits_are_missing(broker: Broker) -> None:
                 broker_url=url,
                 broker_password=broker.password("operator"),
                 broker_management_url=broker.management,
-            )
+            ),
+            limits=True,
         )
         assert asked.unknown is None
         assert asked.unlimited == (f"the virtual host {VHOST}", f"the user {VHOST}-worker")
