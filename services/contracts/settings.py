@@ -203,7 +203,7 @@ class Settings(BaseSettings):
     """Sockets, records and logs of keeper and engines, for the owner alone. Short: a socket's path
     may have 107 bytes."""
     cache_dir: Path = Field(default_factory=_cache_directory)
-    """What engines compile, and what their starts took, for the owner alone."""
+    """What engines compile, what their starts took, and digests of weights, for the owner alone."""
     metrics_address: str = "127.0.0.1:0"
     """Where a service serves `/metrics`, `/healthz` and `/readyz`: `host:port`, with an IPv6 host
     in brackets. Port 0 is one that is free; the event `metrics.serving` says which. `off`: nowhere.

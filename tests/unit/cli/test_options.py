@@ -2,11 +2,13 @@ from pathlib import Path
 
 import pytest
 
+from services.cli import context_options
 from services.cli.claims_options import check_seed, columns_from_flags, prompt_from_flag
 from services.cli.context_options import context_from_flags
 from services.contexts import hub
 from services.contracts import ContextSpec, PromptSpec, load_settings
 from services.contracts.errors import InputError, ModelError, UsageError
+from tests.unit.clock import Clock
 
 
 @pytest.mark.parametrize(
@@ -152,3 +154,17 @@ def test_a_flag_out_of_bounds_is_told_by_its_name(changes: dict[str, object], fl
         context("./a", **changes)
     words = str(refused.value).replace(":", " ").replace(".", " ").split()
     assert words[0] == flag
+
+
+def test_reading_weights_for_long_is_told_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], clock: Clock
+) -> None:
+    monkeypatch.setattr("time.monotonic", clock)
+    told = context_options._ReadingWeights()
+    for seconds, done in ((1.9, 1), (2.1, 2), (3.0, 3), (12.2, 4)):
+        clock.now = 1_000.0 + seconds
+        told(done * 10**9, 140 * 10**9)
+    assert capsys.readouterr().err.splitlines() == [
+        "Reading the weights to identify them: 2.0 of 140.0 GB (once for each file)",
+        "Reading the weights to identify them: 4.0 of 140.0 GB (once for each file)",
+    ]
