@@ -124,9 +124,12 @@ def _refuse_plaintext(url: URL, settings: Settings) -> None:
     mode = str(url.query.get("sslmode") or os.environ.get("PGSSLMODE") or "prefer")
     if mode in _VERIFIED:
         return
-    named = url.query.get("host") or url.host or os.environ.get("PGHOST") or ""
-    hosts = named.split(",") if isinstance(named, str) else named
-    for host in hosts:
+    named = (
+        url.query.get("host") or url.host or os.environ.get("PGHOST") or "",
+        url.query.get("hostaddr") or os.environ.get("PGHOSTADDR") or "",
+    )
+    hosts = ",".join(each if isinstance(each, str) else ",".join(each) for each in named)
+    for host in hosts.split(","):
         if host and not host.startswith(("/", "@")) and not settings.may_be_plaintext(host):
             raise UsageError(
                 f"with sslmode={mode} the store's password and every claim could be read, or "

@@ -18,7 +18,7 @@ import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.exceptions import AMQPConnectionError, ChannelClosedByBroker
 
-from services.broker import BrokerAddress, PrivateNode, Publisher
+from services.broker import BrokerAddress, Declares, PrivateNode, Publisher
 from services.broker.policies import ask_policies
 from services.broker.topology import quorum_arguments
 from services.contracts import load_settings
@@ -451,6 +451,22 @@ def test_a_password_cannot_use_up_the_broker(broker: Broker) -> None:
     finally:
         for connection in held:
             connection.close()
+        assert broker.setup()[0] == 0
+
+
+def test_a_queue_too_many_is_told_with_the_limit(broker: Broker) -> None:
+    broker.rabbitmqctl("set_vhost_limits", "-p", VHOST, '{"max-queues": 1}')
+    settings = load_settings(
+        broker_url=f"amqp://{VHOST}-producer@127.0.0.1:{broker.node.port}/{VHOST}",
+        broker_password=broker.password("producer"),
+    )
+    declares = Declares(context_ids=("ctx-new",))
+    try:
+        with pytest.raises(BrokerRefused, match=r"queue limit in vhost.*broker setup --workers N"):
+            Publisher(
+                BrokerAddress.from_settings(settings), "test", window=1, declares=declares
+            ).open(10)
+    finally:
         assert broker.setup()[0] == 0
 
 

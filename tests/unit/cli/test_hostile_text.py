@@ -5,7 +5,9 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +280,25 @@ def test_an_export_for_spreadsheets_has_no_formula(
     assert raw[0]["claim_id"] == bad[0] and raw[0]["claim"] == bad[1]
     for line in (directory / "jsonl").read_text(encoding="utf-8").split("\n"):
         assert not line or json.loads(line)["claim"] == bad[1]
+
+
+@pytest.mark.parametrize("run_id", ["../../elsewhere/x", "/tmp/x", "..", "[/red]", "a\x1b[2Jb"])
+def test_a_store_of_a_strangers_names_no_file_elsewhere(
+    run_id: str,
+    stored: Path,
+    keepwarm: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with closing(sqlite3.connect(stored)) as connection, connection:
+        connection.execute("UPDATE runs SET run_id = ?", (run_id,))
+    before = set(Path.cwd().iterdir())
+    for verb in (("export", "--format", "csv"), ("report", "--full"), ("cancel",)):
+        assert keepwarm(verb[0], run_id, *verb[1:], "--store", str(stored)) == 0
+    assert keepwarm("status", "--store", str(stored)) == 0
+    (made,) = set(Path.cwd().iterdir()) - before
+    assert made.name.endswith(".csv") and made.is_file()
+    seen = capsys.readouterr()
+    assert not OBEYED.search(seen.out + seen.err)
 
 
 # Everything that a command prints.

@@ -434,6 +434,8 @@ def test_a_postgresql_url_may_begin_as_libpq_takes_it_too() -> None:
         ("postgresql://u@/d?host=localhost,db.example.org", {}, False),
         ("postgresql://u@/d?host=localhost&host=db.example.org", {}, False),
         ("postgresql://u@/d", {"PGHOST": "db.example.org"}, False),
+        ("postgresql://u@localhost/d?hostaddr=10.0.0.7", {}, False),
+        ("postgresql://u@/d", {"PGHOSTADDR": "10.0.0.7"}, False),
         ("postgresql://u@db.example.org/d?sslmode=prefer", {"PGSSLMODE": "verify-full"}, False),
         ("postgresql://u@db.example.org/d?sslmode=verify-full", {}, True),
         ("postgresql://u@db.example.org/d?sslmode=verify-ca", {}, True),
