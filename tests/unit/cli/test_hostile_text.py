@@ -282,6 +282,27 @@ def test_an_export_for_spreadsheets_has_no_formula(
         assert not line or json.loads(line)["claim"] == bad[1]
 
 
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_a_hostile_file_of_claims_is_text(
+    flags: tuple[str, ...],
+    model_dir: Path,
+    keepwarm: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = [
+        *(
+            {"id": f"{n}{bad}", "claim": bad, "evidence": bad, "label": bad, bad: bad}
+            for n, bad in enumerate(HOSTILE)
+        ),
+        *({"claim": "", "id": bad} for bad in HOSTILE),
+    ]
+    name = "\x1b[2J[red].jsonl"
+    Path(name).write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    assert keepwarm("validate", name, "--model", str(model_dir), *flags) == 0
+    seen = capsys.readouterr()
+    assert "claims" in seen.out and not OBEYED.search(seen.out + seen.err)
+
+
 @pytest.mark.parametrize("run_id", ["../../elsewhere/x", "/tmp/x", "..", "[/red]", "a\x1b[2Jb"])
 def test_a_store_of_a_strangers_names_no_file_elsewhere(
     run_id: str,
