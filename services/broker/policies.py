@@ -136,12 +136,14 @@ def ask_policies(
 
 
 def _unlimited(api: ManagementApi, virtual_host: str) -> Iterator[str]:
-    """An empty list means that there are no limits; None that there is no such user."""
-    if api.get("vhost-limits", virtual_host) == []:
+    """Of a virtual host that has users of our roles; another is not ours to judge. An empty list
+    means that there are no limits, None that there is no such user.
+    """
+    users = (role.user(virtual_host) for role in ROLES)
+    limits = {user: found for user in users if (found := api.get("user-limits", user)) is not None}
+    if limits and api.get("vhost-limits", virtual_host) == []:
         yield f"the virtual host {virtual_host}"
-    for user in (role.user(virtual_host) for role in ROLES):
-        if api.get("user-limits", user) == []:
-            yield f"the user {user}"
+    yield from (f"the user {user}" for user, found in limits.items() if not found)
 
 
 def _is_the_brokers_own(url: str, address: BrokerAddress) -> bool:
