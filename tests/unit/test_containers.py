@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import yaml
@@ -220,7 +221,7 @@ def test_the_bill_of_an_image_names_what_is_installed(repository: Path) -> None:
     listed = {url.removeprefix("pkg:pypi/") for url in urls if url.startswith("pkg:pypi/")}
     place = Path(sysconfig.get_paths(vars={"base": sys.prefix})["purelib"])
     here = {
-        f"{re.sub('[-_.]+', '-', each.metadata['Name']).lower()}@{each.version.replace('+', '%2B')}"
+        f"{re.sub('[-_.]+', '-', each.metadata['Name']).lower()}@{quote(each.version)}"
         for each in distributions(path=[str(place)])
     }
     assert listed == here
