@@ -10,7 +10,10 @@ from services.contracts import topology
 from services.contracts.errors import MessageInvalid
 from services.contracts.wire import CONTENT_TYPE, Message, decode
 
-_DELIVERY_COUNT = "x-delivery-count"
+# How often a quorum queue had handed the message over before. Up to RabbitMQ 4.2 the first counts
+# every time; from 4.3 on it counts failures alone (`basic.reject`, a lost channel), and the second
+# every time (https://www.rabbitmq.com/docs/quorum-queues#poison-message-handling).
+_EARLIER_DELIVERIES = ("x-delivery-count", "x-acquired-count")
 _MOST_REASON_CHARS = 1_000
 _MOST_FAILURES = 1_000_000
 
@@ -39,8 +42,11 @@ class Delivery:
         """1 for the first delivery; quorum queues count the earlier ones. It is only reported, so
         a count that is none is no reason to refuse the message.
         """
-        count = self.headers.get(_DELIVERY_COUNT, 0)
-        return count + 1 if isinstance(count, int) and 0 <= count < 2**31 - 1 else 1
+        counts = [self.headers.get(name) for name in _EARLIER_DELIVERIES]
+        return 1 + max(
+            (count for count in counts if isinstance(count, int) and 0 <= count < 2**31 - 1),
+            default=0,
+        )
 
     def message(self, kind: type[M]) -> M:
         """The message that it holds. Raises MessageInvalid, naming what is wrong with it."""
