@@ -3,9 +3,10 @@
 import math
 import queue
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
+from types import MappingProxyType
 from typing import Any
 
 import structlog
@@ -31,8 +32,12 @@ log = structlog.get_logger(__name__)
 
 
 class Consumer(Link):
-    """Takes messages from `queues`, at most `prefetch` unsettled ones from each, or as many more as
-    `set_prefetch` says.
+    """Takes messages from `queues`, at most `prefetch` unsettled ones from each (or `prefetch_of`
+    it), or as many more as `set_prefetch` says.
+
+    AMQP bounds messages, not bytes, so with `most_bytes` a message that comes while unsettled ones
+    of its queue hold that much is not kept: the broker has it back, and sends it again, once half
+    of them are settled. At least one message of each queue is kept, whatever its size.
 
     Deliveries wait in memory until `take`; whoever took one settles it from any thread with
     `acknowledge` or `give_back`, minutes later if need be: the link's own thread keeps the
@@ -48,6 +53,8 @@ class Consumer(Link):
         *,
         queues: Sequence[str],
         prefetch: int,
+        prefetch_of: Mapping[str, int] = MappingProxyType({}),
+        most_bytes: int | None = None,
         declares: Declares = Declares(),  # noqa: B008  (frozen)
         on_notice: Callable[[bytes], None] | None = None,
         listener: str = "",
@@ -56,6 +63,8 @@ class Consumer(Link):
         super().__init__(address, name, declares)
         self._queues = tuple(queues)
         self._prefetch = self._wanted_prefetch = prefetch
+        self._prefetch_of = prefetch_of
+        self._most_bytes = math.inf if most_bytes is None else most_bytes
         self._on_notice = on_notice
         self._listener = listener
         self._hears = hears
@@ -70,6 +79,9 @@ class Consumer(Link):
         self._idle_looks = 0
         # By the consumer's tag:
         self._unsettled: Counter[str] = Counter()
+        # By queue, the bytes of what is unsettled, and the messages that were not kept.
+        self._held_bytes: Counter[str] = Counter()
+        self._not_kept: defaultdict[str, list[Delivery]] = defaultdict(list)
         # By queue, the prefetch of each consumer that is there beside the first.
         self._extra: dict[str, dict[str, int]] = {name: {} for name in queues}
         self._numbers = count(1)
@@ -121,7 +133,11 @@ class Consumer(Link):
             for delivery in deliveries:
                 if self._channel is not None and delivery.epoch == self._epoch:
                     self._unsettled[delivery.consumer] -= 1
+                    self._held_bytes[delivery.queue] -= len(delivery.body)
                     settle(self._channel, delivery.tag)
+            for name in list(self._not_kept):
+                if self._held_bytes[name] <= self._most_bytes / 2:
+                    self.give_back(self._not_kept.pop(name))
             self._fit_prefetch()  # there may be room now
 
         if deliveries:
@@ -130,13 +146,14 @@ class Consumer(Link):
     def _on_channel_ready(self, channel: Channel) -> None:
         self._epoch += 1
         self._unsettled.clear()
+        self._held_bytes.clear()
+        self._not_kept.clear()
         self._idle_looks = 0
         self._extra = {name: {} for name in self._queues}
         if not self._taking:
             self._in_service()
             return
         channel.add_on_cancel_callback(self._on_cancelled_by_broker)
-        channel.basic_qos(prefetch_count=self._prefetch)
         steps = [*map(self._consume, self._queues)]
         if self._on_notice is not None:
             # A name for each connection: after a network failed, the broker may hold the old
@@ -194,10 +211,12 @@ class Consumer(Link):
         self._fit_prefetch()
 
     def _consume(self, name: str) -> Any:
-        # The tag begins with the queue's name, so that a delivery tells where it is from.
-        return lambda channel, done: channel.basic_consume(
-            name, self._on_message, consumer_tag=name, callback=done
-        )
+        def consume(channel: Channel, done: Callable[[Any], None]) -> None:
+            channel.basic_qos(prefetch_count=self._prefetch_of.get(name, self._prefetch))
+            # The tag begins with the queue's name, so that a delivery tells where it is from.
+            channel.basic_consume(name, self._on_message, consumer_tag=name, callback=done)
+
+        return consume
 
     def _consume_notices(self, name: str) -> Any:
         assert self._on_notice is not None
@@ -248,20 +267,26 @@ class Consumer(Link):
         self._unsettled[method.consumer_tag] += 1
         if method.redelivered:
             self._redelivered_metric.inc()
-        self._inbox.put(
-            Delivery(
-                queue=method.consumer_tag.partition(_NUMBER_MARK)[0],
-                body=body,
-                headers=properties.headers or {},
-                message_id=properties.message_id or "",
-                redelivered=method.redelivered,
-                tag=method.delivery_tag,
-                epoch=self._epoch,
-                content_type=properties.content_type or "",
-                kind=properties.type or "",
-                consumer=method.consumer_tag,
-            )
+        queue = method.consumer_tag.partition(_NUMBER_MARK)[0]
+        held = self._held_bytes[queue]
+        keep = not held or held + len(body) <= self._most_bytes
+        delivery = Delivery(
+            queue=queue,
+            body=body if keep else b"",
+            headers=properties.headers or {},
+            message_id=properties.message_id or "",
+            redelivered=method.redelivered,
+            tag=method.delivery_tag,
+            epoch=self._epoch,
+            content_type=properties.content_type or "",
+            kind=properties.type or "",
+            consumer=method.consumer_tag,
         )
+        if keep:
+            self._held_bytes[queue] += len(body)
+            self._inbox.put(delivery)
+        else:
+            self._not_kept[queue].append(delivery)
         self._fit_prefetch()  # it may have come to a consumer that is not wanted any more
 
     def _on_cancelled_by_broker(self, frame: Any) -> None:
@@ -275,6 +300,8 @@ class Consumer(Link):
         if self._channel is None:
             self._stopped_taking.set()
             return
+        for name in list(self._not_kept):
+            self.give_back(self._not_kept.pop(name))
         tags = [*self._queues, *(tag for extra in self._extra.values() for tag in extra)]
         waiting = set(tags)
 

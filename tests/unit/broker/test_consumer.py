@@ -30,7 +30,17 @@ def delivery(headers: dict[str, object] | None = None, **changes: Any) -> Delive
 
 @pytest.mark.parametrize(
     ("headers", "attempt"),
-    [({}, 1), ({"x-delivery-count": 0}, 1), ({"x-delivery-count": 3}, 4), ({"other": 9}, 1)],
+    [
+        ({}, 1),
+        ({"x-delivery-count": 0}, 1),
+        ({"x-delivery-count": 3}, 4),
+        ({"other": 9}, 1),
+        # RabbitMQ 4.3: returned three times, one of them by a worker that was killed.
+        ({"x-delivery-count": 1, "x-acquired-count": 3}, 4),
+        ({"x-acquired-count": 2}, 3),
+        ({"x-acquired-count": "many", "x-delivery-count": 2}, 3),
+        ({"x-acquired-count": -1, "x-delivery-count": None}, 1),
+    ],
 )
 def test_the_attempt_is_one_more_than_the_earlier_deliveries(
     headers: dict[str, object], attempt: int
@@ -156,6 +166,32 @@ def test_what_came_before_a_connection_was_lost_is_neither_handed_out_nor_settle
     for callback in soon:
         callback()
     assert channel.settled == [("ack", 1)]
+
+
+# How many bytes it keeps.
+
+
+def test_what_is_over_the_bound_of_bytes_goes_back_once_there_is_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with unopened("runs", prefetch=9, most_bytes=10) as consumer:
+        monkeypatch.setattr(consumer, "_raise_if_dead", lambda: None)
+        monkeypatch.setattr(consumer, "_call_soon", lambda callback: callback())
+        consumer._channel = channel = Channel()  # type: ignore[assignment]
+        for tag, size in enumerate((20, 4, 4, 20), 1):  # the first is kept, whatever its size
+            arrives(consumer, tag, b"x" * size)
+        first = consumer.take(1)
+        assert first is not None and consumer.take(0.001) is None
+        consumer.acknowledge([first])
+        assert channel.settled == [("ack", 1), ("nack", 2), ("nack", 3), ("nack", 4)]
+        for tag in (5, 6, 7):
+            arrives(consumer, tag, b"x" * 4)
+        held = [consumer.take(1), consumer.take(1)]
+        assert [each and each.tag for each in held] == [5, 6]
+        assert consumer._unsettled.total() == 3
+        consumer.acknowledge([each for each in held if each])
+        assert channel.settled[4:] == [("ack", 5), ("ack", 6), ("nack", 7)]
+        assert (consumer._unsettled.total(), consumer._held_bytes.total()) == (0, 0)
 
 
 # How many consumers there are.
