@@ -25,6 +25,7 @@ _ANSWER_SECONDS = 3.0
 _SHOWN_QUEUES = 3
 _LISTENS = "0A"
 _OF_QUORUM_QUEUES = ("all", "queues", "quorum_queues")
+_OF_EXCHANGES = ("all", "exchanges")
 # What each does to a queue; https://www.rabbitmq.com/docs/parameters#policies
 _DROPS = {
     "message-ttl": "a message that waits for longer (in ms) is given up",
@@ -38,11 +39,13 @@ _NOT_ASKED = (
     "management API where it is elsewhere"
 )
 _REFUSES = "publishers wait while the queue is full"
+_ALTERNATE = "alternate-exchange"
+_GOES_ASTRAY = "a message whose queue is missing goes there, and its sender is told that it arrived"
 
 
 @dataclass(frozen=True, slots=True)
 class Harm:
-    """What one key of a policy does to some of our queues."""
+    """What one key of a policy does to some of our queues, or exchanges."""
 
     policy: str
     """`policy NAME` or `operator policy NAME`."""
@@ -79,19 +82,27 @@ class Policies:
 class _Policy:
     name: str
     pattern: str
+    apply_to: str
     priority: int
     definition: Mapping[str, Any]
 
     @classmethod
     def all_of(cls, kind: str, listed: Iterable[Mapping[str, Any]]) -> Iterator["_Policy"]:
         for each in listed:
-            if each["apply-to"] in _OF_QUORUM_QUEUES:
-                name = f"{kind} {each['name']}"
-                yield cls(name, each["pattern"], each["priority"], each["definition"])
+            yield cls(
+                f"{kind} {each['name']}",
+                each["pattern"],
+                each["apply-to"],
+                each["priority"],
+                each["definition"],
+            )
 
-    def covers(self, queue: str) -> bool:
+    def covers(self, name: str) -> bool:
+        kinds = _OF_EXCHANGES if name in names.HOUSE_EXCHANGES else _OF_QUORUM_QUEUES
+        if self.apply_to not in kinds:
+            return False
         try:
-            return re.search(self.pattern, queue) is not None
+            return re.search(self.pattern, name) is not None
         except re.error:  # one that only RabbitMQ's own library reads: better told than missed
             return True
 
@@ -131,7 +142,8 @@ def ask_policies(
             return Policies(unknown=_why(error, address.user, url))
     ours = {each["name"] for each in there if each["name"].startswith(names.claims_queue(""))}
     queues = sorted({*names.HOUSE_QUEUES, *claims_queues, *ours})
-    judged = _judged(queues, address.virtual_host, policies, [*imposed])
+    ours_all = [*queues, *names.DIRECT_EXCHANGES]
+    judged = _judged(ours_all, address.virtual_host, policies, [*imposed])
     return replace(judged, unlimited=unlimited)
 
 
@@ -183,14 +195,14 @@ def _why(error: BrokerError, user: str, url: str) -> str:
 
 
 def _judged(
-    queues: Sequence[str],
+    ours: Sequence[str],
     virtual_host: str,
     policies: Sequence[_Policy],
     imposed: Sequence[_Policy],
 ) -> Policies:
     found: dict[tuple[str, str, str, bool], tuple[Any, list[str]]] = {}
     limits: dict[str, list[int]] = defaultdict(list)
-    for queue in queues:
+    for queue in ours:
         for policy in (*_in_effect(policies, queue), *_in_effect(imposed, queue)):
             for key, value in policy.definition.items():
                 if key == "delivery-limit":
@@ -218,7 +230,11 @@ def _in_effect(policies: Sequence[_Policy], queue: str) -> list[_Policy]:
 def _what_it_does(
     queue: str, key: str, value: Any, definition: Mapping[str, Any]
 ) -> tuple[str, bool]:
-    """What a key does to a queue of ours, and whether messages are lost by it; "" for no harm."""
+    """What a key does to a queue or exchange of ours, and whether messages are lost by it; "" where
+    it does no harm.
+    """
+    if queue in names.HOUSE_EXCHANGES:
+        return (_GOES_ASTRAY, True) if key == _ALTERNATE else ("", False)
     if key in _DROPS:
         return ("", False) if key == "delivery-limit" and value < 0 else (_DROPS[key], True)
     if key in _LENGTHS:

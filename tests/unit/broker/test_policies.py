@@ -70,6 +70,18 @@ def test_an_operator_policy_counts_as_well(broker: ManagementDouble, settings: S
     assert "`rabbitmqctl clear_operator_policy -p keepwarm limits`" in str(harm)
 
 
+def test_an_exchange_that_hides_a_missing_queue_is_told(
+    broker: ManagementDouble, settings: Settings
+) -> None:
+    broker.things["/api/policies/keepwarm"] = [
+        policy("astray", apply_to="exchanges", alternate_exchange="site.lost"),
+    ]
+    (harm,) = ask_policies(settings).harms
+    assert harm.loses_messages
+    assert harm.queues == topology.DIRECT_EXCHANGES
+    assert "sets alternate-exchange to site.lost on keepwarm.claims, " in str(harm)
+
+
 @pytest.mark.parametrize("key", ["max_length", "max_length_bytes"])
 def test_a_full_queue_drops_dead_messages_and_lets_others_wait(
     broker: ManagementDouble, settings: Settings, key: str
