@@ -3,8 +3,9 @@
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -40,23 +41,36 @@ from services.contracts import (
     topology,
 )
 from services.contracts.backoff import growing_pause
-from services.contracts.errors import BrokerUnreachable, MessageInvalid, StoreError
+from services.contracts.errors import (
+    BrokerUnreachable,
+    KeepwarmError,
+    MessageInvalid,
+    StoreError,
+    StoreRefused,
+)
 from services.contracts.notices import NOTICE_SECONDS
 from services.contracts.presence import own_name
+from services.contracts.wire import Message
 from services.telemetry import Pulse
 
-_QUEUES = (
-    topology.RUNS_QUEUE,
-    topology.VERDICTS_QUEUE,
-    topology.DEAD_CLAIMS_QUEUE,
-    topology.RETURNS_QUEUE,
-)
+_KINDS: Mapping[str, type[Message]] = {
+    topology.RUNS_QUEUE: RunAnnouncement,
+    topology.VERDICTS_QUEUE: VerdictBatch,
+    topology.DEAD_CLAIMS_QUEUE: DeadClaim,
+    topology.RETURNS_QUEUE: ClaimBatch,
+}
 _PREFETCH = 512
+# Returned batches hold evidence, so they are large, and there are few.
+_PREFETCH_OF = {topology.RETURNS_QUEUE: 32}
+# Of each queue. Unsettled messages are held twice while they are sent on, and decoded a part of
+# them takes several times its bytes: some 400 MiB in all, with the largest messages on all queues.
+_MOST_BYTES = 32 * 1024 * 1024
+_COMMIT_BYTES = _MOST_BYTES // 2
 # Half of the prefetch: the broker sends the other half while these are being committed.
 _COMMIT_MESSAGES = _PREFETCH // 2
 # What it publishes are messages that it holds unacknowledged, and one notice at a time: with this
 # window it never waits for a broker that takes nothing for the moment, and goes on collecting.
-_WINDOW = _PREFETCH * len(_QUEUES) + 1
+_WINDOW = _PREFETCH * len(_KINDS) + 1
 _TAKE_SECONDS = 0.1
 _LULL_SECONDS = 0.02
 _ANNOUNCEMENT_SECONDS = 30.0
@@ -64,6 +78,19 @@ _FLUSH_SECONDS = 2.0
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.2, 15.0
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Whereabouts:
+    """Where a context's claims are, as broker and workers last said."""
+
+    messages: int | None
+    """That wait in its queue; None where there is none, or the broker was not asked for it."""
+    workers: int
+    claims_held: int
+    """By its workers."""
+    dead_messages: int
+    """In `dead-messages`, of all contexts."""
 
 
 class Collector:
@@ -111,6 +138,15 @@ class Collector:
         """Where Prometheus finds the workers that are there."""
         return targets(self._fleet.workers(), socket.gethostname())
 
+    def whereabouts(self, context_id: str | None) -> Whereabouts:
+        counts = self._directory.counts
+        return Whereabouts(
+            messages=counts.get(topology.claims_queue(context_id)) if context_id else None,
+            workers=self._fleet.workers_on(context_id) if context_id else 0,
+            claims_held=self._fleet.claims_held()[context_id] if context_id else 0,
+            dead_messages=counts.get(topology.DEAD_MESSAGES_QUEUE, 0),
+        )
+
     def stop(self) -> None:
         """End after the next commit. Any thread may call it."""
         self._stop.set()
@@ -140,8 +176,10 @@ class Collector:
             Consumer(
                 address,
                 "collector",
-                queues=_QUEUES,
+                queues=tuple(_KINDS),
                 prefetch=_PREFETCH,
+                prefetch_of=_PREFETCH_OF,
+                most_bytes=_MOST_BYTES,
                 declares=declares,
                 on_notice=self._hear,
                 listener=own_name(),
@@ -198,14 +236,13 @@ class Collector:
         self, consumer: Consumer, publisher: Publisher, on_commit: Callable[[Incoming], None]
     ) -> bool:
         """One transaction of what has come. False when nothing had."""
-        incoming = Incoming()
-        taken: list[Delivery] = []
-        returned: list[tuple[ClaimBatch, Delivery]] = []
+        taken: list[tuple[Delivery, Message]] = []
         deadline: float | None = None
-        claims = 0
+        outcomes = size = 0
         while (
-            claims < self._settings.store_commit_verdicts
+            outcomes < self._settings.store_commit_verdicts
             and len(taken) < _COMMIT_MESSAGES
+            and size < _COMMIT_BYTES
             and (deadline is None or time.monotonic() < deadline)
         ):
             # Under load the next message is there already; a lull is the moment to commit.
@@ -213,26 +250,51 @@ class Collector:
             if delivery is None:
                 break
             deadline = deadline or time.monotonic() + self._settings.store_commit_seconds
+            size += len(delivery.body)
             try:
-                if delivery.queue == topology.RETURNS_QUEUE:
-                    batch = delivery.message(ClaimBatch)
-                    incoming.returned.append(batch)
-                    returned.append((batch, delivery))
-                else:
-                    claims += _add(incoming, delivery)
-                    taken.append(delivery)
+                message = delivery.message(_kind(delivery))
             except MessageInvalid as error:
                 _refuse(delivery, error, consumer, publisher)
-        if (taken or returned) and self._write(incoming):
-            consumer.acknowledge(taken)
-            committed = time.monotonic()
-            for delivery in (*taken, *(delivery for _, delivery in returned)):
-                LAG_SECONDS.observe(committed - delivery.came_at)
-            on_commit(incoming)
-            deadline = time.monotonic() + _ANNOUNCEMENT_SECONDS
-            for batch, delivery in returned:
-                self._send_on(batch, delivery, deadline, consumer, publisher)
-        return bool(taken or returned)
+            else:
+                outcomes += _outcomes(message)
+                taken.append((delivery, message))
+        if taken:
+            self._commit(taken, consumer, publisher, on_commit)
+        return bool(taken)
+
+    def _commit(
+        self,
+        taken: Sequence[tuple[Delivery, Message]],
+        consumer: Consumer,
+        publisher: Publisher,
+        on_commit: Callable[[Incoming], None],
+    ) -> None:
+        """In one transaction, or in several where the store refuses a value in it: the message with
+        that value is found by halving and set aside, and all others are committed.
+        """
+        incoming = Incoming.of(message for _, message in taken)
+        try:
+            if not self._write(incoming):
+                return
+        except StoreRefused as error:
+            if len(taken) == 1:
+                _refuse(taken[0][0], error, consumer, publisher)
+                return
+            middle = len(taken) // 2
+            for half in (taken[:middle], taken[middle:]):
+                self._commit(half, consumer, publisher, on_commit)
+            return
+        returned = [(each, delivery) for delivery, each in taken if isinstance(each, ClaimBatch)]
+        consumer.acknowledge(
+            delivery for delivery, each in taken if not isinstance(each, ClaimBatch)
+        )
+        committed = time.monotonic()
+        for delivery, _ in taken:
+            LAG_SECONDS.observe(committed - delivery.came_at)
+        on_commit(incoming)
+        deadline = committed + _ANNOUNCEMENT_SECONDS
+        for batch, delivery in returned:
+            self._send_on(batch, delivery, deadline, consumer, publisher)
 
     def _send_on(
         self,
@@ -249,7 +311,7 @@ class Collector:
                 self._early.append((batch, delivery, deadline))
             else:
                 _refuse(delivery, error, consumer, publisher)
-        except MessageInvalid as error:
+        except (MessageInvalid, StoreRefused) as error:
             _refuse(delivery, error, consumer, publisher)
         except StoreError as error:
             log.error("store.waiting", reason=str(error))
@@ -262,12 +324,18 @@ class Collector:
             self._send_on(batch, delivery, deadline, consumer, publisher)
 
     def _write(self, incoming: Incoming) -> bool:
-        """Commit, however long it takes. False when told to stop before that was possible."""
+        """Commit, however long it takes. False when told to stop before that was possible.
+
+        Raises StoreRefused when the store will not take it however long we wait.
+        """
         for failures in count(1):
             self._pulse.beat()
             try:
                 with COMMIT_SECONDS.time():
                     gained = self._store.write(incoming)
+            except StoreRefused:
+                self.waiting_for = None
+                raise
             except StoreError as error:
                 COMMIT_FAILURES.inc()
                 pause = growing_pause(
@@ -317,24 +385,21 @@ def _says_so(until: Callable[[], bool]) -> bool:
         return False  # asked again
 
 
-def _add(incoming: Incoming, delivery: Delivery) -> int:
-    """Decode a message into `incoming`; how many claims it has. Raises MessageInvalid."""
+def _kind(delivery: Delivery) -> type[Message]:
+    """What a message of its queue is; on the queue of verdicts workers tell of their starts too."""
     if delivery.queue == topology.VERDICTS_QUEUE and delivery.kind == ContextReady.__name__:
-        incoming.startups.append(delivery.message(ContextReady))
-        return 0
-    if delivery.queue == topology.VERDICTS_QUEUE:
-        batch = delivery.message(VerdictBatch)
-        incoming.verdicts.append(batch)
-        return len(batch.verdicts)
-    if delivery.queue == topology.RUNS_QUEUE:
-        incoming.announcements.append(delivery.message(RunAnnouncement))
-        return 0
-    incoming.dead.append(delivery.message(DeadClaim))
-    return 1
+        return ContextReady
+    return _KINDS[delivery.queue]
+
+
+def _outcomes(message: Message) -> int:
+    if isinstance(message, VerdictBatch):
+        return len(message.verdicts)
+    return int(isinstance(message, DeadClaim))
 
 
 def _refuse(
-    delivery: Delivery, error: MessageInvalid, consumer: Consumer, publisher: Publisher
+    delivery: Delivery, error: KeepwarmError, consumer: Consumer, publisher: Publisher
 ) -> None:
     REFUSED.inc()
     log.error("message.refused", queue=delivery.queue, reason=str(error))

@@ -31,6 +31,10 @@ _TLS_STEPS = {
     "root certificate file": "sslrootcert in the URL names the authority's certificate",
     "client certificate": "Name one with sslcert, and its key with sslkey, in the URL",
 }
+# Of PostgreSQL's errors those that are about the values of a row: cardinality, data, integrity,
+# check option, program limit (a row or an index entry that is too large), RAISE in a trigger.
+# https://www.postgresql.org/docs/current/errcodes-appendix.html
+_ABOUT_VALUES = ("21", "22", "23", "44", "54", "P0001")
 
 
 def open_engine(settings: Settings, *, create: bool, as_it_is: bool = False) -> Engine:
@@ -145,6 +149,20 @@ def next_step(why: str) -> str:
         if words in why:
             return step
     return "Check that it is there, that this user may write to it, and that its disk is not full"
+
+
+def is_about_values(cause: BaseException) -> bool:
+    """Whether the database, or its driver, refused a value for what it is, so that a retry fails
+    again. A full disk, a lost connection or a conflict with another transaction is not among them.
+    """
+    if isinstance(cause, OverflowError | UnicodeError):  # by the driver, before it sent anything
+        return True
+    if isinstance(cause, sqlite3.Error):
+        return isinstance(cause, sqlite3.IntegrityError | sqlite3.DataError)
+    state = getattr(cause, "sqlstate", None)
+    if state is not None:
+        return str(state).startswith(_ABOUT_VALUES)
+    return type(cause).__name__ == "DataError"  # of psycopg itself: NUL in a text
 
 
 def shown(url: URL) -> str:

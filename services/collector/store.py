@@ -3,7 +3,7 @@
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -23,7 +23,14 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
-from services.collector.database import is_read_only, next_step, open_engine, refuse_encoding, shown
+from services.collector.database import (
+    is_about_values,
+    is_read_only,
+    next_step,
+    open_engine,
+    refuse_encoding,
+    shown,
+)
 from services.collector.schema import (
     SCHEMA_VERSION,
     deliveries,
@@ -42,9 +49,10 @@ from services.contracts import (
     Settings,
     VerdictBatch,
 )
-from services.contracts.errors import StoreError
+from services.contracts.errors import StoreError, StoreRefused
 from services.contracts.notices import MAX_CANCELLED
 from services.contracts.runs import InputSummary
+from services.contracts.wire import Message
 
 _MOST_PARAMETERS = 500
 
@@ -61,6 +69,25 @@ class Incoming:
     returned: list[ClaimBatch] = field(default_factory=list)
     startups: list[ContextReady] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, messages: Iterable[Message]) -> Self:
+        incoming = cls()
+        for message in messages:
+            match message:
+                case RunAnnouncement():
+                    incoming.announcements.append(message)
+                case VerdictBatch():
+                    incoming.verdicts.append(message)
+                case DeadClaim():
+                    incoming.dead.append(message)
+                case ClaimBatch():
+                    incoming.returned.append(message)
+                case ContextReady():
+                    incoming.startups.append(message)
+                case _:
+                    raise TypeError(f"a {type(message).__name__} is nothing for the store")
+        return incoming
+
     def run_ids(self) -> set[str]:
         return {
             *(announcement.run.run_id for announcement in self.announcements),
@@ -76,7 +103,8 @@ class Incoming:
 class Store:
     """A database of runs and their outcomes. Use it as a context manager, or close it.
 
-    Every method raises StoreError, with the next step, when the database cannot do its part.
+    Every method raises StoreError, with the next step, when the database cannot do its part, and
+    of these StoreRefused when it refuses a value that it was given.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -149,9 +177,14 @@ class Store:
         try:
             with self._engine.begin() as connection:
                 yield connection
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, OverflowError, UnicodeError) as error:
             cause = getattr(error, "orig", None) or error
             why = str(cause).strip()
+            if is_about_values(cause):
+                # The first line alone: further ones of PostgreSQL's quote the row.
+                raise StoreRefused(
+                    f"the store {shown(self._engine.url)} refuses a value: {why.splitlines()[0]}"
+                ) from error
             raise StoreError(
                 f"the store {shown(self._engine.url)} failed: {why.rstrip('.')}. {next_step(why)}"
             ) from error

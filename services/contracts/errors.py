@@ -14,6 +14,7 @@ KeepwarmError (1)
 │   ├── BrokerUntrusted     no TLS connection with it can be made: certificate, name, plain port
 │   └── TopologyMismatch    a queue exists with other arguments
 ├── StoreError (6)          the store or an output file cannot be read or written
+│   └── StoreRefused        the database refuses a value for what it is: a retry fails again
 ├── RunIncomplete (7)       the command ended before every claim had an outcome
 ├── LabelsUnlikely (8)      the model hardly ever says a label word; its verdicts mean little
 └── MessageInvalid (1)      a message is not ours, or breaks the contract
@@ -80,6 +81,10 @@ class TopologyMismatch(BrokerError):
 
 class StoreError(KeepwarmError):
     exit_code = 6
+
+
+class StoreRefused(StoreError):
+    pass
 
 
 class RunIncomplete(KeepwarmError):

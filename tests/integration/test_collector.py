@@ -1,6 +1,7 @@
 """The collector as a process: commits before it acknowledges, on SQLite and on PostgreSQL."""
 
 import json
+import resource
 import signal
 import sqlite3
 import threading
@@ -15,19 +16,31 @@ from services.broker import BrokerAddress, Consumer, Outgoing, PrivateNode, Publ
 from services.collector import Collector, Store
 from services.contexts import pin_model
 from services.contracts import (
+    Claim,
+    ClaimBatch,
     ContextDemand,
     ContextReady,
     ContextSpec,
     Notice,
+    PromptSpec,
+    Run,
+    RunAnnouncement,
     Settings,
     StartupPhases,
     WorkerReport,
     decode,
+    encode,
     load_settings,
     topology,
 )
 from tests.conftest import REPOSITORY
-from tests.integration.conftest import PATIENCE, Command, wait_for_messages, wait_until
+from tests.integration.conftest import (
+    PATIENCE,
+    Command,
+    messages_in,
+    wait_for_messages,
+    wait_until,
+)
 from tests.integration.postgres import PostgreSQL
 from tests.integration.runs import end_well
 
@@ -95,6 +108,48 @@ def test_a_locked_store_is_waited_for_and_nothing_is_lost(
         other.rollback()
     assert collecting.wait() == 0
     assert the_run(command)["done"] == 240
+
+
+MIB = 1024 * 1024
+
+
+def test_returned_batches_of_any_number_and_size_are_sent_on_within_a_gibibyte_of_memory(
+    command: Start, node: PrivateNode, address: BrokerAddress, environment: dict[str, str]
+) -> None:
+    context = pin_model(ContextSpec(model=environment["KEEPWARM_MODEL"]))
+    run = Run(source="f", source_digest="d", context=context, prompt=PromptSpec())
+    claims = tuple(
+        Claim(claim_id=f"b0000-{n}", position=n, text=f"Claim {n}.", evidence="Łódź, so. " * 80)
+        for n in range(1_000)
+    )
+    batch = encode(ClaimBatch(run=run, submission_id="sub-1", batch_id="b0000", claims=claims))
+    assert MIB < len(batch) < 1.2 * MIB
+    announced = RunAnnouncement(run=run, submission_id="sub-1")
+    Store.open(load_settings(store_url=environment["KEEPWARM_STORE_URL"])).close()
+    with closing(sqlite3.connect(environment["KEEPWARM_STORE_URL"])) as other:
+        other.execute("BEGIN IMMEDIATE")  # until all that it takes ahead is in its hands
+        collecting = command("collect")
+        resource.prlimit(collecting.process.pid, resource.RLIMIT_AS, (1024 * MIB, 1024 * MIB))
+        collecting.said("broker.connected", times=2)
+        with Publisher(address, "test", window=16).open(PATIENCE) as publisher:
+            publisher.publish(Outgoing.of(announced, topology.RUNS_EXCHANGE, topology.RUNS_QUEUE))
+            for number in range(600):
+                publisher.publish(
+                    Outgoing(
+                        topology.RETURNS_EXCHANGE,
+                        topology.RETURNS_QUEUE,
+                        batch.replace(b"b0000", b"b%04d" % number),
+                        message_id=f"b{number}",
+                        kind="ClaimBatch",
+                    )
+                )
+            publisher.flush(PATIENCE)
+        other.rollback()
+    queue = topology.claims_queue(context.context_id)
+    wait_for_messages(node, queue, 600, "all sent on")
+    end_well(collecting)
+    assert messages_in(node, topology.RETURNS_QUEUE) == 0
+    assert messages_in(node, topology.DEAD_MESSAGES_QUEUE) == 0
 
 
 class Listener:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from services.collector import Incoming, Store, run_status
@@ -16,7 +17,7 @@ from services.contracts import (
     VerdictBatch,
     load_settings,
 )
-from services.contracts.errors import StoreError
+from services.contracts.errors import StoreError, StoreRefused
 from tests.certificates import Authority
 from tests.integration.postgres import PostgreSQL
 
@@ -91,6 +92,42 @@ def test_a_database_that_cannot_hold_every_claim_is_refused_when_it_is_opened(
         opened(postgresql.new_database(encoding))
     said = str(refused.value)
     assert f"has the encoding {encoding}" in said and "createdb -E UTF8 -T template0" in said
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"text": "NUL \0"}, {"text": "lone \ud800"}, {"position": 2**63}, {"text": None}],
+    ids=["NUL", "a lone surrogate", "over 64 bits", "NULL"],
+)
+def test_a_value_that_it_cannot_hold_is_refused_and_not_waited_for(
+    changes: dict[str, object], postgresql: PostgreSQL, opened: Opener, run: Run
+) -> None:
+    store = opened(postgresql.new_database())
+    wrong = verdicts(run, 0)
+    (batch,) = wrong.verdicts
+    verdict = Verdict.model_construct(**{**dict(batch.verdicts[0]), **changes})
+    wrong.verdicts = [VerdictBatch.model_construct(**{**dict(batch), "verdicts": (verdict,)})]
+    with pytest.raises(StoreRefused, match="refuses a value") as refused:
+        store.write(wrong)
+    assert "\n" not in str(refused.value)  # what follows quotes the row
+    store.write(verdicts(run, 0))
+
+
+def test_what_may_be_mended_is_not_a_refusal(
+    postgresql: PostgreSQL, opened: Opener, run: Run
+) -> None:
+    url = postgresql.new_database()
+    store = opened(f"{url}&options=-clock_timeout%3D100")
+    with psycopg.connect(url) as other:
+        other.execute("LOCK TABLE outcomes IN EXCLUSIVE MODE")
+        with pytest.raises(StoreError) as failed:
+            store.write(verdicts(run, 0))
+    assert not isinstance(failed.value, StoreRefused)
+    with psycopg.connect(url) as other:
+        other.execute("ALTER TABLE deliveries RENAME TO hidden")
+    with pytest.raises(StoreError) as failed:
+        store.write(verdicts(run, 0))
+    assert not isinstance(failed.value, StoreRefused)
 
 
 def test_a_client_encoding_in_the_environment_changes_nothing(

@@ -8,12 +8,21 @@ import time
 from contextlib import closing
 
 import psycopg
+import psycopg.sql
 import pytest
 
-from services.broker import PrivateNode
+from services.broker import BrokerAddress, PrivateNode
+from services.broker.dead_messages import DeadMessages
 from services.collector import Store
 from services.contracts import load_settings, topology
-from tests.integration.conftest import Command, messages_in, wait_for_messages, wait_until
+from tests.conftest import sample_lines
+from tests.integration.conftest import (
+    PATIENCE,
+    Command,
+    messages_in,
+    wait_for_messages,
+    wait_until,
+)
 from tests.integration.postgres import PostgreSQL
 from tests.integration.runs import (
     CLAIMS,
@@ -198,6 +207,34 @@ def test_a_collector_killed_in_the_midst_of_a_transaction_has_written_none_of_it
 def _waits_for_the_lock(connection: psycopg.Connection) -> bool:
     query = "SELECT count(*) FROM pg_locks WHERE NOT granted"
     return connection.execute(query).fetchone() != (0,)
+
+
+def test_claims_that_the_database_refuses_are_set_aside_and_all_others_are_stored(
+    command: Start,
+    answered: str,
+    environment: dict[str, str],
+    database: str,
+    node: PrivateNode,
+    address: BrokerAddress,
+) -> None:
+    make_store(environment)
+    first = sample_lines()[0]["id"]
+    with psycopg.connect(database) as other:
+        other.execute(
+            psycopg.sql.SQL("ALTER TABLE outcomes ADD CHECK (claim_id <> {})").format(first)
+        )
+    collecting = command("collect")
+    wait_for_messages(node, topology.DEAD_MESSAGES_QUEUE, 1, "the batch with that claim")
+    wait_until(lambda: len(outcomes(environment)) == 240 - 8, "all other batches stored")
+    assert "message.refused" in collecting.output and "refuses a value" in collecting.output
+    end_well(collecting)
+    with psycopg.connect(database) as other:
+        other.execute("ALTER TABLE outcomes DROP CONSTRAINT outcomes_claim_id_check")
+    with DeadMessages(address, PATIENCE) as messages:
+        assert messages.retry(list(messages.all().values())) == 1
+    again = command("collect", "--until", answered)
+    assert again.wait() == 0, again.output
+    assert_complete(environment, answered)
 
 
 def test_collectors_that_share_postgresql_count_each_verdict_once(

@@ -16,7 +16,7 @@ from services.broker import Counts, Delivery, Outgoing
 from services.collector import Collector, Incoming, Store, find_run, run_status
 from services.collector.schema import startups
 from services.contracts import ClaimBatch, Notice, Run, decode, encode, load_settings, topology
-from services.contracts.errors import StoreError
+from services.contracts.errors import StoreError, StoreRefused
 from services.contracts.wire import Message
 
 QUEUES = {
@@ -334,6 +334,74 @@ def test_told_to_stop_while_the_store_fails_it_acknowledges_nothing(
     publisher = RecordingPublisher()
     collect_once(collector, consumer, publisher, heard.append)
     assert (consumer.acknowledged, heard, publisher.messages) == ([], [], [])
+
+
+def refuse_claims(database: Path, *claim_ids: str) -> None:
+    """As a constraint of a site's own would."""
+    wrong = ", ".join(f"'{claim_id}'" for claim_id in claim_ids)
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute(
+            "CREATE TRIGGER site BEFORE INSERT ON outcomes WHEN NEW.claim_id IN "
+            f"({wrong}) BEGIN SELECT RAISE(ABORT, 'not here'); END"
+        )
+
+
+def test_a_message_that_the_store_refuses_is_set_aside_and_all_others_are_stored(
+    store: Store, make: SimpleNamespace, run: Run, publisher: RecordingPublisher, tmp_path: Path
+) -> None:
+    refuse_claims(tmp_path / "store.sqlite", "c3", "c8")
+    messages = [make.batch(make.verdict(number)) for number in range(10)]
+    consumer = Deliveries(make.announced(claims=11), *messages, make.dead(10), make.returned(8))
+    heard: list[int] = []
+    collect(store, consumer, lambda incoming: heard.append(len(incoming)), publisher)
+    wrong = [messages[3], messages[8]]
+    assert refused(publisher) == [(topology.VERDICTS_QUEUE, encode(each)) for each in wrong]
+    for message in publisher.messages:
+        if message.routing_key == topology.DEAD_MESSAGES_QUEUE:
+            assert message.headers[topology.REASON_HEADER].endswith("refuses a value: not here")
+    ids = [f"c{number}" for number in range(11)]
+    assert store.finished(run.run_id, ids) == {*ids} - {"c3", "c8"}
+    assert sum(heard) == 9
+    # The return among them is sent on, once.
+    assert [m.exchange for m in publisher.messages].count(topology.CLAIMS_EXCHANGE) == 1
+    publisher.confirm()
+    assert sorted(consumer.acknowledged) == list(range(1, 14))
+
+
+def test_a_return_that_the_store_refuses_to_look_up_is_set_aside(
+    store: Store,
+    make: SimpleNamespace,
+    publisher: RecordingPublisher,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refusing(*_: object) -> None:
+        raise StoreRefused("the store refuses a value: NUL")
+
+    monkeypatch.setattr(store, "wants", refusing)
+    batch = make.returned(1)
+    consumer = Deliveries(make.announced(claims=3), batch)
+    collect(store, consumer, publisher=publisher)
+    assert refused(publisher) == [(topology.RETURNS_QUEUE, encode(batch))]
+    assert consumer.given_back == []
+
+
+@pytest.mark.parametrize("kind", ["returned", "dead"])
+def test_a_transaction_ends_at_its_number_of_bytes(
+    kind: str, store: Store, make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.collector.collector._COMMIT_BYTES", 2_000)
+    taken = []
+    consumer = Deliveries(*(getattr(make, kind)(number) for number in range(20)))
+    take = consumer.take
+
+    def counting(timeout_seconds: float) -> Delivery | None:
+        delivery = take(timeout_seconds)
+        taken.append(0 if delivery is None else len(delivery.body))
+        return delivery
+
+    monkeypatch.setattr(consumer, "take", counting)
+    collect(store, consumer)
+    assert sum(taken[:-1]) < 2_000 <= sum(taken)
 
 
 # What workers give back.

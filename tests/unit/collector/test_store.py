@@ -17,8 +17,8 @@ from services.collector import Incoming, Store, build_report, find_run, run_stat
 from services.collector.database import checked_url, next_step
 from services.collector.schema import SCHEMA_VERSION, metadata, outcomes, runs
 from services.collector.schema import startups as startups_table
-from services.contracts import DeadReason, Run, StartupPhases, load_settings
-from services.contracts.errors import StoreError, UsageError
+from services.contracts import DeadReason, Run, StartupPhases, Verdict, VerdictBatch, load_settings
+from services.contracts.errors import StoreError, StoreRefused, UsageError
 from services.contracts.notices import MAX_CANCELLED
 
 Opener = Callable[..., Store]
@@ -667,3 +667,52 @@ def test_services_that_open_a_new_store_at_the_same_moment_make_it_once(tmp_path
 )
 def test_a_fault_of_the_database_names_the_next_step(why: str, says: str) -> None:
     assert says in next_step(why)
+
+
+# What the database refuses for what it is. The contracts let none of it through; the columns, the
+# drivers and a site's own constraints have the last word.
+
+
+def unchecked(make: SimpleNamespace, **changes: object) -> Incoming:
+    """A batch with one verdict that no contract has looked at."""
+    good = make.batch(make.verdict(0))
+    fields = {**dict(good.verdicts[0]), **changes}
+    verdicts = (Verdict.model_construct(**fields),)
+    return Incoming(verdicts=[VerdictBatch.model_construct(**{**dict(good), "verdicts": verdicts})])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"position": 2**63}, {"text": "lone \ud800"}, {"text": None}],
+    ids=["over 64 bits", "a lone surrogate", "NULL"],
+)
+def test_a_value_that_the_database_cannot_hold_is_refused_and_not_waited_for(
+    changes: dict[str, object], store: Store, make: SimpleNamespace, run: Run
+) -> None:
+    with pytest.raises(StoreRefused, match="refuses a value"):
+        store.write(unchecked(make, **changes))
+    store.write(make.incoming(make.batch(make.verdict(0))))
+    assert counted(store, run) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("fault", ["read-only", "no table", "full", "locked"])
+def test_what_may_be_mended_is_not_a_refusal(
+    fault: str, open_store: Opener, make: SimpleNamespace, tmp_path: Path
+) -> None:
+    store = open_store()
+    with closing(sqlite3.connect(tmp_path / "store.sqlite")) as other:
+        with store.transaction() as connection:
+            connection.exec_driver_sql("PRAGMA busy_timeout = 1")
+            if fault == "read-only":
+                connection.exec_driver_sql("PRAGMA query_only = 1")
+            if fault == "full":
+                pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
+                connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
+        if fault == "no table":
+            other.execute("DROP TABLE outcomes")
+        if fault == "locked":
+            other.execute("BEGIN IMMEDIATE")
+        large = make.batch(*(make.verdict(n, text="long " * 1_600) for n in range(50)))
+        with pytest.raises(StoreError) as failed:
+            store.write(make.incoming(large))
+    assert not isinstance(failed.value, StoreRefused)
