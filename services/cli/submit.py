@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import structlog
 import typer
 
 from services.broker import BrokerAddress, Declares, Publisher
@@ -52,6 +53,8 @@ from services.contracts import load_settings, topology
 from services.producer import Progress
 from services.producer.submission import Finished
 from services.telemetry import MetricsServer
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -158,8 +161,11 @@ def submit(
             line_progress(console, "publishing", submission.lines) as publishing,
         ):
             metrics.serve(_Submitting(publisher))
-            for harm in ask_policies(settings, [claims_queue]).harms:
+            policies = ask_policies(settings, [claims_queue])
+            for harm in policies.harms:
                 say(console, f"Warning: {harm}")
+            if policies.unknown:
+                log.info("broker.policies_unknown", reason=policies.unknown)
             reason = refusal(submission.run.context, settings)
             if reason is not None:
                 say(

@@ -146,6 +146,34 @@ def test_claims_that_a_policy_gave_up_are_dead_messages_that_say_so(
         messages.drop([*found])
 
 
+def test_a_run_that_a_policy_has_lost_is_told_of_by_the_collector_that_waits_for_it(
+    managed: Start, policy: Callable[..., None], node: PrivateNode
+) -> None:
+    policy('{"message-ttl": 100}')
+    run_id = submit(managed)
+    for queue in (topology.RUNS_QUEUE, topology.DEAD_MESSAGES_QUEUE):
+        wait_for_messages(node, queue, 0, "nothing is left of it")
+    collecting = managed("collect", "--until", run_id)
+    collecting.said("run.waiting")
+    assert "no announcement of this run has come" in collecting.output
+    collecting.signal(signal.SIGTERM)
+    assert collecting.wait() == 0, collecting.output
+
+
+def test_claims_that_a_policy_gave_up_are_told_by_the_collector_that_waits_for_them(
+    managed: Start, policy: Callable[..., None], node: PrivateNode
+) -> None:
+    policy('{"message-ttl": 100}', r"^claims\.")
+    run_id = submit(managed)
+    wait_for_messages(node, topology.DEAD_MESSAGES_QUEUE, 15, "all given up")
+    collecting = managed("collect", "--until", run_id)
+    collecting.said('"messages": 15')
+    collecting.said("run.waiting")
+    assert "`keepwarm dead retry` sends them back" in collecting.output
+    collecting.signal(signal.SIGTERM)
+    assert collecting.wait() == 0, collecting.output
+
+
 # Queues that RabbitMQ 4 took over from RabbitMQ 3 have no delivery limit among their arguments.
 
 

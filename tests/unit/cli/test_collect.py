@@ -1,0 +1,106 @@
+"""What `keepwarm collect` tells while it waits. That it ends is shown on a real broker."""
+
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from services.broker.policies import Harm, Policies
+from services.cli import collect
+from services.cli.collect import Wait, watch_policies, why_it_waits
+from services.collector.collector import Whereabouts
+from services.contracts import load_settings
+
+
+def where(**changes: int | None) -> Whereabouts:
+    return Whereabouts(
+        **{"messages": 0, "workers": 0, "claims_held": 0, "dead_messages": 0, **changes}
+    )
+
+
+def status(**changes: Any) -> Any:
+    fields = {"done": 0, "dead": 0, "total": 500, "context_id": "ctx-1"}
+    return SimpleNamespace(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("run", "at", "says"),
+    [
+        (None, {}, "no announcement of this run has come"),
+        (status(context_id=None), {}, "no announcement of this run has come"),
+        (status(), {"messages": 8}, "wait for a worker of ctx-1; start one"),
+        (status(), {"messages": 8, "workers": 2}, "while workers serve the context"),
+        (status(), {"workers": 1, "claims_held": 64}, "workers have its claims"),
+        (status(total=None), {}, "not all submitted"),
+        (status(), {"dead_messages": 3}, "`keepwarm dead retry` sends them back"),
+        (status(), {}, "submit the file again with this store"),
+    ],
+)
+def test_the_likeliest_cause_of_a_wait_is_told_with_the_next_step(
+    run: Any, at: dict[str, int], says: str
+) -> None:
+    assert says in why_it_waits(run, where(**at))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    told = SimpleNamespace(now=1_000.0)
+    monkeypatch.setattr(collect, "time", SimpleNamespace(monotonic=lambda: told.now))
+    yield told
+
+
+def test_a_run_that_gains_nothing_is_told_of_again_and_again_and_less_and_less_often(
+    clock: SimpleNamespace,
+) -> None:
+    wait = Wait("run-1")
+    told: list[float] = []
+    for second in range(0, 400, 2):
+        clock.now = 1_000.0 + second
+        with capture_logs() as logs:
+            wait.look(status(done=1 if second < 100 else 2), where(messages=3))
+        told += [second for each in logs if each["event"] == "run.waiting"]
+    assert told == [30, 90, 130, 190, 310]
+
+
+def test_without_a_run_that_is_waited_for_no_wait_is_told(clock: SimpleNamespace) -> None:
+    wait = Wait(None)
+    with capture_logs() as logs:
+        for _ in range(100):
+            clock.now += 60
+            wait.look(None, where())
+    assert logs == []
+
+
+def test_dead_messages_are_told_whenever_there_are_more(clock: SimpleNamespace) -> None:
+    wait = Wait(None)
+    with capture_logs() as logs:
+        for count in (0, 2, 2, 5, 1, 2):
+            wait.look(None, where(dead_messages=count))
+    assert [each["messages"] for each in logs] == [2, 5, 2]
+    assert all("keepwarm dead list" in each["says"] for each in logs)
+
+
+def test_a_policy_that_is_set_while_it_collects_is_told_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    harm = Harm("policy site", "message-ttl", 1, ("runs",), True, "given up", "Remove it.")
+    answers = [Policies(unknown="nobody answers"), Policies(), Policies((harm,)), Policies((harm,))]
+    looked = threading.Event()
+
+    def ask(_: object) -> Policies:
+        if len(answers) > 1:
+            return answers.pop(0)
+        looked.set()
+        return answers[0]
+
+    monkeypatch.setattr(collect, "ask_policies", ask)
+    monkeypatch.setattr(collect, "_POLICY_SECONDS", 0.001)
+    stop = threading.Event()
+    with capture_logs() as logs:
+        watch_policies(load_settings(), stop)
+        assert looked.wait(60)
+        stop.set()
+    assert [each["event"] for each in logs] == ["broker.policies_unknown", "broker.policy"]
