@@ -1,6 +1,7 @@
-"""`keepwarm contexts list`, `warm`, `evict` and `logs`."""
+"""`keepwarm contexts list`, `warm`, `evict`, `logs` and `prune`."""
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,7 @@ from services.cli.signals import on_stop_signal
 from services.contexts.attachment import Attachment, drain
 from services.contexts.attachment import evict as evict_engines
 from services.contexts.borrowed_broker import warm_broker
+from services.contexts.caches import EngineCaches
 from services.contexts.plan import EnginePlan
 from services.contexts.records import ContextRecord, live_records
 from services.contexts.runtime_dir import engine_logs, open_runtime_dir
@@ -33,7 +35,7 @@ from services.contexts.start_keeper import node_device
 from services.contracts import Settings, load_settings
 from services.contracts.errors import UsageError
 
-_GIB = 1024**3
+_MIB, _GIB = 1024**2, 1024**3
 
 # In this module the type's name is a verb's.
 Names = list[str]
@@ -131,6 +133,42 @@ def logs(
                 print(shown(line), end="")
     except OSError as error:
         raise UsageError(f"{log} cannot be read: {error.strerror}") from error
+
+
+def prune(
+    older_than: Annotated[
+        float,
+        typer.Option(
+            metavar="DAYS", min=0, help="Those that were unused for so long; 0 for every one."
+        ),
+    ] = 30,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")
+    ] = False,
+) -> None:
+    """Remove compile caches that no engine has used for long, and say how large each was.
+
+    Caches of engines that are here stay. An engine whose cache is gone compiles again at its next
+    start. `--dry-run --older-than 0` lists all of them.
+    """
+    settings = load_settings()
+    caches = EngineCaches(settings.cache_dir)
+    in_use = {record.name for record in _records(settings)}
+    stay_bytes = going_bytes = 0
+    for cache in caches.find():
+        old = cache.unused_seconds >= older_than * 86_400
+        if old and cache.name not in in_use and (dry_run or caches.remove(cache)):
+            going_bytes += cache.size_bytes
+            size = f"{cache.size_bytes / _MIB:,.1f} MiB"
+            print(f"{cache.name}  {size}, unused for {_ago(cache.unused_seconds)}")
+        else:
+            stay_bytes += cache.size_bytes
+    went = "would be" if dry_run else "were"
+    print(
+        f"{going_bytes / _MIB:,.1f} MiB {went} removed, {stay_bytes / _MIB:,.1f} MiB stay in "
+        f"{settings.cache_dir}",
+        file=sys.stderr,
+    )
 
 
 def list(as_json: JsonOption = False) -> None:

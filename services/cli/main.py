@@ -27,7 +27,8 @@ with without("rich"):
 
 _VERBS = (
     *("run", "validate", "submit", "worker", "collect", "status", "report", "export", "cancel"),
-    *("contexts list", "contexts warm", "contexts evict", "contexts logs", "keeper"),
+    *("contexts list", "contexts warm", "contexts evict", "contexts logs", "contexts prune"),
+    "keeper",
     *("dead list", "dead show", "dead retry", "dead drop"),
     *("broker setup", "doctor"),
 )

@@ -8,8 +8,12 @@ at the next. What earlier starts wrote stays: nodes that are preempted often wou
 
 import contextlib
 import os
-from collections.abc import Iterator
+import re
+import shutil
+import time
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -23,6 +27,12 @@ from services.contracts.values import Value
 
 _UNFINISHED = "unfinished"
 _STARTUP = "startup.json"
+_REMOVED = ".removed"
+# Of an engine; and the data of a private RabbitMQ node (`keepwarm keeper`) whose keeper was killed.
+_ENGINES = re.compile(r"ctx-[0-9a-f]+-[0-9a-f]+")
+_NODES = re.compile(r"rabbitmq-[0-9a-f]+")
+# A node that is in use has written something by then.
+_NODE_SECONDS = 24 * 3600.0
 
 log = structlog.get_logger(__name__)
 
@@ -41,6 +51,16 @@ class PastStart(Value):
         """
         phases = self.phases
         return max(0.0, (phases.total or 0.0) - max(phases.imports or 0.0, phases.fetch or 0.0))
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """One directory of the caches."""
+
+    name: str
+    size_bytes: int
+    unused_seconds: float
+    """Since anything in it was written: an engine's last start is noted there."""
 
 
 class EngineCaches:
@@ -92,11 +112,62 @@ class EngineCaches:
         names = [path.parent.name for path in self._directory.glob(f"*/{_STARTUP}")]
         return {name: past for name in names if (past := self.recall(name)) is not None}
 
+    def find(self) -> list[Cache]:
+        """All that there are, the longest unused first."""
+        found = []
+        for directory in self._directory.iterdir():
+            if directory.name.endswith(_REMOVED):  # whoever removed it was killed
+                shutil.rmtree(directory, ignore_errors=True)
+            elif _ENGINES.fullmatch(directory.name) or _NODES.fullmatch(directory.name):
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                    found.append(_measured(directory))
+        return sorted(found, key=lambda cache: -cache.unused_seconds)
+
+    def remove(self, cache: Cache) -> bool:
+        """False where its engine starts just now, or where it may belong to a node that runs."""
+        if _NODES.fullmatch(cache.name) and cache.unused_seconds < _NODE_SECONDS:
+            return False
+        path = self._directory / f"{cache.name}.lock"
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            if not locks.take(lock, path, "KEEPWARM_CACHE_DIR"):
+                return False
+            going = self._directory / f"{cache.name}{_REMOVED}"
+            with contextlib.suppress(FileNotFoundError):
+                # At once and whole: an engine never finds half of it.
+                (self._directory / cache.name).rename(going)
+                shutil.rmtree(going, ignore_errors=True)
+            return True
+        finally:
+            os.close(lock)
+
+    def bound(self, most_bytes: int, in_use: Collection[str]) -> None:
+        """Remove those that were unused for longest, until all of them fit."""
+        caches = self.find()
+        size = sum(cache.size_bytes for cache in caches)
+        for cache in caches:
+            if size <= most_bytes:
+                return
+            if cache.name not in in_use and self.remove(cache):
+                size -= cache.size_bytes
+                log.info("cache.removed", name=cache.name, bytes=cache.size_bytes)
+
     def recall(self, name: str) -> PastStart | None:
         try:
             return PastStart.model_validate_json((self._directory / name / _STARTUP).read_bytes())
         except (OSError, ValidationError):
             return None
+
+
+def _measured(directory: Path) -> Cache:
+    """Raises FileNotFoundError where it is being removed."""
+    size, written = 0, directory.stat().st_mtime
+    for root, _, files in os.walk(directory):
+        for name in files:
+            status = Path(root, name).lstat()
+            size += status.st_size
+            written = max(written, status.st_mtime)
+    return Cache(directory.name, size, max(0.0, time.time() - written))
 
 
 def _throw_away(directory: Path, since_ns: int = 0) -> None:

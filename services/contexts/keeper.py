@@ -5,7 +5,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import structlog
@@ -17,13 +17,14 @@ from services.contexts.memory import free_bytes, needed_bytes
 from services.contexts.plan import EnginePlan
 from services.contexts.records import State, live_records
 from services.contexts.runtime_dir import (
+    bound_logs,
     is_still_at,
     keeper_lock,
     open_runtime_dir,
     take_lock,
 )
 from services.contexts.slot import SOCKET_REMOVED, Slot
-from services.contexts.template_process import TEMPLATE_NAMES, Template
+from services.contexts.template_process import TEMPLATE_NAMES, Template, remove_templates
 from services.contracts import Settings
 from services.contracts.errors import EngineStartError, KeeperError
 from services.contracts.values import content_id
@@ -31,6 +32,7 @@ from services.contracts.values import content_id
 _GIB = 1024**3
 _LOOK_SECONDS = 0.2
 _LOCK_TRIES, _LOCK_PAUSE_SECONDS = 20, 0.05
+_TIDY_SECONDS = 10.0
 # Of the grace period. Workers drain in about as long; what is left is for the engines' own end.
 _DRAIN_PART = 0.6
 
@@ -51,7 +53,10 @@ class Keeper:
             raise KeeperError(f"this node has a keeper already, in {self.directory}")
         self._lock = lock
         self.caches = EngineCaches(settings.cache_dir)
-        live_records(self.directory)  # removes what a keeper that was killed has left
+        # What a keeper that was killed has left.
+        live_records(self.directory)
+        remove_templates(self.directory)
+        self._tidy_at = 0.0
         self._slots: dict[str, Slot] = {}
         self._templates: dict[str, Template] = {}
         self._templating = threading.Lock()
@@ -182,6 +187,22 @@ class Keeper:
             slots = list(self._slots.values())
         for slot in slots:
             slot.hear_demand(sum(claims.get(context_id, 0) for context_id in slot.contexts))
+
+    def tidy(self) -> None:
+        """Bound the logs in the runtime directory, now and then."""
+        if time.monotonic() >= self._tidy_at:
+            self._tidy_at = time.monotonic() + _TIDY_SECONDS
+            with suppress(FileNotFoundError):  # it was removed, and will be made again
+                bound_logs(self.directory, self._names())
+
+    def bound_caches(self) -> None:
+        """Remove old compile caches where all of them are larger than they may be."""
+        self.caches.bound(int(self.settings.cache_gib * _GIB), self._names())
+
+    def _names(self) -> set[str]:
+        """Of the engines that are here."""
+        with self._changed:
+            return {name for name, slot in self._slots.items() if not slot.finished}
 
     def wait_for_change(self, seconds: float) -> None:
         with self._changed:

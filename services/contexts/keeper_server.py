@@ -132,6 +132,7 @@ class KeeperServer:
         needed = time.monotonic()
         while not self._stop.is_set() and is_still_at(own, path):
             self._pulse.beat()
+            self._keeper.tidy()
             if self._broker is not None:
                 self._broker.end_if_idle()
             kept = not self._keeper.empty or (self._broker is not None and self._broker.there)

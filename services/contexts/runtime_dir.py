@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import stat
+from collections.abc import Collection
 from pathlib import Path
 from typing import IO
 
@@ -11,6 +12,9 @@ from services.contracts import locks
 from services.contracts.errors import UsageError
 
 _TAIL_BYTES = 64 * 1024
+# The directory may be in memory. A log that grows over the first is cut down to the second.
+MOST_LOG_BYTES, _KEPT_LOG_BYTES = 16 * 1024 * 1024, 1024 * 1024
+_MOST_OLD_LOGS = 32
 _SHOWN_LOG_LINES = 25
 _ENGINE_LOG = re.compile(r"ctx-[0-9a-f]+-[0-9a-f]+\.log")
 # sockaddr_un holds 108 bytes, with the NUL at the end.
@@ -64,6 +68,37 @@ def engine_logs(directory: Path) -> list[Path]:
                 if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
                     found.append(path)
     return found
+
+
+def bound_logs(directory: Path, in_use: Collection[str]) -> None:
+    """Cut logs that have grown too large down to their ends, and remove those of engines that are
+    gone, but for the latest. `in_use` are the names of engines that are here.
+    """
+    old = []
+    for path in engine_logs(directory):
+        if path.stem not in in_use:
+            with contextlib.suppress(FileNotFoundError):
+                old.append((path.lstat().st_mtime, path))
+    for _, path in sorted(old, reverse=True)[_MOST_OLD_LOGS:]:
+        path.unlink(missing_ok=True)
+    for path in directory.glob("*.log"):
+        with contextlib.suppress(OSError):
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode) and status.st_size > MOST_LOG_BYTES:
+                _cut(path)
+
+
+def _cut(path: Path) -> None:
+    """Whoever writes to it appends (O_APPEND), so its next line follows what is left. Lines that
+    come while it is cut may be lost.
+    """
+    with path.open("r+b") as file:
+        dropped = file.seek(-_KEPT_LOG_BYTES, os.SEEK_END)
+        dropped += len(file.readline())
+        end = file.read()
+        file.truncate(0)
+    with open_log(path) as file:
+        file.write(b"[%d bytes before this line were dropped by keepwarm]\n" % dropped + end)
 
 
 def quoted_tail(path: Path) -> str:

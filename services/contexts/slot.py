@@ -48,6 +48,7 @@ class House(Protocol):
     def template_for(self, plan: EnginePlan) -> Template: ...
     def room_for(self, slot: "Slot") -> AbstractContextManager[bool]: ...
     def changed(self) -> None: ...
+    def bound_caches(self) -> None: ...
 
 
 class Slot:
@@ -277,6 +278,10 @@ class Slot:
                 phases=phases,
             )
         log.info("context.warm", context=self.plan.name, **phases.model_dump())
+        try:
+            self._house.bound_caches()
+        except OSError as error:  # another node may be at it, where they share a home directory
+            log.warning("caches.not_bounded", reason=str(error))
 
     def _likely_bytes(self) -> int:
         """What it holds where that cannot be measured: in a container, say, NVML may not know our

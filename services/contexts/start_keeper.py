@@ -33,7 +33,7 @@ _SLOW_SECONDS = 60.0
 _AGAIN_SECONDS = 2.0
 # What a keeper reads; flags and callers may have chosen them, and not the environment.
 _KEEPERS_SETTINGS = {
-    *("runtime_dir", "cache_dir", "context_idle_seconds", "context_memory_gib"),
+    *("runtime_dir", "cache_dir", "cache_gib", "context_idle_seconds", "context_memory_gib"),
     *("engine_start_timeout_seconds", "grace_seconds", "walltime_seconds"),
     *("log_level", "log_format"),
 }

@@ -90,6 +90,15 @@ class EngineProcess:
         return word
 
 
+def remove_templates(directory: Path) -> None:
+    """The files of all templates of this runtime directory, whose keeper is gone."""
+    for path in directory.glob(f"{TEMPLATE_NAMES}-*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def is_imported(directory: Path) -> bool:
     """Whether a template of this runtime directory has its imports done: then its socket is there.
     One that was killed leaves it until the next is started.

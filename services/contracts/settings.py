@@ -204,6 +204,9 @@ class Settings(BaseSettings):
     may have 107 bytes."""
     cache_dir: Path = Field(default_factory=_cache_directory)
     """What engines compile, what their starts took, and digests of weights, for the owner alone."""
+    cache_gib: Annotated[float, Field(gt=0)] = 20
+    """How large it may be. After each start of an engine the caches that were unused for longest
+    are removed until the rest fits; `keepwarm contexts prune` removes old ones."""
     metrics_address: str = "127.0.0.1:0"
     """Where a service serves `/metrics`, `/healthz` and `/readyz`: `host:port`, with an IPv6 host
     in brackets. Port 0 is one that is free; the event `metrics.serving` says which. `off`: nowhere.

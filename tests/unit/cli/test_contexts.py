@@ -1,5 +1,7 @@
 """What `keepwarm contexts` understands by a name, with records that nobody's engine wrote."""
 
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -111,3 +113,46 @@ def test_what_an_engine_left_that_never_came_up_is_shown_where_no_live_one_is_me
     assert "name one: ctx-0c-11, ctx-0c-22" in capsys.readouterr().err
     assert keepwarm("contexts", "logs", "keeper") == 2
     assert "no engine here begins with 'keeper'; warm on this node: " in capsys.readouterr().err
+
+
+@pytest.fixture
+def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Unused for 40 days, for 10, and for 40 again, but that is of an engine that is here."""
+    monkeypatch.setenv("KEEPWARM_CACHE_DIR", str(tmp_path / "cache"))
+    for name, days in (("ctx-0c-11", 40), ("ctx-0d-11", 10), ("ctx-0a-11", 40)):
+        kernel = tmp_path / "cache" / name / "kernel"
+        kernel.parent.mkdir(parents=True)
+        kernel.write_bytes(b"x" * 2**20)
+        then = time.time() - days * 86_400
+        for path in (kernel, kernel.parent):
+            os.utime(path, (then, then))
+    return tmp_path / "cache"
+
+
+@pytest.mark.usefixtures("warm")
+@pytest.mark.parametrize(
+    ("flags", "removed"),
+    [
+        ([], ["ctx-0c-11"]),
+        (["--older-than", "50"], []),
+        (["--older-than", "0"], ["ctx-0c-11", "ctx-0d-11"]),
+    ],
+)
+def test_prune_removes_caches_that_were_unused_for_long_and_are_not_in_use(
+    keepwarm: Callable[..., int],
+    caches: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    removed: list[str],
+) -> None:
+    before = {path.name for path in caches.iterdir() if path.is_dir()}
+    assert keepwarm("contexts", "prune", "--dry-run", *flags) == 0
+    listed, summary = capsys.readouterr()
+    assert [line.split()[0] for line in listed.splitlines()] == removed
+    assert f"{len(removed)}.0 MiB would be removed, {3 - len(removed)}.0 MiB stay in" in summary
+    assert {path.name for path in caches.iterdir() if path.is_dir()} == before
+    assert keepwarm("contexts", "prune", *flags) == 0
+    assert capsys.readouterr().out == listed
+    assert {path.name for path in caches.iterdir() if path.is_dir()} == before - {*removed}
+    if removed:
+        assert listed.splitlines()[0] == "ctx-0c-11  1.0 MiB, unused for 40 d"

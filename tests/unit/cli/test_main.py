@@ -16,6 +16,7 @@ from services.contracts.errors import KeepwarmError
 VERBS = (
     *("run", "submit", "worker", "collect", "status", "report", "export", "cancel"),
     *("contexts list", "contexts warm", "contexts evict", "contexts logs", "keeper"),
+    "contexts prune",
     *("dead list", "dead show", "dead retry", "dead drop", "broker setup", "doctor"),
 )
 FLAGS = {
@@ -40,6 +41,7 @@ FLAGS = {
     "contexts warm": ("--model", "--max-model-tokens", "--engine-argument"),
     "contexts evict": ("NAME", "--all"),
     "contexts logs": ("NAME",),
+    "contexts prune": ("--older-than", "--dry-run"),
     "keeper": (),
     "dead list": ("RUN", "--broker", "--store"),
     "dead show": ("RUN|MESSAGE", "--broker", "--store"),

@@ -167,3 +167,90 @@ def test_a_memory_that_makes_no_sense_is_none(tmp_path: Path, nonsense: bytes) -
     with caches.starting(NAME) as directory:
         (directory / "startup.json").write_bytes(nonsense)
     assert caches.recall(NAME) is None
+
+
+# What is old, and what is too much.
+
+DAY = 86_400
+
+
+def filled(
+    caches: EngineCaches, directory: Path, name: str, size: int, unused_days: float = 0
+) -> None:
+    with caches.starting(name) as own:
+        (own / "triton").mkdir()
+        (own / "triton" / "kernel").write_bytes(b"x" * size)
+    age(directory / "cache" / name, unused_days)
+
+
+def age(directory: Path, days: float) -> None:
+    then = time.time() - days * DAY
+    for path in (*directory.rglob("*"), directory):
+        os.utime(path, (then, then))
+
+
+def names(caches: EngineCaches) -> list[str]:
+    return [cache.name for cache in caches.find()]
+
+
+def test_caches_are_found_with_their_size_the_longest_unused_first(tmp_path: Path) -> None:
+    caches = EngineCaches(tmp_path / "cache")
+    filled(caches, tmp_path, "ctx-0a-11", 10, unused_days=2)
+    filled(caches, tmp_path, "ctx-0b-11", 20, unused_days=9)
+    filled(caches, tmp_path, "ctx-0c-11", 30)
+    (tmp_path / "cache" / "not-ours").mkdir()
+    found = [
+        (each.name, each.size_bytes, round(each.unused_seconds / DAY)) for each in caches.find()
+    ]
+    assert found == [("ctx-0b-11", 20, 9), ("ctx-0a-11", 10, 2), ("ctx-0c-11", 30, 0)]
+
+
+def test_a_start_makes_a_cache_used_again(tmp_path: Path) -> None:
+    caches = EngineCaches(tmp_path / "cache")
+    filled(caches, tmp_path, NAME, 10, unused_days=90)
+    with caches.starting(NAME):
+        pass
+    caches.remember(NAME, PastStart(phases=StartupPhases(total=2.0)))
+    (found,) = caches.find()
+    assert found.unused_seconds < DAY
+
+
+def test_a_cache_whose_engine_starts_just_now_stays(tmp_path: Path) -> None:
+    caches = EngineCaches(tmp_path / "cache")
+    filled(caches, tmp_path, NAME, 10)
+    (found,) = caches.find()
+    with caches.starting(NAME):
+        assert not caches.remove(found)
+    assert caches.remove(found)
+    assert names(caches) == []
+    with caches.starting(NAME) as directory:
+        assert list(directory.iterdir()) == [directory / "unfinished"]
+
+
+def test_what_a_killed_removal_left_is_removed(tmp_path: Path) -> None:
+    caches = EngineCaches(tmp_path / "cache")
+    (tmp_path / "cache" / f"{NAME}.removed" / "triton").mkdir(parents=True)
+    assert names(caches) == []
+    assert not (tmp_path / "cache" / f"{NAME}.removed").exists()
+
+
+def test_the_longest_unused_go_until_the_rest_fits_and_those_in_use_stay(tmp_path: Path) -> None:
+    caches = EngineCaches(tmp_path / "cache")
+    for number, days in enumerate((40, 30, 20, 10)):
+        filled(caches, tmp_path, f"ctx-0{number}-11", 100, unused_days=days)
+    caches.bound(400, set())
+    assert len(names(caches)) == 4
+    caches.bound(250, {"ctx-00-11"})
+    assert names(caches) == ["ctx-00-11", "ctx-03-11"]
+
+
+def test_the_data_of_a_node_go_only_when_no_node_can_be_at_it(tmp_path: Path) -> None:
+    caches = EngineCaches(tmp_path / "cache")
+    node = tmp_path / "cache" / "rabbitmq-00112233"
+    node.mkdir()
+    (node / "data").write_bytes(b"x" * 100)
+    caches.bound(0, set())
+    assert names(caches) == ["rabbitmq-00112233"]
+    age(node, 2)
+    caches.bound(0, set())
+    assert names(caches) == []

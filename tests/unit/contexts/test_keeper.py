@@ -287,6 +287,37 @@ def test_an_engine_that_could_not_be_measured_counts_as_what_it_needs_and_that_i
     assert past is not None and past.memory_bytes is None and past.phases.total
 
 
+# What it leaves on the node.
+
+
+def test_what_the_templates_of_a_killed_keeper_left_is_removed(
+    start: Callable[..., Node], tmp_path: Path
+) -> None:
+    left = tmp_path / "run" / "template-00112233.tmp"
+    (left / "kw-1").mkdir(parents=True)
+    (tmp_path / "run" / "template-00112233.log").write_text("imported")
+    start()
+    assert list((tmp_path / "run").glob("template-*")) == []
+
+
+def test_old_caches_make_way_after_a_start_and_old_logs_are_bounded(
+    start: Callable[..., Node], tmp_path: Path
+) -> None:
+    old = tmp_path / "cache" / "ctx-00-11"
+    old.mkdir(parents=True)
+    (old / "kernel").write_bytes(b"x" * 10_000)
+    for number in range(40):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / f"ctx-{number:02x}-11.log").touch()
+    node = start(KEEPWARM_CACHE_GIB="0.000005")  # some 5,000 bytes
+    slot = node.warm("a")
+    wait_until(lambda: not old.exists(), "room for its cache")
+    assert node.keeper.caches.recall(slot.plan.name) is not None
+    node.keeper.tidy()
+    logs = list((tmp_path / "run").glob("ctx-*.log"))
+    assert len(logs) == 33 and tmp_path / "run" / f"{slot.plan.name}.log" in logs
+
+
 # Room.
 
 

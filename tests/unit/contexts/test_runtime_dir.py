@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from services.contexts.runtime_dir import engine_logs, open_runtime_dir, socket_path
+from services.contexts.runtime_dir import (
+    MOST_LOG_BYTES,
+    bound_logs,
+    engine_logs,
+    open_log,
+    open_runtime_dir,
+    socket_path,
+)
 from services.contracts.errors import UsageError
 
 
@@ -82,3 +89,40 @@ def test_only_plain_files_of_this_user_are_an_engines_logs(tmp_path: Path) -> No
         (tmp_path / "ctx-0044-2233.log").touch()
         os.chown(tmp_path / "ctx-0044-2233.log", 65534, 65534)
     assert engine_logs(tmp_path) == [tmp_path / "ctx-0011-2233.log"]
+
+
+@pytest.mark.parametrize("name", ["ctx-0a-11.log", "keeper.log", "rabbitmq.log", "template-1.log"])
+def test_a_log_that_grows_too_large_is_cut_while_it_is_written(tmp_path: Path, name: str) -> None:
+    with open_log(tmp_path / name) as log:
+        for number in range(MOST_LOG_BYTES // 1_000 + 100):
+            log.write(b"%-999d\n" % number)
+        log.flush()
+        bound_logs(tmp_path, {"ctx-0a-11"})
+        log.write(b"and on\n")
+        log.flush()
+        lines = (tmp_path / name).read_bytes().splitlines()
+        assert (tmp_path / name).stat().st_size < MOST_LOG_BYTES / 10
+        assert b"bytes before this line were dropped" in lines[0]
+        whole = [int(line) for line in lines[1:-1]]  # no line was cut in two
+        assert whole == [*range(whole[0], MOST_LOG_BYTES // 1_000 + 100)]
+        assert lines[-1] == b"and on"
+        bound_logs(tmp_path, {"ctx-0a-11"})
+        assert (tmp_path / name).read_bytes().splitlines() == lines
+
+
+def test_of_engines_that_are_gone_the_latest_logs_stay(tmp_path: Path) -> None:
+    for number in range(40):
+        log = tmp_path / f"ctx-{number:02x}-11.log"
+        log.write_text("said")
+        os.utime(log, (number, number))
+    bound_logs(tmp_path, {"ctx-00-11"})
+    kept = {int(log.stem.split("-")[1], 16) for log in engine_logs(tmp_path)}
+    assert kept == {0, *range(8, 40)}
+
+
+def test_a_link_among_logs_is_left_alone(tmp_path: Path) -> None:
+    theirs = tmp_path / "large"
+    theirs.write_bytes(b"x\n" * MOST_LOG_BYTES)
+    (tmp_path / "keeper.log").symlink_to(theirs)
+    bound_logs(tmp_path, set())
+    assert theirs.stat().st_size == 2 * MOST_LOG_BYTES
