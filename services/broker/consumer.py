@@ -20,7 +20,8 @@ from services.broker.topology import Declares, listen, run_in_order
 from services.contracts import topology
 
 _LOOK_SECONDS = 15.0
-_MOST_IDLE_LOOKS = 4
+# After so many looks at which nothing had come, and twice as many each time, it connects anew.
+_FIRST_IDLE_LOOKS, _MOST_IDLE_LOOKS = 4, 64
 _NUMBER_MARK = "#"
 # Of one channel on one queue. When a channel is gone, RabbitMQ takes its messages back consumer by
 # consumer; with more than 32 of them, it may do so in another order as it reads its log again after
@@ -77,6 +78,7 @@ class Consumer(Link):
         self._epoch = 0
         self._came_since_the_look = False
         self._idle_looks = 0
+        self._patient_looks = _FIRST_IDLE_LOOKS
         # By the consumer's tag:
         self._unsettled: Counter[str] = Counter()
         # By queue, the bytes of what is unsettled, and the messages that were not kept.
@@ -246,8 +248,10 @@ class Consumer(Link):
         idle = not self._came_since_the_look and self._unsettled.total() == 0
         self._came_since_the_look = False
         self._idle_looks = self._idle_looks + 1 if idle else 0
-        if self._idle_looks == _MOST_IDLE_LOOKS:
-            self._lost_because = f"nothing came for {_MOST_IDLE_LOOKS * _LOOK_SECONDS:g} s"
+        if self._idle_looks == self._patient_looks:
+            self._lost_because = f"nothing came for {self._idle_looks * _LOOK_SECONDS:g} s"
+            # A large fleet that waits for claims would else connect anew all the time.
+            self._patient_looks = min(2 * self._patient_looks, _MOST_IDLE_LOOKS)
             self._restart_connection(routinely=True)
             return
 
@@ -264,6 +268,7 @@ class Consumer(Link):
 
     def _on_message(self, _: Channel, method: Any, properties: Any, body: bytes) -> None:
         self._came_since_the_look = True
+        self._patient_looks = _FIRST_IDLE_LOOKS
         self._unsettled[method.consumer_tag] += 1
         if method.redelivered:
             self._redelivered_metric.inc()

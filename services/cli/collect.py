@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Annotated
 
 import structlog
@@ -15,11 +16,13 @@ from services.cli.options import BrokerOption, StoreOption
 from services.cli.signals import on_stop_signal
 from services.collector import Collector, Incoming, RunStatus, Store, run_status
 from services.collector.collector import Whereabouts
+from services.collector.inspection import refuse_read_only
 from services.contracts import Settings, load_settings
 from services.contracts.errors import RunIncomplete
 from services.telemetry import MetricsServer
 
 _POLICY_SECONDS = 300.0
+_LOOK_SECONDS = 2.0
 # A run that is waited for, and gains nothing: told after so long, then after twice as long again.
 _SILENT_SECONDS = 30.0
 _LONGEST_SILENT_SECONDS = 3_600.0
@@ -49,6 +52,7 @@ def collect(
     if harm := network_store_warning(settings):
         log.warning("store.on_network", harm=harm)
     database = Store.open(settings)
+    refuse_read_only(database)
     collector = Collector(database, settings)
     on_stop_signal(lambda _: collector.stop())
 
@@ -62,7 +66,7 @@ def collect(
         now = status()
         if now is not None and (now.complete or now.cancelled):
             return True
-        wait.look(now, collector.whereabouts(now and now.context_id))
+        wait.look(now, collector.whereabouts)
         return False
 
     try:
@@ -88,11 +92,19 @@ class Wait:
         self._run_id = run_id
         self._outcomes = -1
         self._dead_messages = 0
+        self._due = 0.0
         self._changed_at = time.monotonic()
         self._silent_seconds = _SILENT_SECONDS
 
-    def look(self, status: RunStatus | None, where: Whereabouts) -> None:
-        """Once after each commit, and every two seconds."""
+    def look(
+        self, status: RunStatus | None, whereabouts: Callable[[str | None], Whereabouts]
+    ) -> None:
+        """As often as one likes: it looks every two seconds. `whereabouts` of a context."""
+        now = time.monotonic()
+        if now < self._due:
+            return
+        self._due = now + _LOOK_SECONDS
+        where = whereabouts(None if status is None else status.context_id)
         if where.dead_messages > self._dead_messages:
             log.warning(
                 "dead_messages",
@@ -100,7 +112,6 @@ class Wait:
                 says="`keepwarm dead list` shows why each could not be used or was given up",
             )
         self._dead_messages = where.dead_messages
-        now = time.monotonic()
         outcomes = 0 if status is None else status.done + status.dead
         if outcomes != self._outcomes:
             self._outcomes, self._changed_at = outcomes, now
@@ -130,7 +141,7 @@ def why_it_waits(status: RunStatus | None, where: Whereabouts) -> str:
         )
     if where.messages:
         if where.workers:
-            return "its claims wait in their queue while workers serve the context"
+            return "its claims wait in their queue; workers serve its context or load it"
         return f"its claims wait for a worker of {status.context_id}; start one"
     if where.claims_held:
         return "workers have its claims"

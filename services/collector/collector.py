@@ -75,6 +75,8 @@ _TAKE_SECONDS = 0.1
 _LULL_SECONDS = 0.02
 _ANNOUNCEMENT_SECONDS = 30.0
 _FLUSH_SECONDS = 2.0
+# The broker sends each notice to every worker: to a large fleet they go less often.
+_NOTICE_BYTES_PER_SECOND = 2_000_000
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.2, 15.0
 
 log = structlog.get_logger(__name__)
@@ -87,6 +89,7 @@ class Whereabouts:
     messages: int | None
     """That wait in its queue; None where there is none, or the broker was not asked for it."""
     workers: int
+    """That serve it or load it."""
     claims_held: int
     """By its workers."""
     dead_messages: int
@@ -140,10 +143,11 @@ class Collector:
 
     def whereabouts(self, context_id: str | None) -> Whereabouts:
         counts = self._directory.counts
+        on_it = [each for each in self._fleet.workers() if each.context_id == context_id]
         return Whereabouts(
             messages=counts.get(topology.claims_queue(context_id)) if context_id else None,
-            workers=self._fleet.workers_on(context_id) if context_id else 0,
-            claims_held=self._fleet.claims_held()[context_id] if context_id else 0,
+            workers=len(on_it) if context_id else 0,
+            claims_held=sum(each.claims_in_hand for each in on_it) if context_id else 0,
             dead_messages=counts.get(topology.DEAD_MESSAGES_QUEUE, 0),
         )
 
@@ -366,14 +370,17 @@ class Collector:
             return False
         self._notice_due = now + NOTICE_SECONDS
         try:
-            notice = Notice(
-                cancelled=self._store.cancelled_submissions(), contexts=self._directory.look()
-            )
+            contexts = self._directory.look()
+            cancelled = self._store.cancelled_submissions(self._directory.settled_runs())
         except StoreError:
             return False  # whoever commits says so
+        notice = Notice(cancelled=cancelled, contexts=contexts)
         something = bool(notice.cancelled or notice.contexts)
         if something or self._noticed:
-            publisher.publish(Outgoing.of(notice, topology.NOTICES_EXCHANGE, "", notice=True))
+            message = Outgoing.of(notice, topology.NOTICES_EXCHANGE, "", notice=True)
+            publisher.publish(message)
+            sent_bytes = len(message.body) * len(self._fleet.workers())
+            self._notice_due = now + max(NOTICE_SECONDS, sent_bytes / _NOTICE_BYTES_PER_SECOND)
         self._noticed = something
         return True
 

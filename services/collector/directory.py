@@ -62,6 +62,9 @@ class Directory:
         self._progress: dict[str, _Progress] = {}
         self._wanted: dict[str, _Wanted] = {}
         self._counts: Counts = {}
+        # By run with a cancelled submission, its context.
+        self._cancelled: dict[str, str] = {}
+        self._asked: frozenset[str] = frozenset()
         self._deadline: float | None = None
         self.lines: tuple[ContextDemand, ...] = ()
         """As it was at the last look."""
@@ -80,12 +83,27 @@ class Directory:
 
     def ask(self, link: Consumer, also: Iterable[str] = ()) -> None:
         """Ask the broker about the queues, and some others, for the next look. Never waits."""
+        contexts = dict.fromkeys((*self._wanted, *self._cancelled.values()))
+        queues = [*also, *[*map(topology.claims_queue, contexts)][:MAX_CONTEXTS]]
 
         def hear(counts: Counts) -> None:
-            self._counts = counts
+            self._counts, self._asked = counts, frozenset(queues)
 
-        queues = list(map(topology.claims_queue, self._wanted))
-        link.ask_counts([*also, *queues[:MAX_CONTEXTS]], hear)
+        link.ask_counts(queues, hear)
+
+    def settled_runs(self) -> set[str]:
+        """Runs with cancelled submissions of whose context no claim is with the broker any more, as
+        far as it was asked, nor with a worker.
+        """
+        if self._counts.get(topology.RETURNS_QUEUE, 1):
+            return set()
+        held = self._fleet.claims_held()
+        settled = set()
+        for run_id, context_id in self._cancelled.items():
+            queue = topology.claims_queue(context_id)
+            if queue in self._asked and not self._counts.get(queue) and not held[context_id]:
+                settled.add(run_id)
+        return settled
 
     def look(self) -> tuple[ContextDemand, ...]:
         """The directory as it is now, the most wanted context first.
@@ -95,12 +113,14 @@ class Directory:
         StoreError.
         """
         contexts: dict[str, ContextSpec] = {}
-        self._wanted = {}
+        self._wanted, self._cancelled = {}, {}
         self._deadline = None
         for row in self._sent_runs():
             progress = self._progress_of(row)
             if progress is not None:
                 contexts.setdefault(progress.context.context_id, progress.context)
+                if row.cancelled:
+                    self._cancelled[row.run_id] = progress.context.context_id
                 if row.wanted:
                     self._want(row, progress)
         self.lines = ()
@@ -122,6 +142,7 @@ class Directory:
                 runs.c.claims,
                 func.count().label("sendings"),
                 (func.count() > func.count(submissions.c.cancelled_at)).label("wanted"),
+                func.count(submissions.c.cancelled_at).label("cancelled"),
             )
             .join(submissions, submissions.c.run_key == runs.c.run_key)
             .where(runs.c.run.is_not(None))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, false, insert, select, text, update
 
-from services.collector.database import open_engine, refuse_encoding
+from services.collector.database import open_engine, refuse_encoding, shown
 from services.collector.schema import SCHEMA_VERSION, metadata, schema_info
 from services.collector.store import Store
 from services.collector.versions import UPGRADABLE, one_at_a_time, refusal, version_of
@@ -14,6 +14,15 @@ from services.contracts.errors import StoreError
 
 # PostgreSQL's codes: insufficient privilege, and a transaction that can only read.
 _READ_ONLY = ("42501", "25006")
+
+
+_MAY_WRITE = (
+    "SELECT has_table_privilege(:name, 'SELECT') AND has_table_privilege(:name, 'INSERT') "
+    "AND has_table_privilege(:name, 'UPDATE')"
+)
+# Where runs get their numbers from. A grant on all tables does not hold for it.
+_MAY_NUMBER = "SELECT has_sequence_privilege(pg_get_serial_sequence('runs', 'run_key'), 'USAGE')"
+_NO_NUMBERS = "permission denied for the sequence of runs.run_key"
 
 
 @dataclass(frozen=True)
@@ -66,9 +75,33 @@ def _try_to_write(connection: Connection, version: int | None) -> str | None:
         connection.execute(insert(table).from_select(table.columns.keys(), nothing))
         key = next(iter(table.primary_key))
         connection.execute(update(table).values({key: key}).where(false()))
-    if connection.dialect.name == "postgresql":
-        # Where runs get their numbers from. A grant on all tables does not hold for it.
-        ask = "SELECT has_sequence_privilege(pg_get_serial_sequence('runs', 'run_key'), 'USAGE')"
-        if connection.execute(text(ask)).scalar() is False:
-            return "permission denied for the sequence of runs.run_key"
+    is_postgresql = connection.dialect.name == "postgresql"
+    if is_postgresql and connection.execute(text(_MAY_NUMBER)).scalar() is False:
+        return _NO_NUMBERS
     return None
+
+
+def refuse_read_only(store: Store) -> None:
+    """Raises StoreError where this user of a PostgreSQL store may not write what a collector does:
+    it would wait for that for ever. Takes no lock. (`Store.open` refuses such an SQLite file.)
+    """
+    with store.transaction() as connection:
+        if connection.dialect.name != "postgresql":
+            return
+        why = None
+        if connection.execute(text("SHOW transaction_read_only")).scalar() == "on":
+            why = "the server, or this user's setting, allows read-only transactions alone"
+        elif connection.execute(text(_MAY_NUMBER)).scalar() is False:
+            why = _NO_NUMBERS
+        else:
+            for name in metadata.tables:
+                rights = connection.execute(text(_MAY_WRITE), {"name": name}).scalar()
+                if rights is False:
+                    why = f"permission denied for table {name}"
+                    break
+        if why is not None:
+            raise StoreError(
+                f"the store {shown(connection.engine.url)} can be read by this user and not "
+                f"written: {why}. Name another user or server, or grant this one SELECT, INSERT, "
+                "UPDATE and DELETE on all tables and USAGE on all sequences"
+            )

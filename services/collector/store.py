@@ -3,7 +3,7 @@
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -55,6 +55,8 @@ from services.contracts.runs import InputSummary
 from services.contracts.wire import Message
 
 _MOST_PARAMETERS = 500
+# Workers have reported what they hold by then, and claims that were on their way have arrived.
+_CANCELLED_SECONDS = 60.0
 
 _OUTCOME_COLUMNS = [column.name for column in outcomes.columns]
 
@@ -306,16 +308,24 @@ class Store:
                 .values(cancelled_at=self._now())
             )
 
-    def cancelled_submissions(self) -> tuple[str, ...]:
-        """Those that were cancelled, the latest first; no more than a notice holds."""
+    def cancelled_submissions(self, settled_runs: Collection[str] = ()) -> tuple[str, ...]:
+        """Those that were cancelled, the latest first; no more than a notice holds. Left out are
+        those of runs of which no claim is left at the broker, a while after they were cancelled.
+        """
         query = (
-            select(submissions.c.submission_id)
+            select(submissions.c.submission_id, submissions.c.cancelled_at, runs.c.run_id)
+            .join(runs, runs.c.run_key == submissions.c.run_key)
             .where(submissions.c.cancelled_at.is_not(None))
             .order_by(submissions.c.cancelled_at.desc())
             .limit(MAX_CANCELLED)
         )
+        lately = self._now() - _CANCELLED_SECONDS
         with self.transaction() as connection:
-            return tuple(connection.execute(query).scalars())
+            return tuple(
+                row.submission_id
+                for row in connection.execute(query)
+                if row.cancelled_at > lately or row.run_id not in settled_runs
+            )
 
     def _now(self) -> float:
         return self._clock_offset + time.monotonic()

@@ -159,6 +159,9 @@ def test_a_user_who_may_only_read_is_told_for_whom_that_is(
     code, says = diagnosis(command, "--store", as_reader, about="store")
     assert (code, json.loads(says)["level"]) == (0, "note")
     assert "can be read, as `status`" in says and grant[1] in says
+    collecting = command("collect", "--store", as_reader)
+    assert collecting.wait() == 6, collecting.output
+    assert "can be read by this user and not written" in " ".join(collecting.output.split())
 
 
 def test_an_empty_database_where_no_tables_may_be_made_is_noted(

@@ -194,6 +194,37 @@ def test_what_is_over_the_bound_of_bytes_goes_back_once_there_is_room(
         assert (consumer._unsettled.total(), consumer._held_bytes.total()) == (0, 0)
 
 
+# Whether it is forgotten.
+
+
+def test_one_that_waits_for_long_connects_anew_less_and_less_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with unopened("runs") as consumer:
+        asked = SimpleNamespace(queue_declare=lambda *_, **__: None)
+        consumer._channel = asked  # type: ignore[assignment]
+        monkeypatch.setattr(consumer, "_look_later", lambda _: None)
+
+        def anew(looks: int) -> list[int]:
+            """At which of so many looks it connects anew."""
+            found: list[int] = []
+            for number in range(1, looks):
+
+                def restart(*, routinely: bool, at: int = number) -> None:
+                    assert routinely
+                    found.append(at)
+                    consumer._idle_looks = 0  # as a new channel does
+
+                monkeypatch.setattr(consumer, "_restart_connection", restart)
+                consumer._look(consumer._epoch)
+            return found
+
+        assert anew(260) == [4, 12, 28, 60, 124, 188, 252]
+        arrives(consumer, 1)
+        consumer._unsettled.clear()
+        assert anew(7) == [5]  # at the first look something had come
+
+
 # How many consumers there are.
 
 

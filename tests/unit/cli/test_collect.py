@@ -32,7 +32,7 @@ def status(**changes: Any) -> Any:
         (None, {}, "no announcement of this run has come"),
         (status(context_id=None), {}, "no announcement of this run has come"),
         (status(), {"messages": 8}, "wait for a worker of ctx-1; start one"),
-        (status(), {"messages": 8, "workers": 2}, "while workers serve the context"),
+        (status(), {"messages": 8, "workers": 2}, "workers serve its context or load it"),
         (status(), {"workers": 1, "claims_held": 64}, "workers have its claims"),
         (status(total=None), {}, "not all submitted"),
         (status(), {"dead_messages": 3}, "`keepwarm dead retry` sends them back"),
@@ -60,7 +60,8 @@ def test_a_run_that_gains_nothing_is_told_of_again_and_again_and_less_and_less_o
     for second in range(0, 400, 2):
         clock.now = 1_000.0 + second
         with capture_logs() as logs:
-            wait.look(status(done=1 if second < 100 else 2), where(messages=3))
+            done = 1 if second < 100 else 2
+            wait.look(status(done=done), lambda _: where(messages=3))
         told += [second for each in logs if each["event"] == "run.waiting"]
     assert told == [30, 90, 130, 190, 310]
 
@@ -70,7 +71,7 @@ def test_without_a_run_that_is_waited_for_no_wait_is_told(clock: SimpleNamespace
     with capture_logs() as logs:
         for _ in range(100):
             clock.now += 60
-            wait.look(None, where())
+            wait.look(None, lambda _: where())
     assert logs == []
 
 
@@ -78,7 +79,10 @@ def test_dead_messages_are_told_whenever_there_are_more(clock: SimpleNamespace) 
     wait = Wait(None)
     with capture_logs() as logs:
         for count in (0, 2, 2, 5, 1, 2):
-            wait.look(None, where(dead_messages=count))
+            there = where(dead_messages=count)
+            wait.look(None, lambda _, there=there: there)
+            wait.look(None, lambda _: where(dead_messages=99))  # not so soon
+            clock.now += 2
     assert [each["messages"] for each in logs] == [2, 5, 2]
     assert all("keepwarm dead list" in each["says"] for each in logs)
 

@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
@@ -527,6 +528,25 @@ def test_notices_are_not_due_all_the_time(
     for _ in range(3):
         collector._give_notice(publisher)  # type: ignore[arg-type]
     assert len(publisher.messages) == notices
+
+
+@pytest.mark.usefixtures("no_worker_is_waited_for")
+def test_notices_to_many_workers_go_less_often(
+    store: Store, make: SimpleNamespace, run: Run, publisher: RecordingPublisher
+) -> None:
+    store.write(make.incoming(make.announced(claims=300)))
+    store.cancel(find_run(store, run.run_id).run_key)
+    collector = Collector(store, load_settings())
+    for number in range(20_000):
+        collector._fleet.note(make.report(f"node-{number}"))
+    began = time.monotonic()
+    assert give_notice(collector, publisher)
+    sent = len(publisher.messages[0].body) * 20_000
+    assert sent / (collector._notice_due - began) < 2_000_000
+    for number in range(20_000):
+        collector._fleet.note(make.report(f"node-{number}", state="stopped"))
+    assert give_notice(collector, publisher)
+    assert collector._notice_due - time.monotonic() <= 2.0
 
 
 def test_no_notice_is_added_to_what_a_broker_does_not_take_for_the_moment(

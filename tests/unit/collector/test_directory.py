@@ -428,3 +428,38 @@ def test_contexts_with_very_long_arguments_are_cut_so_that_every_worker_can_take
     lines = looked(directory, broker)
     assert [line.claims_ready for line in lines] == [10 * (29 - place) for place in range(7)]
     assert len(encode(Notice(contexts=lines))) <= MAX_CONTEXTS_BYTES + 100
+
+
+def test_a_cancelled_run_is_settled_once_no_queue_and_no_worker_can_have_its_claims(
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    directory: Directory,
+    fleet: Fleet,
+) -> None:
+    store.write(make.incoming(make.announced(claims=100)))
+    store.cancel(find_run(store, run.run_id).run_key)
+    queue = topology.claims_queue(run.context.context_id)
+    counts: dict[str, int] = {}
+
+    class Asked:
+        def ask_counts(self, queues: Sequence[str], heard: Callable[[Counts], None]) -> None:
+            assert queue in queues
+            heard(counts)
+
+    def settled() -> bool:
+        directory.look()
+        directory.ask(Asked(), topology.HOUSE_QUEUES)  # type: ignore[arg-type]
+        return directory.settled_runs() == {run.run_id}
+
+    assert directory.settled_runs() == set()  # nobody was asked yet
+    counts = {topology.RETURNS_QUEUE: 0, queue: 3}
+    assert not settled()
+    counts[queue] = 0
+    assert settled()
+    counts[topology.RETURNS_QUEUE] = 1
+    assert not settled()
+    counts = {topology.RETURNS_QUEUE: 0}  # the queue was deleted
+    assert settled()
+    fleet.note(make.report("node-1", claims_in_hand=8))
+    assert not settled()

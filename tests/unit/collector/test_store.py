@@ -289,6 +289,23 @@ def test_the_latest_cancellations_come_first_and_no_more_than_a_notice_holds(
     assert cancelled[0] == f"sub-{other_run.run_id}"
 
 
+def test_a_cancellation_is_told_for_a_while_and_then_until_its_run_is_settled(
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    other_run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store.write(make.incoming(make.announced(), make.announced(of=other_run)))
+    for cancelled in (run, other_run):
+        store.cancel(key(store, cancelled))
+    assert len(store.cancelled_submissions({run.run_id, other_run.run_id})) == 2
+    monkeypatch.setattr(
+        "services.collector.store._CANCELLED_SECONDS", -1.0
+    )  # and that was long ago
+    assert store.cancelled_submissions({run.run_id}) == (f"sub-{other_run.run_id}",)
+
+
 def test_cancelling_again_does_not_make_an_old_cancellation_new(
     store: Store, make: SimpleNamespace, run: Run, other_run: Run
 ) -> None:
