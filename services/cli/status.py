@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Group
 from rich.live import Live
+from rich.table import Table
+from rich.text import Text
 
 from services.cli.fleet_screen import heard_tables
 from services.cli.found_stores import readable_stores
@@ -18,7 +20,10 @@ from services.cli.logs import configure_logs
 from services.cli.options import BrokerOption, StoreOption
 from services.cli.screen import Screen, show, status_table
 from services.collector import RunStatus, run_statuses
+from services.collector.status import latest_statuses
 from services.contracts import Settings, load_settings
+
+_MOST_WATCHED = 50
 
 
 def status(
@@ -33,7 +38,8 @@ def status(
     """List every run: how many claims are done, how fast, how much time is left.
 
     Where no store is named it lists the runs of the default store and those in results/. With
-    --watch it also shows workers, contexts and queues, as the broker's messages tell of them.
+    --watch it shows the latest 50 runs of each store, and workers, contexts and queues, as the
+    broker's messages tell of them.
     """
     settings = load_settings(store_url=store, broker_url=broker)
 
@@ -57,6 +63,19 @@ def _statuses(settings: Settings) -> list[RunStatus]:
     return [run for store in readable_stores(settings) for run in run_statuses(store)]
 
 
+def watched(settings: Settings) -> Group:
+    """The latest runs of each store: to count a thousand of them every two seconds takes longer."""
+    stores = [latest_statuses(store, _MOST_WATCHED + 1, {}) for store in readable_stores(settings)]
+    parts: list[Table | Text] = [
+        status_table([run for runs in stores for run in runs[:_MOST_WATCHED]])
+    ]
+    if any(len(runs) > _MOST_WATCHED for runs in stores):
+        parts.append(
+            Text(f"older runs are not shown; `keepwarm status` lists more than {_MOST_WATCHED}")
+        )
+    return Group(*parts)
+
+
 def _watch(settings: Settings, every: float) -> None:
     console = Screen()
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
@@ -66,7 +85,7 @@ def _watch(settings: Settings, every: float) -> None:
 
             def view() -> Group:
                 heard = broker if isinstance(broker, Heard) else broker.look()
-                return Group(status_table(_statuses(settings)), heard_tables(heard))
+                return Group(watched(settings), heard_tables(heard))
 
             if not console.is_terminal:
                 while True:

@@ -1,13 +1,24 @@
 """Workers, contexts and queues as a person sees them."""
 
 import re
+from pathlib import Path
 
 import pytest
 
 from services.cli.fleet_screen import heard_tables
 from services.cli.listening import Heard, Listener, broker_heard
 from services.cli.screen import Screen
-from services.contracts import ContextDemand, ContextSpec, WorkerReport, encode, load_settings
+from services.cli.status import watched
+from services.collector import Incoming, Store
+from services.contracts import (
+    ContextDemand,
+    ContextSpec,
+    Run,
+    RunAnnouncement,
+    WorkerReport,
+    encode,
+    load_settings,
+)
 
 WORKER = WorkerReport(
     worker_id="node-7-1",
@@ -108,3 +119,22 @@ def test_what_is_no_message_of_ours_is_not_heard() -> None:
         hear(b"nonsense")
     listener.hear_report(encode(WORKER))
     assert listener._fleet.workers() == [WORKER]
+
+
+def test_with_many_runs_the_latest_are_watched(run: Run, tmp_path: Path, screen: Console) -> None:
+    settings = load_settings(store_url=str(tmp_path / "store.sqlite"))
+    with Store.open(settings) as store:
+        for number in range(51):
+            announced = run.model_copy(
+                update={"source": f"f-{number}", "source_digest": f"{number}"}
+            )
+            store.write(
+                Incoming([RunAnnouncement(run=announced, submission_id=f"sub-{number}")], [], [])
+            )
+            if number == 49:
+                screen.print(watched(settings))
+                assert "older runs" not in screen.file.getvalue()
+    screen.print(watched(settings))
+    last = screen.file.getvalue().rpartition("claims/s")[2]
+    assert "f-50" in last and "f-1 " in last and "f-0 " not in last
+    assert "older runs are not shown; `keepwarm status` lists more than 50" in last
