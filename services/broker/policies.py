@@ -30,7 +30,8 @@ _OF_EXCHANGES = ("all", "exchanges")
 _DROPS = {
     "message-ttl": "a message that waits for longer (in ms) is given up",
     "expires": "a queue that nobody uses for so long (in ms) is deleted with its messages",
-    "delivery-limit": "a message that was returned more often is given up",
+    "delivery-limit": "a message that was returned more often is given up (from RabbitMQ 4.3 on "
+    "one whose consumer was lost more often)",
 }
 _LENGTHS = ("max-length", "max-length-bytes")
 _DROPS_OLDEST = "the oldest message is dropped when the queue is full"
