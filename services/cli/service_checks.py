@@ -65,8 +65,8 @@ def _told(policies: Policies, limited: Collection[str]) -> str:
     if kept := sorted(set(limited) - policies.delivery_unlimited):
         told.append(
             f"{', '.join(kept)}: made before RabbitMQ 4, which gives up a message that was "
-            "returned 20 times (from 4.3 on: whose consumer was lost 20 times), unless a policy sets "
-            "delivery-limit to -1 (docs/broker.md)"
+            "returned 20 times (from 4.3 on: whose consumer was lost 20 times), unless a policy "
+            "sets delivery-limit to -1 (docs/broker.md)"
         )
     if policies.unlimited:
         told.append(
