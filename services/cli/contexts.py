@@ -160,15 +160,15 @@ def prune(
         if old and cache.name not in in_use and (dry_run or caches.remove(cache)):
             going_bytes += cache.size_bytes
             size = f"{cache.size_bytes / _MIB:,.1f} MiB"
-            print(f"{cache.name}  {size}, unused for {_ago(cache.unused_seconds)}")
+            print(shown(f"{cache.name}  {size}, unused for {_ago(cache.unused_seconds)}"))
         else:
             stay_bytes += cache.size_bytes
     went = "would be" if dry_run else "were"
-    print(
+    summary = (
         f"{going_bytes / _MIB:,.1f} MiB {went} removed, {stay_bytes / _MIB:,.1f} MiB stay in "
-        f"{settings.cache_dir}",
-        file=sys.stderr,
+        f"{settings.cache_dir}"
     )
+    print(shown(summary), file=sys.stderr)
 
 
 def list(as_json: JsonOption = False) -> None:

@@ -144,7 +144,7 @@ def _place(line: ContextDemand, worker: Situation, rate: float, *, share: float)
         cost_seconds=cost,
         work_seconds=line.claims_ready / (rate * (line.workers_warm + 1)),
         share=share,
-        useful=line.claims_ready / (rate * cost) if cost > 0 else inf,
+        useful=line.claims_ready / rate / cost if cost > 0 else inf,
     )
 
 

@@ -14,6 +14,9 @@ ALLOWED = {
     ("collector/store.py", "Store.__init__"): (
         "`received_at` is a date: one look when the store is opened, monotonic from there"
     ),
+    ("contexts/caches.py", "_measured"): (
+        "when a file was written is a date: after a jump a cache goes sooner, or stays longer"
+    ),
     ("contexts/fingerprint.py", "_remember"): (
         "when a file changed is a date: one look, and after a jump a file is read once more"
     ),

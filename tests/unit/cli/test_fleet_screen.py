@@ -121,7 +121,7 @@ def test_what_is_no_message_of_ours_is_not_heard() -> None:
     assert listener._fleet.workers() == [WORKER]
 
 
-def test_with_many_runs_the_latest_are_watched(run: Run, tmp_path: Path, screen: Console) -> None:
+def test_with_many_runs_the_latest_are_watched(run: Run, tmp_path: Path, screen: Screen) -> None:
     settings = load_settings(store_url=str(tmp_path / "store.sqlite"))
     with Store.open(settings) as store:
         for number in range(51):
