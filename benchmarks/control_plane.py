@@ -14,6 +14,7 @@ Goals: the collector takes at most one core and 1 GiB, the control traffic at mo
 """
 
 import argparse
+import logging
 import os
 import signal
 import subprocess
@@ -25,6 +26,7 @@ import urllib.request
 from pathlib import Path
 
 import psutil
+import structlog
 from rich.console import Console
 from rich.table import Table
 from sqlalchemy import insert
@@ -197,6 +199,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=90.0, help="how long it is measured")
     arguments = parser.parse_args()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     with (
         tempfile.TemporaryDirectory(prefix="keepwarm-bench-") as name,
         PrivateNode(Path(name) / "node") as node,
