@@ -460,7 +460,7 @@ def test_a_queue_too_many_is_told_with_the_limit(broker: Broker) -> None:
         broker_url=f"amqp://{VHOST}-producer@127.0.0.1:{broker.node.port}/{VHOST}",
         broker_password=broker.password("producer"),
     )
-    declares = Declares(context_ids=("ctx-new",))
+    declares = Declares(context_ids=("ctx-one-too-many",))
     try:
         with pytest.raises(BrokerRefused, match=r"queue limit in vhost.*broker setup --workers N"):
             Publisher(
