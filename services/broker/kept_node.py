@@ -5,7 +5,6 @@ To start one takes seconds, which is most of the time of a small run on a warm e
 
 import shutil
 import threading
-import time
 from pathlib import Path
 
 import pika
@@ -14,6 +13,7 @@ from pika.exceptions import AMQPError
 
 from services.broker.private_node import PrivateNode
 from services.contracts import topology
+from services.contracts.clock import awake
 from services.contracts.errors import BrokerError
 
 _ANSWER_SECONDS = 5.0
@@ -78,7 +78,7 @@ class KeptNode:
         """
         with self._lock:
             self._lent = False
-            self._used_at = time.monotonic()
+            self._used_at = awake()
             node = self._node
             if node is None or claims_queue is None or _is_empty(node, claims_queue):
                 return
@@ -95,7 +95,7 @@ class KeptNode:
         if not self._lock.acquire(blocking=False):
             return
         try:
-            idle_seconds = time.monotonic() - self._used_at
+            idle_seconds = awake() - self._used_at
             if self._node is not None and not self._lent and idle_seconds > self._idle_seconds:
                 self._discard()
         finally:

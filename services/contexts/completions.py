@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import math
+import select
 import socket
 import threading
 import time
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import to_json
@@ -22,6 +24,7 @@ _DATA, _LAST_EVENT = b"data:", b"[DONE]"
 # What comes of an engine that is not there, or breaks off; a time-out is an OSError as well.
 _BROKEN = (OSError, http.client.HTTPException)
 _HEALTH_SECONDS = 5.0
+_SLICE_SECONDS = 0.5
 # What vLLM 0.32 says of an adapter that it has.
 _LOADED = "already been loaded"
 _MOST_ERROR_BYTES = 2_000
@@ -72,17 +75,50 @@ class Answer:
     logprobs: tuple[float, ...]
 
 
+class _Socket(socket.socket):
+    """Waits for the other side a slice of time after the other. Where both were stopped meanwhile
+    (SIGSTOP, a frozen cgroup), that counts as one slice, and not as silence.
+    """
+
+    def __init__(self, timeout_seconds: float) -> None:
+        super().__init__(socket.AF_UNIX)
+        self._timeout_seconds = timeout_seconds
+
+    def recv_into(self, *arguments: Any) -> int:
+        self._wait_for(select.POLLIN)
+        return super().recv_into(*arguments)
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        view = memoryview(data).cast("B")
+        while view:
+            self._wait_for(select.POLLOUT)
+            view = view[super().send(view, flags | socket.MSG_DONTWAIT) :]
+
+    def _wait_for(self, event: int) -> None:
+        """Raises TimeoutError."""
+        poll = select.poll()
+        poll.register(self, event)
+        left = self._timeout_seconds
+        while not poll.poll(1000 * min(left, _SLICE_SECONDS)):
+            left -= _SLICE_SECONDS
+            if left <= 0:
+                raise TimeoutError("timed out")
+
+
 class _Connection(http.client.HTTPConnection):
     """To a unix socket, for one request: there is no handshake to be saved by keeping it."""
 
     def __init__(self, path: Path, timeout_seconds: float) -> None:
-        super().__init__("engine", timeout=timeout_seconds)
+        super().__init__("engine")
         self._path = path
+        self._timeout_seconds = timeout_seconds
 
     def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
+        self.sock = _Socket(self._timeout_seconds)
+        # Its queue may be full: then the kernel waits.
+        self.sock.settimeout(self._timeout_seconds)
         self.sock.connect(str(self._path))
+        self.sock.settimeout(None)
 
 
 class CompletionClient:

@@ -17,6 +17,7 @@ from services.contexts.engine_log import Ending, explanation, oom_kills
 from services.contexts.plan import EnginePlan
 from services.contexts.runtime_dir import log_tail, quoted_tail, socket_path
 from services.contexts.template_process import EngineProcess, Template
+from services.contracts.clock import awake
 from services.contracts.errors import EngineRequestError, EngineStartError
 from services.contracts.startup import StartupPhases
 
@@ -68,7 +69,7 @@ class Engine:
 
         Raises EngineStartError, with the end of the engine's log, when it dies or stays silent.
         """
-        started = time.monotonic()
+        started = reported = awake()
         template.ready(stop, timeout_seconds)
         self.log_file.unlink(missing_ok=True)
         self.socket.unlink(missing_ok=True)  # of one that was killed
@@ -83,9 +84,8 @@ class Engine:
             cores_of(self.plan),
         )
         client = self._client()
-        reported = started
         while not client.healthy():
-            now = time.monotonic()
+            now = awake()
             if stop.wait(_POLL_SECONDS):
                 self.stop()
                 return None

@@ -1,8 +1,8 @@
 """Lines from a socket, with a deadline and a bound."""
 
 import socket
-import time
 
+from services.contracts.clock import awake
 from services.contracts.errors import KeeperError
 
 _MOST_LINE_BYTES = 1024 * 1024
@@ -20,12 +20,14 @@ class Lines:
 
         Raises TimeoutError, and KeeperError for a line that is too long.
         """
-        deadline = time.monotonic() + timeout_seconds
+        deadline = awake() + timeout_seconds
         while b"\n" not in self._unread:
-            self._connection.settimeout(max(0.0, deadline - time.monotonic()))
+            self._connection.settimeout(max(0.0, deadline - awake()))
             try:
                 piece = self._connection.recv(65536)
-            except BlockingIOError as error:
+            except (BlockingIOError, TimeoutError) as error:
+                if awake() < deadline:  # we were stopped meanwhile, and so was the other side
+                    continue
                 raise TimeoutError from error
             except ConnectionError:
                 return None

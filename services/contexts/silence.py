@@ -2,8 +2,9 @@
 of their own, and an engine that hangs would be handed to the next one as warm.
 """
 
-import time
 from collections.abc import Callable
+
+from services.contracts.clock import awake
 
 # An engine on processors may be busy with the last requests of a worker that has gone, and its node
 # with the start of another engine: that takes seconds, and this two minutes, at 5 s for an answer.
@@ -14,9 +15,7 @@ _TIMES = 5
 class Silence:
     """How often in a row an engine did not answer."""
 
-    def __init__(
-        self, answers: Callable[[], bool], clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, answers: Callable[[], bool], clock: Callable[[], float] = awake) -> None:
         self._answers = answers
         self._clock = clock
         self.forget()

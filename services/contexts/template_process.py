@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from services.contexts import template
 from services.contexts.engine_log import Ending, explanation
 from services.contexts.lines import Lines
 from services.contexts.runtime_dir import open_log, quoted_tail, socket_path
+from services.contracts.clock import awake
 from services.contracts.errors import EngineStartError
 from services.leash import Leashed, from_shell
 
@@ -38,7 +38,10 @@ class EngineProcess:
         self._lines = Lines(connection)
         self._code: int | None = None
         self._reading = threading.Lock()
-        word = self._next_word(_ANSWER_SECONDS)
+        try:
+            word = self._next_word(_ANSWER_SECONDS)
+        except TimeoutError:
+            word = {"refused": f"it did not answer within {_ANSWER_SECONDS:g} s"}
         if word is None or "pid" not in word:
             self._connection.close()
             raise EngineStartError(
@@ -129,7 +132,7 @@ class Template:
         self._temporary = directory / f"{name}.tmp"
         shutil.rmtree(self._temporary, ignore_errors=True)  # of one that was killed
         self._temporary.mkdir(mode=0o700)
-        self._started = time.monotonic()
+        self._started = awake()
         with open_log(self.log_file) as output:
             self._process = Leashed(
                 [python, str(Path(template.__file__)), str(self._socket), module],
@@ -160,7 +163,7 @@ class Template:
                     f"{self._module} cannot be imported (exit code {code}). "
                     f"{why}{' ' if why else ''}{self.said()}"
                 )
-            if time.monotonic() > deadline:
+            if awake() > deadline:
                 raise EngineStartError(
                     f"the imports took more than {timeout_seconds:g} s "
                     f"(KEEPWARM_ENGINE_START_TIMEOUT_SECONDS). {self.said()}"

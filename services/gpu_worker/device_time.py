@@ -1,10 +1,10 @@
 """Where the device's time goes: each second of it to one use."""
 
 import threading
-import time
 from collections.abc import Callable
 from typing import Literal
 
+from services.contracts.clock import awake
 from services.gpu_worker.metrics import DEVICE_SECONDS
 
 Use = Literal["loading", "idle", "batches"]
@@ -15,7 +15,7 @@ class DeviceTime:
     them, for only at its end is it known whether a batch was of any use. Any thread.
     """
 
-    def __init__(self, device: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, device: str, clock: Callable[[], float] = awake) -> None:
         self._device = device
         self._clock = clock
         self._lock = threading.Lock()

@@ -2,10 +2,11 @@
 
 import math
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from services.contracts.clock import awake
 
 # How far back the rate remembers, in seconds of the engine's work.
 _MEMORY_SECONDS = 30.0
@@ -50,7 +51,7 @@ class Pace:
         self,
         horizon_seconds: float,
         most_batches: int,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = awake,
     ) -> None:
         self._horizon_seconds = horizon_seconds
         self._most_batches = most_batches

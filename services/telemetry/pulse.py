@@ -1,7 +1,8 @@
 """Whether a main loop moves: it beats, and somebody looks how long ago that was."""
 
-import time
 from collections.abc import Callable
+
+from services.contracts.clock import awake
 
 STUCK_SECONDS = 120.0
 """Longer than whatever a loop may have to wait for in one piece: a broker, a database, a hub."""
@@ -10,7 +11,7 @@ STUCK_SECONDS = 120.0
 class Pulse:
     """Beaten by one thread, looked at by any."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = awake) -> None:
         self._clock = clock
         self._beaten = clock()
 

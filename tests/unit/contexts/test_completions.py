@@ -1,6 +1,10 @@
+import itertools
 import json
+import signal
 import socket
 import socketserver
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -236,6 +240,14 @@ def ask(client: CompletionClient, prompts: int = 3) -> tuple[dict[int, Answer], 
     return found, None
 
 
+def failure_of(client: CompletionClient, prompts: list[list[int]]) -> Exception | None:
+    try:
+        list(client.score(prompts, TOKENS))
+    except EngineRequestError as error:
+        return error
+    return None
+
+
 def test_a_request_asks_for_one_token_scored_over_the_labels_exactly(served: Serve) -> None:
     requests: list[tuple[str, dict[str, Any]]] = []
 
@@ -468,6 +480,75 @@ def test_an_engine_that_falls_silent_hangs_and_what_came_before_is_good(
     assert sorted(found) == list(range(answers or 0))
     assert isinstance(failure, EngineSilent)
     assert f"said nothing for {seconds} s (KEEPWARM_ENGINE_REQUEST_TIMEOUT_SECONDS)" in str(failure)
+
+
+ASKS = """
+import sys
+from pathlib import Path
+from services.contexts.completions import CompletionClient
+
+client = CompletionClient(Path(sys.argv[1]), "ctx-1", float(sys.argv[2]))
+print(len(list(client.score([[1]], (11, 22)))), flush=True)
+"""
+
+
+def test_the_time_in_which_we_were_stopped_is_no_silence_of_the_engines(
+    served: Serve, repository: Path
+) -> None:
+    asked, resumed = threading.Event(), threading.Event()
+
+    def reply(*_: object) -> tuple[int, Iterable[bytes]]:
+        asked.set()
+        assert resumed.wait(GENEROUS_SECONDS)
+        time.sleep(0.5)  # it was stopped as well, and has not done yet
+        return 200, (event(choice(0, -1.0, -2.0)), DONE)
+
+    socket_path = served(reply)._socket_path
+    with subprocess.Popen(
+        [sys.executable, "-c", ASKS, str(socket_path), "2"],
+        cwd=repository,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as worker:
+        assert asked.wait(GENEROUS_SECONDS)
+        worker.send_signal(signal.SIGSTOP)
+        time.sleep(4)  # longer than the silence that is allowed
+        worker.send_signal(signal.SIGCONT)
+        resumed.set()
+        assert worker.communicate(timeout=GENEROUS_SECONDS)[0] == "1\n"
+
+
+def test_an_engine_that_takes_a_large_request_in_slowly_has_all_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "e.sock"
+    prompts = [list(range(10_000)) for _ in range(100)]  # more than a socket holds
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        failure: list[Exception | None] = []
+        client = CompletionClient(path, "ctx-1", GENEROUS_SECONDS)
+        asking = threading.Thread(target=lambda: failure.append(failure_of(client, prompts)))
+        asking.start()
+        connection, _ = listener.accept()
+        with connection, connection.makefile("rb") as request:
+            head = dict(
+                line.decode().strip().lower().split(": ", 1)
+                for line in itertools.takewhile(lambda line: line != b"\r\n", request)
+                if b": " in line
+            )
+            body = json.loads(request.read(int(head["content-length"])))
+        asking.join(GENEROUS_SECONDS)
+    assert body["prompt"] == prompts
+    assert isinstance(failure[0], EngineRequestError)
+
+
+def test_an_engine_that_takes_no_request_in_is_silent(tmp_path: Path) -> None:
+    path = tmp_path / "e.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        client = CompletionClient(path, "ctx-1", 0.5)
+        prompts = [list(range(10_000)) for _ in range(100)]
+        assert isinstance(failure_of(client, prompts), EngineSilent)
 
 
 def test_an_engine_that_is_slow_but_speaks_does_not_hang(served: Serve) -> None:

@@ -67,6 +67,7 @@ def test_a_record_of_a_newer_keeper_is_believed_as_far_as_it_is_understood(
     assert live_records(tmp_path) == [record(context, tmp_path)]
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # awake() has a thread
 def test_a_record_whose_keeper_was_killed_goes_with_its_socket_and_its_lock(
     tmp_path: Path, context: ContextSpec
 ) -> None:
