@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal
 
-import psutil
 import pynvml
 
+from services.contexts.node_memory import available_bytes
 from services.contracts.errors import EngineStartError
 
 # Without a library or a loaded driver there is no GPU to be used; whatever else NVML says, there is
@@ -30,7 +30,7 @@ class Device:
     cores: tuple[int, ...]
     """The processors that this process may run on."""
     gpu: str = ""
-    """The GPU as vLLM and NVML take it from CUDA_VISIBLE_DEVICES: an index or a whole UUID."""
+    """The GPU's UUID, whatever CUDA_VISIBLE_DEVICES calls it: one device has one name."""
 
 
 def find_device() -> Device:
@@ -43,42 +43,42 @@ def find_device() -> Device:
     gpus = visible_gpus()
     if gpus:
         return _gpu(gpus[0], cores)
-    return Device("cpu", _processor_name(), psutil.virtual_memory().available, cores)
+    return Device("cpu", _processor_name(), available_bytes(), cores)
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: indexes or UUIDs.
+    """The UUIDs of the GPUs that this process may use, in the order of CUDA_VISIBLE_DEVICES, which
+    may have indexes, UUIDs, or their beginnings (HTCondor), which CUDA takes, but not NVML and
+    vLLM. Indexes are NVML's: those of the PCI bus. A name that no GPU here has is left as it is.
 
-    UUIDs are whole ones. HTCondor gives their beginnings, which CUDA takes, but not NVML and vLLM.
     Raises EngineStartError when none is named and there is a driver that does not answer.
     """
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         # As CUDA reads it: what follows the first name of nothing (-1, NoDevFiles) is hidden too.
         names = list(takewhile(_names_a_gpu, (name.strip() for name in named.split(","))))
-        whole = [] if all(map(str.isdecimal, names)) else _uuids()
-        return [_completed(name, whole) for name in names]
+        gpus: list[str] = []
+        instances: list[str] = []
+        if names:
+            with suppress(pynvml.NVMLError):  # whoever uses one is told
+                gpus, instances = _uuids()
+        return [_whole_name(name, gpus, instances) for name in names]
     try:
-        with nvml():
-            return [str(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return _uuids()[0]
     except pynvml.NVMLError as error:
         if error.value in _NO_DRIVER:
             return []
         raise EngineStartError(_broken_driver(error)) from error
 
 
-def _uuids() -> list[str]:
-    """Of all GPUs here, and of what they are divided into; none without a driver."""
-    found: list[str] = []
-    try:
-        with nvml():
-            for index in range(pynvml.nvmlDeviceGetCount()):
-                gpu = pynvml.nvmlDeviceGetHandleByIndex(index)
-                found.append(str(pynvml.nvmlDeviceGetUUID(gpu)))
-                found += _instances(gpu)
-    except pynvml.NVMLError:
-        pass
-    return found
+def _uuids() -> tuple[list[str], list[str]]:
+    """Of all GPUs here, by their indexes, and of what they are divided into. Raises NVMLError."""
+    with nvml():
+        handles = [
+            pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())
+        ]
+        gpus = [str(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles]
+        return gpus, [uuid for handle in handles for uuid in _instances(handle)]
 
 
 def _instances(gpu: Any) -> Iterator[str]:
@@ -92,9 +92,11 @@ def _instances(gpu: Any) -> Iterator[str]:
             yield str(pynvml.nvmlDeviceGetUUID(instance))
 
 
-def _completed(name: str, uuids: list[str]) -> str:
-    """The UUID that begins so; the name itself where none does, or several do."""
-    matching = [uuid for uuid in uuids if uuid.startswith(name)]
+def _whole_name(name: str, gpus: list[str], instances: list[str]) -> str:
+    """The UUID of this index, or that begins so; the name itself where none does, or several do."""
+    if name.isdecimal():
+        return gpus[int(name)] if int(name) < len(gpus) else name
+    matching = [uuid for uuid in (*gpus, *instances) if uuid.startswith(name)]
     return matching[0] if len(matching) == 1 else name
 
 

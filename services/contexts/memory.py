@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
-import psutil
 import pynvml
 import structlog
 
+from services.contexts import node_memory
 from services.contexts.device import Device, gpu_handle
 from services.contexts.engine_command import engine_arguments, engine_environment
 from services.contexts.model_files import weights_bytes
@@ -43,7 +43,7 @@ def free_bytes(device: Device) -> int:
     if device.kind == "cuda":
         with gpu_handle(device.gpu) as handle:
             return int(pynvml.nvmlDeviceGetMemoryInfo(handle).free)
-    return int(psutil.virtual_memory().available)
+    return node_memory.available_bytes()
 
 
 def total_bytes(device: Device) -> int:
@@ -51,7 +51,7 @@ def total_bytes(device: Device) -> int:
     if device.kind == "cuda":
         with gpu_handle(device.gpu) as handle:
             return int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
-    return int(psutil.virtual_memory().total)
+    return node_memory.total_bytes()
 
 
 def _argument(plan: EnginePlan, flag: str, default: float) -> float:

@@ -6,6 +6,7 @@ import pynvml
 import pytest
 
 from services.contexts import find_device, visible_gpus
+from services.contexts.engine_command import template_environment
 from services.contexts.plan import EnginePlan
 from services.contracts import ContextSpec, load_settings
 from services.contracts.errors import EngineStartError
@@ -82,10 +83,12 @@ def several(monkeypatch: pytest.MonkeyPatch) -> None:
         (f"{WHOLE[1]},GPU-8a1bf", WHOLE[1:3]),
         ("MIG-77e3", WHOLE[3:]),
         ("GPU-8a1b,GPU-none", ["GPU-8a1b", "GPU-none"]),  # of two GPUs, and of none
-        ("1", ["1"]),
+        ("1", WHOLE[1:2]),
+        ("0,2,GPU-8a1b0", [*WHOLE[0:3:2], WHOLE[1]]),
+        ("7", ["7"]),
     ],
 )
-def test_a_gpu_by_the_beginning_of_its_uuid_is_the_one_that_cuda_would_take(
+def test_a_gpu_by_its_index_or_the_beginning_of_its_uuid_is_the_one_that_cuda_would_take(
     variable: str, gpus: list[str], several: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
@@ -100,6 +103,30 @@ def test_an_engine_is_told_of_gpus_by_names_that_it_takes(
     assert (device.gpu, device.name) == (WHOLE[0], f"the one called {WHOLE[0]}")
     plan = EnginePlan.of(ContextSpec(model="org/model"), device, load_settings())
     assert plan.environment["CUDA_VISIBLE_DEVICES"] == f"{WHOLE[0]},{WHOLE[2]}"
+
+
+def test_a_gpu_has_one_name_whatever_the_variable_calls_it(
+    several: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = set()
+    for variable in ("1", WHOLE[1], "GPU-8a1b0", "1,junk"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+        device = find_device()
+        assert device.gpu == WHOLE[1]
+        names.add(EnginePlan.of(ContextSpec(model="org/model"), device, load_settings()).name)
+    assert len(names) == 1  # so they share an engine
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert find_device().gpu == WHOLE[0] and visible_gpus() == WHOLE[:3]
+
+
+def test_gpus_have_the_same_order_for_an_engine_as_for_us(
+    several: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    plan = EnginePlan.of(ContextSpec(model="org/model"), find_device(), load_settings())
+    assert plan.environment["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    assert template_environment(plan)["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
 
 
 def no_driver() -> None:
