@@ -1,6 +1,7 @@
 """A worker's lease on an engine of its node: found or started, watched, given back."""
 
 import contextlib
+import select
 import threading
 import time
 from collections.abc import Callable
@@ -9,9 +10,10 @@ import structlog
 
 from services.contexts.completions import CompletionClient
 from services.contexts.engine import start_error
+from services.contexts.engine_log import OOM, oom_kills
 from services.contexts.metrics import ATTACHES
 from services.contexts.plan import EnginePlan
-from services.contexts.protocol import Attach, Demand, Drain, Evict, Line, Word
+from services.contexts.protocol import Attach, Demand, Drain, Evict, Line, Look, Word
 from services.contexts.records import ContextRecord, State
 from services.contexts.runtime_dir import (
     is_locked,
@@ -22,6 +24,7 @@ from services.contexts.runtime_dir import (
 )
 from services.contexts.start_keeper import connected, open_keeper
 from services.contracts import Settings
+from services.contracts.clock import awake
 from services.contracts.errors import EngineStartError, KeeperError
 from services.contracts.startup import StartupPhases
 
@@ -30,6 +33,8 @@ _LOOK_SECONDS = 3.0
 _REPORT_SECONDS = 5.0
 _EVICT_SECONDS = 60.0
 _END_SECONDS = 10.0
+# A keeper says once a second how a start goes, and nothing while that waits for its turn.
+_SILENT_SECONDS, _ANSWER_SECONDS = 60.0, 10.0
 
 log = structlog.get_logger(__name__)
 
@@ -57,8 +62,12 @@ class Attachment:
         self._directory = open_runtime_dir(settings.runtime_dir)
         self._line: Line | None = None
         self._record: ContextRecord | None = None
-        self._gone: str | None = None
+        self.gone: str | None = None
+        """Why there is no engine any more, as its keeper said."""
+        self._stopped: Callable[[], bool] = lambda: False
         self._listening = threading.Lock()
+        self._heard_at = awake()
+        self._oom_kills = oom_kills()
         self.starts = 0
         """How often we came to have it."""
         self.warm = False
@@ -81,15 +90,18 @@ class Attachment:
 
     @property
     def state(self) -> State | None:
-        """As last heard; None where there is no engine. Unlike `alive` it never waits."""
+        """As last heard; None where there is no engine. Unlike `alive` it does not listen."""
         record = self._record
         return None if record is None else record.state
 
     @property
     def alive(self) -> bool:
+        """Whether it is here and warm, by its keeper's latest word. Does not wait for that, nor for
+        a start that goes on in another thread.
+        """
         with self._listening:
-            self._hear(0)
-            return self._line is not None
+            self._hear()
+            return self.state == "warm"
 
     def look(self) -> None:
         """After a request failed: if the engine is gone, have heard so from the keeper."""
@@ -106,30 +118,35 @@ class Attachment:
         started = reported = time.monotonic()
         log.info("engine.starting", context=self.plan.spec.context_id, log=str(self.log_file))
         self._let_go()
-        self._gone = None
+        self.gone, self._stopped = None, stop.is_set
+        self._oom_kills = oom_kills()
         line = open_keeper(self._settings, stop.is_set)
         if line is None:
             return False
         with self._listening:
-            self._line = line
-            self._line.send(Attach(plan=self.plan))
-            while self._record is None or self._record.state != "warm":
-                if stop.is_set():
-                    break
-                self._hear(_WORD_SECONDS)
-                self._meanwhile()
-                if self._line is None:
-                    ATTACHES.labels("failed").inc()
-                    raise EngineStartError(self._gone or "its keeper ended")
-                now = time.monotonic()
-                if self._record is not None and now - reported >= _REPORT_SECONDS:
-                    reported = now
-                    log.info(
-                        "engine.loading",
-                        seconds=round(now - started),
-                        state=self._record.state,
-                        says=self._record.says,
-                    )
+            self._line, self._heard_at = line, awake()
+            line.send(Attach(plan=self.plan))
+        while not self.alive:
+            if stop.is_set():
+                break
+            if self._line is None:
+                ATTACHES.labels("failed").inc()
+                raise EngineStartError(self.gone or "its keeper ended")
+            if awake() - self._heard_at > _SILENT_SECONDS:
+                self._look_at_keeper()
+            with contextlib.suppress(OSError, ValueError):  # another thread has closed it
+                select.select([line], [], [], _WORD_SECONDS)
+            self._meanwhile()
+            now = time.monotonic()
+            record = self._record
+            if record is not None and now - reported >= _REPORT_SECONDS:
+                reported = now
+                log.info(
+                    "engine.loading",
+                    seconds=round(now - started),
+                    state=record.state,
+                    says=record.says,
+                )
         if stop.is_set():
             self._let_go()
             return False
@@ -148,7 +165,7 @@ class Attachment:
     def stop(self) -> None:
         """End the engine, for it hangs; others that use it will find it so as well."""
         try:
-            evict(self._settings, (self.plan.name,))
+            evict(self._settings, (self.plan.name,), self._stopped)
         except KeeperError as error:  # whoever starts the engine again finds out how things are
             log.warning("engine.not_evicted", reason=str(error))
         self._let_go()
@@ -172,20 +189,33 @@ class Attachment:
         """What to raise when it cannot be used, with the end of its log."""
         return start_error(self.plan, self.log_file, what)
 
-    def _hear(self, seconds: float) -> None:
-        """With the lock held: the keeper's words that have come, or come in time."""
+    def _hear(self) -> None:
+        """With the lock held: the keeper's words that have come."""
         while self._line is not None:
             try:
-                word = self._line.word(seconds)
+                word = self._line.word(0)
             except TimeoutError:
                 return
+            self._heard_at = awake()
             if word is None or word.gone is not None:
-                self._gone = "its keeper ended" if word is None else word.gone
+                self.gone = self._keeper_ended() if word is None else word.gone
                 self._line.close()
                 self._line = self._record = None
             elif word.record is not None:
                 self._record, self.warm = word.record, word.warm
-                return
+
+    def _keeper_ended(self) -> str:
+        """Where the kernel lacks memory, it may choose the keeper, and not an engine."""
+        return "its keeper ended" if oom_kills() == self._oom_kills else f"its keeper ended. {OOM}"
+
+    def _look_at_keeper(self) -> None:
+        """It has said nothing for long: does it answer at all? Raises KeeperError."""
+        try:
+            _ask(self._settings, Look(), _ANSWER_SECONDS, self._stopped)
+        except KeeperError:
+            self._let_go()
+            raise
+        self._heard_at = awake()
 
     def _let_go(self) -> None:
         with self._listening:
@@ -194,12 +224,15 @@ class Attachment:
             self._line = self._record = None
 
 
-def evict(settings: Settings, wanted: tuple[str, ...]) -> tuple[str, ...]:
-    """Stop engines, by name or context. The names of those that went; none where no keeper is.
+def evict(
+    settings: Settings, wanted: tuple[str, ...], stopped: Callable[[], bool] = lambda: False
+) -> tuple[str, ...]:
+    """Stop engines, by name or context. The names of those that went; none where no keeper is, or
+    when `stopped` says so before it has answered.
 
     Raises KeeperError when it does not answer.
     """
-    return _ask(settings, Evict(wanted=wanted)).done
+    return _ask(settings, Evict(wanted=wanted), _drain_seconds(settings), stopped).done
 
 
 def drain(settings: Settings) -> None:
@@ -207,18 +240,26 @@ def drain(settings: Settings) -> None:
 
     Raises KeeperError when it does not answer.
     """
-    _ask(settings, Drain())
+    _ask(settings, Drain(), _drain_seconds(settings))
     lock = keeper_lock(open_runtime_dir(settings.runtime_dir))
     deadline = time.monotonic() + _END_SECONDS
     while is_locked(lock) and time.monotonic() < deadline:
         time.sleep(_WORD_SECONDS)
 
 
-def _ask(settings: Settings, request: Evict | Drain) -> Word:
-    directory = open_runtime_dir(settings.runtime_dir)
-    line = connected(directory)
+def _drain_seconds(settings: Settings) -> float:
+    """Up to 60 % of the grace period for workers to finish, and once more for the engines' end."""
+    return 2 * settings.grace_seconds + _EVICT_SECONDS
+
+
+def _ask(
+    settings: Settings,
+    request: Look | Evict | Drain,
+    seconds: float,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Word:
+    line = connected(open_runtime_dir(settings.runtime_dir))
     if line is None:
         return Word()
     with contextlib.closing(line):
-        # Up to 60 % of the grace period for workers to finish, and once more for the engines' end.
-        return line.ask(request, 2 * settings.grace_seconds + _EVICT_SECONDS) or Word()
+        return line.ask(request, seconds, stopped) or Word()

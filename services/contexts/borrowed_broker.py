@@ -1,7 +1,6 @@
 """The broker that this node's keeper keeps warm, for the time of a run."""
 
 import contextlib
-import select
 from collections.abc import Callable
 
 import structlog
@@ -29,8 +28,7 @@ class BorrowedBroker:
     @property
     def gone(self) -> bool:
         """Whether the keeper has ended, and the broker with it."""
-        # It says nothing more: readable means that its end is closed.
-        return bool(select.select([self._line], [], [], 0)[0])
+        return self._line.gone
 
     def give_back(self, claims_queue: str | None) -> None:
         """The run is over, and nothing of it is left in its queues; None where it was not used."""
@@ -47,21 +45,25 @@ def warm_broker(settings: Settings, stopped: Callable[[], bool]) -> None:
     run; where it cannot, that run starts its own.
     """
     line = open_keeper(settings, stopped)
-    borrowed = None if line is None else _borrowed(line)
+    borrowed = None if line is None else _borrowed(line, stopped)
     if borrowed is not None:
         borrowed.give_back(None)
         borrowed.close()
 
 
-def borrow_broker(settings: Settings) -> BorrowedBroker | None:
-    """The broker of this node's keeper; None where there is no keeper, or it has none for us."""
+def borrow_broker(
+    settings: Settings, stopped: Callable[[], bool] = lambda: False
+) -> BorrowedBroker | None:
+    """The broker of this node's keeper; None where there is no keeper, or it has none for us, or
+    when `stopped` says so while it starts one.
+    """
     line = connected(open_runtime_dir(settings.runtime_dir))
-    return None if line is None else _borrowed(line)
+    return None if line is None else _borrowed(line, stopped)
 
 
-def _borrowed(line: Line) -> BorrowedBroker | None:
+def _borrowed(line: Line, stopped: Callable[[], bool]) -> BorrowedBroker | None:
     try:
-        word = line.ask(Borrow(), _START_SECONDS)
+        word = line.ask(Borrow(), _START_SECONDS, stopped)
     except KeeperError as error:
         log.warning("broker.not_borrowed", reason=str(error))
         word = None

@@ -70,18 +70,36 @@ class EngineCaches:
         """Raises UsageError when it cannot be made, or is another user's."""
         self._directory = open_private_dir(directory, "KEEPWARM_CACHE_DIR")
 
+    def lock_path(self, name: str) -> Path:
+        """The file that is locked while a keeper starts the engine of this name."""
+        return self._directory / f"{name}.lock"
+
+    def busy(self, name: str) -> bool:
+        """Whether a keeper starts the engine of this name now."""
+        try:
+            lock = os.open(self.lock_path(name), os.O_RDWR)
+        except FileNotFoundError:
+            return False
+        try:
+            return not locks.take(lock, self.lock_path(name), "KEEPWARM_CACHE_DIR")
+        finally:
+            os.close(lock)
+
     @contextmanager
-    def starting(self, name: str) -> Iterator[Path]:
-        """The engine's own directory, for as long as the start lasts; waits for whoever has it.
+    def starting(self, name: str) -> Iterator[Path | None]:
+        """The engine's own directory, for as long as the start lasts; None while another keeper
+        starts this engine. Never waits: the caller may hold what others wait for.
 
         A start that fails may have failed with what it found: nothing compiled is left by it.
         """
         directory = self._directory / name
         # It may have been deleted since: that is how a person makes room.
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(self._directory / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        lock = os.open(self.lock_path(name), os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            locks.take(lock, self._directory / f"{name}.lock", "KEEPWARM_CACHE_DIR", wait=True)
+            if not locks.take(lock, self.lock_path(name), "KEEPWARM_CACHE_DIR"):
+                yield None
+                return
             directory.mkdir(mode=0o700, exist_ok=True)
             marker = directory / _UNFINISHED
             if marker.exists():

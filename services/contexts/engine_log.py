@@ -113,7 +113,7 @@ _BY_SIGNAL = {
     -9: "It was killed (SIGKILL), and not by Keepwarm. The kernel or a batch system does that when "
     "memory runs out: see `dmesg`, and the memory limit of the job or container",
 }
-_OOM = (
+OOM = (
     "The kernel killed it because memory ran out. Raise the memory limit of the job or container, "
     "end what else uses the memory, or take a smaller model or a smaller --max-model-tokens"
 )
@@ -151,7 +151,7 @@ def explanation(log_file: Path, ending: Ending, device: str) -> str:
         remedy = next((told for pattern, told in _REMEDIES if pattern.search(cause)), None)
     killed = ending.exit_code == -9 or _KILLED_CORE.search(log) is not None
     if killed and ending.out_of_memory:
-        remedy = _OOM
+        remedy = OOM
     elif remedy is None:
         remedy = _BY_SIGNAL.get(-9 if killed else ending.exit_code or 0)
     sentences = [] if cause is None else [f"The cause: {cause.rstrip('.')}."]

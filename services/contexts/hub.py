@@ -1,6 +1,14 @@
-"""Models on the hub: which commit is meant, their small files, and their weights."""
+"""Models on the hub: which commit is meant, their small files, and their weights.
+
+As a command it fetches the weights of one model (services/contexts/fetching.py).
+"""
 
 import errno
+import json
+import os
+import sys
+import threading
+import time
 from pathlib import Path
 
 from huggingface_hub import (
@@ -21,8 +29,12 @@ from huggingface_hub.errors import (
 )
 
 from services.contracts import ContextSpec
+from services.contracts.clock import awake
 from services.contracts.errors import ModelError
 
+# A hub that says nothing is given up after seconds; this is for transfers that stand still.
+_STALLED_SECONDS = 600.0
+_LOOK_SECONDS = 1.0
 # What an engine reads; other formats of the same weights would be fetched in vain.
 _WEIGHTS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
@@ -133,3 +145,48 @@ def _disk_error(error: BaseException | None) -> int | None:
             return error.errno
         error = error.__cause__ or error.__context__
     return None
+
+
+def _main() -> None:
+    spec = ContextSpec.model_validate_json(sys.argv[1])
+    threading.Thread(target=_end_if_stalled, args=(spec,), daemon=True).start()
+    try:
+        _answer("directory", str(fetch_weights(spec)))
+    except ModelError as error:
+        _answer("error", str(error))
+
+
+def _answer(kind: str, value: str) -> None:
+    sys.stdout.write(f"\n{json.dumps({kind: value})}\n")
+    sys.stdout.flush()
+
+
+def _end_if_stalled(spec: ContextSpec) -> None:
+    """Another process may fetch the same model while we wait for it: what counts is whether more of
+    it comes to the disk.
+    """
+    files = Path(constants.HF_HUB_CACHE) / f"models--{spec.model.replace('/', '--')}" / "blobs"
+    size, since = -1, awake()
+    while awake() - since < _STALLED_SECONDS:
+        time.sleep(_LOOK_SECONDS)
+        now = _size(files)
+        if now != size:
+            size, since = now, awake()
+    _answer(
+        "error",
+        f"the download of {spec.model!r} stands still: nothing came to {files} for "
+        f"{_STALLED_SECONDS:g} s. Try again later: what has come is kept; or fetch the model "
+        "elsewhere, and give its directory with --model PATH",
+    )
+    os._exit(1)
+
+
+def _size(directory: Path) -> int:
+    try:
+        return sum(file.stat().st_blocks for file in directory.iterdir())
+    except OSError:  # there is nothing yet, or a file is being renamed
+        return 0
+
+
+if __name__ == "__main__":
+    _main()

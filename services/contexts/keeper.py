@@ -4,8 +4,9 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -26,11 +27,14 @@ from services.contexts.runtime_dir import (
 from services.contexts.slot import SOCKET_REMOVED, Slot
 from services.contexts.template_process import TEMPLATE_NAMES, Template, remove_templates
 from services.contracts import Settings
+from services.contracts.clock import awake
 from services.contracts.errors import EngineStartError, KeeperError
 from services.contracts.values import content_id
 
 _GIB = 1024**3
 _LOOK_SECONDS = 0.2
+# What ends is gone in less, unless it hangs in the kernel.
+_STOPPING_SECONDS = 300.0
 _LOCK_TRIES, _LOCK_PAUSE_SECONDS = 20, 0.05
 _TIDY_SECONDS = 10.0
 # Of the grace period. Workers drain in about as long; what is left is for the engines' own end.
@@ -137,25 +141,39 @@ class Keeper:
         with self._changed:
             return [slot.record.state for slot in self._slots.values() if not slot.finished]
 
-    def attach(self, plan: EnginePlan) -> tuple[Slot, State | None]:
+    def attach(
+        self, plan: EnginePlan, given_up: Callable[[], bool] = lambda: False
+    ) -> tuple[Slot, State | None]:
         """A lease on the engine of this plan, and how it was found: None where there was none, and
-        it is started for this lease.
+        it is started for this lease. An engine that is on its way out is waited for.
 
-        Give it back with `detach`. Raises KeeperError on a node that is draining.
+        Give it back with `detach`. Raises KeeperError on a node that is draining, when `given_up`
+        says that nobody wants the lease any more, and for an engine that does not end.
         """
-        while True:
+        deadline = awake() + _STOPPING_SECONDS
+        while not given_up():
             with self._changed:
                 if self._draining:
                     raise KeeperError("this node is draining: its keeper starts no engine")
                 slot = self._slots.get(plan.name)
                 found = None if slot is None or slot.finished else slot.record.state
                 if slot is None or slot.finished:
-                    slot = Slot(plan, self, self._demand.get(plan.spec.context_id, 0))
+                    slot = Slot(
+                        _as_seen_here(plan), self, self._demand.get(plan.spec.context_id, 0)
+                    )
                     self._slots[plan.name] = slot
                     slot.begin()
             if slot.attach():
                 return slot, found
             slot.join(_LOOK_SECONDS)  # on its way out, then a new one; or falling asleep
+            if awake() > deadline:
+                raise KeeperError(
+                    f"the engine {plan.name} has been ending for {_STOPPING_SECONDS:g} s, and no "
+                    f"other may start before it is gone; its log is {slot.record.log}. End this "
+                    "node's keeper with `keepwarm contexts evict --all`; if a process of the "
+                    "engine stays in the kernel (`ps` shows D), restart the node"
+                )
+        raise KeeperError("nobody waits for the lease any more")
 
     def evict(self, wanted: tuple[str, ...] | None) -> tuple[str, ...]:
         """Stop the engines of these names or contexts, or all. The names of those that went within
@@ -176,7 +194,7 @@ class Keeper:
         for slot in going:
             slot.stop("the node is draining" if self._draining else "it was evicted")
         deadline = time.monotonic() + self.settings.grace_seconds
-        for slot in going:  # at worst in the midst of fetching weights, which cannot be broken off
+        for slot in going:
             slot.join(max(0.0, deadline - time.monotonic()))
         return tuple(slot.plan.name for slot in going if slot.finished)
 
@@ -242,37 +260,44 @@ class Keeper:
 
         Raises EngineStartError when others hold the memory and do not let go in time.
         """
+        limit = self.settings.engine_start_timeout_seconds
+        deadline = awake() + limit
         with self._changed:
             room = self._room[_place(slot)]
         while not room.acquire(timeout=_LOOK_SECONDS):
             if slot.abandoned:
                 yield False
                 return
+            if awake() > deadline:
+                raise EngineStartError(
+                    f"its turn did not come within {limit:g} s "
+                    "(KEEPWARM_ENGINE_START_TIMEOUT_SECONDS): engines start one after the other on "
+                    f"{slot.record.device}, and `keepwarm contexts list` shows which starts now"
+                )
         try:
-            yield self._make_room(slot)
+            yield self._make_room(slot, deadline)
         finally:
             room.release()
 
-    def _make_room(self, slot: Slot) -> bool:
+    def _make_room(self, slot: Slot, deadline: float) -> bool:
         """False when nobody waits for it any more: others want the room."""
-        deadline = time.monotonic() + self.settings.engine_start_timeout_seconds
         needed = needed_bytes(slot.plan, slot.known_bytes)
         while not slot.abandoned:
             missing = needed - self._available(slot)
             if missing <= 0:
                 return True
             others = self._others_on(slot)
-            awake = any(other.record.state != "asleep" for other in others)
-            going = _who_goes(others, missing, only_if_enough=awake)
+            awake_ones = any(other.record.state != "asleep" for other in others)
+            going = _who_goes(others, missing, only_if_enough=awake_ones)
             for candidate in going:
                 log.info("context.gives_way", context=candidate.name, to=slot.plan.name)
                 self._slots[candidate.name].give_way()
-            if not going and not awake:
+            if not going and not awake_ones:
                 # Our estimate may be wrong, and the engine says best what it lacks.
                 log.warning("memory.short", context=slot.plan.name, missing_bytes=missing)
                 return True
             if not going:
-                if time.monotonic() > deadline:
+                if awake() > deadline:
                     raise EngineStartError(
                         f"it needs {needed / _GIB:.1f} GiB, and engines that are in use hold them; "
                         "raise KEEPWARM_CONTEXT_MEMORY_GIB, or give fewer contexts to this node"
@@ -325,3 +350,14 @@ def _who_goes(
 def _place(slot: Slot) -> tuple[str, str]:
     """Engines of one place share their memory."""
     return slot.plan.device.kind, slot.plan.device.gpu
+
+
+def _as_seen_here(plan: EnginePlan) -> EnginePlan:
+    """Engines are the keeper's processes: on processors its memory counts, of which its worker may
+    see more, in a container or a job of another size.
+    """
+    device = plan.device
+    if device.kind == "cuda":
+        return plan
+    least = min(device.memory_bytes, free_bytes(device))
+    return plan.model_copy(update={"device": replace(device, memory_bytes=least)})

@@ -161,7 +161,7 @@ class KeeperServer:
         request = line.request(_REQUEST_SECONDS)
         if isinstance(request, Attach):
             try:
-                slot, found = self._keeper.attach(request.plan)
+                slot, found = self._keeper.attach(request.plan, lambda: line.gone)
             except KeepwarmError as error:
                 line.send(Word(gone=str(error)))
                 return
@@ -235,7 +235,7 @@ class KeeperServer:
                 return
             if not loaded and record.state == "warm":
                 try:
-                    slot.load_adapter(spec)
+                    slot.load_adapter(spec, lambda: line.gone)
                 except EngineStartError as error:
                     line.send(Word(gone=str(error)))
                     return
@@ -244,11 +244,21 @@ class KeeperServer:
                 told = record
                 shown = record if found is None else record.model_copy(update={"phases": None})
                 line.send(Word(record=shown, warm=found == "warm"))
-            if select.select([line], [], [], 0)[0]:
-                request = line.request(_REQUEST_SECONDS)
-                if request is None:
-                    return
-                if not isinstance(request, Demand):
-                    raise KeeperError("a lease carries nothing but demand")
-                self._keeper.hear_demand(request.claims)
+            if not self._hear(line):
+                return
             self._keeper.wait_for_change(_LOOK_SECONDS)
+
+    def _hear(self, line: Line) -> bool:
+        """What a worker has said since; several requests may have come at once. False when it has
+        gone.
+        """
+        while True:
+            try:
+                request = line.request(0)
+            except TimeoutError:
+                return True
+            if request is None:
+                return False
+            if not isinstance(request, Demand):
+                raise KeeperError("a lease carries nothing but demand")
+            self._keeper.hear_demand(request.claims)

@@ -139,7 +139,7 @@ def _fingerprint(directory: Path, wanted: str | None, cache_dir: Path | None, wa
 
 def _check_adapter(spec: ContextSpec) -> None:
     """Raises ModelError for an adapter that engines do not take: known before one is started."""
-    path = model_file(_as_model(spec), _ADAPTER_CONFIG)
+    path = model_file(adapter_as_model(spec), _ADAPTER_CONFIG)
     if path is None:
         raise ModelError(
             f"{spec.adapter} has no {_ADAPTER_CONFIG}, so it is no adapter as PEFT saves it; is it "
@@ -171,20 +171,10 @@ def _check_adapter(spec: ContextSpec) -> None:
         )
 
 
-def _as_model(spec: ContextSpec) -> ContextSpec:
+def adapter_as_model(spec: ContextSpec) -> ContextSpec:
     """The adapter as what is fetched and looked for like a model."""
     assert spec.adapter is not None
     return ContextSpec(model=spec.adapter, revision=spec.adapter_revision)
-
-
-def adapter_directory(spec: ContextSpec) -> Path:
-    """Where the adapter's files are on this node, fetched if need be. Raises ModelError."""
-    adapter = _as_model(spec)
-    if is_local(adapter.model):
-        return Path(adapter.model)
-    from services.contexts import hub
-
-    return hub.fetch_weights(adapter)
 
 
 def model_file(spec: ContextSpec, name: str) -> Path | None:

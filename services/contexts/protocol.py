@@ -7,6 +7,7 @@ that dies lets go by dying.
 import os
 import socket
 import struct
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -23,10 +24,12 @@ from services.contexts.lines import Lines
 from services.contexts.plan import EnginePlan
 from services.contexts.records import ContextRecord
 from services.contracts.bounds import Identity, Name
+from services.contracts.clock import awake
 from services.contracts.errors import KeeperError
 from services.contracts.values import Value
 
 _SEND_SECONDS = 5.0
+_LOOK_SECONDS = 0.2
 
 
 class Attach(Value):
@@ -134,6 +137,17 @@ class Line:
     def close(self) -> None:
         self._connection.close()
 
+    @property
+    def gone(self) -> bool:
+        """Whether the other side has hung up, and all that it said was read. Never waits."""
+        try:
+            self._connection.settimeout(0)
+            return self._connection.recv(1, socket.MSG_PEEK) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def send(self, value: Value) -> None:
         """Raises KeeperError when the other side is gone, or does not listen."""
         try:
@@ -161,12 +175,26 @@ class Line:
                 "`keepwarm contexts evict --all`, or with SIGTERM"
             ) from error
 
-    def ask(self, request: Look | Evict | Drain | Borrow, timeout_seconds: float) -> Word | None:
-        """The answer to a request; None when the keeper ended first. Raises KeeperError."""
+    def ask(
+        self,
+        request: Look | Evict | Drain | Borrow,
+        timeout_seconds: float,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> Word | None:
+        """The answer to a request; None when the keeper ended first, or `stopped` said so
+        meanwhile. Raises KeeperError.
+        """
         self.send(request)
-        try:
-            return self.word(timeout_seconds)
-        except TimeoutError as error:
-            raise KeeperError(
-                f"this node's keeper did not answer within {timeout_seconds:g} s; its log says more"
-            ) from error
+        deadline = awake() + timeout_seconds
+        while not stopped():
+            left = max(0.0, deadline - awake())
+            try:
+                return self.word(min(left, _LOOK_SECONDS))
+            except TimeoutError as error:
+                if left > _LOOK_SECONDS:
+                    continue
+                raise KeeperError(
+                    f"this node's keeper did not answer within {timeout_seconds:g} s; its log "
+                    "says more"
+                ) from error
+        return None

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -14,21 +14,27 @@ from services.contexts.caches import EngineCaches, PastStart
 from services.contexts.engine import Engine, start_error
 from services.contexts.engine_log import explanation
 from services.contexts.eviction import Candidate
+from services.contexts.fetching import fetch
 from services.contexts.memory import needed_bytes
-from services.contexts.model_files import adapter_directory, is_local, weights_bytes
+from services.contexts.model_files import adapter_as_model, is_local, weights_bytes
+from services.contexts.node_memory import available_bytes
 from services.contexts.plan import EnginePlan
 from services.contexts.records import ContextRecord, OwnRecord, State
 from services.contexts.silence import Silence
 from services.contexts.template_process import Template
 from services.contracts import ContextSpec, Settings
+from services.contracts.clock import awake
 from services.contracts.errors import (
     EngineRequestError,
     EngineStartError,
     KeepwarmError,
     ModelError,
 )
+from services.contracts.startup import StartupPhases
 
 _LOOK_SECONDS = 0.1
+# To fall asleep takes at most as long as a request may, and to end not even that.
+_END_SECONDS = 180.0
 SOCKET_REMOVED = "its socket was removed"
 
 log = structlog.get_logger(__name__)
@@ -68,6 +74,7 @@ class Slot:
         self._awake = threading.Event()
         self._lock = threading.Lock()
         self._loading = threading.Lock()
+        self._used_at = awake()
         self.contexts = frozenset({plan.spec.context_id})
         """What it is asked for: its own context, or one for each of its adapters."""
         self._own: OwnRecord | None = None
@@ -122,20 +129,28 @@ class Slot:
                 # At once, so that nobody attaches to a start that is being given up.
                 self._begin_to_stop("nobody waits for it any more")
 
-    def load_adapter(self, spec: ContextSpec) -> None:
-        """Have the adapter of this context in the engine, which is warm; nothing for one without.
+    def load_adapter(self, spec: ContextSpec, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Have the adapter of this context in the engine, which is warm; nothing for one without,
+        or when `stopped` says so while it is fetched.
 
         Raises EngineStartError when it cannot be fetched, or does not fit the model.
         """
         if spec.adapter is None:
             return
-        with self._loading:
-            try:
-                self._engine.load_adapter(spec.context_id, adapter_directory(spec))
-            except (EngineRequestError, ModelError) as error:
-                raise EngineStartError(
-                    f"the adapter {spec.adapter} cannot be used with {spec.model}: {error}"
-                ) from error
+        try:
+            directory = fetch(
+                adapter_as_model(spec),
+                self.plan.environment,
+                lambda: self._stop.is_set() or stopped(),
+            )
+            if directory is None:
+                return
+            with self._loading:
+                self._engine.load_adapter(spec.context_id, directory)
+        except (EngineRequestError, ModelError) as error:
+            raise EngineStartError(
+                f"the adapter {spec.adapter} cannot be used with {spec.model}: {error}"
+            ) from error
         with self._lock:
             self.contexts |= {spec.context_id}
             if spec.adapter not in self.record.adapters:
@@ -204,7 +219,7 @@ class Slot:
                 log.info("context.asleep", context=self.plan.name)
                 return
         self.stop("its room is needed for another context")
-        self.join()
+        self.join(_END_SECONDS)
 
     def _can_sleep(self) -> bool:
         """On CUDA, where the host has memory for what moves there: the weights, or all that it
@@ -213,7 +228,7 @@ class Slot:
         if self.plan.device.kind != "cuda" or self.plan.takes_adapters:
             return False
         moves = weights_bytes(self.plan.spec) or self.record.memory_bytes or 0
-        return psutil.virtual_memory().available > moves
+        return available_bytes() > moves
 
     # Its own thread.
 
@@ -246,23 +261,21 @@ class Slot:
     def _start(self) -> None:
         # What an earlier engine of this name has left there explains nothing of this start.
         self._engine.log_file.unlink(missing_ok=True)
-        with self._room(), self._house.caches.starting(self.plan.name) as cache:
-            self._note_state("starting")
-            log.info("context.starting", context=self.plan.name, log=str(self._engine.log_file))
-            begun = time.monotonic()
-            template = self._house.template_for(self.plan)  # imports while we fetch
-            fetch = self._fetch()
-            phases = self._engine.start(
-                template,
-                cache,
-                self._stop,
-                self._house.settings.engine_start_timeout_seconds,
-                loading=lambda says: self._note_locked(says=says),
-                begun=begun,
-            )
-            if phases is None:
-                raise _BrokenOff  # and leave the mark of what is half-written
-        phases = phases.model_copy(update={"fetch": fetch})
+        begun = time.monotonic()
+        if not is_local(self.plan.spec.model):
+            self._house.template_for(self.plan)  # imports while we fetch
+        fetch_seconds = self._fetch()
+        # Whoever has the room keeps others from it: nothing is fetched or waited for in there.
+        waiting_since = time.monotonic()
+        deadline = awake() + self._house.settings.engine_start_timeout_seconds
+        while True:
+            self._wait_for_other_keepers(deadline)
+            with self._room(), self._house.caches.starting(self.plan.name) as cache:
+                if cache is not None:
+                    # Its turn is no part of what a start takes.
+                    begun += time.monotonic() - waiting_since
+                    phases = self._start_engine(cache, begun, fetch_seconds)
+                    break
         memory = self._engine.memory_bytes()
         past = PastStart(phases=phases, memory_bytes=memory)
         self._start_seconds = past.seconds_again
@@ -283,6 +296,23 @@ class Slot:
         except OSError as error:  # another node may be at it, where they share a home directory
             log.warning("caches.not_bounded", reason=str(error))
 
+    def _start_engine(
+        self, cache: Path, begun: float, fetch_seconds: float | None
+    ) -> StartupPhases:
+        self._note_state("starting", says="")
+        log.info("context.starting", context=self.plan.name, log=str(self._engine.log_file))
+        phases = self._engine.start(
+            self._house.template_for(self.plan),
+            cache,
+            self._stop,
+            self._house.settings.engine_start_timeout_seconds,
+            loading=lambda says: self._note_locked(says=says),
+            begun=begun,
+        )
+        if phases is None:
+            raise _BrokenOff  # and leave the mark of what is half-written
+        return phases.model_copy(update={"fetch": fetch_seconds})
+
     def _likely_bytes(self) -> int:
         """What it holds where that cannot be measured: in a container, say, NVML may not know our
         processes. Nobody would be asked to make room that seems to hold nothing.
@@ -296,15 +326,35 @@ class Slot:
                 raise _BrokenOff  # nothing to start, and nothing to fetch
             yield
 
+    def _wait_for_other_keepers(self, deadline: float) -> None:
+        """Of this user, which share the caches and start the same engine: on this node in another
+        runtime directory, or on another node where the caches are on a shared file system.
+
+        Raises EngineStartError when that takes too long.
+        """
+        caches, name = self._house.caches, self.plan.name
+        while caches.busy(name):
+            self.note_waiting("waiting for another keeper that starts the same engine")
+            if self._stop.wait(_LOOK_SECONDS):
+                raise _BrokenOff
+            if awake() > deadline:
+                limit = self._house.settings.engine_start_timeout_seconds
+                raise EngineStartError(
+                    f"another keeper of this user starts the same engine, and has held "
+                    f"{caches.lock_path(name)} for {limit:g} s "
+                    "(KEEPWARM_ENGINE_START_TIMEOUT_SECONDS). End that keeper, or give this one a "
+                    "KEEPWARM_CACHE_DIR of its own"
+                )
+
     def _fetch(self) -> float | None:
         """Weights to the node. Seconds; None where the model is a directory. Raises ModelError."""
         if is_local(self.plan.spec.model):
             return None
-        from services.contexts import hub  # slow to import, and seldom needed
-
         started = time.monotonic()
-        self._note_locked(says="fetching weights")
-        hub.fetch_weights(self.plan.spec)
+        self.note_waiting("fetching weights")
+        if fetch(self.plan.spec, self.plan.environment, self._stop.is_set) is None:
+            raise _BrokenOff
+        self.note_waiting("")
         return round(time.monotonic() - started, 3)
 
     def _watch(self) -> str:
@@ -319,7 +369,7 @@ class Slot:
             record = self.record
             if record.attached and record.state == "asleep":
                 self._wake()
-            elif not record.attached and time.monotonic() - record.last_used > idle_seconds:
+            elif not record.attached and awake() - self._used_at > idle_seconds:
                 self._stop_unused(f"no worker used it for {idle_seconds:g} s")
                 continue
             if record.attached or record.state != "warm":
@@ -362,7 +412,8 @@ class Slot:
 
     def note_waiting(self, says: str) -> None:
         """Tell those who wait for it what it waits for."""
-        self._note_locked(says=says)
+        if says != self.record.says:
+            self._note_locked(says=says)
 
     def _note_locked(self, **changes: object) -> None:
         with self._lock:
@@ -371,7 +422,7 @@ class Slot:
     def _note(self, **changes: object) -> None:
         """With the lock held. Whoever touches the leases uses the context."""
         if "attached" in changes:
-            changes["last_used"] = time.monotonic()
+            changes["last_used"], self._used_at = time.monotonic(), awake()
         self.record = self.record.model_copy(update=changes)
         if self._own is not None and not self.finished:
             self._own.write(self.record)

@@ -27,6 +27,7 @@ from services.contracts.settings import METRICS_OFF
 from services.leash import Leashed
 
 _POLL_SECONDS = 0.02
+_CONNECT_SECONDS = 2.0
 _ANSWER_SECONDS = 20.0
 # On a slow machine the imports alone may take long. A keeper that is there, or coming, has this.
 _SLOW_SECONDS = 60.0
@@ -41,9 +42,12 @@ _COMMAND = python_command("services.cli.main", "keeper")
 
 
 def connected(directory: Path) -> Line | None:
-    """A connection to the keeper of this runtime directory; None where there is none."""
+    """A connection to the keeper of this runtime directory; None where there is none, or one that
+    takes no connections: so many wait that the kernel lets us wait, too.
+    """
     path = keeper_socket(directory)
     connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(_CONNECT_SECONDS)
     try:
         connection.connect(str(path))
     except OSError:
@@ -81,9 +85,12 @@ def open_keeper(settings: Settings, stopped: Callable[[], bool] = lambda: False)
 
 
 @contextlib.contextmanager
-def kept_meanwhile(settings: Settings, log_file: Path) -> Iterator[None]:
+def kept_meanwhile(
+    settings: Settings, log_file: Path, stopped: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
     """Where this node has no keeper, one that ends with the block, and its engines with it. One
-    that is there already is left alone, and its engines stay.
+    that is there already is left alone, and its engines stay. It is not waited for once `stopped`
+    says so.
     """
     directory = open_runtime_dir(settings.runtime_dir)
     line = connected(directory)
@@ -100,9 +107,9 @@ def kept_meanwhile(settings: Settings, log_file: Path) -> Iterator[None]:
             output=output,
         )
     try:
-        line = _wait(directory, log_file, lambda: True, lambda: keeper.exit_code() is None)
-        assert line is not None
-        line.close()
+        line = _wait(directory, log_file, lambda: not stopped(), lambda: keeper.exit_code() is None)
+        if line is not None:
+            line.close()
         yield
     finally:
         keeper.stop()

@@ -6,15 +6,14 @@ from pathlib import Path
 from services.contracts.errors import UsageError
 
 
-def take(descriptor: int, path: Path, setting: str, *, wait: bool = False) -> bool:
-    """Lock the open file at `path`, until it is closed. False while another process has the lock;
-    with `wait` this waits for it.
+def take(descriptor: int, path: Path, setting: str) -> bool:
+    """Lock the open file at `path`, until it is closed. False while another process has the lock.
 
     Raises UsageError, with the name of the setting that chose the place, where the file system has
     no locks: NFS without a lock service and Lustre without `-o flock` are like that.
     """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:

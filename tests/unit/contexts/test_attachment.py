@@ -2,6 +2,9 @@
 
 import socket
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,9 +12,12 @@ import pytest
 from services.contexts import Device, attachment
 from services.contexts.attachment import Attachment
 from services.contexts.plan import EnginePlan
-from services.contexts.protocol import Line, Word
+from services.contexts.protocol import Line, Look, Word
+from services.contexts.records import ContextRecord
 from services.contracts import ContextSpec, load_settings
-from services.contracts.errors import KeeperError
+from services.contracts.errors import EngineStartError, KeeperError
+
+GENEROUS_SECONDS = 60.0
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +67,7 @@ def test_an_engine_that_hangs_is_let_go_though_its_keeper_cannot_be_asked(
 def test_who_evicts_waits_for_as_long_as_a_drain_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
 
-    def ask(_: Line, __: object, seconds: float) -> Word:
+    def ask(_: Line, __: object, seconds: float, ___: object) -> Word:
         waits.append(seconds)
         return Word()
 
@@ -72,3 +78,107 @@ def test_who_evicts_waits_for_as_long_as_a_drain_may_take(monkeypatch: pytest.Mo
     # Workers have 60 % of it to finish, and the engines then all of it to end.
     assert waits[0] > 1.6 * 600
     other.close()
+
+
+class Mute:
+    """A keeper that takes connections and says what the test says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ends: list[Line] = []
+        monkeypatch.setattr(attachment, "connected", lambda _: self.connect())
+        monkeypatch.setattr(attachment, "open_keeper", lambda *_: self.connect())
+
+    def connect(self) -> Line:
+        ours, its = map(Line, socket.socketpair(socket.AF_UNIX))
+        self.ends.append(its)
+        return ours
+
+    def says(self, record: ContextRecord) -> None:
+        self.ends[0].send(Word(record=record))
+
+
+@pytest.fixture
+def mute(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mute]:
+    keeper = Mute(monkeypatch)
+    yield keeper
+    for end in keeper.ends:
+        end.close()
+
+
+@contextmanager
+def starting(lease: Attachment) -> Iterator[threading.Event]:
+    """It starts on another thread, until the block ends. Yields what makes it stop."""
+    stop = threading.Event()
+    thread = threading.Thread(target=lease.start, args=(stop,))
+    thread.start()
+    try:
+        yield stop
+    finally:
+        stop.set()
+        thread.join(GENEROUS_SECONDS)
+        lease.close()
+        assert not thread.is_alive()
+
+
+def test_who_asks_whether_it_is_alive_does_not_wait_for_its_start(
+    lease: Attachment, mute: Mute
+) -> None:
+    with starting(lease):
+        deadline = time.monotonic() + GENEROUS_SECONDS
+        while not mute.ends:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for state in ("starting", "warm"):
+            record = ContextRecord(
+                name="e",
+                context=lease.plan.spec,
+                device="Xeon",
+                state=state,  # type: ignore[arg-type]
+                socket="s",
+                log="l",
+                since=0.0,
+                last_used=0.0,
+            )
+            assert not lease.alive
+            mute.says(record)
+        while not lease.alive:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_a_keeper_that_hangs_is_not_waited_for(
+    lease: Attachment, mute: Mute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attachment, "_SILENT_SECONDS", 0.2)
+    monkeypatch.setattr(attachment, "_ANSWER_SECONDS", 0.2)
+    with pytest.raises(KeeperError, match="did not answer within 0.2 s"):
+        lease.start(threading.Event())
+    assert isinstance(mute.ends[1].request(0), Look)
+
+
+def test_a_keeper_that_has_nothing_to_say_and_answers_is_waited_for(
+    lease: Attachment, mute: Mute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attachment, "_SILENT_SECONDS", 0.2)
+    answered: list[object] = []
+
+    def ask(_: Line, request: object, *__: object) -> Word:
+        answered.append(request)
+        return Word()
+
+    monkeypatch.setattr(Line, "ask", ask)
+    with starting(lease):
+        deadline = time.monotonic() + GENEROUS_SECONDS
+        while len(answered) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_a_keeper_that_ended_while_the_kernel_killed_for_memory_is_told_so(
+    lease: Attachment, mute: Mute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kills = iter([1])
+    monkeypatch.setattr(attachment, "oom_kills", lambda: next(kills, 2))
+    with pytest.raises(EngineStartError, match="its keeper ended. .* because memory ran out"):
+        monkeypatch.setattr(Line, "send", lambda *_: mute.ends[0].close())
+        lease.start(threading.Event())

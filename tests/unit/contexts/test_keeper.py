@@ -8,18 +8,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
 from services.contexts import Device, start_keeper
+from services.contexts.caches import EngineCaches
 from services.contexts.engine import Engine
 from services.contexts.keeper import Keeper
 from services.contexts.keeper_server import KeeperServer
 from services.contexts.plan import EnginePlan
-from services.contexts.protocol import Drain, Line, Word
+from services.contexts.protocol import Attach, Demand, Drain, Line, Word
 from services.contexts.records import ContextRecord, State, live_records
 from services.contexts.runtime_dir import keeper_socket
 from services.contexts.slot import Slot
@@ -517,6 +517,79 @@ def test_weights_that_need_not_be_fetched_again_make_no_engine_dear(
     assert candidate.start_seconds <= phases.total - 2 + 0.001
 
 
+def test_a_start_that_waits_for_another_keepers_holds_nobody_up_and_can_be_stopped(
+    start: Callable[..., Node], tmp_path: Path
+) -> None:
+    node = start()
+    with EngineCaches(tmp_path / "cache").starting(node.plan("a").name):
+        behind = node.attach("a")
+        wait_until(lambda: "another keeper" in behind.record.says, "that it waits")
+        node.warm("b")  # on the same device
+        behind.stop("the test wants it")
+        assert node.goes(behind) == "the test wants it"
+
+
+def test_a_start_goes_on_when_another_keepers_is_over(
+    start: Callable[..., Node], tmp_path: Path
+) -> None:
+    node = start()
+    with EngineCaches(tmp_path / "cache").starting(node.plan("a").name):
+        behind = node.attach("a")
+        wait_until(lambda: "another keeper" in behind.record.says, "that it waits")
+    node.comes(behind, "warm")
+
+
+def test_who_waits_in_vain_for_another_keeper_is_told_of_its_lock(
+    start: Callable[..., Node], tmp_path: Path
+) -> None:
+    node = start(KEEPWARM_ENGINE_START_TIMEOUT_SECONDS="1")
+    name = node.plan("a").name
+    with EngineCaches(tmp_path / "cache").starting(name):
+        said = node.goes(node.attach("a"))
+    assert f"starts the same engine, and has held {tmp_path}/cache/{name}.lock for 1 s" in said
+    assert "KEEPWARM_CACHE_DIR of its own" in said
+
+
+def test_weights_are_fetched_before_the_room_is_taken_and_a_fetch_can_be_stopped(
+    start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(_: ContextSpec, __: object, stopped: Callable[[], bool]) -> None:
+        while not stopped():
+            time.sleep(0.02)
+
+    node = start()
+    monkeypatch.setattr("services.contexts.slot.fetch", fetch)
+    plan = node.plan("a").model_copy(update={"spec": ContextSpec(model="org/large")})
+    slot, _ = node.keeper.attach(plan)
+    wait_until(lambda: slot.record.says == "fetching weights", "that it fetches")
+    assert slot.record.state == "waiting"
+    node.warm("b")  # on the same device
+    slot.detach()
+    assert node.goes(slot) == "nobody waits for it any more"
+
+
+def test_who_waits_for_its_turn_too_long_is_told_what_it_waits_for(
+    start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = start(VLLM_TEST_START_SECONDS="600")
+    monkeypatch.setattr("services.contexts.keeper.free_bytes", lambda _: ALL_BYTES)
+    node.comes(node.attach("a"), "starting")
+    hurried = {"engine_start_timeout_seconds": 1.0}
+    node.keeper.settings = node.keeper.settings.model_copy(update=hurried)
+    said = node.goes(node.attach("b"))
+    assert "its turn did not come within 1 s" in said and "contexts list" in said
+
+
+def test_memory_counts_as_the_keeper_sees_it_and_not_as_its_worker_does(
+    start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = start()
+    monkeypatch.setattr("services.contexts.keeper.free_bytes", lambda _: 3 * 2**30)
+    assert node.attach("a").plan.device.memory_bytes == 3 * 2**30
+    monkeypatch.setattr("services.contexts.keeper.free_bytes", lambda _: ALL_BYTES)
+    assert node.attach("b").plan.device.memory_bytes == node.plan("b").device.memory_bytes
+
+
 # Sleep.
 
 
@@ -654,10 +727,7 @@ def test_one_sleeps_where_the_host_has_memory_for_its_weights_whatever_else_it_h
     gpu = Device("cuda", "H100", 80 * 2**30, (0,), gpu="0")
     slot = Slot(node.plan("a").model_copy(update={"device": gpu}), node.keeper, 0)
     slot.record = slot.record.model_copy(update={"memory_bytes": 70 * 2**30})
-    monkeypatch.setattr(
-        "services.contexts.slot.psutil.virtual_memory",
-        lambda: SimpleNamespace(available=3 * 2**30),
-    )
+    monkeypatch.setattr("services.contexts.slot.available_bytes", lambda: 3 * 2**30)
     assert slot._can_sleep() is sleeps
 
 
@@ -731,6 +801,56 @@ def test_one_that_somebody_uses_again_does_not_give_way(
 
 
 # The end.
+
+
+class Endless:
+    """Engines do not end for as long as we like."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.over = threading.Event()
+        stop = Engine.stop
+
+        def hang(engine: Engine) -> None:
+            assert self.over.wait(GENEROUS_SECONDS)
+            stop(engine)
+
+        monkeypatch.setattr(Engine, "stop", hang)
+
+
+@pytest.fixture
+def endless(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endless]:
+    held = Endless(monkeypatch)
+    yield held
+    held.over.set()
+
+
+def test_an_engine_that_does_not_end_is_not_waited_for_for_ever(
+    start: Callable[..., Node], endless: Endless, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.contexts.keeper._STOPPING_SECONDS", 0.5)
+    node = start()
+    node.warm("a").stop("the test wants it")
+    with pytest.raises(KeeperError, match=r"ending for 0.5 s.*its log is .*\.log.*evict --all"):
+        node.attach("a")
+    endless.over.set()
+
+
+def test_a_lease_that_nobody_waits_for_any_more_is_not_waited_for(
+    start: Callable[..., Node], endless: Endless
+) -> None:
+    node = start()
+    slot = node.warm("a")
+    slot.stop("the test wants it")
+    ours, theirs = map(Line, socket.socketpair())
+    attaching = threading.Thread(
+        target=lambda: KeeperServer(node.keeper, for_ever=True)._answer(theirs._connection)
+    )
+    ours.send(Attach(plan=node.plan("a")))
+    attaching.start()
+    ours.close()  # its worker dies
+    attaching.join(GENEROUS_SECONDS)
+    assert not attaching.is_alive()
+    endless.over.set()
 
 
 def test_evicting_ends_what_is_named_by_itself_or_by_its_context_and_no_other(
@@ -815,6 +935,24 @@ def test_a_drain_does_not_wait_for_ever(start: Callable[..., Node]) -> None:
 
 
 # What is told of it.
+
+
+def test_requests_that_come_at_once_are_all_heard(start: Callable[..., Node]) -> None:
+    node = start()
+    slot = node.warm("a")
+    bare, theirs = socket.socketpair()
+    server = KeeperServer(node.keeper, for_ever=True)
+    holding = threading.Thread(
+        target=server._hold, args=(Line(theirs), slot, "warm", slot.plan.spec)
+    )
+    holding.start()
+    context_id = slot.plan.spec.context_id
+    said = [Demand(claims={context_id: claims}).model_dump_json() for claims in (3, 4, 5)]
+    bare.sendall("".join(f"{line}\n" for line in said).encode())
+    wait_until(lambda: slot.record.demand == 5, "the last of what was said")
+    bare.close()
+    holding.join(GENEROUS_SECONDS)
+    theirs.close()
 
 
 def told(node: Node, slot: Slot, found: State | None) -> Word:

@@ -190,3 +190,16 @@ def test_who_asks_has_the_answer_or_is_told_that_there_is_none(ends: Ends) -> No
     assert ends.line.ask(Drain(), GENEROUS_SECONDS) == Word(done=("a",))
     with pytest.raises(KeeperError, match="did not answer within 0.1 s"):
         ends.line.ask(Drain(), 0.1)
+
+
+def test_who_asks_and_is_told_to_stop_waits_no_more(ends: Ends) -> None:
+    assert ends.line.ask(Drain(), GENEROUS_SECONDS, lambda: True) is None
+
+
+def test_it_is_known_when_the_other_side_has_hung_up(ends: Ends) -> None:
+    assert not ends.line.gone
+    ends.bare.sendall(b'{"verb": "drain"}\n')
+    ends.bare.close()
+    assert not ends.line.gone  # it has said something before
+    assert ends.line.request(GENEROUS_SECONDS) == Drain()
+    assert ends.line.gone

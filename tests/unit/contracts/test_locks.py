@@ -28,7 +28,7 @@ def test_a_lock_is_had_once(tmp_path: Path) -> None:
     assert locks.take(one, path, "--out")
     assert not locks.take(other, path, "--out")
     os.close(one)
-    assert locks.take(other, path, "--out", wait=True)
+    assert locks.take(other, path, "--out")
     os.close(other)
 
 
