@@ -91,7 +91,7 @@ class Consumer(Link):
 
     def take(self, timeout_seconds: float) -> Delivery | None:
         """The next message, or None when none came in time. Raises BrokerError on a dead link."""
-        self._raise_if_dead()
+        self.raise_if_dead()
         try:
             while True:
                 delivery = self._inbox.get(timeout=timeout_seconds)
@@ -99,6 +99,13 @@ class Consumer(Link):
                     return delivery
         except queue.Empty:
             return None
+
+    @property
+    def consuming(self) -> bool:
+        """Whether the broker hands us what it has; not so without a connection, and while one is
+        being set up.
+        """
+        return self._consuming
 
     def acknowledge(self, deliveries: Iterable[Delivery]) -> None:
         """They are done: the broker may forget them."""

@@ -29,6 +29,7 @@ from services.broker.queue_counts import Counts, count_queues
 from services.broker.tls import tls_fault
 from services.broker.topology import Declares, declare, queue_made_before_4
 from services.contracts.backoff import growing_pause
+from services.contracts.clock import awake
 from services.contracts.errors import (
     BrokerError,
     BrokerRefused,
@@ -40,6 +41,8 @@ from services.contracts.errors import (
 _FIRST_DELAY_SECONDS = 0.25
 _LONGEST_DELAY_SECONDS = 15.0
 _LOOK_SECONDS = 0.2
+# A broker that starts refuses for a moment as well, until it has loaded its users.
+_REFUSED_SECONDS = 60.0
 _ACCESS_REFUSED, _NOT_FOUND, _PRECONDITION_FAILED, _NOT_ALLOWED = 403, 404, 406, 530
 
 log = structlog.get_logger(__name__)
@@ -49,8 +52,9 @@ class Link:
     """What `Publisher` and `Consumer` share: a connection, its channel, and their one thread.
 
     Only the owning thread touches pika; other threads reach it through `_call_soon`. A lost
-    connection or channel is opened again with exponential backoff and full jitter, for ever, once
-    the first one was opened. The `_on_…` hooks run on the owning thread.
+    connection or channel is opened again with exponential backoff and full jitter, once the first
+    one was opened, for as long as nobody answers. A broker that answers and refuses us for a minute
+    (the password was changed) ends the link. The `_on_…` hooks run on the owning thread.
     """
 
     def __init__(self, address: BrokerAddress, name: str, declares: Declares) -> None:
@@ -69,6 +73,8 @@ class Link:
         self._routinely = False
         self._was_open = self._was_in_service = False
         self._closing = False
+        self._refused_since: float | None = None
+        self._given_up = False
         self._counting = False
         self.blocked_by: str | None = None
         """The broker's alarm (memory, disk) that blocks publishing here, while it lasts."""
@@ -79,14 +85,18 @@ class Link:
         self._opened_or_failed = threading.Event()
         self._thread = threading.Thread(target=self._own, name=f"link-{name}", daemon=True)
 
-    def open(self, timeout_seconds: float) -> Self:
+    def open(self, timeout_seconds: float, stopped: Callable[[], bool] = lambda: False) -> Self:
         """Connect, and declare what is ours to declare.
 
         Raises BrokerRefused, BrokerUntrusted or TopologyMismatch at once, BrokerUnreachable after
-        the time-out.
+        the time-out, or when `stopped` says so.
         """
         self._thread.start()
-        if not self._opened_or_failed.wait(timeout_seconds) or not self._was_open:
+        deadline = awake() + timeout_seconds
+        while not self._opened_or_failed.wait(_LOOK_SECONDS):
+            if awake() > deadline or stopped():
+                break
+        if not self._was_open:
             error = self._error or BrokerUnreachable(
                 f"nothing answered at {self._address} for {timeout_seconds:g} s"
             )
@@ -131,6 +141,11 @@ class Link:
         blocked_by = self.blocked_by
         return None if blocked_by is None else f"the broker blocks publishing: {blocked_by}"
 
+    def raise_if_dead(self) -> None:
+        """For threads that wait for this link. Raises BrokerError once it has ended for good."""
+        if not self._thread.is_alive():
+            raise self._error or BrokerUnreachable(f"the link {self._name} is closed")
+
     def ask_counts(self, queues: Sequence[str], heard: Callable[[Counts], None]) -> None:
         """Ask how long the queues are; never waits. `heard` is called on the link's thread.
 
@@ -152,11 +167,6 @@ class Link:
 
     def _call_soon(self, callback: Callable[[], None]) -> None:
         self._loop.add_callback_threadsafe(callback)
-
-    def _raise_if_dead(self) -> None:
-        """A thread that waits for this link must not wait for ever."""
-        if not self._thread.is_alive():
-            raise self._error or BrokerUnreachable(f"the link {self._name} is closed")
 
     def _own(self) -> None:
         self._call_soon(self._connect)
@@ -237,7 +247,7 @@ class Link:
         self._on_channel_ready(channel)
 
     def _in_service(self) -> None:
-        self._failures = 0
+        self._failures, self._refused_since = 0, None
         self._connected_metric.set(1)
         if self._was_in_service:
             self._reconnects_metric.inc()
@@ -270,7 +280,7 @@ class Link:
                 reason.reply_code == _PRECONDITION_FAILED
                 and "inequivalent arg" in reason.reply_text
             ):
-                self._fail_if_first(
+                self._note_refusal(
                     TopologyMismatch(
                         f"{self._address} has a queue that Keepwarm would declare otherwise: "
                         f"{reason.reply_text}. Drain and delete that queue, or use a virtual host "
@@ -278,7 +288,7 @@ class Link:
                     )
                 )
             elif reason.reply_code == _ACCESS_REFUSED or _is_a_limit(reason.reply_text):
-                self._fail_if_first(self._refused(reason.reply_text))
+                self._note_refusal(self._refused(reason.reply_text))
             elif reason.reply_code == _NOT_FOUND:
                 self._on_not_found(reason.reply_text)
         # Whoever may declare what is missing does so with the next connection.
@@ -331,7 +341,12 @@ class Link:
             return
         error = self._explain(reason)
         if isinstance(error, BrokerRefused | BrokerUntrusted):
-            self._fail_if_first(error)
+            self._note_refusal(error)
+        elif not self._lost_because:  # or it is we who closed it, for a refusal
+            self._refused_since = None
+        if self._given_up:
+            self._loop.stop()
+            return
         if not self._was_open:
             self._error = self._error or error
             if isinstance(self._error, BrokerUnreachable):
@@ -382,11 +397,21 @@ class Link:
         with contextlib.suppress(pika.exceptions.ConnectionWrongStateError):
             self._connection.close()
 
-    def _fail_if_first(self, error: BrokerError) -> None:
-        """What no waiting will change ends `open`; later it is one more thing to outlast."""
+    def _note_refusal(self, error: BrokerError) -> None:
+        """What no waiting will change ends `open` at once, and later the link, when it lasts:
+        whoever waits for it may hold a GPU.
+        """
         if not self._was_open:
             self._error = error
             self._opened_or_failed.set()
+            return
+        if _is_a_limit(str(error)):
+            return  # connections that are lost are counted for a while, and others end
+        now = awake()
+        self._refused_since = now if self._refused_since is None else self._refused_since
+        if now - self._refused_since >= _REFUSED_SECONDS:
+            log.error("broker.refused", link=self._name, reason=str(error))
+            self._error, self._given_up = error, True
 
     def _refused(self, why: str) -> BrokerRefused:
         if _is_a_limit(why):

@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Self
@@ -72,17 +72,18 @@ class PrivateNode:
     def __exit__(self, *_: object) -> None:
         self.kill()
 
-    def start(self) -> None:
+    def start(self, stopped: Callable[[], bool] = lambda: False) -> None:
         """Start it and wait until it listens; on other ports where somebody took one of its own
-        before it ever did. Raises BrokerError with its last log lines.
+        before it ever did. Raises BrokerError with its last log lines, and when `stopped` says so
+        meanwhile.
         """
         try:
-            self._start()
+            self._start(stopped)
         except BrokerError:
-            if self._was_ready or all(map(_is_free, self._choice)):
+            if self._was_ready or stopped() or all(map(_is_free, self._choice)):
                 raise
             self._choose_ports()
-            self._start()
+            self._start(stopped)
         self._was_ready = True
 
     def _choose_ports(self) -> None:
@@ -90,7 +91,7 @@ class PrivateNode:
         self.port, self._distribution_port, self._mapper_port, *others = self._choice
         self.plugin_ports = dict(zip(_LISTENING_PLUGINS, others, strict=True))
 
-    def _start(self) -> None:
+    def _start(self, stopped: Callable[[], bool]) -> None:
         self.stop()  # where it was started before, and has ended: let go of what is left
         server = find_server()
         self._write_configuration()
@@ -105,6 +106,9 @@ class PrivateNode:
         deadline = time.monotonic() + _START_TIMEOUT_SECONDS
         while not _listens(self.port):
             code = self._node.exit_code()
+            if stopped():
+                self.kill()
+                raise BrokerError("told to stop before the private RabbitMQ node was ready")
             if code is not None or time.monotonic() > deadline:
                 self.stop()
                 tail = "\n".join(self.log_file.read_text(errors="replace").splitlines()[-15:])

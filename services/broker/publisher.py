@@ -85,12 +85,25 @@ class Publisher(Link):
         """Hand a message over; waits while the window is full. Any thread but the link's own.
 
         `on_confirmed` is called on the link's thread once the broker has the message for good.
-        Raises BrokerUnreachable when the window is full and the link was closed.
+        Raises BrokerError when the link has ended, and when the window is full while it is closed.
         """
+        self.raise_if_dead()
         while not self._free.acquire(timeout=1.0):
-            self._raise_if_dead()
+            self.raise_if_dead()
             if self._closing:  # an alarm can hold the broker's answer to that back, and the thread
                 raise BrokerUnreachable(f"the link {self._name} is closed")
+        self._hand_over(message)
+
+    def offer(self, message: Outgoing) -> bool:
+        """As `publish`, but never waits: for threads that others rely on, and for what is only
+        worth something now. False where the broker takes nothing, or the window is full.
+        """
+        if self.unready is not None or not self._free.acquire(blocking=False):
+            return False
+        self._hand_over(message)
+        return True
+
+    def _hand_over(self, message: Outgoing) -> None:
         with self._idle:
             self._pending += 1
         self._outbox.append(message)
@@ -108,7 +121,7 @@ class Publisher(Link):
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         with self._idle:
             while self._pending:
-                self._raise_if_dead()
+                self.raise_if_dead()
                 if deadline is not None and time.monotonic() > deadline:
                     raise BrokerUnreachable(
                         f"{self._pending} messages were not confirmed by {self._address} within "

@@ -1,5 +1,6 @@
 """The collector: takes verdicts, commits them in batches, acknowledges after the commit."""
 
+import math
 import socket
 import threading
 import time
@@ -41,6 +42,7 @@ from services.contracts import (
     topology,
 )
 from services.contracts.backoff import growing_pause
+from services.contracts.clock import awake
 from services.contracts.errors import (
     BrokerUnreachable,
     KeepwarmError,
@@ -77,6 +79,9 @@ _ANNOUNCEMENT_SECONDS = 30.0
 _FLUSH_SECONDS = 2.0
 # The broker sends each notice to every worker: to a large fleet they go less often.
 _NOTICE_BYTES_PER_SECOND = 2_000_000
+# What comes after a connection was lost begins within moments of the new one.
+_SETTLED_SECONDS = 2.0
+_FINISH_SECONDS = 20.0
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.2, 15.0
 
 log = structlog.get_logger(__name__)
@@ -109,6 +114,7 @@ class Collector:
         self._settings = settings
         self._stop = threading.Event()
         self._finish = threading.Event()
+        self._finish_by = math.inf
         self._notice_due = 0.0
         self._noticed = False
         self._fleet = Fleet()
@@ -156,7 +162,10 @@ class Collector:
         self._stop.set()
 
     def finish(self) -> None:
-        """End once the broker has nothing more for the moment."""
+        """End once the broker has nothing more for the moment: a connection that was lost is waited
+        for, though not for ever.
+        """
+        self._finish_by = awake() + _FINISH_SECONDS
         self._finish.set()
 
     def run(
@@ -170,12 +179,19 @@ class Collector:
         Raises BrokerError when the broker cannot be used at the start. A store that fails later is
         waited for: nothing is acknowledged meanwhile, so nothing is lost.
         """
+        try:
+            self._run(on_commit, until)
+        except BrokerUnreachable:
+            if not self._stop.is_set():  # else it was told to end before there was a connection
+                raise
+
+    def _run(self, on_commit: Callable[[Incoming], None], until: Callable[[], bool]) -> None:
         address = BrokerAddress.from_settings(self._settings)
         timeout = self._settings.broker_connect_timeout_seconds
         declares = Declares("always")
         with (
             Publisher(address, "collector-claims", window=_WINDOW, declares=declares).open(
-                timeout
+                timeout, self._stop.is_set
             ) as publisher,
             Consumer(
                 address,
@@ -188,15 +204,18 @@ class Collector:
                 on_notice=self._hear,
                 listener=own_name(),
                 hears=topology.PRESENCE_EXCHANGE,
-            ).open(timeout) as consumer,
+            ).open(timeout, self._stop.is_set) as consumer,
             self._seen(publisher, consumer),
         ):
+            deaf_at = -math.inf
             while not self._stop.is_set():
                 self._pulse.beat()
-                if not consumer.connected:
+                publisher.raise_if_dead()
+                if not consumer.consuming:
                     self._fleet.note_deaf()
+                    deaf_at = awake()
                 took = self._collect_once(consumer, publisher, on_commit)
-                if self._finish.is_set() and not took:
+                if self._finish.is_set() and not took and self._has_all(deaf_at):
                     break
                 looked = self._give_notice(publisher)
                 if looked:
@@ -214,6 +233,11 @@ class Collector:
                 publisher.flush(_FLUSH_SECONDS)
             except BrokerUnreachable as error:
                 log.warning("claims.unconfirmed", reason=str(error))  # they come again
+
+    def _has_all(self, deaf_at: float) -> bool:
+        """In a lull: whether it means that nothing is left, or that we have waited long enough."""
+        now = awake()
+        return now - deaf_at > _SETTLED_SECONDS or now > self._finish_by
 
     @contextmanager
     def _seen(self, publisher: Publisher, consumer: Consumer) -> Iterator[None]:

@@ -19,6 +19,14 @@ from services.contracts.errors import StoreError, UsageError
 _SQLITE_CACHE_KIB = 16_384
 _BUSY_SECONDS = 30
 _VERIFIED = ("verify-ca", "verify-full")
+# A server that is gone without a word, or a network that swallows everything, is noticed within a
+# minute; libpq as it comes would wait for hours.
+_NOTICED_IN_A_MINUTE = {
+    "keepalives_idle": 20,
+    "keepalives_interval": 10,
+    "keepalives_count": 4,
+    "tcp_user_timeout": 60_000,
+}
 _TLS_STEPS = {
     "does not match host name": "Use a name that the certificate is for in the store's URL",
     "does not support SSL": (
@@ -62,6 +70,7 @@ def open_engine(settings: Settings, *, create: bool, as_it_is: bool = False) -> 
         url,
         connect_args={
             "connect_timeout": _BUSY_SECONDS,
+            **{name: to for name, to in _NOTICED_IN_A_MINUTE.items() if name not in url.query},
             "application_name": "keepwarm",
             # Whatever PGCLIENTENCODING says: claims are in any language.
             "client_encoding": "UTF8",

@@ -65,16 +65,20 @@ class Reports:
     def say(self, state: WorkerState, doing: Doing, publisher: Publisher) -> None:
         """Tell the collectors that listen, if it is time. Any thread.
 
-        While the broker takes nothing it is not: a report is only worth something now.
+        While the broker takes nothing, or no more, it is not: a report is only worth something now.
         """
         with self._lock:
             now = time.monotonic()
             same = (state, doing.context_id) == self._said and now < self._due
             gone = self._said is not None and self._said[0] == "stopped"
-            if same or gone or publisher.unready is not None:
+            if same or gone:
                 return
-            self._said, self._due = (state, doing.context_id), now + REPORT_SECONDS
-        report = WorkerReport(
+            report = self._report(state, doing)
+            if publisher.offer(Outgoing.of(report, topology.PRESENCE_EXCHANGE, "", notice=True)):
+                self._said, self._due = (state, doing.context_id), now + REPORT_SECONDS
+
+    def _report(self, state: WorkerState, doing: Doing) -> WorkerReport:
+        return WorkerReport(
             worker_id=self._signature.worker_id,
             device=self._signature.device,
             state=state,
@@ -88,4 +92,3 @@ class Reports:
             walltime_left_seconds=self._post.seconds_left,
             ending=self.ending,
         )
-        publisher.publish(Outgoing.of(report, topology.PRESENCE_EXCHANGE, "", notice=True))

@@ -14,7 +14,7 @@ from services.contexts.device import Device
 from services.contexts.plan import EnginePlan
 from services.contexts.records import State
 from services.contracts import ContextReady, ContextSpec, Settings, StartupPhases, topology
-from services.contracts.errors import BrokerUnreachable
+from services.contracts.errors import BrokerError
 from services.contracts.presence import WorkerState
 from services.gpu_worker.answering import Answering
 from services.gpu_worker.device_time import Use
@@ -164,10 +164,9 @@ class Serving:
 
     def _announce(self, publisher: Publisher) -> None:
         """Tell the collector what it took until there was an engine, once for each."""
-        # While the broker takes nothing, a full window would hold up whoever minds the engine.
-        if self._engine.starts == self._announced or publisher.unready is not None:
+        starts = self._engine.starts
+        if starts == self._announced:
             return
-        self._announced = self._engine.starts
         startup_id = secrets.token_hex(8)
         ready = ContextReady(
             startup_id=startup_id,
@@ -178,14 +177,16 @@ class Serving:
             seconds=self._engine.seconds,
             phases=self._engine.phases or StartupPhases(),
         )
-        publisher.publish(
+        # A full window would hold up whoever minds the engine.
+        if publisher.offer(
             Outgoing.of(
                 ready,
                 topology.VERDICTS_EXCHANGE,
                 topology.VERDICTS_QUEUE,
                 message_id=f"startup-{startup_id}",
             )
-        )
+        ):
+            self._announced = starts
 
     def _serve(self, answering: Answering, leave: Callable[[], bool]) -> None:
         pool = ThreadPoolExecutor(self._settings.batches_in_flight, thread_name_prefix="batch")
@@ -194,6 +195,7 @@ class Serving:
         try:
             while not self._stop.is_set() and not leave():
                 _raise_bugs(work)
+                answering.publisher.raise_if_dead()
                 self._note_time(len(answering.in_hand), busy=bool(work))
                 self._say("serving" if self._engine.state == "warm" else "starting")
                 self._announce(answering.publisher)
@@ -219,7 +221,7 @@ class Serving:
     def _engine_is_well(self) -> bool:
         if self._engine.alive:
             return True
-        log.error("engine.died", log=str(self._engine.log_file))
+        log.error("engine.died", reason=self._engine.gone, log=str(self._engine.log_file))
         started = self._examination.start_engine(self._settings.engine_start_attempts)
         # Nobody was idle meanwhile, and what the start has cost is not thrown away at once.
         self._ready_at = self._had_work_at = time.monotonic()
@@ -245,7 +247,7 @@ class Serving:
         wait(returned, timeout=confirmations / 2)
         try:
             answering.publisher.flush(timeout_seconds=confirmations)
-        except BrokerUnreachable as error:
+        except BrokerError as error:
             # Their batches were not acknowledged: someone else will answer them again.
             log.warning("verdicts.unconfirmed", reason=str(error))
         log.info("worker.drained")

@@ -17,7 +17,7 @@ from services.contexts.device import Device
 from services.contexts.metrics import ContextStates, EngineMetrics
 from services.contexts.records import State
 from services.contracts import ContextDemand, ContextSpec, Settings
-from services.contracts.errors import EngineError, ModelError, UsageError
+from services.contracts.errors import BrokerUnreachable, EngineError, ModelError, UsageError
 from services.contracts.presence import Ending, own_name
 from services.gpu_worker.in_hand import Signature
 from services.gpu_worker.readiness import Readiness
@@ -113,13 +113,18 @@ class Worker:
                     BrokerAddress.from_settings(self._settings),
                     "worker-verdicts",
                     window=self._settings.publish_window,
-                ).open(self._settings.broker_connect_timeout_seconds) as publisher,
+                ).open(
+                    self._settings.broker_connect_timeout_seconds, self._stop.is_set
+                ) as publisher,
                 self._present(publisher),
             ):
                 if only is not None:
                     self._serve(only, publisher)
                 elif self._readiness is not None:
                     self._serve_what_is_wanted(self._readiness, publisher)
+        except BrokerUnreachable:
+            if not self._stop.is_set():  # else nothing was begun, and it is well so
+                raise
         finally:
             if only is not None:
                 only.close()
@@ -221,6 +226,8 @@ class Worker:
         ) as notices:
             notices.open_in_time(self._stop, self._idle)
             while not self._stop.wait(_LOOK_SECONDS):
+                publisher.raise_if_dead()
+                notices.raise_if_dead()
                 self._idle()
                 self._shift.reports.say("idle", Doing(), publisher)
                 if self._news.number == self._heard:

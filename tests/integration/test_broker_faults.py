@@ -36,6 +36,7 @@ from tests.integration.runs import (
     held,
     status_of,
     submit,
+    warm_here,
     write_claims,
 )
 from tests.proxy import Proxy
@@ -79,6 +80,23 @@ def through(proxy: Proxy) -> dict[str, str]:
 def is_complete(environment: dict[str, str], run_id: str) -> bool:
     status = status_of(environment, run_id)
     return status is not None and status.complete
+
+
+def test_services_whose_password_was_changed_end_and_give_their_engine_back(
+    command: Start, environment: dict[str, str], node: PrivateNode
+) -> None:
+    run = begin(command, environment)
+    try:
+        node.control("change_password", "keepwarm", "another one")
+        node.control("close_all_connections", "the password was changed")
+        for service in run.services:
+            assert service.wait() == 5, service.output
+            assert "refused us" in service.lines[-1]
+            assert "Check the user, the password (KEEPWARM_BROKER_PASSWORD" in service.lines[-1]
+        wait_until(lambda: warm_here(environment)[0].attached == 0, "the lease given back")
+    finally:
+        node.control("change_password", "keepwarm", node.password)
+    go_on(command, environment, run.run_id).completes()
 
 
 @pytest.mark.parametrize("end", [psutil.Process.kill, psutil.Process.terminate])

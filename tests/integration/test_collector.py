@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from services.broker import BrokerAddress, Consumer, Outgoing, PrivateNode, Publisher
-from services.collector import Collector, Store
+from services.collector import Collector, Store, run_status
 from services.contexts import pin_model
 from services.contracts import (
     Claim,
@@ -43,6 +43,7 @@ from tests.integration.conftest import (
 )
 from tests.integration.postgres import PostgreSQL
 from tests.integration.runs import end_well
+from tests.proxy import Proxy
 
 Start = Callable[..., Command]
 CLAIMS = str(REPOSITORY / "samples" / "claims.jsonl")
@@ -341,3 +342,64 @@ def test_postgresql_holds_a_run_as_sqlite_does(
     assert json.loads(report.output)["quality"]["labelled"] == 240
     again = command("submit", CLAIMS, **variables)
     assert again.wait() == 0, again.output
+
+
+def test_a_collector_that_is_to_finish_waits_for_a_connection_that_it_lost(
+    command: Start, answered: str, node: PrivateNode, broker: Settings, tmp_path: Path
+) -> None:
+    """`keepwarm run` ends so: verdicts would be left at the broker, and the run incomplete."""
+    with Proxy(node.port) as proxy, held_store(tmp_path) as store:
+        settings = broker.model_copy(
+            update={
+                "broker_url": f"amqp://keepwarm@127.0.0.1:{proxy.port}/",
+                "store_commit_verdicts": 8,  # a batch's: most are not in the store when it is lost
+            }
+        )
+        collector = Collector(store, settings)
+        lost = threading.Event()
+
+        def lose(_: object) -> None:
+            if not lost.is_set():
+                lost.set()
+                proxy.black_hole()
+                proxy.cut()
+
+        collecting = threading.Thread(target=collector.run, args=(lose,))
+        collecting.start()
+        assert lost.wait(PATIENCE)
+        collector.finish()
+        collecting.join(3)
+        assert collecting.is_alive()
+        proxy.heal()
+        collecting.join(PATIENCE)
+        assert not collecting.is_alive()
+        status = run_status(store, answered)
+        assert status is not None and status.complete
+
+
+def test_a_collector_that_is_to_finish_does_not_wait_for_ever(
+    broker: Settings, node: PrivateNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.collector.collector._FINISH_SECONDS", 1.0)
+    with Proxy(node.port) as proxy, held_store(tmp_path) as store:
+        settings = broker.model_copy(
+            update={"broker_url": f"amqp://keepwarm@127.0.0.1:{proxy.port}/"}
+        )
+        collector = Collector(store, settings)
+        collecting = threading.Thread(target=collector.run)
+        collecting.start()
+        wait_until(lambda: collector.unready is None, "its connections")
+        proxy.black_hole()
+        proxy.cut()
+        collector.finish()
+        collecting.join(PATIENCE)
+        assert not collecting.is_alive()
+
+
+@contextmanager
+def held_store(directory: Path) -> Iterator[Store]:
+    store = Store.open(load_settings(store_url=str(directory / "own.sqlite")))
+    try:
+        yield store
+    finally:
+        store.close()

@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from itertools import count
@@ -11,7 +12,7 @@ import pytest
 from pika.adapters.utils import io_services_utils
 
 from services.broker import BrokerAddress, Consumer, Declares, Outgoing, PrivateNode, Publisher
-from services.contracts import Settings, topology
+from services.contracts import Settings, load_settings, topology
 from services.contracts.errors import (
     BrokerRefused,
     BrokerUnreachable,
@@ -25,6 +26,7 @@ from tests.integration.conftest import (
     plain_connection,
     wait_until,
 )
+from tests.proxy import Proxy
 
 QUEUE = topology.claims_queue("ctx-test")
 DECLARES = Declares("if-missing", ("ctx-test",))
@@ -111,7 +113,7 @@ def test_publish_waits_while_the_window_is_full(node: PrivateNode, address: Brok
             publisher.publish(outgoing(number))
             sent.append(number)
 
-    publisher._raise_if_dead = lambda: None  # type: ignore[method-assign]
+    publisher.raise_if_dead = lambda: None  # type: ignore[method-assign]
     thread = threading.Thread(target=send, daemon=True)
     thread.start()
     wait_until(lambda: len(sent) == 3, "three messages handed over")
@@ -235,3 +237,64 @@ def test_messages_outlive_the_node(tmp_path, broker: Settings) -> None:
             own.start()
             publisher.flush(PATIENCE)
         assert messages_in(own, QUEUE) == 21
+
+
+def test_what_is_only_offered_never_waits(node: PrivateNode, address: BrokerAddress) -> None:
+    with Proxy(node.port) as proxy:
+        through = replace(address, port=proxy.port)
+        with Publisher(through, "test", window=2, declares=DECLARES).open(PATIENCE) as publisher:
+            proxy.black_hole()  # nothing is confirmed, and nobody is told
+            assert [publisher.offer(outgoing(number)) for number in range(4)] == [
+                *(True, True, False, False)
+            ]
+            proxy.heal()
+            publisher.flush(PATIENCE)
+            assert publisher.offer(outgoing(4))
+            publisher.flush(PATIENCE)
+        assert not publisher.offer(outgoing(5))
+    assert len(take_all(address, 3)) == 3
+
+
+@pytest.fixture
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateNode]:
+    """A node whose password may be changed."""
+    with PrivateNode(tmp_path_factory.mktemp("guarded") / "node") as running:
+        yield running
+
+
+def test_a_broker_that_refuses_us_for_long_ends_the_link_and_one_that_is_away_does_not(
+    guarded: PrivateNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.broker.link._REFUSED_SECONDS", 3.0)
+    settings = load_settings(broker_url=guarded.url, broker_password=guarded.password)
+    address = BrokerAddress.from_settings(settings)
+
+    def change_password(password: str) -> None:
+        guarded.control("change_password", "keepwarm", password)
+        guarded.control("close_all_connections", "the password was changed")
+
+    with (
+        Publisher(address, "test", window=1, declares=DECLARES).open(PATIENCE) as publisher,
+        Consumer(address, "test", queues=[topology.VERDICTS_QUEUE], prefetch=1).open(
+            PATIENCE
+        ) as consumer,
+    ):
+        guarded.stop()
+        time.sleep(5)  # for longer than a refusal is borne
+        guarded.start()
+        wait_until(lambda: publisher.connected and consumer.connected, "both connected again")
+        change_password("for a moment")
+        wait_until(lambda: publisher._refused_since, "a refusal")
+        change_password(guarded.password)
+        wait_until(lambda: publisher.connected and consumer.connected, "both connected again")
+        change_password("for good")
+
+        def refused() -> bool:
+            publisher.offer(outgoing(0))
+            return not (publisher._thread.is_alive() or consumer._thread.is_alive())
+
+        wait_until(refused, "the end of both")
+        with pytest.raises(BrokerRefused, match="refused us: .* Check the user, the password"):
+            publisher.publish(outgoing(0))
+        with pytest.raises(BrokerRefused, match="refused us: .* Check the user, the password"):
+            consumer.take(1)

@@ -112,7 +112,7 @@ def test_what_is_refused_is_the_same_message_with_reason_and_origin_beside_it() 
 def consumer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Consumer]:
     """One that was never opened, and does not mind."""
     with unopened("runs", prefetch=5) as made:
-        monkeypatch.setattr(made, "_raise_if_dead", lambda: None)
+        monkeypatch.setattr(made, "raise_if_dead", lambda: None)
         yield made
 
 
@@ -175,7 +175,7 @@ def test_what_is_over_the_bound_of_bytes_goes_back_once_there_is_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with unopened("runs", prefetch=9, most_bytes=10) as consumer:
-        monkeypatch.setattr(consumer, "_raise_if_dead", lambda: None)
+        monkeypatch.setattr(consumer, "raise_if_dead", lambda: None)
         monkeypatch.setattr(consumer, "_call_soon", lambda callback: callback())
         consumer._channel = channel = Channel()  # type: ignore[assignment]
         for tag, size in enumerate((20, 4, 4, 20), 1):  # the first is kept, whatever its size

@@ -17,9 +17,11 @@ class Line:
         self.unready: str | None = None
         self.reports: list[WorkerReport] = []
 
-    def publish(self, message: Outgoing) -> None:
+    def offer(self, message: Outgoing) -> bool:
         assert message.notice
-        self.reports.append(decode(WorkerReport, message.body))
+        if self.unready is None:
+            self.reports.append(decode(WorkerReport, message.body))
+        return self.unready is None
 
 
 @pytest.fixture
