@@ -35,6 +35,9 @@ from keepwarm_start import python_command
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Batch systems may send their early warning to every process of a job. It is for those that drain.
+_WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+_KILLED_SECONDS = 10.0
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -112,7 +115,11 @@ class Leashed:
         except subprocess.TimeoutExpired:
             _kill_all(psutil.Process(self._process.pid))
             self._process.kill()
-            return from_shell(self._process.wait())
+            # Whatever stays in the kernel then (a dead NFS server, a GPU's driver), nobody waits
+            # for it.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return from_shell(self._process.wait(_KILLED_SECONDS))
+            return -signal.SIGKILL
 
     def _release(self) -> None:
         assert self._process.stdin is not None
@@ -123,7 +130,8 @@ class Leashed:
         with contextlib.suppress(psutil.NoSuchProcess):
             _kill_all(psutil.Process(self._process.pid))
         self._release()
-        self._process.wait(10)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_KILLED_SECONDS)
 
 
 def from_shell(code: int) -> int:
@@ -254,6 +262,9 @@ def main() -> int:
     parser.add_argument("--directory", type=Path, help="where the command starts")
     parser.add_argument("command", nargs="+")
     arguments = parser.parse_args()
+    # The command inherits this: one that drains listens all the same, and an engine goes on.
+    for number in _WARNINGS:
+        signal.signal(number, signal.SIG_IGN)
 
     def start() -> Held:
         return subprocess.Popen(

@@ -92,7 +92,12 @@ class Desk:
         ending = self._console.status("")
         with ExitStack() as parts:
             parts.callback(ending.stop)
-            settings, environment = self._broker(parts)
+            try:
+                settings, environment = self._broker(parts)
+            except BrokerError:
+                if self._stopped_by is None:
+                    raise
+                return self._stopped_by
             parts.callback(ending.update, "stopping the engine and RabbitMQ")
             collector = Collector(self._database, settings)
             metrics = parts.enter_context(MetricsServer(settings))
@@ -141,13 +146,16 @@ class Desk:
     def _stop(self, signal_number: int) -> None:
         self._stopped_by = signal_number
 
+    def _is_stopped(self) -> bool:
+        return self._stopped_by is not None
+
     def _broker(self, parts: ExitStack) -> tuple[Settings, dict[str, str | None]]:
         """The settings with a broker in them, and what workers need in their environment for it."""
         if self._settings.broker_url is not None:
             # Refused or not there: known before an engine is started.
             address = BrokerAddress.from_settings(self._settings)
             Publisher(address, "check", window=1).open(
-                self._settings.broker_connect_timeout_seconds
+                self._settings.broker_connect_timeout_seconds, self._is_stopped
             ).close()
             say(
                 self._console,
@@ -186,7 +194,7 @@ class Desk:
 
     def _borrowed_node(self, parts: ExitStack) -> BorrowedBroker | None:
         """That of this node's keeper, which is warm if a run was here lately."""
-        borrowed = borrow_broker(self._settings)
+        borrowed = borrow_broker(self._settings, self._is_stopped)
         if borrowed is not None:
             self._borrowed = borrowed
             parts.callback(borrowed.close)
@@ -205,7 +213,9 @@ class Desk:
         parts.callback(shutil.rmtree, directory, ignore_errors=True)
         self._node = PrivateNode(directory, self._directory.resolve() / "logs" / "rabbitmq.log")
         parts.callback(self._node.kill)
-        starting = parts.enter_context(ThreadPoolExecutor(1)).submit(self._node.start)
+        starting = parts.enter_context(ThreadPoolExecutor(1)).submit(
+            self._node.start, self._is_stopped
+        )
         self._keep(parts)
         starting.result()
         return self._node
@@ -213,7 +223,7 @@ class Desk:
     def _keep(self, parts: ExitStack) -> None:
         """A keeper for this run's engine, where the node has none."""
         log_file = self._directory / "logs" / "keeper.log"
-        parts.enter_context(kept_meanwhile(self._settings, log_file))
+        parts.enter_context(kept_meanwhile(self._settings, log_file, self._is_stopped))
 
     def _thread(self, name: str, work: Callable[[], None]) -> threading.Thread:
         def guarded() -> None:

@@ -8,9 +8,15 @@ if __name__ == "__main__":
 import gc
 import importlib.metadata
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated
+
+if sys.argv[1:2] in (["worker"], ["keeper"], ["collect"]):
+    # An early warning of the scheduler's would end a process that does not listen yet. It waits
+    # until `on_stop_signal` does.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP})
 
 import typer
 

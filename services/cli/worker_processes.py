@@ -15,6 +15,7 @@ import structlog
 
 from keepwarm_start import python_command
 from services.contexts import Device, visible_gpus
+from services.contexts.engine_log import OOM
 from services.contracts import ContextSpec, Settings
 from services.contracts.addresses import any_port, is_host, split_address
 from services.contracts.backoff import growing_pause
@@ -148,29 +149,40 @@ class WorkerProcess:
             self._process = None
 
     def _read(self, process: Leashed) -> None:
+        """To its end, whatever comes: a pipe that nobody reads fills up, and stops the worker."""
         assert process.output is not None
-        with self._log_file.open("ab") as file, process.output as lines:
+        with contextlib.suppress(OSError):
+            self._log_file.touch()
+        with process.output as lines:
             for line in lines:
-                event = _event(line)
-                if event.get("event") == PROGRESS_EVENT:
-                    self._answered = int(event["answered"])
-                    continue
-                with contextlib.suppress(OSError):  # a full disk must not stop the worker
-                    file.write(line)
-                    file.flush()
-                if event:
-                    self._note(event)
-                else:
-                    self._last_lines.append(line.decode(errors="replace").rstrip())
+                try:
+                    self._hear(line)
+                except Exception:
+                    log.exception("worker.unheard", worker=self.number)
+
+    def _hear(self, line: bytes) -> None:
+        event = _event(line)
+        if event.get("event") == PROGRESS_EVENT:
+            self._answered = int(event["answered"])
+            return
+        if event:
+            self._note(event)
+        else:
+            self._last_lines.append(line.decode(errors="replace").rstrip())
+        # Opened each time: a disk that was full, or a directory that was removed, may be back.
+        with contextlib.suppress(OSError), self._log_file.open("ab") as file:
+            file.write(line)
 
     def _note(self, event: Mapping[str, Any]) -> None:
-        name = event["event"]
+        name = str(event["event"])
         if name == "engine.loading":
             self.state = f"loading the model, {event.get('seconds')} s"
         elif name in _BROKER_IS_BACK:
             self.state = WORKING if self._loaded else "starting the engine"
         elif name in _STATES:
             self.state = _STATES[name]
+            if OOM in str(event.get("reason")):
+                self.state += ": memory ran out"
             self._loaded = self.state == WORKING or (self._loaded and name not in _NO_ENGINE)
             self._worked = self._worked or name == "worker.taking"
 

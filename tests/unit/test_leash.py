@@ -388,3 +388,21 @@ def test_whichever_is_killed_the_command_and_its_daemons_are_gone(
     finally:
         owner.kill()
         owner.wait()
+
+
+def test_an_early_warning_to_all_processes_of_a_job_ends_no_command_and_no_leash(
+    leash: Leash,
+) -> None:
+    held = leash.python("import time; print('up', flush=True); time.sleep(600)")
+    deadline = time.monotonic() + GENEROUS_SECONDS
+    while (command := held.command()) is None or "time.sleep(600)" not in str(command.cmdline()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    family = [psutil.Process(held.pid), *psutil.Process(held.pid).children(recursive=True)]
+    assert len(family) == 3
+    for process in family:
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            process.send_signal(number)
+    time.sleep(0.5)
+    assert held.exit_code() is None
+    assert all(process.is_running() for process in family)

@@ -125,3 +125,30 @@ def test_an_early_warning_or_a_lost_terminal_asks_for_the_end_once_and_forces_no
 ) -> None:
     first = signal.Signals[names.split()[0]]
     assert told(SENDS_ITSELF, repository, *names.split()) == (0, f"asked {first:d}\nalive\n")
+
+
+EARLY = """
+import os, signal, sys, threading
+sys.argv = ["keepwarm", sys.argv[1]]
+import services.cli.main
+from services.cli.signals import on_stop_signal
+
+for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+    os.kill(os.getpid(), number)
+asked = threading.Event()
+
+def stop(number):
+    print("asked", flush=True)
+    asked.set()
+
+on_stop_signal(stop)
+asked.wait()
+print("alive", flush=True)
+"""
+
+
+@pytest.mark.parametrize("verb", ["worker", "keeper", "collect"])
+def test_an_early_warning_that_comes_before_there_is_a_handler_is_heard_once_there_is(
+    verb: str, repository: Path
+) -> None:
+    assert told(EARLY, repository, verb) == (0, "asked\nalive\n")

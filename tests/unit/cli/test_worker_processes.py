@@ -10,6 +10,7 @@ import pytest
 from services.cli import worker_processes as module
 from services.cli.worker_processes import WorkerProcess, device_shares, worker_processes
 from services.contexts import Device
+from services.contexts.engine_log import OOM
 from services.contracts import ContextSpec, load_settings
 from services.contracts.errors import EngineError, RunIncomplete, UsageError
 
@@ -93,6 +94,26 @@ def test_all_that_a_worker_says_is_in_its_log(worker: Starter, tmp_path: Path) -
     log = tmp_path / "worker.log"
     wait_for(lambda: slot.state == "working" and "words" in log.read_text())
     assert log.read_text() == '{"event": "worker.taking"}\nand some words\n'
+
+
+def test_what_makes_no_sense_or_cannot_be_logged_does_not_stop_the_worker(
+    tmp_path: Path, worker: Starter
+) -> None:
+    (tmp_path / "worker.log").mkdir()  # no file can be written there
+    odd = [
+        *('{"event": ["a", "list"]}', '{"event": {}}', '{"event": null}'),
+        *('{"event": "worker.progress"}', '{"event": "worker.progress", "answered": "many"}'),
+    ]
+    # More than a pipe holds: a worker whose words nobody reads would wait here for ever.
+    more = "print('x' * 1_000_000, flush=True)\n" + says({"event": "worker.taking"})
+    slot = worker(says(*odd, then=more))
+    wait_for(lambda: slot.state == "working")
+
+
+def test_an_engine_that_the_kernel_killed_for_memory_is_told_so(worker: Starter) -> None:
+    reason = f"it ended (exit code -9). {OOM}."
+    slot = worker(says({"event": "worker.taking"}, {"event": "engine.died", "reason": reason}))
+    wait_for(lambda: slot.state.endswith("starting it again: memory ran out"))
 
 
 def test_answers_are_counted_over_lost_workers_and_kept_out_of_the_log(
