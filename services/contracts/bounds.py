@@ -15,6 +15,11 @@ MAX_LABELS = 32
 MAX_COUNTED = 101
 """Kinds that are counted apart: the most frequent hundred, and the others together."""
 MAX_EXAMPLES = 64
+MAX_FIELD_USES = 4
+"""How often a template may show a claim, and how often its evidence: each use makes every prompt of
+a batch longer, and so takes memory of the worker that encodes them."""
+MAX_CONSTANT_CHARS = 4 * 1024 * 1024
+"""Instructions and examples, each example in its template."""
 MAX_ENGINE_ARGUMENTS = 128
 
 MAX_BATCH_CLAIMS = 1_024

@@ -14,7 +14,9 @@ from pydantic import (
 )
 
 from services.contracts.bounds import (
+    MAX_CONSTANT_CHARS,
     MAX_EXAMPLES,
+    MAX_FIELD_USES,
     MAX_LABELS,
     ClaimText,
     EvidenceText,
@@ -131,7 +133,29 @@ class PromptSpec(Value):
             raise ValueError(f"unknown fields {unknown}; only {{claim}} and {{evidence}} are known")
         if "claim" not in fields:
             raise ValueError("it must contain {claim}")
+        for field in ("claim", "evidence"):
+            if fields.count(field) > MAX_FIELD_USES:
+                raise ValueError(
+                    f"{{{field}}} occurs {fields.count(field):,} times; use it at most "
+                    f"{MAX_FIELD_USES} times"
+                )
         return template
+
+    @model_validator(mode="after")
+    def _constant_part_is_bounded(self) -> Self:
+        claims, evidence = self.template.count("{claim}"), self.template.count("{evidence}")
+        chars = len(self.instructions) + sum(
+            len(self.template)
+            + claims * len(example.claim)
+            + evidence * len(example.evidence or self.no_evidence)
+            for example in self.examples
+        )
+        if chars > MAX_CONSTANT_CHARS:
+            raise ValueError(
+                f"instructions and examples have {chars:,} characters in this template; at most "
+                f"{MAX_CONSTANT_CHARS:,} are taken: use fewer or shorter examples"
+            )
+        return self
 
     @model_validator(mode="after")
     def _labels_are_distinct(self) -> Self:

@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from services.contracts import INVALID, Label, PromptSpec
+from services.contracts.bounds import MAX_EVIDENCE_CHARS
 from services.contracts.prompts import FEVER_LABELS, Example
 
 YES_NO = (Label(name="YES", word="yes"), Label(name="NO", word="no"))
@@ -90,6 +91,21 @@ def test_a_template_whose_conversion_or_format_would_fail_or_blow_up_is_refused(
 ) -> None:
     with pytest.raises(ValidationError, match="template"):
         PromptSpec(template=template)
+
+
+@pytest.mark.parametrize("field", ["claim", "evidence"])
+def test_a_template_that_multiplies_what_it_shows_is_refused(field: str) -> None:
+    often = f"{{{field}}} " * 1_000
+    with pytest.raises(ValidationError, match=rf"{{{field}}} occurs 1,000 times; use it at most 4"):
+        PromptSpec(template="{claim}" * (field != "claim") + often)
+    PromptSpec(template="{claim} " * 4 + "{evidence} " * 4)
+
+
+def test_examples_that_a_template_multiplies_are_bounded_together() -> None:
+    example = Example(claim="c", evidence="e" * MAX_EVIDENCE_CHARS, label="SUPPORTS")
+    assert PromptSpec(examples=(example,) * 63)
+    with pytest.raises(ValidationError, match="characters in this template; at most 4,194,304"):
+        PromptSpec(examples=(example,) * 63, template="{evidence} {evidence} {claim}")
 
 
 PIECES = ("{claim}", "{evidence}", "{{", "}}", "{", "}", "{claim!r}", "{claim!x}", "{claim:>4}")
