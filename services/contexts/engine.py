@@ -10,7 +10,7 @@ import psutil
 import pynvml
 import structlog
 
-from services.contexts.completions import CompletionClient
+from services.contexts.completions import Answer, CompletionClient
 from services.contexts.device import nvml
 from services.contexts.engine_command import cores_of, engine_arguments, engine_environment
 from services.contexts.engine_log import Ending, explanation, oom_kills
@@ -24,6 +24,12 @@ from services.contracts.startup import StartupPhases
 _POLL_SECONDS = 0.05
 _REPORT_SECONDS = 1.0
 _PROBE_SECONDS = 120.0
+# The canary: shorter than a block of the prefix cache, so that it is computed anew each time.
+_CANARY_PROMPT, _CANARY_TOKENS = (1, 2, 3), (1, 2)
+# Between two answers to it, in log probability. What else is computed in the same step changes
+# bfloat16's rounding a little; weights that are not the model's change it by several.
+_CANARY_TOLERANCE = 1.0
+_CANARY_TIMES = 3
 # What vLLM 0.32 says of its own phases; the GPU's runner and the CPU's differ in the first.
 _LOAD = re.compile(r"(?:Model loading took .* and|Loading weights took) ([\d.]+) sec")
 _COMPILE = re.compile(r"init engine \(.*\) took ([\d.]+) s")
@@ -41,6 +47,8 @@ class Engine:
         self.log_file = directory / f"{plan.name}.log"
         self._process: EngineProcess | None = None
         self._oom_kills = 0
+        self._canary: Answer | None = None
+        """What it answered to the canary when it was started."""
         self.failed: Ending | None = None
         """How it was when its start failed."""
         self._stopping = threading.Lock()
@@ -117,6 +125,21 @@ class Engine:
         """Whether it says that it is well, within seconds."""
         return self._client().healthy()
 
+    def answers_as_at_start(self) -> bool:
+        """Whether it answers the canary as it did when it was started: once in three times, for
+        rounding depends on what else is in the same step. Waits for the engine's answers.
+        """
+        answers: list[Answer | None] = []
+        try:
+            for _ in range(_CANARY_TIMES):
+                answers.append(self._answer_to_canary(self._client()))
+                if _alike(answers[-1], self._canary):
+                    return True
+        except EngineRequestError as error:
+            log.error("engine.no_answer", engine=self.plan.name, reason=str(error))
+        log.error("engine.wrong", engine=self.plan.name, at_start=self._canary, now=answers)
+        return False
+
     def sleep(self) -> None:
         """Give the GPU up, and keep the weights in host memory. Raises EngineRequestError."""
         self._client().sleep()
@@ -154,13 +177,18 @@ class Engine:
     def _probe(self, client: CompletionClient) -> None:
         """Ask something small: the engine must score the very tokens that it is asked to."""
         try:
-            answers = list(client.score([[1, 2, 3]], [1, 2]))
+            self._canary = self._answer_to_canary(client)
         except EngineRequestError as error:
             raise self._failed(f"its first answer was no answer: {error}") from error
-        if not answers:
+        if self._canary is None:
             raise self._failed(
                 "it does not score given tokens; vLLM with `logprob_token_ids` is needed (0.32 has)"
             )
+
+    def _answer_to_canary(self, client: CompletionClient) -> Answer | None:
+        """None where it is no answer. Raises EngineRequestError."""
+        answers = [answer for _, answer in client.score([_CANARY_PROMPT], _CANARY_TOKENS)]
+        return answers[0] if answers else None
 
     def _failed(self, what: str) -> EngineStartError:
         self.failed = self.ending()
@@ -180,6 +208,18 @@ class Engine:
             first_token=round(first_token, 3),
             total=round(total, 3),
         )
+
+
+def _alike(answer: Answer | None, earlier: Answer | None) -> bool:
+    """Whether the two give the canary's tokens about the same probabilities."""
+    return (
+        answer is not None
+        and earlier is not None
+        and all(
+            abs(now - then) <= _CANARY_TOLERANCE
+            for now, then in zip(answer.logprobs, earlier.logprobs, strict=True)
+        )
+    )
 
 
 def start_error(

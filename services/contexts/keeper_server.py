@@ -160,15 +160,17 @@ class KeeperServer:
     def _obey(self, line: Line) -> None:
         request = line.request(_REQUEST_SECONDS)
         if isinstance(request, Attach):
-            try:
-                slot, found = self._keeper.attach(request.plan, lambda: line.gone)
-            except KeepwarmError as error:
-                line.send(Word(gone=str(error)))
-                return
-            try:
-                self._hold(line, slot, found, request.plan.spec)
-            finally:
-                slot.detach()
+            served = False
+            while not served:
+                try:
+                    slot, found = self._keeper.attach(request.plan, lambda: line.gone)
+                except KeepwarmError as error:
+                    line.send(Word(gone=str(error)))
+                    return
+                try:
+                    served = self._hold(line, slot, found, request.plan.spec)
+                finally:
+                    slot.detach()
         elif isinstance(request, Demand):
             self._keeper.hear_demand(request.claims)
         elif isinstance(request, Look):
@@ -221,31 +223,40 @@ class KeeperServer:
                 continue
             return request if isinstance(request, GiveBack) else None
 
-    def _hold(self, line: Line, slot: Slot, found: State | None, spec: ContextSpec) -> None:
+    def _hold(self, line: Line, slot: Slot, found: State | None, spec: ContextSpec) -> bool:
         """Tell the worker how its engine is, until one of the two is gone. How the start went is
         for the one whom it was for: others would tell of the same start again. It is warm for this
-        worker once it has the worker's adapter, if there is one.
+        worker once it has answered as it did at its start, and has the worker's adapter, if there
+        is one. False when it answered otherwise: then the worker gets another.
         """
         told = None
+        checked = found != "warm"
         loaded = spec.adapter is None
         while True:
             record = slot.record
             if slot.gone is not None:
+                if slot.wrong and (told is None or told.state != "warm"):
+                    return False
                 line.send(Word(gone=slot.gone))
-                return
+                return True
+            if not checked and record.state == "warm":
+                checked = slot.check()
+                if not checked:
+                    slot.join(_LOOK_AFTER_SECONDS)
+                    continue
             if not loaded and record.state == "warm":
                 try:
                     slot.load_adapter(spec, lambda: line.gone)
                 except EngineStartError as error:
                     line.send(Word(gone=str(error)))
-                    return
+                    return True
                 loaded = True
             if told is None or (record.state, record.says) != (told.state, told.says):
                 told = record
                 shown = record if found is None else record.model_copy(update={"phases": None})
                 line.send(Word(record=shown, warm=found == "warm"))
             if not self._hear(line):
-                return
+                return True
             self._keeper.wait_for_change(_LOOK_SECONDS)
 
     def _hear(self, line: Line) -> bool:

@@ -25,6 +25,13 @@ ATTACHES = Counter(
 )
 
 
+WRONG = Counter(
+    "keepwarm_contexts_wrong_total",
+    "Engines that did not answer as they did when they were started, after a sleep or as a worker "
+    "came, and were ended.",
+)
+
+
 class ContextStates(Collector):
     """How many contexts are in each state: all that a keeper keeps, or the one of a worker."""
 

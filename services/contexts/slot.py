@@ -16,6 +16,7 @@ from services.contexts.engine_log import explanation
 from services.contexts.eviction import Candidate
 from services.contexts.fetching import fetch
 from services.contexts.memory import needed_bytes
+from services.contexts.metrics import WRONG
 from services.contexts.model_files import adapter_as_model, is_local, weights_bytes
 from services.contexts.node_memory import available_bytes
 from services.contexts.plan import EnginePlan
@@ -80,6 +81,8 @@ class Slot:
         self._own: OwnRecord | None = None
         self.gone: str | None = None
         """Why the engine is no more; None while it is, or may yet be."""
+        self.wrong = False
+        """Whether it was found not to answer as it did when it was started."""
         past = house.caches.recall(plan.name)
         self.known_bytes = past.memory_bytes if past else None
         self._start_seconds = past.seconds_again if past else 0.0
@@ -155,6 +158,19 @@ class Slot:
             self.contexts |= {spec.context_id}
             if spec.adapter not in self.record.adapters:
                 self._note(adapters=(*self.record.adapters, spec.adapter))
+
+    def check(self) -> bool:
+        """Whether the engine, which is warm, answers as it did when it was started. If not, it is
+        stopped, whoever uses it.
+        """
+        if self._engine.answers_as_at_start():
+            return True
+        if not self._stop.is_set():
+            self.wrong = True
+            WRONG.inc()
+            log.error("context.wrong", context=self.plan.name, log=str(self._engine.log_file))
+            self.stop("it does not answer as it did when it was started")
+        return False
 
     def hear_demand(self, claims: int) -> None:
         with self._lock:
@@ -399,6 +415,8 @@ class Slot:
                 self._engine.wake()
             except EngineRequestError as error:
                 raise EngineStartError(f"it did not wake up: {error}") from error
+            if not self.check():
+                return
             memory = self._engine.memory_bytes() or self._likely_bytes()
             self._note_state("warm", memory_bytes=memory)
         log.info("context.awake", context=self.plan.name)

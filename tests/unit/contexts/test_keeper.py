@@ -18,6 +18,7 @@ from services.contexts.caches import EngineCaches
 from services.contexts.engine import Engine
 from services.contexts.keeper import Keeper
 from services.contexts.keeper_server import KeeperServer
+from services.contexts.metrics import WRONG
 from services.contexts.plan import EnginePlan
 from services.contexts.protocol import Attach, Demand, Drain, Line, Word
 from services.contexts.records import ContextRecord, State, live_records
@@ -150,11 +151,11 @@ def adapter_plan(node: Node, directory: Path, name: str) -> EnginePlan:
 
 def lease(node: Node, plan: EnginePlan) -> tuple[Slot, Word]:
     """What a worker that attaches with this plan hears in the end."""
-    slot, found = node.keeper.attach(plan)
     ours, theirs = map(Line, socket.socketpair())
     server = KeeperServer(node.keeper, for_ever=True)
-    holding = threading.Thread(target=server._hold, args=(theirs, slot, found, plan.spec))
+    holding = threading.Thread(target=server._obey, args=(theirs,))
     holding.start()
+    ours.send(Attach(plan=plan))
     word = ours.word(GENEROUS_SECONDS)
     while word is not None and word.gone is None and word.record and word.record.state != "warm":
         word = ours.word(GENEROUS_SECONDS)
@@ -162,7 +163,7 @@ def lease(node: Node, plan: EnginePlan) -> tuple[Slot, Word]:
     holding.join(GENEROUS_SECONDS)
     theirs.close()
     assert word is not None
-    return slot, word
+    return node.keeper._slots[plan.name], word
 
 
 def test_adapters_of_one_model_share_an_engine_that_is_not_the_models_own(
@@ -666,6 +667,68 @@ def test_one_that_does_not_wake_is_gone_and_the_next_is_new(
     assert node.attach("a") is sleeper
     assert "it did not wake up: the engine refused /wake_up" in node.goes(sleeper)
     assert node.warm("a") is not sleeper
+
+
+# An engine that answers otherwise than at its start.
+
+
+def wrong_engines() -> float:
+    (metric,) = WRONG.collect()
+    return metric.samples[0].value
+
+
+def test_one_that_wakes_wrong_is_ended_and_its_worker_has_a_new_one(
+    start: Callable[..., Node], sleepy: None, tmp_path: Path
+) -> None:
+    node = start(VLLM_TEST_FAULT="wakes-wrong")
+    sleeper = node.idle("a")
+    node.idle("b")
+    assert sleeper.record.state == "asleep"
+    before = wrong_engines()
+    slot, word = lease(node, node.plan("a"))
+    assert node.goes(sleeper) == "it does not answer as it did when it was started"
+    assert slot is not sleeper and word.gone is None and word.record is not None
+    assert word.record.state == "warm" and word.record.pid != sleeper.record.pid
+    assert not word.warm and word.record.phases is not None  # a start of the worker's own
+    assert wrong_engines() == before + 1
+
+
+def test_one_that_answers_otherwise_when_a_worker_comes_is_ended_and_the_worker_has_a_new_one(
+    start: Callable[..., Node],
+) -> None:
+    node = start(VLLM_TEST_FAULT="drifts")
+    first = node.warm("a")
+    before = wrong_engines()
+    _, word = lease(node, node.plan("a"))
+    assert node.goes(first) == "it does not answer as it did when it was started"
+    assert word.gone is None and word.record is not None
+    assert word.record.state == "warm" and word.record.pid != first.record.pid
+    assert wrong_engines() == before + 1
+
+
+def test_one_that_does_not_answer_when_a_worker_comes_is_ended_too(
+    start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = start()
+    first = node.idle("a")
+    monkeypatch.setattr("services.contexts.engine._PROBE_SECONDS", 1.0)
+    engine = process_of(first)
+    engine.suspend()
+    _, word = lease(node, node.plan("a"))
+    assert word.record is not None and word.record.pid != engine.pid
+    assert node.goes(first) == "it does not answer as it did when it was started"
+
+
+def test_one_that_answers_as_it_did_is_shared_and_its_worker_is_told_that_it_is_warm(
+    start: Callable[..., Node], sleepy: None
+) -> None:
+    node = start()
+    first = node.idle("a")
+    slot, word = lease(node, node.plan("a"))
+    assert slot is first and word.warm
+    node.idle("b")
+    slot, word = lease(node, node.plan("a"))
+    assert slot is first and word.record is not None and word.record.state == "warm"
 
 
 def test_what_sleepers_keep_is_given_up_where_it_is_missing(

@@ -25,7 +25,10 @@ CLAIM_SECONDS = float(os.environ.get("VLLM_TEST_CLAIM_SECONDS", "0"))
 FAULT = os.environ.get("VLLM_TEST_FAULT", "")
 """`no-start`: end with an error; `abort`: say that requests were aborted; `unscored`: leave label
 scores out where several prompts come at once; `refuse-long`: refuse requests that hold a prompt of
-over 200 tokens; `crash-long`: end at such a prompt; `nan-long`: score such a prompt with NaN;
+over 200 tokens; `refuse-repeats`: refuse those that hold a prompt with one token 50 times;
+`crash-long`: end at a prompt of over 200 tokens; `oom-long`: the same, for lack of memory;
+`nan-long`: score such a prompt with NaN; `wakes-wrong`: answer otherwise once it has been woken;
+`drifts`: answer the probe otherwise each time;
 `thinks`: say `<think>` and hardly ever a label; `crash-once`, `hang-once`: end, or fall silent, in
 the midst of the first request after the probe, the first time (a file remembers)."""
 JOURNAL = os.environ.get("VLLM_TEST_JOURNAL", "")
@@ -34,7 +37,7 @@ the engine was put to sleep or woken."""
 LITTER = os.environ.get("VLLM_TEST_LITTER", "")
 """Leave a directory and a socket where temporary files go, as vLLM does."""
 LONG_TOKENS = 200
-answered = {"tokens": 0}
+answered = {"tokens": 0, "probes": 0, "woken": 0}
 PROBE_TOKENS = 3
 adapters: dict[str, str] = {}
 """The directory of each adapter that was loaded, by the name that it is asked by."""
@@ -42,6 +45,19 @@ adapters: dict[str, str] = {}
 
 def is_long(prompt: list[int]) -> bool:
     return len(prompt) > LONG_TOKENS
+
+
+def repeats(prompt: list[int]) -> bool:
+    return max(map(prompt.count, set(prompt)), default=0) >= 50
+
+
+def is_refused(arguments: argparse.Namespace, prompt: list[int]) -> str:
+    """In vLLM's words where it is too long."""
+    if len(prompt) >= arguments.max_model_len:
+        return f"This model's maximum context length is {arguments.max_model_len} tokens."
+    if FAULT == "refuse-long" and is_long(prompt):
+        return "a prompt is too long"
+    return "a prompt repeats itself" if FAULT == "refuse-repeats" and repeats(prompt) else ""
 
 
 def choice(request: dict, index: int) -> dict:
@@ -56,6 +72,10 @@ def choice(request: dict, index: int) -> dict:
         scores.popitem()
     if FAULT == "thinks":
         scores = {name: score - 6 for name, score in scores.items()}
+    if len(prompt) <= PROBE_TOKENS:
+        answered["probes"] += 1
+    if (FAULT == "wakes-wrong" and answered["woken"]) or FAULT == "drifts":
+        scores = {name: score - 3 * answered["probes"] for name, score in scores.items()}
     if FAULT == "nan-long" and is_long(prompt):
         scores = dict.fromkeys(scores, math.nan)
     return {
@@ -84,6 +104,7 @@ def note(prompts: list[list[int]]) -> None:
 
 
 def note_sleep(head: str) -> None:
+    answered["woken"] += head.startswith("POST /wake_up")
     if JOURNAL and head.startswith(("POST /sleep", "POST /wake_up")):
         with Path(JOURNAL).open("a") as file:
             file.write(f"{head.split()[1]}\n")
@@ -135,6 +156,9 @@ async def events(arguments: argparse.Namespace, request: dict, turn: asyncio.Loc
         if FAULT == "crash-long" and is_long(prompt):
             print("Segmentation fault, says the test engine", flush=True)
             os._exit(9)
+        if FAULT == "oom-long" and is_long(prompt):
+            print("torch.OutOfMemoryError: CUDA out of memory, says the test engine", flush=True)
+            os._exit(9)
         if FAULT in ("crash-once", "hang-once") and not is_probe and index == len(prompts) // 2:
             yield b"".join(pieces)
             pieces = []
@@ -157,6 +181,7 @@ async def main() -> None:
     parser.add_argument("--uds", required=True)
     parser.add_argument("--served-model-name", default="")
     parser.add_argument("--enable-lora", action="store_true")
+    parser.add_argument("--max-model-len", type=int, default=10_000_000)
     arguments, _ = parser.parse_known_args()
     print("the test engine is starting", flush=True)
     if FAULT == "no-start":
@@ -188,10 +213,15 @@ async def main() -> None:
                 ):
                     text = f"The model `{request['model']}` does not exist."
                     answer_shortly(writer, "404 Not Found", text)
-                elif FAULT == "refuse-long" and any(map(is_long, request["prompt"])):
-                    content = b'{"error": {"message": "a prompt is too long"}}'
-                    status = f"400 Bad Request\r\nContent-Length: {len(content)}"
-                    writer.write(f"HTTP/1.1 {status}\r\n\r\n".encode() + content)
+                elif why := next(
+                    filter(None, (is_refused(arguments, one) for one in request["prompt"])), ""
+                ):
+                    message = json.dumps({"error": {"message": why}})
+                    answer_shortly(writer, "400 Bad Request", message)
+                elif head.startswith("GET /v1/models"):
+                    model = {"id": arguments.served_model_name}
+                    model["max_model_len"] = arguments.max_model_len
+                    answer_shortly(writer, "200 OK", json.dumps({"data": [model]}))
                 elif head.startswith("GET /metrics"):
                     content = metrics(arguments)
                     kind = "Content-Type: text/plain; version=0.0.4; charset=utf-8"
