@@ -85,19 +85,34 @@ else
 fi
 
 say "on $(uname -n), scratch $scratch, restarts ${SLURM_RESTART_COUNT:-0}"
-(
-    # Worker and keeper listen all the same; their engines would end at a signal that all processes get.
-    # A shell, which the image has for the same purpose, could not: there, the inner one does this.
-    [[ -n ${KEEPWARM_IMAGE-} ]] || trap '' USR1 USR2
-    exec "${command[@]}" "$@"
-) &
-worker=$!
-[[ $asked == no ]] || pass_on
-while true; do
-    again=no
-    if wait "$worker"; then code=0; else code=$?; fi
-    # A signal of ours ends `wait`, and not the worker.
-    [[ $again == yes ]] || break
+run_worker() {
+    (
+        # Worker and keeper listen all the same; their engines would end at a signal that all processes
+        # get. A shell, which the image has for the same purpose, could not: there, the inner one does this.
+        [[ -n ${KEEPWARM_IMAGE-} ]] || trap '' USR1 USR2
+        exec "${command[@]}" "$@"
+    ) &
+    worker=$!
+    [[ $asked == no ]] || pass_on
+    while true; do
+        again=no
+        if wait "$worker"; then code=0; else code=$?; fi
+        # A signal of ours ends `wait`, and not the worker.
+        [[ $again == yes ]] || break
+    done
+}
+run_worker "$@"
+# A claim may end the worker's process: SIGILL, SIGABRT, SIGBUS, SIGFPE, SIGSEGV, or SIGKILL by the
+# kernel's out-of-memory killer. The next worker in this directory finds the claim by what the dead one
+# left there; in a job of its own it would not. A scheduler that kills ends this script as well.
+crashes=0
+while [[ -z ${KEEPWARM_IMAGE-} && $asked == no ]] && ((crashes < 10)); do
+    case $code in 132 | 134 | 135 | 136 | 137 | 139) ;; *) break ;; esac
+    crashes=$((crashes + 1))
+    say "the worker crashed with $code; starting it again ($crashes of 10)"
+    worker='' # so that a signal that comes now reaches the next one
+    sleep 1
+    run_worker "$@"
 done
 [[ -z $asking ]] || kill "$asking" 2>/dev/null || true
 # The keeper is nobody's child, and not every scheduler finds it. It must not hold the GPU after us.

@@ -1,7 +1,7 @@
 """A message in our hands: what it holds, how often it came, and how it is set aside."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -15,7 +15,8 @@ from services.contracts.wire import CONTENT_TYPE, Message, decode
 # every time (https://www.rabbitmq.com/docs/quorum-queues#poison-message-handling).
 _EARLIER_DELIVERIES = ("x-delivery-count", "x-acquired-count")
 _MOST_REASON_CHARS = 1_000
-_MOST_FAILURES = 1_000_000
+_MOST_COUNTED = 1_000_000
+_MOST_DECLINED, _MOST_DECLINED_CHARS = 64, 256
 
 M = TypeVar("M", bound=Message)
 
@@ -59,9 +60,37 @@ class Delivery:
     @property
     def failures(self) -> int:
         """Failures of an engine that its claims were part of. Raises MessageInvalid."""
-        count = self.headers.get(topology.FAILURES_HEADER, 0)
-        if not isinstance(count, int) or not 0 <= count < _MOST_FAILURES:
-            raise MessageInvalid(f"its header {topology.FAILURES_HEADER} is no count")
+        return self._count(topology.FAILURES_HEADER)
+
+    @property
+    def declined(self) -> tuple[str, ...]:
+        """The engines that could not answer its claims, each after what it said of them.
+
+        Raises MessageInvalid.
+        """
+        entries = self.headers.get(topology.DECLINED_HEADER, [])
+        if (
+            not isinstance(entries, list)
+            or len(entries) > _MOST_DECLINED
+            or not all(isinstance(e, str) and len(e) <= _MOST_DECLINED_CHARS for e in entries)
+        ):
+            raise MessageInvalid(f"its header {topology.DECLINED_HEADER} is no list of engines")
+        return tuple(entries)
+
+    @property
+    def waited_seconds(self) -> int:
+        """How long its claims waited for another engine. Raises MessageInvalid."""
+        return self._count(topology.WAITED_HEADER)
+
+    @property
+    def history(self) -> dict[str, Any]:
+        """The headers that tell what happened to its claims so far. Raises MessageInvalid."""
+        return history_headers(self.failures, self.declined, self.waited_seconds)
+
+    def _count(self, header: str) -> int:
+        count = self.headers.get(header, 0)
+        if not isinstance(count, int) or not 0 <= count < _MOST_COUNTED:
+            raise MessageInvalid(f"its header {header} is no count")
         return count
 
     def refused(self, reason: str, on_confirmed: Callable[[], None]) -> Outgoing:
@@ -78,3 +107,14 @@ class Delivery:
             },
             on_confirmed=on_confirmed,
         )
+
+
+def history_headers(
+    failures: int, declined: Sequence[str] = (), waited_seconds: int = 0
+) -> dict[str, Any]:
+    """The headers of returned claims; see `Delivery.failures`, `declined` and `waited_seconds`."""
+    headers: dict[str, Any] = {topology.FAILURES_HEADER: failures}
+    if declined:
+        headers[topology.DECLINED_HEADER] = list(declined[-_MOST_DECLINED:])
+        headers[topology.WAITED_HEADER] = waited_seconds
+    return headers

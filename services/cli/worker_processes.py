@@ -249,6 +249,10 @@ def worker_processes(
                     **share,
                     **_metrics_of_their_own(settings),
                     "KEEPWARM_LOG_FORMAT": "json",
+                    # No engine will come but those of this run.
+                    "KEEPWARM_OTHER_ENGINE_SECONDS": os.environ.get(
+                        "KEEPWARM_OTHER_ENGINE_SECONDS", "30"
+                    ),
                     # What the workers' states are read from.
                     "KEEPWARM_LOG_LEVEL": "DEBUG" if settings.log_level == "DEBUG" else "INFO",
                 }

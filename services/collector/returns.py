@@ -47,7 +47,7 @@ def send_on(
             topology.CLAIMS_EXCHANGE,
             topology.claims_queue(context_id),
             message_id=delivery.message_id,
-            headers={topology.FAILURES_HEADER: delivery.failures},
+            headers=delivery.history,
             on_confirmed=lambda: consumer.acknowledge([delivery]),
         )
     )

@@ -10,7 +10,7 @@ import structlog
 
 from services.contexts.completions import CompletionClient
 from services.contexts.engine import start_error
-from services.contexts.engine_log import OOM, oom_kills
+from services.contexts.engine_log import OOM, oom_kills, tells_of_memory
 from services.contexts.metrics import ATTACHES
 from services.contexts.plan import EnginePlan
 from services.contexts.protocol import Attach, Demand, Drain, Evict, Line, Look, Word
@@ -74,6 +74,10 @@ class Attachment:
         """Whether the engine was warm when we came."""
         self.seconds = 0.0
         """From our wish to its warmth."""
+        self.max_model_tokens: int | None = None
+        """The most tokens that the engine takes, as it says itself. Fewer than its context has,
+        where the operator's arguments say so.
+        """
         self.log_file = self._directory / f"{plan.name}.log"
         self.client = CompletionClient(
             socket_path(self._directory, plan.name),
@@ -93,6 +97,11 @@ class Attachment:
         """As last heard; None where there is no engine. Unlike `alive` it does not listen."""
         record = self._record
         return None if record is None else record.state
+
+    @property
+    def ran_out_of_memory(self) -> bool:
+        """Whether the engine is gone because memory ran out, as its keeper says."""
+        return self.gone is not None and tells_of_memory(self.gone)
 
     @property
     def alive(self) -> bool:
@@ -154,12 +163,22 @@ class Attachment:
         started_for_us = self.phases is not None
         ATTACHES.labels("warm" if self.warm else "cold" if started_for_us else "joined").inc()
         self.seconds = time.monotonic() - started
+        self.max_model_tokens = self.client.max_model_tokens()
         log.info(
             "engine.ready",
             seconds=round(self.seconds, 2),
             warm=self.warm,
             phases=None if self.phases is None else self.phases.model_dump(),
         )
+        wanted = self.plan.spec.max_model_tokens
+        if self.max_model_tokens is not None and self.max_model_tokens < wanted:
+            log.warning(
+                "engine.shorter_than_context",
+                takes_tokens=self.max_model_tokens,
+                context_tokens=wanted,
+                next_step="longer claims are left to other engines; remove --max-model-len from "
+                "KEEPWARM_ENGINE_ARGUMENTS on this node, or use --max-model-tokens",
+            )
         return True
 
     def stop(self) -> None:

@@ -65,6 +65,18 @@ class _Event(BaseModel):
     choices: list[_Choice]
 
 
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    max_model_len: int | None = None
+
+
+class _Models(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    data: list[_Model]
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What the engine says to one prompt: its own next token, and the label tokens' log
@@ -170,6 +182,18 @@ class CompletionClient:
         except _BROKEN as error:
             raise EngineRequestError(f"the engine told no metrics: {error!r}") from error
         return text.decode(errors="replace")
+
+    def max_model_tokens(self) -> int | None:
+        """The most tokens that it takes, prompt and answer together (vLLM's `max_model_len`, from
+        `/v1/models`); None when it does not say.
+        """
+        try:
+            with self._asked("GET", "/v1/models") as response:
+                _raise_unless_success(response)
+                models = _Models.model_validate_json(response.read(_MOST_METRICS_BYTES))
+        except (*_BROKEN, EngineRequestError, ValidationError):
+            return None
+        return min((m.max_model_len for m in models.data if m.max_model_len), default=None)
 
     def sleep(self) -> None:
         """Weights go to host memory, the key-value cache is dropped (vLLM's sleep mode, level 1).

@@ -160,6 +160,11 @@ def explanation(log_file: Path, ending: Ending, device: str) -> str:
     return " ".join(sentences)
 
 
+def tells_of_memory(why: str) -> bool:
+    """Whether an explanation of ours says that memory ran out."""
+    return _MEMORY.partition("{")[0] in why or OOM in why
+
+
 def oom_kills() -> int:
     """How many processes the kernel has killed for lack of memory since it was booted; 0 where it
     does not say.

@@ -184,6 +184,10 @@ class Settings(BaseSettings):
     claim_failures: Annotated[int, Field(ge=2, le=100)] = 3
     """Failures of an engine that a claim may be part of, all but the first alone; then it is a dead
     claim."""
+    other_engine_seconds: Annotated[float, Field(ge=0, le=7 * 24 * 3600)] = 300
+    """How long a claim waits for another engine, at engines that cannot answer it: too long there,
+    refused, or more than their memory holds. Then it is a dead claim. The workers of `keepwarm run`
+    have 30 unless this is set."""
     engine_trust_remote_code: bool = False
     """Lets a model repository's own Python code run. It is code from strangers."""
 

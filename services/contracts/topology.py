@@ -33,6 +33,10 @@ HOUSE_QUEUES = (RUNS_QUEUE, VERDICTS_QUEUE, RETURNS_QUEUE, DEAD_CLAIMS_QUEUE, DE
 
 FAILURES_HEADER = "keepwarm-failures"
 """How many failures of an engine a returned batch's claims were part of."""
+DECLINED_HEADER = "keepwarm-declined"
+"""The engines that could not answer a returned batch's claims, each with what it said of them."""
+WAITED_HEADER = "keepwarm-waited-seconds"
+"""How long these claims have waited at those engines for another one to take them."""
 REASON_HEADER = "keepwarm-reason"
 """Why a message could not be used; on those in `dead-messages`."""
 ORIGIN_HEADER = "keepwarm-origin"

@@ -75,6 +75,8 @@ class DeadReason(StrEnum):
     ENGINE_REFUSED = "engine-refused"
     ENGINE_FAILED = "engine-failed"
     """The engine failed with this claim again and again, alone, and not with another."""
+    WORKER_FAILED = "worker-failed"
+    """The worker itself failed with it, or died of it, again and again, and not with another."""
 
 
 class DeadClaim(Message):

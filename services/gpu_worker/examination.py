@@ -12,13 +12,20 @@ import structlog
 
 from services.contexts.attachment import Attachment
 from services.contexts.completions import EngineSilent, Interrupted
-from services.contracts import Claim, DeadReason, PromptSpec, Settings
+from services.contracts import DeadReason, PromptSpec, Settings
 from services.contracts.backoff import growing_pause
 from services.contracts.errors import EngineRequestError, EngineStartError, KeeperError
+from services.gpu_worker.crashes import Crash, Crashes, Key
 from services.gpu_worker.in_hand import BatchInHand
-from services.gpu_worker.inference import Inference, Outcome, Refusal
+from services.gpu_worker.inference import (
+    HARMLESS,
+    Declined,
+    Inference,
+    Outcome,
+    Refusal,
+    WorkerFailure,
+)
 
-_HARMLESS = Claim(claim_id="harmless", position=0, text="Water is wet.")
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 2.0, 30.0
 _NONSENSE = "it gave no usable answer: aborted, or scores that are missing or not numbers"
 
@@ -32,33 +39,51 @@ class Examination:
     """
 
     def __init__(
-        self, engine: Attachment, inference: Inference, settings: Settings, stop: threading.Event
+        self,
+        engine: Attachment,
+        inference: Inference,
+        settings: Settings,
+        stop: threading.Event,
+        crashes: Crashes,
     ) -> None:
         self._engine = engine
         self._inference = inference
         self._settings = settings
         self._stop = stop
+        self._crashes = crashes
 
     def examine(self, hand: BatchInHand) -> None:
-        """Give every claim of a suspect batch an outcome; claims stay open only when told to stop.
+        """Give every claim of a suspect batch an outcome. Claims stay open when told to stop, when
+        another engine may be able to answer them, or when they have to be asked with no others in
+        their batch.
 
-        A claim is given up on when the engine failed with it `KEEPWARM_CLAIM_FAILURES` times, all
-        but the first alone, and each time answered a harmless claim afterwards. Raises
-        EngineStartError when there is no engine that does; then it is the node that is at fault.
+        A claim is given up on when the engine or the worker failed with it
+        `KEEPWARM_CLAIM_FAILURES` times, all but the first alone, and each time a harmless claim was
+        answered afterwards. Raises EngineStartError when there is no engine that does; then it is
+        the node that is at fault. Raises WorkerFailure when this process cannot.
         """
         prompt = hand.batch.run.prompt
         log.warning("batch.suspect", batch=hand.batch.batch_id, claims=len(hand.open))
-        if not self._recover(prompt):
+        if not self._is_usable(prompt, hand):
             return
         waiting = deque(hand.open)
         while waiting and not self._stop.is_set():
             place = waiting.popleft()
-            outcome = self._inference.infer(prompt, hand.claims([place]))
+            crash = hand.crashes.get(place)
+            if crash is not None and crash.alone:
+                if hand.open[place] >= self._settings.claim_failures:
+                    self._give_up(hand, place, _died_of(crash, hand.open[place]), crash.memory)
+                # Else it may end this process again: first the others' outcomes are published.
+                if len(hand.batch.claims) > 1 or place not in hand.open:
+                    continue
+            with self._crashes.asking(hand.keys([place]), alone=True):
+                outcome = self._inference.infer(prompt, hand.claims([place]))
             hand.note([place], outcome)
-            if place not in hand.open:
+            if place not in hand.open or outcome.declined:
                 continue
             last_words = "\n".join(self._engine.last_words())
             self.note_failure(outcome.failure)
+            out_of_memory = self._engine.ran_out_of_memory
             if not self._recover(prompt):
                 return
             hand.blame([place], alone=True)
@@ -67,16 +92,48 @@ class Examination:
             if failures < self._settings.claim_failures:
                 waiting.append(place)
             else:
-                hand.bury(place, _engine_failed(outcome, failures, last_words))
+                self._give_up(hand, place, _failed(outcome, failures, last_words), out_of_memory)
 
-    def note_failure(self, failure: EngineRequestError | None) -> None:
+    def _give_up(
+        self, hand: BatchInHand, place: int, refusal: Refusal, out_of_memory: bool
+    ) -> None:
+        """The claim is dead; or, where memory ran out, another node may have more of it."""
+        if out_of_memory:
+            hand.decline(place, Declined(refusal, counts=True))
+        else:
+            hand.bury(place, refusal)
+
+    def _is_usable(self, prompt: PromptSpec, hand: BatchInHand) -> bool:
+        """Whether a harmless claim is answered with this prompt. Where only another prompt's is,
+        all claims of the batch are dead; False then, or when told to stop.
+        """
+        crash = self._crashes.of(prompt_key(prompt))
+        if crash is not None and crash.alone >= self._settings.claim_failures:
+            why = crash.evidence
+        else:
+            try:
+                return self._recover(prompt)
+            except WorkerFailure as failure:
+                why = failure.trace
+        # Raises, or ends this process, where the prompt is not at fault.
+        if self._recover(PromptSpec()):
+            refusal = Refusal(
+                DeadReason.PROMPT_UNUSABLE,
+                f"the worker fails with this prompt, whatever the claim, and not with another. "
+                f"What it said:\n{why}",
+            )
+            for place in list(hand.open):
+                hand.bury(place, refusal)
+        return False
+
+    def note_failure(self, failure: EngineRequestError | WorkerFailure | None) -> None:
         """An engine that hangs is ended: it would hang for whoever asks next. One that broke off
-        may be gone, which its keeper is about to say.
+        may be gone, which its keeper is about to say. Where we failed ourselves it did nothing.
         """
         if isinstance(failure, EngineSilent):
             log.error("engine.silent", reason=str(failure))
             self._engine.stop()
-        elif failure is not None:
+        elif failure is not None and not isinstance(failure, WorkerFailure):
             self._engine.look()
 
     def start_engine(self, attempts: int) -> bool:
@@ -96,15 +153,24 @@ class Examination:
         raise AssertionError("count() never ends")
 
     def _recover(self, prompt: PromptSpec) -> bool:
-        """Have an engine that answers a harmless claim. False when told to stop meanwhile."""
+        """Have an engine that answers a harmless claim. False when told to stop meanwhile.
+
+        Raises EngineStartError where there is none, WorkerFailure where we cannot ask it.
+        """
+        key = prompt_key(prompt)
         attempts = self._settings.engine_start_attempts
         for failures in count(1):
             if not self._engine.alive and not self.start_engine(attempts):
                 return False
-            outcome = self._inference.infer(prompt, [_HARMLESS])
+            with self._crashes.asking([key], alone=True):
+                outcome = self._inference.infer(prompt, [HARMLESS])
             # A prompt that no claim fits into is not the engine's fault.
-            if outcome.verdicts or outcome.refused:
+            if outcome.verdicts or outcome.refused or outcome.declined:
+                self._crashes.forget([key])
                 return True
+            if isinstance(outcome.failure, WorkerFailure):
+                log.error("worker.unable", prompt=prompt.prompt_id, trace=outcome.failure.trace)
+                raise outcome.failure
             if isinstance(outcome.failure, Interrupted) or self._stop.is_set():
                 return False
             self._engine.stop()
@@ -123,9 +189,28 @@ class Examination:
         return not self._stop.wait(pause)
 
 
-def _engine_failed(outcome: Outcome, failures: int, last_words: str) -> Refusal:
+def prompt_key(prompt: PromptSpec) -> Key:
+    """What a harmless claim with this prompt is called where crashes are recorded."""
+    return (prompt.prompt_id, HARMLESS.claim_id)
+
+
+def _failed(outcome: Outcome, failures: int, last_words: str) -> Refusal:
+    if isinstance(outcome.failure, WorkerFailure):
+        return Refusal(
+            DeadReason.WORKER_FAILED,
+            f"the worker failed {failures} times with this claim, {failures - 1} of them alone, "
+            f"and not with a harmless one:\n{outcome.failure.trace}",
+        )
     return Refusal(
         DeadReason.ENGINE_FAILED,
         f"an engine failed {failures} times with this claim, {failures - 1} of them alone, and not "
         f"with a harmless one: {outcome.failure or _NONSENSE}. Its log ended with:\n{last_words}",
+    )
+
+
+def _died_of(crash: Crash, failures: int) -> Refusal:
+    return Refusal(
+        DeadReason.WORKER_FAILED,
+        f"the worker's process died with this claim, {failures} times in all, {failures - 1} of "
+        f"them alone, and not with a harmless one. What it left:\n{crash.evidence}",
     )

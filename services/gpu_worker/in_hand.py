@@ -3,12 +3,13 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
 from services.broker import Consumer, Delivery, Outgoing, Publisher
+from services.broker.delivery import history_headers
 from services.contracts import (
     INVALID,
     Claim,
@@ -20,7 +21,8 @@ from services.contracts import (
 )
 from services.contracts.bounds import MAX_DETAIL_CHARS
 from services.contracts.errors import MessageInvalid
-from services.gpu_worker.inference import Outcome, Refusal
+from services.gpu_worker.crashes import Crash, Key
+from services.gpu_worker.inference import Declined, Outcome, Refusal
 from services.gpu_worker.metrics import (
     BATCH_SECONDS,
     DEAD,
@@ -32,6 +34,9 @@ from services.gpu_worker.metrics import (
 from services.telemetry import Few
 
 T = TypeVar("T")
+
+# What is said of a claim that an engine cannot answer through no fault of the claim's.
+_UNABLE = "unable"
 
 _label = Few()
 
@@ -51,11 +56,22 @@ class BatchInHand:
     part of.
     """
 
-    def __init__(self, delivery: Delivery) -> None:
-        """Raises MessageInvalid when the delivery is not a batch of claims."""
+    def __init__(self, delivery: Delivery, engine: str = "", patience_seconds: float = 0) -> None:
+        """`engine` is the name of ours. Claims that it cannot answer are dead once they have waited
+        `patience_seconds` for another one.
+
+        Raises MessageInvalid when the delivery is not a batch of claims.
+        """
         self.delivery = delivery
         self.batch = delivery.message(ClaimBatch)
         self.open = dict.fromkeys(range(len(self.batch.claims)), delivery.failures)
+        self.waited_seconds = delivery.waited_seconds
+        self._declined_before = delivery.declined
+        self._engine = engine
+        self._patience_seconds = patience_seconds
+        self._declined: dict[int, str] = {}
+        self.crashes: dict[int, Crash] = {}
+        """What workers of this node died with, by place."""
         self._verdicts: list[Verdict] = []
         self._dead: list[tuple[Claim, Refusal, int]] = []
         self._engine_seconds = 0.0
@@ -73,6 +89,10 @@ class BatchInHand:
     def claims(self, places: Sequence[int]) -> list[Claim]:
         return [self.batch.claims[place] for place in places]
 
+    def keys(self, places: Iterable[int]) -> list[Key]:
+        """What the claims are called where crashes are recorded."""
+        return [(self.batch.run.run_id, self.batch.claims[place].claim_id) for place in places]
+
     @property
     def engine_seconds(self) -> float:
         """How long the engine was asked about its claims."""
@@ -86,14 +106,62 @@ class BatchInHand:
             self._verdicts.append(verdict)
         for index, refusal in outcome.refused.items():
             self.bury(places[index], refusal)
+        for index, declined in outcome.declined.items():
+            self.decline(places[index], declined)
 
     def blame(self, places: Sequence[int], *, alone: bool = False) -> None:
-        """An engine failed with those of the claims that are open still. In company that makes them
-        suspects, however often it happens; only what they do `alone` counts against them.
+        """An engine failed with those of the claims that are open still, but for those that it did
+        not take. In company that makes them suspects, however often it happens; only what they do
+        `alone` counts against them.
         """
         for place in places:
-            if place in self.open:
+            if place in self.open and place not in self._declined:
                 self.open[place] = self.open[place] + 1 if alone else max(1, self.open[place])
+
+    @property
+    def came_back(self) -> bool:
+        """Whether our engine could not answer these claims before, and they may wait longer for
+        another one.
+        """
+        engines = {_engine_of(entry) for entry in self._declined_before}
+        return self._engine in engines and self.waited_seconds < self._patience_seconds
+
+    def decline(self, place: int, declined: Declined) -> None:
+        """Our engine cannot answer the claim. Another one may, so it is returned; it is dead when a
+        second engine says the same and that counts, or when none took it in time.
+        """
+        kind = declined.refusal.reason.value if declined.counts else _UNABLE
+        agreeing = [
+            engine
+            for entry in self._declined_before
+            if entry.startswith(f"{kind} ") and (engine := _engine_of(entry)) != self._engine
+        ]
+        if declined.counts and agreeing:
+            self._bury_with(place, declined, f"The engine {agreeing[-1]} said so as well")
+        elif self.waited_seconds >= self._patience_seconds:
+            tried = sorted({*map(_engine_of, self._declined_before), self._engine} - {""})
+            self._bury_with(
+                place,
+                declined,
+                f"No other engine took the claim, which waited {self.waited_seconds} s for one "
+                f"(KEEPWARM_OTHER_ENGINE_SECONDS). Tried: {', '.join(tried) or 'this one'}",
+            )
+        else:
+            self._declined[place] = f"{kind} {self._engine}"
+
+    def _bury_with(self, place: int, declined: Declined, more: str) -> None:
+        refusal = declined.refusal
+        self.bury(place, Refusal(refusal.reason, f"{refusal.detail}\n{more}."))
+
+    @property
+    def declined(self) -> int:
+        """How many claims our engine could not answer that are to be returned for others."""
+        return len(self._declined.keys() & self.open.keys())
+
+    def note_crash(self, place: int, crash: Crash) -> None:
+        """Workers of this node died with the claim."""
+        self.crashes[place] = crash
+        self.open[place] = max(1, self.open[place]) + crash.alone
 
     def bury(self, place: int, refusal: Refusal) -> None:
         self._dead.append((self.batch.claims[place], refusal, self.open.pop(place)))
@@ -127,7 +195,8 @@ class BatchInHand:
         INVALID_VERDICTS.inc(labels[INVALID])
         for _, refusal, _ in self._dead:
             DEAD.labels(refusal.reason.value).inc()
-        RETURNED.labels("unfinished").inc(len(self.open))
+        RETURNED.labels("declined").inc(self.declined)
+        RETURNED.labels("unfinished").inc(len(self.open) - self.declined)
 
     def _publish(
         self, messages: Sequence[Outgoing], consumer: Consumer, publisher: Publisher, *, last: bool
@@ -156,14 +225,18 @@ class BatchInHand:
         for claim, refusal, failures in self._dead:
             yield self._dead_claim(claim, refusal, failures, signature)
         yield from _fitting(self._verdicts, lambda some: self._verdict_batch(some, signature))
-        if self.open == dict.fromkeys(range(len(self.batch.claims)), self.delivery.failures):
-            return  # untouched
+        untouched = dict.fromkeys(range(len(self.batch.claims)), self.delivery.failures)
+        waited = self.waited_seconds != self.delivery.waited_seconds
+        if self.open == untouched and not self.declined and not waited:
+            return
         yield from self._returned(list(self.open))
 
     def _returned(self, places: Sequence[int]) -> Iterator[Outgoing]:
-        for failures in sorted({self.open[place] for place in places}):
-            alike = [place for place in places if self.open[place] == failures]
-            yield from _fitting(self.claims(alike), partial(self._rest, failures=failures))
+        """A message for those that have the same history."""
+        histories = {place: (self.open[place], self._declined.get(place, "")) for place in places}
+        for history in sorted(set(histories.values())):
+            alike = [place for place in places if histories[place] == history]
+            yield from _fitting(self.claims(alike), partial(self._rest, history=history))
 
     def _dead_claim(
         self, claim: Claim, refusal: Refusal, failures: int, signature: Signature
@@ -192,13 +265,21 @@ class BatchInHand:
         )
         return Outgoing.of(batch, topology.VERDICTS_EXCHANGE, topology.VERDICTS_QUEUE)
 
-    def _rest(self, claims: Sequence[Claim], failures: int) -> Outgoing:
+    def _rest(self, claims: Sequence[Claim], history: tuple[int, str]) -> Outgoing:
+        failures, entry = history
+        earlier = [old for old in self._declined_before if old != entry]
         return Outgoing.of(
             self.batch.model_copy(update={"claims": tuple(claims)}),
             topology.RETURNS_EXCHANGE,
             topology.RETURNS_QUEUE,
-            headers={topology.FAILURES_HEADER: failures},
+            headers=history_headers(
+                failures, [*earlier, entry] if entry else earlier, self.waited_seconds
+            ),
         )
+
+
+def _engine_of(entry: str) -> str:
+    return entry.partition(" ")[2]
 
 
 def _fitting(items: Sequence[T], build: Callable[[Sequence[T]], Outgoing]) -> Iterator[Outgoing]:

@@ -18,7 +18,8 @@ DEAD = Counter(
 )
 RETURNED = Counter(
     "keepwarm_claims_returned_total",
-    "Claims given back unharmed: beyond the horizon (trimmed), or not finished (unfinished).",
+    "Claims given back unharmed: beyond the horizon (trimmed), not answerable by this engine "
+    "(declined), or not finished (unfinished).",
     ["why"],
 )
 REDELIVERED = Counter(

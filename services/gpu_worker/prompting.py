@@ -8,6 +8,8 @@ from services.contracts import Claim, PromptSpec
 from services.contracts.errors import ModelError
 from services.gpu_worker.tokenizer import ModelTokenizer
 
+_SHORTEST = Claim(claim_id="shortest", position=0, text="x", evidence="x")
+
 
 class CompiledPrompt:
     """A `PromptSpec` under a tokenizer.
@@ -45,14 +47,20 @@ class CompiledPrompt:
         # A frame from a chat template already holds the begin-of-text token, where there is one.
         self._head = tokenizer.encode_trusted(before, begin=frame is None)
         self._tail = tokenizer.encode_trusted(after)
-        if self._whole:
-            return
+        if not self._whole:
+            self._encode_constant(text, template)
+        (shortest,) = self.encode([_SHORTEST])
+        self.least_tokens = len(shortest)
+        """About as many as instructions and examples have; no prompt has much fewer."""
+
+    def _encode_constant(self, text: str, template: str) -> None:
+        """Have what all prompts begin with in `_head`."""
         # Where white space belongs differs by tokenizer: to what follows (GPT-2), or to the full
         # stop before it (Llama 3). Where neither cut is clean, all is encoded for every claim.
         for constant in (text, text.rstrip()):
             rest = _escaped(text[len(constant) :]) + template
             if constant and self._cuts_cleanly(constant, rest):
-                self._head += tokenizer.encode_plain([constant])[0]
+                self._head += self._tokenizer.encode_plain([constant])[0]
                 self._template = rest
                 break
 

@@ -1,6 +1,7 @@
 """One context, served: its engine had, its batches taken and answered, and a drain."""
 
 import secrets
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -49,11 +50,18 @@ class Serving:
         self._news = shift.news
         self._stop = shift.stop
         tokenizer = ModelTokenizer.load(spec)
-        self._engine = Attachment(EnginePlan.of(spec, device, settings), settings, self._load)
+        plan = EnginePlan.of(spec, device, settings)
+        self._engine = Attachment(plan, settings, self._load)
+        self._engine_name = f"{socket.gethostname()}/{plan.name}"
         self._inference = Inference(
-            tokenizer, self._engine.client, max_model_tokens=spec.max_model_tokens
+            tokenizer,
+            self._engine.client,
+            max_model_tokens=spec.max_model_tokens,
+            engine_takes=lambda: self._engine.max_model_tokens,
         )
-        self._examination = Examination(self._engine, self._inference, settings, self._stop)
+        self._examination = Examination(
+            self._engine, self._inference, settings, self._stop, shift.crashes
+        )
         self._publisher: Publisher | None = None
         self._answering: Answering | None = None
         self._pace = Pace(settings.horizon_seconds, settings.batches_in_flight)
@@ -124,6 +132,9 @@ class Serving:
                 self._shift,
                 consumer,
                 publisher,
+                self._shift.crashes,
+                self._engine_name,
+                self._settings.other_engine_seconds,
             )
             self._serve(self._answering, leave)
 
@@ -199,6 +210,7 @@ class Serving:
                 self._note_time(len(answering.in_hand), busy=bool(work))
                 self._say("serving" if self._engine.state == "warm" else "starting")
                 self._announce(answering.publisher)
+                answering.return_held()
                 if work:
                     self._had_work_at = time.monotonic()
                 if answering.suspects or not self._engine.alive:
@@ -243,7 +255,8 @@ class Serving:
         self._say("stopped" if self._stop.is_set() else "draining")
         confirmations = 0.15 * self._settings.grace_seconds
         wait(work, timeout=confirmations / 2)
-        returned = [pool.submit(answering.settle, hand) for hand in answering.suspects]
+        left = [*answering.suspects, *(hand for _, hand in answering.held)]
+        returned = [pool.submit(answering.settle, hand) for hand in left]
         wait(returned, timeout=confirmations / 2)
         try:
             answering.publisher.flush(timeout_seconds=confirmations)

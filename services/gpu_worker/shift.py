@@ -2,9 +2,12 @@
 
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
+from services.contexts.runtime_dir import open_runtime_dir
 from services.gpu_worker.answer_count import AnswerCount
+from services.gpu_worker.crashes import Crashes
 from services.gpu_worker.device_time import DeviceTime
 from services.gpu_worker.in_hand import Signature
 from services.gpu_worker.news import News
@@ -23,9 +26,15 @@ class Shift:
     pulse: Pulse
     stop: threading.Event
     answers: AnswerCount
+    crashes: Crashes
 
     @classmethod
-    def begin(cls, signature: Signature, post: Post, *, log_progress: bool = False) -> Self:
+    def begin(
+        cls, signature: Signature, post: Post, runtime_dir: Path, *, log_progress: bool = False
+    ) -> Self:
+        """Raises UsageError for a runtime directory that is not ours."""
         reports, device_time = Reports(signature, post), DeviceTime(signature.device)
         answers = AnswerCount(logged=log_progress)
-        return cls(signature, reports, device_time, News(), Pulse(), threading.Event(), answers)
+        crashes = Crashes(open_runtime_dir(runtime_dir), signature.worker_id)
+        stop = threading.Event()
+        return cls(signature, reports, device_time, News(), Pulse(), stop, answers, crashes)

@@ -54,7 +54,10 @@ class Worker:
         self._settings = settings
         self._signature = Signature(own_name(), device.name)
         self._shift = Shift.begin(
-            self._signature, Post.of(settings, metrics_address), log_progress=log_progress
+            self._signature,
+            Post.of(settings, metrics_address),
+            settings.runtime_dir,
+            log_progress=log_progress,
         )
         self._stop, self._news = self._shift.stop, self._shift.news
         self._publisher: Publisher | None = None
@@ -102,6 +105,7 @@ class Worker:
         back before.
         """
         only = self._only
+        self._shift.crashes.catch_fatal_signals()
         log.info(
             "worker.starting",
             worker=self._signature.worker_id,
@@ -128,6 +132,7 @@ class Worker:
         finally:
             if only is not None:
                 only.close()
+            self._shift.crashes.close()
             log.info("worker.stopped", worker=self._signature.worker_id)
 
     @contextmanager

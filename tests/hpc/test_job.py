@@ -195,3 +195,21 @@ def test_a_long_scratch_path_makes_way_for_a_short_one(
 def test_a_worker_that_fails_gives_the_job_its_exit_code(start: Callable[..., Job]) -> None:
     job = start(KEEPWARM_MODEL="/nowhere")
     assert job.wait() == 4, job.output
+
+
+def test_a_worker_that_crashes_is_started_again_in_its_job_and_finds_what_the_first_one_left(
+    start: Callable[..., Job], command: Start, environment: dict[str, str], scratch: Path
+) -> None:
+    run_id = submit(command)
+    collecting = command("collect", "--until", run_id)
+    job = start(_CONDOR_SCRATCH_DIR=str(scratch))
+    wait_for_the_first_verdicts(collecting, environment)
+    job.descendant(lambda words: words[-2:] == ["services.cli.main", "worker"]).send_signal(
+        signal.SIGSEGV
+    )
+    job.said("the worker crashed with 139; starting it again (1 of 10)")
+    job.said("worker.died_before")
+    assert collecting.wait() == 0, collecting.output
+    assert_complete(environment, run_id)
+    job.signal(signal.SIGTERM)
+    assert job.wait() == 0, job.output

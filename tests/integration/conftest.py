@@ -57,6 +57,7 @@ class Command:
             text=True,
             start_new_session=True,
         )
+        self._records = Path(environment.get("KEEPWARM_RUNTIME_DIR", ""), "workers")
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
@@ -87,7 +88,9 @@ class Command:
             self.signal(signal.SIGABRT)
             self.process.wait(10)
             self._reader.join(10)
-            raise AssertionError(f"alive after {seconds:g} s:\n{self.output}") from None
+            # A worker has its threads written to its record of crashes, others to their output.
+            left = "\n".join(path.read_text() for path in self._records.glob("*/fatal.log"))
+            raise AssertionError(f"alive after {seconds:g} s:\n{self.output}\n{left}") from None
         self._reader.join(10)
         return code
 

@@ -319,20 +319,23 @@ def test_an_engine_that_hangs_is_started_again_and_its_claims_answered(
 
 
 def test_a_claim_that_the_engine_refuses_is_found_and_harms_no_other(
-    command: Start, address: BrokerAddress, tmp_path: Path
+    command: Start, environment: dict[str, str], tmp_path: Path
 ) -> None:
     file = tmp_path / "claims.jsonl"
     lines = [{"id": str(number), "claim": f"Claim {number}."} for number in range(16)]
     lines[11]["evidence"] = "many different words " * 60
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    submit(command, str(file))
-    command("worker", VLLM_TEST_FAULT="refuse-long")
-    (dead,) = take(address, topology.DEAD_CLAIMS_QUEUE, 1)
-    claim = decode(DeadClaim, dead.body)
-    assert (claim.claim.claim_id, claim.reason) == ("11", "engine-refused")
-    (rest,) = take(address, topology.VERDICTS_QUEUE, 1)
-    ids = {verdict.claim_id for verdict in decode(VerdictBatch, rest.body).verdicts}
-    assert ids == {str(number) for number in range(16)} - {"11"}
+    collecting = collect(command, submit(command, str(file)))
+    # There is no other engine that might take it.
+    command("worker", VLLM_TEST_FAULT="refuse-long", KEEPWARM_OTHER_ENGINE_SECONDS="5")
+    assert collecting.wait() == 0, collecting.output
+    by_id = {claim_id: (label, reason) for claim_id, label, reason in outcomes(environment)}
+    assert by_id.pop("11") == (None, "engine-refused")
+    assert len(by_id) == 15 and all(label for label, _ in by_id.values())
+    shown = command("dead", "show", *dead_of(environment))
+    assert shown.wait() == 0, shown.output
+    assert "a prompt is too long" in shown.output
+    assert "No other engine took the claim" in " ".join(shown.output.split())
 
 
 def test_a_claim_that_is_too_long_for_the_context_dies_with_the_reason(

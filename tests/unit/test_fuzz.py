@@ -201,6 +201,7 @@ HEADERS = st.dictionaries(
         [
             *("x-delivery-count", "x-death"),
             *(topology.FAILURES_HEADER, topology.REASON_HEADER, topology.ORIGIN_HEADER),
+            *(topology.DECLINED_HEADER, topology.WAITED_HEADER),
         ]
     )
     | st.text(max_size=10),
@@ -270,8 +271,10 @@ def test_whatever_the_headers_are_a_delivery_can_be_looked_at(headers: dict[str,
     assert isinstance(reason(made), str)
     try:
         assert 0 <= made.failures < 2**31
+        assert 0 <= made.waited_seconds < 2**31
+        assert all(isinstance(entry, str) for entry in made.declined)
     except MessageInvalid as error:
-        assert topology.FAILURES_HEADER in str(error)
+        assert "its header keepwarm-" in str(error)
 
 
 # What an engine says.

@@ -88,6 +88,34 @@ def test_a_count_of_failures_is_a_count_or_refused(value: object) -> None:
         assert topology.FAILURES_HEADER in str(error)
 
 
+@given(
+    st.integers()
+    | st.none()
+    | st.dictionaries(st.text(), st.integers())
+    | st.lists(st.integers() | st.text(max_size=300), max_size=70)
+)
+def test_the_engines_that_could_not_answer_are_a_bounded_list_of_names_or_refused(
+    value: object,
+) -> None:
+    made = delivery({topology.DECLINED_HEADER: value, topology.WAITED_HEADER: 5})
+    try:
+        assert list(made.declined) == value
+        assert len(made.declined) <= 64 and all(len(entry) <= 256 for entry in made.declined)
+    except MessageInvalid as error:
+        assert topology.DECLINED_HEADER in str(error)
+    assert made.waited_seconds == 5
+
+
+def test_what_happened_to_claims_travels_in_headers_that_only_those_have_who_need_them() -> None:
+    assert delivery({}).history == {topology.FAILURES_HEADER: 0}
+    headers = {
+        topology.FAILURES_HEADER: 2,
+        topology.DECLINED_HEADER: ["unable n1/a"],
+        topology.WAITED_HEADER: 10,
+    }
+    assert delivery({**headers, "x-delivery-count": 3}).history == headers
+
+
 # What nobody can use.
 
 

@@ -70,6 +70,19 @@ def test_the_failures_that_claims_were_part_of_go_with_them(
     assert broker.published[0].headers == {topology.FAILURES_HEADER: failures}
 
 
+def test_the_engines_that_could_not_answer_claims_go_with_them(
+    store: Store, make: SimpleNamespace, broker: Broker
+) -> None:
+    store.write(make.incoming(make.announced()))
+    headers = {
+        topology.FAILURES_HEADER: 1,
+        topology.DECLINED_HEADER: ["unable n1/a"],
+        topology.WAITED_HEADER: 10,
+    }
+    send(make.returned(1), store, broker, **headers)
+    assert broker.published[0].headers == headers
+
+
 def test_a_return_is_acknowledged_only_once_the_broker_has_its_claims(
     store: Store, make: SimpleNamespace, broker: Broker
 ) -> None:

@@ -693,6 +693,35 @@ def test_several_threads_may_ask_at_once(served: Serve) -> None:
 # What the engine tells of itself.
 
 
+@pytest.mark.parametrize(
+    ("status", "told", "tokens"),
+    [
+        (200, b'{"object":"list","data":[{"id":"x","max_model_len":512,"root":"m"}]}', 512),
+        (200, b'{"data":[{"id":"x","max_model_len":512},{"id":"adapter","parent":"x"}]}', 512),
+        (200, b'{"data":[{"id":"x","max_model_len":null}]}', None),
+        (200, b'{"data":[]}', None),
+        (200, b"{", None),
+        (404, b"", None),  # another engine than vLLM, or an old one
+    ],
+)
+def test_the_engine_says_how_many_tokens_it_takes_or_that_is_not_known(
+    status: int, told: bytes, tokens: int | None, served: Serve
+) -> None:
+    paths: list[str] = []
+
+    def reply(path: str, _: dict[str, Any]) -> tuple[int, Iterable[bytes]]:
+        paths.append(path)
+        return status, [told]
+
+    assert served(reply).max_model_tokens() == tokens
+    assert paths == ["/v1/models"]
+
+
+def test_of_an_engine_that_is_gone_it_is_not_known(tmp_path: Path) -> None:
+    client = CompletionClient(tmp_path / "none.sock", "ctx-1", GENEROUS_SECONDS)
+    assert client.max_model_tokens() is None
+
+
 def test_the_engines_metrics_are_as_it_tells_them(
     served: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:

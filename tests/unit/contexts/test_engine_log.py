@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from services.contexts.engine_log import Ending, explanation, oom_kills, root_cause
+from services.contexts.engine_log import (
+    Ending,
+    explanation,
+    oom_kills,
+    root_cause,
+    tells_of_memory,
+)
 
 CORE = "(EngineCore pid=812) ERROR 11-29 20:20:05 [core.py:1142] "
 WORKER = "(Worker_TP1 pid=901) ERROR 11-29 20:20:05 [multiproc_executor.py:870] "
@@ -220,3 +226,25 @@ def test_where_nothing_is_known_nothing_is_said(tmp_path: Path) -> None:
 
 def test_the_kernels_count_of_killed_processes_is_read() -> None:
     assert oom_kills() >= 0
+
+
+# Whether another node may be able to do it.
+
+
+@pytest.mark.parametrize(
+    ("log", "ending", "memory"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\n", Ending(1), True),
+        ("MemoryError\n", Ending(1), True),
+        ("", Ending(-9, out_of_memory=True), True),
+        ("", Ending(-9), False),  # somebody killed it
+        ("RuntimeError: an index is out of range\n", Ending(1), False),
+        ("", Ending(-11), False),
+    ],
+)
+def test_an_explanation_tells_of_memory_where_that_ran_out(
+    log: str, ending: Ending, memory: bool, tmp_path: Path
+) -> None:
+    file = tmp_path / "engine.log"
+    file.write_text(log)
+    assert tells_of_memory(f"it ended. {explanation(file, ending, 'Tesla T4')}") is memory

@@ -1,6 +1,7 @@
 """Tokenizers of the common families, a device and a context, a batch, a broker that records."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from services.broker import Delivery, Outgoing
 from services.contexts import Device
 from services.contracts import Claim, ClaimBatch, ContextSpec, Run, Verdict, encode, topology
 from services.gpu_worker import ModelTokenizer
+from services.gpu_worker.crashes import Crashes, Key
 from tests.unit.tokenizers_of_models import CHAT_TEMPLATE
 
 DEVICE = Device("cpu", "Xeon", 2**34, (0,))
@@ -55,6 +57,29 @@ def batch(run: Run) -> ClaimBatch:
             for n in range(7)
         ),
     )
+
+
+@pytest.fixture
+def crashes(tmp_path: Path) -> Iterator[Crashes]:
+    directory = tmp_path / "node"
+    directory.mkdir(mode=0o700)
+    record = Crashes(directory, "worker-1")
+    yield record
+    record.close()
+
+
+def died_asking(runtime_dir: Path, name: str, keys: Iterable[Key], *, alone: bool = False) -> Path:
+    """A worker that was killed while it asked about these claims, but for the time that a process
+    takes: what it left, and nobody holds the lock.
+    """
+    dead = Crashes(runtime_dir, name)
+    left = dead._own / "0.json"
+    with dead.asking(keys, alone=alone):
+        record = left.read_text()
+    left.write_text(record)
+    assert dead._lock is not None
+    os.close(dead._lock)
+    return dead._own
 
 
 class RecordingBroker:

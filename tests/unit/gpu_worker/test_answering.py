@@ -1,6 +1,7 @@
 """What becomes of a batch; that a worker takes and drains batches is shown on a real broker."""
 
 import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,16 +30,16 @@ from services.contracts import (
     load_settings,
     topology,
 )
-from services.contracts.errors import EngineRequestError
-from services.gpu_worker import ModelTokenizer
+from services.contracts.errors import BrokerRefused, EngineRequestError, EngineStartError
+from services.gpu_worker import CompiledPrompt, ModelTokenizer
 from services.gpu_worker.answering import Answering
-from services.gpu_worker.examination import Examination
-from services.gpu_worker.in_hand import Signature
+from services.gpu_worker.examination import Examination, prompt_key
+from services.gpu_worker.in_hand import BatchInHand, Signature
 from services.gpu_worker.inference import Inference
 from services.gpu_worker.pacing import Pace
 from services.gpu_worker.reports import Post
 from services.gpu_worker.shift import Shift
-from tests.unit.gpu_worker.conftest import DEVICE, RecordingBroker, delivered
+from tests.unit.gpu_worker.conftest import DEVICE, RecordingBroker, delivered, died_asking
 
 UNUSABLE = PromptSpec(labels=(Label(name="A", word="True"), Label(name="B", word="True")))
 
@@ -55,19 +56,31 @@ def engine(spec: ContextSpec, settings: Settings) -> Attachment:
 
 @pytest.fixture
 def answering(
-    spec: ContextSpec, settings: Settings, engine: Attachment, broker: RecordingBroker
+    spec: ContextSpec,
+    settings: Settings,
+    engine: Attachment,
+    broker: RecordingBroker,
+    tmp_path: Path,
 ) -> Answering:
-    shift = Shift.begin(Signature("worker-1", DEVICE.name), Post(host="node-1"))
+    shift = Shift.begin(Signature("worker-1", DEVICE.name), Post(host="node-1"), tmp_path / "run")
     tokenizer = ModelTokenizer.load(spec)
-    inference = Inference(tokenizer, engine.client, max_model_tokens=spec.max_model_tokens)
+    inference = Inference(
+        tokenizer,
+        engine.client,
+        max_model_tokens=spec.max_model_tokens,
+        engine_takes=lambda: engine.max_model_tokens,
+    )
     return Answering(
         spec.context_id,
         inference,
-        Examination(engine, inference, settings, shift.stop),
+        Examination(engine, inference, settings, shift.stop, shift.crashes),
         Pace(settings.horizon_seconds, settings.batches_in_flight),
         shift,
         broker,  # type: ignore[arg-type]
         broker,  # type: ignore[arg-type]
+        shift.crashes,
+        "node-1/engine-1",
+        300,
     )
 
 
@@ -435,6 +448,202 @@ def test_a_batch_that_an_engine_failed_with_elsewhere_is_examined_before_it_is_a
     engine_answers(3)
     answering.see_through([delivered(batch_of(spec), failures=1)])
     assert (broker.messages, broker.settled, len(answering.suspects)) == ([], [], 1)
+
+
+# A batch that our own code fails with.
+
+
+def failing_with(claim_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our code raises whenever it encodes this claim."""
+    encode = CompiledPrompt.encode
+
+    def fails(prompt: CompiledPrompt, claims: Sequence[Claim]) -> list[list[int]]:
+        if claim_id in [claim.claim_id for claim in claims]:
+            raise RuntimeError(claim_id)
+        return encode(prompt, claims)
+
+    monkeypatch.setattr(CompiledPrompt, "encode", fails)
+
+
+def test_a_batch_that_our_code_fails_with_is_a_suspect_and_the_worker_goes_on(
+    answering: Answering,
+    spec: ContextSpec,
+    broker: RecordingBroker,
+    engine_answers: Answers,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine_answers(3)
+    failing_with("c1", monkeypatch)
+    answering.see_through([delivered(batch_of(spec))])
+    (hand,) = answering.suspects
+    assert (broker.messages, hand.open) == ([], dict.fromkeys(range(3), 1))
+    monkeypatch.setattr(Attachment, "alive", True)
+    answering.examine()
+    assert verdicts_in(broker) == ["c0", "c2"]
+    (dead,) = broker.to(topology.DEAD_CLAIMS_QUEUE)
+    assert decode(DeadClaim, dead.body).reason is DeadReason.WORKER_FAILED
+
+
+def test_a_batch_whose_settlement_fails_is_set_aside_with_the_reason_and_no_claim_is_logged(
+    answering: Answering,
+    spec: ContextSpec,
+    broker: RecordingBroker,
+    engine_answers: Answers,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("Claim 1.")
+
+    engine_answers(3)
+    monkeypatch.setattr(BatchInHand, "settle", fails)
+    with structlog.testing.capture_logs() as logs:
+        answering.see_through([delivered(batch_of(spec))])
+    (message,) = broker.messages
+    assert message.routing_key == topology.DEAD_MESSAGES_QUEUE
+    assert "the worker failed with it: RuntimeError" in message.headers[topology.REASON_HEADER]
+    assert "Claim 1." not in str(logs) and "RuntimeError in" in str(logs)
+    broker.confirm(message)
+    assert broker.settled == [("acknowledged", 7)]
+    assert not answering.in_hand
+
+
+@pytest.mark.parametrize("error", [BrokerRefused, EngineStartError])
+def test_what_ends_a_worker_is_no_fault_of_a_batch(
+    error: type[Exception],
+    answering: Answering,
+    spec: ContextSpec,
+    engine_answers: Answers,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: object) -> None:
+        raise error("no")
+
+    engine_answers(3)
+    monkeypatch.setattr(BatchInHand, "settle", fails)
+    with pytest.raises(error):
+        answering.see_through([delivered(batch_of(spec))])
+
+
+def test_while_a_batch_is_asked_about_its_claims_are_on_disk(
+    answering: Answering,
+    spec: ContextSpec,
+    engine: Attachment,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[list[object]] = []
+    records = answering.shift.crashes._own
+
+    def score(prompts: list[list[int]], tokens: list[int]) -> Iterator[tuple[int, Answer]]:
+        seen.append([json.loads(path.read_text())["keys"] for path in records.glob("*.json")])
+        for index in range(len(prompts)):
+            yield index, answer(tokens)
+
+    monkeypatch.setattr(engine.client, "score", score)
+    batch = batch_of(spec)
+    answering.see_through([delivered(batch)])
+    assert seen == [[[[batch.run.run_id, f"c{n}"] for n in range(3)]]]
+    assert not list(records.glob("*.json"))
+
+
+def test_a_batch_that_a_worker_of_this_node_died_with_is_a_suspect_until_it_is_settled(
+    answering: Answering,
+    spec: ContextSpec,
+    broker: RecordingBroker,
+    engine_answers: Answers,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    engine_answers(3)
+    batch = batch_of(spec)
+    keys = [(batch.run.run_id, f"c{n}") for n in range(3)]
+    left = died_asking(tmp_path / "run", "dead", keys)
+    (left / "fatal.log").write_text("Fatal Python error: Segmentation fault")
+    answering.see_through([delivered(batch, earlier=1)])
+    (hand,) = answering.suspects
+    assert hand.open == dict.fromkeys(range(3), 1)
+    monkeypatch.setattr(Attachment, "alive", True)
+    answering.examine()
+    assert verdicts_in(broker) == ["c0", "c1", "c2"]
+    assert not list((tmp_path / "run" / "crashed").iterdir())
+
+
+def test_every_batch_with_a_prompt_that_workers_of_this_node_died_of_is_a_suspect(
+    answering: Answering, spec: ContextSpec, broker: RecordingBroker, tmp_path: Path
+) -> None:
+    batch = batch_of(spec)
+    left = died_asking(tmp_path / "run", "dead", [prompt_key(batch.run.prompt)], alone=True)
+    (left / "fatal.log").write_text("Fatal Python error: Segmentation fault")
+    answering.shift.crashes.look()
+    answering.see_through([delivered(batch)])
+    assert len(answering.suspects) == 1 and broker.messages == []
+
+
+# A batch that our engine cannot answer.
+
+
+@pytest.fixture
+def short(engine: Attachment) -> None:
+    """An engine that takes fewer tokens than the context has."""
+    engine.max_model_tokens = 16
+
+
+def declined_by(engine: str, batch: ClaimBatch, waited: int = 0) -> Delivery:
+    headers = {topology.DECLINED_HEADER: [f"unable {engine}"], topology.WAITED_HEADER: waited}
+    return delivered(batch, headers=headers)
+
+
+@pytest.mark.usefixtures("short")
+def test_what_is_too_long_for_our_engine_alone_goes_back_at_once_and_is_told_once_a_run(
+    answering: Answering, spec: ContextSpec, broker: RecordingBroker
+) -> None:
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(3):
+            answering.see_through([delivered(batch_of(spec))])
+    assert answering.suspects == [] and broker.to(topology.DEAD_CLAIMS_QUEUE) == []
+    returned = broker.to(topology.RETURNS_QUEUE)
+    assert returned_in(broker) == ["c0", "c1", "c2"] * 3
+    assert returned[0].headers[topology.DECLINED_HEADER] == ["unable node-1/engine-1"]
+    (told,) = [entry for entry in logs if entry["event"] == "claims.declined"]
+    assert (told["claims"], told["reason"]) == (3, "too-long")
+    assert "this engine takes only 15" in told["detail"] and "within 300 s" in told["next_step"]
+
+
+@pytest.mark.usefixtures("short")
+def test_what_comes_back_to_our_engine_is_held_and_given_to_others_later(
+    answering: Answering,
+    spec: ContextSpec,
+    broker: RecordingBroker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("services.gpu_worker.answering.time.monotonic", lambda: now)
+    answering.see_through([declined_by("node-1/engine-1", batch_of(spec), waited=290)])
+    answering.return_held()
+    assert (broker.messages, broker.settled, len(answering.held)) == ([], [], 1)
+    now += 5
+    answering.return_held()
+    (message,) = broker.to(topology.RETURNS_QUEUE)
+    assert message.headers[topology.WAITED_HEADER] == 295
+    assert not answering.held and not answering.in_hand
+
+
+@pytest.mark.usefixtures("short")
+def test_what_no_other_engine_took_in_time_is_dead_and_so_the_run_ends(
+    answering: Answering, spec: ContextSpec, broker: RecordingBroker
+) -> None:
+    answering.see_through([declined_by("node-1/engine-1", batch_of(spec), waited=300)])
+    dead = [decode(DeadClaim, m.body) for m in broker.to(topology.DEAD_CLAIMS_QUEUE)]
+    assert [each.claim.claim_id for each in dead] == ["c0", "c1", "c2"]
+    assert {each.reason for each in dead} == {DeadReason.TOO_LONG}
+    assert "correct" in dead[0].detail.lower() and "Tried: node-1/engine-1." in dead[0].detail
+
+
+def test_what_another_engine_could_not_answer_is_answered_here_at_once(
+    answering: Answering, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+) -> None:
+    engine_answers(3)
+    answering.see_through([declined_by("node-2/engine-2", batch_of(spec))])
+    assert verdicts_in(broker) == ["c0", "c1", "c2"]
 
 
 # A batch that we break off.

@@ -1,7 +1,9 @@
 """Which claim does the engine fail with? Shown with a small engine whose faults are known."""
 
+import json
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -27,9 +29,10 @@ from services.contracts.errors import (
     EngineStartError,
     KeeperError,
 )
-from services.gpu_worker.examination import Examination
+from services.gpu_worker.crashes import Crash, Crashes
+from services.gpu_worker.examination import Examination, prompt_key
 from services.gpu_worker.in_hand import BatchInHand, Signature
-from services.gpu_worker.inference import Outcome, Refusal
+from services.gpu_worker.inference import Declined, Outcome, Refusal, WorkerFailure
 from services.gpu_worker.verdicts import read_verdict
 from tests.unit.gpu_worker.conftest import RecordingBroker, delivered
 
@@ -53,6 +56,7 @@ class Engine:
         self.starts_fail_with = starts_fail_with
         self.alive = True
         self.hangs = False
+        self.ran_out_of_memory = False
         self.starts = 0
         self.asked: list[list[str]] = []
         self.before_asking: Callable[[], None] = lambda: None
@@ -100,6 +104,17 @@ class Engine:
                     break
                 case "nonsense":
                     continue
+                case "worker fails":
+                    outcome.failure = WorkerFailure(RuntimeError(claim.claim_id))
+                    break
+                case "out of memory":
+                    self.alive, self.ran_out_of_memory = False, True
+                    outcome.failure = EngineRequestError("the engine broke off")
+                    break
+                case "declined":
+                    outcome.declined[index] = Declined(
+                        Refusal(DeadReason.ENGINE_REFUSED, "never"), counts=True
+                    )
                 case "refused":
                     outcome.refused[index] = Refusal(DeadReason.TOO_LONG, "long")
                 case _:
@@ -112,9 +127,32 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.gpu_worker.examination._LONGEST_PAUSE_SECONDS", 0.0)
 
 
-def examination(engine: Engine, stop: threading.Event | None = None, **how: object) -> Examination:
-    chosen = load_settings(**how)
-    return Examination(engine, engine, chosen, stop or threading.Event())  # type: ignore[arg-type]
+def examination(
+    engine: Engine,
+    stop: threading.Event | None = None,
+    crashes: Crashes | None = None,
+    **how: object,
+) -> Examination:
+    return Examination(
+        engine,  # type: ignore[arg-type]
+        engine,  # type: ignore[arg-type]
+        load_settings(**how),
+        stop or threading.Event(),
+        crashes or NoCrashes(),  # type: ignore[arg-type]
+    )
+
+
+class NoCrashes:
+    """Nobody died here."""
+
+    def asking(self, *_: object, **__: object) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def of(self, _: object) -> None:
+        return None
+
+    def forget(self, _: object) -> None:
+        pass
 
 
 def suspect(batch: ClaimBatch) -> BatchInHand:
@@ -378,3 +416,193 @@ def test_a_failure_that_we_made_ourselves_is_nobodys_fault(
     examination(engine).examine(hand)
     found = became(hand)
     assert (found.dead, found.open) == ({}, dict.fromkeys(range(7), 1))
+
+
+# The worker's own fault.
+
+
+def test_a_claim_that_the_worker_itself_fails_with_is_dead_with_the_trace(
+    batch: ClaimBatch,
+) -> None:
+    engine = Engine(only("c3", "worker fails"))
+    hand = suspect(batch)
+    examination(engine).examine(hand)
+    found = became(hand)
+    assert found.answered == EVERYBODY - {"c3"}
+    (dead,) = found.dead.values()
+    assert (dead.reason, dead.failures) == (DeadReason.WORKER_FAILED, 3)
+    assert "the worker failed 3 times with this claim, 2 of them alone" in dead.detail
+    assert "RuntimeError: c3" in dead.detail
+    assert engine.starts == 0
+
+
+def test_a_worker_that_fails_with_a_harmless_claim_too_ends_and_buries_nobody(
+    batch: ClaimBatch,
+) -> None:
+    hand = suspect(batch)
+    with pytest.raises(WorkerFailure, match="Restart the worker"):
+        examination(Engine(lambda _: "worker fails")).examine(hand)
+    assert became(hand).open == dict.fromkeys(range(7), 1)
+
+
+def with_prompt(batch: ClaimBatch, prompt: PromptSpec) -> ClaimBatch:
+    return batch.model_copy(update={"run": batch.run.model_copy(update={"prompt": prompt})})
+
+
+def test_a_prompt_that_the_worker_fails_with_whatever_the_claim_buries_its_batches_alone(
+    batch: ClaimBatch,
+) -> None:
+    class FailsWithThePrompt(Engine):
+        def infer(self, prompt: PromptSpec, claims: Sequence[Claim]) -> Outcome:
+            self.fault = lambda _: "worker fails" if prompt.name == "cursed" else ""
+            return super().infer(prompt, claims)
+
+    hand = suspect(with_prompt(batch, PromptSpec(name="cursed")))
+    examination(FailsWithThePrompt()).examine(hand)
+    dead = became(hand).dead
+    assert set(dead) == EVERYBODY
+    assert {each.reason for each in dead.values()} == {DeadReason.PROMPT_UNUSABLE}
+    assert "the worker fails with this prompt, whatever the claim" in dead["c0"].detail
+
+
+# Workers that died.
+
+
+def died(alone: int, *, memory: bool = False) -> Crash:
+    return Crash(alone, "Fatal Python error: Segmentation fault", memory)
+
+
+def test_a_claim_that_workers_died_of_alone_goes_back_by_itself_after_the_others_were_answered(
+    batch: ClaimBatch,
+) -> None:
+    engine = Engine()
+    hand = suspect(batch)
+    hand.note_crash(3, died(1))
+    examination(engine).examine(hand)
+    assert ["c3"] not in engine.asked
+    found = became(hand)
+    assert (found.answered, found.open) == (EVERYBODY - {"c3"}, {3: 2})
+
+
+def test_in_a_batch_of_its_own_it_is_asked_once_more(batch: ClaimBatch) -> None:
+    engine = Engine()
+    hand = suspect(batch.model_copy(update={"claims": batch.claims[3:4]}))
+    hand.note_crash(0, died(1))
+    examination(engine).examine(hand)
+    assert became(hand).answered == {"c3"}
+
+
+def test_a_claim_that_workers_died_of_often_enough_is_dead_with_what_they_left(
+    batch: ClaimBatch,
+) -> None:
+    engine = Engine()
+    hand = suspect(batch)
+    hand.note_crash(3, died(2))
+    examination(engine).examine(hand)
+    assert ["c3"] not in engine.asked
+    (dead,) = became(hand).dead.values()
+    assert (dead.claim.claim_id, dead.reason) == ("c3", DeadReason.WORKER_FAILED)
+    assert dead.failures == 3
+    assert "the worker's process died with this claim, 3 times in all, 2 of them" in dead.detail
+    assert dead.detail.endswith("Fatal Python error: Segmentation fault")
+
+
+def test_claims_that_a_worker_died_with_in_company_are_asked_alone_and_answered(
+    batch: ClaimBatch,
+) -> None:
+    hand = BatchInHand(delivered(batch))
+    for place in range(7):
+        hand.note_crash(place, died(0))
+    engine = Engine()
+    examination(engine).examine(hand)
+    assert became(hand).answered == EVERYBODY
+    assert all(len(asked) == 1 for asked in engine.asked)
+
+
+def test_while_a_claim_is_asked_alone_that_is_on_disk_and_so_is_the_harmless_one_before_it(
+    batch: ClaimBatch, crashes: Crashes
+) -> None:
+    hand = suspect(batch)
+    seen: list[list[object]] = []
+    engine = Engine()
+    workers = crashes._own
+
+    def on_disk() -> None:
+        seen.append([json.loads(path.read_text()) for path in workers.glob("*.json")])
+
+    engine.before_asking = on_disk
+    examination(engine, crashes=crashes).examine(hand)
+    prompt, run_id = batch.run.prompt, batch.run.run_id
+    keys = [[list(prompt_key(prompt))]] + [[[run_id, f"c{n}"]] for n in range(7)]
+    assert [[record["keys"] for record in each] for each in seen] == [[key] for key in keys]  # type: ignore[index]
+    assert all(record["alone"] for each in seen for record in each)  # type: ignore[index]
+
+
+def test_a_prompt_that_workers_died_of_buries_its_batches_where_another_prompt_is_answered(
+    batch: ClaimBatch, crashes: Crashes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cursed = PromptSpec(name="cursed")
+    of = {prompt_key(cursed): died(3)}
+    monkeypatch.setattr(crashes, "of", of.get)
+    engine = Engine()
+    hand = suspect(with_prompt(batch, cursed))
+    examination(engine, crashes=crashes).examine(hand)
+    dead = became(hand).dead
+    assert set(dead) == EVERYBODY
+    assert {each.reason for each in dead.values()} == {DeadReason.PROMPT_UNUSABLE}
+    assert engine.asked == [["harmless"]]
+
+
+# What another engine may be able to answer.
+
+
+def returned(hand: BatchInHand) -> list[tuple[list[str], dict[str, object]]]:
+    broker = RecordingBroker()
+    hand.settle(broker, broker, Signature("w", "d"))  # type: ignore[arg-type]
+    return [
+        ([claim.claim_id for claim in decode(ClaimBatch, m.body).claims], dict(m.headers))
+        for m in broker.to(topology.RETURNS_QUEUE)
+    ]
+
+
+def suspect_at(engine: str, batch: ClaimBatch, **headers: object) -> BatchInHand:
+    headers = {topology.FAILURES_HEADER: 1, **headers}
+    return BatchInHand(delivered(batch, headers=headers), engine, 60)
+
+
+@pytest.mark.parametrize(
+    ("fault", "failures", "said"),
+    [("out of memory", 3, "engine-failed"), ("declined", 1, "engine-refused")],
+)
+def test_a_claim_that_an_engine_has_no_memory_for_or_refuses_is_left_to_another(
+    fault: str, failures: int, said: str, batch: ClaimBatch
+) -> None:
+    hand = suspect_at("n1/small", batch)
+    examination(Engine(only("c3", fault))).examine(hand)
+    ((ids, headers),) = returned(hand)
+    assert ids == ["c3"]
+    assert headers == {
+        topology.FAILURES_HEADER: failures,
+        topology.DECLINED_HEADER: [f"{said} n1/small"],
+        topology.WAITED_HEADER: 0,
+    }
+
+
+@pytest.mark.parametrize("fault", ["out of memory", "declined"])
+def test_a_claim_is_dead_when_a_second_engine_says_the_same(fault: str, batch: ClaimBatch) -> None:
+    said = "engine-failed" if fault == "out of memory" else "engine-refused"
+    hand = suspect_at("n2/small", batch, **{topology.DECLINED_HEADER: [f"{said} n1/small"]})
+    examination(Engine(only("c3", fault))).examine(hand)
+    (dead,) = became(hand).dead.values()
+    assert (dead.claim.claim_id, dead.reason) == ("c3", said)
+    assert "The engine n1/small said so as well." in dead.detail
+
+
+def test_a_claim_that_workers_died_of_for_lack_of_memory_is_left_to_another_node(
+    batch: ClaimBatch,
+) -> None:
+    hand = suspect_at("n1/small", batch)
+    hand.note_crash(3, died(2, memory=True))
+    examination(Engine()).examine(hand)
+    ((ids, headers),) = returned(hand)
+    assert (ids, headers[topology.DECLINED_HEADER]) == (["c3"], ["worker-failed n1/small"])

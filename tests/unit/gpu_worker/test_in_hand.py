@@ -26,8 +26,9 @@ from services.contracts.bounds import (
     MAX_MESSAGE_BYTES,
 )
 from services.contracts.errors import EngineRequestError, MessageInvalid
+from services.gpu_worker.crashes import Crash
 from services.gpu_worker.in_hand import BatchInHand, Signature
-from services.gpu_worker.inference import Outcome, Refusal
+from services.gpu_worker.inference import Declined, Outcome, Refusal
 from tests.unit.gpu_worker.conftest import RecordingBroker, delivered, verdict
 
 SIGNATURE = Signature("node-1", "Tesla T4")
@@ -420,3 +421,129 @@ def test_what_is_no_batch_of_claims_is_not_taken_in_hand(
 ) -> None:
     with pytest.raises(MessageInvalid):
         BatchInHand(delivered(batch, **changes))
+
+
+# What our engine cannot answer.
+
+REFUSED = Declined(REFUSAL, counts=True)
+TOO_LONG = Declined(Refusal(DeadReason.TOO_LONG, "long"), counts=False)
+
+
+def at(
+    engine: str, batch: ClaimBatch, *, declined: Sequence[str] = (), waited: int = 0
+) -> BatchInHand:
+    headers = {topology.DECLINED_HEADER: list(declined), topology.WAITED_HEADER: waited}
+    return BatchInHand(delivered(batch, headers=headers), engine, 60)
+
+
+def returned(broker: RecordingBroker) -> dict[str, list[str]]:
+    """Of each claim that goes back, which engines could not answer it."""
+    return {
+        claim.claim_id: list(message.headers.get(topology.DECLINED_HEADER, []))
+        for message in broker.to(topology.RETURNS_QUEUE)
+        for claim in decode(ClaimBatch, message.body).claims
+    }
+
+
+def test_claims_that_our_engine_cannot_answer_go_back_with_its_name_and_others_without(
+    batch: ClaimBatch, broker: RecordingBroker
+) -> None:
+    hand = at("n1/a", batch)
+    answered(hand, [0, 1])
+    hand.note([2, 3], Outcome(declined={0: REFUSED, 1: TOO_LONG}))
+    assert hand.declined == 2
+    settle(hand, broker)
+    assert returned(broker) == {
+        "c2": ["engine-refused n1/a"],
+        "c3": ["unable n1/a"],
+        **{f"c{n}": [] for n in (4, 5, 6)},
+    }
+
+
+def test_claims_that_only_our_engine_has_seen_wait_and_their_engines_are_told_once(
+    batch: ClaimBatch, broker: RecordingBroker
+) -> None:
+    for number in range(100):
+        hand = at("n1/a", batch, declined=["unable n2/b", "unable n1/a"], waited=number % 60)
+        assert hand.came_back
+        hand.decline(0, TOO_LONG)
+        assert hand.declined == 1
+        settle(hand, broker)
+        assert returned(broker)["c0"] == ["unable n2/b", "unable n1/a"]
+        broker.messages.clear()
+
+
+def test_the_engines_that_travel_with_a_claim_are_bounded(
+    batch: ClaimBatch, broker: RecordingBroker
+) -> None:
+    hand = at("n1/a", batch, declined=[f"unable n{number}/x" for number in range(2, 66)])
+    hand.decline(0, TOO_LONG)
+    settle(hand, broker)
+    engines = returned(broker)["c0"]
+    assert (len(engines), engines[0], engines[-1]) == (64, "unable n3/x", "unable n1/a")
+
+
+@pytest.mark.parametrize(
+    ("earlier", "declined", "dead"),
+    [
+        (["engine-refused n2/b"], REFUSED, True),
+        (["engine-refused n1/a"], REFUSED, False),  # the same engine
+        (["unable n2/b"], REFUSED, False),  # said something else
+        (["engine-failed n2/b"], REFUSED, False),
+        (["unable n2/b", "unable n3/c"], TOO_LONG, False),  # however many are too short
+    ],
+)
+def test_a_claim_dies_when_two_engines_say_the_same_of_it(
+    earlier: list[str],
+    declined: Declined,
+    dead: bool,
+    batch: ClaimBatch,
+    broker: RecordingBroker,
+) -> None:
+    hand = at("n1/a", batch, declined=earlier)
+    hand.decline(0, declined)
+    settle(hand, broker)
+    account = Account.of(broker.messages)
+    assert account.dead == (["c0"] if dead else [])
+
+
+@pytest.mark.parametrize("declined", [REFUSED, TOO_LONG])
+def test_a_claim_that_no_other_engine_took_in_time_is_dead_and_says_so(
+    declined: Declined, batch: ClaimBatch, broker: RecordingBroker
+) -> None:
+    hand = at("n1/a", batch, declined=["unable n2/b", "unable n1/a"], waited=60)
+    assert not hand.came_back  # it is asked once more
+    hand.decline(0, declined)
+    settle(hand, broker)
+    (message,) = broker.to(topology.DEAD_CLAIMS_QUEUE)
+    dead = decode(DeadClaim, message.body)
+    assert dead.reason is declined.refusal.reason
+    assert dead.detail == (
+        f"{declined.refusal.detail}\nNo other engine took the claim, which waited 60 s for one "
+        "(KEEPWARM_OTHER_ENGINE_SECONDS). Tried: n1/a, n2/b."
+    )
+
+
+def test_a_batch_that_only_waited_goes_back_with_its_time(
+    batch: ClaimBatch, broker: RecordingBroker
+) -> None:
+    hand = at("n1/a", batch, declined=["unable n1/a"], waited=5)
+    hand.waited_seconds += 5
+    settle(hand, broker)
+    (message,) = broker.to(topology.RETURNS_QUEUE)
+    assert message.headers[topology.WAITED_HEADER] == 10
+    assert len(Account.of(broker.messages).returned) == 7
+
+
+# What workers of this node died with.
+
+
+def test_claims_that_a_worker_died_with_are_suspects_with_its_deaths_on_top(
+    batch: ClaimBatch,
+) -> None:
+    hand = BatchInHand(delivered(batch, failures=2))
+    hand.note_crash(1, Crash(1, "why", memory=False))
+    assert hand.suspect and hand.open[1] == 3
+    fresh = BatchInHand(delivered(batch))
+    fresh.note_crash(1, Crash(0, "why", memory=False))
+    assert fresh.suspect and fresh.open[1] == 1

@@ -6,10 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.contexts.completions import Answer, EngineRefused, EngineSilent, Interrupted
-from services.contracts import Claim, DeadReason, Label, PromptSpec
+from services.contracts import Claim, DeadReason, Label, PromptSpec, Verdict
 from services.contracts.errors import EngineRequestError
 from services.gpu_worker import CompiledPrompt, ModelTokenizer
-from services.gpu_worker.inference import Inference, Outcome, Refusal
+from services.gpu_worker.inference import (
+    Declined,
+    Inference,
+    Outcome,
+    Refusal,
+    WorkerFailure,
+)
 from tests.unit.gpu_worker.conftest import verdict
 
 Prompt = Sequence[int]
@@ -132,16 +138,84 @@ def test_a_refused_request_is_halved_down_to_the_claims_that_poison_it(
     poisoned = [prompts[index] for index in poison]
     engine = Engine(lambda prompt: prompt in poisoned)
     outcome = infer(CLAIMS, tokenizer, engine)
-    assert places(outcome) == ([n for n in range(7) if n not in poison], sorted(poison))
-    assert all(r.reason is DeadReason.ENGINE_REFUSED for r in outcome.refused.values())
-    assert all(
-        "the engine refused the request: never" in r.detail for r in outcome.refused.values()
-    )
+    assert places(outcome) == ([n for n in range(7) if n not in poison], [])
+    # No death yet: another engine may take them. This one takes others of the same length.
+    assert sorted(outcome.declined) == sorted(poison)
+    for declined in outcome.declined.values():
+        assert declined.counts and declined.refusal.reason is DeadReason.ENGINE_REFUSED
+        assert "the engine refused the request: never" in declined.refusal.detail
+        assert "It takes harmless text of the same length." in declined.refusal.detail
     assert [verdict.claim_id for verdict in outcome.verdicts.values()] == [
         f"c{n}" for n in range(7) if n not in poison
     ]
     assert outcome.failure is None
-    assert len(engine.requests) <= 2 * 7 - 1
+    assert len(engine.requests) <= 2 * 7 - 1 + len(poison)
+
+
+def test_a_refusal_by_an_engine_that_refuses_harmless_text_too_does_not_count(
+    tokenizer: ModelTokenizer,
+) -> None:
+    mixed = claims_of("Short.", "long " * 100, "Short too.")
+    length = len(encoded(mixed, tokenizer)[1])
+    outcome = infer(mixed, tokenizer, Engine(lambda prompt: len(prompt) >= length))
+    assert places(outcome) == ([0, 2], [])
+    (declined,) = outcome.declined.values()
+    assert not declined.counts
+    assert "refuses harmless text of the same length" in declined.refusal.detail
+    assert "KEEPWARM_ENGINE_ARGUMENTS" in declined.refusal.detail
+
+
+@pytest.mark.parametrize("engine_takes", [None, 100, 1024])
+def test_what_is_too_long_for_the_engine_alone_is_left_to_another_and_not_asked(
+    engine_takes: int | None, tokenizer: ModelTokenizer
+) -> None:
+    mixed = claims_of("Short.", "long " * 100, "long " * 1_500)
+    engine = Engine()
+    asked = Inference(
+        tokenizer,
+        engine,  # type: ignore[arg-type]
+        max_model_tokens=1024,
+        engine_takes=lambda: engine_takes,
+    )
+    outcome = asked.infer(PROMPT, mixed)
+    if engine_takes != 100:
+        assert (places(outcome), outcome.declined) == (([0, 1], [2]), {})
+        return
+    assert places(outcome) == ([0], [2])
+    (declined,) = outcome.declined.values()
+    length = len(encoded(mixed, tokenizer)[1])
+    assert not declined.counts and declined.refusal.reason is DeadReason.TOO_LONG
+    assert f"{length:,} tokens, which this context takes, but this engine takes only 99" in (
+        declined.refusal.detail
+    )
+    assert all(len(prompt) < 100 for request in engine.requests for prompt in request)
+
+
+def test_the_longest_prompt_that_the_engine_takes_leaves_room_for_the_answer(
+    tokenizer: ModelTokenizer,
+) -> None:
+    one = claims_of("Short.")
+    length = len(encoded(one, tokenizer)[0])
+    for room, declined in ((0, [0]), (1, [])):
+        asked = Inference(
+            tokenizer,
+            Engine(),  # type: ignore[arg-type]
+            max_model_tokens=1024,
+            engine_takes=lambda takes=length + room: takes,  # type: ignore[misc]
+        )
+        assert list(asked.infer(PROMPT, one).declined) == declined
+
+
+def test_a_prompt_that_is_far_too_long_by_itself_is_not_copied_for_each_claim(
+    tokenizer: ModelTokenizer,
+) -> None:
+    long = PromptSpec(instructions="many words " * 5_000)
+    asked = inference(tokenizer, Engine())
+    compiled = asked._compiled(long)
+    compiled.encode = lambda _: pytest.fail("it was encoded")  # type: ignore[method-assign]
+    outcome = asked.infer(long, CLAIMS)
+    assert places(outcome) == ([], list(range(7)))
+    assert outcome.refused[0].reason is DeadReason.TOO_LONG
 
 
 def test_a_label_word_that_cannot_be_told_apart_refuses_the_claims_and_not_the_worker(
@@ -266,10 +340,51 @@ def test_many_prompts_do_not_fill_the_memory(tokenizer: ModelTokenizer) -> None:
     assert len(asked._prompts) <= 64
 
 
+# When our own code fails.
+
+
+class PanicException(BaseException):
+    """What a panic of the tokenizer's raises: no Exception (PyO3)."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, PanicException])
+def test_a_failure_of_our_own_is_told_and_not_raised_and_says_where(
+    error: type[BaseException], tokenizer: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(*_: object) -> None:
+        raise error("a secret claim")
+
+    monkeypatch.setattr(CompiledPrompt, "encode", encode)
+    outcome = infer(CLAIMS, tokenizer, Engine())
+    assert places(outcome) == ([], [])
+    assert isinstance(outcome.failure, WorkerFailure)
+    assert "a secret claim" in outcome.failure.trace and "in encode" in outcome.failure.trace
+    assert "secret" not in str(outcome.failure)  # which is logged
+
+
+def test_an_answer_that_we_stumble_over_takes_no_verdict_away_that_was_read_before_it(
+    tokenizer: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(claim: Claim, *_: object) -> Verdict:
+        if claim.claim_id == "c3":
+            raise ZeroDivisionError
+        return verdict(claim)
+
+    monkeypatch.setattr("services.gpu_worker.inference.read_verdict", read)
+    outcome = infer(CLAIMS, tokenizer, Engine())
+    assert places(outcome) == ([0, 1, 2], [])
+    assert isinstance(outcome.failure, WorkerFailure)
+
+
 # Several lists that were asked about as one.
 
 
-@given(st.lists(st.lists(st.sampled_from(("verdict", "refused", "open")), max_size=5), min_size=1))
+@given(
+    st.lists(
+        st.lists(st.sampled_from(("verdict", "refused", "declined", "open")), max_size=5),
+        min_size=1,
+    )
+)
 def test_an_outcome_is_split_as_the_claims_were_put_together(fates: list[list[str]]) -> None:
     asked = [
         (Claim(claim_id=f"{part}/{place}", position=0, text="A claim."), fate)
@@ -285,6 +400,11 @@ def test_an_outcome_is_split_as_the_claims_were_put_together(fates: list[list[st
         },
         EngineSilent("hangs"),
         8.0,
+        {
+            n: Declined(Refusal(DeadReason.TOO_LONG, claim.claim_id), counts=False)
+            for n, (claim, fate) in enumerate(asked)
+            if fate == "declined"
+        },
     )
     parts = list(whole.split([len(some) for some in fates]))
     for number, (part, some) in enumerate(zip(parts, fates, strict=True)):
@@ -293,6 +413,9 @@ def test_an_outcome_is_split_as_the_claims_were_put_together(fates: list[list[st
         }
         assert {place: given.detail for place, given in part.refused.items()} == {
             place: f"{number}/{place}" for place, fate in enumerate(some) if fate == "refused"
+        }
+        assert {place: given.refusal.detail for place, given in part.declined.items()} == {
+            place: f"{number}/{place}" for place, fate in enumerate(some) if fate == "declined"
         }
         assert part.failure is whole.failure
         assert part.engine_seconds * len(asked) == pytest.approx(8 * len(some))
