@@ -63,6 +63,11 @@ def total_bytes() -> int:
     return min([psutil.virtual_memory().total, *(limit.limit_bytes for limit in _limits())])
 
 
+def cgroup_directories() -> list[Path]:
+    """Our memory cgroup's, and those of the cgroups that contain it, ours first."""
+    return [directory for directory, _ in _cgroups()]
+
+
 def _limits() -> list[_Limit]:
     limits = [
         limit

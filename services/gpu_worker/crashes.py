@@ -6,7 +6,7 @@ death counts only with evidence that it came from inside:
 
 - Python's faulthandler wrote down a fatal signal: SIGSEGV, SIGABRT, SIGBUS, SIGFPE or SIGILL;
 - since the claims were asked, the kernel killed a process for lack of memory: one of the worker's
-  memory cgroup, or, where that is gone with the worker, one of the machine's.
+  memory cgroup, or, where that is gone with the worker, of the next one up, or of the machine.
 
 Any other record of a dead worker is removed unread.
 """
@@ -27,6 +27,7 @@ from typing import IO, Any
 
 import structlog
 
+from services.contexts.node_memory import cgroup_directories
 from services.contexts.runtime_dir import open_log, open_private_dir, take_lock
 
 _KEPT_SECONDS = 7 * 24 * 3600.0
@@ -209,25 +210,13 @@ def _end_of(path: Path) -> str:
 
 
 def _memory_kills() -> list[list[Any]]:
-    return [counted for path in (*_own_cgroup(), _MACHINE) if (counted := _counted(path))]
+    return [counted for path in (*_cgroup_counters(), _MACHINE) if (counted := _counted(path))]
 
 
-def _own_cgroup() -> Sequence[Path]:
-    """The file of our memory cgroup that counts kills, of cgroup v1 or v2; none without one."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return ()
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            return (Path(f"/sys/fs/cgroup/memory{path}/memory.oom_control"),)
-    return tuple(
-        Path(f"/sys/fs/cgroup{path}/memory.events")
-        for line in lines
-        for _, controllers, path in (line.split(":", 2),)
-        if not controllers
-    )
+def _cgroup_counters() -> list[Path]:
+    """Of our memory cgroup, of version 1 or 2, then of those that contain it."""
+    names = ("memory.oom_control", "memory.events")
+    return [directory / name for directory in cgroup_directories() for name in names]
 
 
 def _counted(path: Path) -> list[Any] | None:
@@ -241,10 +230,10 @@ def _counted(path: Path) -> list[Any] | None:
 
 def _grew(kills: Sequence[Sequence[Any]]) -> bool:
     """Whether a process was killed since these were counted: in the dead worker's cgroup; where
-    that is gone, on the machine.
+    that is gone, in the next that contains it, or on the machine.
     """
     for place, before in kills:
-        now = _counted(Path(str(place).partition(":")[0]))
+        now = _counted(Path(str(place).rsplit(":", 2)[0]))
         if now is not None and now[0] == place:
             return bool(now[1] > before)
     return False

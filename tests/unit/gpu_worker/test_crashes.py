@@ -175,7 +175,7 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int | N
             cgroup.write_text(f"oom 3\noom_kill {in_cgroup}\noom_group_kill 0\n")
 
     counts(0, 4)
-    monkeypatch.setattr(module, "_own_cgroup", lambda: (cgroup,))
+    monkeypatch.setattr(module, "_cgroup_counters", lambda: [cgroup])
     monkeypatch.setattr(module, "_MACHINE", machine)
     return counts
 
