@@ -20,6 +20,9 @@ ALLOWED = {
     ("contexts/fingerprint.py", "_remember"): (
         "when a file changed is a date: one look, and after a jump a file is read once more"
     ),
+    ("gpu_worker/crashes.py", "Crashes.look"): (
+        "when a record was written is a date: after a jump it goes sooner, or stays longer"
+    ),
     ("contexts/walltime.py", "seconds_left"): (
         "the scheduler says when the job ends as a date: one look at the start"
     ),
