@@ -72,7 +72,7 @@ class Publisher(Link):
         self._wake_requested = False
         # Owned by the link's thread:
         self._unconfirmed: dict[int, Outgoing] = {}
-        self._returned: set[str] = set()
+        self._returned: set[int] = set()
         self._last_tag = 0
 
     def also_declare(self, context_id: str) -> None:
@@ -160,6 +160,8 @@ class Publisher(Link):
                     if message.notice
                     else pika.DeliveryMode.Persistent,
                     message_id=message.message_id,
+                    # What came back is told by it: several may have one message id, or none.
+                    correlation_id=str(self._last_tag),
                     headers=dict(message.headers),
                 ),
                 mandatory=not message.notice,
@@ -175,7 +177,12 @@ class Publisher(Link):
                 if known > tag:
                     break
                 tags.append(known)
-        settled = [self._unconfirmed.pop(known) for known in tags if known in self._unconfirmed]
+        tags = [known for known in tags if known in self._unconfirmed]
+        returned = self._returned.intersection(tags)
+        # Those that came back and are not confirmed yet stay known, until they are.
+        self._returned -= returned
+        unroutable = [self._unconfirmed[known] for known in tags if known in returned]
+        settled = [self._unconfirmed.pop(known) for known in tags]
         if isinstance(frame.method, Basic.Nack):
             log.warning(
                 "broker.nacked",
@@ -186,12 +193,11 @@ class Publisher(Link):
             )
             self._send_later(settled)
             return
-        unroutable = [message for message in settled if message.message_id in self._returned]
         if unroutable:
-            self._returned.clear()
             self._on_unroutable(unroutable)
-            settled = [message for message in settled if message not in unroutable]
-        self._confirm(settled)
+        self._confirm(
+            [message for known, message in zip(tags, settled, strict=True) if known not in returned]
+        )
 
     def _on_unroutable(self, messages: Sequence[Outgoing]) -> None:
         """The queue is gone. Whoever may declare it does so on a new connection, and sends again;
@@ -226,4 +232,4 @@ class Publisher(Link):
 
     def _on_returned(self, _: Channel, method: Any, properties: Any, __: bytes) -> None:
         # The broker confirms a returned message right after; `_on_confirm` then knows better.
-        self._returned.add(properties.message_id)
+        self._returned.add(int(properties.correlation_id))
