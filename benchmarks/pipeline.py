@@ -38,7 +38,6 @@ from services.contexts.attachment import drain  # noqa: E402
 from services.contracts import (  # noqa: E402
     ClaimBatch,
     RunAnnouncement,
-    Totals,
     Verdict,
     VerdictBatch,
     decode,
@@ -46,6 +45,7 @@ from services.contracts import (  # noqa: E402
     load_settings,
     topology,
 )
+from services.contracts.proofs import verdict_proof  # noqa: E402
 from services.contracts.wire import Message  # noqa: E402
 from tests.interpreters import interpreter  # noqa: E402
 
@@ -141,6 +141,7 @@ def as_verdicts(body: bytes) -> bytes:
     batch = decode(ClaimBatch, body)
     return encode(
         VerdictBatch(
+            schema_version=batch.schema_version,
             run_id=batch.run.run_id,
             batch_id=batch.batch_id,
             labels=batch.run.prompt.label_names,
@@ -162,6 +163,8 @@ def as_verdicts(body: bytes) -> bytes:
             device="none",
             attempt=1,
             engine_seconds=0.001,
+            submission_id=batch.submission_id,
+            proofs=tuple(map(verdict_proof, batch.proofs, (c.evidence for c in batch.claims))),
         )
     )
 
@@ -203,7 +206,8 @@ def measure(count: int, batch_size: int) -> dict[str, Finished]:
         results: dict[str, Finished] = {}
 
         results["submit alone"] = Command(environment, "submit", str(claims)).wait()
-        run = decode(RunAnnouncement, take_all(address, topology.RUNS_QUEUE, "ctx-none", 2)[0]).run
+        announced = take_all(address, topology.RUNS_QUEUE, "ctx-none", 2)
+        run = decode(RunAnnouncement, announced[0]).run
         context = run.context.context_id
         queue = topology.claims_queue(context)
         bodies = take_all(address, queue, context, -(-count // batch_size))
@@ -215,16 +219,11 @@ def measure(count: int, batch_size: int) -> dict[str, Finished]:
         results["broker alone, claims out"] = Finished(time.monotonic() - started)
 
         verdicts = [as_verdicts(body) for body in bodies]
-        totals = Totals(lines=count, claims=count, repeated=0, rejected=0)
         publish_all(
             address, topology.VERDICTS_EXCHANGE, topology.VERDICTS_QUEUE, VerdictBatch, verdicts
         )
         publish_all(
-            address,
-            topology.RUNS_EXCHANGE,
-            topology.RUNS_QUEUE,
-            RunAnnouncement,
-            [encode(RunAnnouncement(run=run, submission_id="benchmark", totals=totals))],
+            address, topology.RUNS_EXCHANGE, topology.RUNS_QUEUE, RunAnnouncement, announced
         )
         alone = {**environment, "KEEPWARM_STORE_URL": str(directory / "alone.sqlite")}
         results["collect alone"] = Command(alone, "collect", "--until", run.run_id).wait()

@@ -61,7 +61,9 @@ _RUN = RunStatus(
     complete=False,
     cancelled=False,
 )
-_DONE = _RUN.model_copy(update={"done": 238, "dead": 2, "rejected": 3, "complete": True})
+_DONE = _RUN.model_copy(
+    update={"done": 238, "dead": 2, "rejected": 3, "complete": True, "proven": True}
+)
 _OLDER = _RUN.model_copy(
     update={
         "run_id": "run-0c77e15d2f9a4b31",
@@ -71,6 +73,7 @@ _OLDER = _RUN.model_copy(
         "dead": 2,
         "claims_per_second": 12.6,
         "complete": True,
+        "proven": True,
     }
 )
 _REPORT = Report(

@@ -308,6 +308,8 @@ class Consumer(Link):
         self._restart_connection()
 
     def _cancel(self) -> None:
+        if not self._taking and self._stopped_taking.is_set():
+            return
         self._taking = False
         if self._channel is None:
             self._stopped_taking.set()

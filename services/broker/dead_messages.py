@@ -1,23 +1,37 @@
-"""The messages in `dead-messages`: looked at, sent back to where they came from, or let go."""
+"""The messages in `dead-messages`: looked at, sent back to where they belong, or let go."""
 
+import queue
+from collections import Counter
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from services.broker.address import BrokerAddress
 from services.broker.consumer import Consumer
 from services.broker.delivery import Delivery
 from services.broker.publisher import Outgoing, Publisher
-from services.contracts import topology
+from services.broker.queue_counts import Counts
+from services.contracts import (
+    ClaimBatch,
+    ContextReady,
+    DeadClaim,
+    RunAnnouncement,
+    VerdictBatch,
+    topology,
+)
+from services.contracts.errors import BrokerUnreachable
 from services.contracts.values import content_id
 
 _LULL_SECONDS = 1.0
 _FLUSH_SECONDS = 30.0
-_EXCHANGES = {
-    topology.RETURNS_QUEUE: topology.RETURNS_EXCHANGE,
-    topology.VERDICTS_QUEUE: topology.VERDICTS_EXCHANGE,
-    topology.RUNS_QUEUE: topology.RUNS_EXCHANGE,
-    topology.DEAD_CLAIMS_QUEUE: topology.DEAD_EXCHANGE,
+# By its type, where a message belongs; what it says of itself is not believed. Claims go the way of
+# those that workers give back: the collector has their producer's proofs checked.
+_BELONGS = {
+    ClaimBatch.__name__: (topology.RETURNS_EXCHANGE, topology.RETURNS_QUEUE),
+    VerdictBatch.__name__: (topology.VERDICTS_EXCHANGE, topology.VERDICTS_QUEUE),
+    ContextReady.__name__: (topology.VERDICTS_EXCHANGE, topology.VERDICTS_QUEUE),
+    RunAnnouncement.__name__: (topology.RUNS_EXCHANGE, topology.RUNS_QUEUE),
+    DeadClaim.__name__: (topology.DEAD_EXCHANGE, topology.DEAD_CLAIMS_QUEUE),
 }
 
 # https://www.rabbitmq.com/docs/dlx: why a broker takes a message off a queue by itself.
@@ -29,6 +43,10 @@ _GIVEN_UP = {
 }
 
 MAX_SHOWN = 1_000
+# Of the messages in our hands, so many that are to stay: then they go to the end of the queue.
+_MOST_KEPT = MAX_SHOWN // 2
+
+Fate = Literal["retry", "drop", "keep"]
 
 
 def reason(message: Delivery) -> str:
@@ -49,8 +67,23 @@ def origin(message: Delivery) -> str:
     return str(noted or "")
 
 
+def number(message: Delivery) -> str:
+    """An id that is made of the message's content."""
+    content = f"{origin(message)} {message.body.hex()}"
+    return content_id("msg", [content, reason(message)], hex_digits=8)
+
+
+def belongs(message: Delivery) -> str | None:
+    """The queue that a message of its type belongs to; None where it is none of ours."""
+    found = _BELONGS.get(message.kind)
+    return found and found[1]
+
+
 class DeadMessages:
-    """Holds up to `MAX_SHOWN` of them while it is open; those left alone stay in the queue."""
+    """Has them in its hands while it is open; those left alone stay in the queue.
+
+    Each method raises BrokerError when the broker cannot be used.
+    """
 
     def __init__(self, address: BrokerAddress, timeout_seconds: float) -> None:
         self._address = address
@@ -60,8 +93,6 @@ class DeadMessages:
         )
 
     def __enter__(self) -> Self:
-        """Raises BrokerError when the broker cannot be used."""
-        self._consumer.open(self._timeout_seconds)
         return self
 
     def __exit__(
@@ -70,47 +101,85 @@ class DeadMessages:
         self._consumer.close()
 
     def all(self) -> dict[str, Delivery]:
-        """By an id that is made of the message's content."""
+        """The first `MAX_SHOWN`, by their `number`."""
+        self._consumer.open(self._timeout_seconds)
         found: dict[str, Delivery] = {}
         while len(found) < MAX_SHOWN:
             delivery = self._consumer.take(_LULL_SECONDS)
             if delivery is None:
                 break
-            number = f"{origin(delivery)} {delivery.body.hex()}"
-            found[content_id("msg", [number, reason(delivery)], hex_digits=8)] = delivery
+            found[number(delivery)] = delivery
         return found
 
     def drop(self, messages: Sequence[Delivery]) -> None:
         """Let them go for good."""
         self._consumer.acknowledge(messages)
 
-    def retry(self, messages: Sequence[Delivery]) -> int:
-        """Send them back to where they came from; how many of them. Others have no such place.
+    def settle(self, fate: Callable[[Delivery], Fate]) -> Counter[Fate]:
+        """Send each message that is there now back, let it go for good, or leave it, as `fate`
+        says; how many of each. However many there are, few are in memory. One of a type that
+        belongs nowhere stays.
 
-        Raises BrokerUnreachable when the broker does not confirm them; they stay dead then.
+        What the broker does not confirm stays dead, and may come twice.
         """
-        back = [(each, exchange) for each in messages if (exchange := _exchange(origin(each)))]
-        with Publisher(self._address, "dead-retry", window=len(back) + 1).open(
+        settled: Counter[Fate] = Counter()
+        kept: list[Delivery] = []
+
+        def keep(message: Delivery) -> None:
+            kept.append(message)
+            if len(kept) == _MOST_KEPT:  # those behind them would not come
+                for one in kept:
+                    publisher.publish(
+                        one.set_aside(reason(one), origin(one), self._acknowledge(one))
+                    )
+                kept.clear()
+
+        with Publisher(self._address, "dead-retry", window=MAX_SHOWN).open(
             self._timeout_seconds
         ) as publisher:
-            for message, exchange in back:
-                publisher.publish(
-                    Outgoing(
-                        exchange,
-                        origin(message),
-                        message.body,
-                        message_id=message.message_id,
-                        kind=message.kind,
-                        on_confirmed=self._acknowledge(message),
-                    )
-                )
+            # What dies again meanwhile comes behind them.
+            for _ in range(self._count(publisher)):
+                message = self._consumer.take(_LULL_SECONDS)
+                if message is None:
+                    break
+                wanted = fate(message)
+                if wanted == "retry" and belongs(message) is None:
+                    wanted = "keep"
+                settled[wanted] += 1
+                match wanted:
+                    case "retry":
+                        publisher.publish(self._sent_back(message))
+                    case "drop":
+                        self._consumer.acknowledge([message])
+                    case "keep":
+                        keep(message)
             publisher.flush(_FLUSH_SECONDS)
-        return len(back)
+        return settled
+
+    def _count(self, link: Publisher) -> int:
+        """How many there are; from then on they come."""
+        answers: queue.SimpleQueue[Counts] = queue.SimpleQueue()
+        link.ask_counts([topology.DEAD_MESSAGES_QUEUE], answers.put)
+        try:
+            counts = answers.get(timeout=self._timeout_seconds)
+        except queue.Empty:
+            raise BrokerUnreachable(
+                f"{self._address} did not say within {self._timeout_seconds:g} s how many dead "
+                "messages there are; try again"
+            ) from None
+        self._consumer.open(self._timeout_seconds)
+        return counts.get(topology.DEAD_MESSAGES_QUEUE, 0)
+
+    def _sent_back(self, message: Delivery) -> Outgoing:
+        exchange, queue = _BELONGS[message.kind]
+        return Outgoing(
+            exchange,
+            queue,
+            message.body,
+            message_id=message.message_id,
+            kind=message.kind,
+            on_confirmed=self._acknowledge(message),
+        )
 
     def _acknowledge(self, message: Delivery) -> Callable[[], None]:
         return lambda: self._consumer.acknowledge([message])
-
-
-def _exchange(queue: str) -> str | None:
-    is_claims = queue.startswith(topology.claims_queue(""))
-    return topology.CLAIMS_EXCHANGE if is_claims else _EXCHANGES.get(queue)

@@ -95,6 +95,10 @@ class Delivery:
 
     def refused(self, reason: str, on_confirmed: Callable[[], None]) -> Outgoing:
         """The message as one for `dead-messages`, with the reason beside it."""
+        return self.set_aside(reason, self.queue, on_confirmed)
+
+    def set_aside(self, reason: str, origin: str, on_confirmed: Callable[[], None]) -> Outgoing:
+        """As `refused`, for a message that came from the queue `origin`."""
         return Outgoing(
             topology.DEAD_EXCHANGE,
             topology.DEAD_MESSAGES_QUEUE,
@@ -103,7 +107,7 @@ class Delivery:
             kind=self.kind,
             headers={
                 topology.REASON_HEADER: reason[:_MOST_REASON_CHARS],
-                topology.ORIGIN_HEADER: self.queue,
+                topology.ORIGIN_HEADER: origin,
             },
             on_confirmed=on_confirmed,
         )

@@ -64,7 +64,7 @@ def collect(
 
     def ended() -> bool:
         now = status()
-        if now is not None and (now.complete or now.cancelled):
+        if now is not None and (now.complete or now.cancelled or now.proven is False):
             return True
         wait.look(now, collector.whereabouts)
         return False
@@ -79,6 +79,11 @@ def collect(
     finally:
         stopped.set()
         database.close()
+    if last is not None and last.proven is False:
+        raise RunIncomplete(
+            f"{last.run_id} has outcomes of claims that its file does not have; submitting the "
+            "file again with this store removes them, and sends the missing ones"
+        )
     if last is not None and last.cancelled and not last.complete:
         raise RunIncomplete(f"{last.run_id} was cancelled; submitting it again goes on with it")
 

@@ -1,7 +1,7 @@
 """`keepwarm dead`: claims that were given up on, and messages that nobody could use."""
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Annotated
@@ -10,7 +10,15 @@ import typer
 from rich.text import Text
 
 from services.broker import BrokerAddress, Declares, Delivery, Outgoing, Publisher
-from services.broker.dead_messages import MAX_SHOWN, DeadMessages, origin, reason
+from services.broker.dead_messages import (
+    MAX_SHOWN,
+    DeadMessages,
+    Fate,
+    belongs,
+    number,
+    origin,
+    reason,
+)
 from services.cli.found_stores import readable_stores, store_of_run
 from services.cli.logs import configure_logs
 from services.cli.options import BrokerOption, StoreOption
@@ -25,8 +33,17 @@ from services.collector import (
     drop_dead,
     reopen_dead,
 )
-from services.contracts import ClaimBatch, Run, Settings, load_settings, topology
+from services.contracts import (
+    ClaimBatch,
+    Run,
+    RunAnnouncement,
+    Settings,
+    load_settings,
+    topology,
+)
 from services.contracts.errors import StoreError, UsageError
+from services.contracts.proofs import new_key
+from services.contracts.wire import PROVEN
 
 _MESSAGE = "msg-"
 _SHOWN_CHARS = 60
@@ -36,6 +53,20 @@ _FLUSH_SECONDS = 30.0
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN|MESSAGE", help="A run, or one message's id (msg-…).")
 ]
+OptionalRunArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="[RUN|MESSAGE]", help="A run, or one message's id (msg-…)."),
+]
+ReasonOption = Annotated[
+    str | None,
+    typer.Option(
+        "--reason", help="Messages whose reason holds this text, in any case.", show_default=False
+    ),
+]
+OfRunOption = Annotated[
+    str | None, typer.Option("--run", help="Messages of this run, by its whole id.")
+]
+AllOption = Annotated[bool, typer.Option("--all", help="All messages.")]
 ClaimsArgument = Annotated[
     list[str] | None,
     typer.Argument(metavar="CLAIM", help="Ids of claims of that run; all otherwise."),
@@ -71,49 +102,58 @@ def show(
 
 
 def retry(
-    what: RunArgument,
+    what: OptionalRunArgument = None,
     claims: ClaimsArgument = None,
+    of_reason: ReasonOption = None,
+    of_run: OfRunOption = None,
+    every: AllOption = False,
     broker: BrokerOption = None,
     store: StoreOption = None,
 ) -> None:
-    """Try again: claims go back to the workers, a message to the queue that it came from.
+    """Try again: claims go back to the workers, messages to the queue where one of their type
+    belongs.
 
-    The run is incomplete until its claims have an outcome again.
+    The run is incomplete until its claims have an outcome again. Claims in messages go through the
+    collector. A run's announcement is sent back only by its own id, for it makes work: submitting
+    the file again does the same.
     """
     settings = _settings(broker, store)
-    if what.startswith(_MESSAGE):
-        with _messages(settings) as messages:
-            message = _picked(messages, what)
-            if not messages.retry([message]):
-                raise UsageError(
-                    f"{what} came from {origin(message)!r}: there is no way back there"
-                )
-        _show(f"{what} is in {origin(message)} again")
+    chosen = _chosen_messages(what, of_reason, of_run, every=every)
+    if chosen is not None:
+        _retry_messages(settings, chosen, one=what)
         return
+    assert what is not None
     with _claims(settings, what, claims or ()) as (database, run, rows):
         if run.run is None:
             raise StoreError(f"{run.run_id} was never announced: submit it again instead")
         submission_id = f"retry-{secrets.token_hex(8)}"
-        database.add_submission(rows[0].run_key, submission_id)
-        _publish(settings, run.run, rows, submission_id)
+        proof_key = new_key()
+        database.add_submission(rows[0].run_key, submission_id, proof_key)
+        _publish(settings, run.run, rows, submission_id, bytes.fromhex(proof_key))
         # Only now: a retry that was cut short leaves them dead, and is merely done again.
         reopen_dead(database, rows)
     _show(f"{len(rows):,} claims of {run.run_id} are with the broker again")
 
 
 def drop(
-    what: RunArgument,
+    what: OptionalRunArgument = None,
     claims: ClaimsArgument = None,
+    of_reason: ReasonOption = None,
+    of_run: OfRunOption = None,
+    every: AllOption = False,
     broker: BrokerOption = None,
     store: StoreOption = None,
 ) -> None:
-    """Let go: claims stay dead in the results and are not listed any more, a message is deleted."""
+    """Let go: claims stay dead in the results and are not listed any more, messages are deleted."""
     settings = _settings(broker, store)
-    if what.startswith(_MESSAGE):
+    chosen = _chosen_messages(what, of_reason, of_run, every=every)
+    if chosen is not None:
         with _messages(settings) as messages:
-            messages.drop([_picked(messages, what)])
-        _show(f"{what} is gone")
+            settled = messages.settle(lambda message: "drop" if chosen(message) else "keep")
+        _refuse_none(settled["drop"], what)
+        _show(f"{settled['drop']:,} messages are deleted, {settled['keep']:,} are left")
         return
+    assert what is not None
     with _claims(settings, what, claims or ()) as (database, run, rows):
         drop_dead(database, rows)
     _show(f"{len(rows):,} claims of {run.run_id} are let go")
@@ -157,9 +197,9 @@ def _list_messages(console: Screen, messages: DeadMessages) -> None:
     table.add_column("from", overflow="fold")
     add_numbers(table, "bytes")
     table.add_column("reason", overflow="fold")
-    for number, message in found.items():
+    for each, message in found.items():
         table.add_row(
-            number,
+            each,
             origin(message),
             f"{len(message.body):,}",
             reason(message),
@@ -191,6 +231,70 @@ def _picked(messages: DeadMessages, wanted: str) -> Delivery:
     return found[wanted]
 
 
+def _chosen_messages(
+    what: str | None, of_reason: str | None, of_run: str | None, *, every: bool
+) -> Callable[[Delivery], bool] | None:
+    """Which dead messages are meant; None where claims are."""
+    one = what is not None and what.startswith(_MESSAGE)
+    by_option = every or of_reason is not None or of_run is not None
+    if what is None and not by_option:
+        raise UsageError("name a run or a message, or use --reason, --run or --all for messages")
+    if what is not None and by_option:
+        raise UsageError("--reason, --run and --all choose messages; leave the argument out")
+    if what is not None and not one:
+        return None
+
+    def is_meant(message: Delivery) -> bool:
+        if one:
+            return number(message) == what
+        return (of_reason is None or of_reason.casefold() in reason(message).casefold()) and (
+            of_run is None or message.message_id.partition("/")[0] == of_run
+        )
+
+    return is_meant
+
+
+def _retry_messages(
+    settings: Settings, chosen: Callable[[Delivery], bool], *, one: str | None
+) -> None:
+    homeless: set[str] = set()
+    announcements = 0
+
+    def fate(message: Delivery) -> Fate:
+        nonlocal announcements
+        if not chosen(message):
+            return "keep"
+        if belongs(message) is None:
+            homeless.add(message.kind)
+            return "keep"
+        if one is None and message.kind == RunAnnouncement.__name__:
+            announcements += 1
+            return "keep"
+        return "retry"
+
+    with _messages(settings) as messages:
+        settled = messages.settle(fate)
+    if homeless:
+        kinds = ", ".join(sorted(repr(kind) for kind in homeless))
+        if one is not None:
+            raise UsageError(f"{one} has the type {kinds}, which belongs to no queue of ours")
+        _show(f"left: messages of the type {kinds}, which belongs to no queue of ours")
+    if announcements:
+        _show(
+            f"left: {announcements:,} announcements of runs. Submit the file again, or look at one "
+            "with `keepwarm dead show msg-…` and send it back with `keepwarm dead retry msg-…`"
+        )
+    if not announcements and not homeless:
+        _refuse_none(settled["retry"], one)
+    _show(f"{settled['retry']:,} messages are sent back, {settled['keep']:,} are left")
+
+
+def _refuse_none(settled: int, one: str | None) -> None:
+    if not settled:
+        which = "is such a one" if one is None else f"is {one}"
+        raise UsageError(f"no dead message {which}; `keepwarm dead list` shows them")
+
+
 def _listed(settings: Settings, run: str | None) -> Sequence[DeadRow]:
     if run is not None:
         with store_of_run(settings, run) as (database, known):
@@ -212,7 +316,13 @@ def _claims(
         yield database, known, rows
 
 
-def _publish(settings: Settings, run: Run, rows: Sequence[DeadRow], submission_id: str) -> None:
+def _publish(
+    settings: Settings,
+    run: Run,
+    rows: Sequence[DeadRow],
+    submission_id: str,
+    proof_key: bytes,
+) -> None:
     declares = Declares("if-missing", (run.context.context_id,))
     with Publisher(
         BrokerAddress.from_settings(settings),
@@ -220,14 +330,17 @@ def _publish(settings: Settings, run: Run, rows: Sequence[DeadRow], submission_i
         window=settings.publish_window,
         declares=declares,
     ).open(settings.broker_connect_timeout_seconds) as publisher:
-        for number, some in groupby(
+        for index, some in groupby(
             enumerate(rows), key=lambda indexed: indexed[0] // settings.batch_size
         ):
+            claims = tuple(row.claim for _, row in some)
             batch = ClaimBatch(
+                schema_version=PROVEN,
                 run=run,
                 submission_id=submission_id,
-                batch_id=f"{submission_id}-{number}",
-                claims=tuple(row.claim for _, row in some),
+                batch_id=f"{submission_id}-{index}",
+                claims=claims,
+                proofs=tuple(claim.proof(proof_key) for claim in claims),
             )
             publisher.publish(
                 Outgoing.of(

@@ -119,7 +119,7 @@ class Desk:
             parts.callback(self._drain, slots, ending)
             for slot in slots:
                 slot.start()
-            self._watch(slots, publishing, collector)
+            self._watch(slots, publishing, collector, settings)
         if self._failure is not None:
             raise self._failure
         return self._stopped_by
@@ -266,7 +266,11 @@ class Desk:
         self._progress = progress
 
     def _watch(
-        self, slots: list[WorkerProcess], publishing: threading.Thread, collector: Collector
+        self,
+        slots: list[WorkerProcess],
+        publishing: threading.Thread,
+        collector: Collector,
+        settings: Settings,
     ) -> None:
         with LiveView(self._console, self._submission.lines) as view:
             while self._failure is None and self._stopped_by is None:
@@ -285,8 +289,20 @@ class Desk:
                 if status is not None and status.complete and not publishing.is_alive():
                     self._complete = True
                     return
+                if status is not None and status.proven is False and not publishing.is_alive():
+                    raise RunIncomplete(
+                        f"{self._run_id} has outcomes of claims that the file does not have; the "
+                        "same command removes them, and goes on"
+                    )
                 if self._mass.ends(status):
                     return
+                if (
+                    status is not None
+                    and status.nowhere_since is not None
+                    and not publishing.is_alive()
+                ):
+                    self._console.print("RabbitMQ lost claims; sending them again.")
+                    publishing = self._thread("producer", lambda: self._publish(settings))
                 if self._borrowed is not None and self._borrowed.gone:
                     raise BrokerError(
                         "this node's keeper ended, and the RabbitMQ that it had lent to this run "

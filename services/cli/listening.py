@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from services.broker import BrokerAddress, Consumer, Counts
 from services.collector.fleet import Fleet
 from services.contracts import ContextDemand, Notice, Settings, WorkerReport, decode, topology
-from services.contracts.errors import BrokerError, MessageInvalid, UsageError
+from services.contracts.errors import BrokerError, MessageInvalid, MessageTooNew, UsageError
 from services.contracts.presence import own_name
 
 _CONNECT_SECONDS = 5.0
@@ -68,13 +68,13 @@ class Listener:
     def hear_report(self, body: bytes) -> None:
         try:
             self._fleet.note(decode(WorkerReport, body))
-        except MessageInvalid:
+        except (MessageInvalid, MessageTooNew):
             return
 
     def hear_notice(self, body: bytes) -> None:
         try:
             self._notice = decode(Notice, body)
-        except MessageInvalid:
+        except (MessageInvalid, MessageTooNew):
             return
 
     def hear_counts(self, counts: Counts) -> None:

@@ -57,7 +57,7 @@ app = typer.Typer(
         "Settings come from KEEPWARM_… variables (docs/settings.md); flags win. Exit codes: "
         "0 well, 1 a bug, 2 a bad flag or setting, 3 a bad file of claims or prompt, 4 no engine, "
         "5 no broker, 6 no store or output, 7 some claims have no outcome yet, 8 the model hardly "
-        "ever says a label word; [bold]run[/bold] "
+        "ever says a label word, 9 a message is of a newer Keepwarm; [bold]run[/bold] "
         "ends with 130 or 143 when Ctrl-C or SIGTERM stopped it half-way."
     ),
 )

@@ -37,7 +37,7 @@ from services.cli.context_options import (
     context_from_flags,
 )
 from services.cli.desk import Desk
-from services.cli.finished import update_gold
+from services.cli.finished import remove_foreign, update_gold
 from services.cli.found_stores import STORE_FILE
 from services.cli.garbage import expect_many_small_objects
 from services.cli.label_mass import AllowLowMassOption, MassWatch
@@ -145,6 +145,7 @@ def run(
         held.callback(database.close)
         refuse_changed_file(submission, database)
         inspect_claims(console, submission, directory / "rejected.jsonl")
+        remove_foreign(submission, database, console)
         update_gold(submission, database)
         watch = MassWatch(console, allowed=allow_low_mass)
         desk = Desk(submission, settings, database, directory, place, console, workers, watch)

@@ -131,7 +131,11 @@ def _or_unknown(count: int | None) -> str:
 
 def _left(run: "RunStatus") -> str:
     if run.complete:
-        return "complete"
+        return "complete" if run.proven else "complete, unproven"
+    if run.proven is False:
+        return "wrong claims"
+    if run.nowhere_since is not None and not run.cancelled:
+        return "claims missing"
     return "cancelled" if run.cancelled else duration(run.eta_seconds)
 
 
@@ -201,6 +205,13 @@ def _problems(report: "Report") -> Iterator[str]:
         yield (
             f"{sum(unknown.values()):,} claims are not in the scores, for the prompt does not know "
             f"their labels{_listed(unknown)}"
+        )
+    if status.proven is False:
+        yield "the outcomes are not those of the file's claims; see keepwarm status"
+    if status.complete and status.proven is None:
+        yield (
+            "it is not proven that these are the outcomes of all its claims: the run was sent by "
+            "an older Keepwarm"
         )
     if status.cancelled and not status.complete:
         yield "the run was cancelled"

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -18,12 +19,13 @@ from services.cli.label_mass import say_low_mass
 from services.cli.listening import Heard, broker_heard
 from services.cli.logs import configure_logs
 from services.cli.options import BrokerOption, StoreOption
-from services.cli.screen import Screen, show, status_table
-from services.collector import RunStatus, run_statuses
+from services.cli.screen import Screen, say, show, status_table
+from services.collector import RunStatus, Store, missing_records, run_statuses
 from services.collector.status import latest_statuses
 from services.contracts import Settings, load_settings
 
 _MOST_WATCHED = 50
+_SHOWN_RANGES = 10
 
 
 def status(
@@ -54,13 +56,59 @@ def status(
     elif watch:
         _watch(settings, every)
     else:
-        runs = _statuses(settings)
+        runs, problems = [], []
+        for store_found in readable_stores(settings):
+            found = run_statuses(store_found)
+            runs += found
+            problems += [told for run in found for told in _problems(store_found, run)]
         show(Screen(), status_table(runs))
         say_low_mass(Screen(), runs)
+        for problem in problems:
+            say(Screen(), problem)
 
 
 def _statuses(settings: Settings) -> list[RunStatus]:
     return [run for store in readable_stores(settings) for run in run_statuses(store)]
+
+
+def _problems(store: Store, run: RunStatus) -> Iterator[str]:
+    """Why a run will not be complete by itself, and what to do."""
+    if run.cancelled:
+        return
+    if run.proven is False:
+        yield (
+            f"{run.run_id}: as many outcomes as claims, but not of the same claims. Submit the "
+            "file again with this store: that removes outcomes of claims that the file does not "
+            "have, and sends the missing ones"
+        )
+    if run.nowhere_since is None:
+        return
+    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.nowhere_since))
+    if run.total is None:
+        yield (
+            f"{run.run_id}: its producer never said that it has sent everything, and since {since} "
+            "none of its claims is in a queue or with a worker. Submit the file again with this "
+            "store: that sends the missing ones"
+        )
+        return
+    missing = run.total - run.done - run.dead
+    yield (
+        f"{run.run_id}: since {since} {missing:,} claims are in no queue and with no worker"
+        f"{_which(store, run.run_id)}. Look for them with `keepwarm dead list --broker URL`, or "
+        "submit the file again with this store: that sends just these"
+    )
+
+
+def _which(store: Store, run_id: str) -> str:
+    ranges = missing_records(store, run_id, _SHOWN_RANGES + 1)
+    if not ranges:
+        return ""
+    shown = [
+        f"{first:,}" if first == last else f"{first:,} to {last:,}"
+        for first, last in ranges[:_SHOWN_RANGES]
+    ]
+    more = ", …" if len(ranges) > _SHOWN_RANGES else ""
+    return f" (records {', '.join(shown)}{more} of the file)"
 
 
 def watched(settings: Settings) -> Group:

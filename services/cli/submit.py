@@ -38,7 +38,7 @@ from services.cli.context_options import (
     RevisionOption,
     context_from_flags,
 )
-from services.cli.finished import finished_in, nothing_finished, update_gold
+from services.cli.finished import finished_in, nothing_finished, remove_foreign, update_gold
 from services.cli.garbage import expect_many_small_objects
 from services.cli.logs import configure_logs
 from services.cli.options import (
@@ -148,6 +148,7 @@ def submit(
 
             database = held.enter_context(Store.open(settings))
             refuse_changed_file(submission, database)
+            remove_foreign(submission, database, console)
             finished = finished_in(database, run_id)
             update_gold(submission, database)
         with (

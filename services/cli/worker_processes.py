@@ -19,7 +19,7 @@ from services.contexts.engine_log import OOM
 from services.contracts import ContextSpec, Settings
 from services.contracts.addresses import any_port, is_host, split_address
 from services.contracts.backoff import growing_pause
-from services.contracts.errors import EngineError, RunIncomplete, UsageError
+from services.contracts.errors import EngineError, MessageTooNew, RunIncomplete, UsageError
 from services.contracts.settings import METRICS_OFF
 from services.gpu_worker.answer_count import PROGRESS_EVENT
 from services.leash import Leashed
@@ -116,7 +116,11 @@ class WorkerProcess:
         if self._reader is not None:
             self._reader.join(_LAST_WORDS_SECONDS)
         said = "\n".join(self._last_lines)
-        for hopeless in (UsageError, EngineError):  # another worker would end in the same way
+        for hopeless in (
+            UsageError,
+            EngineError,
+            MessageTooNew,
+        ):  # another worker would end in the same way
             if code == hopeless.exit_code:
                 raise hopeless(said.removeprefix("keepwarm: ") or f"see {self._log_file}")
         self.losses += 1

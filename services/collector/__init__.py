@@ -10,6 +10,7 @@ from services.collector.status import (
     RunStatus,
     find_run,
     known_runs,
+    missing_records,
     run_status,
     run_statuses,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "export_run",
     "find_run",
     "known_runs",
+    "missing_records",
     "reopen_dead",
     "run_status",
     "run_statuses",

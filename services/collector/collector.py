@@ -4,6 +4,7 @@ import math
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,9 +27,11 @@ from services.collector.metrics import (
     WAITING,
     count_in,
 )
-from services.collector.returns import NotAnnounced, send_on
+from services.collector.nowhere import Nowhere
+from services.collector.returns import send_on
 from services.collector.run_counts import RunCounts
 from services.collector.store import Incoming, Store
+from services.collector.submissions import NotAnnounced, Submissions
 from services.contracts import (
     ClaimBatch,
     ContextReady,
@@ -47,6 +50,7 @@ from services.contracts.errors import (
     BrokerUnreachable,
     KeepwarmError,
     MessageInvalid,
+    MessageTooNew,
     StoreError,
     StoreRefused,
 )
@@ -76,6 +80,8 @@ _WINDOW = _PREFETCH * len(_KINDS) + 1
 _TAKE_SECONDS = 0.1
 _LULL_SECONDS = 0.02
 _ANNOUNCEMENT_SECONDS = 30.0
+# So many wait for an announcement; with more of them there would be no room for what can be used.
+_MOST_EARLY = _PREFETCH // 2
 _FLUSH_SECONDS = 2.0
 # The broker sends each notice to every worker: to a large fleet they go less often.
 _NOTICE_BYTES_PER_SECOND = 2_000_000
@@ -122,8 +128,15 @@ class Collector:
         self._run_counts = RunCounts(store)
         self._pulse = Pulse()
         self._links: tuple[Publisher, Consumer] | None = None
-        # Returned before their announcement came, each with the time until which we wait for it.
-        self._early: list[tuple[ClaimBatch, Delivery, float]] = []
+        self._submissions = Submissions(store)
+        self._nowhere = Nowhere(
+            store, self._directory, self._fleet, settings.broker_heartbeat_seconds
+        )
+        # Those that came before their announcement, each with the time until which we wait for it,
+        # and those of them whose turn it is again.
+        self._early: deque[tuple[Delivery, float]] = deque()
+        self._again: deque[tuple[Delivery, float]] = deque()
+        self._newer: tuple[Delivery, MessageTooNew] | None = None
         self.waiting_for: str | None = None
         """What keeps it from committing, in words, while something does."""
         WAITING.set_function(lambda: self.waiting_for is not None)
@@ -176,8 +189,9 @@ class Collector:
         """Collect until `stop`, `finish`, or `until` says so, which is asked after each commit and
         every two seconds. `on_commit` hears of every transaction once committed.
 
-        Raises BrokerError when the broker cannot be used at the start. A store that fails later is
-        waited for: nothing is acknowledged meanwhile, so nothing is lost.
+        Raises BrokerError when the broker cannot be used at the start; MessageTooNew, once what it
+        has is stored and that message given back. A store that fails later is waited for: nothing
+        is acknowledged meanwhile, so nothing is lost.
         """
         try:
             self._run(on_commit, until)
@@ -215,13 +229,14 @@ class Collector:
                     self._fleet.note_deaf()
                     deaf_at = awake()
                 took = self._collect_once(consumer, publisher, on_commit)
-                if self._finish.is_set() and not took and self._has_all(deaf_at):
+                done = self._finish.is_set() and not took and self._has_all(deaf_at)
+                if self._newer is not None or done:
                     break
                 looked = self._give_notice(publisher)
                 if looked:
                     # On the consumer's connection, which an alarm of the broker does not block.
                     self._directory.ask(consumer, topology.HOUSE_QUEUES)
-                    self._send_early(consumer, publisher)
+                    self._take_early()
                 if (looked or took) and _says_so(until):
                     break
             consumer.stop_taking(timeout_seconds=2.0)
@@ -233,6 +248,10 @@ class Collector:
                 publisher.flush(_FLUSH_SECONDS)
             except BrokerUnreachable as error:
                 log.warning("claims.unconfirmed", reason=str(error))  # they come again
+            if self._newer is not None:
+                consumer.give_back([self._newer[0]])
+                log.error("message.newer", queue=self._newer[0].queue, reason=str(self._newer[1]))
+                raise self._newer[1]
 
     def _has_all(self, deaf_at: float) -> bool:
         """In a lull: whether it means that nothing is left, or that we have waited long enough."""
@@ -257,7 +276,7 @@ class Collector:
         """A worker's report, on the link's thread."""
         try:
             self._fleet.note(decode(WorkerReport, body))
-        except MessageInvalid as error:
+        except (MessageInvalid, MessageTooNew) as error:
             log.warning("report.refused", reason=str(error))
 
     def _collect_once(
@@ -274,13 +293,28 @@ class Collector:
             and (deadline is None or time.monotonic() < deadline)
         ):
             # Under load the next message is there already; a lull is the moment to commit.
-            delivery = consumer.take(_TAKE_SECONDS if deadline is None else _LULL_SECONDS)
-            if delivery is None:
-                break
+            announced_by: float | None = None
+            if self._again:
+                delivery, announced_by = self._again.popleft()
+            else:
+                found = consumer.take(_TAKE_SECONDS if deadline is None else _LULL_SECONDS)
+                if found is None:
+                    break
+                delivery = found
             deadline = deadline or time.monotonic() + self._settings.store_commit_seconds
             size += len(delivery.body)
             try:
-                message = delivery.message(_kind(delivery))
+                message = self._submissions.checked(delivery.message(_kind(delivery)))
+            except MessageTooNew as error:
+                self._newer = delivery, error
+                break
+            except NotAnnounced as error:
+                self._keep_early(delivery, announced_by, error, consumer, publisher)
+            except StoreError as error:
+                log.error("store.waiting", reason=str(error))
+                self._early.append((delivery, time.monotonic() + _ANNOUNCEMENT_SECONDS))
+                self._stop.wait(_FIRST_PAUSE_SECONDS)
+                break
             except MessageInvalid as error:
                 _refuse(delivery, error, consumer, publisher)
             else:
@@ -312,7 +346,6 @@ class Collector:
             for half in (taken[:middle], taken[middle:]):
                 self._commit(half, consumer, publisher, on_commit)
             return
-        returned = [(each, delivery) for delivery, each in taken if isinstance(each, ClaimBatch)]
         consumer.acknowledge(
             delivery for delivery, each in taken if not isinstance(each, ClaimBatch)
         )
@@ -320,36 +353,36 @@ class Collector:
         for delivery, _ in taken:
             LAG_SECONDS.observe(committed - delivery.came_at)
         on_commit(incoming)
-        deadline = committed + _ANNOUNCEMENT_SECONDS
-        for batch, delivery in returned:
-            self._send_on(batch, delivery, deadline, consumer, publisher)
+        for delivery, message in taken:
+            if not isinstance(message, ClaimBatch):
+                continue
+            try:
+                send_on(message, delivery, self._store, consumer, publisher)
+            except (MessageInvalid, StoreRefused) as error:
+                _refuse(delivery, error, consumer, publisher)
+            except StoreError as error:
+                log.error("store.waiting", reason=str(error))
+                consumer.give_back([delivery])
 
-    def _send_on(
+    def _keep_early(
         self,
-        batch: ClaimBatch,
         delivery: Delivery,
-        deadline: float,
+        announced_by: float | None,
+        error: NotAnnounced,
         consumer: Consumer,
         publisher: Publisher,
     ) -> None:
-        try:
-            send_on(batch, delivery, self._store, consumer, publisher)
-        except NotAnnounced as error:
-            if time.monotonic() < deadline:
-                self._early.append((batch, delivery, deadline))
-            else:
-                _refuse(delivery, error, consumer, publisher)
-        except (MessageInvalid, StoreRefused) as error:
+        """Its announcement may have come by the time that it is taken again."""
+        now = time.monotonic()
+        announced_by = announced_by or now + _ANNOUNCEMENT_SECONDS
+        if now >= announced_by or len(self._early) >= _MOST_EARLY:
             _refuse(delivery, error, consumer, publisher)
-        except StoreError as error:
-            log.error("store.waiting", reason=str(error))
-            consumer.give_back([delivery])
+        else:
+            self._early.append((delivery, announced_by))
 
-    def _send_early(self, consumer: Consumer, publisher: Publisher) -> None:
-        """Their announcements may have come meanwhile."""
-        early, self._early = self._early, []
-        for batch, delivery, deadline in early:
-            self._send_on(batch, delivery, deadline, consumer, publisher)
+    def _take_early(self) -> None:
+        self._again.extend(self._early)
+        self._early.clear()
 
     def _write(self, incoming: Incoming) -> bool:
         """Commit, however long it takes. False when told to stop before that was possible.
@@ -379,6 +412,7 @@ class Collector:
                 self.waiting_for = None
                 self._directory.note(gained)
                 self._run_counts.note(incoming.run_ids())
+                self._nowhere.note(incoming.run_ids())
                 count_in(incoming, gained.total() - len(incoming.dead))
                 return True
         return False
@@ -396,6 +430,7 @@ class Collector:
         try:
             contexts = self._directory.look()
             cancelled = self._store.cancelled_submissions(self._directory.settled_runs())
+            self._nowhere.look()
         except StoreError:
             return False  # whoever commits says so
         notice = Notice(cancelled=cancelled, contexts=contexts)

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from sqlalchemy import Row, func, select
@@ -64,8 +65,13 @@ class Directory:
         self._counts: Counts = {}
         # By run with a cancelled submission, its context.
         self._cancelled: dict[str, str] = {}
-        self._asked: frozenset[str] = frozenset()
         self._deadline: float | None = None
+        self.unfinished: dict[str, str] = {}
+        """By run that is wanted and not complete, its context; as at the last look."""
+        self.asked: frozenset[str] = frozenset()
+        """The queues that the broker told of last; one that is not in `counts` is not there."""
+        self.counted_at = -inf
+        """When the broker told how long the queues are, by the monotonic clock."""
         self.lines: tuple[ContextDemand, ...] = ()
         """As it was at the last look."""
 
@@ -87,7 +93,8 @@ class Directory:
         queues = [*also, *[*map(topology.claims_queue, contexts)][:MAX_CONTEXTS]]
 
         def hear(counts: Counts) -> None:
-            self._counts, self._asked = counts, frozenset(queues)
+            self._counts, self.asked = counts, frozenset(queues)
+            self.counted_at = time.monotonic()
 
         link.ask_counts(queues, hear)
 
@@ -101,7 +108,7 @@ class Directory:
         settled = set()
         for run_id, context_id in self._cancelled.items():
             queue = topology.claims_queue(context_id)
-            if queue in self._asked and not self._counts.get(queue) and not held[context_id]:
+            if queue in self.asked and not self._counts.get(queue) and not held[context_id]:
                 settled.add(run_id)
         return settled
 
@@ -115,6 +122,7 @@ class Directory:
         contexts: dict[str, ContextSpec] = {}
         self._wanted, self._cancelled = {}, {}
         self._deadline = None
+        self.unfinished = {}
         for row in self._sent_runs():
             progress = self._progress_of(row)
             if progress is not None:
@@ -202,6 +210,7 @@ class Directory:
     def _want(self, row: Row[Any], progress: _Progress) -> None:
         if row.claims is not None and progress.outcomes >= row.claims:
             return
+        self.unfinished[row.run_id] = progress.context.context_id
         wanted = self._wanted.setdefault(progress.context.context_id, _Wanted())
         if row.claims is None:
             wanted.all_sent = False

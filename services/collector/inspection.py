@@ -3,7 +3,7 @@
 import sqlite3
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, false, insert, select, text, update
+from sqlalchemy import Connection, false, insert, inspect, select, text, update
 
 from services.collector.database import open_engine, refuse_encoding, shown
 from services.collector.schema import SCHEMA_VERSION, metadata, schema_info
@@ -71,8 +71,10 @@ def _try_to_write(connection: Connection, version: int | None) -> str | None:
     connection.execute(insert(schema_info).values(version=-1))
     for table in metadata.tables.values():
         # No row, for those come with locks and numbers; rights are asked for all the same.
-        nothing = select(table).where(false())
-        connection.execute(insert(table).from_select(table.columns.keys(), nothing))
+        there = {column["name"] for column in inspect(connection).get_columns(table.name)}
+        columns = [column for column in table.columns if column.name in there]
+        nothing = select(*columns).where(false())
+        connection.execute(insert(table).from_select([each.name for each in columns], nothing))
         key = next(iter(table.primary_key))
         connection.execute(update(table).values({key: key}).where(false()))
     is_postgresql = connection.dialect.name == "postgresql"

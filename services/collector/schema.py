@@ -15,7 +15,7 @@ from sqlalchemy import (
     false,
 )
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 metadata = MetaData()
 
@@ -41,6 +41,11 @@ runs = Table(
     # Claims that workers gave back unfinished.
     Column("returned", BigInteger, nullable=False, server_default="0"),
     Column("first_seen", Float, nullable=False),
+    # The ClaimsDigest and the Positions of all claims; NULL where the producer told none.
+    Column("digest", String(64)),
+    Column("positions", Text),
+    # Since when its claims have been in no queue and with no worker; NULL while that is not so.
+    Column("nowhere_since", Float),
     UniqueConstraint("run_id"),
 )
 
@@ -52,6 +57,8 @@ submissions = Table(
     Column("submission_id", String(256), primary_key=True),
     Column("run_key", BigInteger, nullable=False, index=True),
     Column("cancelled_at", Float),
+    # With it the proofs of its claims are made; NULL where its producer made none.
+    Column("proof_key", String(64)),
 )
 
 # One row a message of verdicts that came, redelivered ones included: who computed what, and when.
@@ -117,6 +124,16 @@ verdict_counts = Table(
     Column("verdicts", BigInteger, nullable=False),
     Column("judged", BigInteger, nullable=False),
     Column("correct", BigInteger, nullable=False),
+)
+
+# The ClaimsDigest of a run's claims that have a verdict, kept by whoever writes verdicts. NULL: it
+# was not counted, for the run is older than the table.
+verdict_digests = Table(
+    "verdict_digests",
+    metadata,
+    Column("run_key", BigInteger, primary_key=True, autoincrement=False),
+    Column("high", BigInteger),
+    Column("low", BigInteger),
 )
 
 # One row each time that a worker had a context ready. Seconds; NULL where it was not measured.

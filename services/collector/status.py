@@ -11,11 +11,14 @@ from sqlalchemy import Connection, Row, case, func, select
 from services.collector.label_mass import LowMass, low_mass
 from services.collector.schema import deliveries, outcomes, runs, submissions, verdict_counts
 from services.collector.store import Store
+from services.collector.verdict_counts import verdicts_digest
 from services.contracts import INVALID, ContextSpec, Run
 from services.contracts.errors import StoreError
+from services.contracts.proofs import ClaimsDigest, Positions
 from services.contracts.runs import InputSummary
 
 _RATE_WINDOW_SECONDS = 60.0
+_CHUNK_ROWS = 10_000
 
 
 class RunStatus(BaseModel):
@@ -54,6 +57,11 @@ class RunStatus(BaseModel):
     eta_seconds: float | None
     workers_seen: int
     complete: bool
+    proven: bool | None = None
+    """Whether the outcomes are those of the run's claims, by their digest, once there are as many.
+    None before; and always where an older producer announced no digest."""
+    nowhere_since: float | None = None
+    """Since when (Unix time) the claims without an outcome are in no queue and with no worker."""
     cancelled: bool
     low_mass: LowMass | None = None
     """Where the label words hold nearly nothing of the probability: the verdicts mean little."""
@@ -150,7 +158,10 @@ def _status(connection: Connection, row: Row[tuple[object, ...]]) -> RunStatus:
     rate = _recent_rate(connection, key, last) if last is not None else 0.0
     left = None if row.claims is None else row.claims - done - dead
     run = json.loads(row.run) if row.run else None
-    complete = left is not None and left <= 0
+    proven = None
+    if left is not None and left <= 0 and row.digest is not None:
+        proven = _outcomes_digest(connection, key) == row.digest
+    complete = left is not None and left <= 0 and proven is not False
     labels = (*(label["name"] for label in run["prompt"]["labels"]), INVALID) if run else ()
     return RunStatus(
         run_id=row.run_id,
@@ -173,9 +184,44 @@ def _status(connection: Connection, row: Row[tuple[object, ...]]) -> RunStatus:
         eta_seconds=None if left is None or rate == 0 else round(left / rate, 1),
         workers_seen=workers,
         complete=complete,
+        proven=proven,
+        nowhere_since=None if complete else row.nowhere_since,
         cancelled=bool(sendings) and all(at is not None for at in sendings),
         low_mass=low_mass(connection, key, complete=complete),
     )
+
+
+def _outcomes_digest(connection: Connection, run_key: int) -> str | None:
+    """Of all claims that have an outcome; None where it was not counted."""
+    answered = verdicts_digest(connection, run_key)
+    if answered is None:
+        return None
+    dead = connection.execute(
+        select(outcomes.c.claim_id, outcomes.c.position).where(
+            outcomes.c.run_key == run_key, outcomes.c.reason.is_not(None)
+        )
+    )
+    return str(answered.plus(ClaimsDigest.of((row.claim_id, row.position) for row in dead)))
+
+
+def missing_records(store: Store, run_id: str, most: int) -> list[tuple[int, int]] | None:
+    """The records of the input, from 1, whose claims have no outcome: the first and the last record
+    of each range, at most so many ranges. Reads every outcome of the run. None where the producer
+    did not say which records are claims.
+    """
+    with store.transaction() as connection:
+        row = connection.execute(select(runs).where(runs.c.run_id == run_id)).one_or_none()
+        if row is None or row.positions is None:
+            return None
+        missing = Positions.of_text(row.positions)
+        found = connection.execute(
+            select(outcomes.c.position)
+            .where(outcomes.c.run_key == row.run_key)
+            .execution_options(yield_per=_CHUNK_ROWS)
+        )
+        for some in found.scalars().partitions():
+            missing.discard(some)
+    return [(first + 1, last + 1) for first, last in missing.ranges(most)]
 
 
 def _recent_rate(connection: Connection, run_key: int, last: float) -> float:

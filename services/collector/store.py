@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Self
 
 from pydantic_core import to_json
@@ -16,6 +17,8 @@ from sqlalchemy import (
     Row,
     and_,
     bindparam,
+    delete,
+    func,
     insert,
     select,
     update,
@@ -39,12 +42,14 @@ from services.collector.schema import (
     startups,
     submissions,
 )
-from services.collector.verdict_counts import Gained
+from services.collector.verdict_counts import Counted, Gained, count_digest
 from services.collector.versions import refusal, up_to_date, version_of
 from services.contracts import (
+    Claim,
     ClaimBatch,
     ContextReady,
     DeadClaim,
+    Run,
     RunAnnouncement,
     Settings,
     VerdictBatch,
@@ -57,6 +62,7 @@ from services.contracts.wire import Message
 _MOST_PARAMETERS = 500
 # Workers have reported what they hold by then, and claims that were on their way have arrived.
 _CANCELLED_SECONDS = 60.0
+_CHUNK_ROWS = 10_000
 
 _OUTCOME_COLUMNS = [column.name for column in outcomes.columns]
 
@@ -203,8 +209,18 @@ class Store:
             for announcement in incoming.announcements:
                 key = keys[announcement.run.run_id]
                 _write_announcement(connection, key, announcement)
-                submission = {"submission_id": announcement.submission_id, "run_key": key}
+                submission = {
+                    "submission_id": announcement.submission_id,
+                    "run_key": key,
+                    "proof_key": announcement.proof_key,
+                }
                 connection.execute(self._insert_submission.values(submission))
+            if keys:
+                connection.execute(
+                    update(runs)
+                    .where(runs.c.run_key.in_(keys.values()), runs.c.nowhere_since.is_not(None))
+                    .values(nowhere_since=None)
+                )
             for batch in incoming.returned:
                 connection.execute(
                     update(runs)
@@ -224,6 +240,9 @@ class Store:
             for ready in incoming.startups:
                 connection.execute(self._insert_startup.values(_startup_row(ready, now)))
             counts.write(connection)
+            for announcement in incoming.announcements:
+                if announcement.digest is not None:  # from now on there is something to compare
+                    count_digest(connection, keys[announcement.run.run_id])
         gained = Counter(claim.run_id for claim in incoming.dead)
         for answered, row in zip(incoming.verdicts, rows, strict=True):
             gained[answered.run_id] += row["fresh"]
@@ -292,12 +311,95 @@ class Store:
             row = connection.execute(query).one_or_none()
         return None if row is None else row.cancelled_at is None
 
-    def add_submission(self, run_key: int, submission_id: str) -> None:
+    def submission(self, submission_id: str) -> tuple[Run, str | None] | None:
+        """The run of a submission and the key of its proofs, as its producer announced them; None
+        where nobody did.
+        """
+        query = (
+            select(runs.c.run, submissions.c.proof_key)
+            .join(submissions, submissions.c.run_key == runs.c.run_key)
+            .where(submissions.c.submission_id == submission_id, runs.c.run.is_not(None))
+        )
+        with self.transaction() as connection:
+            row = connection.execute(query).one_or_none()
+        return None if row is None else (Run.model_validate_json(row.run), row.proof_key)
+
+    def takes_unproven(self, run_id: str) -> bool | None:
+        """Whether the run has a submission without proofs, by a producer of an older version; None
+        where nobody announced the run.
+        """
+        query = (
+            select(func.count().label("sent"), func.count(submissions.c.proof_key).label("proven"))
+            .select_from(runs)
+            .outerjoin(submissions, submissions.c.run_key == runs.c.run_key)
+            .where(runs.c.run_id == run_id, runs.c.run.is_not(None))
+            .group_by(runs.c.run_key)
+        )
+        with self.transaction() as connection:
+            row = connection.execute(query).one_or_none()
+        return None if row is None else row.sent > row.proven
+
+    def add_submission(self, run_key: int, submission_id: str, proof_key: str) -> None:
         """Claims of the run are being sent, by other means than a producer's announcement."""
+        submission = {
+            "submission_id": submission_id,
+            "run_key": run_key,
+            "proof_key": proof_key,
+        }
+        with self.transaction() as connection:
+            connection.execute(self._insert_submission.values(submission))
+
+    def note_nowhere(self, run_ids: Iterable[str]) -> None:
+        """The claims of these runs that have no outcome are in no queue and with no worker."""
         with self.transaction() as connection:
             connection.execute(
-                self._insert_submission.values(submission_id=submission_id, run_key=run_key)
+                update(runs)
+                .where(runs.c.run_id.in_(run_ids), runs.c.nowhere_since.is_(None))
+                .values(nowhere_since=self._now())
             )
+
+    def remove_foreign(self, run_id: str, claims: Iterable[Claim]) -> list[str]:
+        """Remove the outcomes of claims that the run does not have; their ids. `claims` are those
+        that it has, in the order of the input.
+        """
+        ours = (
+            (position, {claim.claim_id for claim in some})
+            for position, some in groupby(claims, key=lambda claim: claim.position)
+        )
+        position, ids = next(ours, (-1, set()))
+        foreign: list[Row[Any]] = []
+        query = (
+            select(
+                *(outcomes.c[name] for name in ("run_key", "claim_id", "position")),
+                *(outcomes.c[name] for name in ("label", "gold", "delivery_key")),
+            )
+            .join(runs, runs.c.run_key == outcomes.c.run_key)
+            .where(runs.c.run_id == run_id)
+            .order_by(outcomes.c.position)
+            .execution_options(yield_per=_CHUNK_ROWS)
+        )
+        counts = Gained()
+        with self.transaction() as connection:
+            for row in connection.execute(query):
+                while position < row.position and (further := next(ours, None)) is not None:
+                    position, ids = further
+                if position != row.position or row.claim_id not in ids:
+                    foreign.append(row)
+            for row in foreign:
+                connection.execute(
+                    delete(outcomes).where(
+                        outcomes.c.run_key == row.run_key, outcomes.c.claim_id == row.claim_id
+                    )
+                )
+                if row.label is not None:
+                    counts.remove(row.run_key, Counted(*row[3:5], *row[1:3]))
+                    connection.execute(
+                        update(deliveries)
+                        .where(deliveries.c.delivery_key == row.delivery_key)
+                        .values(fresh=deliveries.c.fresh - 1)
+                    )
+            counts.write(connection)
+        return [row.claim_id for row in foreign]
 
     def cancel(self, run_key: int) -> None:
         """Nobody wants the claims of the run that were sent so far."""
@@ -357,7 +459,13 @@ class Store:
         ]
         fresh = connection.exec_driver_sql(self._insert_outcomes, rows).rowcount
         if fresh == len(rows):
-            counts.add(key, ((verdict.label, verdict.gold) for verdict in batch.verdicts))
+            counts.add(
+                key,
+                (
+                    Counted(each.label, each.gold, each.claim_id, each.position)
+                    for each in batch.verdicts
+                ),
+            )
         elif fresh:
             counts.add(key, _written(connection, key, delivery, batch))
         return {
@@ -386,16 +494,18 @@ class Store:
 
 def _written(
     connection: Connection, key: int, delivery: int, batch: VerdictBatch
-) -> Iterator[tuple[str, str | None]]:
-    """Label and gold label of those verdicts of a batch that were the first of their claims."""
+) -> Iterator[Counted]:
+    """Those verdicts of a batch that were the first of their claims."""
     ids = [verdict.claim_id for verdict in batch.verdicts]
     for start in range(0, len(ids), _MOST_PARAMETERS):
-        query = select(outcomes.c.label, outcomes.c.gold).where(
+        query = select(
+            outcomes.c.label, outcomes.c.gold, outcomes.c.claim_id, outcomes.c.position
+        ).where(
             outcomes.c.run_key == key,
             outcomes.c.claim_id.in_(ids[start : start + _MOST_PARAMETERS]),
             outcomes.c.delivery_key == delivery,
         )
-        yield from ((row.label, row.gold) for row in connection.execute(query))
+        yield from (Counted(*row) for row in connection.execute(query))
 
 
 def _find_run_key(connection: Connection, run_id: str) -> int | None:
@@ -404,6 +514,9 @@ def _find_run_key(connection: Connection, run_id: str) -> int | None:
 
 def _write_announcement(connection: Connection, key: int, announcement: RunAnnouncement) -> None:
     totals = announcement.totals.model_dump() if announcement.totals else {}
+    for name in ("digest", "positions"):
+        if (told := getattr(announcement, name)) is not None:
+            totals[name] = told
     if announcement.input is not None:
         totals["input"] = announcement.input.model_dump_json()
     connection.execute(

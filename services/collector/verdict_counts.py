@@ -1,15 +1,26 @@
-"""Verdicts of a run by label, and how many are right: counted as they are written."""
+"""Verdicts of a run by label, how many are right, and their digest: kept as they are written."""
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, case, func, insert, select
+from sqlalchemy import Connection, Table, case, func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from services.collector.schema import outcomes, verdict_counts
+from services.collector.schema import outcomes, verdict_counts, verdict_digests
+from services.contracts.proofs import MODULUS, ClaimsDigest
 
 _COUNTED = ("verdicts", "judged", "correct")
+_CHUNK_ROWS = 10_000
+
+
+class Counted(NamedTuple):
+    """What of a verdict is counted."""
+
+    label: str
+    gold: str | None
+    claim_id: str
+    position: int
 
 
 class Gained:
@@ -17,11 +28,21 @@ class Gained:
 
     def __init__(self) -> None:
         self._verdicts: Counter[tuple[int, str, str | None]] = Counter()
+        self._digests: dict[int, ClaimsDigest] = {}
 
-    def add(self, run_key: int, labels: Iterable[tuple[str, str | None]]) -> None:
-        """The label and the gold label of each verdict that a run gained."""
-        for (label, gold), number in Counter(labels).items():
+    def add(self, run_key: int, verdicts: Iterable[Counted]) -> None:
+        """The verdicts that a run gained."""
+        gained = list(verdicts)
+        for (label, gold), number in Counter((one.label, one.gold) for one in gained).items():
             self._verdicts[run_key, label, gold] += number
+        digest = ClaimsDigest.of((one.claim_id, one.position) for one in gained)
+        self._digests[run_key] = self._digests.get(run_key, ClaimsDigest()).plus(digest)
+
+    def remove(self, run_key: int, verdict: Counted) -> None:
+        """A verdict that was counted is there no more."""
+        self._verdicts[run_key, verdict.label, verdict.gold] -= 1
+        digest = ClaimsDigest.of([(verdict.claim_id, verdict.position)])
+        self._digests[run_key] = self._digests.get(run_key, ClaimsDigest()).minus(digest)
 
     def replace_gold(self, run_key: int, label: str, old: str | None, new: str | None) -> None:
         """A verdict that is counted already has another gold label now."""
@@ -42,15 +63,63 @@ class Gained:
             row["judged"] += number if gold is not None else 0
             row["correct"] += number if gold == label else 0
         if rows:
-            dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
-            upsert = dialect.insert(verdict_counts)
-            connection.execute(
-                upsert.on_conflict_do_update(
-                    index_elements=list(verdict_counts.primary_key),
-                    set_={n: verdict_counts.c[n] + upsert.excluded[n] for n in _COUNTED},
-                ),
-                [rows[key] for key in sorted(rows)],
-            )
+            _add(connection, verdict_counts, _COUNTED, [rows[key] for key in sorted(rows)])
+        if self._digests:
+            sums = [
+                {"run_key": key, "high": digest.high, "low": digest.low}
+                for key, digest in sorted(self._digests.items())
+            ]
+            _add(connection, verdict_digests, ("high", "low"), sums, modulus=MODULUS)
+
+
+def _add(
+    connection: Connection,
+    table: Table,
+    names: Iterable[str],
+    rows: list[dict[str, Any]],
+    modulus: int | None = None,
+) -> None:
+    """Add numbers to those that are there; what is NULL stays so."""
+    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
+    upsert = dialect.insert(table)
+    sums = {name: table.c[name] + upsert.excluded[name] for name in names}
+    if modulus is not None:
+        sums = {name: total % modulus for name, total in sums.items()}
+    connection.execute(
+        upsert.on_conflict_do_update(index_elements=list(table.primary_key), set_=sums), rows
+    )
+
+
+def verdicts_digest(connection: Connection, run_key: int) -> ClaimsDigest | None:
+    """Of the run's claims that have a verdict; None where it was not counted."""
+    query = select(verdict_digests).where(verdict_digests.c.run_key == run_key)
+    row = connection.execute(query).one_or_none()
+    if row is None:
+        return ClaimsDigest()
+    return None if row.high is None else ClaimsDigest(row.high, row.low)
+
+
+def count_digest(connection: Connection, run_key: int) -> None:
+    """Count it where that was not done: a look at every verdict of the run. To be called last in
+    the transaction, as `Gained.write` is.
+    """
+    there = select(verdict_digests).where(verdict_digests.c.run_key == run_key)
+    row = connection.execute(there.with_for_update()).one_or_none()
+    if row is None or row.high is not None:
+        return
+    digest = ClaimsDigest()
+    verdicts = connection.execute(
+        select(outcomes.c.claim_id, outcomes.c.position)
+        .where(outcomes.c.run_key == run_key, outcomes.c.label.is_not(None))
+        .execution_options(yield_per=_CHUNK_ROWS)
+    )
+    for rows in verdicts.partitions():
+        digest = digest.plus(ClaimsDigest.of((each.claim_id, each.position) for each in rows))
+    connection.execute(
+        update(verdict_digests)
+        .where(verdict_digests.c.run_key == run_key)
+        .values(high=digest.high, low=digest.low)
+    )
 
 
 def count_all(connection: Connection) -> None:

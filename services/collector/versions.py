@@ -1,17 +1,26 @@
 """The store's schema version: its tables are made, and a store of before is brought up to date."""
 
 from sqlalchemy import URL, Connection, delete, insert, inspect, select
+from sqlalchemy.schema import CreateColumn
 
 from services.collector.database import shown
-from services.collector.schema import SCHEMA_VERSION, metadata, schema_info, verdict_counts
+from services.collector.schema import (
+    SCHEMA_VERSION,
+    metadata,
+    runs,
+    schema_info,
+    verdict_counts,
+    verdict_digests,
+)
 from services.collector.verdict_counts import count_all
 from services.contracts.errors import StoreError
 
-UPGRADABLE = (None, 2, 3, 4)
+UPGRADABLE = (None, 2, 3, 4, 5)
 """Versions (None: no tables) that lack tables, indexes or columns of this one, and differ in
 nothing else.
 
-3 added `startups` and `outcomes_dead`, 4 `verdict_counts`, 5 the column `runs.input`.
+3 added `startups` and `outcomes_dead`, 4 `verdict_counts`, 5 the column `runs.input`, 6
+`verdict_digests` and the columns for proofs.
 """
 _ONE_AT_A_TIME = {
     "sqlite": "BEGIN IMMEDIATE",
@@ -31,18 +40,31 @@ def up_to_date(connection: Connection) -> int | None:
         version = version_of(connection)  # who was first may have been of another version
     if version not in UPGRADABLE:
         return version
-    counted = inspect(connection).has_table(verdict_counts.name)
+    there = set(inspect(connection).get_table_names())
     metadata.create_all(connection)
-    if version is not None and version < 5:
-        connection.exec_driver_sql("ALTER TABLE runs ADD COLUMN input TEXT")
+    _add_columns(connection)
+    if version is not None and verdict_digests.name not in there:
+        unknown = select(runs.c.run_key)  # until a producer announces a digest to compare with
+        connection.execute(insert(verdict_digests).from_select(["run_key"], unknown))
     for table in metadata.tables.values():
         for index in table.indexes:  # `create_all` gives none to a table that is there
             index.create(connection, checkfirst=True)
-    if not counted:
+    if verdict_counts.name not in there:
         count_all(connection)
     connection.execute(delete(schema_info))
     connection.execute(insert(schema_info).values(version=SCHEMA_VERSION))
     return SCHEMA_VERSION
+
+
+def _add_columns(connection: Connection) -> None:
+    """Those that a table of an older version lacks; each of them may be NULL."""
+    inspected = inspect(connection)
+    for table in metadata.tables.values():
+        there = {column["name"] for column in inspected.get_columns(table.name)}
+        for column in table.columns:
+            if column.name not in there:
+                added = CreateColumn(column).compile(dialect=connection.dialect)
+                connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {added}")
 
 
 def one_at_a_time(connection: Connection) -> None:

@@ -1,8 +1,9 @@
 """Claims on their way to a worker."""
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from services.contracts.bounds import (
     MAX_BATCH_CLAIMS,
@@ -14,6 +15,7 @@ from services.contracts.bounds import (
     OwnId,
 )
 from services.contracts.prompts import LabelName
+from services.contracts.proofs import Proofs, claim_proof, evidence_digest
 from services.contracts.runs import Run
 from services.contracts.values import Value
 from services.contracts.wire import Message
@@ -28,6 +30,17 @@ class Claim(Value):
     evidence: EvidenceText | None = None
     gold: LabelName | None = None
 
+    def proof(self, key: bytes) -> str:
+        """What shows to whoever has the key that its producer made this claim as it is."""
+        return claim_proof(
+            key,
+            self.claim_id,
+            self.position,
+            self.text,
+            self.gold,
+            evidence_digest(self.evidence),
+        )
+
 
 class ClaimBatch(Message):
     """The claims in one message, with all that a worker needs: it has no memory to lose."""
@@ -36,3 +49,19 @@ class ClaimBatch(Message):
     submission_id: OwnId
     batch_id: BatchId
     claims: Annotated[tuple[Claim, ...], Field(min_length=1, max_length=MAX_BATCH_CLAIMS)]
+    proofs: Proofs = ()
+
+    @model_validator(mode="after")
+    def _each_claim_has_a_proof(self) -> Self:
+        if self.proofs and len(self.proofs) != len(self.claims):
+            raise ValueError("there must be a proof for each claim, or none at all")
+        return self
+
+    def only(self, places: Sequence[int]) -> Self:
+        """The same batch with the claims at these places alone."""
+        return self.model_copy(
+            update={
+                "claims": tuple(self.claims[place] for place in places),
+                "proofs": tuple(self.proofs[place] for place in places) if self.proofs else (),
+            }
+        )

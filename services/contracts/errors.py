@@ -17,6 +17,7 @@ KeepwarmError (1)
 │   └── StoreRefused        the database refuses a value for what it is: a retry fails again
 ├── RunIncomplete (7)       the command ended before every claim had an outcome
 ├── LabelsUnlikely (8)      the model hardly ever says a label word; its verdicts mean little
+├── MessageTooNew (9)       a message is of a newer Keepwarm than this one; it was given back
 └── MessageInvalid (1)      a message is not ours, or breaks the contract
 
 The number is the exit code of a command that ends with the error.
@@ -93,6 +94,10 @@ class RunIncomplete(KeepwarmError):
 
 class LabelsUnlikely(KeepwarmError):
     exit_code = 8
+
+
+class MessageTooNew(KeepwarmError):
+    exit_code = 9
 
 
 class MessageInvalid(KeepwarmError):

@@ -8,9 +8,11 @@ from pydantic import Field, model_validator
 from services.contracts.bounds import MAX_COUNTED, Int63, Name, OwnId
 from services.contracts.contexts import ContextSpec
 from services.contracts.prompts import PromptSpec
+from services.contracts.proofs import DigestText, PositionsText, ProofKey
 from services.contracts.values import Value, content_id
 from services.contracts.wire import Message
 
+_LEFT_OUT = Field(exclude_if=lambda value: value is None)
 Counts = Annotated[tuple[tuple[Name, Int63], ...], Field(max_length=MAX_COUNTED)]
 """Kinds and how many there are of each, the most frequent first."""
 
@@ -97,10 +99,16 @@ class RunAnnouncement(Message):
     """The producer's word on a run: that it begins (no totals yet), or that all of it is sent.
 
     `submission_id` tells one sending of the run from another: what is cancelled are sendings, so a
-    cancelled run can be sent again.
+    cancelled run can be sent again. Older producers tell nothing of the last three.
     """
 
     run: Run
     submission_id: OwnId
     totals: Totals | None = None
     input: InputSummary | None = None
+    proof_key: Annotated[ProofKey | None, _LEFT_OUT] = None
+    """With it the proofs of this submission's claims are made. Workers do not have it."""
+    digest: Annotated[DigestText | None, _LEFT_OUT] = None
+    """The `ClaimsDigest` of all claims of the run, with the totals."""
+    positions: Annotated[PositionsText | None, _LEFT_OUT] = None
+    """The `Positions` of all claims of the run, with the totals."""

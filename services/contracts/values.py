@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Value(BaseModel):
-    """A frozen value. Unknown fields are refused: a newer message is not half understood."""
+    """A frozen value without unknown fields; `wire.decode` says where a message may have some."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

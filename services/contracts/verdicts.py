@@ -20,6 +20,7 @@ from services.contracts.bounds import (
 )
 from services.contracts.claims import Claim
 from services.contracts.prompts import LabelName
+from services.contracts.proofs import Proof, Proofs
 from services.contracts.values import Value
 from services.contracts.wire import Message
 
@@ -47,8 +48,15 @@ class Verdict(Value):
     prompt_tokens: Int31
 
 
+_Submission = Annotated[Identity | None, Field(exclude_if=lambda value: value is None)]
+"""Whose claims these are; told together with their proofs."""
+
+
 class VerdictBatch(Message):
-    """The verdicts of one batch of claims, by one worker, from one request to its engine."""
+    """The verdicts of one batch of claims, by one worker, from one request to its engine.
+
+    `proofs` are the `verdict_proof` of each claim.
+    """
 
     run_id: OwnId
     batch_id: BatchId
@@ -58,6 +66,14 @@ class VerdictBatch(Message):
     device: Name
     attempt: Attempt
     engine_seconds: Annotated[float, Field(ge=0)]
+    submission_id: _Submission = None
+    proofs: Proofs = ()
+
+    @model_validator(mode="after")
+    def _each_verdict_has_a_proof(self) -> Self:
+        if self.proofs and len(self.proofs) != len(self.verdicts):
+            raise ValueError("there must be a proof for each verdict, or none at all")
+        return self
 
     @model_validator(mode="after")
     def _scores_fit_the_labels(self) -> Self:
@@ -90,3 +106,5 @@ class DeadClaim(Message):
     attempt: Attempt
     failures: Int31 = 0
     """Failures of an engine that the claim was part of."""
+    submission_id: _Submission = None
+    proof: Annotated[Proof | None, Field(exclude_if=lambda proof: proof is None)] = None

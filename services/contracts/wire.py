@@ -1,22 +1,36 @@
-"""The wire form: JSON with a schema version, bounded in size, checked on both sides."""
+"""The wire form: JSON with a schema version, bounded in size, checked on both sides.
 
-from typing import Literal, TypeVar
+docs/decisions/0031-message-versions.md says when the version changes.
+"""
 
-from pydantic import ValidationError
+from typing import Annotated, TypeVar
+
+from pydantic import Field, ValidationError
+from pydantic_core import from_json
 
 from services.contracts.bounds import MAX_MESSAGE_BYTES
-from services.contracts.errors import MessageInvalid
+from services.contracts.errors import MessageInvalid, MessageTooNew
 from services.contracts.values import Value
 
+PROVEN = 2
+"""The version of messages about claims that have proofs."""
+VERSION = PROVEN
+"""The newest version of messages that this Keepwarm reads."""
+
 _SHOWN_CHARS = 120
+# Fields of messages whose values make identities: who ignored a part of them would make another.
+_IDENTIFIED = {"run", "context"}
 
 CONTENT_TYPE = "application/json"
 
 
 class Message(Value):
-    """A value that travels through the broker as a whole."""
+    """A value that travels through the broker as a whole.
 
-    schema_version: Literal[1] = 1
+    `schema_version` is the least version that a reader has to know to do right with this message.
+    """
+
+    schema_version: Annotated[int, Field(ge=1, le=VERSION)] = 1
 
 
 M = TypeVar("M", bound=Message)
@@ -37,13 +51,46 @@ def encode(message: Message) -> bytes:
 
 
 def decode(kind: type[M], body: bytes) -> M:
-    """The `kind` of message that `body` holds. Raises MessageInvalid, naming the first fault."""
+    """The `kind` of message that `body` holds. Unknown fields are ignored, except in what makes an
+    identity.
+
+    Raises MessageInvalid, naming the first fault; MessageTooNew when the message says that one has
+    to know more than this Keepwarm does.
+    """
     if len(body) > MAX_MESSAGE_BYTES:
         raise MessageInvalid(f"{len(body):,} bytes are over the bound of {MAX_MESSAGE_BYTES:,}")
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
+        _raise_if_newer(kind, body)
+        if not _has_only_unknown_fields(error):
+            raise MessageInvalid(f"not a {kind.__name__}: {first_fault(error)}") from error
+    try:
+        return kind.model_validate_json(body, extra="ignore")
+    except ValidationError as error:
         raise MessageInvalid(f"not a {kind.__name__}: {first_fault(error)}") from error
+
+
+def _raise_if_newer(kind: type[Message], body: bytes) -> None:
+    try:
+        found = from_json(body)
+    except ValueError:
+        return
+    version = found.get("schema_version") if isinstance(found, dict) else None
+    if isinstance(version, int) and version > VERSION:
+        raise MessageTooNew(
+            f"a {kind.__name__} of version {version} came, and this Keepwarm reads up to "
+            f"{VERSION}; it stays in its queue. Install the version that its sender has "
+            "(docs/operations.md, Upgrade)"
+        )
+
+
+def _has_only_unknown_fields(error: ValidationError) -> bool:
+    faults = error.errors(include_url=False, include_input=False, include_context=False)
+    return all(
+        fault["type"] == "extra_forbidden" and _IDENTIFIED.isdisjoint(fault["loc"][:-1])
+        for fault in faults
+    )
 
 
 def first_fault(error: ValidationError) -> str:

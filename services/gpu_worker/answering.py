@@ -11,7 +11,13 @@ import structlog
 
 from services.broker import Consumer, Delivery, Publisher
 from services.contexts.completions import Interrupted
-from services.contracts.errors import BrokerError, EngineError, KeepwarmError, MessageInvalid
+from services.contracts.errors import (
+    BrokerError,
+    EngineError,
+    KeepwarmError,
+    MessageInvalid,
+    MessageTooNew,
+)
 from services.contracts.label_mass import said_instead
 from services.gpu_worker.crashes import Crashes
 from services.gpu_worker.examination import Examination, prompt_key
@@ -25,6 +31,7 @@ from services.gpu_worker.shift import Shift
 _LINGER_SECONDS = 0.02
 # How long claims that came back to an engine that cannot answer them are kept from it.
 _HOLD_SECONDS = 5
+_STOP_SECONDS = 2.0
 
 log = structlog.get_logger(__name__)
 
@@ -72,10 +79,20 @@ class Answering:
         return deliveries
 
     def see_through(self, deliveries: Sequence[Delivery]) -> None:
-        """From deliveries to their settlement, or to the suspects."""
-        hands = [
-            hand for delivery in deliveries if (hand := self._take_in_hand(delivery)) is not None
-        ]
+        """From deliveries to their settlement, or to the suspects.
+
+        Raises MessageTooNew, once the others are settled and nothing more is taken: whoever knows
+        such messages gets them from the broker.
+        """
+        hands: list[BatchInHand] = []
+        newer: list[tuple[Delivery, MessageTooNew]] = []
+        for delivery in deliveries:
+            try:
+                hand = self._take_in_hand(delivery)
+            except MessageTooNew as error:
+                newer.append((delivery, error))
+            else:
+                hands += [] if hand is None else [hand]
         self.consumer.set_prefetch(self.pace.batches)
         hands = self._within_allowance(hands)
         for _, alike in groupby(hands, key=lambda hand: hand.batch.run.prompt.prompt_id):
@@ -84,6 +101,12 @@ class Answering:
                 self._answer(batches)
             except Exception as error:
                 self._set_aside(batches, error)
+        if newer:
+            # First, or it would come back at once.
+            self.consumer.stop_taking(_STOP_SECONDS)
+            self.consumer.give_back([delivery for delivery, _ in newer])
+            log.error("message.newer", reason=str(newer[0][1]))
+            raise newer[0][1]
 
     def examine(self) -> None:
         """The first suspect, to its settlement, or until told to stop."""
@@ -123,6 +146,8 @@ class Answering:
             hand = BatchInHand(delivery, self.engine, self.patience_seconds)
             if hand.batch.run.context.context_id != self.context_id:
                 raise MessageInvalid("the batch wants another context than its queue's")
+        except MessageTooNew:
+            raise
         except Exception as error:
             self._refuse(delivery, error)
             return None

@@ -21,6 +21,7 @@ from services.contracts import (
 )
 from services.contracts.bounds import MAX_DETAIL_CHARS
 from services.contracts.errors import MessageInvalid
+from services.contracts.proofs import verdict_proof
 from services.gpu_worker.crashes import Crash, Key
 from services.gpu_worker.inference import Declined, Outcome, Refusal
 from services.gpu_worker.metrics import (
@@ -72,8 +73,9 @@ class BatchInHand:
         self._declined: dict[int, str] = {}
         self.crashes: dict[int, Crash] = {}
         """What workers of this node died with, by place."""
-        self._verdicts: list[Verdict] = []
-        self._dead: list[tuple[Claim, Refusal, int]] = []
+        # Each with the place of its claim:
+        self._verdicts: list[tuple[int, Verdict]] = []
+        self._dead: list[tuple[int, Refusal, int]] = []
         self._engine_seconds = 0.0
         self._published = self._confirmed = 0
         self._settled = False
@@ -103,7 +105,7 @@ class BatchInHand:
         self._engine_seconds += outcome.engine_seconds
         for index, verdict in outcome.verdicts.items():
             del self.open[places[index]]
-            self._verdicts.append(verdict)
+            self._verdicts.append((places[index], verdict))
         for index, refusal in outcome.refused.items():
             self.bury(places[index], refusal)
         for index, declined in outcome.declined.items():
@@ -164,7 +166,7 @@ class BatchInHand:
         self.open[place] = max(1, self.open[place]) + crash.alone
 
     def bury(self, place: int, refusal: Refusal) -> None:
-        self._dead.append((self.batch.claims[place], refusal, self.open.pop(place)))
+        self._dead.append((place, refusal, self.open.pop(place)))
 
     def trim(self, keep: int, consumer: Consumer, publisher: Publisher) -> None:
         """Keep the first `keep` of the open claims, and return the others now, unharmed. They are
@@ -189,7 +191,7 @@ class BatchInHand:
         self._publish(messages, consumer, publisher, last=True)
 
     def _count(self) -> None:
-        labels = Counter(verdict.label for verdict in self._verdicts)
+        labels = Counter(verdict.label for _, verdict in self._verdicts)
         for label, count in labels.items():
             VERDICTS.labels(_label(label)).inc(count)
         INVALID_VERDICTS.inc(labels[INVALID])
@@ -222,8 +224,8 @@ class BatchInHand:
             )
 
     def _messages(self, signature: Signature) -> Iterator[Outgoing]:
-        for claim, refusal, failures in self._dead:
-            yield self._dead_claim(claim, refusal, failures, signature)
+        for place, refusal, failures in self._dead:
+            yield self._dead_claim(place, refusal, failures, signature)
         yield from _fitting(self._verdicts, lambda some: self._verdict_batch(some, signature))
         untouched = dict.fromkeys(range(len(self.batch.claims)), self.delivery.failures)
         waited = self.waited_seconds != self.delivery.waited_seconds
@@ -236,40 +238,56 @@ class BatchInHand:
         histories = {place: (self.open[place], self._declined.get(place, "")) for place in places}
         for history in sorted(set(histories.values())):
             alike = [place for place in places if histories[place] == history]
-            yield from _fitting(self.claims(alike), partial(self._rest, history=history))
+            yield from _fitting(alike, partial(self._rest, history=history))
 
     def _dead_claim(
-        self, claim: Claim, refusal: Refusal, failures: int, signature: Signature
+        self, place: int, refusal: Refusal, failures: int, signature: Signature
     ) -> Outgoing:
+        proofs = self.batch.proofs
         dead = DeadClaim(
+            schema_version=self.batch.schema_version,
             run_id=self.batch.run.run_id,
-            claim=claim,
+            claim=self.batch.claims[place],
             reason=refusal.reason,
             detail=refusal.detail[:MAX_DETAIL_CHARS].replace("\0", ""),
             worker_id=signature.worker_id,
             attempt=self.delivery.attempt,
             failures=failures,
+            submission_id=self.batch.submission_id if proofs else None,
+            proof=proofs[place] if proofs else None,
         )
         return Outgoing.of(dead, topology.DEAD_EXCHANGE, topology.DEAD_CLAIMS_QUEUE)
 
-    def _verdict_batch(self, verdicts: Sequence[Verdict], signature: Signature) -> Outgoing:
+    def _verdict_batch(
+        self, verdicts: Sequence[tuple[int, Verdict]], signature: Signature
+    ) -> Outgoing:
+        proofs = self.batch.proofs
         batch = VerdictBatch(
+            # Whoever reads about claims has to know what these claims' own reader had to.
+            schema_version=self.batch.schema_version,
             run_id=self.batch.run.run_id,
             batch_id=self.batch.batch_id,
             labels=self.batch.run.prompt.label_names,
-            verdicts=tuple(verdicts),
+            verdicts=tuple(verdict for _, verdict in verdicts),
             worker_id=signature.worker_id,
             device=signature.device,
             attempt=self.delivery.attempt,
             engine_seconds=self._engine_seconds * len(verdicts) / len(self._verdicts),
+            submission_id=self.batch.submission_id if proofs else None,
+            proofs=tuple(
+                verdict_proof(proofs[place], self.batch.claims[place].evidence)
+                for place, _ in verdicts
+            )
+            if proofs
+            else (),
         )
         return Outgoing.of(batch, topology.VERDICTS_EXCHANGE, topology.VERDICTS_QUEUE)
 
-    def _rest(self, claims: Sequence[Claim], history: tuple[int, str]) -> Outgoing:
+    def _rest(self, places: Sequence[int], history: tuple[int, str]) -> Outgoing:
         failures, entry = history
         earlier = [old for old in self._declined_before if old != entry]
         return Outgoing.of(
-            self.batch.model_copy(update={"claims": tuple(claims)}),
+            self.batch.only(places),
             topology.RETURNS_EXCHANGE,
             topology.RETURNS_QUEUE,
             headers=history_headers(

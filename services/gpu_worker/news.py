@@ -3,7 +3,7 @@
 import structlog
 
 from services.contracts import ContextDemand, Notice, decode
-from services.contracts.errors import MessageInvalid
+from services.contracts.errors import MessageInvalid, MessageTooNew
 
 log = structlog.get_logger(__name__)
 
@@ -31,5 +31,5 @@ class News:
         try:
             self._notice = decode(Notice, body)
             self.number += 1
-        except MessageInvalid as error:
+        except (MessageInvalid, MessageTooNew) as error:
             log.warning("notice.refused", reason=str(error))

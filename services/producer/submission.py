@@ -17,15 +17,17 @@ from services.contracts import (
 )
 from services.contracts.bounds import MAX_BATCH_BYTES, MAX_NAME_CHARS
 from services.contracts.errors import InputError
+from services.contracts.proofs import ClaimsDigest, Positions, new_key
 from services.contracts.runs import InputSummary
+from services.contracts.wire import PROVEN
 from services.producer.claims_file import ClaimsFile
 from services.producer.metrics import LINES, PUBLISHED
 from services.producer.ordering import together
 from services.producer.rejected import RejectedFile
 from services.producer.summary import FileSummary
 
-# In bytes: what a claim's field names and numbers add to its texts.
-_CLAIM_OVERHEAD_BYTES = 100
+# In bytes: what a claim's field names, numbers and proof add to its texts.
+_CLAIM_OVERHEAD_BYTES = 130
 
 Finished = Callable[[Sequence[Claim]], Collection[str]]
 """Which of these claims have an outcome already: their ids."""
@@ -52,6 +54,7 @@ class Submission:
         self.input: InputSummary | None = None
         """What `inspect` found."""
         self.submission_id = secrets.token_hex(8)
+        self._proof_key = new_key()
         self.run = Run(
             source=file.name[-MAX_NAME_CHARS:],
             source_digest=file.source_digest,
@@ -99,11 +102,15 @@ class Submission:
         summary = self.file.new_summary()
         counted: Counter[str] = Counter()
         published = 0
+        digest, positions = ClaimsDigest(), Positions()
+        key = bytes.fromhex(self._proof_key)
 
         def waiting() -> Iterator[Claim]:
-            nonlocal published
+            nonlocal published, digest
             for lines, claims in self.file.claims(summary):
                 _count_lines(summary, counted)
+                digest = digest.plus(ClaimsDigest.of((c.claim_id, c.position) for c in claims))
+                positions.add(claim.position for claim in claims)
                 done = finished(claims)
                 for claim in claims:
                     if claim.claim_id not in done:
@@ -114,10 +121,12 @@ class Submission:
         ordered = together(waiting()) if order_by_evidence else waiting()
         for number, claims in enumerate(_batches(ordered, batch_size)):
             batch = ClaimBatch(
+                schema_version=PROVEN,
                 run=self.run,
                 submission_id=self.submission_id,
                 batch_id=f"{number:08d}-{claims[0].position}",
                 claims=tuple(claims),
+                proofs=tuple(claim.proof(key) for claim in claims),
             )
             publisher.publish(
                 Outgoing.of(
@@ -135,7 +144,7 @@ class Submission:
             rejected=summary.rejected,
         )
         publisher.flush()
-        self._announce(publisher, totals)
+        self._announce(publisher, totals, str(digest), positions.as_text())
         return totals
 
     def claims(self) -> Iterator[Sequence[Claim]]:
@@ -143,14 +152,24 @@ class Submission:
         for _, claims in self.file.claims(self.file.new_summary()):
             yield claims
 
-    def _announce(self, publisher: Publisher, totals: Totals | None) -> None:
+    def _announce(
+        self,
+        publisher: Publisher,
+        totals: Totals | None,
+        digest: str | None = None,
+        positions: str | None = None,
+    ) -> None:
         publisher.publish(
             Outgoing.of(
                 RunAnnouncement(
+                    schema_version=PROVEN,
                     run=self.run,
                     submission_id=self.submission_id,
                     totals=totals,
                     input=self.input,
+                    proof_key=self._proof_key,
+                    digest=digest,
+                    positions=positions,
                 ),
                 topology.RUNS_EXCHANGE,
                 topology.RUNS_QUEUE,

@@ -12,7 +12,7 @@ import pika
 import psutil
 import pytest
 
-from services.broker import PrivateNode
+from services.broker import BrokerAddress, Declares, PrivateNode, Publisher
 from services.collector import Store
 from services.contexts import pin_model
 from services.contracts import (
@@ -32,7 +32,14 @@ from services.contracts import (
 from services.contracts.bounds import MAX_MESSAGE_BYTES
 from services.contracts.verdicts import DeadReason
 from services.contracts.wire import Message
-from tests.integration.conftest import plain_connection, send, wait_for_messages, wait_until
+from tests.integration.conftest import (
+    PATIENCE,
+    messages_in,
+    plain_connection,
+    send,
+    wait_for_messages,
+    wait_until,
+)
 from tests.integration.runs import (
     CLAIMS,
     Start,
@@ -248,12 +255,11 @@ def broken(message: Message) -> Iterator[tuple[bytes, pika.BasicProperties, str]
     yield b"\xff\xfe{", properties(message), "not a"
     yield b"[" * 100_000, properties(message), "not a"
     yield b"", properties(message), "not a"
-    yield body.replace(b'"schema_version":1', b'"schema_version":99'), properties(message), "schema"
+    yield body.replace(b'"schema_version":1', b'"schema_version":0'), properties(message), "schema"
     yield body, properties(message, type="Surprise"), "its type is 'Surprise'"
     yield body, properties(message, type=None), "its type is ''"
     yield body, properties(message, content_type=None), "its content type is ''"
     yield body, properties(message, content_type=b"\xff\xfe"), "its content type"
-    yield body[:-1] + b',"more":1}', properties(message), "more"
     if isinstance(message, ClaimBatch):
         for count in ("many", -1, 2**40, None):
             headers = {topology.FAILURES_HEADER: count}
@@ -350,6 +356,8 @@ def test_a_dead_message_is_listed_shown_sent_back_and_dropped(
 ) -> None:
     collecting = command("collect")
     collecting.said("broker.connected", times=2)
+    exchange, announcement = good[topology.RUNS_QUEUE]
+    send(node, exchange, topology.RUNS_QUEUE, encode(announcement), how=properties(announcement))
     queue = topology.VERDICTS_QUEUE
     exchange, verdicts = good[queue]
     # One that was sent wrongly, and is good; and one that never will be.
@@ -372,6 +380,53 @@ def test_a_dead_message_is_listed_shown_sent_back_and_dropped(
     assert dead_messages(command) == []
     assert command("dead", "show", hopeless).wait() == 2
     end_well(collecting)
+
+
+def test_dead_messages_are_sent_back_and_dropped_by_reason_run_or_all_of_them_however_many(
+    command: Start, node: PrivateNode, good: dict[str, tuple[str, Message]]
+) -> None:
+    Publisher(
+        BrokerAddress.from_settings(
+            load_settings(broker_url=node.url, broker_password=node.password)
+        ),
+        "house",
+        window=1,
+        declares=Declares("always"),
+    ).open(PATIENCE).close()
+    _, verdicts = good[topology.VERDICTS_QUEUE]
+    dead = topology.DEAD_MESSAGES_QUEUE
+
+    def aside(count: int, reason: str, run: str, kind: str = "VerdictBatch") -> None:
+        how = properties(
+            verdicts,
+            type=kind,
+            message_id=f"{run}/1",
+            headers={topology.REASON_HEADER: reason, topology.ORIGIN_HEADER: "claims.elsewhere"},
+        )
+        send(node, topology.DEAD_EXCHANGE, dead, *[encode(verdicts)] * count, how=how)
+
+    def there() -> tuple[int, int]:
+        return messages_in(node, dead), messages_in(node, topology.VERDICTS_QUEUE)
+
+    # Those that stay are more than anybody holds at once, and come first.
+    aside(1_200, "an unknown Field", "run-a")
+    aside(30, "too OLD a reader", "run-a")
+    aside(20, "too old a reader", "run-b")
+    aside(5, "too old a reader", "run-b", kind="Surprise")
+    said = run_well(command, "dead", "retry", "--reason", "Too Old", "--run", "run-b")
+    assert "20 messages are sent back, 1,235 are left" in said
+    assert "left: messages of the type 'Surprise', which belongs to no queue of ours" in said
+    wait_until(lambda: there() == (1_235, 20), "those of one run sent back")
+    assert "30 messages are deleted" in run_well(command, "dead", "drop", "--reason", "too old a r")
+    wait_until(lambda: there() == (1_205, 20), "others deleted")
+    assert "1,200 messages are sent back, 5 are left" in run_well(command, "dead", "retry", "--all")
+    wait_until(lambda: there() == (5, 1_220), "all sent back that belong somewhere")
+    (only,) = set(dead_messages(command))
+    refused = command("dead", "retry", only)
+    assert refused.wait() == 2
+    assert "has the type 'Surprise', which belongs to no queue of ours" in refused.output
+    for arguments in ((), ("run-a", "--all"), (only, "--reason", "x")):
+        assert command("dead", "retry", *arguments).wait() == 2
 
 
 ODD_HEADERS = (

@@ -7,10 +7,25 @@ from pathlib import Path
 import pytest
 
 from services.broker import PrivateNode
+from services.collector import Incoming, Store
 from services.contexts import pin_model
-from services.contracts import ContextSpec, topology
+from services.contracts import (
+    ClaimBatch,
+    ContextSpec,
+    Settings,
+    Verdict,
+    VerdictBatch,
+    decode,
+    load_settings,
+    topology,
+)
 from tests.conftest import SHARED_DATA, sample_lines
-from tests.integration.conftest import messages_in, wait_for_messages, wait_until
+from tests.integration.conftest import (
+    messages_in,
+    plain_connection,
+    wait_for_messages,
+    wait_until,
+)
 from tests.integration.runs import (
     CLAIMS,
     Start,
@@ -24,6 +39,7 @@ from tests.integration.runs import (
     wait_for_the_first_verdicts,
     write_claims,
 )
+from tests.integration.test_collector import collecting_here
 
 MANY = 4_000
 
@@ -185,3 +201,103 @@ def test_a_file_without_a_single_claim_is_refused_and_harms_nobody(
     worker = command("worker")
     wait_until(lambda: _complete(environment, run_id), "the run's end")
     end_well(worker, collecting)
+
+
+def lose_batches(node: PrivateNode, queue: str, count: int) -> list[ClaimBatch]:
+    """Take batches off a claims queue, for good."""
+    connection = plain_connection(node)
+    channel = connection.channel()
+    lost = []
+    while len(lost) < count:
+        got, _, body = channel.basic_get(queue, auto_ack=True)
+        if got is not None:
+            lost.append(decode(ClaimBatch, body))
+    connection.close()
+    return lost
+
+
+def test_claims_that_are_nowhere_any_more_are_told_by_status_and_sent_again_by_submit(
+    command: Start,
+    environment: dict[str, str],
+    broker: Settings,
+    node: PrivateNode,
+    claims_queue: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("services.collector.nowhere.NOWHERE_SECONDS", 3.0)
+    monkeypatch.setattr("services.collector.nowhere._HEARTBEATS", 0)
+    run_id = submit(command)
+    lost = lose_batches(node, claims_queue, 2)
+    settings = broker.model_copy(update={"store_url": environment["KEEPWARM_STORE_URL"]})
+    with collecting_here(settings):
+        worker = command("worker")
+        wait_until(lambda: _since(environment, run_id), "the word that claims are nowhere")
+        status = command("status")
+        assert status.wait() == 0, status.output
+        said = " ".join(status.output.split())
+        assert "claims missing" in said
+        assert f"{run_id}: since " in said
+        assert "32 claims are in no queue and with no worker (records " in said
+        records = sorted(claim.position + 1 for batch in lost for claim in batch.claims)
+        assert f"records {records[0]}" in said
+        again = command("submit", CLAIMS)
+        assert again.wait() == 0, again.output
+        assert "32 of 240 claims are with the broker" in again.output
+        wait_until(lambda: _complete(environment, run_id), "the run's end")
+    assert_complete(environment, run_id)
+    assert _since(environment, run_id) is None
+    end_well(worker)
+
+
+def _since(environment: dict[str, str], run_id: str) -> float | None:
+    status = status_of(environment, run_id)
+    return None if status is None else status.nowhere_since
+
+
+def test_a_run_with_an_outcome_of_another_claim_is_not_complete_and_mended_by_submit(
+    command: Start, environment: dict[str, str], node: PrivateNode, claims_queue: str
+) -> None:
+    run_id = submit(command)
+    (lost,) = lose_batches(node, claims_queue, 1)
+    with Store.open(load_settings(store_url=environment["KEEPWARM_STORE_URL"])) as store:
+        verdicts = tuple(
+            Verdict(
+                claim_id=f"foreign-{claim.claim_id}",
+                position=claim.position,
+                text=claim.text,
+                label="SUPPORTS",
+                probabilities=(),
+                mass=0.0,
+                raw_text="",
+                prompt_tokens=1,
+            )
+            for claim in lost.claims
+        )
+        foreign = VerdictBatch(
+            run_id=run_id,
+            batch_id="b",
+            labels=lost.run.prompt.label_names,
+            verdicts=verdicts,
+            worker_id="older",
+            device="none",
+            attempt=1,
+            engine_seconds=0.1,
+        )
+        store.write(Incoming(verdicts=[foreign]))
+    worker = command("worker")
+    collecting = command("collect", "--until", run_id)
+    assert collecting.wait() == 7, collecting.output
+    assert "has outcomes of claims that its file does not have" in collecting.output
+    status = command("status")
+    assert status.wait() == 0, status.output
+    assert "as many outcomes as claims, but not of the same claims" in status.output
+    assert "wrong claims" in status.output
+    again = command("submit", CLAIMS)
+    assert again.wait() == 0, again.output
+    assert "Removed 16 outcomes of claims that the file does not have: 'foreign-" in again.output
+    assert "16 of 240 claims are with the broker" in again.output
+    assert command("collect", "--until", run_id).wait() == 0
+    assert_complete(environment, run_id)
+    found = status_of(environment, run_id)
+    assert found is not None and found.proven is True
+    end_well(worker)

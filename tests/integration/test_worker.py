@@ -359,7 +359,7 @@ def test_a_message_that_is_not_ours_goes_to_the_dead_messages(
     worker = command("worker")
     worker.said("worker.taking")
     queue = topology.claims_queue(context_of(worker))
-    send(node, topology.CLAIMS_EXCHANGE, queue, b'{"schema_version": 99}')
+    send(node, topology.CLAIMS_EXCHANGE, queue, b'{"schema_version": 1}')
     wait_for_messages(node, topology.DEAD_MESSAGES_QUEUE, 1, "a dead message")
     worker.said("batch.refused")
     assert worker.process.poll() is None

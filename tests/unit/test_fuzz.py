@@ -48,8 +48,10 @@ from services.contracts.errors import (
     InputError,
     KeepwarmError,
     MessageInvalid,
+    MessageTooNew,
     UsageError,
 )
+from services.contracts.proofs import ClaimsDigest, Positions, verdict_proof
 from services.contracts.settings import check_broker_url
 from services.contracts.wire import CONTENT_TYPE, Message
 from services.gpu_worker.verdicts import read_verdict
@@ -143,9 +145,18 @@ RUN = Run(
     seed=3,
 )
 CLAIM = Claim(claim_id="c-1", position=0, text=CLAIM_TEXT, evidence=EVIDENCE_TEXT, gold="SUPPORTS")
+KEY = bytes(range(16))
+POSITIONS = Positions(b"\x01")
 ANSWER = Answer("False", (-1.0, -0.5, -3.0))
 MESSAGES: tuple[Message, ...] = (
-    ClaimBatch(run=RUN, submission_id="sub-1", batch_id="b", claims=(CLAIM,)),
+    ClaimBatch(
+        schema_version=2,
+        run=RUN,
+        submission_id="sub-1",
+        batch_id="b",
+        claims=(CLAIM,),
+        proofs=(CLAIM.proof(KEY),),
+    ),
     VerdictBatch(
         run_id=RUN.run_id,
         batch_id="b",
@@ -155,6 +166,8 @@ MESSAGES: tuple[Message, ...] = (
         device="Tesla T4",
         attempt=1,
         engine_seconds=1.5,
+        submission_id="sub-1",
+        proofs=(verdict_proof(CLAIM.proof(KEY), CLAIM.evidence),),
     ),
     DeadClaim(
         run_id=RUN.run_id,
@@ -164,9 +177,16 @@ MESSAGES: tuple[Message, ...] = (
         worker_id="node-1",
         attempt=2,
         failures=3,
+        submission_id="sub-1",
+        proof=CLAIM.proof(KEY),
     ),
     RunAnnouncement(
-        run=RUN, submission_id="sub-1", totals=Totals(lines=6, claims=3, repeated=2, rejected=1)
+        run=RUN,
+        submission_id="sub-1",
+        totals=Totals(lines=6, claims=3, repeated=2, rejected=1),
+        proof_key=KEY.hex(),
+        digest=str(ClaimsDigest.of([("c-1", 0)])),
+        positions=POSITIONS.as_text(),
     ),
     Notice(
         cancelled=("sub-1",),
@@ -223,7 +243,7 @@ def test_every_kind_of_message_is_driven() -> None:
 def decoded(kind: type[Message], made: Delivery) -> None:
     try:
         assert type(made.message(kind)) is kind
-    except MessageInvalid as error:
+    except (MessageInvalid, MessageTooNew) as error:
         assert keeps_secrets(error)
         assert len(str(error)) < 2_000
         aside = made.refused(str(error), lambda: None)

@@ -2,8 +2,10 @@
 
 import io
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,7 +24,7 @@ from services.contracts import (
     VerdictBatch,
     load_settings,
 )
-from services.contracts.errors import LabelsUnlikely, StoreError, UsageError
+from services.contracts.errors import LabelsUnlikely, RunIncomplete, StoreError, UsageError
 from services.producer import ClaimsFile, Source, Submission
 
 Maker = Callable[..., Desk]
@@ -213,3 +215,31 @@ def test_the_place_of_the_results_is_shown_as_it_is(
     directory.mkdir(parents=True, exist_ok=True)
     desk(directory).write_results()
     assert f"/{name}/" in seen(screen).replace("\n", "")
+
+
+def test_claims_that_the_broker_lost_are_sent_again(
+    desk: Maker,
+    database: Store,
+    submission: Submission,
+    screen: Screen,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store_outcomes(database, submission, 1)
+    database.note_nowhere([submission.run.run_id])
+    one = desk()
+    monkeypatch.setattr(one, "_publish", lambda _: store_outcomes(database, submission, 2))
+    sent_all = threading.Thread()
+    collector = SimpleNamespace(waiting_for=None)
+    one._watch([], sent_all, collector, load_settings())  # type: ignore[arg-type]
+    assert "RabbitMQ lost claims; sending them again." in seen(screen)
+
+
+def test_a_run_with_outcomes_of_other_claims_ends_with_what_to_do(
+    desk: Maker, database: Store, submission: Submission
+) -> None:
+    store_outcomes(database, submission, 2)
+    other = announced(submission.run, Totals(lines=2, claims=2, repeated=0, rejected=0))
+    database.write(Incoming([other.model_copy(update={"digest": "0" * 32})]))
+    collector = SimpleNamespace(waiting_for=None)
+    with pytest.raises(RunIncomplete, match="the same command removes them, and goes on"):
+        desk()._watch([], threading.Thread(), collector, load_settings())  # type: ignore[arg-type]

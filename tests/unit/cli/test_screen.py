@@ -131,13 +131,24 @@ def seen(screen: Screen) -> Seen:
 
 
 def test_the_status_table_has_a_row_a_run(screen: Screen, seen: Seen) -> None:
-    show(screen, status_table([STATUS, but(run_id="run-2", complete=True, dead=0)]))
-    header, first, second = seen().splitlines()
+    runs = [
+        STATUS,
+        but(run_id="run-2", complete=True, proven=True, dead=0),
+        but(run_id="run-3", complete=True, dead=0),
+        but(run_id="run-4", proven=False),
+        but(run_id="run-5", nowhere_since=1.0),
+        but(run_id="run-6", nowhere_since=1.0, cancelled=True),
+    ]
+    show(screen, status_table(runs))
+    header, first, second, *others = seen().splitlines()
     assert header.split() == ["run", "file", "done", "of", "failed", "claims/s", "left"]
     assert first.split() == [
         *(STATUS.run_id, "claims.jsonl", "3,456", "12,000", "7", "12.3", "3", "min", "05", "s")
     ]
     assert second.split()[-1] == "complete"
+    ends = ("complete, unproven", "wrong claims", "claims missing", "cancelled")
+    for line, end in zip(others, ends, strict=True):
+        assert line.endswith(f"  {end}")
 
 
 def test_the_status_table_has_no_column_for_failures_that_there_are_not(

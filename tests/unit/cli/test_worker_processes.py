@@ -12,7 +12,7 @@ from services.cli.worker_processes import WorkerProcess, device_shares, worker_p
 from services.contexts import Device
 from services.contexts.engine_log import OOM
 from services.contracts import ContextSpec, load_settings
-from services.contracts.errors import EngineError, RunIncomplete, UsageError
+from services.contracts.errors import EngineError, MessageTooNew, RunIncomplete, UsageError
 
 GENEROUS_SECONDS = 60.0
 SLEEP = "import time; time.sleep(600)"
@@ -158,11 +158,17 @@ def test_a_lost_worker_is_replaced(worker: Starter, tmp_path: Path) -> None:
 
 
 def test_workers_that_are_lost_again_and_again_end_the_run(worker: Starter, tmp_path: Path) -> None:
-    slot = worker(says("oh dear", then="raise SystemExit(9)"))
+    slot = worker(says("oh dear", then="raise SystemExit(33)"))
     with pytest.raises(RunIncomplete) as ended:
         look_after_until_it_raises(slot)
-    assert "worker 0 was lost 5 times in a row (last exit code 9)" in str(ended.value)
+    assert "worker 0 was lost 5 times in a row (last exit code 33)" in str(ended.value)
     assert str(tmp_path / "worker.log") in str(ended.value)
+
+
+def test_a_worker_that_is_too_old_for_the_claims_ends_the_run(worker: Starter) -> None:
+    slot = worker(says("keepwarm: a ClaimBatch of version 3 came", then="raise SystemExit(9)"))
+    with pytest.raises(MessageTooNew, match="a ClaimBatch of version 3 came"):
+        look_after_until_it_raises(slot)
 
 
 def test_a_worker_that_gave_up_on_its_engine_ends_the_run_with_its_words(

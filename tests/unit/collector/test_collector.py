@@ -91,6 +91,13 @@ class RecordingPublisher:
 
 
 @pytest.fixture
+def store(store: Store, make: SimpleNamespace) -> Store:
+    """It knows the run of `make`, for of others nothing is taken."""
+    store.write(make.incoming(make.announced()))
+    return store
+
+
+@pytest.fixture
 def publisher() -> RecordingPublisher:
     return RecordingPublisher()
 
@@ -450,17 +457,70 @@ def test_claims_of_a_submission_that_nobody_announced_are_refused(
     assert consumer.acknowledged == [1]
 
 
-def test_a_return_that_overtakes_its_announcement_waits_for_it(
-    store: Store, make: SimpleNamespace, publisher: RecordingPublisher
+def test_what_overtakes_its_announcement_waits_for_it(
+    store: Store, make: SimpleNamespace, other_run: Run, publisher: RecordingPublisher
 ) -> None:
-    consumer = Deliveries(make.returned(1))
+    consumer = Deliveries(
+        make.returned(1, of=other_run),
+        make.batch(make.verdict(2), of=other_run),
+        make.dead(3, of=other_run),
+    )
     collector = collect(store, consumer, publisher=publisher)
     assert (publisher.messages, consumer.acknowledged) == ([], [])
-    store.write(make.incoming(make.announced(claims=3)))
-    collector._send_early(consumer, publisher)  # type: ignore[arg-type]
+    assert run_status(store, other_run.run_id) is None
+    store.write(make.incoming(make.announced(claims=3, of=other_run)))
+    for _ in range(2):
+        collector._take_early()
+        collect_once(collector, consumer, publisher)
     assert [message.exchange for message in publisher.messages] == [topology.CLAIMS_EXCHANGE]
-    collector._send_early(consumer, publisher)  # type: ignore[arg-type]
-    assert len(publisher.messages) == 1
+    assert consumer.acknowledged == [2, 3]
+    status = run_status(store, other_run.run_id)
+    assert status is not None and (status.done, status.dead, status.returned) == (1, 1, 1)
+
+
+def test_what_nobody_announces_in_time_is_refused_and_makes_no_run(
+    store: Store,
+    make: SimpleNamespace,
+    other_run: Run,
+    publisher: RecordingPublisher,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forged = make.batch(make.verdict(2), of=other_run)
+    consumer = Deliveries(forged)
+    collector = collect(store, consumer, publisher=publisher)
+    monkeypatch.setattr("time.monotonic", lambda now=time.monotonic: now() + 31)
+    collector._take_early()
+    collect_once(collector, consumer, publisher)
+    assert refused(publisher) == [(topology.VERDICTS_QUEUE, encode(forged))]
+    assert run_status(store, other_run.run_id) is None
+
+
+def test_only_so_much_waits_for_an_announcement(
+    store: Store,
+    make: SimpleNamespace,
+    other_run: Run,
+    publisher: RecordingPublisher,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("services.collector.collector._MOST_EARLY", 2)
+    some = [make.batch(make.verdict(number), of=other_run) for number in range(5)]
+    collect(store, Deliveries(*some), publisher=publisher)
+    assert len(refused(publisher)) == 3
+
+
+def test_a_message_that_is_newer_is_left_to_newer_ones_and_what_came_before_it_is_stored(
+    store: Store, make: SimpleNamespace, run: Run, publisher: RecordingPublisher
+) -> None:
+    newer = encode(make.batch(make.verdict(1))).replace(
+        b'"schema_version":1', b'"schema_version":9'
+    )
+    consumer = Deliveries(
+        make.batch(make.verdict(0)), (topology.VERDICTS_QUEUE, newer), make.batch(make.verdict(2))
+    )
+    collector = collect(store, consumer, publisher=publisher)
+    assert (consumer.acknowledged, publisher.messages) == ([1], [])
+    assert store.finished(run.run_id, ["c0", "c1", "c2"]) == {"c0"}
+    assert collector._newer is not None and collector._newer[0].tag == 2
 
 
 def test_a_return_with_a_count_of_failures_that_is_none_is_refused(
@@ -504,11 +564,11 @@ def give_notice(collector: Collector, publisher: RecordingPublisher) -> list[tup
 def test_workers_hear_again_and_again_which_submissions_are_cancelled(
     store: Store, make: SimpleNamespace, run: Run, publisher: RecordingPublisher
 ) -> None:
-    store.write(make.incoming(make.announced(submission_id="sub-1")))
     collector = Collector(store, load_settings())
     assert give_notice(collector, publisher) == []
     store.cancel(find_run(store, run.run_id).run_key)
-    assert [give_notice(collector, publisher) for _ in range(2)] == [[("sub-1",)]] * 2
+    cancelled = (f"sub-{run.run_id}",)
+    assert [give_notice(collector, publisher) for _ in range(2)] == [[cancelled]] * 2
 
 
 @pytest.mark.parametrize(("seconds", "notices"), [(600.0, 1), (0.0, 3)])

@@ -226,7 +226,7 @@ def test_a_run_that_is_sent_again_is_counted_again(
     broker.has[run.context] = 1
     assert looked(directory, broker) == ()
     # As `keepwarm dead retry` does.
-    store.add_submission(find_run(store, run.run_id).run_key, "sub-again")
+    store.add_submission(find_run(store, run.run_id).run_key, "sub-again", "0" * 32)
     reopen_dead(store, dead_claims(store))
     assert [line.claims_ready for line in looked(directory, broker)] == [1]
 

@@ -11,7 +11,6 @@ from services.broker import Delivery, Outgoing
 from services.collector import Store, find_run
 from services.collector.returns import send_on
 from services.contracts import ClaimBatch, Run, decode, encode, load_settings, topology
-from services.contracts.errors import MessageInvalid
 
 
 class Broker:
@@ -123,13 +122,12 @@ def test_claims_of_a_cancelled_submission_end_here(
     assert broker.claims() == ["c1"]
 
 
-def test_workers_cannot_make_work_that_no_producer_announced(
+def test_a_claim_that_is_in_a_returned_batch_many_times_is_sent_on_once(
     store: Store, make: SimpleNamespace, broker: Broker
 ) -> None:
-    store.write(make.incoming(make.announced(submission_id="sub-1")))
-    with pytest.raises(MessageInvalid, match="that nobody announced"):
-        send(make.returned(1, submission_id="sub-2"), store, broker)
-    assert (broker.published, broker.acknowledged) == ([], [])
+    store.write(make.incoming(make.announced()))
+    send(make.returned(1, 2, 1, 1), store, broker)
+    assert sorted(broker.claims()) == ["c1", "c2"]
 
 
 @pytest.fixture(scope="module")

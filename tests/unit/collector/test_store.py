@@ -269,7 +269,7 @@ def test_claims_that_are_sent_by_hand_are_a_submission(
 ) -> None:
     store.write(make.incoming(make.announced()))
     for _ in range(2):
-        store.add_submission(key(store, run), "retry-1")
+        store.add_submission(key(store, run), "retry-1", "0" * 32)
     assert store.wants("retry-1") is True
     store.cancel(key(store, run))
     assert store.wants("retry-1") is False
@@ -281,7 +281,7 @@ def test_the_latest_cancellations_come_first_and_no_more_than_a_notice_holds(
     assert store.cancelled_submissions() == ()
     store.write(make.incoming(make.announced(), make.announced(of=other_run)))
     for number in range(MAX_CANCELLED):
-        store.add_submission(key(store, run), f"many-{number}")
+        store.add_submission(key(store, run), f"many-{number}", "0" * 32)
     store.cancel(key(store, run))
     store.cancel(key(store, other_run))
     cancelled = store.cancelled_submissions()

@@ -13,10 +13,12 @@ from tokenizers import (
 from services.broker import Delivery, Outgoing
 from services.contexts import Device
 from services.contracts import Claim, ClaimBatch, ContextSpec, Run, Verdict, encode, topology
+from services.contracts.wire import PROVEN
 from services.gpu_worker import ModelTokenizer
 from services.gpu_worker.crashes import Crashes, Key
 from tests.unit.tokenizers_of_models import CHAT_TEMPLATE
 
+PROOF_KEY = bytes(range(16))
 DEVICE = Device("cpu", "Xeon", 2**34, (0,))
 
 
@@ -48,14 +50,17 @@ def tokenizer(tokenizers: dict[str, ModelTokenizer]) -> ModelTokenizer:
 
 @pytest.fixture(scope="session")
 def batch(run: Run) -> ClaimBatch:
+    claims = tuple(
+        Claim(claim_id=f"c{n}", position=n, text=f"Claim {n}.", evidence=f"Evidence {n}.")
+        for n in range(7)
+    )
     return ClaimBatch(
+        schema_version=PROVEN,
         run=run,
         submission_id="sub-1",
         batch_id="00000000-0",
-        claims=tuple(
-            Claim(claim_id=f"c{n}", position=n, text=f"Claim {n}.", evidence=f"Evidence {n}.")
-            for n in range(7)
-        ),
+        claims=claims,
+        proofs=tuple(claim.proof(PROOF_KEY) for claim in claims),
     )
 
 
@@ -95,6 +100,9 @@ class RecordingBroker:
 
     def acknowledge(self, deliveries: Iterable[Delivery]) -> None:
         self.settled += [("acknowledged", delivery.tag) for delivery in deliveries]
+
+    def stop_taking(self, timeout_seconds: float) -> None:
+        self.settled.append(("stopped taking", 0))
 
     def give_back(self, deliveries: Iterable[Delivery]) -> None:
         self.settled += [("given back", delivery.tag) for delivery in deliveries]

@@ -30,7 +30,12 @@ from services.contracts import (
     load_settings,
     topology,
 )
-from services.contracts.errors import BrokerRefused, EngineRequestError, EngineStartError
+from services.contracts.errors import (
+    BrokerRefused,
+    EngineRequestError,
+    EngineStartError,
+    MessageTooNew,
+)
 from services.gpu_worker import CompiledPrompt, ModelTokenizer
 from services.gpu_worker.answering import Answering
 from services.gpu_worker.examination import Examination, prompt_key
@@ -707,7 +712,7 @@ def test_the_latest_notice_replaces_what_was_said_before(
     assert verdicts_in(broker) == ["c0", "c1", "c2"]
 
 
-@pytest.mark.parametrize("body", [b"", b"{}x", b'{"cancelled": [""]}', b'{"schema_version": 2}'])
+@pytest.mark.parametrize("body", [b"", b"{}x", b'{"cancelled": [""]}', b'{"schema_version": 99}'])
 def test_a_notice_that_is_none_changes_nothing(
     body: bytes, answering: Answering, spec: ContextSpec, broker: RecordingBroker
 ) -> None:
@@ -715,3 +720,18 @@ def test_a_notice_that_is_none_changes_nothing(
     answering.shift.news.hear(body)
     answering.see_through([delivered(batch_of(spec))])
     assert broker.settled == [("acknowledged", 7)]
+
+
+def test_a_batch_that_is_newer_is_given_back_once_the_others_are_settled_and_nothing_more_comes(
+    answering: Answering, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+) -> None:
+    engine_answers(3)
+    newer = delivered(batch_of(spec))
+    newer = replace(
+        newer, tag=8, body=newer.body.replace(b'"schema_version":1', b'"schema_version":99')
+    )
+    with pytest.raises(MessageTooNew, match="a ClaimBatch of version 99 came"):
+        answering.see_through([newer, delivered(batch_of(spec))])
+    assert verdicts_in(broker) == ["c0", "c1", "c2"]
+    assert broker.settled == [("stopped taking", 0), ("given back", 8)]
+    assert broker.to(topology.DEAD_MESSAGES_QUEUE) == []

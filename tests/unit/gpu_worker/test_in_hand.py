@@ -26,10 +26,11 @@ from services.contracts.bounds import (
     MAX_MESSAGE_BYTES,
 )
 from services.contracts.errors import EngineRequestError, MessageInvalid
+from services.contracts.proofs import claim_proof, split_verdict_proof
 from services.gpu_worker.crashes import Crash
 from services.gpu_worker.in_hand import BatchInHand, Signature
 from services.gpu_worker.inference import Declined, Outcome, Refusal
-from tests.unit.gpu_worker.conftest import RecordingBroker, delivered, verdict
+from tests.unit.gpu_worker.conftest import PROOF_KEY, RecordingBroker, delivered, verdict
 
 SIGNATURE = Signature("node-1", "Tesla T4")
 REFUSAL = Refusal(DeadReason.ENGINE_REFUSED, "never")
@@ -69,12 +70,24 @@ class Account:
                     )
                     batch = decode(VerdictBatch, message.body)
                     account.verdicts += [one.claim_id for one in batch.verdicts]
+                    told = [split_verdict_proof(proof) for proof in batch.proofs]
+                    assert [proof for proof, _ in told] == [
+                        claim_proof(
+                            PROOF_KEY, one.claim_id, one.position, one.text, one.gold, evidence
+                        )
+                        for one, (_, evidence) in zip(batch.verdicts, told, strict=False)
+                    ]
+                    assert batch.schema_version == (2 if told else 1)
+                    assert batch.submission_id == ("sub-1" if told else None)
                 case topology.DEAD_CLAIMS_QUEUE:
                     assert (message.exchange, message.kind) == (
                         topology.DEAD_EXCHANGE,
                         "DeadClaim",
                     )
-                    account.dead.append(decode(DeadClaim, message.body).claim.claim_id)
+                    dead = decode(DeadClaim, message.body)
+                    account.dead.append(dead.claim.claim_id)
+                    assert dead.proof in (None, dead.claim.proof(PROOF_KEY))
+                    assert (dead.submission_id is None) == (dead.proof is None)
                 case topology.RETURNS_QUEUE:
                     assert (message.exchange, message.kind) == (
                         topology.RETURNS_EXCHANGE,
@@ -83,6 +96,9 @@ class Account:
                     failures = message.headers[topology.FAILURES_HEADER]
                     rest = decode(ClaimBatch, message.body)
                     account.returned |= {claim.claim_id: failures for claim in rest.claims}
+                    proofs = tuple(claim.proof(PROOF_KEY) for claim in rest.claims)
+                    assert rest.proofs in ((), proofs)
+                    assert rest.schema_version == (2 if rest.proofs else 1)
                 case other:
                     raise AssertionError(other)
         return account
@@ -196,8 +212,12 @@ def test_what_is_returned_is_the_same_batch_with_fewer_claims(
     settle(hand, broker)
     (message,) = broker.to(topology.RETURNS_QUEUE)
     rest = decode(ClaimBatch, message.body)
+    left = (1, 3, 5, 6)
     assert rest == batch.model_copy(
-        update={"claims": tuple(batch.claims[place] for place in (1, 3, 5, 6))}
+        update={
+            "claims": tuple(batch.claims[place] for place in left),
+            "proofs": tuple(batch.proofs[place] for place in left),
+        }
     )
 
 
@@ -547,3 +567,17 @@ def test_claims_that_a_worker_died_with_are_suspects_with_its_deaths_on_top(
     fresh = BatchInHand(delivered(batch))
     fresh.note_crash(1, Crash(0, "why", memory=False))
     assert fresh.suspect and fresh.open[1] == 1
+
+
+def test_what_becomes_of_claims_carries_their_proofs_and_without_any_is_as_older_readers_know_it(
+    batch: ClaimBatch,
+) -> None:
+    older = batch.model_copy(update={"schema_version": 1, "proofs": ()})
+    for of, proven in ((batch, True), (older, False)):
+        hand, broker = BatchInHand(delivered(of)), RecordingBroker()
+        answered(hand, [2, 0])
+        hand.bury(1, REFUSAL)
+        settle(hand, broker)
+        assert Account.of(broker.messages).all().total() == 7
+        assert all((b'"proof' in m.body) == proven for m in broker.messages)
+        assert all((b'"schema_version":2' in m.body) == proven for m in broker.messages)

@@ -20,6 +20,7 @@ from services.contracts import (
 )
 from services.contracts.bounds import MAX_BATCH_BYTES, MAX_MESSAGE_BYTES
 from services.contracts.errors import InputError
+from services.contracts.proofs import ClaimsDigest, Positions
 from services.producer import (
     ClaimsFile,
     Progress,
@@ -206,11 +207,45 @@ def test_publishing_again_publishes_the_same_messages_as_another_submission(desk
         assert {message.submission_id for message in sent} == {submission_id}
         ids = [message.message_id for message in publisher.messages]
         assert len(set(ids)) == len(ids)
-        same = [message.model_copy(update={"submission_id": "same"}) for message in sent]
+        # Each submission has proofs of its own.
+        same = [
+            message.model_copy(
+                update={
+                    "submission_id": "same",
+                    **({"proofs": ()} if isinstance(message, ClaimBatch) else {"proof_key": None}),
+                }
+            )
+            for message in sent
+        ]
         sendings.append((submission_id, ids, same))
     (first, *one), (second, *other) = sendings
     assert first != second
     assert one == other
+
+
+def test_the_key_of_the_proofs_is_announced_and_in_no_batch(desk: Desk) -> None:
+    desk.submit(desk.write(rows(9)))
+    (key,) = {announcement.proof_key for announcement in desk.publisher.announcements}
+    assert key is not None
+    for batch in desk.publisher.batches:
+        assert batch.proofs == tuple(claim.proof(bytes.fromhex(key)) for claim in batch.claims)
+    claims = [m.body for m in desk.publisher.messages if m.exchange == topology.CLAIMS_EXCHANGE]
+    assert not any(key.encode() in body for body in claims)
+
+
+def test_digest_and_positions_are_of_all_claims_whether_they_are_sent_or_not(desk: Desk) -> None:
+    lines = [*rows(3), "nonsense", *rows(2), *rows(7)[5:]]
+    path = desk.write(lines)
+    for finished in (lambda _: (), lambda claims: [claim.claim_id for claim in claims]):
+        desk.submit(path, finished=finished)
+        begun, sent = desk.publisher.announcements
+        assert (begun.digest, begun.positions) == (None, None)
+        positions = [0, 1, 2, 6, 7]
+        ids = [f"c{n}" for n in (0, 1, 2, 5, 6)]
+        assert sent.digest == str(ClaimsDigest.of(zip(ids, positions, strict=True)))
+        assert sent.positions is not None
+        assert Positions.of_text(sent.positions).ranges(9) == [(0, 2), (6, 7)]
+    assert desk.publisher.batches == []
 
 
 def test_every_message_says_what_kind_it_is(desk: Desk) -> None:

@@ -1,0 +1,130 @@
+"""Claims that are in no queue and with no worker are told, and only those."""
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+
+from services.collector import Store, missing_records, run_status
+from services.collector.nowhere import NOWHERE_SECONDS, Nowhere
+from services.contracts import Run, RunAnnouncement, Totals, topology
+from services.contracts.proofs import Positions
+from tests.unit.clock import Clock
+
+EMPTY = dict.fromkeys(topology.HOUSE_QUEUES, 0)
+
+
+class World:
+    """What directory and fleet say, and a clock."""
+
+    def __init__(self, store: Store, run: Run) -> None:
+        self.store = store
+        self.run = run
+        self.clock = Clock()
+        self.directory = SimpleNamespace(
+            counts=EMPTY,
+            counted_at=self.clock.now,
+            asked={topology.claims_queue(run.context.context_id)},
+            unfinished={run.run_id: run.context.context_id},
+        )
+        self.held: Counter[str] = Counter()
+        fleet = SimpleNamespace(claims_held=lambda: self.held)
+        self.nowhere = Nowhere(store, self.directory, fleet, 30, self.clock)  # type: ignore[arg-type]
+
+    def wait(self, seconds: float, *, deaf: bool = False) -> None:
+        for _ in range(int(seconds / 2)):
+            self.clock.now += 2
+            if not deaf:
+                self.directory.counted_at = self.clock.now
+            self.nowhere.look()
+
+    @property
+    def told(self) -> bool:
+        status = run_status(self.store, self.run.run_id)
+        assert status is not None
+        return status.nowhere_since is not None
+
+
+@pytest.fixture
+def world(store: Store, run: Run, make: SimpleNamespace) -> World:
+    positions = Positions()
+    positions.add([0, 1, 3, 4, 5, 9])
+    store.write(
+        make.incoming(
+            RunAnnouncement(
+                run=run,
+                submission_id="sub-1",
+                totals=Totals(lines=10, claims=6, repeated=0, rejected=4),
+                positions=positions.as_text(),
+            ),
+            make.batch(make.verdict(1)),
+            make.dead(4),
+        )
+    )
+    return World(store, run)
+
+
+def test_claims_that_are_nowhere_for_long_enough_are_told_by_their_records(world: World) -> None:
+    world.wait(NOWHERE_SECONDS - 2)
+    assert not world.told
+    world.wait(6)
+    assert world.told
+    run_id = world.run.run_id
+    assert missing_records(world.store, run_id, 10) == [(1, 1), (4, 4), (6, 6), (10, 10)]
+    assert missing_records(world.store, run_id, 2) == [(1, 1), (4, 4)]
+
+
+@pytest.mark.parametrize("queue", [*topology.HOUSE_QUEUES, "claims"])
+def test_what_waits_in_a_queue_is_somewhere(queue: str, world: World) -> None:
+    name = topology.claims_queue(world.run.context.context_id) if queue == "claims" else queue
+    world.directory.counts = {**EMPTY, name: 1}
+    world.wait(2 * NOWHERE_SECONDS)
+    # What lies in `dead-messages` comes back by a person's hand alone.
+    assert world.told == (queue == topology.DEAD_MESSAGES_QUEUE)
+
+
+def test_a_queue_that_the_broker_was_not_asked_about_may_hold_them(world: World) -> None:
+    world.directory.asked = set()
+    world.wait(2 * NOWHERE_SECONDS)
+    assert not world.told
+
+
+def test_what_a_worker_has_in_hand_is_somewhere(world: World) -> None:
+    world.held[world.run.context.context_id] = 1
+    world.wait(2 * NOWHERE_SECONDS)
+    assert not world.told
+
+
+def test_a_broker_that_is_not_heard_says_nothing(world: World) -> None:
+    world.wait(2 * NOWHERE_SECONDS, deaf=True)
+    assert not world.told
+    world.wait(NOWHERE_SECONDS - 2)
+    assert not world.told
+
+
+def test_a_collector_that_did_not_look_for_a_while_begins_anew(world: World) -> None:
+    world.wait(NOWHERE_SECONDS - 4)
+    world.clock.now += 60
+    world.wait(NOWHERE_SECONDS - 4)
+    assert not world.told
+
+
+def test_a_commit_of_the_run_begins_anew_and_takes_the_word_back(
+    world: World, make: SimpleNamespace
+) -> None:
+    world.wait(NOWHERE_SECONDS - 4)
+    world.nowhere.note({world.run.run_id})
+    world.wait(NOWHERE_SECONDS - 4)
+    assert not world.told
+    world.wait(8)
+    assert world.told
+    world.store.write(make.incoming(make.batch(make.verdict(3))))
+    world.nowhere.note({world.run.run_id})
+    assert not world.told
+
+
+def test_which_records_are_missing_is_unknown_where_the_producer_did_not_say(
+    store: Store, make: SimpleNamespace, run: Run
+) -> None:
+    store.write(make.incoming(make.announced(claims=3)))
+    assert missing_records(store, run.run_id, 10) is None
