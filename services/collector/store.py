@@ -552,7 +552,7 @@ def _dead_row(key: int, dead: DeadClaim) -> dict[str, Any]:
 
 def _startup_row(ready: ContextReady, now: float) -> dict[str, Any]:
     return {
-        **ready.model_dump(exclude={"schema_version", "phases"}),
+        **ready.model_dump(include=set(startups.columns.keys())),
         **ready.phases.model_dump(),
         "received_at": now,
     }
