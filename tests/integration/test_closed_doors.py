@@ -412,7 +412,7 @@ def test_dead_messages_are_sent_back_and_dropped_by_reason_run_or_all_of_them_ho
     aside(1_200, "an unknown Field", "run-a")
     aside(30, "too OLD a reader", "run-a")
     aside(20, "too old a reader", "run-b")
-    aside(5, "too old a reader", "run-b", kind="Surprise")
+    aside(5, "too old", "run-b", kind="Surprise")
     said = run_well(command, "dead", "retry", "--reason", "Too Old", "--run", "run-b")
     assert "20 messages are sent back, 1,235 are left" in said
     assert "left: messages of the type 'Surprise', which belongs to no queue of ours" in said

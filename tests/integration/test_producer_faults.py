@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from services.broker import PrivateNode
-from services.collector import Incoming, Store
+from services.collector import Incoming, RunStatus, Store, run_status
 from services.contexts import pin_model
 from services.contracts import (
     ClaimBatch,
@@ -229,9 +229,16 @@ def test_claims_that_are_nowhere_any_more_are_told_by_status_and_sent_again_by_s
     run_id = submit(command)
     lost = lose_batches(node, claims_queue, 2)
     settings = broker.model_copy(update={"store_url": environment["KEEPWARM_STORE_URL"]})
-    with collecting_here(settings):
+    with collecting_here(settings), Store.open(settings) as store:
+
+        def status_now() -> RunStatus:
+            found = run_status(store, run_id)
+            assert found is not None
+            return found
+
+        wait_until(lambda: run_status(store, run_id), "the announcement")
         worker = command("worker")
-        wait_until(lambda: _since(environment, run_id), "the word that claims are nowhere")
+        wait_until(lambda: status_now().nowhere_since, "the word that claims are nowhere")
         status = command("status")
         assert status.wait() == 0, status.output
         said = " ".join(status.output.split())
@@ -243,15 +250,10 @@ def test_claims_that_are_nowhere_any_more_are_told_by_status_and_sent_again_by_s
         again = command("submit", CLAIMS)
         assert again.wait() == 0, again.output
         assert "32 of 240 claims are with the broker" in again.output
-        wait_until(lambda: _complete(environment, run_id), "the run's end")
+        wait_until(lambda: status_now().complete, "the run's end")
+        assert status_now().nowhere_since is None
     assert_complete(environment, run_id)
-    assert _since(environment, run_id) is None
     end_well(worker)
-
-
-def _since(environment: dict[str, str], run_id: str) -> float | None:
-    status = status_of(environment, run_id)
-    return None if status is None else status.nowhere_since
 
 
 def test_a_run_with_an_outcome_of_another_claim_is_not_complete_and_mended_by_submit(
