@@ -110,7 +110,7 @@ def test_a_worker_in_the_midst_of_a_run_finishes_its_batches_before_it_ends(
     collecting = newer("collect", **NEEDS)
     working = command("worker", VLLM_TEST_CLAIM_SECONDS="0.02")
     wait_until(lambda: outcomes(environment), "the first verdicts")
-    other = submit(newer, "--limit", "64", **NEEDS)
+    other = submit(newer, CLAIMS, "--limit", "64", **NEEDS)
     assert working.wait() == 9, working.output
     heir = newer("worker", **NEEDS)
     for run, total in ((run_id, 240), (other, 64)):
@@ -154,7 +154,9 @@ def test_what_version_1_left_in_the_queues_is_answered_and_said_to_be_unproven(
             publisher.publish(message)
         publisher.flush(PATIENCE)
     collecting = command("collect", "--until", run_id)
-    first = command("worker", VLLM_TEST_CLAIM_SECONDS="0.02")
+    # One batch at a time, which takes longer than its grace: it returns a part.
+    slow = {"KEEPWARM_BATCHES_IN_FLIGHT": "1", "KEEPWARM_GRACE_SECONDS": "3"}
+    first = command("worker", VLLM_TEST_CLAIM_SECONDS="0.4", **slow)
     wait_until(lambda: outcomes(environment), "the first verdicts")
     first.signal(signal.SIGTERM)
     assert first.wait() == 0, first.output
