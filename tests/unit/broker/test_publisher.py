@@ -35,6 +35,7 @@ def publisher(monkeypatch: pytest.MonkeyPatch) -> Iterator[Publisher]:
     publisher = Publisher(address, "test", window=10)
     publisher._channel = Channel()  # type: ignore[assignment]
     monkeypatch.setattr(publisher, "_call_soon", lambda callback: callback())
+    monkeypatch.setattr(publisher, "raise_if_dead", lambda: None)
     later: list[Any] = []
     monkeypatch.setattr(publisher._loop, "call_later", lambda _, again: later.append(again))
     publisher.later = later  # type: ignore[attr-defined]

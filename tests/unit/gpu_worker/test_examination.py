@@ -486,7 +486,7 @@ def test_a_claim_that_workers_died_of_alone_goes_back_by_itself_after_the_others
 
 def test_in_a_batch_of_its_own_it_is_asked_once_more(batch: ClaimBatch) -> None:
     engine = Engine()
-    hand = suspect(batch.model_copy(update={"claims": batch.claims[3:4]}))
+    hand = suspect(batch.only([3]))
     hand.note_crash(0, died(1))
     examination(engine).examine(hand)
     assert became(hand).answered == {"c3"}
