@@ -383,8 +383,12 @@ def test_a_dead_message_is_listed_shown_sent_back_and_dropped(
 
 
 def test_dead_messages_are_sent_back_and_dropped_by_reason_run_or_all_of_them_however_many(
-    command: Start, node: PrivateNode, good: dict[str, tuple[str, Message]]
+    command: Start,
+    environment: dict[str, str],
+    node: PrivateNode,
+    good: dict[str, tuple[str, Message]],
 ) -> None:
+    Store.open(load_settings(store_url=environment["KEEPWARM_STORE_URL"])).close()
     Publisher(
         BrokerAddress.from_settings(
             load_settings(broker_url=node.url, broker_password=node.password)
