@@ -1,6 +1,6 @@
 """Proofs of claims: that a producer sent this one, and that a run has all of its outcomes.
 
-docs/decisions/0030-proofs.md says what they are for, and what they do not prove.
+docs/decisions/0032-proofs.md says what they are for, and what they do not prove.
 """
 
 import base64
