@@ -129,6 +129,18 @@ def test_a_run_whose_labels_the_model_does_not_say_stops_and_goes_on_with_leave(
     assert len(rows(out / "verdicts.jsonl")) == 240
 
 
+@pytest.mark.parametrize("limit", ["8", "64"])
+def test_a_run_of_one_batch_whose_labels_the_model_does_not_say_fails(
+    limit: str, command: Start, out: Path
+) -> None:
+    running = command("run", CLAIMS, "--limit", limit, "--out", str(out), VLLM_TEST_FAULT="thinks")
+    assert running.wait() == 8, running.output
+    assert "Warning: the labels hold 0.21 % of the probability" in running.output
+    assert "To keep these results without this error" in running.output
+    assert "The run was stopped" not in running.output
+    assert len(rows(out / "verdicts.jsonl")) == int(limit)
+
+
 def test_a_run_with_an_adapter_is_answered_by_it(command: Start, out: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()
