@@ -54,6 +54,10 @@ def _labels(summary: InputSummary) -> str:
 def _evidence(file: ClaimsFile, summary: InputSummary) -> str:
     without = total(summary.without_evidence)
     own = f"; {summary.own_ids:,} share an id and got their own" if summary.own_ids else ""
+    if summary.evidence_partly_used:
+        own += f"; only a part of the evidence was used: {summary.evidence_partly_used:,}"
+    if not summary.claims:
+        return "evidence: no claims"
     if not without:
         return f"evidence: all claims{own}"
     why = counted(summary.without_evidence)

@@ -146,6 +146,7 @@ def _as_json(
         "rejected": dict(summary.rejected),
         "without_evidence": total(summary.without_evidence),
         "without_evidence_because": dict(summary.without_evidence),
+        "evidence_partly_used": summary.evidence_partly_used,
         "labels": dict(summary.gold),
         "unlabelled": summary.unlabelled,
         "unknown_labels": dict(summary.unknown_labels),

@@ -164,6 +164,12 @@ def _write_fever(file: IO[bytes], rows: Rows, known: KnownRun) -> int:
 
     count = 0
     for row in rows:
+        if row["position"] < count:
+            raise StoreError(
+                f"{known.run_id} has several claims for one record of its input, as "
+                "--each-evidence makes them, and FEVER's scorer takes one row a record; use "
+                "--format jsonl"
+            )
         for _gap in range(count, row["position"]):
             file.write(line(None, None))
         file.write(line(row["claim_id"], row["label"]))

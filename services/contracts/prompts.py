@@ -1,5 +1,6 @@
 """The prompt: instructions, examples and label words. Prompts are not contexts; many share one."""
 
+import re
 from functools import cached_property
 from string import Formatter
 from typing import Annotated, Self
@@ -58,8 +59,19 @@ TemplateVariables = Annotated[
 ]
 
 
+_WHOLE_NUMBER = re.compile(r"\s*([+-]?\d+)(?:\.0*)?\s*")
+
+
+def whole_number(text: str) -> str | None:
+    """`1`, `1.0` and ` 1 ` are "1", `-1.0` is "-1"; None for any other text."""
+    found = _WHOLE_NUMBER.fullmatch(text)
+    return str(int(found[1])) if found else None
+
+
 def _key(spelling: str) -> str:
-    return " ".join(spelling.replace("_", " ").replace("-", " ").upper().split())
+    # The hyphen of a number is its sign.
+    number = whole_number(spelling)
+    return number or " ".join(spelling.replace("_", " ").replace("-", " ").upper().split())
 
 
 class Label(Value):

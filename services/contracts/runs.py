@@ -89,6 +89,8 @@ class InputSummary(Value):
     own_ids: Int63
     """Claims with an id made for them, because another has the same id with other evidence."""
     numeric_ids: bool
+    evidence_partly_used: Annotated[Int63, Field(exclude_if=lambda count: not count)] = 0
+    """Claims whose evidence has text that was not used."""
 
     def as_dict(self) -> dict[str, Any]:
         """The same for JSON, with counts as objects."""

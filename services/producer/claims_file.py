@@ -1,9 +1,10 @@
 """A file as claims: recognised, counted, and read again and again with the same result."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from services.contracts import Claim, PromptSpec
 from services.contracts.errors import InputError
@@ -15,6 +16,7 @@ from services.producer.parse import Parser, Reading, Rejection, check_columns
 from services.producer.published import (
     PLAIN,
     RECORDS_LOOKED_AT,
+    PublishedFormat,
     format_named,
     read_plain,
     recognized,
@@ -71,14 +73,21 @@ class ClaimsFile:
         self.selection = selection
         self.prompt = prompt
         self.name = source.name
-        self.format = (
-            format_named(selection.format)
-            if selection.format is not None
-            else recognized(source.first_records(RECORDS_LOOKED_AT))
-        )
+        first = source.first_records(RECORDS_LOOKED_AT)
+        if selection.format is None:
+            self.format = recognized(first)
+        else:
+            self.format = format_named(selection.format)
+            _check_format(source.name, self.format, first)
+        if selection.each_evidence and self.format.pieces is None:
+            raise InputError(
+                f"{source.name}: --each-evidence is not for {self.format.title}, whose evidence is "
+                "that of the claim as a whole; leave it out, or name another --format"
+            )
         if source.columns is not None:
             _check_header(source, selection.columns)
-        source.merge_key = self.format.merge_key
+        if self.format.merged:
+            source.same_claim = self._parser(None).same_claim
         survey = source.survey(on_lines)
         self.records = survey.lines
         self.lines = self.records if selection.limit is None else min(selection.limit, self.records)
@@ -100,7 +109,7 @@ class ClaimsFile:
         Raises InputError when a named column is in no record.
         """
         summary = self.new_summary()
-        parser = self._parser()
+        parser = self._parser(self._corpus)
         for lines, _ in self._chunks(parser, summary, on_rejected):
             on_lines(lines)
         for field_name, column in self.selection.columns.items():
@@ -122,7 +131,7 @@ class ClaimsFile:
         """The claims in chunks, without the repeated and the contradicted, and how many records
         were read so far; all are counted in `summary`.
         """
-        return self._chunks(self._parser(), summary, on_rejected)
+        return self._chunks(self._parser(self._corpus), summary, on_rejected)
 
     def __iter__(self) -> Iterator[Claim]:
         """The claims one by one."""
@@ -166,7 +175,7 @@ class ClaimsFile:
                         else:
                             if sighting is Sighting.OTHER_EVIDENCE:
                                 summary.add_own_id()
-                                reading = Reading(claim, reading.label, reading.without_evidence)
+                                reading = replace(reading, claim=claim)
                             fresh.append(reading)
                 summary.add_claims(fresh)
                 yield read, [reading.claim for reading in fresh]
@@ -176,7 +185,7 @@ class ClaimsFile:
     def _is_wanted(self, claim: Claim) -> bool:
         return self.selection.only is None or claim.claim_id in self.selection.only
 
-    def _parser(self) -> Parser:
+    def _parser(self, corpus: Corpus | None) -> Parser:
         return Parser(
             self.name,
             self.prompt,
@@ -184,7 +193,7 @@ class ClaimsFile:
             columns=self.selection.columns,
             label_map=self.selection.label_map,
             each_evidence=self.selection.each_evidence,
-            corpus=self._corpus,
+            corpus=corpus,
         )
 
     def _read_corpus(self, path: Path, on_pages: Callable[[int], None]) -> Corpus:
@@ -193,11 +202,10 @@ class ClaimsFile:
                 f"{self.name} is read as {self.format.title}, which refers to no corpus; leave out "
                 "--corpus and --wiki, or name the format with --format"
             )
-        parser = self._parser()
+        parser = self._parser(None)
         lines = chosen(self.source.lines(), self.records, self.selection.limit, self.selection.seed)
-        return read_corpus(
-            path, (reference for line in lines for reference in parser.references(line)), on_pages
-        )
+        references = (reference for line in lines for reference in parser.references(line))
+        return read_corpus(path, references, self.format.corpus, on_pages)
 
     def _identity(self, digest: str) -> dict[str, object]:
         """What decides which claims there are. Gold labels do not: to name the column of the labels
@@ -217,6 +225,18 @@ class ClaimsFile:
         if self.selection.only is not None:
             identity["only"] = sorted(self.selection.only)
         return identity
+
+
+def _check_format(name: str, format: PublishedFormat, records: Sequence[Mapping[str, Any]]) -> None:
+    """Raises InputError when a format was named and the first records have no key of its own."""
+    own = format.keys.difference(*NAMES.values())
+    keys = list(dict.fromkeys(normalized(key) for record in records for key in record))
+    if own and records and own.isdisjoint(keys):
+        raise InputError(
+            f"{name}: it is not {format.title}: its first records have no "
+            f"{' and no '.join(map(repr, sorted(own)))}; their keys are {', '.join(keys[:20])}. "
+            f"Leave out --format {format.name}, or name another"
+        )
 
 
 def _check_header(source: Source, columns: Mapping[str, str]) -> None:

@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 from services.contracts.errors import InputError
 from services.contracts.values import content_id
+from services.producer.files import decompressed, open_file
 from services.producer.published import Reference
 
 _SHOW_EVERY = 100_000
+_PAGE_KEYS = frozenset(("lines", "abstract"))
 _PAGE = re.compile(rb'\s*\{\s*"id"\s*:\s*("(?:[^"\\]|\\.)*")')
 # As the Penn Treebank writes them, which FEVER's dump follows.
 _BRACKETS = {
@@ -59,26 +61,32 @@ class Corpus:
 
 
 def read_corpus(
-    path: Path, references: Iterable[Reference], on_pages: Callable[[int], None] = lambda _: None
+    path: Path,
+    references: Iterable[Reference],
+    what: str,
+    on_pages: Callable[[int], None] = lambda _: None,
 ) -> Corpus:
     """What these references want of FEVER's Wikipedia dump (a directory) or SciFact's corpus.jsonl.
 
-    Only that is held in memory. `on_pages` hears how many pages were read.
+    Only that is held in memory. `what` says what the corpus should be; `on_pages` hears how many
+    pages were read.
     Raises InputError when it is neither, or cannot be read.
     """
     wanted: dict[str, set[int | None]] = {}
     for page, number in references:
         wanted.setdefault(_key(page), set()).add(number)
     pages: dict[str, Page] = {}
-    count = 0
-    for file in _files(path):
+    count, any_page = 0, False
+    for file in _files(path, what):
         try:
-            with file.open("rb") as lines:
+            with decompressed(*open_file(str(file))) as lines:
                 for line in lines:
                     count += 1
                     if count % _SHOW_EVERY == 0:
                         on_pages(count)
                     key = _page_of(line)
+                    if key is not None and not any_page:
+                        any_page = not _PAGE_KEYS.isdisjoint(json.loads(line))
                     if key is not None and key in wanted:
                         pages[key] = _read_page(json.loads(line), wanted[key])
         except OSError as error:
@@ -87,19 +95,22 @@ def read_corpus(
             raise InputError(
                 f"{file} is not a corpus of one JSON object a line: {error}"
             ) from error
+    if not any_page:
+        raise InputError(f"{path} is no corpus: not one line of it is a page; name {what}")
     on_pages(count)
     return Corpus(pages)
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path, what: str) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise InputError(f"{path} does not exist; name the directory of the Wikipedia dump")
-    files = sorted(path.glob("wiki-pages/*.jsonl")) or sorted(path.glob("*.jsonl"))
+        raise InputError(f"{path} does not exist; name {what}")
+    files = sorted(path.glob("wiki-pages/*.jsonl*")) or sorted(path.glob("*.jsonl*"))
     if not files:
         raise InputError(
-            f"{path} has no *.jsonl and no wiki-pages/*.jsonl; unpack FEVER's wiki-pages.zip there"
+            f"{path} has no *.jsonl and no wiki-pages/*.jsonl; unpack the corpus there, or name "
+            f"{what}"
         )
     return files
 

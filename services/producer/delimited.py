@@ -26,6 +26,11 @@ or another after it stands for a tab, a line end, nothing or that other (MySQL, 
 
 _DELIMITERS = (",", "\t", ";", "|")
 _SAMPLE_RECORDS = 200
+# So many delimiters may stand in the lines of a text as they would between fields.
+_MOST_BY_CHANCE = 2
+_BINARY_SAMPLE_BYTES = 4096
+# All but white space and the escape character, which text may hold.
+_CONTROL = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")
 _SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\s*')
 # The csv module would take the backslash away and leave an N.
 _NOTHING = re.compile(r"(?:(?<=[,;|\t])|^)\\N(?=[,;|\t\r\n]|$)")
@@ -52,11 +57,14 @@ class Dialect:
 
 
 class Record(NamedTuple):
-    """The fields of one record, and the line on which it ends; a broken one has a `fault`."""
+    """The fields of one record, and the line on which it ends. A broken one has a `fault`; where
+    its fields could not be told apart, `text` is its first line.
+    """
 
     number: int
     fields: list[str]
     fault: str | None
+    text: str = ""
 
 
 def find_dialect(
@@ -85,6 +93,13 @@ def find_dialect(
         elif columns := unnamed(fields):
             candidates.append(replace(dialect, columns=tuple(columns), header=False))
     if not candidates:
+        file.seek(0)
+        if _CONTROL.search(file.read(_BINARY_SAMPLE_BYTES)):
+            raise InputError(
+                f"{name} is a binary file of a kind that is not read, or text in an encoding that "
+                "is not recognised; save its claims as JSONL, CSV or Parquet, or name the encoding "
+                "with --encoding"
+            )
         raise InputError(_no_claim_column(name, 2 if told else 1, max(headers, key=len)))
     # A header is better than none, and more columns than fewer: one of one column has no delimiter.
     headed = [d for d in candidates if d.header]
@@ -102,7 +117,7 @@ def records(file: IO[bytes], dialect: Dialect) -> Iterator[Record]:
     if dialect.header:
         next(rows, None)
     width = len(dialect.columns)
-    for number, fields, fault in rows:
+    for number, fields, fault, text in rows:
         if fault is None and not any(map(str.strip, fields)):
             continue  # nothing but delimiters
         # Spreadsheets write delimiters for columns that are empty to the end of the sheet.
@@ -111,7 +126,7 @@ def records(file: IO[bytes], dialect: Dialect) -> Iterator[Record]:
         if fault is None and len(fields) != width:
             first = "header" if dialect.header else "first record"
             fault = f"it has {len(fields)} fields; the {first} has {width}"
-        yield Record(number, fields, fault)
+        yield Record(number, fields, fault, text)
 
 
 def _no_claim_column(name: str, line: int, header: Sequence[str]) -> str:
@@ -162,7 +177,7 @@ def _fit(file: IO[bytes], dialect: Dialect, most: int | None) -> tuple[int, int]
     """
     broken = before = count = 0
     delimiters = len(dialect.columns) - 1
-    for number, fields, fault in islice(records(file, dialect), most):
+    for number, fields, fault, _ in islice(records(file, dialect), most):
         inside = (line for f in fields if "\n" in f for line in f.split("\n")[1:-1])
         if fault is not None or any(
             2 * line.count(dialect.delimiter) >= delimiters > 0 for line in inside
@@ -179,44 +194,105 @@ def _rows(file: IO[bytes], dialect: Dialect) -> Iterator[Record]:
     return _csv_rows(file, dialect)
 
 
+_STRAY_QUOTE = (
+    "a quote opens a field here that this line does not close, and the lines after it are records "
+    "of their own"
+)
+
+
 def _csv_rows(file: IO[bytes], dialect: Dialect) -> Iterator[Record]:
-    """Records by Python's csv module, with the number of their last line."""
+    """Records by Python's csv module, with the number of their last line.
+
+    A quote that has swallowed the records after it costs its own line alone: the lines after that
+    are read again.
+    """
     bad_lines: list[str] = []
     skipped = dialect.first_line - 1
+    # Of the record that is read, for another reading; a field over the csv module's bound ends it.
+    lines: list[str] = []
+    again: list[str] = []
+    lines_of_file = islice(bounded_lines(file), skipped, None)
+    read = skipped
 
     def texts() -> Iterator[str]:
-        for number, content, fault, quotes in islice(bounded_lines(file), skipped, None):
-            if fault is not None:
-                bad_lines.append(f"line {number}: {fault}")
-                # In its place a field of the same kind: it opens or closes a quote, or neither.
-                content = b'"\n' if quotes % 2 else b"x\n"
-            # What is not UTF-8 becomes lone surrogates; the parser of claims refuses them.
-            text = content.decode("utf-8", errors="surrogateescape")
-            yield _NOTHING.sub("", text) if dialect.quoting == "backslash" else text
+        nonlocal read
+        while True:
+            if again:
+                text = again.pop()
+            else:
+                line = next(lines_of_file, None)
+                if line is None:
+                    return
+                number, content, fault, quotes = line
+                if fault is not None:
+                    bad_lines.append(f"line {number}: {fault}")
+                    # In its place a field of the same kind: it opens or closes a quote, or neither.
+                    content = b'"\n' if quotes % 2 else b"x\n"
+                # What is not UTF-8 becomes lone surrogates; the parser of claims refuses them.
+                text = content.decode("utf-8", errors="surrogateescape")
+                if dialect.quoting == "backslash":
+                    text = _NOTHING.sub("", text)
+            read += 1
+            lines.append(text)
+            yield text
 
     csv.field_size_limit(MAX_LINE_BYTES)
-    reader = csv.reader(
-        texts(),
-        delimiter=dialect.delimiter,
-        quoting=csv.QUOTE_NONE if dialect.quoting == "none" else csv.QUOTE_MINIMAL,
-        doublequote=dialect.quoting == "doubled",
-        escapechar="\\" if dialect.quoting == "backslash" else None,
-        skipinitialspace=True,  # as written by hand: 1, "two, three"
-        strict=True,
-    )
+
+    def new_reader() -> Iterator[list[str]]:
+        return csv.reader(
+            texts(),
+            delimiter=dialect.delimiter,
+            quoting=csv.QUOTE_NONE if dialect.quoting == "none" else csv.QUOTE_MINIMAL,
+            doublequote=dialect.quoting == "doubled",
+            escapechar="\\" if dialect.quoting == "backslash" else None,
+            skipinitialspace=True,  # as written by hand: 1, "two, three"
+            strict=True,
+        )
+
+    reader = new_reader()
     while True:
+        lines.clear()
+        bad_lines.clear()
+        row: list[str] = []
+        error: csv.Error | None = None
         try:
             row = next(reader)
         except StopIteration:
             return
-        except csv.Error as error:
-            bad_lines.clear()
-            yield Record(reader.line_num + skipped, [], str(error))
-            continue
-        if row:
-            fault = bad_lines.pop() if bad_lines else None
-            bad_lines.clear()
-            yield Record(reader.line_num + skipped, row, fault)
+        except csv.Error as found:
+            error = found
+        if len(lines) > 1 and _has_swallowed(lines, dialect, error):
+            again += reversed(lines[1:])
+            read -= len(lines) - 1
+            reader = new_reader()
+            yield Record(read, [], _STRAY_QUOTE, lines[0])
+        elif error is not None:
+            where = f"; the record begins in line {read - len(lines) + 1}" if len(lines) > 1 else ""
+            yield Record(read, [], f"{error}{where}", lines[0] if lines else "")
+        elif row:
+            yield Record(read, row, bad_lines[-1] if bad_lines else None)
+
+
+def _has_swallowed(lines: Sequence[str], dialect: Dialect, error: csv.Error | None) -> bool:
+    """Whether these lines, read as one record, look like records each.
+
+    By the number of their fields, and no space after a delimiter, as a text would have it. Of a
+    record that is well formed all lines must, and they must be so many that chance is ruled out.
+    """
+    width = len(dialect.columns)
+    alike = sum(_looks_like_a_record(line, dialect.delimiter, width) for line in lines)
+    if error is None:
+        return alike == len(lines) and (len(lines) - 1) * (width - 1) >= _MOST_BY_CHANCE
+    return 2 * alike >= len(lines) and (width > 1 or "end of data" in str(error))
+
+
+def _looks_like_a_record(line: str, delimiter: str, width: int) -> bool:
+    fields = line.rstrip("\r\n").split(delimiter)
+    return (
+        len(fields) >= width
+        and not any(map(str.strip, fields[width:]))
+        and not any(field.startswith(" ") for field in fields[1:])
+    )
 
 
 def _escaped_rows(file: IO[bytes], dialect: Dialect) -> Iterator[Record]:

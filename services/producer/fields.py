@@ -1,12 +1,16 @@
 """What a record's fields are called, and the text that is in them."""
 
+import ast
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
+
+from services.contracts.prompts import whole_number
 
 NAMES: Mapping[str, tuple[str, ...]] = {
     "id": ("id", "unique_id", "claim_id", "uid"),
@@ -20,12 +24,18 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 """The names by which data sets call our fields, in the order in which they are looked for."""
 
 CLAIM_NAMES = frozenset(NAMES["claim"])
+_TEXTS = frozenset(name for field in ("id", "claim", "label") for name in NAMES[field])
 
 # Keys of an object that hold its text, the best first.
 _TEXT_KEYS = (
     *("evidence", "text", "evidence_text", "evidence_sentence", "sentence", "sentences", "content"),
     *("passage", "snippet", "quote", "body", "abstract", "doc", "document", "answer", "answers"),
 )
+# What names or numbers a text, in objects whose text has a key that is not known.
+_NO_TEXT_KEYS = re.compile(
+    r".*_?(id|ids|title|url|uri|link|label|labels|page|article|source|key|name|date|type|line)"
+)
+_NOTHING = frozenset(("[]", "{}", "nan", "none", "null"))
 _MOST_DEPTH = 16
 # A page's title has no full stop at its end, and rarely so many words.
 _SENTENCE = re.compile(r"[.!?…。][\"')\]\u201d\u2019]*\s*$")
@@ -56,6 +66,16 @@ def is_missing(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
+def named_fields(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record's values by the names that are compared; its lists and objects as such."""
+    named: dict[str, Any] = {}
+    for key, value in record.items():
+        name = normalized(key)
+        if name not in named or is_missing(named[name]):
+            named[name] = value if name in _TEXTS else structured(value)
+    return named
+
+
 def first_of(fields: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     """The first of these fields that says something, or None."""
     for name in names:
@@ -80,43 +100,109 @@ def label_text(value: Any) -> str | None:
         return None
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
     if isinstance(value, list | dict):
         return json.dumps(value, ensure_ascii=False)
-    return str(value).strip() or None
+    text = str(value).strip()
+    return whole_number(text) or text or None
 
 
-def evidence_text(value: Any) -> tuple[str | None, WithoutEvidence | None]:
+def structured(value: Any) -> Any:
+    """The list or object that a text writes in JSON or, as pandas does, in Python; any other value
+    as it is.
+    """
+    if not isinstance(value, str) or value[:1] not in ("[", "{"):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of escapes that Python does not know
+                found = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return value
+    return found if isinstance(found, list | tuple | dict) else value
+
+
+class Evidence(NamedTuple):
+    """The text in a record's evidence; or None, and why. `partly`: not all its text is in it."""
+
+    text: str | None
+    without: WithoutEvidence | None
+    partly: bool = False
+
+
+def evidence_text(value: Any) -> Evidence:
     """The text in evidence of any shape, joined by spaces; or why there is none."""
+    value = structured(value)
     if isinstance(value, str):
-        return (value, None) if value.strip() else (None, WithoutEvidence.NONE)
+        if value.strip() and value.strip().casefold() not in _NOTHING:
+            return Evidence(value, None)
+        return Evidence(None, WithoutEvidence.NONE)
     if is_missing(value):
-        return None, WithoutEvidence.NONE
-    texts = list(dict.fromkeys(_texts(value, 0)))
-    if texts:
-        return " ".join(texts), None
-    return None, WithoutEvidence.REFERENCES if has_numbers(value) else WithoutEvidence.NO_TEXT
+        return Evidence(None, WithoutEvidence.NONE)
+    unused: list[str] = []
+    text = " ".join(dict.fromkeys(_texts(value, 0, unused)))
+    if text:
+        return Evidence(text, None, any(part.strip() not in text for part in unused))
+    why = WithoutEvidence.REFERENCES if has_numbers(value) else WithoutEvidence.NO_TEXT
+    return Evidence(None, why)
 
 
-def _texts(value: Any, depth: int) -> Iterator[str]:
+def _texts(value: Any, depth: int, unused: list[str]) -> Iterator[str]:
+    """The texts in it. Sentences that are left out are added to `unused`."""
+    value = structured(value)
     if depth > _MOST_DEPTH:
         return
     if isinstance(value, str):
-        if value.strip():
+        if value.strip() and value.strip().casefold() not in _NOTHING:
             yield value.strip()
     elif isinstance(value, Mapping):
         for key in _TEXT_KEYS:
-            found = list(_texts(value.get(key), depth + 1))
+            found = list(_texts(value.get(key), depth + 1, unused))
             if found:
                 yield from found
+                others = (part for name, part in value.items() if name != key)
+                unused += (o for o in others if isinstance(o, str) and _is_sentence(o))
                 return
-    elif isinstance(value, list):
-        # Numbers beside a text say where it stands: a page's title, then, is no evidence.
-        reference = any(isinstance(part, int | float) for part in value)
-        for part in value:
-            if not (reference and isinstance(part, str) and not _is_sentence(part)):
-                yield from _texts(part, depth + 1)
+        reference = any(map(_is_number, value.values()))
+        for key, part in value.items():
+            title = _NO_TEXT_KEYS.fullmatch(normalized(str(key))) is not None
+            if isinstance(part, str) and (
+                _is_number(part) or (reference and not _is_sentence(part))
+            ):
+                continue
+            if not title:
+                yield from _texts(part, depth + 1, unused)
+    elif isinstance(value, list | tuple):
+        yield from _texts_of_list(value, depth, unused)
+
+
+def _texts_of_list(value: Sequence[Any], depth: int, unused: list[str]) -> Iterator[str]:
+    """Numbers beside a text say where it stands: what is before them is a page's title and no
+    evidence, what comes after both is a text.
+    """
+    others = [part for part in value if isinstance(part, str) and not _is_number(part)]
+    numbers = [
+        n
+        for n, part in enumerate(value)
+        if _is_number(part) and (others or not isinstance(part, str))
+    ]
+    titled = bool(numbers) and any(
+        isinstance(part, str) and not _is_number(part) for part in value[: numbers[-1]]
+    )
+    for n, part in enumerate(value):
+        if numbers and isinstance(part, str):
+            text = titled and n > numbers[-1]
+            if _is_number(part) or not (text or _is_sentence(part)):
+                continue
+        yield from _texts(part, depth + 1, unused)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.strip().isdecimal()
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_sentence(text: str) -> bool:
@@ -131,6 +217,6 @@ def has_numbers(value: Any, depth: int = 0) -> bool:
         return False
     if isinstance(value, Mapping):
         return any(has_numbers(part, depth + 1) for part in value.values())
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return any(has_numbers(part, depth + 1) for part in value)
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return _is_number(value)

@@ -26,6 +26,8 @@ SAMPLE_BYTES = 1 << 16
 """How much of a file is looked at to tell what it is."""
 
 _LOOKED_AT_BYTES = 256
+_START_BYTES = 4096
+_OFFICE_MARKS = (b"[Content_Types].xml", b"_rels/.rels", b"vnd.oasis.opendocument")
 
 # UTF-32 first: its little-endian mark begins with UTF-16's.
 _MARKS = (
@@ -43,6 +45,8 @@ def open_file(path: str) -> tuple[IO[bytes], str]:
     """
     if path == STANDARD_INPUT:
         name = "standard input"
+        if sys.stdin is None:
+            raise InputError("standard input is closed; name a file, or pipe one in")
         return _spooled(_chunks(sys.stdin.buffer), name), name
     # A name that is not UTF-8 can be opened, but not written into a message.
     name = path.encode(errors="replace").decode()
@@ -65,12 +69,21 @@ def decompressed(file: IO[bytes], name: str) -> IO[bytes]:
 
     Raises InputError for an archive of several files. Damaged data raise it when they are read.
     """
+    inside = _decompressed(file, name)
+    start = inside.read(_START_BYTES)
+    inside.seek(0)
+    if start.startswith((b"PK\3\4", b"PK\5\6")):
+        if any(mark in start for mark in _OFFICE_MARKS):
+            raise InputError(f"{name} is an office document; save it as CSV (UTF-8) and name that")
+        raise InputError(f"{name} is a ZIP archive; unpack it (`unzip`) and name the file in it")
+    if start[257:262] == b"ustar":
+        raise InputError(f"{name} is a tar archive; unpack it (`tar -xf`) and name the file in it")
+    return inside
+
+
+def _decompressed(file: IO[bytes], name: str) -> IO[bytes]:
     start = file.read(8)
     file.seek(0)
-    if start.startswith((b"PK\3\4", b"PK\5\6")):
-        raise InputError(
-            f"{name} is a ZIP archive; unpack it (`unzip`) and name the file of claims in it"
-        )
     for magic, kind, opened in _COMPRESSIONS:
         if start.startswith(magic):
             return io.BufferedReader(_Checked(opened(file), file, name, kind), _CHUNK_BYTES)

@@ -18,12 +18,14 @@ from services.producer.fields import (
     NAMES,
     WithoutEvidence,
     evidence_text,
+    first_of,
     identity_of,
     is_missing,
     label_text,
+    named_fields,
     normalized,
 )
-from services.producer.published import PLAIN, Found, PublishedFormat
+from services.producer.published import PLAIN, Found, PublishedFormat, read_plain
 from services.producer.source import Line
 
 _SHOWN_CHARS = 500
@@ -67,12 +69,14 @@ class Reading:
     """A claim as it was read.
 
     `label` is the file's spelling of its label, "" where it has none; `claim.gold` is None where
-    the prompt does not know it. `without_evidence` says why there is no evidence.
+    the prompt does not know it. `without_evidence` says why there is no evidence, `partly` that
+    there is more text in it than was used.
     """
 
     claim: Claim
     label: str
     without_evidence: WithoutEvidence | None
+    partly: bool = False
 
 
 class Parser:
@@ -99,7 +103,9 @@ class Parser:
         self._prompt = prompt
         self._format = format
         self._columns = dict(columns or {})
-        self._label_map = {normalized(label): name for label, name in (label_map or {}).items()}
+        self._label_map = {
+            normalized(label_text(label) or ""): name for label, name in (label_map or {}).items()
+        }
         self._golds: dict[str, str | None] = {}
         self._each_evidence = each_evidence
         self._corpus = corpus
@@ -160,21 +166,35 @@ class Parser:
             "give it an id of its own, or none at all",
         )
 
-    def _found(self, fields: Mapping[str, Any]) -> Sequence[Found]:
-        named = {normalized(name): value for name, value in fields.items()}
+    def same_claim(self, fields: Mapping[str, Any]) -> object:
+        """The id and the claim of a record, by which it is known again; None without a claim."""
+        named = self._named(fields)
+        claim = first_of(named, NAMES["claim"])
+        return None if claim is None else (identity_of(first_of(named, NAMES["id"])), claim)
+
+    def _named(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The record's values, with those of the columns that were named in our fields' places."""
+        named = named_fields(fields)
         for field, name in self._columns.items():
             for ours in NAMES[field]:
                 named.pop(ours, None)
-            if field != "evidence" and name in fields:
+            if name in fields and (field != "evidence" or self._format.read is read_plain):
                 named[NAMES[field][0]] = fields[name]
+        return named
+
+    def _found(self, fields: Mapping[str, Any]) -> Sequence[Found]:
+        named = self._named(fields)
         if self._each_evidence and self._format.pieces is not None:
             found = list(self._format.pieces(named))
         else:
             found = [self._format.read(named)]
-        if "evidence" in self._columns:
+        if "evidence" in self._columns and self._format.read is not read_plain:
             value = fields.get(self._columns["evidence"])
-            text, why = (value, None) if _is_scalar(value) else evidence_text(value)
-            found = [one._replace(evidence=text, without=why, references=()) for one in found]
+            text, why, partly = (value, None, False) if _is_scalar(value) else evidence_text(value)
+            found = [
+                one._replace(evidence=text, without=why, partly=partly, references=())
+                for one in found
+            ]
         return found
 
     def _reading(self, line: Line, found: Found) -> Reading:
@@ -197,17 +217,16 @@ class Parser:
             ),
             label,
             without,
+            found.partly,
         )
 
     def _gold(self, value: Any) -> tuple[str, str | None]:
         """A label as the file spells it, and as the prompt calls it."""
-        if self._format.classes and isinstance(value, int) and not isinstance(value, bool):
-            value = self._format.classes[value] if 0 <= value < len(self._format.classes) else value
         label = label_text(value)
         if label is None:
             return "", None
-        if label == NO_LABEL:
-            return NO_LABEL, None
+        if label.isdecimal() and int(label) < len(self._format.classes):
+            label = self._format.classes[int(label)]
         shown = label[:_SHOWN_LABEL_CHARS]
         if label not in self._golds and len(self._golds) < 10_000:
             self._golds[label] = self._meaning(label)

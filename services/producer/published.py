@@ -14,7 +14,8 @@ from services.producer.fields import (
     first_of,
     identity_of,
     is_missing,
-    normalized,
+    named_fields,
+    structured,
 )
 
 RECORDS_LOOKED_AT = 20
@@ -28,8 +29,8 @@ Reference = tuple[str, int | None]
 class Found(NamedTuple):
     """What a record says, before any of it is checked.
 
-    `evidence` is text, or None for the reason `without`. `references` are looked up in a corpus,
-    where one is given.
+    `evidence` is text, or None for the reason `without`; `partly`: some of its text was not used.
+    `references` are looked up in a corpus, where one is given.
     """
 
     id: Any
@@ -38,6 +39,7 @@ class Found(NamedTuple):
     evidence: Any = None
     without: WithoutEvidence | None = None
     references: tuple[Reference, ...] = ()
+    partly: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ class PublishedFormat:
     labels: Mapping[str, str] = field(default_factory=dict)
     classes: Sequence[str] = ()
     pieces: Callable[[Fields], Iterator[Found]] | None = None
-    merge_key: str | None = None
-    """Records that follow each other and have this in common are one claim."""
+    merged: bool = False
+    """Records of one claim that follow each other are one, with all of them as its `rows`."""
     corpus: str | None = None
 
     def matches(self, fields: Fields) -> bool:
@@ -67,7 +69,6 @@ class PublishedFormat:
 
 def read_plain(fields: Fields) -> Found:
     """By the names that fields usually have."""
-    evidence: Any = None
     why: WithoutEvidence | None = WithoutEvidence.NONE
     for name in NAMES["evidence"]:
         value = fields.get(name)
@@ -75,13 +76,12 @@ def read_plain(fields: Fields) -> Found:
             continue
         if isinstance(value, int | float):
             return Found(_id(fields), _claim(fields), _label(fields), value)
-        text, reason = evidence_text(value)
+        text, reason, partly = evidence_text(value)
         if text is not None:
-            evidence, why = text, None
-            break
+            return Found(_id(fields), _claim(fields), _label(fields), text, partly=partly)
         if why is WithoutEvidence.NONE:
             why = reason
-    return Found(_id(fields), _claim(fields), _label(fields), evidence, why)
+    return Found(_id(fields), _claim(fields), _label(fields), None, why)
 
 
 def _id(fields: Fields) -> Any:
@@ -99,7 +99,11 @@ def _label(fields: Fields) -> Any:
 def _plain_pieces(fields: Fields) -> Iterator[Found]:
     """A claim for each piece in a list of evidence; a piece's own label counts for it."""
     found = read_plain(fields)
-    pieces = first_of(fields, NAMES["evidence"])
+    pieces = structured(first_of(fields, NAMES["evidence"]))
+    if isinstance(pieces, Mapping):  # of lists, as Hugging Face keeps a list of objects
+        columns = [part for part in pieces.values() if isinstance(part, list)]
+        if len(columns) == len(pieces) and len(set(map(len, columns))) == 1:
+            pieces = [dict(zip(pieces, row, strict=True)) for row in zip(*columns, strict=True)]
     if not isinstance(pieces, list) or len(pieces) < 2:
         yield found
         return
@@ -107,26 +111,34 @@ def _plain_pieces(fields: Fields) -> Iterator[Found]:
         label = found.label
         if isinstance(piece, Mapping):
             label = next((piece[k] for k in ("evidence_label", "label") if k in piece), label)
-        text, why = evidence_text(piece)
+        text, why, partly = evidence_text(piece)
         identity = identity_of(found.id)
         yield found._replace(
             id=f"{identity}#{number}" if isinstance(identity, str) else None,
             label=label,
             evidence=text,
             without=why,
+            partly=partly,
         )
+
+
+def _or_its_text(fields: Fields, found: Found) -> Found:
+    """For a record whose evidence is text, where its format has none: the text."""
+    plain = read_plain(fields)
+    return found if plain.evidence is None else plain
 
 
 def _looked_up(fields: Fields, references: Iterator[Reference]) -> Found:
     distinct = tuple(dict.fromkeys(references))
     why = WithoutEvidence.REFERENCES if distinct else WithoutEvidence.NONE
-    return Found(_id(fields), _claim(fields), _label(fields), None, why, distinct)
+    found = Found(_id(fields), _claim(fields), _label(fields), None, why, distinct)
+    return found if distinct else _or_its_text(fields, found)
 
 
 def _fever_tuples(value: Any) -> Iterator[Sequence[Any]]:
     """FEVER's `[annotation, evidence, page, sentence]`, at whatever depth they are."""
-    if isinstance(value, list):
-        if len(value) == 4 and not any(isinstance(part, list) for part in value):
+    if isinstance(value, list | tuple):
+        if len(value) == 4 and not any(isinstance(part, list | tuple) for part in value):
             yield value
         else:
             for part in value:
@@ -137,27 +149,35 @@ def _is_fever(fields: Fields) -> bool:
     tuples = list(_fever_tuples(fields["evidence"]))
     return bool(tuples) and all(
         isinstance(page, str | None)
-        and all(isinstance(part, int | None) for part in (annotation, evidence_id, number))
+        and all(_is_number_or_none(part) for part in (annotation, evidence_id, number))
         for annotation, evidence_id, page, number in tuples
     )
+
+
+def _is_number_or_none(value: Any) -> bool:
+    return isinstance(value, int | None) or (isinstance(value, str) and value.isdecimal())
 
 
 def _read_fever(fields: Fields) -> Found:
     return _looked_up(
         fields,
         (
-            (page, number)
+            (page, int(number) if isinstance(number, str) else number)
             for _, _, page, number in _fever_tuples(fields.get("evidence"))
             if isinstance(page, str)
         ),
     )
 
 
+def _rows(fields: Fields) -> list[dict[str, Any]]:
+    return [named_fields(row) for row in fields.get("rows") or [fields]]
+
+
 def _read_fever_rows(fields: Fields) -> Found:
     """One row an evidence; rows of one claim were merged into lists of values."""
 
     def references() -> Iterator[Reference]:
-        for row in fields.get("rows") or [fields]:
+        for row in _rows(fields):
             page, number = row.get("evidence_wiki_url"), row.get("evidence_sentence_id")
             if isinstance(page, str) and page:
                 text = str(number)
@@ -184,9 +204,8 @@ def _read_scifact(fields: Fields) -> Found:
 
 
 def _read_scifact_rows(fields: Fields) -> Found:
-    rows = fields.get("rows") or [fields]
     evidence: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
+    for row in _rows(fields):
         if document := str(row.get("evidence_doc_id") or ""):
             evidence.setdefault(document, []).append(
                 {"label": row.get("evidence_label"), "sentences": row.get("evidence_sentences")}
@@ -207,7 +226,8 @@ def _read_averitec(fields: Fields) -> Found:
                 )
     text = " ".join(pair.strip() for pair in pairs)
     why = None if text else WithoutEvidence.NONE
-    return Found(_id(fields), _claim(fields), _label(fields), text or None, why)
+    found = Found(_id(fields), _claim(fields), _label(fields), text or None, why)
+    return found if text else _or_its_text(fields, found)
 
 
 def _read_hover(fields: Fields) -> Found:
@@ -237,8 +257,9 @@ def _from(name: str) -> Callable[[Fields], Found]:
     """The evidence from one field, all else by the usual names."""
 
     def read(fields: Fields) -> Found:
-        text, why = evidence_text(fields.get(name))
-        return Found(_id(fields), _claim(fields), _label(fields), text, why)
+        text, why, partly = evidence_text(fields.get(name))
+        found = Found(_id(fields), _claim(fields), _label(fields), text, why, partly=partly)
+        return found if text else _or_its_text(fields, found)
 
     return read
 
@@ -262,7 +283,7 @@ FORMATS: tuple[PublishedFormat, ...] = (
         "FEVER, one row an evidence (Hugging Face)",
         _keys("claim", "evidence_wiki_url", "evidence_sentence_id"),
         _read_fever_rows,
-        merge_key="id",
+        merged=True,
         corpus=_FEVER_CORPUS,
     ),
     PublishedFormat(
@@ -292,7 +313,7 @@ FORMATS: tuple[PublishedFormat, ...] = (
         "SciFact, one row a document (Hugging Face)",
         _keys("claim", "evidence_doc_id", "evidence_sentences"),
         _read_scifact_rows,
-        merge_key="id",
+        merged=True,
         corpus=_SCIFACT_CORPUS,
     ),
     PublishedFormat(
@@ -374,10 +395,7 @@ def format_named(name: str) -> PublishedFormat:
 
 def recognized(records: Sequence[Fields]) -> PublishedFormat:
     """The format of a file by its first records; PLAIN when they are of none."""
-    looked_at = [
-        {normalized(key): value for key, value in record.items()}
-        for record in records[:RECORDS_LOOKED_AT]
-    ]
+    looked_at = [named_fields(record) for record in records[:RECORDS_LOOKED_AT]]
     for known in FORMATS:
         if looked_at and all(known.matches(fields) for fields in looked_at):
             return known

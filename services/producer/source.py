@@ -85,9 +85,9 @@ class Source:
             for file in files
         ]
         self._claim_column = claim_column
-        self.merge_key: str | None = None
-        """Records that follow each other with the same value of this key are one, with all of them
-        as its `rows`."""
+        self.same_claim: Callable[[Mapping[str, Any]], object] | None = None
+        """What records have in common that follow each other and are one, with all of them as its
+        `rows`; where it gives None, a record is one of its own."""
         self._dialect: Dialect | None = None
         if self.container == "csv":
             try:
@@ -176,7 +176,7 @@ class Source:
 
     def lines(self) -> Iterator[Line]:
         """Every record, in order. Blank lines are not records."""
-        records = self._records() if self.merge_key is None else self._merged(self.merge_key)
+        records = self._records() if self.same_claim is None else self._merged(self.same_claim)
         for position, (number, content, fault) in enumerate(records):
             yield Line(number, position, content, fault)
 
@@ -186,12 +186,14 @@ class Source:
         found = (_as_object(content) for _, content, fault in looked_at if fault is None)
         return [record for record in found if record is not None][:count]
 
-    def _merged(self, key: str) -> Iterator[_Record]:
+    def _merged(self, same_claim: Callable[[Mapping[str, Any]], object]) -> Iterator[_Record]:
         group: list[Mapping[str, Any]] = []
+        group_claim: object = None
         first = 0
         for number, content, fault in self._records():
             row = _as_object(content) if fault is None else None
-            same = row is not None and group and row.get(key) == group[0].get(key)
+            claim = None if row is None else same_claim(row)
+            same = claim is not None and claim == group_claim
             if group and not (same and len(group) < _MOST_MERGED):
                 yield first, {**group[0], "rows": group}, None
                 group = []
@@ -199,6 +201,7 @@ class Source:
                 yield number, content, fault
             else:
                 first = first if group else number
+                group_claim = claim
                 group.append(row)
         if group:
             yield first, {**group[0], "rows": group}, None
@@ -206,7 +209,10 @@ class Source:
     def _records(self) -> Iterator[_Record]:
         if self._dialect is not None:
             names = self._dialect.columns
-            for number, fields, fault in records(self._files[0], self._dialect):
+            for number, fields, fault, text in records(self._files[0], self._dialect):
+                if fault is not None and not fields:
+                    yield number, text.encode(errors="surrogateescape"), fault
+                    continue
                 pairs = zip(names, fields, strict=False)
                 yield number, {name: field for name, field in pairs if name}, fault
         elif self.container == "json":

@@ -42,7 +42,7 @@ class FileSummary:
         self._records = records
         self._gold, self._unknown, self._without = Tally(), Tally(), Tally()
         self._rejected = Tally()
-        self._unlabelled = self._kept_back = self._own_ids = 0
+        self._unlabelled = self._kept_back = self._own_ids = self._partly = 0
         self._numeric_ids = True
         self.claims = self.repeated = self.rejected = 0
 
@@ -57,6 +57,7 @@ class FileSummary:
                 self._kept_back += reading.label == NO_LABEL
             else:
                 self._unknown.add(reading.label)
+            self._partly += reading.partly and claim.evidence is not None
             if claim.evidence is None and reading.without_evidence is not None:
                 self._without.add(reading.without_evidence.value)
             # An own id is a number of the file's and a mark.
@@ -79,6 +80,7 @@ class FileSummary:
             repeated=self.repeated,
             rejected=self._rejected.top(),
             without_evidence=self._without.top(),
+            evidence_partly_used=self._partly,
             gold=self._gold.top(),
             unlabelled=self._unlabelled,
             kept_back=self._kept_back,

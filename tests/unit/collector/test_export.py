@@ -256,3 +256,14 @@ def test_a_directory_that_this_user_may_not_write_to_is_a_store_error(
     known = find_run(store, run.run_id)
     with unprivileged(), pytest.raises(StoreError, match="Permission denied"):
         export_run(store, known, "jsonl", open_dir / "out.jsonl")
+
+
+def test_fever_refuses_several_claims_of_one_record(
+    store: Store, run: Run, make: SimpleNamespace, tmp_path: Path
+) -> None:
+    pieces = (make.verdict(0, claim_id="0#1"), make.verdict(0, claim_id="0#2"))
+    store.write(make.incoming(make.announced(claims=2), make.batch(*pieces)))
+    path = tmp_path / "predictions.jsonl"
+    with pytest.raises(StoreError, match="several claims for one record .* use --format jsonl"):
+        export(store, run, "fever", path)
+    assert not path.exists()

@@ -36,7 +36,8 @@ def parsed(
         claim_column=(columns or {}).get("claim"),
     )
     parser = Parser("claims.jsonl", prompt, columns=columns)
-    return [parse(parser, line) for line in source.lines()]
+    with source:
+        return [parse(parser, line) for line in source.lines()]
 
 
 def parse(parser: Parser, line: Line) -> Claim | Rejection:
