@@ -25,9 +25,11 @@ def refuse_changed_file(submission: Submission, store: "Store") -> None:
         status = run_status(store, run.run_id)
         if status is not None and not status.complete and not status.cancelled:
             raise InputError(
-                f"{run.source} has changed since it was submitted as {run.run_id}, which is "
-                f"unfinished: {_difference(submission, status, store)}. Submit the file as it was "
-                f"to complete that run; or `keepwarm cancel {run.run_id}`, and submit again"
+                f"{run.source} has changed, or is read with other flags (--column, --format, "
+                f"--each-evidence, --corpus), since it was submitted as {run.run_id}, which is "
+                f"unfinished: {_difference(submission, status, store)}. Submit the file as it was, "
+                "with the same flags, to complete that run; or "
+                f"`keepwarm cancel {run.run_id}`, and submit again"
             )
 
 

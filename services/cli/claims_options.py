@@ -178,6 +178,10 @@ def label_map_from_flags(pairs: list[str] | None, prompt: PromptSpec) -> dict[st
                 f"--label-map {pair}: the prompt {prompt.name!r} has no label {name!r}; it has "
                 f"{', '.join(prompt.label_names)}"
             )
+        if labels.get(label, name) != name:
+            raise UsageError(
+                f"--label-map {pair}: {label!r} was mapped to {labels[label]!r} before"
+            )
         labels[label] = name
     return labels
 
@@ -196,7 +200,12 @@ def columns_from_flags(columns: list[str] | None) -> dict[str, str]:
     for field, equals, column in pairs:
         if not (field and equals and column):
             raise UsageError(f"--column {field}{equals}{column}: write it like claim=text")
-    return {field: column for field, _, column in pairs}
+    named = {field: column for field, _, column in pairs}
+    if len(named) < len(pairs):
+        fields = [field for field, _, _ in pairs]
+        twice = next(field for field in fields if fields.count(field) > 1)
+        raise UsageError(f"--column {twice}=… is given more than once; name one column for it")
+    return named
 
 
 def check_seed(limit: int | None, seed: int | None) -> None:

@@ -10,8 +10,19 @@ _DELIMITERS = {",": "CSV", "\t": "TSV", ";": "semicolon-separated", "|": "pipe-s
 
 
 def summary_lines(file: ClaimsFile, summary: InputSummary) -> list[str]:
-    """Two lines: what was read as what, and what is known of labels and evidence."""
-    return [_read(file, summary), f"{_labels(summary)}; {_evidence(file, summary)}"]
+    """Two lines: what was read as what, and what is known of labels and evidence; and more where
+    something needs a look.
+    """
+    lines = [_read(file, summary), f"{_labels(summary)}; {_evidence(file, summary)}"]
+    if summary.other_label:
+        lines.append(
+            f"Warning: {summary.other_label:,} claims have the text and evidence of an earlier one "
+            "under another id, with another label"
+        )
+    if file.unused_labels:
+        listed = ", ".join(map(repr, file.unused_labels))
+        lines.append(f"Warning: no record has the label {listed} of --label-map")
+    return lines
 
 
 def _read(file: ClaimsFile, summary: InputSummary) -> str:

@@ -151,6 +151,8 @@ def _as_json(
         "unlabelled": summary.unlabelled,
         "unknown_labels": dict(summary.unknown_labels),
         "repeated": summary.repeated,
+        "same_content": summary.same_content,
+        "other_label": summary.other_label,
         "own_ids": summary.own_ids,
         "ignored": list(file.ignored_keys),
         "tokens": tokens or None,

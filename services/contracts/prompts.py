@@ -29,6 +29,18 @@ from services.contracts.values import Value, content_id
 INVALID = "INVALID"
 """The label of a verdict whose answer could not be read; no prompt may use it."""
 
+
+def _label_as_text(value: object) -> object:
+    """Numbers are taken as text. What YAML has made true or false is refused: its spelling is lost,
+    and a label word is what the model says.
+    """
+    if isinstance(value, bool):
+        raise ValueError(
+            "it is true or false, as YAML reads Yes, No, On, Off, true and false; put it in quotes"
+        )
+    return str(value) if isinstance(value, int | float) else value
+
+
 LabelName = Annotated[
     str,
     StringConstraints(strip_whitespace=True, min_length=1, max_length=64, pattern=r"^[^\x00]*$"),
@@ -74,12 +86,15 @@ def _key(spelling: str) -> str:
     return number or " ".join(spelling.replace("_", " ").replace("-", " ").upper().split())
 
 
+_WrittenLabel = Annotated[LabelName, BeforeValidator(_label_as_text)]
+
+
 class Label(Value):
     """One answer: its name in results, the word the model says for it, other spellings in files."""
 
-    name: LabelName
-    word: LabelName
-    aliases: Annotated[tuple[LabelName, ...], Field(max_length=16)] = ()
+    name: _WrittenLabel
+    word: _WrittenLabel
+    aliases: Annotated[tuple[_WrittenLabel, ...], Field(max_length=16)] = ()
 
 
 class Example(Value):

@@ -91,6 +91,10 @@ class InputSummary(Value):
     numeric_ids: bool
     evidence_partly_used: Annotated[Int63, Field(exclude_if=lambda count: not count)] = 0
     """Claims whose evidence has text that was not used."""
+    same_content: Annotated[Int63, Field(exclude_if=lambda count: not count)] = 0
+    """Claims whose text and evidence an earlier claim has under another id."""
+    other_label: Annotated[Int63, Field(exclude_if=lambda count: not count)] = 0
+    """Of these, those with another label."""
 
     def as_dict(self) -> dict[str, Any]:
         """The same for JSON, with counts as objects."""

@@ -11,7 +11,7 @@ from services.contracts.errors import InputError
 from services.contracts.runs import InputSummary
 from services.contracts.values import content_id
 from services.producer.corpus import Corpus, read_corpus
-from services.producer.fields import NAMES, normalized
+from services.producer.fields import NAMES, label_text, normalized
 from services.producer.parse import Parser, Reading, Rejection, check_columns
 from services.producer.published import (
     PLAIN,
@@ -92,6 +92,8 @@ class ClaimsFile:
         self.records = survey.lines
         self.lines = self.records if selection.limit is None else min(selection.limit, self.records)
         self._corpus: Corpus | None = None
+        self.unused_labels: tuple[str, ...] = ()
+        """Labels that `label_map` names and no record has; after `inspect`."""
         self.ignored_keys: tuple[str, ...] = ()
         """Columns or keys that are no field of a claim, where no published format knows them; after
         `inspect`."""
@@ -110,7 +112,8 @@ class ClaimsFile:
         """
         summary = self.new_summary()
         parser = self._parser(self._corpus)
-        for lines, _ in self._chunks(parser, summary, on_rejected):
+        seen = SeenIds(contents=True)
+        for lines, _ in self._chunks(parser, summary, on_rejected, seen):
             on_lines(lines)
         for field_name, column in self.selection.columns.items():
             if column in parser.unseen_columns:
@@ -123,6 +126,12 @@ class ClaimsFile:
             known = {normalized(name) for names in NAMES.values() for name in names}
             known |= {normalized(column) for column in self.selection.columns.values()}
             self.ignored_keys = tuple(k for k in parser.keys_seen if normalized(k) not in known)
+        summary.same_content, summary.other_label = seen.same_content, seen.other_label
+        self.unused_labels = tuple(
+            label
+            for label in self.selection.label_map
+            if normalized(label_text(label) or "") in parser.labels_unused
+        )
         return summary.result()
 
     def claims(
@@ -131,7 +140,7 @@ class ClaimsFile:
         """The claims in chunks, without the repeated and the contradicted, and how many records
         were read so far; all are counted in `summary`.
         """
-        return self._chunks(self._parser(self._corpus), summary, on_rejected)
+        return self._chunks(self._parser(self._corpus), summary, on_rejected, SeenIds())
 
     def __iter__(self) -> Iterator[Claim]:
         """The claims one by one."""
@@ -142,9 +151,12 @@ class ClaimsFile:
         return FileSummary(self.format.title, self.source.container, self.records)
 
     def _chunks(
-        self, parser: Parser, summary: FileSummary, on_rejected: Callable[[Rejection], None]
+        self,
+        parser: Parser,
+        summary: FileSummary,
+        on_rejected: Callable[[Rejection], None],
+        seen: SeenIds,
     ) -> Iterator[tuple[int, list[Claim]]]:
-        seen = SeenIds()
         lines = chosen(self.source.lines(), self.records, self.selection.limit, self.selection.seed)
         read = 0
         try:
@@ -154,7 +166,7 @@ class ClaimsFile:
                 readings = [
                     r for _, found in parsed if not isinstance(found, Rejection) for r in found
                 ]
-                checked = iter(seen.check([reading.claim for reading in readings]))
+                checked = iter(seen.check([r.claim for r in readings], [r.label for r in readings]))
                 fresh: list[Reading] = []
                 for line, found in parsed:
                     if isinstance(found, Rejection):
@@ -163,13 +175,13 @@ class ClaimsFile:
                             on_rejected(found)
                         continue
                     for reading in found:
-                        sighting, claim = next(checked)
+                        sighting, claim, _ = known = next(checked)
                         if not self._is_wanted(claim):
                             continue
                         if sighting is Sighting.REPEATED:
                             summary.repeated += 1
-                        elif sighting is Sighting.CONTRADICTED:
-                            rejection = parser.contradicted(line, claim)
+                        elif sighting in (Sighting.OTHER_TEXT, Sighting.OTHER_LABEL):
+                            rejection = parser.contradicted(line, known)
                             summary.add_rejection(rejection.kind)
                             on_rejected(rejection)
                         else:

@@ -123,6 +123,10 @@ def records(file: IO[bytes], dialect: Dialect) -> Iterator[Record]:
         # Spreadsheets write delimiters for columns that are empty to the end of the sheet.
         while len(fields) > width and not fields[-1].strip():
             fields.pop()
+        # Files of LIAR-PLUS leave out the last of the columns that they do not name.
+        published = not dialect.header and not dialect.columns[-1].isdecimal()
+        if published and len(fields) == width - 1:
+            fields.append("")
         if fault is None and len(fields) != width:
             first = "header" if dialect.header else "first record"
             fault = f"it has {len(fields)} fields; the {first} has {width}"

@@ -26,6 +26,7 @@ from services.producer.fields import (
     normalized,
 )
 from services.producer.published import PLAIN, Found, PublishedFormat, read_plain
+from services.producer.seen import Seen, Sighting
 from services.producer.source import Line
 
 _SHOWN_CHARS = 500
@@ -109,6 +110,8 @@ class Parser:
         self._golds: dict[str, str | None] = {}
         self._each_evidence = each_evidence
         self._corpus = corpus
+        self.labels_unused = set(self._label_map)
+        """Labels to be mapped that no record had so far."""
         self.unseen_columns = set(self._columns.values())
         """Columns that were named and that no record had so far."""
         self.keys_seen: dict[str, None] = {}
@@ -156,15 +159,18 @@ class Parser:
         except (AttributeError, LookupError, TypeError, ValueError):
             return ()
 
-    def contradicted(self, line: Line, claim: Claim) -> Rejection:
-        """For a claim whose id an earlier line has for another claim, or with another label."""
-        return self._reject(
-            line,
-            "id",
-            "contradicts an earlier line",
-            f"the id {claim.claim_id[:80]!r} stands on an earlier line with other content",
-            "give it an id of its own, or none at all",
-        )
+    def contradicted(self, line: Line, seen: Seen) -> Rejection:
+        """For a claim whose id an earlier record has for another claim, or with another label."""
+        earlier = f"record {seen.earlier + 1:,} of the file"
+        if seen.sighting is Sighting.OTHER_LABEL:
+            field = "label"
+            reason = f"{earlier} has the same claim and evidence with another label"
+            step = "keep the one whose label is right"
+        else:
+            field = "id"
+            reason = f"{earlier} has the id {seen.claim.claim_id[:80]!r} for another claim"
+            step = "give it an id of its own, or none at all"
+        return self._reject(line, field, "contradicts an earlier line", reason, step)
 
     def same_claim(self, fields: Mapping[str, Any]) -> object:
         """The id and the claim of a record, by which it is known again; None without a claim."""
@@ -233,6 +239,7 @@ class Parser:
         return shown, self._golds.get(label)
 
     def _meaning(self, label: str) -> str | None:
+        self.labels_unused.discard(normalized(label))
         mapped = self._label_map.get(normalized(label))
         if mapped is not None:
             return self._prompt.label_of(mapped)

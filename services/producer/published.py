@@ -380,7 +380,9 @@ FORMATS: tuple[PublishedFormat, ...] = (
         "FEVER Symmetric",
         _keys("id", "claim"),
         read_plain,
-        test=lambda fields: "evidence_sentence" in fields,
+        test=lambda fields: (
+            "evidence_sentence" in fields or {"sentence1", "sentence2", "evid"} <= fields.keys()
+        ),
     ),
 )
 

@@ -4,6 +4,7 @@ import hashlib
 import sqlite3
 from collections.abc import Callable, Sequence
 from enum import Enum
+from typing import NamedTuple
 
 from services.contracts import Claim
 from services.contracts.bounds import MAX_ID_CHARS
@@ -19,8 +20,18 @@ class Sighting(Enum):
     """The same id with the same content."""
     OTHER_EVIDENCE = "other evidence"
     """New: the same id and text as before with other evidence; the claim has an id of its own."""
-    CONTRADICTED = "contradicted"
-    """The same id with another text, or with another label for the same evidence."""
+    OTHER_TEXT = "other text"
+    """The same id with another text."""
+    OTHER_LABEL = "other label"
+    """The same id, text and evidence with another label."""
+
+
+class Seen(NamedTuple):
+    """A sighting, the claim, whose id may be changed, and the position of the one before it."""
+
+    sighting: Sighting
+    claim: Claim
+    earlier: int
 
 
 class SeenIds:
@@ -30,47 +41,72 @@ class SeenIds:
     not lost silently.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, contents: bool = False) -> None:
+        """With `contents`, claims that are equal but for their ids are counted as well."""
+        self._contents = contents
+        self.same_content = 0
+        """New claims whose text and evidence another id has already."""
+        self.other_label = 0
+        """Of these, those with another label than the first."""
         # "" is a database of this connection alone, on disk once it outgrows the cache.
         self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         self._database.execute("PRAGMA journal_mode = OFF")
         self._database.execute("PRAGMA synchronous = OFF")
         self._database.execute(
-            "CREATE TABLE seen (id INTEGER PRIMARY KEY, text INTEGER, body INTEGER, gold INTEGER)"
+            "CREATE TABLE seen (id INTEGER PRIMARY KEY, text INTEGER, body INTEGER, gold INTEGER, "
+            "position INTEGER)"
         )
+        self._database.execute("CREATE TABLE bodies (body INTEGER PRIMARY KEY, gold INTEGER)")
 
     def close(self) -> None:
         self._database.close()
 
-    def check(self, claims: Sequence[Claim]) -> list[tuple[Sighting, Claim]]:
-        """One sighting per claim, in order, and the claim, whose id may be changed; from now on
-        these are among the seen.
+    def check(self, claims: Sequence[Claim], labels: Sequence[str] | None = None) -> list[Seen]:
+        """One sighting per claim, in order; from now on these are among the seen. `labels` are the
+        claims' labels as the file spells them, where the prompt may not know them.
         """
         execute = self._database.execute
         execute("BEGIN")
-        sightings = [self._check(execute, claim) for claim in claims]
+        sightings = [
+            self._check(execute, claim, claim.gold or label)
+            for claim, label in zip(claims, labels or [""] * len(claims), strict=True)
+        ]
         execute("COMMIT")
         return sightings
 
-    def _check(
-        self, execute: Callable[..., sqlite3.Cursor], claim: Claim
-    ) -> tuple[Sighting, Claim]:
+    def _check(self, execute: Callable[..., sqlite3.Cursor], claim: Claim, label: str) -> Seen:
         evidence = claim.evidence or ""
         text, body = _digest(claim.text), _digest(f"{claim.text}\0{evidence}")
-        row = (_digest(claim.claim_id), text, body, _digest(claim.gold or ""))
-        if execute("INSERT INTO seen VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING", row).rowcount:
-            return Sighting.NEW, claim
-        before = execute("SELECT * FROM seen WHERE id = ?", row[:1]).fetchone()
-        if before == row:
-            return Sighting.REPEATED, claim
+        row = (_digest(claim.claim_id), text, body, _digest(label), claim.position)
+        if execute("INSERT INTO seen VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", row).rowcount:
+            if self._contents:
+                self._count_content(execute, body, row[3], labelled=bool(label))
+            return Seen(Sighting.NEW, claim, claim.position)
+        *before, earlier = execute("SELECT * FROM seen WHERE id = ?", row[:1]).fetchone()
+        if before == list(row[:4]):
+            return Seen(Sighting.REPEATED, claim, earlier)
+        if before[1] != text:
+            return Seen(Sighting.OTHER_TEXT, claim, earlier)
         # By content, so that it does not depend on which records `--limit` draws.
         suffix = "#" + hashlib.blake2b(evidence.encode(), digest_size=4).hexdigest()
-        if before[1] != text or before[2] == body or claim.claim_id.endswith(suffix):
-            return Sighting.CONTRADICTED, claim
+        if before[2] == body or claim.claim_id.endswith(suffix):
+            return Seen(Sighting.OTHER_LABEL, claim, earlier)
         own = claim.claim_id[: MAX_ID_CHARS - len(suffix)] + suffix
-        sighting, renamed = self._check(execute, claim.model_copy(update={"claim_id": own}))
-        return (Sighting.OTHER_EVIDENCE if sighting is Sighting.NEW else sighting), renamed
+        found = self._check(execute, claim.model_copy(update={"claim_id": own}), label)
+        if found.sighting is Sighting.NEW:
+            return found._replace(sighting=Sighting.OTHER_EVIDENCE)
+        return found
+
+    def _count_content(
+        self, execute: Callable[..., sqlite3.Cursor], body: int, label: int, *, labelled: bool
+    ) -> None:
+        new = "INSERT INTO bodies VALUES (?, ?) ON CONFLICT DO NOTHING"
+        if execute(new, (body, label)).rowcount:
+            return
+        self.same_content += 1
+        (first,) = execute("SELECT gold FROM bodies WHERE body = ?", (body,)).fetchone()
+        self.other_label += labelled and first not in (label, _digest(""))
 
 
 def _digest(text: str) -> int:

@@ -121,6 +121,12 @@ class Source:
                 name = path.encode(errors="replace").decode()
             else:
                 opened = [open_file(path)]
+                if split is not None:
+                    opened[0][0].close()
+                    raise InputError(
+                        f"{path} is a file: --split chooses among the Parquet or Arrow files of a "
+                        "directory; leave it out"
+                    )
                 name = opened[0][1]
             for file, _ in opened:
                 held.callback(file.close)

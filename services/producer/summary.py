@@ -24,7 +24,7 @@ class Tally:
         self._counts[kind] += count
 
     def top(self) -> tuple[tuple[str, int], ...]:
-        """The most frequent kinds, and the others together."""
+        """The most frequent kinds, and how many the others are together."""
         most = self._counts.most_common(MAX_COUNTED - 1)
         shown = dict(most)
         rest = self._counts.total() - sum(shown.values())
@@ -45,6 +45,7 @@ class FileSummary:
         self._unlabelled = self._kept_back = self._own_ids = self._partly = 0
         self._numeric_ids = True
         self.claims = self.repeated = self.rejected = 0
+        self.same_content = self.other_label = 0
 
     def add_claims(self, readings: Iterable[Reading]) -> None:
         for reading in readings:
@@ -81,6 +82,8 @@ class FileSummary:
             rejected=self._rejected.top(),
             without_evidence=self._without.top(),
             evidence_partly_used=self._partly,
+            same_content=self.same_content,
+            other_label=self.other_label,
             gold=self._gold.top(),
             unlabelled=self._unlabelled,
             kept_back=self._kept_back,

@@ -1,6 +1,7 @@
 """Parquet files, Arrow files, and directories of them as Hugging Face's libraries write them."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -10,9 +11,9 @@ from services.contracts.errors import InputError
 _BATCH_ROWS = 1_000
 _SUFFIXES = (".parquet", ".arrow")
 # As `datasets` saves a split or several, and as the hub has them. What lies deeper is not theirs.
-_PLACES = ("*", "*/*")
+_PLACES = ("*", "*/*", "data/*/*")
 # `train-00000-of-00002.parquet` and `data-00000-of-00001.arrow` are parts of one table.
-_SHARD_MARK = "-of-"
+_SHARD = re.compile(r"(.*)-\d{5}-of-\d{5}")
 
 
 def table_files(directory: Path, split: str | None) -> list[Path]:
@@ -24,7 +25,9 @@ def table_files(directory: Path, split: str | None) -> list[Path]:
         path
         for pattern in _PLACES
         for path in directory.glob(pattern)
-        if path.suffix in _SUFFIXES and not path.name.startswith(".") and path.is_file()
+        if path.suffix in _SUFFIXES
+        and not path.name.startswith((".", "cache-"))  # `datasets` keeps results of map() there
+        and path.is_file()
     )
     if not found:
         raise InputError(
@@ -45,8 +48,8 @@ def table_files(directory: Path, split: str | None) -> list[Path]:
 
 def _split_of(path: Path, directory: Path) -> str:
     """`data/train-00000-of-00001.parquet` -> train; `test/data-00000-of-00001.arrow` -> test."""
-    stem = path.stem
-    name = stem.rsplit("-", 3)[0] if _SHARD_MARK in stem else stem
+    shard = _SHARD.match(path.stem)
+    name = shard[1] if shard else path.stem
     folders = path.relative_to(directory).parent.parts
     return "/".join(part for part in (*folders, name) if part != "data") or name
 

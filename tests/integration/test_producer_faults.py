@@ -114,7 +114,7 @@ def test_a_file_that_changed_under_its_unfinished_run_is_refused_with_the_differ
     refused = command("submit", str(file))
     assert refused.wait() == 3
     for part in (
-        f"has changed since it was submitted as {run_id}, which is unfinished",
+        f"since it was submitted as {run_id}, which is unfinished",
         "240 lines then, 241 lines now",
         "1 say something else or are gone, first 'kw-0001' in line 1",
         f"keepwarm cancel {run_id}",

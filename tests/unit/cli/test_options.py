@@ -3,7 +3,12 @@ from pathlib import Path
 import pytest
 
 from services.cli import context_options
-from services.cli.claims_options import check_seed, columns_from_flags, prompt_from_flag
+from services.cli.claims_options import (
+    check_seed,
+    columns_from_flags,
+    label_map_from_flags,
+    prompt_from_flag,
+)
 from services.cli.context_options import context_from_flags
 from services.contexts import hub
 from services.contracts import ContextSpec, PromptSpec, load_settings
@@ -30,6 +35,17 @@ def test_columns_are_pairs(flags: list[str] | None, columns: dict[str, str]) -> 
 def test_what_is_no_pair_is_refused_with_an_example(flag: str) -> None:
     with pytest.raises(UsageError, match=f"--column {flag}: write it like claim=text"):
         columns_from_flags(["id=nr", flag])
+
+
+def test_a_field_has_one_column() -> None:
+    with pytest.raises(UsageError, match="--column evidence=… is given more than once"):
+        columns_from_flags(["evidence=a", "claim=c", "evidence=b"])
+
+
+def test_a_label_is_mapped_to_one_label() -> None:
+    assert label_map_from_flags(["X=NEI", "X=NEI"], PromptSpec()) == {"X": "NEI"}
+    with pytest.raises(UsageError, match="'X' was mapped to 'NEI' before"):
+        label_map_from_flags(["X=NEI", "X=REFUTES"], PromptSpec())
 
 
 @pytest.mark.parametrize(("limit", "seed"), [(None, None), (5, None), (5, 0), (5, -3)])

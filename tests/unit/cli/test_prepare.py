@@ -80,6 +80,23 @@ def test_a_file_becomes_a_run_of_the_prompt_on_the_context(
     assert not (tmp_path / "rejected.jsonl").exists()
 
 
+def test_two_labels_of_one_claim_and_a_map_of_no_label_are_warned_of(
+    context: Callable[[], ContextSpec], screen: Screen, tmp_path: Path
+) -> None:
+    path = tmp_path / "claims.jsonl"
+    row = '{{"id": {}, "claim": "A.", "label": "{}"}}\n'
+    path.write_text(
+        row.format(1, "SUPPORTS") + row.format(2, "REFUTES") + row.format(3, "SUPPORTS")
+    )
+    how = {"prompt": PromptSpec(), "column": [], "label_map": ["DISPUTD=NEI", "supports=SUPPORTS"]}
+    with prepare(screen, path, context, **how) as submission:
+        inspect_claims(screen, submission, tmp_path / "rejected.jsonl")
+    assert isinstance(screen.file, io.StringIO)
+    shown = screen.file.getvalue()
+    assert "Warning: 1 claims have the text and evidence of an earlier one" in shown
+    assert "Warning: no record has the label 'DISPUTD' of --label-map" in shown
+
+
 def test_a_file_that_is_not_there_is_known_before_the_model_is_asked_for(
     screen: Screen, tmp_path: Path
 ) -> None:

@@ -452,6 +452,30 @@ def test_of_a_directory_of_several_splits_one_must_be_named(tmp_path: Path) -> N
         Source.open(str(tmp_path), split="dev")
 
 
+@pytest.mark.parametrize("place", [".", "data", "data/en"])
+@pytest.mark.parametrize("mark", ["", "-0123456789abcdef"])
+def test_shards_are_one_split_and_caches_are_none(place: str, mark: str, tmp_path: Path) -> None:
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    for number in range(2):
+        pq.write_table(
+            pa.table({"claim": [f"Part {number}."]}),
+            tmp_path / place / f"train-0000{number}-of-00002{mark}.parquet",
+        )
+    (tmp_path / place / "cache-0123456789abcdef.arrow").write_bytes(b"x")
+    assert texts(tmp_path) == ["Part 0.", "Part 1."]
+
+
+def test_a_file_has_no_splits(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a file: --split chooses among"):
+        Source.open(str(write(tmp_path, b'{"claim": "A."}')), split="train")
+
+
+def test_standard_input_that_is_closed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(InputError, match="standard input is closed; name a file"):
+        Source.open("-")
+
+
 # Evidence, and columns that are named.
 
 

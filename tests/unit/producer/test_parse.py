@@ -17,6 +17,7 @@ from services.producer import (
     Source,
     read_prompt,
 )
+from services.producer.seen import Seen, Sighting
 from services.producer.source import Line
 
 PROMPT = PromptSpec()
@@ -420,10 +421,24 @@ def test_a_contradicted_claim_is_rejected_by_its_id() -> None:
     rejecting = Parser("claims.jsonl", PROMPT)
     claim = parse(rejecting, line)
     assert isinstance(claim, Claim)
-    rejection = rejecting.contradicted(line, claim)
+    rejection = rejecting.contradicted(line, Seen(Sighting.OTHER_TEXT, claim, 4))
     assert (rejection.line, rejection.field) == (1, "id")
-    assert rejection.reason == "the id 'a' stands on an earlier line with other content"
+    assert rejection.reason == "record 5 of the file has the id 'a' for another claim"
     assert rejection.next_step == "give it an id of its own, or none at all"
+
+
+def test_a_claim_with_two_labels_is_rejected_by_its_label() -> None:
+    content = b'{"claim": "C.", "label": "SUPPORTS"}\n{"claim": "C.", "label": "REFUTES"}\n'
+    rejections: list[Rejection] = []
+    with Source([io.BytesIO(content)], "claims.jsonl", "jsonl") as source:
+        ClaimsFile(source, PROMPT).inspect(rejections.append)
+    (rejection,) = rejections
+    assert (rejection.line, rejection.field) == (2, "label")
+    assert (
+        rejection.reason
+        == "record 1 of the file has the same claim and evidence with another label"
+    )
+    assert rejection.next_step == "keep the one whose label is right"
 
 
 @given(st.binary(max_size=200))

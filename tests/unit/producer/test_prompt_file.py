@@ -44,7 +44,10 @@ def test_a_prompt_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
         ("colour: red\n", "colour: Extra inputs are not permitted"),
         ("1: red\n", "1: "),
         ("template: 'no claim here'\n", "template: .*it must contain {claim}"),
-        ("labels: [{name: a, word: True}, {name: b, word: x}]\n", "labels.0.word: .*valid string"),
+        (
+            "labels: [{name: a, word: True}, {name: b, word: x}]\n",
+            "labels.0.word: .*put it in quotes",
+        ),
         ("labels: [{name: 'YES', word: x}, {name: 'yes', word: y}]\n", "'YES' names both"),
         ("examples: [{claim: c, label: MAYBE}]\n", "'MAYBE', which is not declared"),
         ("minimum_mass: 2\n", "minimum_mass: "),
@@ -125,3 +128,28 @@ def test_a_template_that_ends_in_text_is_taken_as_it_is(written: str, tmp_path: 
     prompt = read_prompt(write(tmp_path, f"template: {written}"), notes.append)
     assert prompt.template == "{claim}\nAnswer:"
     assert notes == []
+
+
+@pytest.mark.parametrize(
+    ("label", "where"),
+    [
+        ("{name: A, word: Yes}", "labels.0.word"),
+        ("{name: NO, word: a}", "labels.0.name"),
+        ("{name: A, word: a, aliases: [1, true]}", "labels.0.aliases.1"),
+    ],
+)
+def test_a_word_that_yaml_reads_as_true_or_false_must_be_quoted(
+    label: str, where: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path, f"labels:\n  - {label}\n  - {{name: B, word: b}}\n")
+    with pytest.raises(InputError, match=rf"{where}: .*as YAML reads Yes, .*put it in quotes"):
+        read_prompt(path)
+
+
+def test_a_number_is_an_alias_as_its_text(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "labels:\n  - {name: A, word: a, aliases: [1, 2.5]}\n  - {name: B, word: 0}\n",
+    )
+    first, second = read_prompt(path).labels
+    assert (first.aliases, second.word) == (("1", "2.5"), "0")

@@ -221,6 +221,25 @@ def test_a_record_that_is_not_of_its_format_is_rejected_and_harms_no_other(tmp_p
     assert summary.rejected == (("not of its format", 1),)
 
 
+def test_the_second_version_of_fever_symmetric_is_recognised(tmp_path: Path) -> None:
+    path = tmp_path / "dev.jsonl"
+    path.write_text(
+        '{"id": "1", "claim": "C.", "evidence": "E.", "sentence1": "E.", "sentence2": "C.", '
+        '"gold_label": "REFUTES", "label": "REFUTES", "evid": [["E.", 1.0]]}\n'
+    )
+    (found, _), claims = read(path)
+    assert (found, claims[0].evidence) == ("fever-symmetric", "E.")
+
+
+def test_a_record_of_liar_plus_may_have_no_justification(published: Path, tmp_path: Path) -> None:
+    first, second, _ = (published / "liar_plus.tsv").read_text().splitlines()
+    path = tmp_path / "test2.tsv"
+    path.write_text(f"{first}\n{second.rpartition(chr(9))[0]}\n")
+    (_, summary), claims = read(path)
+    assert [c.evidence for c in claims] == [TALL, None]
+    assert summary.rejected == ()
+
+
 def test_a_test_split_has_no_labels(tmp_path: Path) -> None:
     path = tmp_path / "claims_test.jsonl"
     path.write_text('{"id": 1, "claim": "C.", "cited_doc_ids": [7]}\n')

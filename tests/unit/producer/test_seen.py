@@ -17,7 +17,7 @@ def seen() -> Iterator[SeenIds]:
 
 
 def sightings(ids: SeenIds, claims: list[Claim]) -> list[Sighting]:
-    return [sighting for sighting, _ in ids.check(claims)]
+    return [seen.sighting for seen in ids.check(claims)]
 
 
 def claim(
@@ -45,11 +45,12 @@ def test_a_claim_is_new_once_and_repeated_ever_after(seen: SeenIds) -> None:
     ids=["text", "gold", "gold 'None'"],
 )
 def test_the_same_id_with_other_content_is_contradicted(seen: SeenIds, other: Claim) -> None:
+    how = Sighting.OTHER_LABEL if other.gold else Sighting.OTHER_TEXT
     assert sightings(seen, [claim(), other, claim(), other]) == [
         Sighting.NEW,
-        Sighting.CONTRADICTED,
+        how,
         Sighting.REPEATED,
-        Sighting.CONTRADICTED,
+        how,
     ]
 
 
@@ -72,14 +73,14 @@ def test_the_same_claim_with_other_evidence_has_an_id_of_its_own(seen: SeenIds) 
 
 def test_an_id_made_for_other_evidence_stays_within_its_bound(seen: SeenIds) -> None:
     long = "i" * 256
-    (_, first), (sighting, second) = seen.check([claim(long), claim(long, evidence="e")])
+    (_, first, _), (sighting, second, _) = seen.check([claim(long), claim(long, evidence="e")])
     assert sighting is Sighting.OTHER_EVIDENCE
     assert len(second.claim_id) == len(first.claim_id) == 256
 
 
 def test_another_label_for_the_same_evidence_is_contradicted(seen: SeenIds) -> None:
     claims = [claim(), claim(evidence="e", gold="A"), claim(evidence="e", gold="B")]
-    assert sightings(seen, claims)[-1] is Sighting.CONTRADICTED
+    assert sightings(seen, claims)[-1] is Sighting.OTHER_LABEL
 
 
 def test_where_a_claim_stands_is_not_its_content(seen: SeenIds) -> None:
@@ -98,8 +99,27 @@ def test_sightings_are_those_of_a_dictionary(pairs: list[tuple[str, str]]) -> No
     for claim_id, text in pairs:
         known = first.setdefault(claim_id, text)
         new = len(first) > len(expected) - sum(s is not Sighting.NEW for s in expected)
-        same = Sighting.REPEATED if known == text else Sighting.CONTRADICTED
+        same = Sighting.REPEATED if known == text else Sighting.OTHER_TEXT
         expected.append(Sighting.NEW if new else same)
     ids = SeenIds()
     assert sightings(ids, [claim(*pair) for pair in pairs]) == expected
     ids.close()
+
+
+def test_a_label_that_the_prompt_does_not_know_is_compared_as_the_file_spells_it(
+    seen: SeenIds,
+) -> None:
+    found = seen.check([claim()] * 3, ["half-true", "mostly-true", "half-true"])
+    assert [one.sighting for one in found] == [
+        Sighting.NEW,
+        Sighting.OTHER_LABEL,
+        Sighting.REPEATED,
+    ]
+
+
+def test_claims_that_are_equal_but_for_their_ids_are_counted() -> None:
+    seen = SeenIds(contents=True)
+    labels = ["A", "B", "A", ""]
+    assert {s.sighting for s in seen.check([claim(i) for i in "abcd"], labels)} == {Sighting.NEW}
+    assert (seen.same_content, seen.other_label) == (3, 1)
+    seen.close()
