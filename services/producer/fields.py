@@ -35,6 +35,7 @@ _TEXT_KEYS = (
 _NO_TEXT_KEYS = re.compile(
     r".*_?(id|ids|title|url|uri|link|label|labels|page|article|source|key|name|date|type|line)"
 )
+_OPENING = ("[", "{")
 _NOTHING = frozenset(("[]", "{}", "nan", "none", "null"))
 _MOST_DEPTH = 16
 # A page's title has no full stop at its end, and rarely so many words.
@@ -61,7 +62,9 @@ def is_missing(value: Any) -> bool:
     """Whether a value says nothing: null, an empty text or list, or not a number."""
     if value is None:
         return True
-    if isinstance(value, str | list | dict):
+    if isinstance(value, str):
+        return not value
+    if isinstance(value, list | dict):
         return not value
     return isinstance(value, float) and math.isnan(value)
 
@@ -71,8 +74,11 @@ def named_fields(record: Mapping[str, Any]) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for key, value in record.items():
         name = normalized(key)
-        if name not in named or is_missing(named[name]):
-            named[name] = value if name in _TEXTS else structured(value)
+        if name in named and not is_missing(named[name]):
+            continue
+        if isinstance(value, str) and value[:1] in _OPENING and name not in _TEXTS:
+            value = structured(value)
+        named[name] = value
     return named
 
 
@@ -80,7 +86,7 @@ def first_of(fields: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     """The first of these fields that says something, or None."""
     for name in names:
         value = fields.get(name)
-        if not is_missing(value):
+        if value is not None and not is_missing(value):
             return value
     return None
 
@@ -110,7 +116,7 @@ def structured(value: Any) -> Any:
     """The list or object that a text writes in JSON or, as pandas does, in Python; any other value
     as it is.
     """
-    if not isinstance(value, str) or value[:1] not in ("[", "{"):
+    if not isinstance(value, str) or value[:1] not in _OPENING:
         return value
     try:
         found = json.loads(value)
@@ -132,13 +138,18 @@ class Evidence(NamedTuple):
     partly: bool = False
 
 
+def _says_nothing(text: str) -> bool:
+    stripped = text.strip()
+    return len(stripped) <= 4 and (not stripped or stripped.casefold() in _NOTHING)
+
+
 def evidence_text(value: Any) -> Evidence:
     """The text in evidence of any shape, joined by spaces; or why there is none."""
     value = structured(value)
     if isinstance(value, str):
-        if value.strip() and value.strip().casefold() not in _NOTHING:
-            return Evidence(value, None)
-        return Evidence(None, WithoutEvidence.NONE)
+        if _says_nothing(value):
+            return Evidence(None, WithoutEvidence.NONE)
+        return Evidence(value, None)
     if is_missing(value):
         return Evidence(None, WithoutEvidence.NONE)
     unused: list[str] = []
@@ -155,7 +166,7 @@ def _texts(value: Any, depth: int, unused: list[str]) -> Iterator[str]:
     if depth > _MOST_DEPTH:
         return
     if isinstance(value, str):
-        if value.strip() and value.strip().casefold() not in _NOTHING:
+        if not _says_nothing(value):
             yield value.strip()
     elif isinstance(value, Mapping):
         for key in _TEXT_KEYS:

@@ -72,7 +72,7 @@ def read_plain(fields: Fields) -> Found:
     why: WithoutEvidence | None = WithoutEvidence.NONE
     for name in NAMES["evidence"]:
         value = fields.get(name)
-        if is_missing(value):
+        if value is None or is_missing(value):
             continue
         if isinstance(value, int | float):
             return Found(_id(fields), _claim(fields), _label(fields), value)

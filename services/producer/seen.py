@@ -4,6 +4,7 @@ import hashlib
 import sqlite3
 from collections.abc import Callable, Sequence
 from enum import Enum
+from functools import lru_cache
 from typing import NamedTuple
 
 from services.contracts import Claim
@@ -44,6 +45,7 @@ class SeenIds:
     def __init__(self, *, contents: bool = False) -> None:
         """With `contents`, claims that are equal but for their ids are counted as well."""
         self._contents = contents
+        self._new_bodies: list[tuple[int, int]] = []
         self.same_content = 0
         """New claims whose text and evidence another id has already."""
         self.other_label = 0
@@ -72,16 +74,20 @@ class SeenIds:
             self._check(execute, claim, claim.gold or label)
             for claim, label in zip(claims, labels or [""] * len(claims), strict=True)
         ]
+        self._count_contents()
         execute("COMMIT")
         return sightings
 
     def _check(self, execute: Callable[..., sqlite3.Cursor], claim: Claim, label: str) -> Seen:
         evidence = claim.evidence or ""
-        text, body = _digest(claim.text), _digest(f"{claim.text}\0{evidence}")
-        row = (_digest(claim.claim_id), text, body, _digest(label), claim.position)
+        content = hashlib.blake2b(claim.text.encode(), digest_size=8)
+        text = _number(content.digest())
+        content.update(f"\0{evidence}".encode())
+        body = _number(content.digest())
+        row = (_digest(claim.claim_id), text, body, _label_digest(label), claim.position)
         if execute("INSERT INTO seen VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", row).rowcount:
             if self._contents:
-                self._count_content(execute, body, row[3], labelled=bool(label))
+                self._new_bodies.append((body, row[3]))
             return Seen(Sighting.NEW, claim, claim.position)
         *before, earlier = execute("SELECT * FROM seen WHERE id = ?", row[:1]).fetchone()
         if before == list(row[:4]):
@@ -98,17 +104,26 @@ class SeenIds:
             return found._replace(sighting=Sighting.OTHER_EVIDENCE)
         return found
 
-    def _count_content(
-        self, execute: Callable[..., sqlite3.Cursor], body: int, label: int, *, labelled: bool
-    ) -> None:
-        new = "INSERT INTO bodies VALUES (?, ?) ON CONFLICT DO NOTHING"
-        if execute(new, (body, label)).rowcount:
+    def _count_contents(self) -> None:
+        new, self._new_bodies = self._new_bodies, []
+        first = self._database.executemany("INSERT OR IGNORE INTO bodies VALUES (?, ?)", new)
+        if first.rowcount in (-1, len(new)):
             return
-        self.same_content += 1
-        (first,) = execute("SELECT gold FROM bodies WHERE body = ?", (body,)).fetchone()
-        self.other_label += labelled and first not in (label, _digest(""))
+        self.same_content += len(new) - first.rowcount
+        for body, label in new:
+            ((known,),) = self._database.execute("SELECT gold FROM bodies WHERE body = ?", (body,))
+            self.other_label += known != label and _NO_LABEL not in (known, label)
 
 
 def _digest(text: str) -> int:
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return _number(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+def _number(digest: bytes) -> int:
     return int.from_bytes(digest, "big", signed=True)
+
+
+_label_digest = lru_cache(maxsize=1024)(_digest)
+
+
+_NO_LABEL = _digest("")
