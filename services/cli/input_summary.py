@@ -95,7 +95,7 @@ def total(counts: Counts) -> int:
 
 
 def counted(counts: Counts, shown: int = _SHOWN) -> str:
-    """`SUPPORTS: 12, REFUTES: 7, and 3 more`."""
+    """`SUPPORTS: 12, REFUTES: 7, others: 3`."""
     parts = [f"{name}: {count:,}" for name, count in counts[:shown]]
-    more = len(counts) - len(parts)
-    return ", ".join(parts) + (f", and {more} more" if more > 0 else "")
+    others = total(counts[shown:])
+    return ", ".join([*parts, f"others: {others:,}"] if others else parts)

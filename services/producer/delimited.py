@@ -31,7 +31,7 @@ _MOST_BY_CHANCE = 2
 _BINARY_SAMPLE_BYTES = 4096
 # All but white space and the escape character, which text may hold.
 _CONTROL = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")
-_SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\s*')
+_SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
 # The csv module would take the backslash away and leave an N.
 _NOTHING = re.compile(r"(?:(?<=[,;|\t])|^)\\N(?=[,;|\t\r\n]|$)")
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": ""}

@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from services.cli.claims_options import ClaimsOptions
+from services.cli.input_summary import counted
 from services.cli.prepare import inspect_claims, prepared_submission
 from services.cli.screen import Screen
 from services.contracts import ContextSpec, Label, PromptSpec
@@ -148,3 +149,9 @@ def test_a_model_without_a_tokenizer_is_known_before_the_file_is_read(
         prepare(screen, claims, context),
     ):
         pass
+
+
+def test_the_kinds_that_are_not_shown_are_counted_together() -> None:
+    counts = tuple((f"k{number}", 10) for number in range(8))
+    assert counted(counts, 2) == "k0: 10, k1: 10, others: 60"
+    assert counted(counts[:2], 2) == "k0: 10, k1: 10"

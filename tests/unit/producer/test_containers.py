@@ -77,8 +77,9 @@ def test_delimited_text_is_read_whatever_its_dialect(
     assert [(c.claim_id, c.text, c.gold) for c in claims] == [tuple(r.values()) for r in ROWS]
 
 
-def test_a_line_that_names_the_separator_is_believed(tmp_path: Path) -> None:
-    claims = read(write(tmp_path, "sep=;\r\nclaim;label\r\nIt froze, in 1963.;SUPPORTS\r\n"))
+@pytest.mark.parametrize("sep", ["sep", "SEP"])
+def test_a_line_that_names_the_separator_is_believed(sep: str, tmp_path: Path) -> None:
+    claims = read(write(tmp_path, f"{sep}=;\r\nclaim;label\r\nIt froze, in 1963.;SUPPORTS\r\n"))
     assert [(c.text, c.gold) for c in claims] == [("It froze, in 1963.", "SUPPORTS")]
 
 
