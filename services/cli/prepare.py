@@ -12,15 +12,19 @@ from services.gpu_worker import CompiledPrompt, ModelTokenizer
 from services.producer import ClaimsFile, RejectedFile, Source, Submission
 
 
-def open_source(file: str, options: ClaimsOptions) -> Source:
-    """Raises InputError that names the file and the next step."""
-    return Source.open(
-        file,
-        options.container,
-        claim_column=options.selection.columns.get("claim"),
-        encoding=options.encoding,
-        split=options.split,
-    )
+def open_source(console: Screen, file: str, options: ClaimsOptions) -> Source:
+    """Raises InputError that names the file and the next step.
+
+    A large CSV file is read several times to find its dialect.
+    """
+    with console.status("opening the file"):
+        return Source.open(
+            file,
+            options.container,
+            claim_column=options.selection.columns.get("claim"),
+            encoding=options.encoding,
+            split=options.split,
+        )
 
 
 def read_claims(
@@ -48,7 +52,7 @@ def prepared_submission(
     Raises InputError for the file, ModelError when the prompt's label words cannot be told apart
     under the model's tokenizer: known now, not after a model is loaded.
     """
-    with open_source(file, options) as source:
+    with open_source(console, file, options) as source:
         # Asked only now: a name on the hub takes time, a missing file is known at once.
         pinned = context()
         CompiledPrompt(prompt, ModelTokenizer.load(pinned))

@@ -80,7 +80,7 @@ def validate(
         limit=limit,
         seed=seed,
     )
-    with open_source(file, options) as source:
+    with open_source(console, file, options) as source:
         claims = read_claims(console, source, prompt_spec, options)
         rejections: list[Rejection] = []
 

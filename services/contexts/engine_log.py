@@ -16,7 +16,7 @@ _PREFIX = re.compile(
     r"^(?:\((?P<process>[^()]*pid=\d+)\) )?"
     r"(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] )?(?P<text>.*)$"
 )
-_EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception|Interrupt)\b(?:: .*)?$")
+_EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception|Interrupt)(?:_\w+)?(?:: .*)?$")
 _USAGE = re.compile(r"^\S+\.py: error: .+$")
 # These say where to look, and not what is wrong.
 _POINTER = re.compile(

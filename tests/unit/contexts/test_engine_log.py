@@ -151,6 +151,11 @@ def test_a_cause_that_is_not_known_is_quoted_without_advice(tmp_path: Path) -> N
     assert said == "The cause: KeyError: 'model.layers.0.mlp.gate.weight'."
 
 
+def test_an_error_of_nvml_is_a_cause(tmp_path: Path) -> None:
+    error = "pynvml.NVMLError_LibRmVersionMismatch: RM has detected an NVML/RM version mismatch."
+    assert error.rstrip(".") in explained(failed_core(error), tmp_path)
+
+
 def test_pydantics_errors_are_told_by_what_is_wrong(tmp_path: Path) -> None:
     assert explained(traceback(TOO_LONG), tmp_path).startswith(
         "The cause: User-specified max_model_len (100000) is greater than the derived"
