@@ -161,7 +161,7 @@ def evidence_text(value: Any) -> Evidence:
 
 
 def _texts(value: Any, depth: int, unused: list[str]) -> Iterator[str]:
-    """The texts in it. Sentences that are left out are added to `unused`."""
+    """The texts in it. Those of several words that are left out are added to `unused`."""
     value = structured(value)
     if depth > _MOST_DEPTH:
         return
@@ -173,17 +173,17 @@ def _texts(value: Any, depth: int, unused: list[str]) -> Iterator[str]:
             found = list(_texts(value.get(key), depth + 1, unused))
             if found:
                 yield from found
-                others = (part for name, part in value.items() if name != key)
-                unused += (o for o in others if isinstance(o, str) and _is_sentence(o))
+                for name, part in value.items():
+                    if name != key and not _names_no_text(name):
+                        unused += (text for text in _texts(part, depth + 1, unused) if " " in text)
                 return
         reference = any(map(_is_number, value.values()))
         for key, part in value.items():
-            title = _NO_TEXT_KEYS.fullmatch(normalized(str(key))) is not None
             if isinstance(part, str) and (
                 _is_number(part) or (reference and not _is_sentence(part))
             ):
                 continue
-            if not title:
+            if not _names_no_text(key):
                 yield from _texts(part, depth + 1, unused)
     elif isinstance(value, list | tuple):
         yield from _texts_of_list(value, depth, unused)
@@ -208,6 +208,10 @@ def _texts_of_list(value: Sequence[Any], depth: int, unused: list[str]) -> Itera
             if _is_number(part) or not (text or _is_sentence(part)):
                 continue
         yield from _texts(part, depth + 1, unused)
+
+
+def _names_no_text(key: object) -> bool:
+    return _NO_TEXT_KEYS.fullmatch(normalized(str(key))) is not None
 
 
 def _is_number(value: Any) -> bool:

@@ -179,7 +179,7 @@ def test_all_text_of_evidence_is_used(value: Any, text: str) -> None:
 
 
 def test_text_that_is_not_used_is_counted(tmp_path: Path) -> None:
-    caption = "A caption that says something else."
+    caption = "Another caption."
     rows = [
         {"claim": "A.", "evidence": {"title": "T", "text": "Used.", "caption": caption}},
         {"claim": "B.", "evidence": {"text": f"It holds it: {caption}", "caption": caption}},
