@@ -16,8 +16,8 @@ def summary_lines(file: ClaimsFile, summary: InputSummary) -> list[str]:
     lines = [_read(file, summary), f"{_labels(summary)}; {_evidence(file, summary)}"]
     if summary.other_label:
         lines.append(
-            f"Warning: {summary.other_label:,} claims have the text and evidence of an earlier one "
-            "under another id, with another label"
+            f"Warning: {summary.other_label:,} claims with their evidence come again under other "
+            "ids with other labels"
         )
     if file.unused_labels:
         listed = ", ".join(map(repr, file.unused_labels))

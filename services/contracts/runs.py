@@ -94,7 +94,7 @@ class InputSummary(Value):
     same_content: Annotated[Int63, Field(exclude_if=lambda count: not count)] = 0
     """Claims whose text and evidence an earlier claim has under another id."""
     other_label: Annotated[Int63, Field(exclude_if=lambda count: not count)] = 0
-    """Of these, those with another label."""
+    """Texts with evidence that have several labels by that."""
 
     def as_dict(self) -> dict[str, Any]:
         """The same for JSON, with counts as objects."""

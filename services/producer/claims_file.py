@@ -1,6 +1,7 @@
 """A file as claims: recognised, counted, and read again and again with the same result."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -112,9 +113,10 @@ class ClaimsFile:
         """
         summary = self.new_summary()
         parser = self._parser(self._corpus)
-        seen = SeenIds(contents=True)
-        for lines, _ in self._chunks(parser, summary, on_rejected, seen):
-            on_lines(lines)
+        with closing(SeenIds()) as seen:
+            for lines, _ in self._chunks(parser, summary, on_rejected, seen):
+                on_lines(lines)
+            summary.same_content, summary.other_label = seen.same_contents()
         for field_name, column in self.selection.columns.items():
             if column in parser.unseen_columns:
                 listed = ", ".join(repr(key) for key in list(parser.keys_seen)[:20]) or "none"
@@ -126,7 +128,6 @@ class ClaimsFile:
             known = {normalized(name) for names in NAMES.values() for name in names}
             known |= {normalized(column) for column in self.selection.columns.values()}
             self.ignored_keys = tuple(k for k in parser.keys_seen if normalized(k) not in known)
-        summary.same_content, summary.other_label = seen.same_content, seen.other_label
         self.unused_labels = tuple(
             label
             for label in self.selection.label_map
@@ -140,7 +141,8 @@ class ClaimsFile:
         """The claims in chunks, without the repeated and the contradicted, and how many records
         were read so far; all are counted in `summary`.
         """
-        return self._chunks(self._parser(self._corpus), summary, on_rejected, SeenIds())
+        with closing(SeenIds()) as seen:
+            yield from self._chunks(self._parser(self._corpus), summary, on_rejected, seen)
 
     def __iter__(self) -> Iterator[Claim]:
         """The claims one by one."""
@@ -159,40 +161,35 @@ class ClaimsFile:
     ) -> Iterator[tuple[int, list[Claim]]]:
         lines = chosen(self.source.lines(), self.records, self.selection.limit, self.selection.seed)
         read = 0
-        try:
-            while chunk := list(islice(lines, _CHUNK_RECORDS)):
-                read += len(chunk)
-                parsed = [(line, parser.parse(line)) for line in chunk]
-                readings = [
-                    r for _, found in parsed if not isinstance(found, Rejection) for r in found
-                ]
-                checked = iter(seen.check([r.claim for r in readings], [r.label for r in readings]))
-                fresh: list[Reading] = []
-                for line, found in parsed:
-                    if isinstance(found, Rejection):
-                        if self.selection.only is None:
-                            summary.add_rejection(found.kind)
-                            on_rejected(found)
+        while chunk := list(islice(lines, _CHUNK_RECORDS)):
+            read += len(chunk)
+            parsed = [(line, parser.parse(line)) for line in chunk]
+            readings = [r for _, found in parsed if not isinstance(found, Rejection) for r in found]
+            checked = iter(seen.check([r.claim for r in readings], [r.label for r in readings]))
+            fresh: list[Reading] = []
+            for line, found in parsed:
+                if isinstance(found, Rejection):
+                    if self.selection.only is None:
+                        summary.add_rejection(found.kind)
+                        on_rejected(found)
+                    continue
+                for reading in found:
+                    sighting, claim, _ = known = next(checked)
+                    if not self._is_wanted(claim):
                         continue
-                    for reading in found:
-                        sighting, claim, _ = known = next(checked)
-                        if not self._is_wanted(claim):
-                            continue
-                        if sighting is Sighting.REPEATED:
-                            summary.repeated += 1
-                        elif sighting in (Sighting.OTHER_TEXT, Sighting.OTHER_LABEL):
-                            rejection = parser.contradicted(line, known)
-                            summary.add_rejection(rejection.kind)
-                            on_rejected(rejection)
-                        else:
-                            if sighting is Sighting.OTHER_EVIDENCE:
-                                summary.add_own_id()
-                                reading = replace(reading, claim=claim)
-                            fresh.append(reading)
-                summary.add_claims(fresh)
-                yield read, [reading.claim for reading in fresh]
-        finally:
-            seen.close()
+                    if sighting is Sighting.REPEATED:
+                        summary.repeated += 1
+                    elif sighting in (Sighting.OTHER_TEXT, Sighting.OTHER_LABEL):
+                        rejection = parser.contradicted(line, known)
+                        summary.add_rejection(rejection.kind)
+                        on_rejected(rejection)
+                    else:
+                        if sighting is Sighting.OTHER_EVIDENCE:
+                            summary.add_own_id()
+                            reading = replace(reading, claim=claim)
+                        fresh.append(reading)
+            summary.add_claims(fresh)
+            yield read, [reading.claim for reading in fresh]
 
     def _is_wanted(self, claim: Claim) -> bool:
         return self.selection.only is None or claim.claim_id in self.selection.only

@@ -42,14 +42,7 @@ class SeenIds:
     not lost silently.
     """
 
-    def __init__(self, *, contents: bool = False) -> None:
-        """With `contents`, claims that are equal but for their ids are counted as well."""
-        self._contents = contents
-        self._new_bodies: list[tuple[int, int]] = []
-        self.same_content = 0
-        """New claims whose text and evidence another id has already."""
-        self.other_label = 0
-        """Of these, those with another label than the first."""
+    def __init__(self) -> None:
         # "" is a database of this connection alone, on disk once it outgrows the cache.
         self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
@@ -59,7 +52,6 @@ class SeenIds:
             "CREATE TABLE seen (id INTEGER PRIMARY KEY, text INTEGER, body INTEGER, gold INTEGER, "
             "position INTEGER)"
         )
-        self._database.execute("CREATE TABLE bodies (body INTEGER PRIMARY KEY, gold INTEGER)")
 
     def close(self) -> None:
         self._database.close()
@@ -74,7 +66,6 @@ class SeenIds:
             self._check(execute, claim, claim.gold or label)
             for claim, label in zip(claims, labels or [""] * len(claims), strict=True)
         ]
-        self._count_contents()
         execute("COMMIT")
         return sightings
 
@@ -86,8 +77,6 @@ class SeenIds:
         body = _number(content.digest())
         row = (_digest(claim.claim_id), text, body, _label_digest(label), claim.position)
         if execute("INSERT INTO seen VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", row).rowcount:
-            if self._contents:
-                self._new_bodies.append((body, row[3]))
             return Seen(Sighting.NEW, claim, claim.position)
         *before, earlier = execute("SELECT * FROM seen WHERE id = ?", row[:1]).fetchone()
         if before == list(row[:4]):
@@ -104,15 +93,17 @@ class SeenIds:
             return found._replace(sighting=Sighting.OTHER_EVIDENCE)
         return found
 
-    def _count_contents(self) -> None:
-        new, self._new_bodies = self._new_bodies, []
-        first = self._database.executemany("INSERT OR IGNORE INTO bodies VALUES (?, ?)", new)
-        if first.rowcount in (-1, len(new)):
-            return
-        self.same_content += len(new) - first.rowcount
-        for body, label in new:
-            ((known,),) = self._database.execute("SELECT gold FROM bodies WHERE body = ?", (body,))
-            self.other_label += known != label and _NO_LABEL not in (known, label)
+    def same_contents(self) -> tuple[int, int]:
+        """How many of the new claims have the text and evidence of another under another id, and
+        how many texts and evidences have several labels by that.
+        """
+        same, labels = self._database.execute(
+            "SELECT sum(n - 1), sum(low <> high) FROM (SELECT count(*) AS n, min(label) AS low, "
+            "max(label) AS high FROM (SELECT body, nullif(gold, ?) AS label FROM seen) "
+            "GROUP BY body)",
+            (_label_digest(""),),
+        ).fetchone()
+        return same or 0, labels or 0
 
 
 def _digest(text: str) -> int:
@@ -124,6 +115,3 @@ def _number(digest: bytes) -> int:
 
 
 _label_digest = lru_cache(maxsize=1024)(_digest)
-
-
-_NO_LABEL = _digest("")

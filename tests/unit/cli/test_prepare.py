@@ -94,7 +94,7 @@ def test_two_labels_of_one_claim_and_a_map_of_no_label_are_warned_of(
         inspect_claims(screen, submission, tmp_path / "rejected.jsonl")
     assert isinstance(screen.file, io.StringIO)
     shown = screen.file.getvalue()
-    assert "Warning: 1 claims have the text and evidence of an earlier one" in shown
+    assert "Warning: 1 claims with their evidence come again under other ids" in shown
     assert "Warning: no record has the label 'DISPUTD' of --label-map" in shown
 
 

@@ -117,9 +117,7 @@ def test_a_label_that_the_prompt_does_not_know_is_compared_as_the_file_spells_it
     ]
 
 
-def test_claims_that_are_equal_but_for_their_ids_are_counted() -> None:
-    seen = SeenIds(contents=True)
+def test_claims_that_are_equal_but_for_their_ids_are_counted(seen: SeenIds) -> None:
     labels = ["A", "B", "A", ""]
     assert {s.sighting for s in seen.check([claim(i) for i in "abcd"], labels)} == {Sighting.NEW}
-    assert (seen.same_content, seen.other_label) == (3, 1)
-    seen.close()
+    assert seen.same_contents() == (3, 1)
