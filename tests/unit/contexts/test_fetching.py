@@ -64,8 +64,11 @@ def test_a_fetch_that_is_told_to_stop_ends_at_once_and_leaves_no_process(
     fetching = threading.Thread(target=lambda: got.append(fetch(SPEC, environment, stop.is_set)))
     fetching.start()
     connection, _ = silent_hub.accept()
+    ours = {child.pid for child in psutil.Process().children(recursive=True)}
     client = [
-        p for p in psutil.Process().children(recursive=True) if "org/model" in str(p.cmdline())
+        process
+        for process in psutil.process_iter(["cmdline"])  # None for one that ends just now
+        if process.pid in ours and "org/model" in str(process.info["cmdline"])
     ]
     stop.set()
     began = time.monotonic()
