@@ -45,7 +45,7 @@ def test_a_section_of_a_definition_passes_shellcheck(file: Path, section: str) -
 def test_a_definition_is_whole(file: Path) -> None:
     definition = read_definition(file)
     assert definition.header["Bootstrap"] == "docker"
-    assert re.fullmatch(r"debian:bookworm-\d{8}-slim", definition.header["From"])
+    assert re.fullmatch(r"debian@sha256:[0-9a-f]{64}", definition.header["From"])
     assert {"files", "labels", "help", *SHELL_SECTIONS} == definition.sections.keys()
     for source, target in definition.files:
         assert source.exists(), source
