@@ -152,6 +152,7 @@ def _write_fever(file: IO[bytes], rows: Rows, known: KnownRun) -> int:
     # The scorer joins by position and counts any label but the gold one as wrong: what has no
     # verdict (a dead claim, a rejected line) keeps its place as INVALID.
     numeric = known.input is not None and known.input.numeric_ids
+    left_out = dict(known.input.left_out) if known.input is not None else {}
 
     def line(claim_id: str | None, label: str | None) -> bytes:
         number = numeric and claim_id is not None and claim_id.isdecimal()
@@ -170,12 +171,12 @@ def _write_fever(file: IO[bytes], rows: Rows, known: KnownRun) -> int:
                 "--each-evidence makes them, and FEVER's scorer takes one row a record; use "
                 "--format jsonl"
             )
-        for _gap in range(count, row["position"]):
-            file.write(line(None, None))
+        for gap in range(count, row["position"]):
+            file.write(line(left_out.get(gap), None))
         file.write(line(row["claim_id"], row["label"]))
         count = row["position"] + 1
-    for _gap in range(count, _records(known)):
-        file.write(line(None, None))
+    for gap in range(count, _records(known)):
+        file.write(line(left_out.get(gap), None))
     return max(count, _records(known))
 
 

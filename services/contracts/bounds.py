@@ -14,6 +14,8 @@ MAX_DETAIL_CHARS = 16_384
 MAX_LABELS = 32
 MAX_COUNTED = 101
 """Kinds that are counted apart: the most frequent hundred, and the others together."""
+MAX_LEFT_OUT = 1_000
+"""Records without a claim of their own whose ids are told."""
 MAX_EXAMPLES = 64
 MAX_FIELD_USES = 4
 """How often a template may show a claim, and how often its evidence: each use makes every prompt of

@@ -5,7 +5,14 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from services.contracts.bounds import MAX_COUNTED, Int63, Name, OwnId
+from services.contracts.bounds import (
+    MAX_COUNTED,
+    MAX_LEFT_OUT,
+    Identity,
+    Int63,
+    Name,
+    OwnId,
+)
 from services.contracts.contexts import ContextSpec
 from services.contracts.prompts import PromptSpec
 from services.contracts.proofs import DigestText, PositionsText, ProofKey
@@ -95,10 +102,19 @@ class InputSummary(Value):
     """Claims whose text and evidence an earlier claim has under another id."""
     other_label: Annotated[Int63, Field(exclude_if=lambda count: not count)] = 0
     """Texts with evidence that have several labels by that."""
+    left_out: Annotated[
+        tuple[tuple[Int63, Identity], ...],
+        Field(max_length=MAX_LEFT_OUT, exclude_if=lambda records: not records),
+    ] = ()
+    """Positions and ids of the first rejected and repeated records, for those that have an id."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The same for JSON, with counts as objects."""
-        return {name: dict(value) if isinstance(value, tuple) else value for name, value in self}
+        """The counts for JSON, those by kind as objects."""
+        return {
+            name: dict(value) if isinstance(value, tuple) else value
+            for name, value in self
+            if name != "left_out"
+        }
 
 
 class RunAnnouncement(Message):

@@ -171,6 +171,7 @@ class ClaimsFile:
                 if isinstance(found, Rejection):
                     if self.selection.only is None:
                         summary.add_rejection(found.kind)
+                        summary.add_left_out(line.position, parser.record_id(line))
                         on_rejected(found)
                     continue
                 for reading in found:
@@ -179,9 +180,11 @@ class ClaimsFile:
                         continue
                     if sighting is Sighting.REPEATED:
                         summary.repeated += 1
+                        summary.add_left_out(line.position, claim.claim_id)
                     elif sighting in (Sighting.OTHER_TEXT, Sighting.OTHER_LABEL):
                         rejection = parser.contradicted(line, known)
                         summary.add_rejection(rejection.kind)
+                        summary.add_left_out(line.position, claim.claim_id)
                         on_rejected(rejection)
                     else:
                         if sighting is Sighting.OTHER_EVIDENCE:

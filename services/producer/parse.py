@@ -172,6 +172,16 @@ class Parser:
             step = "give it an id of its own, or none at all"
         return self._reject(line, field, "contradicts an earlier line", reason, step)
 
+    def record_id(self, line: Line) -> object:
+        """The id of a record that is rejected; None where none can be read."""
+        try:
+            fields: Any = (
+                from_json(line.content) if isinstance(line.content, bytes) else line.content
+            )
+            return identity_of(first_of(self._named(fields), NAMES["id"]))
+        except (AttributeError, TypeError, ValueError):
+            return None
+
     def same_claim(self, fields: Mapping[str, Any]) -> object:
         """The id and the claim of a record, by which it is known again; None without a claim."""
         named = self._named(fields)

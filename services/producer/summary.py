@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from services.contracts.bounds import MAX_COUNTED
+from services.contracts.bounds import MAX_COUNTED, MAX_ID_CHARS, MAX_LEFT_OUT
 from services.contracts.runs import InputSummary
 from services.producer.parse import NO_LABEL, Reading
 
@@ -46,6 +46,7 @@ class FileSummary:
         self._numeric_ids = True
         self.claims = self.repeated = self.rejected = 0
         self.same_content = self.other_label = 0
+        self._left_out: dict[int, str] = {}
 
     def add_claims(self, readings: Iterable[Reading]) -> None:
         for reading in readings:
@@ -72,6 +73,13 @@ class FileSummary:
         self.rejected += 1
         self._rejected.add(kind)
 
+    def add_left_out(self, position: int, record_id: object) -> None:
+        """A record of the input without a claim of its own."""
+        if not isinstance(record_id, str) or len(self._left_out) == MAX_LEFT_OUT:
+            return
+        if record_id.strip() and "\0" not in record_id and len(record_id) <= MAX_ID_CHARS:
+            self._left_out[position] = record_id
+
     def result(self) -> InputSummary:
         return InputSummary(
             format=self._format,
@@ -90,4 +98,5 @@ class FileSummary:
             unknown_labels=self._unknown.top(),
             own_ids=self._own_ids,
             numeric_ids=self._numeric_ids and self.claims > 0,
+            left_out=tuple(self._left_out.items()),
         )

@@ -13,6 +13,7 @@ import pytest
 from services.collector import Store, export_run, find_run
 from services.contracts import Run
 from services.contracts.errors import StoreError
+from services.contracts.runs import InputSummary
 
 FORMATS = ("jsonl", "csv", "parquet", "fever")
 
@@ -137,6 +138,33 @@ def test_fever_has_a_prediction_for_every_line_up_to_the_last_claim(
         {"id": claim_id, "predicted_label": label, "predicted_evidence": []}
         for claim_id, label in predictions
     ]
+
+
+def test_fever_has_the_ids_of_records_without_a_claim(
+    store: Store, run: Run, make: SimpleNamespace, tmp_path: Path
+) -> None:
+    found = InputSummary(
+        format="FEVER",
+        container="JSONL",
+        records=4,
+        claims=2,
+        repeated=1,
+        rejected=(("claim: blank", 1),),
+        without_evidence=(),
+        gold=(),
+        unlabelled=2,
+        kept_back=0,
+        unknown_labels=(),
+        own_ids=0,
+        numeric_ids=True,
+        left_out=((1, "70"), (3, "73")),
+    )
+    announced = make.announced(claims=2, rejected=2).model_copy(update={"input": found})
+    verdicts = (make.verdict(0, claim_id="70"), make.verdict(2, claim_id="72"))
+    store.write(make.incoming(announced, make.batch(*verdicts)))
+    assert export(store, run, "fever", tmp_path / "out.jsonl") == 4
+    ids = [(row["id"], row["predicted_label"]) for row in json_rows(tmp_path / "out.jsonl")]
+    assert ids == [(70, "A"), (70, "INVALID"), (72, "A"), (73, "INVALID")]
 
 
 @pytest.mark.parametrize("format", FORMATS)

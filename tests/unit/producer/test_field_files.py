@@ -28,6 +28,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "claims": 2,
         "rejected": (("claim: blank", 1),),
         "numeric_ids": True,
+        "left_out": ((2, "75399"),),
     },
 }
 
