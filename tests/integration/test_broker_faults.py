@@ -87,8 +87,9 @@ def test_services_whose_password_was_changed_end_and_give_their_engine_back(
 ) -> None:
     run = begin(command, environment)
     try:
-        node.control("change_password", "keepwarm", "another one")
-        node.control("close_all_connections", "the password was changed")
+        with held(environment):
+            node.control("change_password", "keepwarm", "another one")
+            node.control("close_all_connections", "the password was changed")
         for service in run.services:
             assert service.wait() == 5, service.output
             assert "refused us" in service.lines[-1]
