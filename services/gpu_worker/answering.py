@@ -282,7 +282,7 @@ class Answering:
     def _trim(self, hand: BatchInHand) -> None:
         """Keep what is finished within the horizon; someone faster may have the rest."""
         claims = len(hand.open)
-        keep = self.pace.take(claims)
+        keep = self.pace.take(claims, redelivered=hand.delivery.redelivered)
         if keep < claims:
             log.debug("batch.trimmed", kept=keep, returned=claims - keep)
             hand.trim(keep, self.consumer, self.publisher)

@@ -66,6 +66,8 @@ class Examination:
         log.warning("batch.suspect", batch=hand.batch.batch_id, claims=len(hand.open))
         if not self._is_usable(prompt, hand):
             return
+        if not self._ask_all(hand):
+            return
         waiting = deque(hand.open)
         while waiting and not self._stop.is_set():
             place = waiting.popleft()
@@ -93,6 +95,26 @@ class Examination:
                 waiting.append(place)
             else:
                 self._give_up(hand, place, _failed(outcome, failures, last_words), out_of_memory)
+
+    def _ask_all(self, hand: BatchInHand) -> bool:
+        """Ask the whole batch once more, with no other beside it: of all batches that were at an
+        engine when it failed one at most is at fault, and often none. False when told to stop
+        meanwhile.
+        """
+        places = list(hand.open)
+        known = hand.crashes or any(failures > 1 for failures in hand.open.values())
+        if known or len(places) < 2:
+            return True
+        with self._crashes.asking(hand.keys(places)):
+            outcome = self._inference.infer(hand.batch.run.prompt, hand.claims(places))
+        hand.note(places, outcome)
+        if outcome.failure is None and all(place not in hand.open for place in places):
+            return True
+        self.note_failure(outcome.failure)
+        if not self._recover(hand.batch.run.prompt):
+            return False
+        hand.blame(places)
+        return True
 
     def _give_up(
         self, hand: BatchInHand, place: int, refusal: Refusal, out_of_memory: bool

@@ -18,6 +18,10 @@ _FIRST_CLAIMS = 64
 _LEAST_CLAIMS = 8
 # A batch that is a little too large is not worth a message.
 _TRIM_FROM = 1.5
+# Where every batch had been delivered before, so much of the horizon stays empty: its work would be
+# lost as well. About so many of the latest batches say how it is.
+_MOST_CAUTION = 7 / 8
+_LATEST_BATCHES = 16
 # Small batches go to the engine together, about so many claims in a request, for that costs it as
 # much for one claim as for many. And so many requests there are at least, that it is never without.
 _TOGETHER_CLAIMS = 32
@@ -43,8 +47,11 @@ class Pace:
     That is the rate. What is allowed goes by the engine's speed: the most claims/s that were
     answered while one of the latest batches was there. The engine may have been busy with what
     another worker had asked, who drains before us or shares it for a while, and that makes answers
-    slower and never faster. (BBR measures a path's bandwidth so: Cardwell et al., 2016.) Any thread
-    may ask.
+    slower and never faster. (BBR measures a path's bandwidth so: Cardwell et al., 2016.)
+
+    What is in hand when a connection, a worker or the broker goes is computed again by whoever gets
+    it then. So where many batches come that had been delivered before, to anybody, fewer are taken.
+    Any thread may ask.
     """
 
     def __init__(
@@ -65,6 +72,7 @@ class Pace:
         self._answered_at = self._looked  # or since when there is something to answer
         self._speeds: deque[float] = deque(maxlen=_LATEST_ANSWERS)
         self._mean_batch: float | None = None
+        self._lost = 0.0  # of the latest batches, the part that had been delivered before
 
     @property
     def rate(self) -> float | None:
@@ -81,10 +89,13 @@ class Pace:
 
     @property
     def batches(self) -> int:
-        """How many batches of the size that came lately make the allowance."""
+        """How many batches of the size that came lately to take: as make the allowance, or fewer
+        where work is lost.
+        """
         if self._mean_batch is None:
             return 1
-        return max(1, min(self._most_batches, math.floor(self.allowance / self._mean_batch)))
+        worth = self.allowance * (1 - _MOST_CAUTION * self._lost)
+        return max(1, min(self._most_batches, math.floor(worth / self._mean_batch)))
 
     @property
     def together(self) -> int:
@@ -93,9 +104,10 @@ class Pace:
             return 1
         return max(1, min(self.batches // _REQUESTS, round(_TOGETHER_CLAIMS / self._mean_batch)))
 
-    def take(self, claims: int) -> int:
+    def take(self, claims: int, *, redelivered: bool = False) -> int:
         """A batch came with so many claims: how many of them to keep."""
         with self._lock:
+            self._lost += (redelivered - self._lost) / _LATEST_BATCHES
             mean = self._mean_batch
             self._mean_batch = claims if mean is None else mean + (claims - mean) / 4
         allowance = max(self.allowance, _LEAST_CLAIMS)

@@ -196,9 +196,19 @@ def test_the_claim_that_the_engine_fails_with_is_given_up_on_and_the_others_are_
     assert (dead.claim.claim_id, dead.reason) == ("c3", DeadReason.ENGINE_FAILED)
     assert dead.failures == claim_failures
     assert engine.asked.count(["c3"]) == claim_failures - 1
-    assert all(len(asked) == 1 for asked in engine.asked)
-    assert engine.starts == (0 if fault == "nonsense" else claim_failures - 1)
+    assert [asked for asked in engine.asked if len(asked) > 1] == [sorted(EVERYBODY)]
+    assert engine.starts == (0 if fault == "nonsense" else claim_failures)
     assert engine.alive
+
+
+def test_a_batch_that_was_only_there_when_the_engine_failed_is_asked_as_a_whole(
+    batch: ClaimBatch,
+) -> None:
+    engine = Engine()
+    hand = suspect(batch)
+    examination(engine).examine(hand)
+    assert became(hand).answered == EVERYBODY
+    assert engine.asked == [["harmless"], sorted(EVERYBODY)]
 
 
 def test_a_death_tells_how_often_the_engine_failed_and_the_end_of_its_log(
@@ -297,7 +307,13 @@ def test_an_engine_that_fails_with_a_harmless_claim_too_is_at_fault_and_buries_n
 
 def test_an_engine_that_begins_to_fail_half_way_takes_no_claim_with_it(batch: ClaimBatch) -> None:
     engine = Engine()
-    engine.fault = lambda _: "crash" if ["c2"] in engine.asked else ""
+    seen: set[str] = set()
+
+    def fault(claim_id: str) -> str:
+        seen.add(claim_id)
+        return "crash" if "c2" in seen else ""
+
+    engine.fault = fault
     hand = suspect(batch)
     with pytest.raises(EngineStartError):
         examination(engine).examine(hand)
@@ -523,6 +539,7 @@ def test_while_a_claim_is_asked_alone_that_is_on_disk_and_so_is_the_harmless_one
     batch: ClaimBatch, crashes: Crashes
 ) -> None:
     hand = suspect(batch)
+    hand.blame(range(7), alone=True)  # else the whole batch is asked first
     seen: list[list[object]] = []
     engine = Engine()
     workers = crashes._own

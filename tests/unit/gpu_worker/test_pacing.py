@@ -207,6 +207,21 @@ def test_the_size_of_a_batch_is_a_mean_of_those_that_came_lately(pace: Pace, clo
     assert pace.batches == 3
 
 
+def test_where_work_is_lost_less_is_taken_until_it_is_not_lost_any_more(clock: Clock) -> None:
+    pace = Pace(4.0, 64, clock)
+    answer(pace, clock, 1_000, 1)
+    for _ in range(40):
+        pace.take(64)
+    assert pace.batches == 62
+    for _ in range(62):  # all that was in hand comes again
+        pace.take(64, redelivered=True)
+    assert pace.batches == 8
+    assert pace.take(1_000, redelivered=True) == 1_000  # no batch is cut for it
+    for _ in range(100):
+        pace.take(64)
+    assert pace.batches >= 61
+
+
 # What goes to the engine together.
 
 
