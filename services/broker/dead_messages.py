@@ -2,7 +2,7 @@
 
 import queue
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import TracebackType
 from typing import Literal, Self
 
@@ -110,10 +110,6 @@ class DeadMessages:
                 break
             found[number(delivery)] = delivery
         return found
-
-    def drop(self, messages: Sequence[Delivery]) -> None:
-        """Let them go for good."""
-        self._consumer.acknowledge(messages)
 
     def settle(self, fate: Callable[[Delivery], Fate]) -> Counter[Fate]:
         """Send each message that is there now back, let it go for good, or leave it, as `fate`

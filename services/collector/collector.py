@@ -129,9 +129,7 @@ class Collector:
         self._pulse = Pulse()
         self._links: tuple[Publisher, Consumer] | None = None
         self._submissions = Submissions(store)
-        self._nowhere = Nowhere(
-            store, self._directory, self._fleet, settings.broker_heartbeat_seconds
-        )
+        self._nowhere = Nowhere(store, self._directory, settings.broker_heartbeat_seconds)
         # Those that came before their announcement, each with the time until which we wait for it,
         # and those of them whose turn it is again.
         self._early: deque[tuple[Delivery, float]] = deque()
@@ -166,7 +164,7 @@ class Collector:
         return Whereabouts(
             messages=counts.get(topology.claims_queue(context_id)) if context_id else None,
             workers=len(on_it) if context_id else 0,
-            claims_held=sum(each.claims_in_hand for each in on_it) if context_id else 0,
+            claims_held=self._fleet.claims_held()[context_id] if context_id else 0,
             dead_messages=counts.get(topology.DEAD_MESSAGES_QUEUE, 0),
         )
 
@@ -175,8 +173,8 @@ class Collector:
         self._stop.set()
 
     def finish(self) -> None:
-        """End once the broker has nothing more for the moment: a connection that was lost is waited
-        for, though not for ever.
+        """End once the broker has nothing more for the moment. A connection that was lost is waited
+        for, 20 s at most.
         """
         self._finish_by = awake() + _FINISH_SECONDS
         self._finish.set()

@@ -62,14 +62,14 @@ class Directory:
         self._fleet = fleet
         self._progress: dict[str, _Progress] = {}
         self._wanted: dict[str, _Wanted] = {}
+        # The queues that the broker told of last; one that is not in the counts is not there.
+        self._asked: frozenset[str] = frozenset()
         self._counts: Counts = {}
         # By run with a cancelled submission, its context.
         self._cancelled: dict[str, str] = {}
         self._deadline: float | None = None
         self.unfinished: dict[str, str] = {}
         """By run that is wanted and not complete, its context; as at the last look."""
-        self.asked: frozenset[str] = frozenset()
-        """The queues that the broker told of last; one that is not in `counts` is not there."""
         self.counted_at = -inf
         """When the broker told how long the queues are, by the monotonic clock."""
         self.lines: tuple[ContextDemand, ...] = ()
@@ -93,7 +93,7 @@ class Directory:
         queues = [*also, *[*map(topology.claims_queue, contexts)][:MAX_CONTEXTS]]
 
         def hear(counts: Counts) -> None:
-            self._counts, self.asked = counts, frozenset(queues)
+            self._counts, self._asked = counts, frozenset(queues)
             self.counted_at = time.monotonic()
 
         link.ask_counts(queues, hear)
@@ -104,13 +104,20 @@ class Directory:
         """
         if self._counts.get(topology.RETURNS_QUEUE, 1):
             return set()
+        return self.without_claims(self._cancelled)
+
+    def without_claims(self, contexts: Mapping[str, str]) -> set[str]:
+        """Those of these runs, each with its context, of whose context no claim is in the queue, as
+        the broker told of it last, nor with a worker.
+        """
         held = self._fleet.claims_held()
-        settled = set()
-        for run_id, context_id in self._cancelled.items():
-            queue = topology.claims_queue(context_id)
-            if queue in self.asked and not self._counts.get(queue) and not held[context_id]:
-                settled.add(run_id)
-        return settled
+        return {
+            run_id
+            for run_id, context_id in contexts.items()
+            if (queue := topology.claims_queue(context_id)) in self._asked
+            and not self._counts.get(queue)
+            and not held[context_id]
+        }
 
     def look(self) -> tuple[ContextDemand, ...]:
         """The directory as it is now, the most wanted context first.

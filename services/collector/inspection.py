@@ -85,7 +85,7 @@ def _try_to_write(connection: Connection, version: int | None) -> str | None:
 
 def refuse_read_only(store: Store) -> None:
     """Raises StoreError where this user of a PostgreSQL store may not write what a collector does:
-    it would wait for that for ever. Takes no lock. (`Store.open` refuses such an SQLite file.)
+    it would wait for that without end. Takes no lock. (`Store.open` refuses such an SQLite file.)
     """
     with store.transaction() as connection:
         if connection.dialect.name != "postgresql":

@@ -10,7 +10,6 @@ from collections.abc import Callable
 import structlog
 
 from services.collector.directory import Directory
-from services.collector.fleet import Fleet
 from services.collector.store import Store
 from services.contracts import topology
 
@@ -37,13 +36,11 @@ class Nowhere:
         self,
         store: Store,
         directory: Directory,
-        fleet: Fleet,
         heartbeat_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._directory = directory
-        self._fleet = fleet
         self._clock = clock
         self._patience_seconds = max(NOWHERE_SECONDS, _HEARTBEATS * heartbeat_seconds)
         self._looked = clock()
@@ -68,16 +65,9 @@ class Nowhere:
         self._looked = now
         if not quiet or not heard:
             return
-        held = self._fleet.claims_held()
-        still = {
-            run_id: self._since.get(run_id, now)
-            for run_id, context_id in self._directory.unfinished.items()
-            if (queue := topology.claims_queue(context_id)) in self._directory.asked
-            and not counts.get(queue)
-            and not held[context_id]
-        }
-        self._since = still
-        found = {run for run, since in still.items() if now - since >= self._patience_seconds}
+        still = self._directory.without_claims(self._directory.unfinished)
+        self._since = {run_id: self._since.get(run_id, now) for run_id in still}
+        found = {run for run, since in self._since.items() if now - since >= self._patience_seconds}
         new = found - self._noted
         if new:
             self._store.note_nowhere(new)

@@ -95,9 +95,8 @@ class EngineCaches:
         directory = self._directory / name
         # It may have been deleted since: that is how a person makes room.
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(self.lock_path(name), os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            if not locks.take(lock, self.lock_path(name), "KEEPWARM_CACHE_DIR"):
+        with self._locked(name) as ours:
+            if not ours:
                 yield None
                 return
             directory.mkdir(mode=0o700, exist_ok=True)
@@ -112,6 +111,13 @@ class EngineCaches:
                 raise
             # Not in a `finally`: a start that is broken off leaves its marker.
             marker.unlink()
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[bool]:
+        """Whether the lock is ours, until the block ends. Never waits."""
+        lock = os.open(self.lock_path(name), os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            yield locks.take(lock, self.lock_path(name), "KEEPWARM_CACHE_DIR")
         finally:
             os.close(lock)
 
@@ -145,10 +151,8 @@ class EngineCaches:
         """False where its engine starts just now, or where it may belong to a node that runs."""
         if _NODES.fullmatch(cache.name) and cache.unused_seconds < _NODE_SECONDS:
             return False
-        path = self._directory / f"{cache.name}.lock"
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            if not locks.take(lock, path, "KEEPWARM_CACHE_DIR"):
+        with self._locked(cache.name) as ours:
+            if not ours:
                 return False
             going = self._directory / f"{cache.name}{_REMOVED}"
             with contextlib.suppress(FileNotFoundError):
@@ -156,8 +160,6 @@ class EngineCaches:
                 (self._directory / cache.name).rename(going)
                 shutil.rmtree(going, ignore_errors=True)
             return True
-        finally:
-            os.close(lock)
 
     def bound(self, most_bytes: int, in_use: Collection[str]) -> None:
         """Remove those that were unused for longest, until all of them fit."""

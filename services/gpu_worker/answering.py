@@ -19,7 +19,6 @@ from services.contracts.errors import (
     MessageTooNew,
 )
 from services.contracts.label_mass import said_instead
-from services.gpu_worker.crashes import Crashes
 from services.gpu_worker.examination import Examination, prompt_key
 from services.gpu_worker.in_hand import BatchInHand
 from services.gpu_worker.inference import Inference, Outcome, WorkerFailure
@@ -52,7 +51,6 @@ class Answering:
     shift: Shift
     consumer: Consumer
     publisher: Publisher
-    crashes: Crashes
     engine: str = ""
     """What this worker's engine is called beside those of other nodes."""
     patience_seconds: float = 0
@@ -129,7 +127,7 @@ class Answering:
         hand.settle(self.consumer, self.publisher, self.shift.signature)
         self.in_hand.discard(hand)
         if hand.crashes:
-            self.crashes.forget(hand.keys(hand.crashes))
+            self.shift.crashes.forget(hand.keys(hand.crashes))
 
     def return_held(self) -> None:
         """Those that were kept from us for long enough: another worker may take them now."""
@@ -161,12 +159,12 @@ class Answering:
             self.held.append((time.monotonic() + _HOLD_SECONDS, hand))
             return None
         if delivery.redelivered:
-            self.crashes.look()
-        if self.crashes.any:
+            self.shift.crashes.look()
+        if self.shift.crashes.any:
             for place, key in enumerate(hand.keys(range(len(hand.batch.claims)))):
-                if crash := self.crashes.of(key):
+                if crash := self.shift.crashes.of(key):
                     hand.note_crash(place, crash)
-        if hand.suspect or self.crashes.of(prompt_key(hand.batch.run.prompt)):
+        if hand.suspect or self.shift.crashes.of(prompt_key(hand.batch.run.prompt)):
             self._suspect(hand)
             return None
         self._trim(hand)
@@ -197,7 +195,7 @@ class Answering:
         for hand in hands:
             BATCH_SECONDS.labels("waiting").observe(time.monotonic() - hand.delivery.came_at)
         begun = self.pace.begin()
-        with self.crashes.asking(
+        with self.shift.crashes.asking(
             key for hand, places in zip(hands, asked, strict=True) for key in hand.keys(places)
         ):
             outcome = self.inference.infer(

@@ -119,8 +119,6 @@ class Inference:
         outcome = Outcome()
         try:
             self._infer(spec, claims, outcome, on_answer)
-        except EngineRequestError as error:
-            outcome.failure = error
         except BaseException as error:  # a panic of the tokenizer's is no Exception
             outcome.failure = WorkerFailure(error)
         return outcome

@@ -132,7 +132,6 @@ class Serving:
                 self._shift,
                 consumer,
                 publisher,
-                self._shift.crashes,
                 self._engine_name,
                 self._settings.other_engine_seconds,
             )

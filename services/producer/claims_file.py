@@ -170,8 +170,7 @@ class ClaimsFile:
             for line, found in parsed:
                 if isinstance(found, Rejection):
                     if self.selection.only is None:
-                        summary.add_rejection(found.kind)
-                        summary.add_left_out(line.position, parser.record_id(line))
+                        summary.add_rejection(found.kind, line.position, parser.record_id(line))
                         on_rejected(found)
                     continue
                 for reading in found:
@@ -179,12 +178,10 @@ class ClaimsFile:
                     if not self._is_wanted(claim):
                         continue
                     if sighting is Sighting.REPEATED:
-                        summary.repeated += 1
-                        summary.add_left_out(line.position, claim.claim_id)
+                        summary.add_repeated(line.position, claim.claim_id)
                     elif sighting in (Sighting.OTHER_TEXT, Sighting.OTHER_LABEL):
                         rejection = parser.contradicted(line, known)
-                        summary.add_rejection(rejection.kind)
-                        summary.add_left_out(line.position, claim.claim_id)
+                        summary.add_rejection(rejection.kind, line.position, claim.claim_id)
                         on_rejected(rejection)
                     else:
                         if sighting is Sighting.OTHER_EVIDENCE:

@@ -27,7 +27,7 @@ from services.producer.fields import (
 )
 from services.producer.published import PLAIN, Found, PublishedFormat, read_plain
 from services.producer.seen import Seen, Sighting
-from services.producer.source import Line
+from services.producer.source import Line, as_object
 
 _SHOWN_CHARS = 500
 _SHOWN_LABEL_CHARS = 80
@@ -174,13 +174,8 @@ class Parser:
 
     def record_id(self, line: Line) -> object:
         """The id of a record that is rejected; None where none can be read."""
-        try:
-            fields: Any = (
-                from_json(line.content) if isinstance(line.content, bytes) else line.content
-            )
-            return identity_of(first_of(self._named(fields), NAMES["id"]))
-        except (AttributeError, TypeError, ValueError):
-            return None
+        fields = as_object(line.content)
+        return None if fields is None else identity_of(first_of(self._named(fields), NAMES["id"]))
 
     def same_claim(self, fields: Mapping[str, Any]) -> object:
         """The id and the claim of a record, by which it is known again; None without a claim."""

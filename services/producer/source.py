@@ -189,7 +189,7 @@ class Source:
     def first_records(self, count: int) -> list[Mapping[str, Any]]:
         """The first records that can be read, to tell what they are."""
         looked_at = islice(self._records(), 4 * count)
-        found = (_as_object(content) for _, content, fault in looked_at if fault is None)
+        found = (as_object(content) for _, content, fault in looked_at if fault is None)
         return [record for record in found if record is not None][:count]
 
     def _merged(self, same_claim: Callable[[Mapping[str, Any]], object]) -> Iterator[_Record]:
@@ -197,7 +197,7 @@ class Source:
         group_claim: object = None
         first = 0
         for number, content, fault in self._records():
-            row = _as_object(content) if fault is None else None
+            row = as_object(content) if fault is None else None
             claim = None if row is None else same_claim(row)
             same = claim is not None and claim == group_claim
             if group and not (same and len(group) < _MOST_MERGED):
@@ -250,7 +250,7 @@ class Source:
         return [str(number) for number in range(1, len(fields) + 1)]
 
 
-def _as_object(content: bytes | Mapping[str, Any]) -> Mapping[str, Any] | None:
+def as_object(content: bytes | Mapping[str, Any]) -> Mapping[str, Any] | None:
     """A record's values by name; None when it is no JSON object."""
     if isinstance(content, Mapping):
         return content

@@ -69,11 +69,16 @@ class FileSummary:
     def add_own_id(self) -> None:
         self._own_ids += 1
 
-    def add_rejection(self, kind: str) -> None:
+    def add_rejection(self, kind: str, position: int, record_id: object) -> None:
         self.rejected += 1
         self._rejected.add(kind)
+        self._leave_out(position, record_id)
 
-    def add_left_out(self, position: int, record_id: object) -> None:
+    def add_repeated(self, position: int, record_id: object) -> None:
+        self.repeated += 1
+        self._leave_out(position, record_id)
+
+    def _leave_out(self, position: int, record_id: object) -> None:
         """A record of the input without a claim of its own."""
         if not isinstance(record_id, str) or len(self._left_out) == MAX_LEFT_OUT:
             return

@@ -143,7 +143,8 @@ def test_claims_that_a_policy_gave_up_are_dead_messages_that_say_so(
         assert {reason(message) for message in found} == {
             "the broker gave it up: it waited for longer than a policy's message-ttl"
         }
-        messages.drop([*found])
+    with DeadMessages(address, PATIENCE) as messages:
+        assert messages.settle(lambda _: "drop") == {"drop": 15}
 
 
 def test_a_run_that_a_policy_has_lost_is_told_of_by_the_collector_that_waits_for_it(

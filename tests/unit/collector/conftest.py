@@ -176,20 +176,7 @@ def make(run: Run) -> SimpleNamespace:
     def incoming(
         *messages: RunAnnouncement | VerdictBatch | DeadClaim | ClaimBatch | ContextReady,
     ) -> Incoming:
-        gathered = Incoming()
-        for message in messages:
-            match message:
-                case RunAnnouncement():
-                    gathered.announcements.append(message)
-                case VerdictBatch():
-                    gathered.verdicts.append(message)
-                case DeadClaim():
-                    gathered.dead.append(message)
-                case ClaimBatch():
-                    gathered.returned.append(message)
-                case ContextReady():
-                    gathered.startups.append(message)
-        return gathered
+        return Incoming.of(messages)
 
     return SimpleNamespace(
         verdict=verdict,

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from services.collector import Store, missing_records, run_status
+from services.collector.directory import Directory
 from services.collector.nowhere import NOWHERE_SECONDS, Nowhere
-from services.contracts import Run, RunAnnouncement, Totals, topology
+from services.contracts import Run, RunAnnouncement, Totals, load_settings, topology
 from services.contracts.proofs import Positions
 from tests.unit.clock import Clock
 
@@ -21,15 +22,14 @@ class World:
         self.store = store
         self.run = run
         self.clock = Clock()
-        self.directory = SimpleNamespace(
-            counts=EMPTY,
-            counted_at=self.clock.now,
-            asked={topology.claims_queue(run.context.context_id)},
-            unfinished={run.run_id: run.context.context_id},
-        )
         self.held: Counter[str] = Counter()
         fleet = SimpleNamespace(claims_held=lambda: self.held)
-        self.nowhere = Nowhere(store, self.directory, fleet, 30, self.clock)  # type: ignore[arg-type]
+        self.directory = Directory(store, load_settings(), fleet)  # type: ignore[arg-type]
+        self.directory._counts = EMPTY
+        self.directory._asked = frozenset({topology.claims_queue(run.context.context_id)})
+        self.directory.counted_at = self.clock.now
+        self.directory.unfinished = {run.run_id: run.context.context_id}
+        self.nowhere = Nowhere(store, self.directory, 30, self.clock)
 
     def wait(self, seconds: float, *, deaf: bool = False) -> None:
         for _ in range(int(seconds / 2)):
@@ -77,14 +77,14 @@ def test_claims_that_are_nowhere_for_long_enough_are_told_by_their_records(world
 @pytest.mark.parametrize("queue", [*topology.HOUSE_QUEUES, "claims"])
 def test_what_waits_in_a_queue_is_somewhere(queue: str, world: World) -> None:
     name = topology.claims_queue(world.run.context.context_id) if queue == "claims" else queue
-    world.directory.counts = {**EMPTY, name: 1}
+    world.directory._counts = {**EMPTY, name: 1}
     world.wait(2 * NOWHERE_SECONDS)
     # What lies in `dead-messages` comes back by a person's hand alone.
     assert world.told == (queue == topology.DEAD_MESSAGES_QUEUE)
 
 
 def test_a_queue_that_the_broker_was_not_asked_about_may_hold_them(world: World) -> None:
-    world.directory.asked = set()
+    world.directory._asked = frozenset()
     world.wait(2 * NOWHERE_SECONDS)
     assert not world.told
 

@@ -83,7 +83,6 @@ def answering(
         shift,
         broker,  # type: ignore[arg-type]
         broker,  # type: ignore[arg-type]
-        shift.crashes,
         "node-1/engine-1",
         300,
     )
@@ -489,6 +488,13 @@ def test_a_batch_that_our_code_fails_with_is_a_suspect_and_the_worker_goes_on(
     assert decode(DeadClaim, dead.body).reason is DeadReason.WORKER_FAILED
 
 
+def let_settlements_fail(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(BatchInHand, "settle", fails)
+
+
 def test_a_batch_whose_settlement_fails_is_set_aside_with_the_reason_and_no_claim_is_logged(
     answering: Answering,
     spec: ContextSpec,
@@ -496,11 +502,8 @@ def test_a_batch_whose_settlement_fails_is_set_aside_with_the_reason_and_no_clai
     engine_answers: Answers,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fails(*_: object) -> None:
-        raise RuntimeError("Claim 1.")
-
     engine_answers(3)
-    monkeypatch.setattr(BatchInHand, "settle", fails)
+    let_settlements_fail(monkeypatch, RuntimeError("Claim 1."))
     with structlog.testing.capture_logs() as logs:
         answering.see_through([delivered(batch_of(spec))])
     (message,) = broker.messages
@@ -520,11 +523,8 @@ def test_what_ends_a_worker_is_no_fault_of_a_batch(
     engine_answers: Answers,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fails(*_: object) -> None:
-        raise error("no")
-
     engine_answers(3)
-    monkeypatch.setattr(BatchInHand, "settle", fails)
+    let_settlements_fail(monkeypatch, error("no"))
     with pytest.raises(error):
         answering.see_through([delivered(batch_of(spec))])
 
