@@ -55,7 +55,7 @@ RunArgument = Annotated[
 ]
 OptionalRunArgument = Annotated[
     str | None,
-    typer.Argument(metavar="[RUN|MESSAGE]", help="A run, or one message's id (msg-…)."),
+    typer.Argument(metavar="RUN|MESSAGE", help="A run, or one message's id (msg-…)."),
 ]
 ReasonOption = Annotated[
     str | None,
