@@ -2,14 +2,15 @@
 
     .venv/bin/python benchmarks/engine_overhead.py
 
-"Alone" is the fastest that vLLM can be made on this machine: its own `LLM.generate` on ready
-token ids, in one process, with all cores and its own settings of threads, and that number of
-tokens a step which was the fastest of several. "Keepwarm" is everything from the first line of the
-file to the last verdict in the store, with its defaults. Both hold the same model, warm; they take
-turns, so that a machine whose speed drifts treats them alike, and who waits is suspended. Prefix
-caching is off in both, for the same claims come again every round. Each round takes a few claims
-and many: their difference gives the rate without the start and the tail, and what is left is the
-fixed seconds.
+"Alone" is the fastest that vLLM can be made on this machine: its own `LLM.generate` on ready token
+ids, in one process, with all cores and its own settings of threads, and the fastest of several
+numbers of tokens a step, each with the model compiled and not. "Keepwarm" is everything from the
+first line of the file to the last verdict in the store, with its defaults (with `--compiled`, with
+an engine that compiles the model, which on processors is not the default). Both hold the same
+model, warm; they take turns, so that a machine whose speed drifts treats them alike, and who waits
+is suspended. Prefix caching is off in both, for the same claims come again every round. Each round
+takes a few claims and many: their difference gives the rate without the start and the tail, and
+what is left is the fixed seconds.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import product, starmap
 from pathlib import Path
 
 import psutil
@@ -36,7 +38,7 @@ MODEL = REPOSITORY / ".models" / "SmolLM2-135M-Instruct"
 SYMMETRIC = REPOSITORY.parent / "shared" / "data" / "fever_symmetric_dev.jsonl"
 SAMPLES = REPOSITORY / "samples" / "claims.jsonl"
 MAX_TOKENS = 1024
-STEP_TOKENS = (1_024, 2_048, 4_096, 8_192)
+STEP_TOKENS = (1_024, 2_048)
 TRIED_CLAIMS = 128
 console = Console(width=100)
 
@@ -54,28 +56,37 @@ class Speed:
         return cls(rate, few_seconds - few / rate)
 
 
+@dataclass(frozen=True)
+class EngineSettings:
+    """What vLLM alone is tried with."""
+
+    step_tokens: int
+    compiled: bool
+
+    def __str__(self) -> str:
+        compiled = "compiled" if self.compiled else "not compiled"
+        return f"{self.step_tokens:,} tokens a step, {compiled}"
+
+
 class Alone:
     """vLLM by itself, in a process of its own, ready."""
 
-    def __init__(self, claims_file: Path, step_tokens: int) -> None:
-        self._process = subprocess.Popen(
-            [
-                sys.executable,
-                __file__,
-                "--alone",
-                str(claims_file),
-                "--step-tokens",
-                str(step_tokens),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            bufsize=1,
-        )
+    def __init__(self, claims_file: Path, settings: EngineSettings) -> None:
+        command = [sys.executable, __file__, "--alone", str(claims_file)]
+        log = claims_file.with_name("alone.log")
+        with log.open("w", encoding="utf-8") as errors:
+            self._process = subprocess.Popen(
+                [*command, "--engine-settings", json.dumps(asdict(settings))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                bufsize=1,
+            )
         self.pid = self._process.pid
         if self._answer() != "ready":
-            raise SystemExit("vLLM alone did not start; run it with --alone by hand to see why")
+            self._process.wait()
+            raise SystemExit(f"vLLM alone did not start:\n{log.read_text()[-4_000:]}")
 
     def run(self, count: int) -> float:
         """Seconds for so many claims."""
@@ -90,10 +101,13 @@ class Alone:
         return self._process.stdout.readline().strip()
 
 
-def serve_alone(claims_file: Path, step_tokens: int) -> None:
+def serve_alone(claims_file: Path, settings: EngineSettings) -> None:
     """vLLM in this process: for each count on standard input, the seconds on output."""
     # In this very process, not in one that it starts and talks to. Everything else is vLLM's own.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # Enough for all that runs at once. The half of the memory that vLLM takes by itself, and what
+    # its start takes on top where it compiles, are more than 24 GiB.
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "3"
     output = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # vLLM's own words go to standard error
     prompts, tokens = prompts_of(claims_file)
@@ -103,8 +117,8 @@ def serve_alone(claims_file: Path, step_tokens: int) -> None:
         model=str(MODEL),
         dtype="bfloat16",
         max_model_len=MAX_TOKENS,
-        max_num_batched_tokens=step_tokens,
-        enforce_eager=True,
+        max_num_batched_tokens=settings.step_tokens,
+        enforce_eager=not settings.compiled,
         enable_prefix_caching=False,
         generation_config="vllm",
     )
@@ -120,16 +134,15 @@ def serve_alone(claims_file: Path, step_tokens: int) -> None:
         assert len(answers) == count
 
 
-def fastest_alone(claims_file: Path) -> int:
-    """The number of tokens a step with which vLLM alone is fastest here."""
+def fastest_alone(claims_file: Path) -> EngineSettings:
+    """The settings with which vLLM alone is fastest here."""
     seconds = {}
-    for step_tokens in STEP_TOKENS:
-        alone = Alone(claims_file, step_tokens)
-        seconds[step_tokens] = min(alone.run(TRIED_CLAIMS) for _ in range(2))
+    for settings in starmap(EngineSettings, product(STEP_TOKENS, (False, True))):
+        alone = Alone(claims_file, settings)
+        seconds[settings] = min(alone.run(TRIED_CLAIMS) for _ in range(2))
         alone.close()
         console.print(
-            f"vLLM alone, {step_tokens:,} tokens a step: "
-            f"{TRIED_CLAIMS / seconds[step_tokens]:.2f} claims/s",
+            f"vLLM alone, {settings}: {TRIED_CLAIMS / seconds[settings]:.2f} claims/s",
             highlight=False,
         )
     return min(seconds, key=seconds.__getitem__)
@@ -163,10 +176,14 @@ def write_claims(path: Path, count: int) -> None:
 class Keepwarm:
     """A node, a warm worker and a collector; `run` sends the claims once more, as a new run."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, compiled: bool) -> None:
         from benchmarks.desk import Desk
 
-        self._desk = Desk(directory, KEEPWARM_ENGINE_ARGUMENTS="--no-enable-prefix-caching")
+        arguments = ["--no-enable-prefix-caching"]
+        if compiled:
+            arguments.append("--no-enforce-eager")
+            os.environ["TORCHDYNAMO_DISABLE"] = "0"
+        self._desk = Desk(directory, KEEPWARM_ENGINE_ARGUMENTS=" ".join(arguments))
         self._worker, _ = self._desk.ready_worker()
 
     def run(self, claims_file: Path, limit: int, name: str) -> float:
@@ -217,27 +234,28 @@ def main() -> None:
     parser.add_argument("--claims", type=int, default=1024, help="the many of each round")
     parser.add_argument("--few", type=int, default=128, help="the few of each round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compiled", action="store_true", help="Keepwarm's engine compiles, too")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--alone", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--step-tokens", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--engine-settings", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if not MODEL.is_dir():
         raise SystemExit("the demo model is not there: run `make setup` first")
     if given.alone:
-        serve_alone(given.alone, given.step_tokens)
+        serve_alone(given.alone, EngineSettings(**given.engine_settings))
         return
 
     with tempfile.TemporaryDirectory(prefix="keepwarm-benchmark-") as name:
         claims_file = Path(name) / "claims.jsonl"
         write_claims(claims_file, given.claims)
-        step_tokens = fastest_alone(claims_file)
-        rounds = measure(
-            Path(name), claims_file, step_tokens, given.few, given.claims, given.rounds
-        )
+        settings = fastest_alone(claims_file)
+        keepwarm = Keepwarm(Path(name), given.compiled)
+        try:
+            rounds = measure(keepwarm, claims_file, settings, given.few, given.claims, given.rounds)
+        finally:
+            keepwarm.close()
 
-    table = Table(
-        title=f"{given.few:,} and {given.claims:,} claims; alone with {step_tokens:,} tokens a step"
-    )
+    table = Table(title=f"{given.few:,} and {given.claims:,} claims; vLLM alone: {settings}")
     table.add_column("round", justify="right")
     for side in ("vLLM alone", "Keepwarm"):
         table.add_column(f"{side}, claims/s", justify="right")
@@ -255,7 +273,8 @@ def main() -> None:
     console.print(table)
     if given.json:
         figures = {
-            "step_tokens": step_tokens,
+            "alone": asdict(settings),
+            "keepwarm_compiled": given.compiled,
             "rounds": [
                 {"alone": asdict(alone), "keepwarm": asdict(through)} for alone, through in rounds
             ],
@@ -265,31 +284,32 @@ def main() -> None:
 
 
 def measure(
-    directory: Path, claims_file: Path, step_tokens: int, few: int, many: int, rounds: int
+    keepwarm: Keepwarm,
+    claims_file: Path,
+    settings: EngineSettings,
+    few: int,
+    many: int,
+    rounds: int,
 ) -> list[tuple[Speed, Speed]]:
     """Of vLLM alone and of Keepwarm, in each round."""
     speeds = []
-    keepwarm = Keepwarm(directory)
+    alone = Alone(claims_file, settings)
     try:
-        alone = Alone(claims_file, step_tokens)
-        try:
-            alone.run(few)  # warms it up; so does the next line
-            keepwarm.run(claims_file, few, "warming up")
-            for number in range(rounds):
-                with suspended(keepwarm.pids):
-                    by_itself = Speed.of(few, alone.run(few), many, alone.run(many))
-                with suspended([alone.pid]):
-                    through = Speed.of(
-                        few,
-                        keepwarm.run(claims_file, few, f"few {number}"),
-                        many,
-                        keepwarm.run(claims_file, many, f"many {number}"),
-                    )
-                speeds.append((by_itself, through))
-        finally:
-            alone.close()
+        alone.run(few)  # warms it up; so does the next line
+        keepwarm.run(claims_file, few, "warming up")
+        for number in range(rounds):
+            with suspended(keepwarm.pids):
+                by_itself = Speed.of(few, alone.run(few), many, alone.run(many))
+            with suspended([alone.pid]):
+                through = Speed.of(
+                    few,
+                    keepwarm.run(claims_file, few, f"few {number}"),
+                    many,
+                    keepwarm.run(claims_file, many, f"many {number}"),
+                )
+            speeds.append((by_itself, through))
     finally:
-        keepwarm.close()
+        alone.close()
     return speeds
 
 
