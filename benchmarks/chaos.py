@@ -39,7 +39,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from services.broker import PrivateNode  # noqa: E402
-from services.contexts.attachment import drain  # noqa: E402
+from services.contexts.lease import drain  # noqa: E402
 from services.contexts.records import live_records  # noqa: E402
 from services.contracts import load_settings, topology  # noqa: E402
 from services.contracts.errors import BrokerError  # noqa: E402
@@ -126,7 +126,7 @@ class Service:
 
 
 @dataclass
-class House:
+class Deployment:
     """Everything that takes part in one run."""
 
     directory: Path
@@ -145,7 +145,7 @@ class House:
     def store(self) -> Path:
         return self.directory / "store.sqlite"
 
-    def __enter__(self) -> "House":
+    def __enter__(self) -> "Deployment":
         self.node = PrivateNode(self.directory / "node")
         self.node.start()
         self.proxy = Proxy(self.node.port)
@@ -224,8 +224,8 @@ class House:
 class Faults:
     """What can go wrong, each as a method's effect that passes by itself."""
 
-    def __init__(self, house: House, seed: int, spared: str | None = None) -> None:
-        self._house = house
+    def __init__(self, core: Deployment, seed: int, spared: str | None = None) -> None:
+        self._house = core
         self._random = random.Random(seed)
         self._threads: list[threading.Thread] = []
         self._began = time.monotonic()
@@ -410,7 +410,7 @@ class Result:
 
 
 def run(
-    house: House,
+    core: Deployment,
     seed: int | None,
     fault_seconds: float,
     limit_seconds: float,
@@ -418,17 +418,17 @@ def run(
 ) -> Result:
     """Raises SystemExit where it is not complete in time, or nothing comes any more."""
     started = time.monotonic()
-    with house, progress() as bar:
-        faults = Faults(house, seed or 0, spared)
+    with core, progress() as bar:
+        faults = Faults(core, seed or 0, spared)
         shown = bar.add_task("without faults" if seed is None else f"seed {seed}", total=None)
         strikes_at = started + fault_seconds
         done, came_at = 0, started
         while True:
-            before, (done, claims) = done, house.outcomes()
+            before, (done, claims) = done, core.outcomes()
             bar.update(shown, completed=done, total=claims)
             if done == claims:
                 break
-            house.look_after()
+            core.look_after()
             now = time.monotonic()
             if done > before:
                 came_at = now
@@ -445,10 +445,10 @@ def run(
             time.sleep(0.1)
         seconds = time.monotonic() - started
         faults.heal()
-        while not house.node.alive or house.producer.alive or house.producer.process.returncode:
-            house.look_after()
+        while not core.node.alive or core.producer.alive or core.producer.process.returncode:
+            core.look_after()
             time.sleep(0.1)
-    with closing(sqlite3.connect(house.store)) as store:
+    with closing(sqlite3.connect(core.store)) as store:
         claims, returned = store.execute("SELECT claims, returned FROM runs").fetchone()
         rows = store.execute("SELECT claim_id, label, reason FROM outcomes").fetchall()
         duplicates, lost_work = store.execute(
@@ -465,7 +465,7 @@ def run(
         returned,
         frozenset(claim for claim, label, _ in rows if label is None),
         faults.count,
-        house.started_again,
+        core.started_again,
     )
 
 
@@ -528,17 +528,17 @@ def main() -> int:
         claims = base / "claims.jsonl"
         poison = write_claims(claims, given.claims, given.poison)
 
-        def house(name: str) -> House:
+        def core(name: str) -> Deployment:
             (base / name).mkdir()
-            return House(base / name, claims, given.workers, given.claim_seconds)
+            return Deployment(base / name, claims, given.workers, given.claim_seconds)
 
         console.print(f"logs and stores: {base}", highlight=False)
-        calm = run(house("calm"), None, 0, given.limit_seconds)
+        calm = run(core("calm"), None, 0, given.limit_seconds)
         console.print(f"without faults: {calm.seconds:.1f} s", highlight=False)
         figures = []
         for seed in given.seed or [1]:
             result = run(
-                house(f"seed-{seed}"),
+                core(f"seed-{seed}"),
                 seed,
                 given.fault_seconds,
                 given.limit_seconds,

@@ -27,16 +27,17 @@ from rich.table import Table
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from services.contexts import find_device, pin_model  # noqa: E402
-from services.contexts.attachment import Attachment, drain, evict  # noqa: E402
-from services.contexts.completions import CompletionClient  # noqa: E402
+from services.contexts.engine_client import CompletionClient  # noqa: E402
 from services.contexts.engine_command import (  # noqa: E402
     ENGINE_MODULE,
     engine_arguments,
     engine_environment,
 )
+from services.contexts.lease import EngineLease, drain, evict  # noqa: E402
 from services.contexts.plan import EnginePlan  # noqa: E402
 from services.contracts import ContextSpec, Settings, load_settings  # noqa: E402
+from services.models.files import pin_model  # noqa: E402
+from services.node.device import find_device  # noqa: E402
 
 MODEL = REPOSITORY / ".models" / "SmolLM2-135M-Instruct"
 NEVER = threading.Event()
@@ -94,7 +95,7 @@ def server(plan: EnginePlan, directory: Path) -> float:
 def attached(plan: EnginePlan, settings: Settings) -> float:
     shutil.rmtree(settings.cache_dir, ignore_errors=True)
     started = time.monotonic()
-    attachment = Attachment(plan, settings)
+    attachment = EngineLease(plan, settings)
     assert attachment.start(NEVER)
     seconds = time.monotonic() - started
     attachment.close()

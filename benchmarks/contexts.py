@@ -38,7 +38,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.desk import KEEPWARM, Desk  # noqa: E402
-from services.contexts.attachment import drain  # noqa: E402
+from services.contexts.lease import drain  # noqa: E402
 from services.contexts.records import live_records  # noqa: E402
 
 SYMMETRIC = REPOSITORY.parent / "shared" / "data" / "fever_symmetric_dev.jsonl"

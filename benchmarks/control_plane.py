@@ -43,18 +43,18 @@ from services.broker import (  # noqa: E402
     Publisher,
 )
 from services.broker.private_node import free_ports  # noqa: E402
-from services.collector import Store  # noqa: E402
-from services.collector.schema import deliveries, runs, submissions, verdict_counts  # noqa: E402
 from services.contracts import (  # noqa: E402
     ContextSpec,
     PromptSpec,
     Run,
-    WorkerReport,
+    WorkerHeartbeat,
     encode,
     load_settings,
     topology,
 )
-from services.contracts.presence import REPORT_SECONDS  # noqa: E402
+from services.contracts.heartbeats import HEARTBEAT_SECONDS  # noqa: E402
+from services.store import Store  # noqa: E402
+from services.store.schema import deliveries, runs, submissions, verdict_counts  # noqa: E402
 
 _BATCH_CLAIMS = 64
 _LISTENERS = 20
@@ -137,7 +137,7 @@ def send_reports(
     """Each worker's, in its turn, until told to stop. Messages and bytes that were sent."""
     bodies = [
         encode(
-            WorkerReport(
+            WorkerHeartbeat(
                 worker_id=f"node-{number:05}.cluster.example.org-4711-ab12",
                 context_id=of[number % len(of)].context_id,
                 device="NVIDIA A10",
@@ -156,12 +156,12 @@ def send_reports(
     sent = {"messages": 0, "bytes": 0}
     began, number = time.monotonic(), 0
     while not stop.is_set():
-        due = int((time.monotonic() - began) * workers / REPORT_SECONDS)
+        due = int((time.monotonic() - began) * workers / HEARTBEAT_SECONDS)
         while number < due:
             body = bodies[number % workers]
             publisher.publish(
                 Outgoing(
-                    topology.PRESENCE_EXCHANGE, "", body, kind=WorkerReport.__name__, notice=True
+                    topology.PRESENCE_EXCHANGE, "", body, kind=WorkerHeartbeat.__name__, notice=True
                 )
             )
             sent["messages"] += 1

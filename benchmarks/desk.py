@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from services.broker import BrokerAddress, Declares, PrivateNode, Publisher
-from services.collector import Collector, RunStatus, Store, run_status
-from services.contexts.attachment import drain
+from services.collector import Collector
+from services.contexts.lease import drain
 from services.contracts import ContextSpec, PromptSpec, load_settings
 from services.producer import ClaimsFile, RejectedFile, Selection, Source, Submission
+from services.store import RunStatus, Store, run_status
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODEL = REPOSITORY / ".models" / "SmolLM2-135M-Instruct"

@@ -150,9 +150,10 @@ def fastest_alone(claims_file: Path) -> EngineSettings:
 
 def prompts_of(claims_file: Path) -> tuple[list[list[int]], Sequence[int]]:
     """The token ids that a worker would send, and the label tokens."""
-    from services.contexts import pin_model
     from services.contracts import ContextSpec, PromptSpec
-    from services.gpu_worker import CompiledPrompt, ModelTokenizer
+    from services.models.compiled_prompt import CompiledPrompt
+    from services.models.files import pin_model
+    from services.models.tokenizer import ModelTokenizer
     from services.producer import ClaimsFile, Source
 
     spec = pin_model(ContextSpec(model=str(MODEL), max_model_tokens=MAX_TOKENS))
@@ -188,8 +189,8 @@ class Keepwarm:
 
     def run(self, claims_file: Path, limit: int, name: str) -> float:
         """Seconds from the opening of the file to the last verdict in the store."""
-        from services.contexts import pin_model
         from services.contracts import ContextSpec, PromptSpec
+        from services.models.files import pin_model
 
         context = pin_model(ContextSpec(model=str(MODEL), max_model_tokens=MAX_TOKENS))
         prompt = PromptSpec(name=name)

@@ -34,12 +34,14 @@ from rich.table import Table
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from services.contexts import find_device, pin_model  # noqa: E402
-from services.contexts.attachment import Attachment, drain  # noqa: E402
 from services.contexts.engine_command import CPU_BLOCK_TOKENS  # noqa: E402
+from services.contexts.lease import EngineLease, drain  # noqa: E402
 from services.contexts.plan import EnginePlan  # noqa: E402
 from services.contracts import Claim, ContextSpec, PromptSpec, load_settings  # noqa: E402
-from services.gpu_worker import CompiledPrompt, ModelTokenizer  # noqa: E402
+from services.models.compiled_prompt import CompiledPrompt  # noqa: E402
+from services.models.files import pin_model  # noqa: E402
+from services.models.tokenizer import ModelTokenizer  # noqa: E402
+from services.node.device import find_device  # noqa: E402
 from services.producer import ClaimsFile, Source  # noqa: E402
 from services.producer.ordering import together  # noqa: E402
 
@@ -63,7 +65,7 @@ def warm_engine(spec: ContextSpec, cache_tokens: int) -> Iterator[tuple[Score, h
     arguments = f"--block-size {block} --num-gpu-blocks-override {cache_tokens // block}"
     with tempfile.TemporaryDirectory(prefix="kw-") as directory:
         settings = load_settings(runtime_dir=directory, engine_arguments=arguments)
-        engine = Attachment(EnginePlan.of(spec, device, settings), settings)
+        engine = EngineLease(EnginePlan.of(spec, device, settings), settings)
         try:
             engine.start(threading.Event())
             (uds,) = Path(directory).glob("ctx-*.sock")

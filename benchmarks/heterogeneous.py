@@ -26,9 +26,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.desk import MODEL, Desk  # noqa: E402
-from services.collector import build_report, find_run  # noqa: E402
-from services.contexts import pin_model  # noqa: E402
 from services.contracts import ContextSpec, PromptSpec  # noqa: E402
+from services.models.files import pin_model  # noqa: E402
+from services.store import build_report, find_run  # noqa: E402
 from tests.interpreters import interpreter  # noqa: E402
 
 HORIZONS = {"paced": "4", "not paced": "604800"}
@@ -36,12 +36,12 @@ console = Console(width=110)
 
 
 @contextmanager
-def worker(desk: Desk, claim_seconds: float, horizon_seconds: str) -> Iterator[str]:
+def worker(desk: Desk, claim_seconds: float, prefetch_seconds: str) -> Iterator[str]:
     """A worker that takes claims; its id."""
     process, line = desk.ready_worker(
         KEEPWARM_ENGINE_PYTHON=str(interpreter(desk.directory / "doubles")),
         KEEPWARM_LOG_FORMAT="json",
-        KEEPWARM_HORIZON_SECONDS=horizon_seconds,
+        KEEPWARM_PREFETCH_SECONDS=prefetch_seconds,
         VLLM_TEST_CLAIM_SECONDS=str(claim_seconds),
     )
     try:

@@ -28,12 +28,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.desk import MODEL, Desk  # noqa: E402
-from services.collector import export_run, find_run  # noqa: E402
-from services.contexts import pin_model  # noqa: E402
-from services.contexts.attachment import drain  # noqa: E402
+from services.contexts.lease import drain  # noqa: E402
 from services.contracts import ContextSpec  # noqa: E402
 from services.contracts.contexts import DType  # noqa: E402
+from services.models.files import pin_model  # noqa: E402
 from services.producer.prompt_file import read_prompt  # noqa: E402
+from services.store import export_run, find_run  # noqa: E402
 
 SAMPLES = REPOSITORY / "samples" / "claims.jsonl"
 PROMPT = read_prompt(REPOSITORY / "samples" / "prompt.yaml")

@@ -23,16 +23,16 @@ from services.cli.fleet_screen import heard_tables  # noqa: E402
 from services.cli.listening import Heard  # noqa: E402
 from services.cli.live_view import LiveView  # noqa: E402
 from services.cli.screen import print_report, show, status_table  # noqa: E402
-from services.collector import Report, RunStatus  # noqa: E402
-from services.collector.report import Quality, Speed, WorkerShare  # noqa: E402
-from services.collector.startups import ColdStarts, Startups  # noqa: E402
 from services.contracts import (  # noqa: E402
     ContextDemand,
     ContextSpec,
     StartupPhases,
-    WorkerReport,
+    WorkerHeartbeat,
 )
 from services.producer import Progress  # noqa: E402
+from services.store import Report, RunStatus  # noqa: E402
+from services.store.report import Quality, Speed, WorkerShare  # noqa: E402
+from services.store.startups import ColdStarts, Startups  # noqa: E402
 
 COLUMNS = 80
 PAGE = REPOSITORY / "docs" / "screens.md"
@@ -126,7 +126,7 @@ _REPORT = Report(
 _CONTEXT = ContextSpec(model=_RUN.model or "")
 _HEARD = Heard(
     workers=[
-        WorkerReport(
+        WorkerHeartbeat(
             worker_id=f"gpu-{number}-1201-{name}",
             context_id=_CONTEXT.context_id,
             device="NVIDIA A10",
@@ -134,9 +134,9 @@ _HEARD = Heard(
             claims_per_second=speed,
             job_id=f"4711_{number}",
             walltime_left_seconds=left,
-            claims_in_hand=in_hand,
+            claims_in_hand=in_flight,
         )
-        for number, name, speed, left, in_hand in (
+        for number, name, speed, left, in_flight in (
             (1, "9c1e", 122.4, 7_800, 448),
             (2, "07aa", 118.9, 185, 448),
         )

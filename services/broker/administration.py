@@ -26,7 +26,7 @@ _LISTENER_MILLISECONDS = 10 * 60 * 1000
 # Above what an administrator sets for all queues: of several policies a queue has one.
 _LISTENER_PRIORITY = 100
 
-Outcome = Literal["made", "changed", "kept"]
+SetupResult = Literal["made", "changed", "kept"]
 
 
 def check_virtual_host(name: str) -> str:
@@ -48,14 +48,14 @@ def has_user(api: ManagementApi, role: Role, virtual_host: str) -> bool:
     return api.get("users", role.user(virtual_host)) is not None
 
 
-def make_user(api: ManagementApi, role: Role, virtual_host: str, password: str) -> Outcome:
+def make_user(api: ManagementApi, role: Role, virtual_host: str, password: str) -> SetupResult:
     """The role's user with this password and the role's rights, no others.
 
     Only a hash of the password is sent. A user whose password and tags fit is kept as it is.
     """
     name = role.user(virtual_host)
     there = api.get("users", name)
-    outcome: Outcome = "made" if there is None else "changed"
+    outcome: SetupResult = "made" if there is None else "changed"
     if there is not None and _fits(there, role, password):
         outcome = "kept"
     else:

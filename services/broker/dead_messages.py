@@ -27,11 +27,11 @@ _FLUSH_SECONDS = 30.0
 # By its type, where a message belongs; what it says of itself is not believed. Claims go the way of
 # those that workers give back: the collector has their producer's proofs checked.
 _BELONGS = {
-    ClaimBatch.__name__: (topology.RETURNS_EXCHANGE, topology.RETURNS_QUEUE),
-    VerdictBatch.__name__: (topology.VERDICTS_EXCHANGE, topology.VERDICTS_QUEUE),
-    ContextReady.__name__: (topology.VERDICTS_EXCHANGE, topology.VERDICTS_QUEUE),
-    RunAnnouncement.__name__: (topology.RUNS_EXCHANGE, topology.RUNS_QUEUE),
-    DeadClaim.__name__: (topology.DEAD_EXCHANGE, topology.DEAD_CLAIMS_QUEUE),
+    ClaimBatch.wire_type: (topology.RETURNS_EXCHANGE, topology.RETURNS_QUEUE),
+    VerdictBatch.wire_type: (topology.VERDICTS_EXCHANGE, topology.VERDICTS_QUEUE),
+    ContextReady.wire_type: (topology.VERDICTS_EXCHANGE, topology.VERDICTS_QUEUE),
+    RunAnnouncement.wire_type: (topology.RUNS_EXCHANGE, topology.RUNS_QUEUE),
+    DeadClaim.wire_type: (topology.DEAD_EXCHANGE, topology.DEAD_CLAIMS_QUEUE),
 }
 
 # https://www.rabbitmq.com/docs/dlx: why a broker takes a message off a queue by itself.

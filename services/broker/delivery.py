@@ -53,8 +53,8 @@ class Delivery:
         """The message that it holds. Raises MessageInvalid, naming what is wrong with it."""
         if self.content_type != CONTENT_TYPE:
             raise MessageInvalid(f"its content type is {self.content_type!r}, not {CONTENT_TYPE}")
-        if self.kind != kind.__name__:
-            raise MessageInvalid(f"its type is {self.kind!r}, not {kind.__name__}")
+        if self.kind != kind.wire_type:
+            raise MessageInvalid(f"its type is {self.kind!r}, not {kind.wire_type}")
         return decode(kind, self.body)
 
     @property

@@ -126,7 +126,7 @@ def _is_empty(node: PrivateNode, claims_queue: str) -> bool:
     try:
         with pika.BlockingConnection(parameters) as connection:
             channel = connection.channel()
-            for queue in (*topology.HOUSE_QUEUES, claims_queue):
+            for queue in (*topology.CORE_QUEUES, claims_queue):
                 found = channel.queue_declare(queue, passive=True).method
                 if found.message_count or found.consumer_count:
                     log.info("node.not_empty", queue=queue, messages=found.message_count)

@@ -134,7 +134,7 @@ class Link:
         return self._channel is not None
 
     @property
-    def unready(self) -> str | None:
+    def readiness_error(self) -> str | None:
         """Why nothing can be done with it now; None while it is open, and no alarm blocks it."""
         if not self.connected:
             return f"no connection to the broker ({self._name})"
@@ -292,7 +292,7 @@ class Link:
             elif reason.reply_code == _NOT_FOUND:
                 self._on_not_found(reason.reply_text)
         # Whoever may declare what is missing does so with the next connection.
-        declares = self._house_is_missing and self._declares.house != "never"
+        declares = self._house_is_missing and self._declares.core != "never"
         self._restart_connection(routinely=declares)
 
     def _take_as_it_is(self, queue: str | None) -> bool:
@@ -318,7 +318,7 @@ class Link:
     def _on_not_found(self, what: str) -> None:
         """An exchange or a queue is not there. Whoever may declare it does so next time."""
         self._house_is_missing = True
-        if self._declares.house == "never":
+        if self._declares.core == "never":
             self._lost_because = f"{what}; waiting for a producer and a collector to make it"
             self._reached()  # the broker is there and takes us: waiting is all that is left to do
 

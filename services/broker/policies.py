@@ -142,7 +142,7 @@ def ask_policies(
         except BrokerError as error:
             return Policies(unknown=_why(error, address.user, url))
     ours = {each["name"] for each in there if each["name"].startswith(names.claims_queue(""))}
-    queues = sorted({*names.HOUSE_QUEUES, *claims_queues, *ours})
+    queues = sorted({*names.CORE_QUEUES, *claims_queues, *ours})
     ours_all = [*queues, *names.DIRECT_EXCHANGES]
     judged = _judged(ours_all, address.virtual_host, policies, [*imposed])
     return replace(judged, unlimited=unlimited)

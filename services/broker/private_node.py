@@ -18,7 +18,7 @@ import psutil
 import structlog
 
 from services.contracts.errors import BrokerError
-from services.leash import Leashed
+from services.node.supervision import SupervisedProcess
 
 # Plug-ins that listen, and what their settings begin with. The node refuses those of one that is
 # off.
@@ -50,7 +50,7 @@ class PrivateNode:
         self._plugins = tuple(plugins)
         self._choose_ports()
         self._was_ready = False
-        self._node: Leashed | None = None
+        self._node: SupervisedProcess | None = None
 
     @property
     def url(self) -> str:
@@ -96,7 +96,7 @@ class PrivateNode:
         server = find_server()
         self._write_configuration()
         with self.log_file.open("ab") as output:
-            self._node = Leashed(
+            self._node = SupervisedProcess(
                 [str(server)],
                 environment=self._environment(server),
                 grace_seconds=_STOP_SECONDS,

@@ -43,7 +43,7 @@ class Outgoing:
     @classmethod
     def of(cls, message: Message, exchange: str, routing_key: str, **rest: Any) -> Self:
         """One that carries `message`. Raises MessageInvalid when it is too large."""
-        return cls(exchange, routing_key, encode(message), kind=type(message).__name__, **rest)
+        return cls(exchange, routing_key, encode(message), kind=message.wire_type, **rest)
 
 
 class Publisher(Link):
@@ -98,7 +98,7 @@ class Publisher(Link):
         """As `publish`, but never waits: for threads that others rely on, and for what is only
         worth something now. False where the broker takes nothing, or the window is full.
         """
-        if self.unready is not None or not self._free.acquire(blocking=False):
+        if self.readiness_error is not None or not self._free.acquire(blocking=False):
             return False
         self._hand_over(message)
         return True
@@ -205,7 +205,7 @@ class Publisher(Link):
         """
         keys = sorted({message.routing_key for message in messages})
         log.warning("broker.unroutable", link=self._name, messages=len(messages), keys=keys)
-        if self._declares.house == "never":
+        if self._declares.core == "never":
             self._send_later(messages)
             return
         self._house_is_missing = True

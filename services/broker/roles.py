@@ -32,7 +32,7 @@ _COLLECTED_QUEUES = (
     names.DEAD_CLAIMS_QUEUE,
 )
 _EVERYTHING = (
-    *(*names.HOUSE_EXCHANGES, *names.HOUSE_QUEUES),
+    *(*names.HOUSE_EXCHANGES, *names.CORE_QUEUES),
     *(_ANY_CLAIMS_QUEUE, _ANY_NOTICES_QUEUE, _ANY_PRESENCE_QUEUE),
 )
 
@@ -106,13 +106,13 @@ ROLES = (
         "claims, refused messages and notices",
         Permissions(
             configure=_only(
-                *names.HOUSE_EXCHANGES, *names.HOUSE_QUEUES, _ANY_CLAIMS_QUEUE, _ANY_PRESENCE_QUEUE
+                *names.HOUSE_EXCHANGES, *names.CORE_QUEUES, _ANY_CLAIMS_QUEUE, _ANY_PRESENCE_QUEUE
             ),
             write=_only(
                 names.CLAIMS_EXCHANGE,
                 names.DEAD_EXCHANGE,
                 names.NOTICES_EXCHANGE,
-                *names.HOUSE_QUEUES,
+                *names.CORE_QUEUES,
                 _ANY_CLAIMS_QUEUE,
                 _ANY_PRESENCE_QUEUE,
             ),

@@ -25,7 +25,7 @@ class Declares:
     "unbound": where all of them are there, this compares their arguments and changes nothing.
     """
 
-    house: Literal["always", "if-missing", "never", "unbound"] = "never"
+    core: Literal["always", "if-missing", "never", "unbound"] = "never"
     context_ids: tuple[str, ...] = ()
 
 
@@ -118,11 +118,11 @@ def _steps(
     house_is_missing: bool,
     made_before_4: Collection[str],
 ) -> Iterator[Step]:
-    if declares.house == "always" or (declares.house == "if-missing" and house_is_missing):
+    if declares.core == "always" or (declares.core == "if-missing" and house_is_missing):
         yield from _house(server_version, made_before_4)
-    elif declares.house == "unbound":
+    elif declares.core == "unbound":
         yield from _house(server_version, made_before_4, bind=False)
-    elif declares.house == "if-missing":
+    elif declares.core == "if-missing":
         # Where it is missing, the broker closes the channel with 404.
         yield lambda channel, done: channel.exchange_declare(
             names.NOTICES_EXCHANGE, passive=True, callback=done

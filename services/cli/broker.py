@@ -9,7 +9,7 @@ from rich.text import Text
 
 from services.broker import BrokerAddress, Declares, Publisher
 from services.broker.administration import (
-    Outcome,
+    SetupResult,
     amqp_address,
     check_virtual_host,
     has_user,
@@ -150,7 +150,9 @@ def _declare_topology(
         )
 
 
-def _show(vhost: str, address: str, directory: SecretsDir, outcomes: dict[str, Outcome]) -> None:
+def _show(
+    vhost: str, address: str, directory: SecretsDir, outcomes: dict[str, SetupResult]
+) -> None:
     console = Screen()
     table = plain_table()
     for name in ("role", "user", "now", "may", "password file"):

@@ -6,8 +6,8 @@ import typer
 
 from services.cli.options import StoreOption
 from services.cli.shown import shown
-from services.collector import Store, find_run
 from services.contracts import load_settings
+from services.store import Store, find_run
 
 
 def cancel(

@@ -7,7 +7,7 @@ from services.contracts.errors import InputError
 from services.producer import Submission
 
 if TYPE_CHECKING:  # not every machine that submits has a store
-    from services.collector import RunStatus, Store
+    from services.store import RunStatus, Store
 
 _SAME = ("source", "context", "prompt", "limit", "seed")
 
@@ -17,7 +17,7 @@ def refuse_changed_file(submission: Submission, store: "Store") -> None:
     same name, to be verified in the same way, with other content. Whoever submits again means to
     complete that run, and would begin another.
     """
-    from services.collector import known_runs, run_status
+    from services.store import known_runs, run_status
 
     for run in (known.run for known in known_runs(store)):
         if run is None or not _changed(run, submission.run):

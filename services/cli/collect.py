@@ -11,14 +11,15 @@ import typer
 from services.broker.policies import ask_policies
 from services.cli.garbage import expect_many_small_objects
 from services.cli.logs import configure_logs
-from services.cli.network_store import network_store_warning
 from services.cli.options import BrokerOption, StoreOption
-from services.cli.signals import on_stop_signal
-from services.collector import Collector, Incoming, RunStatus, Store, run_status
+from services.collector import Collector
 from services.collector.collector import Whereabouts
-from services.collector.inspection import refuse_read_only
 from services.contracts import Settings, load_settings
 from services.contracts.errors import RunIncomplete
+from services.doctor.network_store import network_store_warning
+from services.node.signals import on_stop_signal
+from services.store import Incoming, RunStatus, Store, run_status
+from services.store.inspection import refuse_read_only
 from services.telemetry import MetricsServer
 
 _POLICY_SECONDS = 300.0

@@ -9,11 +9,11 @@ import typer
 from pydantic import ValidationError
 
 from services.cli.shown import shown
-from services.contexts import pin_model
 from services.contracts import ContextSpec, Settings
 from services.contracts.contexts import DType
 from services.contracts.errors import ModelError, UsageError
 from services.contracts.wire import first_fault
+from services.models.files import pin_model
 
 _FIRST_LINE_SECONDS, _LINE_SECONDS = 2.0, 10.0
 

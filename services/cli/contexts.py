@@ -23,17 +23,17 @@ from services.cli.context_options import (
 )
 from services.cli.logs import configure_logs
 from services.cli.shown import shown
-from services.cli.signals import on_stop_signal
-from services.contexts.attachment import Attachment, drain
-from services.contexts.attachment import evict as evict_engines
 from services.contexts.borrowed_broker import warm_broker
 from services.contexts.caches import EngineCaches
+from services.contexts.lease import EngineLease, drain
+from services.contexts.lease import evict as evict_engines
 from services.contexts.plan import EnginePlan
 from services.contexts.records import ContextRecord, live_records
-from services.contexts.runtime_dir import engine_logs, open_runtime_dir
 from services.contexts.start_keeper import node_device
 from services.contracts import Settings, load_settings
 from services.contracts.errors import UsageError
+from services.node.runtime_dir import engine_logs, open_runtime_dir
+from services.node.signals import on_stop_signal
 
 _MIB, _GIB = 1024**2, 1024**3
 
@@ -76,7 +76,7 @@ def warm(
         stop.set()
 
     on_stop_signal(interrupted)
-    attachment = Attachment(EnginePlan.of(context, node_device(settings), settings), settings)
+    attachment = EngineLease(EnginePlan.of(context, node_device(settings), settings), settings)
     with ThreadPoolExecutor(1) as meanwhile:
         if settings.broker_url is None:
             meanwhile.submit(warm_broker, settings, stop.is_set)

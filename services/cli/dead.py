@@ -25,14 +25,6 @@ from services.cli.options import BrokerOption, StoreOption
 from services.cli.screen import Screen, add_numbers, plain_table
 from services.cli.screen import show as show_on
 from services.cli.shown import shown
-from services.collector import (
-    DeadRow,
-    KnownRun,
-    Store,
-    dead_claims,
-    drop_dead,
-    reopen_dead,
-)
 from services.contracts import (
     ClaimBatch,
     Run,
@@ -44,6 +36,7 @@ from services.contracts import (
 from services.contracts.errors import StoreError, UsageError
 from services.contracts.proofs import new_key
 from services.contracts.wire import PROVEN
+from services.store import DeadRow, KnownRun, Store, dead_claims, drop_dead, reopen_dead
 
 _MESSAGE = "msg-"
 _SHOWN_CHARS = 60

@@ -16,23 +16,16 @@ from services.cli.finished import finished_in
 from services.cli.label_mass import MassWatch
 from services.cli.live_view import LiveView
 from services.cli.screen import Screen, print_report, say
-from services.cli.signals import on_stop_signal
 from services.cli.worker_processes import WorkerProcess, device_shares, worker_processes
-from services.collector import (
-    Collector,
-    Incoming,
-    Store,
-    build_report,
-    export_run,
-    find_run,
-    run_status,
-)
-from services.contexts import find_device
+from services.collector import Collector
 from services.contexts.borrowed_broker import BorrowedBroker, borrow_broker
 from services.contexts.start_keeper import kept_meanwhile
 from services.contracts import Settings, topology
 from services.contracts.errors import BrokerError, RunIncomplete, StoreError
+from services.node.device import find_device
+from services.node.signals import on_stop_signal
 from services.producer import Progress, Submission
+from services.store import Incoming, Store, build_report, export_run, find_run, run_status
 from services.telemetry import MetricsServer
 
 _SHORTEST_LOOK_SECONDS, _LOOK_SECONDS = 0.05, 0.2

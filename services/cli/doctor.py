@@ -8,11 +8,11 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from services.cli import node_checks, service_checks
-from services.cli.findings import Check
 from services.cli.options import BrokerOption, StoreOption
 from services.cli.screen import Screen, show
 from services.contracts import KeepwarmError, Settings, load_settings
+from services.doctor import node_checks, service_checks
+from services.doctor.findings import Check
 
 # In the order in which a person would mend them.
 CHECKS: Mapping[str, Check] = {

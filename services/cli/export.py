@@ -10,8 +10,8 @@ from services.cli.found_stores import store_of_run
 from services.cli.options import StoreOption
 from services.cli.report import RunArgument
 from services.cli.shown import shown
-from services.collector import ExportFormat, export_run
 from services.contracts import load_settings
+from services.store import ExportFormat, export_run
 
 _SUFFIXES = {"jsonl": ".jsonl", "csv": ".csv", "parquet": ".parquet", "fever": ".fever.jsonl"}
 

@@ -9,7 +9,7 @@ from services.contracts import Claim
 from services.producer.submission import Finished, Submission
 
 if TYPE_CHECKING:  # not every machine that submits has a store
-    from services.collector import Store
+    from services.store import Store
 
 _SHOWN_IDS = 5
 
@@ -25,7 +25,7 @@ def remove_foreign(submission: Submission, store: "Store", console: Screen) -> N
     """Where as many claims have an outcome as the run has, and not the same ones, remove those that
     the file does not have: they took the place of others.
     """
-    from services.collector import run_status  # its extra is here: there is a store
+    from services.store import run_status  # its extra is here: there is a store
 
     run_id = submission.run.run_id
     status = run_status(store, run_id)
@@ -47,7 +47,7 @@ def update_gold(submission: Submission, store: "Store") -> None:
     summary = submission.input
     if summary is None or not (summary.gold or summary.unknown_labels):
         return  # no labels are known, and that takes none away
-    from services.collector import run_status  # its extra is here: there is a store
+    from services.store import run_status  # its extra is here: there is a store
 
     run_id = submission.run.run_id
     status = run_status(store, run_id)

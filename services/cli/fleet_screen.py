@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from services.cli.screen import add_numbers, duration, plain_table
-from services.contracts import ContextDemand, WorkerReport
+from services.contracts import ContextDemand, WorkerHeartbeat
 
 if TYPE_CHECKING:
     from services.cli.listening import Heard
@@ -29,7 +29,7 @@ def heard_tables(heard: "Heard") -> Group:
     return Group(*(each for part in parts for each in (Text(), part)))
 
 
-def _workers(workers: Sequence[WorkerReport]) -> Table:
+def _workers(workers: Sequence[WorkerHeartbeat]) -> Table:
     ordered = sorted(workers, key=lambda each: (each.context_id or "", each.worker_id))
     # A column for what somebody has, and differs: the table has to fit 80 columns.
     contexts = len({report.context_id for report in workers}) > 1

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from services.cli.shown import shown
-from services.collector import KnownRun, Store, find_run
 from services.contracts import Settings
 from services.contracts.errors import StoreError, UsageError
+from services.store import KnownRun, Store, find_run
 
 RESULTS = Path("results")
 """Where `keepwarm run` writes without --out, in the working directory."""

@@ -6,15 +6,15 @@ from typing import Annotated
 import typer
 from prometheus_client import REGISTRY
 
-from services.cli.findings import shared_file_system
 from services.cli.logs import configure_logs
-from services.cli.signals import before_the_walltime_ends, on_stop_signal
-from services.contexts import seconds_until_drain
 from services.contexts.keeper import Keeper
 from services.contexts.keeper_server import Broker, KeeperServer
 from services.contexts.metrics import ContextStates
 from services.contracts import Settings, load_settings
 from services.contracts.values import content_id
+from services.doctor.findings import shared_file_system
+from services.node.signals import before_the_walltime_ends, on_stop_signal
+from services.node.walltime import seconds_until_drain
 from services.telemetry import MetricsServer
 
 

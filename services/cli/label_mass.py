@@ -9,7 +9,7 @@ from services.cli.screen import Screen, say
 from services.contracts.errors import LabelsUnlikely
 
 if TYPE_CHECKING:
-    from services.collector import RunStatus
+    from services.store import RunStatus
 
 AllowLowMassOption = Annotated[
     bool,
@@ -46,7 +46,7 @@ class MassWatch:
 
     def ends(self, status: "RunStatus | None") -> bool:
         """Whether the run should end: enough claims are answered to be sure, or all of them."""
-        from services.collector import ENOUGH_VERDICTS
+        from services.store import ENOUGH_VERDICTS
 
         if status is None or status.low_mass is None:
             return False

@@ -6,9 +6,16 @@ from dataclasses import dataclass
 
 from services.broker import BrokerAddress, Consumer, Counts
 from services.collector.fleet import Fleet
-from services.contracts import ContextDemand, Notice, Settings, WorkerReport, decode, topology
+from services.contracts import (
+    ContextDemand,
+    ControlUpdate,
+    Settings,
+    WorkerHeartbeat,
+    decode,
+    topology,
+)
 from services.contracts.errors import BrokerError, MessageInvalid, MessageTooNew, UsageError
-from services.contracts.presence import own_name
+from services.contracts.heartbeats import own_name
 
 _CONNECT_SECONDS = 5.0
 
@@ -17,7 +24,7 @@ _CONNECT_SECONDS = 5.0
 class Heard:
     """As things stand at the broker. `fault` is why it may not be all, in a line."""
 
-    workers: Sequence[WorkerReport] = ()
+    workers: Sequence[WorkerHeartbeat] = ()
     contexts: Sequence[ContextDemand] = ()
     queues: Counts | None = None
     fault: str | None = None
@@ -31,7 +38,7 @@ class Listener:
         self._address = BrokerAddress.from_settings(settings)
         self._timeout_seconds = min(_CONNECT_SECONDS, settings.broker_connect_timeout_seconds)
         self._fleet = Fleet()
-        self._notice = Notice()
+        self._notice = ControlUpdate()
         self._counts: Counts | None = None
         self._links: list[Consumer] = []
 
@@ -57,23 +64,23 @@ class Listener:
 
     def look(self) -> Heard:
         """What was heard lately; never waits. Queues are as they were at the look before."""
-        fault = next(filter(None, (link.unready for link in self._links)), None)
+        fault = next(filter(None, (link.readiness_error for link in self._links)), None)
         if fault is not None:
             self._fleet.note_deaf()
-        self._links[0].ask_counts(topology.HOUSE_QUEUES, self.hear_counts)
+        self._links[0].ask_counts(topology.CORE_QUEUES, self.hear_counts)
         return Heard(self._fleet.workers(), self._notice.contexts, self._counts, fault)
 
     # On the links' threads. What is no message of ours is no reason to stop looking.
 
     def hear_report(self, body: bytes) -> None:
         try:
-            self._fleet.note(decode(WorkerReport, body))
+            self._fleet.note(decode(WorkerHeartbeat, body))
         except (MessageInvalid, MessageTooNew):
             return
 
     def hear_notice(self, body: bytes) -> None:
         try:
-            self._notice = decode(Notice, body)
+            self._notice = decode(ControlUpdate, body)
         except (MessageInvalid, MessageTooNew):
             return
 

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from services.cli.screen import Screen, duration, say
 from services.cli.worker_processes import WORKING
-from services.collector import RunStatus
 from services.producer import Progress as Published
+from services.store import RunStatus
 
 _LINE_SECONDS = 5.0
 

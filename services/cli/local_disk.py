@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from services.cli.findings import shared_file_system
 from services.cli.found_stores import STORE_FILE
 from services.cli.output_dir import LEAST_FREE_BYTES
 from services.cli.screen import Screen, say
-from services.contexts.runtime_dir import open_private_dir
 from services.contracts.errors import StoreError
 from services.contracts.settings import private_tmp
 from services.contracts.values import content_id
+from services.doctor.findings import shared_file_system
+from services.node.runtime_dir import open_private_dir
 
 
 @contextmanager

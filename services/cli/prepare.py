@@ -8,7 +8,8 @@ from services.cli.claims_options import ClaimsOptions
 from services.cli.input_summary import summary_lines
 from services.cli.screen import Screen, line_progress, say
 from services.contracts import ContextSpec, PromptSpec
-from services.gpu_worker import CompiledPrompt, ModelTokenizer
+from services.models.compiled_prompt import CompiledPrompt
+from services.models.tokenizer import ModelTokenizer
 from services.producer import ClaimsFile, RejectedFile, Source, Submission
 
 

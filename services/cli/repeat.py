@@ -5,9 +5,9 @@ from typing import Annotated
 import typer
 
 from services.cli.found_stores import store_of_run
-from services.collector import unanswered_claims
 from services.contracts import Settings
 from services.contracts.errors import InputError, UsageError
+from services.store import unanswered_claims
 
 _KINDS = ("invalid", "dead")
 

@@ -9,8 +9,8 @@ from services.cli.found_stores import store_of_run
 from services.cli.label_mass import say_low_mass
 from services.cli.options import StoreOption
 from services.cli.screen import Screen, print_report
-from services.collector import build_report
 from services.contracts import load_settings
+from services.store import build_report
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's id, or its beginning.")]
 

@@ -43,7 +43,6 @@ from services.cli.garbage import expect_many_small_objects
 from services.cli.label_mass import AllowLowMassOption, MassWatch
 from services.cli.local_disk import working_dir
 from services.cli.logs import configure_logs
-from services.cli.network_store import network_store_warning
 from services.cli.options import (
     BrokerOption,
     StoreOption,
@@ -52,11 +51,10 @@ from services.cli.output_dir import held_output_dir
 from services.cli.prepare import inspect_claims, prepared_submission
 from services.cli.repeat import FromOption, OnlyOption, claims_to_repeat
 from services.cli.screen import Screen, say
-from services.collector import (
-    Store,
-)
 from services.contracts import load_settings
 from services.contracts.errors import StoreError
+from services.doctor.network_store import network_store_warning
+from services.store import Store
 
 
 def run(

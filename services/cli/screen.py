@@ -20,8 +20,8 @@ from services.cli.shown import shown
 from services.contracts import INVALID
 
 if TYPE_CHECKING:  # a machine that only submits, or only reports, has not both
-    from services.collector import Report, RunStatus
-    from services.collector.startups import Startups
+    from services.store import Report, RunStatus
+    from services.store.startups import Startups
 
 _UNBOUNDED_WIDTH = 10_000
 _MOST_LISTED = 5

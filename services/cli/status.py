@@ -20,9 +20,9 @@ from services.cli.listening import Heard, broker_heard
 from services.cli.logs import configure_logs
 from services.cli.options import BrokerOption, StoreOption
 from services.cli.screen import Screen, say, show, status_table
-from services.collector import RunStatus, Store, missing_records, run_statuses
-from services.collector.status import latest_statuses
 from services.contracts import Settings, load_settings
+from services.store import RunStatus, Store, missing_records, run_statuses
+from services.store.progress import latest_statuses
 
 _MOST_WATCHED = 50
 _SHOWN_RANGES = 10

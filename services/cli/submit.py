@@ -62,11 +62,11 @@ class _Submitting:
     """As `telemetry.server.Service` wants it. To wait for the broker is not to be stuck."""
 
     publisher: Publisher
-    stuck: str | None = None
+    liveness_error: str | None = None
 
     @property
-    def unready(self) -> str | None:
-        return self.publisher.unready
+    def readiness_error(self) -> str | None:
+        return self.publisher.readiness_error
 
 
 def submit(
@@ -144,7 +144,7 @@ def submit(
         inspect_claims(console, submission, rejected_path)
         finished: Finished = nothing_finished
         if settings.store_url is not None:
-            from services.collector import Store  # its extra, only where a store is named
+            from services.store import Store  # its extra, only where a store is named
 
             database = held.enter_context(Store.open(settings))
             refuse_changed_file(submission, database)

@@ -16,7 +16,7 @@ def name_the_user() -> None:
     try:
         Path.home()
     except RuntimeError:
-        from services.contexts.runtime_dir import open_private_dir
+        from services.node.runtime_dir import open_private_dir
 
         os.environ["HOME"] = str(open_private_dir(private_tmp(), "HOME"))
     try:

@@ -35,7 +35,8 @@ from services.cli.screen import Screen, line_progress, say
 from services.contracts import Claim, load_settings
 from services.contracts.errors import InputError, ModelError
 from services.contracts.runs import InputSummary
-from services.gpu_worker import CompiledPrompt, ModelTokenizer
+from services.models.compiled_prompt import CompiledPrompt
+from services.models.tokenizer import ModelTokenizer
 from services.producer import ClaimsFile, Rejection
 
 _EXAMPLES = 3

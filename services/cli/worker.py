@@ -20,13 +20,13 @@ from services.cli.logs import configure_logs
 from services.cli.options import (
     BrokerOption,
 )
-from services.cli.signals import before_the_walltime_ends, on_stop_signal
-from services.contexts import seconds_until_drain
 from services.contexts.start_keeper import node_device
 from services.contracts import load_settings
 from services.contracts.errors import UsageError
-from services.contracts.presence import Ending
+from services.contracts.heartbeats import Ending
 from services.gpu_worker import Worker
+from services.node.signals import before_the_walltime_ends, on_stop_signal
+from services.node.walltime import seconds_until_drain
 from services.telemetry import MetricsServer
 
 _ENDINGS: Mapping[int, Ending] = {

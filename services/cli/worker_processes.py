@@ -14,7 +14,6 @@ from typing import Any
 import structlog
 
 from keepwarm_start import python_command
-from services.contexts import Device, visible_gpus
 from services.contexts.engine_log import OOM
 from services.contracts import ContextSpec, Settings
 from services.contracts.addresses import any_port, is_host, split_address
@@ -22,7 +21,8 @@ from services.contracts.backoff import growing_pause
 from services.contracts.errors import EngineError, MessageTooNew, RunIncomplete, UsageError
 from services.contracts.settings import METRICS_OFF
 from services.gpu_worker.answer_count import PROGRESS_EVENT
-from services.leash import Leashed
+from services.node.device import Device, visible_gpus
+from services.node.supervision import SupervisedProcess
 
 _SHOWN_LINES = 40
 _LAST_WORDS_SECONDS = 5.0
@@ -73,7 +73,7 @@ class WorkerProcess:
         self._answered = self._answered_by_lost = 0
         self._again_at = 0.0
         self._last_lines: deque[str] = deque(maxlen=_SHOWN_LINES)
-        self._process: Leashed | None = None
+        self._process: SupervisedProcess | None = None
         self._reader: threading.Thread | None = None
 
     @property
@@ -86,7 +86,7 @@ class WorkerProcess:
     def start(self) -> None:
         self.state = "starting"
         self._last_lines.clear()
-        self._process = Leashed(
+        self._process = SupervisedProcess(
             self._command,
             environment=self._environment,
             # The worker drains by itself within its grace period; the leash comes after it.
@@ -152,7 +152,7 @@ class WorkerProcess:
             self._process.stop()
             self._process = None
 
-    def _read(self, process: Leashed) -> None:
+    def _read(self, process: SupervisedProcess) -> None:
         """To its end, whatever comes: a pipe that nobody reads fills up, and stops the worker."""
         assert process.output is not None
         with contextlib.suppress(OSError):

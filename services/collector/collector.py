@@ -15,7 +15,7 @@ import structlog
 from prometheus_client import REGISTRY
 
 from services.broker import BrokerAddress, Consumer, Declares, Delivery, Outgoing, Publisher
-from services.collector.directory import Directory
+from services.collector.demand import DemandEstimator
 from services.collector.discovery import targets
 from services.collector.fleet import Fleet
 from services.collector.gauges import Gauges
@@ -28,24 +28,23 @@ from services.collector.metrics import (
     count_in,
 )
 from services.collector.nowhere import Nowhere
-from services.collector.returns import send_on
 from services.collector.run_counts import RunCounts
-from services.collector.store import Incoming, Store
 from services.collector.submissions import NotAnnounced, Submissions
 from services.contracts import (
     ClaimBatch,
     ContextReady,
+    ControlUpdate,
     DeadClaim,
-    Notice,
     RunAnnouncement,
     Settings,
     VerdictBatch,
-    WorkerReport,
+    WorkerHeartbeat,
     decode,
     topology,
 )
 from services.contracts.backoff import growing_pause
 from services.contracts.clock import awake
+from services.contracts.control import CONTROL_UPDATE_SECONDS
 from services.contracts.errors import (
     BrokerUnreachable,
     KeepwarmError,
@@ -54,10 +53,10 @@ from services.contracts.errors import (
     StoreError,
     StoreRefused,
 )
-from services.contracts.notices import NOTICE_SECONDS
-from services.contracts.presence import own_name
+from services.contracts.heartbeats import own_name
 from services.contracts.wire import Message
-from services.telemetry import Pulse
+from services.store.store import Incoming, Store
+from services.telemetry import Watchdog
 
 _KINDS: Mapping[str, type[Message]] = {
     topology.RUNS_QUEUE: RunAnnouncement,
@@ -124,9 +123,9 @@ class Collector:
         self._notice_due = 0.0
         self._noticed = False
         self._fleet = Fleet()
-        self._directory = Directory(store, settings, self._fleet)
+        self._directory = DemandEstimator(store, settings, self._fleet)
         self._run_counts = RunCounts(store)
-        self._pulse = Pulse()
+        self._pulse = Watchdog()
         self._links: tuple[Publisher, Consumer] | None = None
         self._submissions = Submissions(store)
         self._nowhere = Nowhere(store, self._directory, settings.broker_heartbeat_seconds)
@@ -140,18 +139,18 @@ class Collector:
         WAITING.set_function(lambda: self.waiting_for is not None)
 
     @property
-    def stuck(self) -> str | None:
+    def liveness_error(self) -> str | None:
         """See `telemetry.server.Service`. To wait for a broker at the start, and to end, may take
         long, and ends.
         """
         waits = self._links is None or self._stop.is_set()
-        return None if waits else self._pulse.stuck
+        return None if waits else self._pulse.liveness_error
 
     @property
-    def unready(self) -> str | None:
+    def readiness_error(self) -> str | None:
         if self._links is None:
             return "no connection to the broker"
-        faults = (link.unready for link in self._links)
+        faults = (link.readiness_error for link in self._links)
         return next(filter(None, faults), None) or self.waiting_for
 
     def targets(self) -> list[dict[str, Any]]:
@@ -233,7 +232,7 @@ class Collector:
                 looked = self._give_notice(publisher)
                 if looked:
                     # On the consumer's connection, which an alarm of the broker does not block.
-                    self._directory.ask(consumer, topology.HOUSE_QUEUES)
+                    self._directory.ask(consumer, topology.CORE_QUEUES)
                     self._take_early()
                 if (looked or took) and _says_so(until):
                     break
@@ -273,7 +272,7 @@ class Collector:
     def _hear(self, body: bytes) -> None:
         """A worker's report, on the link's thread."""
         try:
-            self._fleet.note(decode(WorkerReport, body))
+            self._fleet.note(decode(WorkerHeartbeat, body))
         except (MessageInvalid, MessageTooNew) as error:
             log.warning("report.refused", reason=str(error))
 
@@ -424,20 +423,22 @@ class Collector:
         now = time.monotonic()
         if now < self._notice_due or publisher.pending:
             return False
-        self._notice_due = now + NOTICE_SECONDS
+        self._notice_due = now + CONTROL_UPDATE_SECONDS
         try:
             contexts = self._directory.look()
             cancelled = self._store.cancelled_submissions(self._directory.settled_runs())
             self._nowhere.look()
         except StoreError:
             return False  # whoever commits says so
-        notice = Notice(cancelled=cancelled, contexts=contexts)
+        notice = ControlUpdate(cancelled=cancelled, contexts=contexts)
         something = bool(notice.cancelled or notice.contexts)
         if something or self._noticed:
             message = Outgoing.of(notice, topology.NOTICES_EXCHANGE, "", notice=True)
             publisher.publish(message)
             sent_bytes = len(message.body) * len(self._fleet.workers())
-            self._notice_due = now + max(NOTICE_SECONDS, sent_bytes / _NOTICE_BYTES_PER_SECOND)
+            self._notice_due = now + max(
+                CONTROL_UPDATE_SECONDS, sent_bytes / _NOTICE_BYTES_PER_SECOND
+            )
         self._noticed = something
         return True
 
@@ -451,7 +452,7 @@ def _says_so(until: Callable[[], bool]) -> bool:
 
 def _kind(delivery: Delivery) -> type[Message]:
     """What a message of its queue is; on the queue of verdicts workers tell of their starts too."""
-    if delivery.queue == topology.VERDICTS_QUEUE and delivery.kind == ContextReady.__name__:
+    if delivery.queue == topology.VERDICTS_QUEUE and delivery.kind == ContextReady.wire_type:
         return ContextReady
     return _KINDS[delivery.queue]
 
@@ -468,3 +469,39 @@ def _refuse(
     REFUSED.inc()
     log.error("message.refused", queue=delivery.queue, reason=str(error))
     publisher.publish(delivery.refused(str(error), lambda: consumer.acknowledge([delivery])))
+
+
+def send_on(
+    batch: ClaimBatch,
+    delivery: Delivery,
+    store: Store,
+    consumer: Consumer,
+    publisher: Publisher,
+) -> None:
+    """Publish those claims of a returned batch that are still wanted, and acknowledge it once the
+    broker has them. The batch is one that `Submissions.checked` has let through.
+
+    Raises MessageInvalid; StoreError when the store cannot say what is wanted.
+    """
+    run_id = batch.run.run_id
+    wanted: list[int] = []
+    if store.wants(batch.submission_id):
+        done = store.finished(run_id, [claim.claim_id for claim in batch.claims])
+        places = {claim.claim_id: place for place, claim in enumerate(batch.claims)}
+        wanted = [place for claim_id, place in places.items() if claim_id not in done]
+    log.info("claims.returned", run=run_id, claims=len(batch.claims), sent_on=len(wanted))
+    if not wanted:
+        consumer.acknowledge([delivery])
+        return
+    context_id = batch.run.context.context_id
+    publisher.also_declare(context_id)
+    publisher.publish(
+        Outgoing.of(
+            batch.only(wanted),
+            topology.CLAIMS_EXCHANGE,
+            topology.claims_queue(context_id),
+            message_id=delivery.message_id,
+            headers=delivery.history,
+            on_confirmed=lambda: consumer.acknowledge([delivery]),
+        )
+    )

@@ -7,11 +7,11 @@ labels are there for relabelling only: no series gets the id of a worker unless 
 from collections.abc import Iterable
 from typing import Any
 
-from services.contracts import WorkerReport
+from services.contracts import WorkerHeartbeat
 from services.contracts.addresses import is_loopback, split_address
 
 
-def targets(workers: Iterable[WorkerReport], own_host: str) -> list[dict[str, Any]]:
+def targets(workers: Iterable[WorkerHeartbeat], own_host: str) -> list[dict[str, Any]]:
     """A target for each address; of several workers that claim one, the last in the list has it.
 
     A worker that can be reached on its own machine alone is left out elsewhere: whoever scrapes

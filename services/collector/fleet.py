@@ -7,19 +7,19 @@ from collections.abc import Callable
 from math import inf
 
 from services.collector.metrics import PREEMPTIONS
-from services.contracts import WorkerReport
-from services.contracts.presence import FORGOTTEN_SECONDS, REPORT_SECONDS
+from services.contracts import WorkerHeartbeat
+from services.contracts.heartbeats import FORGOTTEN_SECONDS, HEARTBEAT_SECONDS
 
 MAX_WORKERS = 100_000
 """More cannot be real; those that were silent for longest are forgotten first."""
-_PAUSE_SECONDS = FORGOTTEN_SECONDS - REPORT_SECONDS
+_PAUSE_SECONDS = FORGOTTEN_SECONDS - HEARTBEAT_SECONDS
 
 
 class Fleet:
     """The workers that are there, by the latest report of each.
 
-    Nothing of it is stored: workers report again and again, and `REPORT_SECONDS` after a collector
-    began to listen it has heard from all of them.
+    Nothing of it is stored: workers report again and again, and `HEARTBEAT_SECONDS` after it
+    began to listen a collector has heard from all of them.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -27,7 +27,7 @@ class Fleet:
         self._lock = threading.Lock()  # reports come on a link's thread
         self._began = self._listened = self._deaf = -inf
         # By worker, its report and when it came; who is silent for longest comes first.
-        self._living: OrderedDict[str, tuple[WorkerReport, float]] = OrderedDict()
+        self._living: OrderedDict[str, tuple[WorkerHeartbeat, float]] = OrderedDict()
         self._on: Counter[str] = Counter()
 
     def heard_all(self) -> bool:
@@ -35,9 +35,9 @@ class Fleet:
         with self._lock:
             now = self._now()
             self._forget_silent(now)
-            return now - self._began >= REPORT_SECONDS
+            return now - self._began >= HEARTBEAT_SECONDS
 
-    def note(self, report: WorkerReport) -> None:
+    def note(self, report: WorkerHeartbeat) -> None:
         """The worker's latest word: what it said before is forgotten."""
         with self._lock:
             now = self._now()
@@ -71,7 +71,7 @@ class Fleet:
                 held[report.context_id] += report.claims_in_hand
         return held
 
-    def workers(self) -> list[WorkerReport]:
+    def workers(self) -> list[WorkerHeartbeat]:
         """The latest word of each worker that is there, the latest last."""
         with self._lock:
             self._forget_silent(self._clock())
@@ -100,7 +100,7 @@ class Fleet:
             if report.ending is None and self._began <= heard:
                 PREEMPTIONS.labels("vanished").inc()
 
-    def _forget(self, worker_id: str) -> WorkerReport | None:
+    def _forget(self, worker_id: str) -> WorkerHeartbeat | None:
         report, _ = self._living.pop(worker_id, (None, 0.0))
         if report is not None and (context_id := _serves(report)) is not None:
             self._on[context_id] -= 1
@@ -109,5 +109,5 @@ class Fleet:
         return report
 
 
-def _serves(report: WorkerReport) -> str | None:
+def _serves(report: WorkerHeartbeat) -> str | None:
     return report.context_id if report.state == "serving" else None

@@ -8,12 +8,12 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from services.broker import Counts
-from services.collector.directory import Directory
+from services.collector.demand import DemandEstimator
 from services.collector.fleet import Fleet
 from services.collector.run_counts import RunCounts
-from services.collector.status import RunStatus
-from services.contracts import ContextDemand, WorkerReport, topology
-from services.telemetry import Few
+from services.contracts import ContextDemand, WorkerHeartbeat, topology
+from services.store.progress import RunStatus
+from services.telemetry import BoundedLabels
 
 _MOST_CONTEXTS = 100
 _MOST_INFO_CHARS = 128
@@ -53,11 +53,11 @@ _CONTEXT_GAUGES = {
 class Gauges(Collector):
     """A collector in Prometheus' sense: asked at each scrape, and never long in answering."""
 
-    def __init__(self, fleet: Fleet, directory: Directory, runs: RunCounts) -> None:
+    def __init__(self, fleet: Fleet, directory: DemandEstimator, runs: RunCounts) -> None:
         self._fleet = fleet
         self._directory = directory
         self._runs = runs
-        self._device, self._label = Few(), Few()
+        self._device, self._label = BoundedLabels(), BoundedLabels()
 
     def describe(self) -> Iterable[Metric]:
         yield from _runs([], 0.0)
@@ -99,7 +99,7 @@ def _runs(statuses: Sequence[RunStatus], age_seconds: float) -> Iterator[Metric]
     )
 
 
-def _verdicts(statuses: Sequence[RunStatus], label_label: Few) -> Iterator[Metric]:
+def _verdicts(statuses: Sequence[RunStatus], label_label: BoundedLabels) -> Iterator[Metric]:
     verdicts = GaugeMetricFamily(
         "keepwarm_run_verdicts", "Verdicts of the run, by label.", labels=["run_id", "label"]
     )
@@ -135,7 +135,7 @@ def _contexts(lines: Sequence[ContextDemand]) -> Iterator[Metric]:
         yield family
 
 
-def _workers(reports: Sequence[WorkerReport], device_label: Few) -> Iterator[Metric]:
+def _workers(reports: Sequence[WorkerHeartbeat], device_label: BoundedLabels) -> Iterator[Metric]:
     counts: Counter[tuple[str, str]] = Counter()
     speeds: defaultdict[str, float] = defaultdict(float)
     for report in reports:
@@ -167,7 +167,7 @@ def _queues(counts: Counts) -> Iterator[Metric]:
         "Messages that wait in a queue of the house; those that somebody has do not count.",
         labels=["queue"],
     )
-    for queue in topology.HOUSE_QUEUES:
+    for queue in topology.CORE_QUEUES:
         if queue in counts:
             family.add_metric([queue], counts[queue])
     yield family

@@ -5,12 +5,12 @@ from typing import get_args
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from services.collector.store import Incoming
 from services.contracts import DeadReason, StartupPhases
-from services.contracts.presence import Ending
-from services.telemetry import Few
+from services.contracts.heartbeats import Ending
+from services.store.store import Incoming
+from services.telemetry import BoundedLabels
 
-_device, _label = Few(), Few()
+_device, _label = BoundedLabels(), BoundedLabels()
 
 VERDICTS = Counter(
     "keepwarm_store_verdicts_total",

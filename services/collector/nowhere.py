@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import structlog
 
-from services.collector.directory import Directory
-from services.collector.store import Store
+from services.collector.demand import DemandEstimator
 from services.contracts import topology
+from services.store.store import Store
 
 NOWHERE_SECONDS = 180.0
 # After two heartbeats a broker notices that a worker was killed, and gives its claims to others.
@@ -35,7 +35,7 @@ class Nowhere:
     def __init__(
         self,
         store: Store,
-        directory: Directory,
+        directory: DemandEstimator,
         heartbeat_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

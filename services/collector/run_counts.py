@@ -5,9 +5,9 @@ import time
 from collections.abc import Iterable
 from math import inf
 
-from services.collector.status import RunStatus, latest_statuses
-from services.collector.store import Store
 from services.contracts.errors import StoreError
+from services.store.progress import RunStatus, latest_statuses
+from services.store.store import Store
 
 _FRESH_SECONDS = 5.0
 # At most a tenth of the time goes into counting, however long the store takes for it.

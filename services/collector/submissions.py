@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 
-from services.collector.store import Store
 from services.contracts import ClaimBatch, DeadClaim, Run, RunAnnouncement, VerdictBatch
 from services.contracts.errors import MessageInvalid
 from services.contracts.proofs import all_equal, claim_proof, split_verdict_proof
 from services.contracts.wire import Message
+from services.store.store import Store
 
 _MOST_KNOWN = 1_000
 

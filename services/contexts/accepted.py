@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from services.contexts.model_files import is_local
 from services.contracts import ContextSpec, Settings
+from services.models.files import is_local
 
 ENGINE_ARGUMENTS = frozenset(
     {

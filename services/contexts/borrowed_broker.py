@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import structlog
 
-from services.contexts.protocol import Borrow, GiveBack, KeptBroker, Line
-from services.contexts.runtime_dir import open_runtime_dir
+from services.contexts.protocol import Borrow, GiveBack, KeeperChannel, KeptBroker
 from services.contexts.start_keeper import connected, open_keeper
 from services.contracts import Settings
 from services.contracts.errors import KeeperError
+from services.node.runtime_dir import open_runtime_dir
 
 # To start a node takes seconds, on a slow machine a minute.
 _START_SECONDS = 150.0
@@ -20,7 +20,7 @@ log = structlog.get_logger(__name__)
 class BorrowedBroker:
     """Ours for as long as the connection to the keeper is open."""
 
-    def __init__(self, line: Line, broker: KeptBroker) -> None:
+    def __init__(self, line: KeeperChannel, broker: KeptBroker) -> None:
         self._line = line
         self.url = broker.url
         self.password = broker.password.get_secret_value()
@@ -61,7 +61,7 @@ def borrow_broker(
     return None if line is None else _borrowed(line, stopped)
 
 
-def _borrowed(line: Line, stopped: Callable[[], bool]) -> BorrowedBroker | None:
+def _borrowed(line: KeeperChannel, stopped: Callable[[], bool]) -> BorrowedBroker | None:
     try:
         word = line.ask(Borrow(), _START_SECONDS, stopped)
     except KeeperError as error:

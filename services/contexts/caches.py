@@ -19,11 +19,11 @@ from pathlib import Path
 import structlog
 from pydantic import ValidationError
 
-from services.contexts.runtime_dir import open_private_dir
 from services.contracts import locks
 from services.contracts.errors import EngineStartError
 from services.contracts.startup import StartupPhases
 from services.contracts.values import Value
+from services.node.runtime_dir import open_private_dir
 
 _UNFINISHED = "unfinished"
 _STARTUP = "startup.json"

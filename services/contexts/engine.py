@@ -10,16 +10,16 @@ import psutil
 import pynvml
 import structlog
 
-from services.contexts.completions import Answer, CompletionClient
-from services.contexts.device import nvml
+from services.contexts.engine_client import Answer, CompletionClient
 from services.contexts.engine_command import cores_of, engine_arguments, engine_environment
 from services.contexts.engine_log import Ending, explanation, oom_kills
+from services.contexts.fork_server_client import EngineProcess, ForkServer
 from services.contexts.plan import EnginePlan
-from services.contexts.runtime_dir import log_tail, quoted_tail, socket_path
-from services.contexts.template_process import EngineProcess, Template
 from services.contracts.clock import awake
 from services.contracts.errors import EngineRequestError, EngineStartError
 from services.contracts.startup import StartupPhases
+from services.node.device import nvml
+from services.node.runtime_dir import log_tail, quoted_tail, socket_path
 
 _POLL_SECONDS = 0.05
 _REPORT_SECONDS = 1.0
@@ -64,7 +64,7 @@ class Engine:
 
     def start(
         self,
-        template: Template,
+        template: ForkServer,
         cache: Path,
         stop: threading.Event,
         timeout_seconds: float,

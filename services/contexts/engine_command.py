@@ -1,13 +1,21 @@
 """How vLLM's server is called for a plan. Every argument can be overridden."""
 
+import argparse
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from services.contexts.model_files import MAX_ADAPTER_RANK, is_local
+import pynvml
+import structlog
+
 from services.contexts.plan import EnginePlan, is_an_engines_own
 from services.contracts.bounds import MAX_LABELS
+from services.models.files import MAX_ADAPTER_RANK, is_local, weights_bytes
+from services.node import memory
+from services.node.device import Device, gpu_handle
+
+_GIB = 1024**3
 
 ENGINE_MODULE = "vllm.entrypoints.openai.api_server"
 
@@ -15,7 +23,6 @@ CPU_BLOCK_TOKENS = 32
 """The prefix cache holds whole blocks. vLLM's own 128 tokens on processors leave half of what
 instructions and examples have in common to be computed for every claim; this is the least it takes.
 """
-_GIB = 1024**3
 _LARGE_GPU_BYTES = 70 * _GIB
 # The least and the most of a node's memory that one CPU engine takes for its key-value cache.
 _CPU_CACHE_GIB = (1, 8)
@@ -28,6 +35,14 @@ _ADAPTER_ARGUMENTS = (
     *("--max-lora-rank", str(MAX_ADAPTER_RANK)),
     *("--max-loras", "4", "--max-cpu-loras", "32"),
 )
+# vLLM 0.32 takes this part of a GPU where it is not told otherwise.
+_GPU_SHARE = 0.92
+# An engine's processes without weights and cache: measured 1.1 GiB (vLLM 0.32 on processors).
+_OVERHEAD_BYTES = int(1.5 * _GIB)
+# Weights in memory against weights on disk, with room for buffers.
+_WEIGHTS_FACTOR = 1.3
+
+log = structlog.get_logger(__name__)
 
 
 def engine_arguments(plan: EnginePlan, socket_path: Path) -> list[str]:
@@ -145,3 +160,44 @@ def cores_of(plan: EnginePlan) -> list[int]:
 
 def _set_by_operator(plan: EnginePlan, chosen: dict[str, str]) -> dict[str, str]:
     return {name: plan.environment[name] for name in chosen if name in plan.environment}
+
+
+def needed_bytes(plan: EnginePlan, known_bytes: int | None) -> int:
+    """What the engine is going to take; `known_bytes` is what it took the last time, if known.
+
+    A GPU engine takes a share of the GPU, whatever the model; one on processors its weights, its
+    key-value cache and a constant.
+    """
+    if plan.device.kind == "cuda":
+        share = _argument(plan, "--gpu-memory-utilization", _GPU_SHARE)
+        return int(share * total_bytes(plan.device))
+    if known_bytes:  # no engine takes nothing
+        return known_bytes
+    cache = int(engine_environment(plan, Path())["VLLM_CPU_KVCACHE_SPACE"]) * _GIB
+    return int(_WEIGHTS_FACTOR * (weights_bytes(plan.spec) or 0)) + cache + _OVERHEAD_BYTES
+
+
+def free_bytes(device: Device) -> int:
+    """What another engine could have on it now."""
+    if device.kind == "cuda":
+        with gpu_handle(device.gpu) as handle:
+            return int(pynvml.nvmlDeviceGetMemoryInfo(handle).free)
+    return memory.available_bytes()
+
+
+def total_bytes(device: Device) -> int:
+    """All that it has, whoever uses it."""
+    if device.kind == "cuda":
+        with gpu_handle(device.gpu) as handle:
+            return int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+    return memory.total_bytes()
+
+
+def _argument(plan: EnginePlan, flag: str, default: float) -> float:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(flag, dest="value", type=float, default=default)
+    try:
+        known, _ = parser.parse_known_args(engine_arguments(plan, Path("engine.sock")))
+    except (argparse.ArgumentError, SystemExit):
+        return default  # the engine will say what is wrong with it
+    return float(known.value)

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from keepwarm_start import python_command
-from services.contexts.model_files import is_local
 from services.contracts import ContextSpec
 from services.contracts.errors import ModelError
-from services.leash import Leashed
+from services.models.files import is_local
+from services.node.supervision import SupervisedProcess
 
 _LOOK_SECONDS = 0.1
 _GRACE_SECONDS = 1.0
@@ -30,8 +30,8 @@ def fetch(
     if is_local(spec.model):
         return Path(spec.model)
     with tempfile.TemporaryFile() as output:
-        process = Leashed(
-            python_command("services.contexts.hub", spec.model_dump_json()),
+        process = SupervisedProcess(
+            python_command("services.models.hub", spec.model_dump_json()),
             environment={
                 **os.environ,
                 **{name: value for name, value in environment.items() if name.startswith("HF_")},

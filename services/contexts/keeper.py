@@ -12,24 +12,28 @@ from pathlib import Path
 import structlog
 
 from services.contexts.caches import EngineCaches
-from services.contexts.engine_command import ENGINE_MODULE, template_environment
+from services.contexts.engine_command import (
+    ENGINE_MODULE,
+    free_bytes,
+    needed_bytes,
+    template_environment,
+)
 from services.contexts.eviction import Candidate, cheapest_to_lose
-from services.contexts.memory import free_bytes, needed_bytes
+from services.contexts.fork_server_client import TEMPLATE_NAMES, ForkServer, remove_templates
+from services.contexts.managed_engine import SOCKET_REMOVED, ManagedEngine
 from services.contexts.plan import EnginePlan
 from services.contexts.records import State, live_records
-from services.contexts.runtime_dir import (
+from services.contracts import Settings
+from services.contracts.clock import awake
+from services.contracts.errors import EngineStartError, KeeperError
+from services.contracts.values import content_id
+from services.node.runtime_dir import (
     bound_logs,
     is_still_at,
     keeper_lock,
     open_runtime_dir,
     take_lock,
 )
-from services.contexts.slot import SOCKET_REMOVED, Slot
-from services.contexts.template_process import TEMPLATE_NAMES, Template, remove_templates
-from services.contracts import Settings
-from services.contracts.clock import awake
-from services.contracts.errors import EngineStartError, KeeperError
-from services.contracts.values import content_id
 
 _GIB = 1024**3
 _LOOK_SECONDS = 0.2
@@ -61,8 +65,8 @@ class Keeper:
         live_records(self.directory)
         remove_templates(self.directory)
         self._tidy_at = 0.0
-        self._slots: dict[str, Slot] = {}
-        self._templates: dict[str, Template] = {}
+        self._slots: dict[str, ManagedEngine] = {}
+        self._templates: dict[str, ForkServer] = {}
         self._templating = threading.Lock()
         self._demand: dict[str, int] = {}
         self._changed = threading.Condition()
@@ -143,7 +147,7 @@ class Keeper:
 
     def attach(
         self, plan: EnginePlan, given_up: Callable[[], bool] = lambda: False
-    ) -> tuple[Slot, State | None]:
+    ) -> tuple[ManagedEngine, State | None]:
         """A lease on the engine of this plan, and how it was found: None where there was none, and
         it is started for this lease. An engine that is on its way out is waited for.
 
@@ -158,7 +162,7 @@ class Keeper:
                 slot = self._slots.get(plan.name)
                 found = None if slot is None or slot.finished else slot.record.state
                 if slot is None or slot.finished:
-                    slot = Slot(
+                    slot = ManagedEngine(
                         _as_seen_here(plan), self, self._demand.get(plan.spec.context_id, 0)
                     )
                     self._slots[plan.name] = slot
@@ -233,7 +237,7 @@ class Keeper:
         with self._changed:
             self._changed.notify_all()
 
-    def template_for(self, plan: EnginePlan) -> Template:
+    def template_for(self, plan: EnginePlan) -> ForkServer:
         """A process with this plan's imports done, or doing them."""
         environment = template_environment(plan)
         name = content_id(TEMPLATE_NAMES, [plan.python, environment], hex_digits=8)
@@ -243,7 +247,7 @@ class Keeper:
                 template.stop()
                 template = None
             if template is None:
-                template = self._templates[name] = Template(
+                template = self._templates[name] = ForkServer(
                     plan.python,
                     ENGINE_MODULE,
                     environment,
@@ -254,7 +258,7 @@ class Keeper:
             return template
 
     @contextmanager
-    def room_for(self, slot: Slot) -> Iterator[bool]:
+    def room_for(self, slot: ManagedEngine) -> Iterator[bool]:
         """Hold the right to start or wake an engine, once there is memory for it. False, without
         that right, when nobody waits for the engine any more.
 
@@ -279,7 +283,7 @@ class Keeper:
         finally:
             room.release()
 
-    def _make_room(self, slot: Slot, deadline: float) -> bool:
+    def _make_room(self, slot: ManagedEngine, deadline: float) -> bool:
         """False when nobody waits for it any more: others want the room."""
         needed = needed_bytes(slot.plan, slot.known_bytes)
         while not slot.abandoned:
@@ -306,7 +310,7 @@ class Keeper:
                 self.wait_for_change(_LOOK_SECONDS)
         return False
 
-    def _available(self, slot: Slot) -> int:
+    def _available(self, slot: ManagedEngine) -> int:
         """What the slot could have of its device, within the budget. One that sleeps has a part of
         it already.
         """
@@ -317,7 +321,7 @@ class Keeper:
         held = sum(other.record.memory_bytes or 0 for other in self._others_on(slot))
         return min(free, int(budget * _GIB) - held)
 
-    def _others_on(self, slot: Slot) -> list[Slot]:
+    def _others_on(self, slot: ManagedEngine) -> list[ManagedEngine]:
         """Engines that hold memory of the same device."""
         with self._changed:
             return [
@@ -331,7 +335,7 @@ class Keeper:
 
 
 def _who_goes(
-    others: Iterable[Slot], missing_bytes: int, *, only_if_enough: bool
+    others: Iterable[ManagedEngine], missing_bytes: int, *, only_if_enough: bool
 ) -> Sequence[Candidate]:
     """Those that nobody uses, as many as are needed. First those that are awake, most of which will
     sleep. One that sleeps keeps little of its device (CUDA's own share, captured graphs), which may
@@ -347,7 +351,7 @@ def _who_goes(
     return cheapest_to_lose(idle, missing_bytes)[:1]
 
 
-def _place(slot: Slot) -> tuple[str, str]:
+def _place(slot: ManagedEngine) -> tuple[str, str]:
     """Engines of one place share their memory."""
     return slot.plan.device.kind, slot.plan.device.gpu
 

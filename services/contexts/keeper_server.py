@@ -12,26 +12,26 @@ from typing import Literal, Protocol
 import structlog
 from pydantic import SecretStr
 
-from services.contexts.device import find_device
 from services.contexts.keeper import Keeper
+from services.contexts.managed_engine import ManagedEngine
 from services.contexts.protocol import (
     Attach,
     Borrow,
     Demand,
+    DescribeDevice,
     Drain,
     Evict,
     GiveBack,
+    KeeperChannel,
+    KeeperReply,
     KeptBroker,
-    Line,
-    Look,
-    Word,
 )
 from services.contexts.records import State
-from services.contexts.runtime_dir import is_still_at, keeper_socket
-from services.contexts.slot import Slot
 from services.contracts import ContextSpec
 from services.contracts.errors import EngineStartError, KeeperError, KeepwarmError
-from services.telemetry import Pulse
+from services.node.device import find_device
+from services.node.runtime_dir import is_still_at, keeper_socket
+from services.telemetry import Watchdog
 
 _LOOK_SECONDS = 0.05
 _LOOK_AFTER_SECONDS = 0.5
@@ -75,17 +75,17 @@ class KeeperServer:
         self._broker = broker
         self._for_ever = for_ever
         self._stop = threading.Event()
-        self._pulse = Pulse()
+        self._pulse = Watchdog()
         self._connections = 0
         self._counting = threading.Lock()
 
     @property
-    def stuck(self) -> str | None:
+    def liveness_error(self) -> str | None:
         """See `telemetry.server.Service`. A drain takes its time."""
-        return None if self._stop.is_set() else self._pulse.stuck
+        return None if self._stop.is_set() else self._pulse.liveness_error
 
     @property
-    def unready(self) -> str | None:
+    def readiness_error(self) -> str | None:
         return "it drains" if self._stop.is_set() else None
 
     def stop(self) -> None:
@@ -149,7 +149,7 @@ class KeeperServer:
 
     def _answer(self, connection: socket.socket) -> None:
         try:
-            with contextlib.closing(Line(connection)) as line:
+            with contextlib.closing(KeeperChannel(connection)) as line:
                 self._obey(line)
         except (OSError, KeepwarmError) as error:
             log.warning("keeper.connection_failed", reason=str(error))
@@ -157,7 +157,7 @@ class KeeperServer:
             with self._counting:
                 self._connections -= 1
 
-    def _obey(self, line: Line) -> None:
+    def _obey(self, line: KeeperChannel) -> None:
         request = line.request(_REQUEST_SECONDS)
         if isinstance(request, Attach):
             served = False
@@ -165,7 +165,7 @@ class KeeperServer:
                 try:
                     slot, found = self._keeper.attach(request.plan, lambda: line.gone)
                 except KeepwarmError as error:
-                    line.send(Word(gone=str(error)))
+                    line.send(KeeperReply(gone=str(error)))
                     return
                 try:
                     served = self._hold(line, slot, found, request.plan.spec)
@@ -173,39 +173,39 @@ class KeeperServer:
                     slot.detach()
         elif isinstance(request, Demand):
             self._keeper.hear_demand(request.claims)
-        elif isinstance(request, Look):
+        elif isinstance(request, DescribeDevice):
             try:
-                line.send(Word(device=find_device()))
+                line.send(KeeperReply(device=find_device()))
             except KeepwarmError as error:
-                line.send(Word(gone=str(error)))
+                line.send(KeeperReply(gone=str(error)))
         elif isinstance(request, Borrow):
             self._lend(line)
         elif isinstance(request, Evict):
-            line.send(Word(done=self._keeper.evict(request.wanted)))
+            line.send(KeeperReply(done=self._keeper.evict(request.wanted)))
         elif isinstance(request, Drain):
             try:
                 self._keeper.drain()
             finally:
                 self.stop()  # a keeper that has drained is of no use, whoever is there to hear it
-            line.send(Word())
+            line.send(KeeperReply())
 
-    def _lend(self, line: Line) -> None:
+    def _lend(self, line: KeeperChannel) -> None:
         """The broker, until it is given back or the borrower is gone."""
         if self._broker is None:
-            line.send(Word(gone="this keeper keeps no broker"))
+            line.send(KeeperReply(gone="this keeper keeps no broker"))
             return
         try:
             node = self._broker.lend()
         except KeepwarmError as error:
-            line.send(Word(gone=str(error)))
+            line.send(KeeperReply(gone=str(error)))
             return
         if node is None:
-            line.send(Word(gone="another run has the broker"))
+            line.send(KeeperReply(gone="another run has the broker"))
             return
         back: GiveBack | None = None
         try:
             lent = KeptBroker(url=node.url, password=SecretStr(node.password))
-            line.send(Word(broker=lent))
+            line.send(KeeperReply(broker=lent))
             back = self._given_back(line, self._broker)
         finally:
             if back is None:
@@ -213,7 +213,7 @@ class KeeperServer:
             else:
                 self._broker.take_back(back.claims_queue)
 
-    def _given_back(self, line: Line, broker: Broker) -> GiveBack | None:
+    def _given_back(self, line: KeeperChannel, broker: Broker) -> GiveBack | None:
         """None where the borrower has gone without a word."""
         while True:
             try:
@@ -223,7 +223,9 @@ class KeeperServer:
                 continue
             return request if isinstance(request, GiveBack) else None
 
-    def _hold(self, line: Line, slot: Slot, found: State | None, spec: ContextSpec) -> bool:
+    def _hold(
+        self, line: KeeperChannel, slot: ManagedEngine, found: State | None, spec: ContextSpec
+    ) -> bool:
         """Tell the worker how its engine is, until one of the two is gone. How the start went is
         for the one whom it was for: others would tell of the same start again. It is warm for this
         worker once it has answered as it did at its start, and has the worker's adapter, if there
@@ -237,7 +239,7 @@ class KeeperServer:
             if slot.gone is not None:
                 if slot.wrong and (told is None or told.state != "warm"):
                     return False
-                line.send(Word(gone=slot.gone))
+                line.send(KeeperReply(gone=slot.gone))
                 return True
             if not checked and record.state == "warm":
                 checked = slot.check()
@@ -248,18 +250,18 @@ class KeeperServer:
                 try:
                     slot.load_adapter(spec, lambda: line.gone)
                 except EngineStartError as error:
-                    line.send(Word(gone=str(error)))
+                    line.send(KeeperReply(gone=str(error)))
                     return True
                 loaded = True
             if told is None or (record.state, record.says) != (told.state, told.says):
                 told = record
                 shown = record if found is None else record.model_copy(update={"phases": None})
-                line.send(Word(record=shown, warm=found == "warm"))
+                line.send(KeeperReply(record=shown, warm=found == "warm"))
             if not self._hear(line):
                 return True
             self._keeper.wait_for_change(_LOOK_SECONDS)
 
-    def _hear(self, line: Line) -> bool:
+    def _hear(self, line: KeeperChannel) -> bool:
         """What a worker has said since; several requests may have come at once. False when it has
         gone.
         """

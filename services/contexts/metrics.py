@@ -10,7 +10,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from services.contexts.completions import CompletionClient
+from services.contexts.engine_client import CompletionClient
 from services.contexts.records import State
 from services.contracts.errors import EngineRequestError
 

@@ -8,11 +8,11 @@ from functools import cached_property
 from pydantic import Field
 
 from keepwarm_start import SEARCHED_LAST
-from services.contexts.device import Device, visible_gpus
-from services.contexts.model_files import refuse_adapter_arguments
 from services.contracts import ContextSpec, Settings
 from services.contracts.errors import UsageError
 from services.contracts.values import Value, content_id
+from services.models.files import refuse_adapter_arguments
+from services.node.device import Device, visible_gpus
 
 # Left by a launcher of distributed jobs, in which an engine would take a place.
 _LAUNCHERS = r"(LOCAL_|GROUP_|NODE_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)"

@@ -19,17 +19,49 @@ from pydantic import (
     field_serializer,
 )
 
-from services.contexts.device import Device
-from services.contexts.lines import Lines
 from services.contexts.plan import EnginePlan
 from services.contexts.records import ContextRecord
 from services.contracts.bounds import Identity, Name
 from services.contracts.clock import awake
 from services.contracts.errors import KeeperError
 from services.contracts.values import Value
+from services.node.device import Device
 
+_MOST_LINE_BYTES = 1024 * 1024
 _SEND_SECONDS = 5.0
 _LOOK_SECONDS = 0.2
+
+
+class LineReader:
+    """The lines that come on a connection. What has come of one that is late is kept."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._unread = b""
+
+    def next(self, timeout_seconds: float) -> bytes | None:
+        """The next one, without its end; None when the other side is gone.
+
+        Raises TimeoutError, and KeeperError for a line that is too long.
+        """
+        deadline = awake() + timeout_seconds
+        while b"\n" not in self._unread:
+            self._connection.settimeout(max(0.0, deadline - awake()))
+            try:
+                piece = self._connection.recv(65536)
+            except (BlockingIOError, TimeoutError) as error:
+                if awake() < deadline:  # we were stopped meanwhile, and so was the other side
+                    continue
+                raise TimeoutError from error
+            except ConnectionError:
+                return None
+            if not piece:
+                return None
+            self._unread += piece
+            if len(self._unread) > _MOST_LINE_BYTES:
+                raise KeeperError(f"a line of more than {_MOST_LINE_BYTES:,} bytes")
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line
 
 
 class Attach(Value):
@@ -46,7 +78,7 @@ class Demand(Value):
     claims: Annotated[dict[Identity, Annotated[int, Field(ge=0)]], Field(max_length=10_000)]
 
 
-class Look(Value):
+class DescribeDevice(Value):
     """What do engines here compute on? For workers that do not see it themselves."""
 
     verb: Literal["look"] = "look"
@@ -93,11 +125,11 @@ class KeptBroker(Value):
         return password.get_secret_value()
 
 
-Request = Attach | Demand | Look | Evict | Drain | Borrow | GiveBack
+Request = Attach | Demand | DescribeDevice | Evict | Drain | Borrow | GiveBack
 _REQUEST: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discriminator="verb")])
 
 
-class Word(Value):
+class KeeperReply(Value):
     """An answer: how the engine is now, or what was done. What a newer keeper says besides is not
     heard: its engines serve workers of the version before.
     """
@@ -116,13 +148,13 @@ class Word(Value):
     """The broker that is lent."""
 
 
-class Line:
+class KeeperChannel:
     """One end of a connection between a keeper and someone of the same user."""
 
     def __init__(self, connection: socket.socket) -> None:
         """Raises KeeperError when the other end belongs to another user."""
         self._connection = connection
-        self._lines = Lines(connection)
+        self._lines = LineReader(connection)
         credentials = connection.getsockopt(
             socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
         )
@@ -164,11 +196,11 @@ class Line:
         except ValidationError as error:
             raise KeeperError(f"not a request: {error.error_count()} faults") from error
 
-    def word(self, timeout_seconds: float) -> Word | None:
+    def word(self, timeout_seconds: float) -> KeeperReply | None:
         """The next answer; None when the keeper is gone. Raises TimeoutError, KeeperError."""
         line = self._lines.next(timeout_seconds)
         try:
-            return None if line is None else Word.model_validate_json(line)
+            return None if line is None else KeeperReply.model_validate_json(line)
         except ValidationError as error:
             raise KeeperError(
                 "this node's keeper is of another version of Keepwarm; end it with "
@@ -177,10 +209,10 @@ class Line:
 
     def ask(
         self,
-        request: Look | Evict | Drain | Borrow,
+        request: DescribeDevice | Evict | Drain | Borrow,
         timeout_seconds: float,
         stopped: Callable[[], bool] = lambda: False,
-    ) -> Word | None:
+    ) -> KeeperReply | None:
         """The answer to a request; None when the keeper ended first, or `stopped` said so
         meanwhile. Raises KeeperError.
         """

@@ -12,10 +12,10 @@ from typing import Literal
 import structlog
 from pydantic import ConfigDict, ValidationError
 
-from services.contexts.runtime_dir import take_lock
 from services.contracts import ContextSpec
 from services.contracts.startup import StartupPhases
 from services.contracts.values import Value
+from services.node.runtime_dir import take_lock
 
 State = Literal["waiting", "starting", "warm", "asleep", "stopping"]
 

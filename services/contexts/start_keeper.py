@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import IO
 
 from keepwarm_start import python_command
-from services.contexts.device import Device, find_device
-from services.contexts.protocol import Line, Look
-from services.contexts.runtime_dir import (
+from services.contexts.protocol import DescribeDevice, KeeperChannel
+from services.contracts import Settings
+from services.contracts.errors import EngineStartError, KeeperError
+from services.contracts.settings import METRICS_OFF
+from services.node.device import Device, find_device
+from services.node.runtime_dir import (
     is_locked,
     keeper_lock,
     keeper_socket,
@@ -21,10 +24,7 @@ from services.contexts.runtime_dir import (
     open_runtime_dir,
     quoted_tail,
 )
-from services.contracts import Settings
-from services.contracts.errors import EngineStartError, KeeperError
-from services.contracts.settings import METRICS_OFF
-from services.leash import Leashed
+from services.node.supervision import SupervisedProcess
 
 _POLL_SECONDS = 0.02
 _CONNECT_SECONDS = 2.0
@@ -41,7 +41,7 @@ _KEEPERS_SETTINGS = {
 _COMMAND = python_command("services.cli.main", "keeper")
 
 
-def connected(directory: Path) -> Line | None:
+def connected(directory: Path) -> KeeperChannel | None:
     """A connection to the keeper of this runtime directory; None where there is none, or one that
     takes no connections: so many wait that the kernel lets us wait, too.
     """
@@ -53,10 +53,12 @@ def connected(directory: Path) -> Line | None:
     except OSError:
         connection.close()
         return None
-    return Line(connection)
+    return KeeperChannel(connection)
 
 
-def open_keeper(settings: Settings, stopped: Callable[[], bool] = lambda: False) -> Line | None:
+def open_keeper(
+    settings: Settings, stopped: Callable[[], bool] = lambda: False
+) -> KeeperChannel | None:
     """A connection to this node's keeper, which is started if there is none, and then outlives us;
     where that is not for us to do, it is waited for. None when `stopped` said so meanwhile.
 
@@ -99,7 +101,7 @@ def kept_meanwhile(
         yield
         return
     with open_log(log_file) as output:
-        keeper = Leashed(
+        keeper = SupervisedProcess(
             _COMMAND,
             environment=_environment(settings),
             # It drains within its grace period; the leash comes after it.
@@ -126,7 +128,7 @@ def node_device(settings: Settings) -> Device:
     line = open_keeper(settings)
     assert line is not None
     with contextlib.closing(line):
-        word = line.ask(Look(), _ANSWER_SECONDS)
+        word = line.ask(DescribeDevice(), _ANSWER_SECONDS)
     if word is None or word.device is None:
         raise EngineStartError((word and word.gone) or "the keeper ended before it told its device")
     return word.device
@@ -134,7 +136,7 @@ def node_device(settings: Settings) -> Device:
 
 def _wait(
     directory: Path, log_file: Path, go_on: Callable[[], bool], coming: Callable[[], bool]
-) -> Line | None:
+) -> KeeperChannel | None:
     begun = time.monotonic()
     while (line := connected(directory)) is None:
         if not go_on():

@@ -2,9 +2,9 @@
 
 from services.contracts.claims import Claim, ClaimBatch
 from services.contracts.contexts import ContextSpec
+from services.contracts.control import ContextDemand, ControlUpdate
 from services.contracts.errors import KeepwarmError
-from services.contracts.notices import ContextDemand, Notice
-from services.contracts.presence import WorkerReport
+from services.contracts.heartbeats import WorkerHeartbeat
 from services.contracts.prompts import INVALID, Label, PromptSpec
 from services.contracts.runs import Run, RunAnnouncement, Totals
 from services.contracts.settings import Settings, load_settings
@@ -19,11 +19,11 @@ __all__ = [
     "ContextDemand",
     "ContextReady",
     "ContextSpec",
+    "ControlUpdate",
     "DeadClaim",
     "DeadReason",
     "KeepwarmError",
     "Label",
-    "Notice",
     "PromptSpec",
     "Run",
     "RunAnnouncement",
@@ -32,7 +32,7 @@ __all__ = [
     "Totals",
     "Verdict",
     "VerdictBatch",
-    "WorkerReport",
+    "WorkerHeartbeat",
     "decode",
     "encode",
     "load_settings",

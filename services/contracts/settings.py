@@ -148,8 +148,8 @@ class Settings(BaseSettings):
 
     batches_in_flight: Annotated[int, Field(ge=1, le=256)] = 64
     """The most batches that a worker has in hand; all of them are at its engine. Fewer, where
-    `KEEPWARM_HORIZON_SECONDS` says so."""
-    horizon_seconds: Seconds = 4
+    `KEEPWARM_PREFETCH_SECONDS` says so."""
+    prefetch_seconds: Seconds = 4
     """A worker measures its claims/s, and keeps no more in hand than it finishes in so long: fewer
     batches, and of one that is too large only a part. The rest goes back for others."""
     grace_seconds: Seconds = 20

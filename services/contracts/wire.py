@@ -3,7 +3,7 @@
 docs/decisions/0031-message-versions.md says when the version changes.
 """
 
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import Field, ValidationError
 from pydantic_core import from_json
@@ -32,6 +32,16 @@ class Message(Value):
 
     schema_version: Annotated[int, Field(ge=1, le=VERSION)] = 1
 
+    wire_type: ClassVar[str]
+    """The `type` property of the messages that carry it: the class's name unless it says another,
+    since a class may be renamed and what is on the wire may not.
+    """
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        if "wire_type" not in cls.__dict__:
+            cls.wire_type = cls.__name__
+
 
 M = TypeVar("M", bound=Message)
 
@@ -44,7 +54,7 @@ def encode(message: Message) -> bytes:
     body = message.__pydantic_serializer__.to_json(message)
     if len(body) > MAX_MESSAGE_BYTES:
         raise MessageInvalid(
-            f"a {type(message).__name__} of {len(body):,} bytes is over the bound of "
+            f"a {message.wire_type} of {len(body):,} bytes is over the bound of "
             f"{MAX_MESSAGE_BYTES:,}; use a smaller --batch-size"
         )
     return body
@@ -64,11 +74,11 @@ def decode(kind: type[M], body: bytes) -> M:
     except ValidationError as error:
         _raise_if_newer(kind, body)
         if not _has_only_unknown_fields(error):
-            raise MessageInvalid(f"not a {kind.__name__}: {first_fault(error)}") from error
+            raise MessageInvalid(f"not a {kind.wire_type}: {first_fault(error)}") from error
     try:
         return kind.model_validate_json(body, extra="ignore")
     except ValidationError as error:
-        raise MessageInvalid(f"not a {kind.__name__}: {first_fault(error)}") from error
+        raise MessageInvalid(f"not a {kind.wire_type}: {first_fault(error)}") from error
 
 
 def _raise_if_newer(kind: type[Message], body: bytes) -> None:
@@ -79,7 +89,7 @@ def _raise_if_newer(kind: type[Message], body: bytes) -> None:
     version = found.get("schema_version") if isinstance(found, dict) else None
     if isinstance(version, int) and version > VERSION:
         raise MessageTooNew(
-            f"a {kind.__name__} of version {version} came, and this Keepwarm reads up to "
+            f"a {kind.wire_type} of version {version} came, and this Keepwarm reads up to "
             f"{VERSION}; it stays in its queue. Install the version that its sender has "
             "(docs/operations.md, Upgrade)"
         )

@@ -27,8 +27,8 @@ from typing import IO, Any
 
 import structlog
 
-from services.contexts.node_memory import cgroup_directories
-from services.contexts.runtime_dir import open_log, open_private_dir, take_lock
+from services.node.memory import cgroup_directories
+from services.node.runtime_dir import open_log, open_private_dir, take_lock
 
 _KEPT_SECONDS = 7 * 24 * 3600.0
 _MOST_EVIDENCE_CHARS = 8_000

@@ -11,7 +11,7 @@ Use = Literal["loading", "idle", "batches"]
 
 
 class DeviceTime:
-    """Cuts time into laps. What batches take they tell themselves, by the shares that `Pace` gives
+    """Cuts time into laps. Batches tell their own, by the shares that `AdaptiveConcurrency` gives
     them, for only at its end is it known whether a batch was of any use. Any thread.
     """
 

@@ -1,17 +1,18 @@
 """Claims through an engine: each gets a verdict, dies with a reason, or stays without an answer."""
 
+import math
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from services.contexts.completions import Answer, CompletionClient, EngineRefused
-from services.contracts import Claim, DeadReason, PromptSpec, Verdict
+from services.contexts.engine_client import Answer, CompletionClient, EngineRefused
+from services.contracts import INVALID, Claim, DeadReason, PromptSpec, Verdict
+from services.contracts.bounds import MAX_RAW_TEXT_CHARS
 from services.contracts.errors import EngineRequestError, KeepwarmError, ModelError
-from services.gpu_worker.prompting import CompiledPrompt
-from services.gpu_worker.tokenizer import ModelTokenizer
-from services.gpu_worker.verdicts import read_verdict
+from services.models.compiled_prompt import CompiledPrompt
+from services.models.tokenizer import ModelTokenizer
 
 HARMLESS = Claim(claim_id="harmless", position=0, text="Water is wet.")
 """The canary: a claim that no engine fails with, if the engine is well."""
@@ -20,6 +21,7 @@ _MOST_PROMPTS = 64
 _MOST_TRACE_CHARS = 4_000
 
 T = TypeVar("T")
+_DIGITS = 6
 
 
 class WorkerFailure(KeepwarmError):
@@ -250,3 +252,34 @@ def _refused_here(error: EngineRefused, tokens: int, *, canary_is_taken: bool) -
     )
     refusal = Refusal(DeadReason.ENGINE_REFUSED, f"{error}. {judged}")
     return Declined(refusal, counts=canary_is_taken)
+
+
+def read_verdict(claim: Claim, answer: Answer, prompt: PromptSpec, prompt_tokens: int) -> Verdict:
+    """The verdict on `claim`: the likeliest label, unless the labels were hardly likely at all.
+
+    `probabilities` are the softmax over the label tokens' log probabilities; `mass` is the sum of
+    their probabilities over the whole vocabulary. INVALID when a label has no score, or when the
+    mass is under the prompt's `minimum_mass`.
+    """
+    scores = [score for score in answer.logprobs if score is not None]
+    label, mass = INVALID, 0.0
+    probabilities: tuple[float, ...] = ()
+    if len(scores) == len(prompt.labels):
+        highest = max(scores)
+        weights = [math.exp(score - highest) for score in scores]
+        total = sum(weights)
+        probabilities = tuple(round(weight / total, _DIGITS) for weight in weights)
+        mass = min(1.0, total * math.exp(min(highest, 0.0)))
+        if mass >= prompt.minimum_mass:
+            label = prompt.label_names[scores.index(highest)]
+    return Verdict(
+        claim_id=claim.claim_id,
+        position=claim.position,
+        text=claim.text,
+        gold=claim.gold,
+        label=label,
+        probabilities=probabilities,
+        mass=round(mass, _DIGITS),
+        raw_text=answer.text.replace("\0", "")[:MAX_RAW_TEXT_CHARS],
+        prompt_tokens=prompt_tokens,
+    )

@@ -10,21 +10,19 @@ import structlog
 from prometheus_client import REGISTRY
 
 from services.broker import BrokerAddress, Consumer, Publisher
-from services.contexts import pin_model
 from services.contexts.accepted import refusal
-from services.contexts.completions import CompletionClient
-from services.contexts.device import Device
+from services.contexts.engine_client import CompletionClient
 from services.contexts.metrics import ContextStates, EngineMetrics
 from services.contexts.records import State
 from services.contracts import ContextDemand, ContextSpec, Settings
 from services.contracts.errors import BrokerUnreachable, EngineError, ModelError, UsageError
-from services.contracts.presence import Ending, own_name
-from services.gpu_worker.in_hand import Signature
-from services.gpu_worker.readiness import Readiness
-from services.gpu_worker.reports import Doing, Post
-from services.gpu_worker.serving import Serving
-from services.gpu_worker.shift import Shift
-from services.gpu_worker.taking import Situation, Switch, next_context
+from services.contracts.heartbeats import Ending, own_name
+from services.gpu_worker.heartbeat import Post, WorkerStatus
+from services.gpu_worker.in_flight import WorkerIdentity
+from services.gpu_worker.scheduling import Situation, StartupEstimates, Switch, next_context
+from services.gpu_worker.session import ContextSession, Shift
+from services.models.files import pin_model
+from services.node.device import Device
 
 _LOOK_SECONDS = 0.2
 _REPORT_SECONDS = 10.0
@@ -52,7 +50,7 @@ class Worker:
         """
         self._device = device
         self._settings = settings
-        self._signature = Signature(own_name(), device.name)
+        self._signature = WorkerIdentity(own_name(), device.name)
         self._shift = Shift.begin(
             self._signature,
             Post.of(settings, metrics_address),
@@ -61,15 +59,15 @@ class Worker:
         )
         self._stop, self._news = self._shift.stop, self._shift.news
         self._publisher: Publisher | None = None
-        self._serving_now: Serving | None = None
+        self._serving_now: ContextSession | None = None
         self._heard = 0
         self._next: ContextSpec | None = None
         self._refused: set[str] = set()
         self._reported = 0.0
-        self._readiness: Readiness | None = None
-        self._only: Serving | None = None
+        self._readiness: StartupEstimates | None = None
+        self._only: ContextSession | None = None
         if spec is None:
-            self._readiness = Readiness(device, settings)
+            self._readiness = StartupEstimates(device, settings)
         else:
             self._only = self._serving(spec)
 
@@ -79,22 +77,22 @@ class Worker:
         self._stop.set()
 
     @property
-    def stuck(self) -> str | None:
+    def liveness_error(self) -> str | None:
         """See `telemetry.server.Service`. To wait for a broker at the start, and to drain, may
         take long, and ends.
         """
         waits = self._publisher is None or self._stop.is_set()
-        return None if waits else self._shift.pulse.stuck
+        return None if waits else self._shift.pulse.liveness_error
 
     @property
-    def unready(self) -> str | None:
+    def readiness_error(self) -> str | None:
         if self._stop.is_set():
             return "it drains"
         if self._publisher is None:
             return "no connection to the broker"
         serving = self._serving_now
-        return self._publisher.unready or (
-            "it waits for a context that is wanted" if serving is None else serving.unready
+        return self._publisher.readiness_error or (
+            "it waits for a context that is wanted" if serving is None else serving.readiness_error
         )
 
     def run(self) -> None:
@@ -148,7 +146,7 @@ class Worker:
         finally:
             reports = self._shift.reports
             reports.ending = reports.ending or "failure"
-            reports.say("stopped", Doing(), publisher)
+            reports.say("stopped", WorkerStatus(), publisher)
             for collector in told:
                 REGISTRY.unregister(collector)
 
@@ -161,17 +159,17 @@ class Worker:
         serving = self._serving_now
         return None if serving is None or serving.engine_state != "warm" else serving.client
 
-    def _serve(self, serving: Serving, publisher: Publisher) -> None:
+    def _serve(self, serving: ContextSession, publisher: Publisher) -> None:
         self._serving_now = serving
         try:
-            serving.run(publisher, partial(self._leaves, serving))
+            serving.run(publisher, partial(self._should_switch, serving))
         finally:
             self._serving_now = None
 
-    def _serving(self, spec: ContextSpec) -> Serving:
-        return Serving(spec, self._device, self._settings, self._shift)
+    def _serving(self, spec: ContextSpec) -> ContextSession:
+        return ContextSession(spec, self._device, self._settings, self._shift)
 
-    def _leaves(self, serving: Serving) -> bool:
+    def _should_switch(self, serving: ContextSession) -> bool:
         """Thinks anew with every notice."""
         if self._news.number != self._heard:
             self._heard = self._news.number
@@ -194,7 +192,7 @@ class Worker:
                 )
         return self._next is not None
 
-    def _serve_what_is_wanted(self, readiness: Readiness, publisher: Publisher) -> None:
+    def _serve_what_is_wanted(self, readiness: StartupEstimates, publisher: Publisher) -> None:
         while not self._stop.is_set():
             spec = self._next or self._first_context(readiness, publisher)
             self._next = None
@@ -217,7 +215,9 @@ class Worker:
                     again_in_seconds=round(pause, 1),
                 )
 
-    def _first_context(self, readiness: Readiness, publisher: Publisher) -> ContextSpec | None:
+    def _first_context(
+        self, readiness: StartupEstimates, publisher: Publisher
+    ) -> ContextSpec | None:
         """Listen until there is one that is worth a start; None when told to stop."""
         log.info("worker.idle", worker=self._signature.worker_id)
         idle_since = time.monotonic()
@@ -234,7 +234,7 @@ class Worker:
                 publisher.raise_if_dead()
                 notices.raise_if_dead()
                 self._idle()
-                self._shift.reports.say("idle", Doing(), publisher)
+                self._shift.reports.say("idle", WorkerStatus(), publisher)
                 if self._news.number == self._heard:
                     continue
                 self._heard = self._news.number
@@ -287,7 +287,7 @@ class Worker:
         self._refused = refused
         return lines
 
-    def _choose(self, readiness: Readiness, situation: Situation) -> ContextSpec | None:
+    def _choose(self, readiness: StartupEstimates, situation: Situation) -> ContextSpec | None:
         usable: Sequence[ContextDemand] = [
             line for line in self._accepted() if readiness.may_try(line.context.context_id)
         ]

@@ -22,9 +22,8 @@ from services.producer.published import (
     read_plain,
     recognized,
 )
-from services.producer.sample import chosen
-from services.producer.seen import SeenIds, Sighting
-from services.producer.source import Source
+from services.producer.seen import Duplicate, SeenIds
+from services.producer.source import Source, chosen
 from services.producer.summary import FileSummary
 
 _CHUNK_RECORDS = 1_024
@@ -177,14 +176,14 @@ class ClaimsFile:
                     sighting, claim, _ = known = next(checked)
                     if not self._is_wanted(claim):
                         continue
-                    if sighting is Sighting.REPEATED:
+                    if sighting is Duplicate.REPEATED:
                         summary.add_repeated(line.position, claim.claim_id)
-                    elif sighting in (Sighting.OTHER_TEXT, Sighting.OTHER_LABEL):
+                    elif sighting in (Duplicate.OTHER_TEXT, Duplicate.OTHER_LABEL):
                         rejection = parser.contradicted(line, known)
                         summary.add_rejection(rejection.kind, line.position, claim.claim_id)
                         on_rejected(rejection)
                     else:
-                        if sighting is Sighting.OTHER_EVIDENCE:
+                        if sighting is Duplicate.OTHER_EVIDENCE:
                             summary.add_own_id()
                             reading = replace(reading, claim=claim)
                         fresh.append(reading)

@@ -26,7 +26,7 @@ from services.producer.fields import (
     normalized,
 )
 from services.producer.published import PLAIN, Found, PublishedFormat, read_plain
-from services.producer.seen import Seen, Sighting
+from services.producer.seen import Duplicate, Seen
 from services.producer.source import Line, as_object
 
 _SHOWN_CHARS = 500
@@ -162,7 +162,7 @@ class Parser:
     def contradicted(self, line: Line, seen: Seen) -> Rejection:
         """For a claim whose id an earlier record has for another claim, or with another label."""
         earlier = f"record {seen.earlier + 1:,} of the file"
-        if seen.sighting is Sighting.OTHER_LABEL:
+        if seen.sighting is Duplicate.OTHER_LABEL:
             field = "label"
             reason = f"{earlier} has the same claim and evidence with another label"
             step = "keep the one whose label is right"

@@ -13,7 +13,7 @@ from services.contracts.bounds import MAX_ID_CHARS
 _CACHE_KIB = 8_192
 
 
-class Sighting(Enum):
+class Duplicate(Enum):
     """How a claim relates to those before it."""
 
     NEW = "new"
@@ -30,7 +30,7 @@ class Sighting(Enum):
 class Seen(NamedTuple):
     """A sighting, the claim, whose id may be changed, and the position of the one before it."""
 
-    sighting: Sighting
+    sighting: Duplicate
     claim: Claim
     earlier: int
 
@@ -77,20 +77,20 @@ class SeenIds:
         body = _number(content.digest())
         row = (_digest(claim.claim_id), text, body, _label_digest(label), claim.position)
         if execute("INSERT INTO seen VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", row).rowcount:
-            return Seen(Sighting.NEW, claim, claim.position)
+            return Seen(Duplicate.NEW, claim, claim.position)
         *before, earlier = execute("SELECT * FROM seen WHERE id = ?", row[:1]).fetchone()
         if before == list(row[:4]):
-            return Seen(Sighting.REPEATED, claim, earlier)
+            return Seen(Duplicate.REPEATED, claim, earlier)
         if before[1] != text:
-            return Seen(Sighting.OTHER_TEXT, claim, earlier)
+            return Seen(Duplicate.OTHER_TEXT, claim, earlier)
         # By content, so that it does not depend on which records `--limit` draws.
         suffix = "#" + hashlib.blake2b(evidence.encode(), digest_size=4).hexdigest()
         if before[2] == body or claim.claim_id.endswith(suffix):
-            return Seen(Sighting.OTHER_LABEL, claim, earlier)
+            return Seen(Duplicate.OTHER_LABEL, claim, earlier)
         own = claim.claim_id[: MAX_ID_CHARS - len(suffix)] + suffix
         found = self._check(execute, claim.model_copy(update={"claim_id": own}), label)
-        if found.sighting is Sighting.NEW:
-            return found._replace(sighting=Sighting.OTHER_EVIDENCE)
+        if found.sighting is Duplicate.NEW:
+            return found._replace(sighting=Duplicate.OTHER_EVIDENCE)
         return found
 
     def same_contents(self) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """A file of claims: found, kept still, counted, and read record by record in constant memory."""
 
 import hashlib
+import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Survey:
+class FileSummary:
     """A file's content in short: how many records, and which (BLAKE2b over all bytes)."""
 
     lines: int
@@ -160,7 +161,7 @@ class Source:
         """Whether the columns are named in the file."""
         return self._dialect is None or self._dialect.header
 
-    def survey(self, on_lines: Callable[[int], None] = lambda _: None) -> Survey:
+    def survey(self, on_lines: Callable[[int], None] = lambda _: None) -> FileSummary:
         """Read it through. `on_lines` hears how many records were read so far.
 
         Raises InputError when there is nothing in it.
@@ -178,7 +179,7 @@ class Source:
         if not lines:
             raise InputError(f"{self.name} is empty; it must hold one claim a line")
         on_lines(lines)
-        return Survey(lines, digest.hexdigest())
+        return FileSummary(lines, digest.hexdigest())
 
     def lines(self) -> Iterator[Line]:
         """Every record, in order. Blank lines are not records."""
@@ -293,3 +294,20 @@ def _is_json(text: bytes) -> bool:
     except ValueError:
         return False
     return True
+
+
+def chosen(
+    lines: Iterator[Line], total: int, limit: int | None, seed: int | None
+) -> Iterator[Line]:
+    """`limit` of `total` lines: the first ones, or with a `seed` a uniform sample without
+    replacement (selection sampling: Knuth, The Art of Computer Programming 2, 3.4.2, algorithm S).
+    """
+    wanted = total if limit is None else min(limit, total)
+    draw = random.Random(seed) if seed is not None else None
+    for line in lines:
+        if wanted == 0:
+            return
+        left = total - line.position
+        if draw is None or draw.random() * left < wanted:
+            wanted -= 1
+            yield line

@@ -4,7 +4,7 @@ OTHER = "other"
 MAX_VALUES = 64
 
 
-class Few:
+class BoundedLabels:
     """The first `MAX_VALUES` values that come are themselves, all others are `other`."""
 
     def __init__(self, most: int = MAX_VALUES) -> None:

@@ -30,11 +30,11 @@ class Service(Protocol):
     """What the server asks of whom it serves, from threads of its own. Must not wait."""
 
     @property
-    def stuck(self) -> str | None:
+    def liveness_error(self) -> str | None:
         """Why it does nothing any more; None while its main loop moves."""
 
     @property
-    def unready(self) -> str | None:
+    def readiness_error(self) -> str | None:
         """Why it cannot do its work now; None while it can."""
 
 
@@ -125,9 +125,9 @@ def _application(
             told: Iterable[bytes] = metrics({**environ, "REQUEST_METHOD": "GET"}, start_response)
             return told
         if path == "/healthz":
-            return _state(start_response, service.stuck)
+            return _state(start_response, service.liveness_error)
         if path == "/readyz":
-            return _state(start_response, service.stuck or service.unready)
+            return _state(start_response, service.liveness_error or service.readiness_error)
         if path in pages:
             shown = json.dumps(pages[path]())
             return _say(start_response, "200 OK", shown, "application/json")

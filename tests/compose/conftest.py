@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from services.contexts.runtime_dir import take_lock
+from services.node.runtime_dir import take_lock
 from tests.compose import images
 from tests.compose.daemon import Daemon
 from tests.compose.stack import Stack

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from services.leash import Leashed
+from services.node.supervision import SupervisedProcess
 
 _PATIENCE_SECONDS = 60.0
 _NAMESPACES = ("unshare", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc")
@@ -43,7 +43,7 @@ class Daemon:
         self.socket.unlink(missing_ok=True)
         (self.directory / "dockerd.pid").unlink(missing_ok=True)
         with self.log_file.open("ab") as output:
-            process = Leashed(
+            process = SupervisedProcess(
                 [
                     *(*_NAMESPACES, *isolated, "sh", "-c", script, "sh"),
                     *("yes" if network_of_its_own else "no", *map(str, dockerd)),
@@ -74,7 +74,7 @@ class Daemon:
     def _control_group(self) -> str:
         return f"/keepwarm-test-{os.getpid()}"
 
-    def _wait(self, process: Leashed) -> None:
+    def _wait(self, process: SupervisedProcess) -> None:
         deadline = time.monotonic() + _PATIENCE_SECONDS
         asked = ["docker", "version"]
         while subprocess.run(asked, env=self.environment, capture_output=True).returncode != 0:

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from services.contexts import find_device, pin_model
-from services.contexts.attachment import Attachment, drain
+from services.contexts.lease import EngineLease, drain
 from services.contexts.plan import EnginePlan
 from services.contracts import Claim, ContextSpec, PromptSpec, load_settings
-from services.gpu_worker import CompiledPrompt, ModelTokenizer
+from services.models.compiled_prompt import CompiledPrompt
+from services.models.files import pin_model
+from services.models.tokenizer import ModelTokenizer
+from services.node.device import find_device
 from services.producer import read_prompt
 from tests.conftest import DEMO_MODEL, REPOSITORY, sample_lines
 from tests.integration.conftest import Command, commands, is_worker, wait_until
@@ -150,12 +152,12 @@ def test_a_run_whose_label_words_the_model_does_not_say_is_stopped_with_what_it_
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[tuple[Attachment, ContextSpec]]:
+def engine() -> Iterator[tuple[EngineLease, ContextSpec]]:
     """A real engine, held for several tests."""
     spec = pin_model(ContextSpec(model=str(DEMO_MODEL)))
     with tempfile.TemporaryDirectory(prefix="kw-") as name:
         settings = load_settings(runtime_dir=f"{name}/run", cache_dir=f"{name}/cache")
-        running = Attachment(EnginePlan.of(spec, find_device(), settings), settings)
+        running = EngineLease(EnginePlan.of(spec, find_device(), settings), settings)
         try:
             assert running.start(threading.Event())
             yield running, spec
@@ -164,7 +166,7 @@ def engine() -> Iterator[tuple[Attachment, ContextSpec]]:
             drain(settings)
 
 
-def test_a_start_is_measured_phase_by_phase(engine: tuple[Attachment, ContextSpec]) -> None:
+def test_a_start_is_measured_phase_by_phase(engine: tuple[EngineLease, ContextSpec]) -> None:
     running, _ = engine
     phases = running.phases
     assert phases is not None and not running.warm
@@ -196,13 +198,13 @@ def random_adapter(directory: Path, seed: int) -> Path:
 
 
 def test_adapters_share_an_engine_and_each_has_probabilities_of_its_own(
-    engine: tuple[Attachment, ContextSpec], tmp_path: Path
+    engine: tuple[EngineLease, ContextSpec], tmp_path: Path
 ) -> None:
     running, spec = engine
     prompt = CompiledPrompt(PromptSpec(), ModelTokenizer.load(spec))
     prompts = prompt.encode([claim("Ice is hot.", "Ice is cold.")])
 
-    def asked(of: Attachment) -> list[float]:
+    def asked(of: EngineLease) -> list[float]:
         ((_, answer),) = of.client.score(prompts, prompt.label_tokens)
         return [math.exp(score) for score in answer.logprobs]
 
@@ -213,7 +215,7 @@ def test_adapters_share_an_engine_and_each_has_probabilities_of_its_own(
             adapter = random_adapter(tmp_path / f"adapter-{seed}", seed)
             adapted = pin_model(spec.model_copy(update={"adapter": str(adapter)}))
             plan = EnginePlan.of(adapted, find_device(), settings)
-            attached.append(Attachment(plan, settings))
+            attached.append(EngineLease(plan, settings))
             assert attached[-1].start(threading.Event())
         first, second = attached
         assert first.plan.name == second.plan.name != running.plan.name
@@ -234,7 +236,7 @@ def claim(text: str, evidence: str | None = None) -> Claim:
 
 
 def test_special_tokens_in_a_claim_are_text_to_the_model(
-    engine: tuple[Attachment, ContextSpec],
+    engine: tuple[EngineLease, ContextSpec],
 ) -> None:
     running, spec = engine
     prompt = CompiledPrompt(PromptSpec(), ModelTokenizer.load(spec))
@@ -248,7 +250,7 @@ def test_special_tokens_in_a_claim_are_text_to_the_model(
 
 
 def test_a_batch_is_answered_as_each_of_its_claims_alone(
-    engine: tuple[Attachment, ContextSpec],
+    engine: tuple[EngineLease, ContextSpec],
 ) -> None:
     running, spec = engine
     prompt = CompiledPrompt(

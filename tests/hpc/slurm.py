@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from services.broker.private_node import free_ports
-from services.leash import Leashed
+from services.node.supervision import SupervisedProcess
 from tests.integration.conftest import wait_until
 
 _SBIN = Path("/usr/sbin")
@@ -105,7 +105,7 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 
     def _start(self, program: str, *arguments: str) -> None:
         output = (self._directory / f"{program}.out").open("ab")
-        daemon = Leashed(
+        daemon = SupervisedProcess(
             [str(_SBIN / program), *arguments],
             environment={"PATH": os.environ["PATH"], **self.environment},
             grace_seconds=_STOP_SECONDS,

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 
 from services.broker.private_node import free_ports
-from services.leash import Leashed
+from services.node.supervision import SupervisedProcess
 from tests.conftest import REPOSITORY
 from tests.integration.conftest import Command, wait_until
 
@@ -38,7 +38,7 @@ def test_a_node_of_ones_own_takes_the_roles_and_ends_in_order(
         "RABBITMQ_DIST_PORT": str(distribution),
     }
     output = (tmp_path / "node.log").open("ab")
-    node = Leashed(
+    node = SupervisedProcess(
         [str(NODE), str(directory)], environment=environment, grace_seconds=20, output=output
     )
     try:

@@ -17,8 +17,8 @@ import pytest
 
 from services.broker import BrokerAddress, Declares, PrivateNode, Publisher
 from services.broker.link import Link
-from services.contexts import pin_model
 from services.contracts import ContextSpec, Settings, load_settings, topology
+from services.models.files import pin_model
 from tests.conftest import REPOSITORY
 from tests.integration.postgres import PostgreSQL
 
@@ -137,7 +137,7 @@ def broker(node: PrivateNode, small_model: Path) -> Iterator[Settings]:
         broker_url=node.url, broker_password=node.password, broker_heartbeat_seconds=5
     )
     claims = (topology.claims_queue(context), topology.claims_queue("ctx-test"))
-    delete_queues(node, *topology.HOUSE_QUEUES, *claims)
+    delete_queues(node, *topology.CORE_QUEUES, *claims)
     Publisher(
         BrokerAddress.from_settings(settings),
         "house",

@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 from sqlalchemy import create_engine, text
 
-from services.collector import RunStatus, Store, run_status
 from services.contexts.records import ContextRecord, live_records
 from services.contracts import load_settings
+from services.store import RunStatus, Store, run_status
 from tests.conftest import REPOSITORY, holds, sample_lines
 from tests.integration.conftest import PATIENCE, Command, wait_until
 

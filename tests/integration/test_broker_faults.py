@@ -13,8 +13,8 @@ import pytest
 
 from services.broker import PrivateNode
 from services.broker.topology import quorum_arguments
-from services.contexts import pin_model
 from services.contracts import ContextSpec, Settings, topology
+from services.models.files import pin_model
 from tests.conftest import sample_lines
 from tests.integration.conftest import (
     delete_queues,

@@ -13,8 +13,6 @@ import psutil
 import pytest
 
 from services.broker import BrokerAddress, Declares, PrivateNode, Publisher
-from services.collector import Store
-from services.contexts import pin_model
 from services.contracts import (
     Claim,
     ClaimBatch,
@@ -32,6 +30,8 @@ from services.contracts import (
 from services.contracts.bounds import MAX_MESSAGE_BYTES
 from services.contracts.verdicts import DeadReason
 from services.contracts.wire import Message
+from services.models.files import pin_model
+from services.store import Store
 from tests.integration.conftest import (
     PATIENCE,
     messages_in,

@@ -13,26 +13,27 @@ from pathlib import Path
 import pytest
 
 from services.broker import BrokerAddress, Consumer, Outgoing, PrivateNode, Publisher
-from services.collector import Collector, Store, run_status
-from services.contexts import pin_model
+from services.collector import Collector
 from services.contracts import (
     Claim,
     ClaimBatch,
     ContextDemand,
     ContextReady,
     ContextSpec,
-    Notice,
+    ControlUpdate,
     PromptSpec,
     Run,
     RunAnnouncement,
     Settings,
     StartupPhases,
-    WorkerReport,
+    WorkerHeartbeat,
     decode,
     encode,
     load_settings,
     topology,
 )
+from services.models.files import pin_model
+from services.store import Store, run_status
 from tests.conftest import REPOSITORY
 from tests.integration.conftest import (
     PATIENCE,
@@ -157,10 +158,10 @@ class Listener:
     """Hears what every worker hears."""
 
     def __init__(self) -> None:
-        self.notices: list[Notice] = []
+        self.notices: list[ControlUpdate] = []
 
     def hear(self, body: bytes) -> None:
-        self.notices.append(decode(Notice, body))
+        self.notices.append(decode(ControlUpdate, body))
 
     def hears(self, *, ready: int | None, warm: int) -> ContextDemand:
         def heard() -> ContextDemand | None:
@@ -183,7 +184,7 @@ def listener(address: BrokerAddress) -> Iterator[Listener]:
 
 def report(address: BrokerAddress, context: ContextSpec, state: str = "serving") -> None:
     """As a worker says it."""
-    word = WorkerReport(
+    word = WorkerHeartbeat(
         worker_id="node-1",
         context_id=context.context_id,
         device="Tesla T4",
@@ -215,7 +216,7 @@ def test_every_listener_hears_which_contexts_have_claims_and_workers(
     assert some.context == waiting.context
 
 
-def changes(said: list[WorkerReport]) -> list[tuple[str, str | None]]:
+def changes(said: list[WorkerHeartbeat]) -> list[tuple[str, str | None]]:
     """State and ending, without what it says again every few seconds."""
     return [told for told, _ in groupby((word.state, word.ending) for word in said)]
 
@@ -223,13 +224,13 @@ def changes(said: list[WorkerReport]) -> list[tuple[str, str | None]]:
 def test_a_worker_says_itself_that_it_is_there(
     command: Start, address: BrokerAddress, broker: Settings
 ) -> None:
-    said: list[WorkerReport] = []
+    said: list[WorkerHeartbeat] = []
     with Consumer(
         address,
         "test",
         queues=[],
         prefetch=1,
-        on_notice=lambda body: said.append(decode(WorkerReport, body)),
+        on_notice=lambda body: said.append(decode(WorkerHeartbeat, body)),
         listener="test",
         hears=topology.PRESENCE_EXCHANGE,
     ).open(PATIENCE):
@@ -268,7 +269,7 @@ def test_a_report_puts_a_worker_into_the_next_notice_and_its_silence_takes_it_aw
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("services.collector.fleet.REPORT_SECONDS", 0.5)
+    monkeypatch.setattr("services.collector.fleet.HEARTBEAT_SECONDS", 0.5)
     submitting = command("submit", CLAIMS, "--batch-size", "8", KEEPWARM_STORE_URL="")
     assert submitting.wait() == 0, submitting.output
     with collecting_here(broker.model_copy(update={"store_url": str(tmp_path / "here.sqlite")})):
@@ -388,7 +389,7 @@ def test_a_collector_that_is_to_finish_does_not_wait_for_ever(
         collector = Collector(store, settings)
         collecting = threading.Thread(target=collector.run)
         collecting.start()
-        wait_until(lambda: collector.unready is None, "its connections")
+        wait_until(lambda: collector.readiness_error is None, "its connections")
         proxy.black_hole()
         proxy.cut()
         collector.finish()

@@ -8,9 +8,9 @@ import pytest
 from pika.exceptions import ChannelClosedByBroker, UnroutableError
 
 from services.broker import PrivateNode
-from services.collector import Store
-from services.collector.schema import SCHEMA_VERSION
 from services.contracts import load_settings, topology
+from services.store import Store
+from services.store.schema import SCHEMA_VERSION
 from tests.integration.conftest import Command, delete_queues, plain_connection
 from tests.integration.postgres import PostgreSQL
 
@@ -47,7 +47,7 @@ def test_what_a_broker_lacks_is_named_and_not_made(command: Start, node: Private
 
 
 def test_a_broker_without_anything_is_left_so(command: Start, node: PrivateNode) -> None:
-    delete_queues(node, *topology.HOUSE_QUEUES)
+    delete_queues(node, *topology.CORE_QUEUES)
     connection = plain_connection(node)
     for exchange in topology.HOUSE_EXCHANGES:
         connection.channel().exchange_delete(exchange)

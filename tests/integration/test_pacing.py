@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from services.collector import Store, build_report, find_run
 from services.contracts import load_settings
+from services.store import Store, build_report, find_run
 from tests.integration.conftest import Command
 from tests.integration.runs import (
     Start,
@@ -45,7 +45,7 @@ def claims(tmp_path: Path) -> Path:
 def test_a_worker_that_is_four_times_slower_does_its_share_and_does_not_hold_the_last_claims(
     command: Start, environment: dict[str, str], claims: Path
 ) -> None:
-    paced = {"KEEPWARM_HORIZON_SECONDS": "1"}
+    paced = {"KEEPWARM_PREFETCH_SECONDS": "1"}
     slow = command("worker", VLLM_TEST_CLAIM_SECONDS="0.12", **paced)
     fast = command("worker", VLLM_TEST_CLAIM_SECONDS="0.03", **paced)
     names = worker_id(slow), worker_id(fast)

@@ -12,9 +12,9 @@ import pytest
 from services.broker import BrokerAddress, PrivateNode
 from services.broker.dead_messages import DeadMessages, reason
 from services.broker.topology import quorum_arguments
-from services.contexts import pin_model
 from services.contracts import ContextSpec, topology
 from services.contracts.errors import BrokerError
+from services.models.files import pin_model
 from tests.integration.conftest import (
     PATIENCE,
     Command,
@@ -189,14 +189,14 @@ def old_queues(node: PrivateNode, environment: dict[str, str]) -> Iterator[str]:
     claims = topology.claims_queue(
         pin_model(ContextSpec(model=environment["KEEPWARM_MODEL"])).context_id
     )
-    for queue in (*topology.HOUSE_QUEUES, claims):
+    for queue in (*topology.CORE_QUEUES, claims):
         channel.queue_delete(queue)
         letters = queue != topology.DEAD_MESSAGES_QUEUE
         arguments = quorum_arguments("3.13.7", dead_letters=letters)
         channel.queue_declare(queue, durable=True, arguments=arguments)
     connection.close()
     yield claims
-    delete_queues(node, *topology.HOUSE_QUEUES, claims)
+    delete_queues(node, *topology.CORE_QUEUES, claims)
 
 
 def test_a_run_on_queues_from_rabbitmq_3_is_complete_and_warns(
@@ -204,7 +204,7 @@ def test_a_run_on_queues_from_rabbitmq_3_is_complete_and_warns(
 ) -> None:
     run_id = submit(managed)
     collecting = managed("collect", "--until", run_id)
-    for queue in topology.HOUSE_QUEUES:
+    for queue in topology.CORE_QUEUES:
         collecting.said(f'"queue": "{queue}"')
     assert "gives up a message that was returned 20 times" in collecting.output
     working = managed("worker")

@@ -6,7 +6,6 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from services.collector import Incoming, Store, run_status
 from services.contracts import (
     ContextSpec,
     PromptSpec,
@@ -18,6 +17,7 @@ from services.contracts import (
     load_settings,
 )
 from services.contracts.errors import StoreError, StoreRefused
+from services.store import Incoming, Store, run_status
 from tests.certificates import Authority
 from tests.integration.postgres import PostgreSQL
 

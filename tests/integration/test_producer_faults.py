@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 
 from services.broker import PrivateNode
-from services.collector import Incoming, RunStatus, Store, run_status
-from services.contexts import pin_model
 from services.contracts import (
     ClaimBatch,
     ContextSpec,
@@ -19,6 +17,8 @@ from services.contracts import (
     load_settings,
     topology,
 )
+from services.models.files import pin_model
+from services.store import Incoming, RunStatus, Store, run_status
 from tests.conftest import SHARED_DATA, sample_lines
 from tests.integration.conftest import (
     messages_in,

@@ -21,7 +21,6 @@ from pika.exceptions import AMQPConnectionError, ChannelClosedByBroker
 from services.broker import BrokerAddress, Declares, PrivateNode, Publisher
 from services.broker.policies import ask_policies
 from services.broker.topology import quorum_arguments
-from services.contexts import pin_model
 from services.contracts import (
     ClaimBatch,
     ContextSpec,
@@ -38,6 +37,7 @@ from services.contracts import topology as names
 from services.contracts.errors import BrokerRefused
 from services.contracts.proofs import verdict_proof
 from services.contracts.wire import Message
+from services.models.files import pin_model
 from tests.conftest import sample_lines
 from tests.integration.conftest import Command, wait_until
 from tests.integration.runs import wait_for_the_first_verdicts

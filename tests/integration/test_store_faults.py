@@ -13,8 +13,8 @@ import pytest
 
 from services.broker import BrokerAddress, PrivateNode
 from services.broker.dead_messages import DeadMessages
-from services.collector import Store
 from services.contracts import load_settings, topology
+from services.store import Store
 from tests.conftest import sample_lines
 from tests.integration.conftest import (
     PATIENCE,

@@ -10,7 +10,7 @@ from tests.conftest import sample_lines
 from tests.integration.conftest import PATIENCE
 from tests.integration.runs import write_claims
 
-OURS = ("keepwarm_start", "services/__init__", "services/broker", "services/leash")
+OURS = ("keepwarm_start", "services/__init__", "services/broker", "services/node")
 PYTHONS = ("secrets", "random", "queue")
 LIBRARIES = ("structlog", "psutil", "vllm/__init__", "sitecustomize")
 NEVER_IMPORTED = "raise SystemExit(f'a file of the user was imported: {__file__}')\n"

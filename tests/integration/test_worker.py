@@ -10,7 +10,6 @@ import psutil
 import pytest
 
 from services.broker import BrokerAddress, Consumer, Delivery, PrivateNode
-from services.collector import Store, dead_claims
 from services.contracts import (
     ClaimBatch,
     DeadClaim,
@@ -19,6 +18,7 @@ from services.contracts import (
     load_settings,
     topology,
 )
+from services.store import Store, dead_claims
 from tests.conftest import sample_lines
 from tests.integration.conftest import (
     PATIENCE,

@@ -12,7 +12,7 @@ import httpx
 import yaml
 
 from services.broker.private_node import free_ports
-from services.leash import Leashed
+from services.node.supervision import SupervisedProcess
 from tests.conftest import REPOSITORY
 
 FILES = REPOSITORY / "prometheus"
@@ -60,11 +60,11 @@ class Prometheus:
             f"--storage.tsdb.path={directory / 'data'}",
             f"--web.listen-address=127.0.0.1:{port}",
         ]
-        self._process: Leashed | None = None
+        self._process: SupervisedProcess | None = None
 
     def __enter__(self) -> Self:
         with self._log.open("ab") as log:
-            self._process = Leashed(
+            self._process = SupervisedProcess(
                 self._command,
                 environment={"PATH": os.environ["PATH"]},
                 grace_seconds=_STOP_SECONDS,

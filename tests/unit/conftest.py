@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from services.contracts import ContextSpec, PromptSpec, Run
+from services.models.tokenizer import ModelTokenizer
 from tests.unit.clock import Clock
 from tests.unit.tokenizers_of_models import (
     CHAT_TEMPLATE,
@@ -49,6 +50,32 @@ def prompt() -> PromptSpec:
 @pytest.fixture(scope="session")
 def run(context: ContextSpec, prompt: PromptSpec) -> Run:
     return Run(source="claims.jsonl", source_digest="src-00", context=context, prompt=prompt)
+
+
+@pytest.fixture
+def spec(model_dir: Path) -> ContextSpec:
+    return ContextSpec(model=str(model_dir))
+
+
+@pytest.fixture(scope="session")
+def raw(definitions: dict[str, bytes]) -> dict[str, Tokenizer]:
+    """The same tokenizers without Keepwarm, to compare with."""
+    return {name: Tokenizer.from_buffer(definition) for name, definition in definitions.items()}
+
+
+@pytest.fixture(scope="session")
+def tokenizers(definitions: dict[str, bytes]) -> dict[str, ModelTokenizer]:
+    """Of each family; those of bytes have a chat template."""
+    with_chat = ("byte-level", "llama-3")
+    return {
+        name: ModelTokenizer(definition, {}, CHAT_TEMPLATE if name in with_chat else None)
+        for name, definition in definitions.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizers: dict[str, ModelTokenizer]) -> ModelTokenizer:
+    return tokenizers["byte-level"]
 
 
 @pytest.fixture(scope="session")

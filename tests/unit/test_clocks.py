@@ -12,19 +12,19 @@ WALL_CLOCKS = {
 }
 ALLOWED = {
     ("cli/status.py", "_problems"): "the collector noted a date: it is shown in local time",
-    ("collector/store.py", "Store.__init__"): (
+    ("store/store.py", "Store.__init__"): (
         "`received_at` is a date: one look when the store is opened, monotonic from there"
     ),
     ("contexts/caches.py", "_measured"): (
         "when a file was written is a date: after a jump a cache goes sooner, or stays longer"
     ),
-    ("contexts/fingerprint.py", "_remember"): (
+    ("models/fingerprint.py", "_remember"): (
         "when a file changed is a date: one look, and after a jump a file is read once more"
     ),
     ("gpu_worker/crashes.py", "Crashes.look"): (
         "when a record was written is a date: after a jump it goes sooner, or stays longer"
     ),
-    ("contexts/walltime.py", "seconds_left"): (
+    ("node/walltime.py", "seconds_left"): (
         "the scheduler says when the job ends as a date: one look at the start"
     ),
 }

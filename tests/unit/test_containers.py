@@ -23,8 +23,8 @@ import yaml
 
 from services.broker.roles import ROLES
 from services.cli.secrets_dir import SecretsDir
-from services.collector import Store
 from services.contracts import load_settings
+from services.store import Store
 
 OWN = ("collector", "producer", "gpu-worker", "engine-cpu", "engine-cuda")
 ENDS = ("broker-setup", "producer", "operator")  # they do one thing, and are not there for ever

@@ -20,16 +20,16 @@ from hypothesis import strategies as st
 
 from services.broker import BrokerAddress, Delivery
 from services.broker.dead_messages import origin, reason
-from services.contexts.completions import Answer, _answer, _choices
+from services.contexts.engine_client import Answer, _answer, _choices
 from services.contracts import (
     Claim,
     ClaimBatch,
     ContextDemand,
     ContextReady,
     ContextSpec,
+    ControlUpdate,
     DeadClaim,
     DeadReason,
-    Notice,
     PromptSpec,
     Run,
     RunAnnouncement,
@@ -38,7 +38,7 @@ from services.contracts import (
     Totals,
     Verdict,
     VerdictBatch,
-    WorkerReport,
+    WorkerHeartbeat,
     encode,
     load_settings,
     topology,
@@ -54,7 +54,7 @@ from services.contracts.errors import (
 from services.contracts.proofs import ClaimsDigest, Positions, verdict_proof
 from services.contracts.settings import check_broker_url
 from services.contracts.wire import CONTENT_TYPE, Message
-from services.gpu_worker.verdicts import read_verdict
+from services.gpu_worker.inference import read_verdict
 from services.producer import Parser, Rejection, Source, read_prompt
 
 CLAIM_TEXT = "The zebra-crossing of Łódź is striped."
@@ -188,7 +188,7 @@ MESSAGES: tuple[Message, ...] = (
         digest=str(ClaimsDigest.of([("c-1", 0)])),
         positions=POSITIONS.as_text(),
     ),
-    Notice(
+    ControlUpdate(
         cancelled=("sub-1",),
         contexts=(
             ContextDemand(
@@ -205,7 +205,7 @@ MESSAGES: tuple[Message, ...] = (
         seconds=61.5,
         phases=StartupPhases(load=9.5, total=60.0),
     ),
-    WorkerReport(
+    WorkerHeartbeat(
         worker_id="node-1",
         context_id=RUN.context.context_id,
         device="Tesla T4",
@@ -214,7 +214,7 @@ MESSAGES: tuple[Message, ...] = (
     ),
 )
 KINDS = [type(message) for message in MESSAGES]
-every_kind = pytest.mark.parametrize("message", MESSAGES, ids=[kind.__name__ for kind in KINDS])
+every_kind = pytest.mark.parametrize("message", MESSAGES, ids=[kind.wire_type for kind in KINDS])
 
 HEADERS = st.dictionaries(
     st.sampled_from(
@@ -256,7 +256,7 @@ def decoded(kind: type[Message], made: Delivery) -> None:
 def test_arbitrary_bytes_of_an_arbitrary_kind_are_a_message_or_invalid(
     message: Message, data: st.DataObject
 ) -> None:
-    kind = st.sampled_from([kind.__name__ for kind in KINDS]) | st.text(max_size=300)
+    kind = st.sampled_from([kind.wire_type for kind in KINDS]) | st.text(max_size=300)
     content_type = st.just(CONTENT_TYPE) | st.text(max_size=300)
     body = st.binary(max_size=300) | JSON.map(lambda value: json.dumps(value).encode())
     decoded(
@@ -273,7 +273,7 @@ def test_a_message_with_something_changed_is_a_message_or_invalid_and_tells_no_c
 ) -> None:
     tree = message.model_dump(mode="json")
     body = changed(tree).map(lambda value: json.dumps(value).encode()) | damaged(encode(message))
-    decoded(type(message), delivery(data.draw(body), type(message).__name__, {}, CONTENT_TYPE))
+    decoded(type(message), delivery(data.draw(body), message.wire_type, {}, CONTENT_TYPE))
 
 
 @often

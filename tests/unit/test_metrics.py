@@ -11,7 +11,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
 
-from services.collector.directory import Directory
+from services.collector.demand import DemandEstimator
 from services.collector.fleet import Fleet
 from services.collector.gauges import Gauges
 from services.contexts.metrics import ContextStates, EngineMetrics
@@ -33,7 +33,7 @@ UNITLESS = {
 }
 
 
-GAUGES = Gauges(Fleet(), Directory(None, load_settings(), Fleet()), None)  # type: ignore[arg-type]
+GAUGES = Gauges(Fleet(), DemandEstimator(None, load_settings(), Fleet()), None)  # type: ignore[arg-type]
 """Of a collector that knows of nothing."""
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.broker import Consumer, Delivery
-from services.contracts import Notice, encode, topology
+from services.contracts import ControlUpdate, encode, topology
 from services.contracts.errors import MessageInvalid
 from tests.unit.broker.conftest import unopened
 
@@ -52,8 +52,8 @@ def test_the_attempt_is_one_more_than_the_earlier_deliveries(
 
 
 def test_a_delivery_of_the_right_type_is_the_message_that_it_holds() -> None:
-    notice = Notice(cancelled=("sub-1",))
-    assert delivery(body=encode(notice), kind="Notice").message(Notice) == notice
+    notice = ControlUpdate(cancelled=("sub-1",))
+    assert delivery(body=encode(notice), kind="Notice").message(ControlUpdate) == notice
 
 
 @pytest.mark.parametrize(
@@ -67,9 +67,9 @@ def test_a_delivery_of_the_right_type_is_the_message_that_it_holds() -> None:
     ],
 )
 def test_a_delivery_of_another_type_is_not_even_decoded(changes: dict[str, Any], why: str) -> None:
-    fields = {"kind": "Notice", "body": encode(Notice()), **changes}
+    fields = {"kind": "Notice", "body": encode(ControlUpdate()), **changes}
     with pytest.raises(MessageInvalid, match=why):
-        delivery(**fields).message(Notice)
+        delivery(**fields).message(ControlUpdate)
 
 
 @pytest.mark.parametrize(("headers", "failures"), [({}, 0), ({topology.FAILURES_HEADER: 3}, 3)])

@@ -57,7 +57,7 @@ def test_what_loses_messages_is_told_with_queues_and_remedy(
     broker.things["/api/policies/keepwarm"] = [policy("site", **definition)]
     (harm,) = ask_policies(settings, ["claims.ctx-b"]).harms
     assert harm.loses_messages
-    assert set(harm.queues) == {*topology.HOUSE_QUEUES, "claims.ctx-a", "claims.ctx-b"}
+    assert set(harm.queues) == {*topology.CORE_QUEUES, "claims.ctx-a", "claims.ctx-b"}
     assert str(harm).startswith(f"policy site sets {says} on claims.ctx-a, claims.ctx-b, ")
     assert str(harm).endswith("or remove it: `rabbitmqctl clear_policy -p keepwarm site`")
 

@@ -12,8 +12,8 @@ import structlog
 
 from services.cli.main import main
 from services.cli.screen import Screen
-from services.collector import Incoming, Store
 from services.contracts import Run, RunAnnouncement, Totals, Verdict, VerdictBatch, load_settings
+from services.store import Incoming, Store
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from services.broker.administration import password_hash
-from services.contracts.topology import HOUSE_QUEUES
+from services.contracts.topology import CORE_QUEUES
 from tests.unit.management_double import ManagementDouble, management_double
 
 ROLES = ("producer", "worker", "collector", "operator")
@@ -91,7 +91,7 @@ def test_what_a_password_can_use_up_is_bounded_by_the_number_of_workers(
         policy = broker.things[f"/api/policies/keepwarm/keepwarm-{name}"]
         assert re.search(policy["pattern"], queue) and policy["apply-to"] == "queues"
         assert policy["definition"].keys() == {"max-length", "max-length-bytes", "expires"}
-        for lasting in (*HOUSE_QUEUES, "claims.ctx-1"):
+        for lasting in (*CORE_QUEUES, "claims.ctx-1"):
             assert not re.search(policy["pattern"], lasting)
 
 

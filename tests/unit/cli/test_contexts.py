@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from services.contexts.records import ContextRecord, OwnRecord
-from services.contexts.runtime_dir import open_runtime_dir
 from services.contracts import ContextSpec, Settings, load_settings
+from services.node.runtime_dir import open_runtime_dir
 
 # Two of one context, as on two GPUs, and one of another with the same beginning.
 CONTEXTS = {"ctx-0a-11": "model", "ctx-0a-22": "model", "ctx-0b-11": "other"}

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from services.collector import Incoming, Store, dead_claims, run_status
 from services.contracts import Claim, DeadClaim, DeadReason, Run, load_settings
+from services.store import Incoming, Store, dead_claims, run_status
 
 Command = Callable[..., int]
 Say = Callable[..., tuple[int, str]]

@@ -12,8 +12,6 @@ import pytest
 from services.cli.desk import Desk
 from services.cli.label_mass import MassWatch
 from services.cli.screen import Screen
-from services.collector import Incoming, Store
-from services.contexts import Device
 from services.contracts import (
     ContextSpec,
     PromptSpec,
@@ -25,7 +23,9 @@ from services.contracts import (
     load_settings,
 )
 from services.contracts.errors import LabelsUnlikely, RunIncomplete, StoreError, UsageError
+from services.node.device import Device
 from services.producer import ClaimsFile, Source, Submission
+from services.store import Incoming, Store
 
 Maker = Callable[..., Desk]
 

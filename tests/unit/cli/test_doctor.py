@@ -16,12 +16,13 @@ import psutil
 import pynvml
 import pytest
 
-from services.cli import doctor, node_checks
-from services.cli.findings import note, shared_file_system, well
-from services.collector import Store
-from services.contexts.device import Device
+from services.cli import doctor
 from services.contracts import Settings, load_settings
 from services.contracts.errors import EngineStartError
+from services.doctor import node_checks
+from services.doctor.findings import note, shared_file_system, well
+from services.node.device import Device
+from services.store import Store
 
 Keepwarm = Callable[..., int]
 Partition = namedtuple("Partition", "mountpoint fstype")
@@ -98,12 +99,9 @@ def test_what_is_not_installed_is_not_looked_at(
     keepwarm: Keepwarm, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only(monkeypatch, "store")
-    monkeypatch.setitem(sys.modules, "services.collector.database", None)
+    monkeypatch.setitem(sys.modules, "services.store.database", None)
     assert keepwarm("doctor") == 0
-    assert (
-        "not looked at: services.collector.database is not installed here"
-        in capsys.readouterr().out
-    )
+    assert "not looked at: services.store.database is not installed here" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -161,7 +159,7 @@ def test_the_driver_is_judged_by_what_the_engine_was_built_for(
         return driver
 
     gpu = Device("cuda", "NVIDIA H100", 80 * 1024**3, (0,), "0")
-    monkeypatch.setattr("services.contexts.find_device", lambda: gpu)
+    monkeypatch.setattr("services.node.device.find_device", lambda: gpu)
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
     monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
     monkeypatch.setattr(pynvml, "nvmlSystemGetCudaDriverVersion_v2", told)

@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 
 from services.cli.finished import finished_in, nothing_finished, update_gold
-from services.collector import Store
 from services.contracts import Claim, ContextSpec, PromptSpec, Run, load_settings
 from services.producer import ClaimsFile, RejectedFile, Source, Submission
+from services.store import Store
 
 CLAIMS = [Claim(claim_id=f"c{n}", position=n, text="C.") for n in range(4)]
 

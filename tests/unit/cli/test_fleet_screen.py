@@ -9,18 +9,18 @@ from services.cli.fleet_screen import heard_tables
 from services.cli.listening import Heard, Listener, broker_heard
 from services.cli.screen import Screen
 from services.cli.status import watched
-from services.collector import Incoming, Store
 from services.contracts import (
     ContextDemand,
     ContextSpec,
     Run,
     RunAnnouncement,
-    WorkerReport,
+    WorkerHeartbeat,
     encode,
     load_settings,
 )
+from services.store import Incoming, Store
 
-WORKER = WorkerReport(
+WORKER = WorkerHeartbeat(
     worker_id="node-7-1",
     context_id="ctx-1",
     device="Tesla T4",

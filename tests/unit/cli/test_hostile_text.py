@@ -27,9 +27,6 @@ from services.cli.live_view import LiveView
 from services.cli.logs import configure_logs
 from services.cli.screen import Screen, print_report, say, show, status_table
 from services.cli.shown import shown
-from services.collector import Incoming, Report, RunStatus, Store, export_run, find_run
-from services.collector.report import Quality, WorkerShare
-from services.collector.startups import ColdStarts, Startups
 from services.contexts.records import ContextRecord
 from services.contracts import (
     Claim,
@@ -45,10 +42,13 @@ from services.contracts import (
     Totals,
     Verdict,
     VerdictBatch,
-    WorkerReport,
+    WorkerHeartbeat,
     load_settings,
 )
 from services.producer import Progress
+from services.store import Incoming, Report, RunStatus, Store, export_run, find_run
+from services.store.report import Quality, WorkerShare
+from services.store.startups import ColdStarts, Startups
 from tests.unit.cli.test_screen import REPORT, STATUS, Worker
 
 # Markup of rich, escape codes in both alphabets, line ends, marks of direction, paths, formulas,
@@ -144,7 +144,7 @@ def test_the_report_of_a_hostile_run_is_text(bad: list[str]) -> None:
 @given(texts(4))
 def test_what_workers_and_collectors_say_is_text(bad: list[str]) -> None:
     device, host, model, fault = bad
-    worker = WorkerReport(
+    worker = WorkerHeartbeat(
         worker_id="node-1",
         context_id="ctx-1",
         device=device,

@@ -10,11 +10,11 @@ import pytest
 from services.cli import local_disk
 from services.cli.found_stores import STORE_FILE
 from services.cli.local_disk import working_dir
-from services.cli.network_store import network_store_warning
 from services.cli.screen import Screen
-from services.collector import Incoming, Store, run_status
 from services.contracts import Run, load_settings
 from services.contracts.errors import StoreError
+from services.doctor.network_store import network_store_warning
+from services.store import Incoming, Store, run_status
 
 
 class Partition(NamedTuple):

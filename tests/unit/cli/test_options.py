@@ -10,9 +10,9 @@ from services.cli.claims_options import (
     prompt_from_flag,
 )
 from services.cli.context_options import context_from_flags
-from services.contexts import hub
 from services.contracts import ContextSpec, PromptSpec, load_settings
 from services.contracts.errors import InputError, ModelError, UsageError
+from services.models import hub
 from tests.unit.clock import Clock
 
 

@@ -3,7 +3,6 @@ from pathlib import Path
 import pytest
 
 from services.cli.repeat import claims_to_repeat
-from services.collector import Incoming, Store
 from services.contracts import (
     INVALID,
     Claim,
@@ -20,6 +19,7 @@ from services.contracts import (
 )
 from services.contracts.errors import InputError, StoreError, UsageError
 from services.producer import ClaimsFile, Selection, Source
+from services.store import Incoming, Store
 
 PROMPT = PromptSpec()
 

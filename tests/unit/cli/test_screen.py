@@ -6,11 +6,11 @@ import pytest
 
 from services.cli.live_view import LiveView
 from services.cli.screen import Screen, duration, line_progress, print_report, show, status_table
-from services.collector import Report, RunStatus
-from services.collector.report import Quality, Speed, WorkerShare
-from services.collector.startups import Attaches, ColdStarts, Startups
 from services.contracts import StartupPhases
 from services.producer import Progress
+from services.store import Report, RunStatus
+from services.store.report import Quality, Speed, WorkerShare
+from services.store.startups import Attaches, ColdStarts, Startups
 from tests.unit.clock import Clock
 
 

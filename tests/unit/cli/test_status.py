@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from services.collector import Incoming, Store
 from services.contracts import Run, RunAnnouncement, Totals, load_settings
 from services.contracts.proofs import ClaimsDigest, Positions
+from services.store import Incoming, Store
 
 Command = Callable[..., int]
 

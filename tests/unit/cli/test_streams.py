@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from services.collector import Store
 from services.contracts import load_settings
+from services.store import Store
 
 SAYS = r"""
 import sys

@@ -9,10 +9,10 @@ import pytest
 
 from services.cli import worker_processes as module
 from services.cli.worker_processes import WorkerProcess, device_shares, worker_processes
-from services.contexts import Device
 from services.contexts.engine_log import OOM
 from services.contracts import ContextSpec, load_settings
 from services.contracts.errors import EngineError, MessageTooNew, RunIncomplete, UsageError
+from services.node.device import Device
 
 GENEROUS_SECONDS = 60.0
 SLEEP = "import time; time.sleep(600)"

@@ -14,11 +14,20 @@ from prometheus_client import REGISTRY
 from sqlalchemy import select
 
 from services.broker import Counts, Delivery, Outgoing
-from services.collector import Collector, Incoming, Store, find_run, run_status
-from services.collector.schema import startups
-from services.contracts import ClaimBatch, Notice, Run, decode, encode, load_settings, topology
+from services.collector import Collector
+from services.contracts import (
+    ClaimBatch,
+    ControlUpdate,
+    Run,
+    decode,
+    encode,
+    load_settings,
+    topology,
+)
 from services.contracts.errors import StoreError, StoreRefused
 from services.contracts.wire import Message
+from services.store import Incoming, Store, find_run, run_status
+from services.store.schema import startups
 
 QUEUES = {
     "VerdictBatch": topology.VERDICTS_QUEUE,
@@ -48,7 +57,7 @@ class Deliveries:
                 queue, body = message
                 kind = KINDS[queue]
             else:
-                kind = type(message).__name__
+                kind = message.wire_type
                 queue, body = QUEUES[kind], encode(message)
             self._waiting.append(
                 Delivery(queue, body, headers or {}, f"m-{tag}", False, tag, 1, kind=kind)
@@ -558,7 +567,7 @@ def give_notice(collector: Collector, publisher: RecordingPublisher) -> list[tup
     collector._give_notice(publisher)  # type: ignore[arg-type]
     for message in publisher.messages:
         assert (message.exchange, message.notice) == (topology.NOTICES_EXCHANGE, True)
-    return [decode(Notice, message.body).cancelled for message in publisher.messages]
+    return [decode(ControlUpdate, message.body).cancelled for message in publisher.messages]
 
 
 def test_workers_hear_again_and_again_which_submissions_are_cancelled(
@@ -581,7 +590,7 @@ def test_notices_are_not_due_all_the_time(
     seconds: float,
     notices: int,
 ) -> None:
-    monkeypatch.setattr("services.collector.collector.NOTICE_SECONDS", seconds)
+    monkeypatch.setattr("services.collector.collector.CONTROL_UPDATE_SECONDS", seconds)
     store.write(make.incoming(make.announced()))
     store.cancel(find_run(store, run.run_id).run_key)
     collector = Collector(store, load_settings())
@@ -628,7 +637,7 @@ def test_a_store_that_cannot_say_what_is_cancelled_does_not_end_the_collector(
 
 @pytest.fixture
 def no_worker_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.collector.fleet.REPORT_SECONDS", 0.0)
+    monkeypatch.setattr("services.collector.fleet.HEARTBEAT_SECONDS", 0.0)
 
 
 @pytest.mark.usefixtures("no_worker_is_waited_for")
@@ -641,7 +650,7 @@ def test_workers_hear_which_contexts_have_claims_as_soon_as_the_broker_told_of_t
     collector._directory.ask(Deliveries())  # type: ignore[arg-type]
     collector._hear(encode(make.report("node-1")))
     assert give_notice(collector, publisher) == [()]
-    (line,) = decode(Notice, publisher.messages[0].body).contexts
+    (line,) = decode(ControlUpdate, publisher.messages[0].body).contexts
     assert (line.context, line.claims_ready, line.workers_warm) == (run.context, 2, 1)
 
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.collector import Incoming, RunStatus, Store, dead_claims, find_run, reopen_dead
-from services.collector import run_status as status_of_run
-from services.collector.schema import outcomes
 from services.contracts import Run, RunAnnouncement, Totals, load_settings
 from services.contracts.proofs import ClaimsDigest
+from services.store import Incoming, RunStatus, Store, dead_claims, find_run, reopen_dead
+from services.store import run_status as status_of_run
+from services.store.schema import outcomes
 
 Opener = Callable[..., Store]
 
@@ -173,7 +173,7 @@ def test_the_digest_is_kept_in_the_transaction_that_writes_the_outcomes(
     store.write(make.incoming(announced(run, range(2)), make.batch(make.verdict(0))))
     incoming: Incoming = make.incoming(make.batch(make.verdict(1)))
     monkeypatch.setattr(
-        "services.collector.store.insert", lambda _: (_ for _ in ()).throw(RuntimeError("killed"))
+        "services.store.store.insert", lambda _: (_ for _ in ()).throw(RuntimeError("killed"))
     )
     with pytest.raises(RuntimeError, match="killed"):
         store.write(incoming)

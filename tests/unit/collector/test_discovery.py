@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 
 from services.collector.discovery import targets
-from services.contracts import WorkerReport, decode, encode
+from services.contracts import WorkerHeartbeat, decode, encode
 from services.contracts.errors import MessageInvalid
 
 
-def addresses(*reports: WorkerReport, own_host: str = "here") -> list[str]:
+def addresses(*reports: WorkerHeartbeat, own_host: str = "here") -> list[str]:
     return [target for each in targets(reports, own_host) for target in each["targets"]]
 
 
@@ -60,9 +60,9 @@ def test_a_report_with_what_is_no_address_is_refused_whole(
     address: str, make: SimpleNamespace
 ) -> None:
     body = encode(make.report("a", metrics_address="node:80"))
-    said = WorkerReport.model_construct(metrics_address=address).model_dump_json(
+    said = WorkerHeartbeat.model_construct(metrics_address=address).model_dump_json(
         include={"metrics_address"}
     )
     bad = body.replace(b'"metrics_address":"node:80"', said[1:-1].encode())
     with pytest.raises(MessageInvalid, match="not a WorkerReport: metrics_address: "):
-        decode(WorkerReport, bad)
+        decode(WorkerHeartbeat, bad)

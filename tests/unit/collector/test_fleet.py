@@ -7,7 +7,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from services.collector.fleet import Fleet
-from services.contracts.presence import FORGOTTEN_SECONDS, REPORT_SECONDS
+from services.contracts.heartbeats import FORGOTTEN_SECONDS, HEARTBEAT_SECONDS
 from tests.unit.clock import Clock
 
 
@@ -82,7 +82,7 @@ def test_who_begins_to_listen_has_heard_all_once_each_had_the_time_to_report(
 ) -> None:
     clock.now += 10  # a collector may be made long before it is connected
     assert not fleet.heard_all()
-    clock.now += REPORT_SECONDS - 0.1
+    clock.now += HEARTBEAT_SECONDS - 0.1
     assert not fleet.heard_all()
     clock.now += 0.1
     assert fleet.heard_all()
@@ -90,11 +90,11 @@ def test_who_begins_to_listen_has_heard_all_once_each_had_the_time_to_report(
 
 def test_who_did_not_listen_for_a_while_begins_anew(fleet: Fleet, clock: Clock) -> None:
     fleet.heard_all()
-    clock.now += FORGOTTEN_SECONDS - REPORT_SECONDS  # in so short a time nobody is forgotten
+    clock.now += FORGOTTEN_SECONDS - HEARTBEAT_SECONDS  # in so short a time nobody is forgotten
     assert fleet.heard_all()
     clock.now += FORGOTTEN_SECONDS
     assert not fleet.heard_all()
-    clock.now += REPORT_SECONDS
+    clock.now += HEARTBEAT_SECONDS
     assert fleet.heard_all()
 
 
@@ -139,7 +139,7 @@ def test_a_worker_that_falls_silent_has_vanished(
     fleet.note(make.report("a"))
     fleet.note(make.report("b", state="draining", ending="SIGTERM"))
     for _ in range(8):
-        clock.now += REPORT_SECONDS
+        clock.now += HEARTBEAT_SECONDS
         fleet.heard_all()
     assert fleet.workers() == []
     assert preemptions() == {"SIGTERM": 1, "vanished": 1}
@@ -153,15 +153,15 @@ def test_a_silence_while_nothing_could_be_heard_is_nobodys(
 ) -> None:
     fleet.note(make.report("a"))
     for _ in range(10):
-        clock.now += REPORT_SECONDS
+        clock.now += HEARTBEAT_SECONDS
         fleet.note_deaf()
         fleet.heard_all()
     assert [report.worker_id for report in fleet.workers()] == ["a"]
     for _ in range(3):
-        clock.now += REPORT_SECONDS
+        clock.now += HEARTBEAT_SECONDS
         assert fleet.workers()
         fleet.heard_all()
-    clock.now += REPORT_SECONDS
+    clock.now += HEARTBEAT_SECONDS
     assert fleet.workers() == []
     assert preemptions() == {"vanished": 1}
 

@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 
-from services.collector import Store
-from services.collector.directory import Directory
+from services.collector.demand import DemandEstimator
 from services.collector.fleet import Fleet
 from services.collector.gauges import Gauges
 from services.collector.metrics import count_in
 from services.collector.run_counts import RunCounts
 from services.contracts import Run, load_settings, topology
 from services.contracts.errors import StoreError
+from services.store import Store
 
 VERDICTS = "keepwarm_run_verdicts"
 
@@ -33,7 +33,7 @@ def counts(store: Store, monkeypatch: pytest.MonkeyPatch) -> RunCounts:
 @pytest.fixture
 def registry(store: Store, fleet: Fleet, counts: RunCounts) -> CollectorRegistry:
     made = CollectorRegistry()
-    directory = Directory(store, load_settings(), fleet)
+    directory = DemandEstimator(store, load_settings(), fleet)
     directory._counts = {topology.VERDICTS_QUEUE: 3, "claims.ctx-1": 9}
     made.register(Gauges(fleet, directory, counts))
     return made

@@ -5,14 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from services.collector import Store, missing_records, run_status
-from services.collector.directory import Directory
+from services.collector.demand import DemandEstimator
 from services.collector.nowhere import NOWHERE_SECONDS, Nowhere
 from services.contracts import Run, RunAnnouncement, Totals, load_settings, topology
 from services.contracts.proofs import Positions
+from services.store import Store, missing_records, run_status
 from tests.unit.clock import Clock
 
-EMPTY = dict.fromkeys(topology.HOUSE_QUEUES, 0)
+EMPTY = dict.fromkeys(topology.CORE_QUEUES, 0)
 
 
 class World:
@@ -24,7 +24,7 @@ class World:
         self.clock = Clock()
         self.held: Counter[str] = Counter()
         fleet = SimpleNamespace(claims_held=lambda: self.held)
-        self.directory = Directory(store, load_settings(), fleet)  # type: ignore[arg-type]
+        self.directory = DemandEstimator(store, load_settings(), fleet)  # type: ignore[arg-type]
         self.directory._counts = EMPTY
         self.directory._asked = frozenset({topology.claims_queue(run.context.context_id)})
         self.directory.counted_at = self.clock.now
@@ -74,7 +74,7 @@ def test_claims_that_are_nowhere_for_long_enough_are_told_by_their_records(world
     assert missing_records(world.store, run_id, 2) == [(1, 1), (4, 4)]
 
 
-@pytest.mark.parametrize("queue", [*topology.HOUSE_QUEUES, "claims"])
+@pytest.mark.parametrize("queue", [*topology.CORE_QUEUES, "claims"])
 def test_what_waits_in_a_queue_is_somewhere(queue: str, world: World) -> None:
     name = topology.claims_queue(world.run.context.context_id) if queue == "claims" else queue
     world.directory._counts = {**EMPTY, name: 1}

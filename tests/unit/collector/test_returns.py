@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.broker import Delivery, Outgoing
-from services.collector import Store, find_run
-from services.collector.returns import send_on
+from services.collector.collector import send_on
 from services.contracts import ClaimBatch, Run, decode, encode, load_settings, topology
+from services.store import Store, find_run
 
 
 class Broker:

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from services.collector import Store
 from services.collector.submissions import NotAnnounced, Submissions
 from services.contracts import ClaimBatch, DeadClaim, Run, RunAnnouncement, VerdictBatch
 from services.contracts.errors import MessageInvalid
 from services.contracts.proofs import verdict_proof
+from services.store import Store
 
 KEY_TEXT = "00112233445566778899aabbccddeeff"
 KEY = bytes.fromhex(KEY_TEXT)

@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from services.contexts.borrowed_broker import borrow_broker, warm_broker
 from services.contexts.keeper import Keeper
 from services.contexts.keeper_server import Broker, KeeperServer
-from services.contexts.protocol import KeptBroker, Word
+from services.contexts.protocol import KeeperReply, KeptBroker
 from services.contracts import Settings, load_settings
 from services.contracts.errors import BrokerError
 
@@ -167,5 +167,5 @@ def test_the_broker_ends_with_its_keeper(settings: Settings) -> None:
 
 def test_the_password_is_in_no_text_form_of_what_is_lent() -> None:
     lent = KeptBroker(url=Node().url, password=SecretStr(Node().password))
-    assert Node().password not in repr(lent) + str(Word(broker=lent))
+    assert Node().password not in repr(lent) + str(KeeperReply(broker=lent))
     assert Node().password in lent.model_dump_json()  # for the borrower, on the keeper's socket

@@ -14,16 +14,16 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from services.contexts import Device
-from services.contexts.completions import CompletionClient
 from services.contexts.engine import Engine, start_error
+from services.contexts.engine_client import CompletionClient
 from services.contexts.engine_command import ENGINE_MODULE, template_environment
+from services.contexts.fork_server_client import ForkServer
 from services.contexts.plan import EnginePlan
-from services.contexts.runtime_dir import log_tail
-from services.contexts.template_process import Template
 from services.contracts import ContextSpec, load_settings
 from services.contracts.errors import EngineStartError
 from services.contracts.startup import StartupPhases
+from services.node.device import Device
+from services.node.runtime_dir import log_tail
 from tests.interpreters import interpreter
 
 # httpcore leaves a socket that could not connect to Python's garbage collector.
@@ -40,7 +40,7 @@ class Forge:
         self._directory = directory
         self._context = context
         self._made: list[Engine] = []
-        self.template: Template | None = None
+        self.template: ForkServer | None = None
 
     def engine(self) -> Engine:
         self._made.append(Engine(self.plan(), self._directory))
@@ -64,9 +64,9 @@ class Forge:
             self.template_of(engine), self._directory / "cache", stop, seconds, loading, begun
         )
 
-    def template_of(self, engine: Engine) -> Template:
+    def template_of(self, engine: Engine) -> ForkServer:
         if self.template is None:
-            self.template = Template(
+            self.template = ForkServer(
                 engine.plan.python,
                 ENGINE_MODULE,
                 template_environment(engine.plan),

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from services.contexts import Device
 from services.contexts.engine_command import (
     cores_of,
     engine_arguments,
@@ -14,6 +13,7 @@ from services.contexts.engine_command import (
 from services.contexts.plan import EnginePlan
 from services.contracts import ContextSpec, load_settings
 from services.contracts.errors import UsageError
+from services.node.device import Device
 
 GIB = 1024**3
 CPU = Device("cpu", "Xeon", 40 * GIB, (0, 1, 5))

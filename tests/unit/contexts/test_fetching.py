@@ -9,10 +9,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from services.contexts import hub
 from services.contexts.fetching import fetch
 from services.contracts import ContextSpec
 from services.contracts.errors import ModelError
+from services.models import hub
 
 GENEROUS_SECONDS = 60.0
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

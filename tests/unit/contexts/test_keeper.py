@@ -13,20 +13,21 @@ from typing import Any
 import psutil
 import pytest
 
-from services.contexts import Device, start_keeper
+from services.contexts import start_keeper
 from services.contexts.caches import EngineCaches
 from services.contexts.engine import Engine
+from services.contexts.fork_server_client import is_imported
 from services.contexts.keeper import Keeper
 from services.contexts.keeper_server import KeeperServer
+from services.contexts.managed_engine import ManagedEngine
 from services.contexts.metrics import WRONG
 from services.contexts.plan import EnginePlan
-from services.contexts.protocol import Attach, Demand, Drain, Line, Word
+from services.contexts.protocol import Attach, Demand, Drain, KeeperChannel, KeeperReply
 from services.contexts.records import ContextRecord, State, live_records
-from services.contexts.runtime_dir import keeper_socket
-from services.contexts.slot import Slot
-from services.contexts.template_process import is_imported
 from services.contracts import ContextSpec, load_settings
 from services.contracts.errors import EngineRequestError, EngineStartError, KeeperError
+from services.node.device import Device
+from services.node.runtime_dir import keeper_socket
 from tests.conftest import remove_at_once
 
 # httpcore leaves a socket that could not connect to Python's garbage collector.
@@ -64,26 +65,26 @@ class Node:
         device = Device("cpu", "Xeon", 2**34, tuple(os.sched_getaffinity(0)))
         return EnginePlan.of(spec, device, load_settings())
 
-    def attach(self, context: str) -> Slot:
+    def attach(self, context: str) -> ManagedEngine:
         slot, _ = self.keeper.attach(self.plan(context))
         return slot
 
-    def warm(self, context: str) -> Slot:
+    def warm(self, context: str) -> ManagedEngine:
         """With a lease on it."""
         slot = self.attach(context)
         self.comes(slot, "warm")
         return slot
 
-    def idle(self, context: str) -> Slot:
+    def idle(self, context: str) -> ManagedEngine:
         slot = self.warm(context)
         slot.detach()
         return slot
 
-    def comes(self, slot: Slot, state: State) -> None:
+    def comes(self, slot: ManagedEngine, state: State) -> None:
         wait_until(lambda: slot.record.state == state or slot.gone, f"{state}: {slot.record}")
         assert slot.gone is None, slot.gone
 
-    def goes(self, slot: Slot) -> str:
+    def goes(self, slot: ManagedEngine) -> str:
         slot.join(GENEROUS_SECONDS)
         assert slot.gone is not None
         return slot.gone
@@ -126,14 +127,14 @@ def start(
 @pytest.fixture
 def sleepy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines can sleep, as on CUDA."""
-    monkeypatch.setattr(Slot, "_can_sleep", lambda _: True)
+    monkeypatch.setattr(ManagedEngine, "_can_sleep", lambda _: True)
 
 
 def journal(directory: Path) -> list[str]:
     return (directory / "journal").read_text().split()
 
 
-def process_of(slot: Slot) -> psutil.Process:
+def process_of(slot: ManagedEngine) -> psutil.Process:
     assert slot.record.pid is not None
     return psutil.Process(slot.record.pid)
 
@@ -149,9 +150,9 @@ def adapter_plan(node: Node, directory: Path, name: str) -> EnginePlan:
     return plan.model_copy(update={"spec": spec})
 
 
-def lease(node: Node, plan: EnginePlan) -> tuple[Slot, Word]:
+def lease(node: Node, plan: EnginePlan) -> tuple[ManagedEngine, KeeperReply]:
     """What a worker that attaches with this plan hears in the end."""
-    ours, theirs = map(Line, socket.socketpair())
+    ours, theirs = map(KeeperChannel, socket.socketpair())
     server = KeeperServer(node.keeper, for_ever=True)
     holding = threading.Thread(target=server._obey, args=(theirs,))
     holding.start()
@@ -280,7 +281,7 @@ def test_an_engine_that_could_not_be_measured_counts_as_what_it_needs_and_that_i
 ) -> None:
     node = start()
     monkeypatch.setattr(Engine, "memory_bytes", lambda _: None)
-    monkeypatch.setattr("services.contexts.slot.needed_bytes", lambda *_: 7)
+    monkeypatch.setattr("services.contexts.managed_engine.needed_bytes", lambda *_: 7)
     slot = node.idle("a")
     candidate = slot.candidate()
     assert candidate is not None and candidate.memory_bytes == 7
@@ -461,7 +462,7 @@ def test_an_engine_that_nobody_uses_for_long_is_stopped(start: Callable[..., Nod
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines that nobody uses are asked all the time how they are."""
-    monkeypatch.setattr("services.contexts.silence._EVERY_SECONDS", 0.0)
+    monkeypatch.setattr("services.contexts.managed_engine._EVERY_SECONDS", 0.0)
 
 
 @pytest.mark.usefixtures("hasty")
@@ -503,14 +504,14 @@ def test_imports_that_need_not_be_done_again_make_no_engine_dear(
 def test_weights_that_need_not_be_fetched_again_make_no_engine_dear(
     start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fetch(slot: Slot) -> float:
+    def fetch(slot: ManagedEngine) -> float:
         time.sleep(2)
         return 2.0
 
     node = start()
     node.idle("a")
     assert is_imported(node.keeper.directory)
-    monkeypatch.setattr(Slot, "_fetch", fetch)
+    monkeypatch.setattr(ManagedEngine, "_fetch", fetch)
     candidate = node.idle("b").candidate()
     phases = {record.context.model[-1]: record.phases for record in node.records()}["b"]
     assert candidate is not None and phases is not None and phases.total is not None
@@ -559,7 +560,7 @@ def test_weights_are_fetched_before_the_room_is_taken_and_a_fetch_can_be_stopped
             time.sleep(0.02)
 
     node = start()
-    monkeypatch.setattr("services.contexts.slot.fetch", fetch)
+    monkeypatch.setattr("services.contexts.managed_engine.fetch", fetch)
     plan = node.plan("a").model_copy(update={"spec": ContextSpec(model="org/large")})
     slot, _ = node.keeper.attach(plan)
     wait_until(lambda: slot.record.says == "fetching weights", "that it fetches")
@@ -788,9 +789,9 @@ def test_one_sleeps_where_the_host_has_memory_for_its_weights_whatever_else_it_h
         with (tmp_path / "a" / "model.safetensors").open("wb") as file:
             file.truncate(weights * 2**30)
     gpu = Device("cuda", "H100", 80 * 2**30, (0,), gpu="0")
-    slot = Slot(node.plan("a").model_copy(update={"device": gpu}), node.keeper, 0)
+    slot = ManagedEngine(node.plan("a").model_copy(update={"device": gpu}), node.keeper, 0)
     slot.record = slot.record.model_copy(update={"memory_bytes": 70 * 2**30})
-    monkeypatch.setattr("services.contexts.slot.available_bytes", lambda: 3 * 2**30)
+    monkeypatch.setattr("services.contexts.managed_engine.available_bytes", lambda: 3 * 2**30)
     assert slot._can_sleep() is sleeps
 
 
@@ -818,7 +819,7 @@ def test_who_attaches_while_it_falls_asleep_has_it_woken(
     giving = threading.Thread(target=slot.give_way)
     giving.start()
     assert dozing.begun.wait(GENEROUS_SECONDS)
-    got: list[Slot] = []
+    got: list[ManagedEngine] = []
     attaching = threading.Thread(target=lambda: got.append(node.attach("a")))
     attaching.start()
     attaching.join(0.3)
@@ -904,7 +905,7 @@ def test_a_lease_that_nobody_waits_for_any_more_is_not_waited_for(
     node = start()
     slot = node.warm("a")
     slot.stop("the test wants it")
-    ours, theirs = map(Line, socket.socketpair())
+    ours, theirs = map(KeeperChannel, socket.socketpair())
     attaching = threading.Thread(
         target=lambda: KeeperServer(node.keeper, for_ever=True)._answer(theirs._connection)
     )
@@ -1006,7 +1007,7 @@ def test_requests_that_come_at_once_are_all_heard(start: Callable[..., Node]) ->
     bare, theirs = socket.socketpair()
     server = KeeperServer(node.keeper, for_ever=True)
     holding = threading.Thread(
-        target=server._hold, args=(Line(theirs), slot, "warm", slot.plan.spec)
+        target=server._hold, args=(KeeperChannel(theirs), slot, "warm", slot.plan.spec)
     )
     holding.start()
     context_id = slot.plan.spec.context_id
@@ -1018,9 +1019,9 @@ def test_requests_that_come_at_once_are_all_heard(start: Callable[..., Node]) ->
     theirs.close()
 
 
-def told(node: Node, slot: Slot, found: State | None) -> Word:
+def told(node: Node, slot: ManagedEngine, found: State | None) -> KeeperReply:
     """What a worker hears that came to the engine so."""
-    ours, theirs = map(Line, socket.socketpair())
+    ours, theirs = map(KeeperChannel, socket.socketpair())
     server = KeeperServer(node.keeper, for_ever=True)
     holding = threading.Thread(target=server._hold, args=(theirs, slot, found, slot.plan.spec))
     holding.start()
@@ -1099,7 +1100,7 @@ def test_a_keeper_that_was_told_to_drain_ends_though_nobody_waits_for_its_answer
     line.send(Drain())
     line.close()
     left.set()
-    wait_until(lambda: service.unready, "its end")
+    wait_until(lambda: service.readiness_error, "its end")
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from services.contexts import Device
-from services.contexts.memory import needed_bytes
+from services.contexts.engine_command import needed_bytes
 from services.contexts.plan import EnginePlan
 from services.contracts import ContextSpec, load_settings
+from services.node.device import Device
 
 GIB = 1024**3
 

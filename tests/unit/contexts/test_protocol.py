@@ -7,12 +7,22 @@ from collections.abc import Iterator
 
 import pytest
 
-from services.contexts import Device, protocol
+from services.contexts import protocol
 from services.contexts.plan import EnginePlan
-from services.contexts.protocol import Attach, Demand, Drain, Evict, Line, Look, Request, Word
+from services.contexts.protocol import (
+    Attach,
+    Demand,
+    DescribeDevice,
+    Drain,
+    Evict,
+    KeeperChannel,
+    KeeperReply,
+    Request,
+)
 from services.contexts.records import ContextRecord
 from services.contracts import ContextSpec, load_settings
 from services.contracts.errors import KeeperError
+from services.node.device import Device
 
 GENEROUS_SECONDS = 30.0
 
@@ -22,7 +32,7 @@ class Ends:
 
     def __init__(self) -> None:
         self.bare, other = socket.socketpair(socket.AF_UNIX)
-        self.line = Line(other)
+        self.line = KeeperChannel(other)
 
 
 @pytest.fixture
@@ -42,11 +52,11 @@ def test_every_request_survives_the_way(ends: Ends, context: ContextSpec) -> Non
     said: list[Request] = [
         Attach(plan=wanted),
         Demand(claims={context.context_id: 7}),
-        Look(),
+        DescribeDevice(),
         Evict(wanted=("ctx-1", "ctx-2")),
         Drain(),
     ]
-    keeper = Line(ends.bare)
+    keeper = KeeperChannel(ends.bare)
     for request in said:
         ends.line.send(request)
     assert [keeper.request(GENEROUS_SECONDS) for _ in said] == said
@@ -56,7 +66,7 @@ def test_a_plan_that_came_over_the_socket_is_the_same_engine(
     ends: Ends, context: ContextSpec
 ) -> None:
     ends.line.send(Attach(plan=plan(context)))
-    heard = Line(ends.bare).request(GENEROUS_SECONDS)
+    heard = KeeperChannel(ends.bare).request(GENEROUS_SECONDS)
     assert isinstance(heard, Attach) and heard.plan.name == plan(context).name
 
 
@@ -73,14 +83,14 @@ def test_a_word_survives_the_way(ends: Ends, context: ContextSpec) -> None:
         last_used=2.5,
     )
     said = [
-        Word(record=record, warm=True),
-        Word(gone="it ended\nwith a log"),
-        Word(done=("a", "b")),
-        Word(device=Device("cuda", "H100", 2**36, (0, 1), gpu="0")),
+        KeeperReply(record=record, warm=True),
+        KeeperReply(gone="it ended\nwith a log"),
+        KeeperReply(done=("a", "b")),
+        KeeperReply(device=Device("cuda", "H100", 2**36, (0, 1), gpu="0")),
     ]
     for word in said:
         ends.line.send(word)
-    keeper = Line(ends.bare)
+    keeper = KeeperChannel(ends.bare)
     assert [keeper.word(GENEROUS_SECONDS) for _ in said] == said
 
 
@@ -105,7 +115,7 @@ def test_what_is_no_request_is_refused(ends: Ends, nonsense: bytes) -> None:
 
 def test_what_a_newer_keeper_says_besides_is_not_heard(ends: Ends) -> None:
     ends.bare.sendall(b'{"done": ["ctx-1"], "mood": "good"}\n')
-    assert ends.line.word(GENEROUS_SECONDS) == Word(done=("ctx-1",))
+    assert ends.line.word(GENEROUS_SECONDS) == KeeperReply(done=("ctx-1",))
 
 
 def test_a_word_of_another_version_tells_how_to_be_rid_of_that_keeper(ends: Ends) -> None:
@@ -153,7 +163,7 @@ def test_another_users_end_is_refused(ends: Ends, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(os, "geteuid", lambda: 12_345)
     one, other = socket.socketpair(socket.AF_UNIX)
     with pytest.raises(KeeperError, match="belongs to another user"):
-        Line(one)
+        KeeperChannel(one)
     assert one.fileno() == -1  # closed
     other.close()
 
@@ -187,7 +197,7 @@ def test_who_talks_to_a_side_that_does_not_listen_is_told_so(
 
 def test_who_asks_has_the_answer_or_is_told_that_there_is_none(ends: Ends) -> None:
     ends.bare.sendall(b'{"done": ["a"]}\n')
-    assert ends.line.ask(Drain(), GENEROUS_SECONDS) == Word(done=("a",))
+    assert ends.line.ask(Drain(), GENEROUS_SECONDS) == KeeperReply(done=("a",))
     with pytest.raises(KeeperError, match="did not answer within 0.1 s"):
         ends.line.ask(Drain(), 0.1)
 

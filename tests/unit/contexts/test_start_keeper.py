@@ -12,9 +12,9 @@ import psutil
 import pytest
 
 from services.contexts import start_keeper
-from services.contexts.runtime_dir import keeper_lock, take_lock
 from services.contracts import load_settings
 from services.contracts.errors import KeeperError
+from services.node.runtime_dir import keeper_lock, take_lock
 
 GENEROUS_SECONDS = 60.0
 

@@ -8,9 +8,9 @@ from services.contracts import (
     ContextDemand,
     ContextReady,
     ContextSpec,
+    ControlUpdate,
     DeadClaim,
     DeadReason,
-    Notice,
     PromptSpec,
     Run,
     RunAnnouncement,
@@ -18,7 +18,7 @@ from services.contracts import (
     Totals,
     Verdict,
     VerdictBatch,
-    WorkerReport,
+    WorkerHeartbeat,
 )
 from services.contracts.prompts import Example
 from services.contracts.runs import InputSummary
@@ -103,7 +103,7 @@ def messages() -> dict[str, Message]:
                 numeric_ids=True,
             ),
         ),
-        "Notice": Notice(
+        "Notice": ControlUpdate(
             cancelled=("sub-1", "sub-2"),
             contexts=(
                 ContextDemand(
@@ -122,7 +122,7 @@ def messages() -> dict[str, Message]:
                 imports=8.0, fetch=None, load=9.5, compile=40.0, first_token=0.5, total=60.0
             ),
         ),
-        "WorkerReport": WorkerReport(
+        "WorkerReport": WorkerHeartbeat(
             worker_id="node-1",
             context_id=context.context_id,
             device="Tesla T4",

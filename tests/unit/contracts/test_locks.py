@@ -7,9 +7,9 @@ import pytest
 
 from services.cli.output_dir import held_output_dir
 from services.contexts.caches import EngineCaches
-from services.contexts.runtime_dir import take_lock
 from services.contracts import locks
 from services.contracts.errors import UsageError
+from services.node.runtime_dir import take_lock
 
 
 @pytest.fixture

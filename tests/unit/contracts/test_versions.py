@@ -13,11 +13,11 @@ import pytest
 from services.contracts import (
     ClaimBatch,
     ContextReady,
+    ControlUpdate,
     DeadClaim,
-    Notice,
     RunAnnouncement,
     VerdictBatch,
-    WorkerReport,
+    WorkerHeartbeat,
     decode,
     encode,
 )
@@ -26,10 +26,10 @@ from services.contracts.wire import VERSION, Message
 
 HERE = Path(__file__).parent
 KINDS: dict[str, type[Message]] = {
-    kind.__name__: kind
+    kind.wire_type: kind
     for kind in (
-        *(ClaimBatch, VerdictBatch, DeadClaim, RunAnnouncement, Notice, ContextReady),
-        WorkerReport,
+        *(ClaimBatch, VerdictBatch, DeadClaim, RunAnnouncement, ControlUpdate, ContextReady),
+        WorkerHeartbeat,
     )
 }
 GOLDEN = sorted(HERE.glob("version_*/*.json"))
@@ -82,7 +82,7 @@ def test_a_version_that_is_none_is_refused(version: object) -> None:
     if version is True:  # JSON's true is Python's 1
         return
     with pytest.raises(MessageInvalid, match="not a Notice: schema_version"):
-        decode(Notice, changed("Notice", schema_version=version))
+        decode(ControlUpdate, changed("Notice", schema_version=version))
 
 
 @pytest.mark.parametrize("part", ["run", "context", "prompt"])

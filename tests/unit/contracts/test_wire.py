@@ -14,10 +14,10 @@ from services.contracts import (
     ContextDemand,
     ContextReady,
     ContextSpec,
+    ControlUpdate,
     DeadClaim,
     DeadReason,
     Label,
-    Notice,
     PromptSpec,
     Run,
     RunAnnouncement,
@@ -25,7 +25,7 @@ from services.contracts import (
     Totals,
     Verdict,
     VerdictBatch,
-    WorkerReport,
+    WorkerHeartbeat,
     decode,
     encode,
 )
@@ -35,10 +35,10 @@ from services.contracts.prompts import Example
 from services.contracts.wire import Message
 
 KINDS: dict[str, type[Message]] = {
-    kind.__name__: kind
+    kind.wire_type: kind
     for kind in (
-        *(ClaimBatch, VerdictBatch, DeadClaim, RunAnnouncement, Notice, ContextReady),
-        WorkerReport,
+        *(ClaimBatch, VerdictBatch, DeadClaim, RunAnnouncement, ControlUpdate, ContextReady),
+        WorkerHeartbeat,
     )
 }
 
@@ -175,7 +175,7 @@ MESSAGES: dict[str, st.SearchStrategy[Message]] = {
         ),
     ),
     "Notice": st.builds(
-        Notice,
+        ControlUpdate,
         cancelled=st.lists(OWN_IDS, max_size=3).map(tuple),
         contexts=st.lists(
             st.builds(
@@ -202,7 +202,7 @@ MESSAGES: dict[str, st.SearchStrategy[Message]] = {
         ),
     ),
     "WorkerReport": st.builds(
-        WorkerReport,
+        WorkerHeartbeat,
         worker_id=OWN_IDS,
         context_id=st.none() | OWN_IDS,
         device=words(20),

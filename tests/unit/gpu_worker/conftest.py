@@ -6,46 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tokenizers import (
-    Tokenizer,
-)
 
 from services.broker import Delivery, Outgoing
-from services.contexts import Device
-from services.contracts import Claim, ClaimBatch, ContextSpec, Run, Verdict, encode, topology
+from services.contracts import Claim, ClaimBatch, Run, Verdict, encode, topology
 from services.contracts.wire import PROVEN
-from services.gpu_worker import ModelTokenizer
 from services.gpu_worker.crashes import Crashes, Key
-from tests.unit.tokenizers_of_models import CHAT_TEMPLATE
+from services.node.device import Device
 
 PROOF_KEY = bytes(range(16))
 DEVICE = Device("cpu", "Xeon", 2**34, (0,))
-
-
-@pytest.fixture
-def spec(model_dir: Path) -> ContextSpec:
-    return ContextSpec(model=str(model_dir))
-
-
-@pytest.fixture(scope="session")
-def raw(definitions: dict[str, bytes]) -> dict[str, Tokenizer]:
-    """The same tokenizers without Keepwarm, to compare with."""
-    return {name: Tokenizer.from_buffer(definition) for name, definition in definitions.items()}
-
-
-@pytest.fixture(scope="session")
-def tokenizers(definitions: dict[str, bytes]) -> dict[str, ModelTokenizer]:
-    """Of each family; those of bytes have a chat template."""
-    with_chat = ("byte-level", "llama-3")
-    return {
-        name: ModelTokenizer(definition, {}, CHAT_TEMPLATE if name in with_chat else None)
-        for name, definition in definitions.items()
-    }
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tokenizers: dict[str, ModelTokenizer]) -> ModelTokenizer:
-    return tokenizers["byte-level"]
 
 
 @pytest.fixture(scope="session")

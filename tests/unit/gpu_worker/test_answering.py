@@ -10,17 +10,17 @@ import pytest
 import structlog
 
 from services.broker import Delivery
-from services.contexts.attachment import Attachment
-from services.contexts.completions import Answer, EngineSilent, Interrupted
+from services.contexts.engine_client import Answer, EngineSilent, Interrupted
+from services.contexts.lease import EngineLease
 from services.contexts.plan import EnginePlan
 from services.contracts import (
     Claim,
     ClaimBatch,
     ContextSpec,
+    ControlUpdate,
     DeadClaim,
     DeadReason,
     Label,
-    Notice,
     PromptSpec,
     Run,
     Settings,
@@ -36,14 +36,14 @@ from services.contracts.errors import (
     EngineStartError,
     MessageTooNew,
 )
-from services.gpu_worker import CompiledPrompt, ModelTokenizer
-from services.gpu_worker.answering import Answering
-from services.gpu_worker.examination import Examination, prompt_key
-from services.gpu_worker.in_hand import BatchInHand, Signature
+from services.gpu_worker.concurrency import AdaptiveConcurrency
+from services.gpu_worker.fault_isolation import FaultIsolation, prompt_key
+from services.gpu_worker.heartbeat import Post
+from services.gpu_worker.in_flight import InFlightBatch, WorkerIdentity
 from services.gpu_worker.inference import Inference
-from services.gpu_worker.pacing import Pace
-from services.gpu_worker.reports import Post
-from services.gpu_worker.shift import Shift
+from services.gpu_worker.session import Answering, Shift
+from services.models.compiled_prompt import CompiledPrompt
+from services.models.tokenizer import ModelTokenizer
 from tests.unit.gpu_worker.conftest import DEVICE, RecordingBroker, delivered, died_asking
 
 UNUSABLE = PromptSpec(labels=(Label(name="A", word="True"), Label(name="B", word="True")))
@@ -55,19 +55,21 @@ def settings(tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
-def engine(spec: ContextSpec, settings: Settings) -> Attachment:
-    return Attachment(EnginePlan.of(spec, DEVICE, settings), settings)
+def engine(spec: ContextSpec, settings: Settings) -> EngineLease:
+    return EngineLease(EnginePlan.of(spec, DEVICE, settings), settings)
 
 
 @pytest.fixture
 def answering(
     spec: ContextSpec,
     settings: Settings,
-    engine: Attachment,
+    engine: EngineLease,
     broker: RecordingBroker,
     tmp_path: Path,
 ) -> Answering:
-    shift = Shift.begin(Signature("worker-1", DEVICE.name), Post(host="node-1"), tmp_path / "run")
+    shift = Shift.begin(
+        WorkerIdentity("worker-1", DEVICE.name), Post(host="node-1"), tmp_path / "run"
+    )
     tokenizer = ModelTokenizer.load(spec)
     inference = Inference(
         tokenizer,
@@ -78,8 +80,8 @@ def answering(
     return Answering(
         spec.context_id,
         inference,
-        Examination(engine, inference, settings, shift.stop, shift.crashes),
-        Pace(settings.horizon_seconds, settings.batches_in_flight),
+        FaultIsolation(engine, inference, settings, shift.stop, shift.crashes),
+        AdaptiveConcurrency(settings.prefetch_seconds, settings.batches_in_flight),
         shift,
         broker,  # type: ignore[arg-type]
         broker,  # type: ignore[arg-type]
@@ -96,7 +98,7 @@ Answers = Callable[[int, Exception | None], None]
 
 
 @pytest.fixture
-def engine_answers(engine: Attachment, monkeypatch: pytest.MonkeyPatch) -> Answers:
+def engine_answers(engine: EngineLease, monkeypatch: pytest.MonkeyPatch) -> Answers:
     """`engine_answers(2, error)`: the engine answers the first two prompts and fails then."""
 
     def set_up(answers: int, failure: Exception | None = None) -> None:
@@ -135,7 +137,7 @@ def returned_in(broker: RecordingBroker) -> list[str]:
 def test_each_answer_counts_as_it_comes(
     answering: Answering,
     spec: ContextSpec,
-    engine: Attachment,
+    engine: EngineLease,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[int] = []
@@ -156,7 +158,7 @@ def test_each_answer_counts_as_it_comes(
 def test_a_worker_warns_once_a_run_that_the_model_hardly_ever_says_a_label_word(
     answering: Answering,
     spec: ContextSpec,
-    engine: Attachment,
+    engine: EngineLease,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def score(prompts: list[list[int]], tokens: list[int]) -> Iterator[tuple[int, Answer]]:
@@ -230,7 +232,7 @@ def test_a_batch_is_answered_and_acknowledged_once_its_verdicts_are_confirmed(
     assert broker.settled == []
     broker.confirm(message)
     assert broker.settled == [("acknowledged", 7)]
-    assert answering.suspects == []
+    assert answering.quarantined == []
 
 
 def test_dead_claims_go_to_their_queue_and_the_batch_is_acknowledged_after_the_last(
@@ -265,7 +267,7 @@ class Requests(list[int]):
 
 
 @pytest.fixture
-def requests(engine: Attachment, monkeypatch: pytest.MonkeyPatch) -> Requests:
+def requests(engine: EngineLease, monkeypatch: pytest.MonkeyPatch) -> Requests:
     made = Requests()
     monkeypatch.setattr(engine.client, "score", made.score)
     return made
@@ -305,12 +307,12 @@ def test_small_batches_are_one_request_and_each_is_settled_by_itself(
 def test_of_batches_that_have_become_larger_those_over_the_allowance_go_back(
     answering: Answering, spec: ContextSpec, broker: RecordingBroker, requests: Requests
 ) -> None:
-    assert answering.pace.allowance == 64  # until the speed is known
+    assert answering.pace.limit == 64  # until the speed is known
     sizes = [batch_of(spec, claims=claims) for claims in (1, 60, 60, 60)]
     answering.see_through(tagged(*sizes))
     assert requests == [61]
     assert broker.settled == [("given back", 2), ("given back", 3)]
-    assert {hand.delivery.tag for hand in answering.in_hand} <= {0, 1}
+    assert {hand.delivery.tag for hand in answering.in_flight} <= {0, 1}
 
 
 def test_batches_with_different_prompts_are_requests_of_their_own(
@@ -327,7 +329,7 @@ def test_of_batches_asked_about_together_only_those_without_an_answer_are_suspec
 ) -> None:
     requests.unanswered = frozenset({4})
     answering.see_through(tagged(*[batch_of(spec)] * 3))
-    (hand,) = answering.suspects
+    (hand,) = answering.quarantined
     assert (hand.delivery.tag, hand.open) == (1, {1: 1})
     assert [name[0] for name in verdicts_in(broker)] == ["0"] * 3 + ["2"] * 3
 
@@ -401,8 +403,8 @@ def test_an_engine_that_turns_out_fast_gets_as_many_batches_as_it_may_have(
     engine_answers: Answers,
 ) -> None:
     tick = itertools.count()
-    pace = Pace(
-        settings.horizon_seconds, settings.batches_in_flight, clock=lambda: next(tick) / 1000
+    pace = AdaptiveConcurrency(
+        settings.prefetch_seconds, settings.batches_in_flight, clock=lambda: next(tick) / 1000
     )
     answering = replace(answering, pace=pace)
     engine_answers(64)
@@ -416,7 +418,7 @@ def test_a_batch_that_an_engine_failed_with_elsewhere_is_not_cut(
     answering: Answering, spec: ContextSpec, broker: RecordingBroker
 ) -> None:
     answering.see_through([delivered(batch_of(spec, claims=200), failures=1)])
-    assert broker.messages == [] and len(answering.suspects[0].open) == 200
+    assert broker.messages == [] and len(answering.quarantined[0].open) == 200
 
 
 # A batch that the engine fails with.
@@ -435,7 +437,7 @@ def test_a_batch_that_the_engine_fails_with_is_a_suspect_and_not_settled_yet(
     engine_answers(answers, failure)
     answering.see_through([delivered(batch_of(spec))])
     assert (broker.messages, broker.settled) == ([], [])
-    (hand,) = answering.suspects
+    (hand,) = answering.quarantined
     assert hand.open == dict.fromkeys(range(answers, 3), 1)
 
 
@@ -443,7 +445,7 @@ def test_a_batch_for_an_engine_that_is_not_there_is_a_suspect(
     answering: Answering, spec: ContextSpec, broker: RecordingBroker
 ) -> None:
     answering.see_through([delivered(batch_of(spec))])
-    assert (broker.messages, broker.settled, len(answering.suspects)) == ([], [], 1)
+    assert (broker.messages, broker.settled, len(answering.quarantined)) == ([], [], 1)
 
 
 def test_a_batch_that_an_engine_failed_with_elsewhere_is_examined_before_it_is_asked_in_company(
@@ -451,7 +453,7 @@ def test_a_batch_that_an_engine_failed_with_elsewhere_is_examined_before_it_is_a
 ) -> None:
     engine_answers(3)
     answering.see_through([delivered(batch_of(spec), failures=1)])
-    assert (broker.messages, broker.settled, len(answering.suspects)) == ([], [], 1)
+    assert (broker.messages, broker.settled, len(answering.quarantined)) == ([], [], 1)
 
 
 # A batch that our own code fails with.
@@ -479,9 +481,9 @@ def test_a_batch_that_our_code_fails_with_is_a_suspect_and_the_worker_goes_on(
     engine_answers(3)
     failing_with("c1", monkeypatch)
     answering.see_through([delivered(batch_of(spec))])
-    (hand,) = answering.suspects
+    (hand,) = answering.quarantined
     assert (broker.messages, hand.open) == ([], dict.fromkeys(range(3), 1))
-    monkeypatch.setattr(Attachment, "alive", True)
+    monkeypatch.setattr(EngineLease, "alive", True)
     answering.examine()
     assert verdicts_in(broker) == ["c0", "c2"]
     (dead,) = broker.to(topology.DEAD_CLAIMS_QUEUE)
@@ -492,7 +494,7 @@ def let_settlements_fail(monkeypatch: pytest.MonkeyPatch, error: Exception) -> N
     def fails(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(BatchInHand, "settle", fails)
+    monkeypatch.setattr(InFlightBatch, "settle", fails)
 
 
 def test_a_batch_whose_settlement_fails_is_set_aside_with_the_reason_and_no_claim_is_logged(
@@ -512,7 +514,7 @@ def test_a_batch_whose_settlement_fails_is_set_aside_with_the_reason_and_no_clai
     assert "Claim 1." not in str(logs) and "RuntimeError in" in str(logs)
     broker.confirm(message)
     assert broker.settled == [("acknowledged", 7)]
-    assert not answering.in_hand
+    assert not answering.in_flight
 
 
 @pytest.mark.parametrize("error", [BrokerRefused, EngineStartError])
@@ -532,7 +534,7 @@ def test_what_ends_a_worker_is_no_fault_of_a_batch(
 def test_while_a_batch_is_asked_about_its_claims_are_on_disk(
     answering: Answering,
     spec: ContextSpec,
-    engine: Attachment,
+    engine: EngineLease,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[list[object]] = []
@@ -564,9 +566,9 @@ def test_a_batch_that_a_worker_of_this_node_died_with_is_a_suspect_until_it_is_s
     left = died_asking(tmp_path / "run", "dead", keys)
     (left / "fatal.log").write_text("Fatal Python error: Segmentation fault")
     answering.see_through([delivered(batch, earlier=1)])
-    (hand,) = answering.suspects
+    (hand,) = answering.quarantined
     assert hand.open == dict.fromkeys(range(3), 1)
-    monkeypatch.setattr(Attachment, "alive", True)
+    monkeypatch.setattr(EngineLease, "alive", True)
     answering.examine()
     assert verdicts_in(broker) == ["c0", "c1", "c2"]
     assert not list((tmp_path / "run" / "crashed").iterdir())
@@ -580,14 +582,14 @@ def test_every_batch_with_a_prompt_that_workers_of_this_node_died_of_is_a_suspec
     (left / "fatal.log").write_text("Fatal Python error: Segmentation fault")
     answering.shift.crashes.look()
     answering.see_through([delivered(batch)])
-    assert len(answering.suspects) == 1 and broker.messages == []
+    assert len(answering.quarantined) == 1 and broker.messages == []
 
 
 # A batch that our engine cannot answer.
 
 
 @pytest.fixture
-def short(engine: Attachment) -> None:
+def short(engine: EngineLease) -> None:
     """An engine that takes fewer tokens than the context has."""
     engine.max_model_tokens = 16
 
@@ -604,7 +606,7 @@ def test_what_is_too_long_for_our_engine_alone_goes_back_at_once_and_is_told_onc
     with structlog.testing.capture_logs() as logs:
         for _ in range(3):
             answering.see_through([delivered(batch_of(spec))])
-    assert answering.suspects == [] and broker.to(topology.DEAD_CLAIMS_QUEUE) == []
+    assert answering.quarantined == [] and broker.to(topology.DEAD_CLAIMS_QUEUE) == []
     returned = broker.to(topology.RETURNS_QUEUE)
     assert returned_in(broker) == ["c0", "c1", "c2"] * 3
     assert returned[0].headers[topology.DECLINED_HEADER] == ["unable node-1/engine-1"]
@@ -621,7 +623,7 @@ def test_what_comes_back_to_our_engine_is_held_and_given_to_others_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 1000.0
-    monkeypatch.setattr("services.gpu_worker.answering.time.monotonic", lambda: now)
+    monkeypatch.setattr("services.gpu_worker.session.time.monotonic", lambda: now)
     answering.see_through([declined_by("node-1/engine-1", batch_of(spec), waited=290)])
     answering.return_held()
     assert (broker.messages, broker.settled, len(answering.held)) == ([], [], 1)
@@ -629,7 +631,7 @@ def test_what_comes_back_to_our_engine_is_held_and_given_to_others_later(
     answering.return_held()
     (message,) = broker.to(topology.RETURNS_QUEUE)
     assert message.headers[topology.WAITED_HEADER] == 295
-    assert not answering.held and not answering.in_hand
+    assert not answering.held and not answering.in_flight
 
 
 @pytest.mark.usefixtures("short")
@@ -668,7 +670,7 @@ def test_a_batch_that_is_broken_off_has_its_verdicts_and_the_rest_goes_back_unbl
     assert (verdicts_in(broker), returned_in(broker)) == (ids[:answers], ids[answers:])
     (rest,) = broker.to(topology.RETURNS_QUEUE)
     assert rest.headers == {topology.FAILURES_HEADER: 0}
-    assert answering.suspects == []
+    assert answering.quarantined == []
 
 
 def test_a_batch_that_is_broken_off_before_the_first_answer_is_given_back_whole(
@@ -686,7 +688,7 @@ def test_a_cancelled_batch_is_dropped_unanswered_and_others_are_not(
     answering: Answering, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
 ) -> None:
     engine_answers(3)
-    answering.shift.news.hear(encode(Notice(cancelled=("sub-0", "sub-1"))))
+    answering.shift.news.hear(encode(ControlUpdate(cancelled=("sub-0", "sub-1"))))
     answering.see_through([delivered(batch_of(spec))])
     assert (broker.messages, broker.settled) == ([], [("acknowledged", 7)])
     wanted = batch_of(spec).model_copy(update={"submission_id": "sub-2"})
@@ -697,17 +699,17 @@ def test_a_cancelled_batch_is_dropped_unanswered_and_others_are_not(
 def test_a_cancelled_suspect_is_dropped_as_well(
     answering: Answering, spec: ContextSpec, broker: RecordingBroker
 ) -> None:
-    answering.shift.news.hear(encode(Notice(cancelled=("sub-1",))))
+    answering.shift.news.hear(encode(ControlUpdate(cancelled=("sub-1",))))
     answering.see_through([delivered(batch_of(spec), failures=2)])
-    assert (broker.settled, answering.suspects) == ([("acknowledged", 7)], [])
+    assert (broker.settled, answering.quarantined) == ([("acknowledged", 7)], [])
 
 
 def test_the_latest_notice_replaces_what_was_said_before(
     answering: Answering, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
 ) -> None:
     engine_answers(3)
-    answering.shift.news.hear(encode(Notice(cancelled=("sub-1",))))
-    answering.shift.news.hear(encode(Notice()))
+    answering.shift.news.hear(encode(ControlUpdate(cancelled=("sub-1",))))
+    answering.shift.news.hear(encode(ControlUpdate()))
     answering.see_through([delivered(batch_of(spec))])
     assert verdicts_in(broker) == ["c0", "c1", "c2"]
 
@@ -716,7 +718,7 @@ def test_the_latest_notice_replaces_what_was_said_before(
 def test_a_notice_that_is_none_changes_nothing(
     body: bytes, answering: Answering, spec: ContextSpec, broker: RecordingBroker
 ) -> None:
-    answering.shift.news.hear(encode(Notice(cancelled=("sub-1",))))
+    answering.shift.news.hear(encode(ControlUpdate(cancelled=("sub-1",))))
     answering.shift.news.hear(body)
     answering.see_through([delivered(batch_of(spec))])
     assert broker.settled == [("acknowledged", 7)]

@@ -5,10 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.contexts.completions import Answer, EngineRefused, EngineSilent, Interrupted
+from services.contexts.engine_client import Answer, EngineRefused, EngineSilent, Interrupted
 from services.contracts import Claim, DeadReason, Label, PromptSpec, Verdict
 from services.contracts.errors import EngineRequestError
-from services.gpu_worker import CompiledPrompt, ModelTokenizer
 from services.gpu_worker.inference import (
     Declined,
     Inference,
@@ -16,6 +15,8 @@ from services.gpu_worker.inference import (
     Refusal,
     WorkerFailure,
 )
+from services.models.compiled_prompt import CompiledPrompt
+from services.models.tokenizer import ModelTokenizer
 from tests.unit.gpu_worker.conftest import verdict
 
 Prompt = Sequence[int]

@@ -4,29 +4,29 @@ from pathlib import Path
 
 import pytest
 
-from services.contexts import Device
 from services.contexts.caches import EngineCaches, PastStart
 from services.contexts.plan import EnginePlan
 from services.contexts.records import ContextRecord, OwnRecord, State
 from services.contracts import ContextSpec, StartupPhases, load_settings
 from services.contracts.errors import EngineStartError, KeeperError, ModelError
-from services.gpu_worker.readiness import Readiness
+from services.gpu_worker.scheduling import StartupEstimates
+from services.node.device import Device
 from tests.unit.clock import Clock
 
 DEVICE = Device("cpu", "Xeon", 2**34, (0,))
 
 
 @pytest.fixture
-def readiness(tmp_path: Path, clock: Clock) -> Readiness:
+def readiness(tmp_path: Path, clock: Clock) -> StartupEstimates:
     settings = load_settings(runtime_dir=tmp_path / "run", cache_dir=tmp_path / "cache")
-    return Readiness(DEVICE, settings, clock)
+    return StartupEstimates(DEVICE, settings, clock)
 
 
 # What failed here.
 
 
 def test_a_context_that_failed_is_left_alone_for_a_while_and_then_comes_back(
-    readiness: Readiness, clock: Clock
+    readiness: StartupEstimates, clock: Clock
 ) -> None:
     pause = readiness.failed("ctx-a", EngineStartError("it was evicted"))
     assert 0 < pause <= 10
@@ -35,20 +35,24 @@ def test_a_context_that_failed_is_left_alone_for_a_while_and_then_comes_back(
     assert readiness.may_try("ctx-a")
 
 
-def test_each_failure_in_a_row_makes_the_pause_longer_to_a_bound(readiness: Readiness) -> None:
+def test_each_failure_in_a_row_makes_the_pause_longer_to_a_bound(
+    readiness: StartupEstimates,
+) -> None:
     pauses = [readiness.failed("ctx-a", ModelError("no such model")) for _ in range(12)]
     assert all(10 <= later * 2**-number <= 20 for number, later in enumerate(pauses[1:5]))
     assert all(900 <= pause <= 1800 for pause in pauses[9:])
 
 
-def test_what_failed_is_forgotten_once_the_context_answers(readiness: Readiness) -> None:
+def test_what_failed_is_forgotten_once_the_context_answers(readiness: StartupEstimates) -> None:
     for _ in range(8):
         readiness.failed("ctx-a", EngineStartError("no room"))
     readiness.answered("ctx-a")
     assert readiness.failed("ctx-a", EngineStartError("no room")) <= 10
 
 
-def test_a_keeper_that_cannot_be_used_keeps_no_context_away_for_long(readiness: Readiness) -> None:
+def test_a_keeper_that_cannot_be_used_keeps_no_context_away_for_long(
+    readiness: StartupEstimates,
+) -> None:
     assert all(readiness.failed("ctx-a", KeeperError("it restarts")) <= 10 for _ in range(12))
 
 
@@ -70,17 +74,17 @@ def started(directory: Path, spec: ContextSpec, **phases: float) -> None:
     caches.remember(name_of(spec), past)
 
 
-def seconds_of(readiness: Readiness) -> list[float | None]:
+def seconds_of(readiness: StartupEstimates) -> list[float | None]:
     known = readiness.seconds([A, B, STRANGER])
     return [known.get(spec.context_id) for spec in (A, B, STRANGER)]
 
 
-def test_nothing_is_known_of_contexts_where_none_ever_was(readiness: Readiness) -> None:
+def test_nothing_is_known_of_contexts_where_none_ever_was(readiness: StartupEstimates) -> None:
     assert seconds_of(readiness) == [None, None, None]
 
 
 def test_one_that_was_here_before_needs_no_fetch_and_a_stranger_does(
-    readiness: Readiness, tmp_path: Path
+    readiness: StartupEstimates, tmp_path: Path
 ) -> None:
     started(tmp_path, A, imports=30, fetch=300, total=320)
     started(tmp_path, B, imports=0, total=50)
@@ -89,7 +93,7 @@ def test_one_that_was_here_before_needs_no_fetch_and_a_stranger_does(
 
 
 def test_imports_come_on_top_where_no_template_has_them_done(
-    readiness: Readiness, tmp_path: Path
+    readiness: StartupEstimates, tmp_path: Path
 ) -> None:
     started(tmp_path, A, imports=30, total=50)
     started(tmp_path, B, imports=0, total=40)
@@ -98,7 +102,7 @@ def test_imports_come_on_top_where_no_template_has_them_done(
 
 @pytest.mark.parametrize(("state", "seconds"), [("warm", 0), ("asleep", 5), ("starting", 20)])
 def test_one_that_is_here_is_ready_as_soon_as_its_state_allows(
-    state: State, seconds: float, readiness: Readiness, tmp_path: Path
+    state: State, seconds: float, readiness: StartupEstimates, tmp_path: Path
 ) -> None:
     started(tmp_path, A, imports=0, total=20)
     own = OwnRecord(tmp_path / "run", name_of(A))

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.contexts.completions import Answer
+from services.contexts.engine_client import Answer
 from services.contracts import INVALID, Claim, PromptSpec, Verdict
-from services.gpu_worker.verdicts import read_verdict
+from services.gpu_worker.inference import read_verdict
 
 CLAIM = Claim(claim_id="c", position=3, text="C.", evidence="E.", gold="REFUTES")
 

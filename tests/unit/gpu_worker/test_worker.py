@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from services.contracts import ContextDemand, ContextSpec, Notice, encode, load_settings
+from services.contracts import ContextDemand, ContextSpec, ControlUpdate, encode, load_settings
 from services.contracts.errors import ModelError
 from services.gpu_worker import Worker
-from services.gpu_worker.readiness import Readiness
-from services.gpu_worker.serving import Serving
-from services.gpu_worker.taking import Situation
+from services.gpu_worker.scheduling import Situation, StartupEstimates
+from services.gpu_worker.session import ContextSession
 from tests.unit.clock import Clock
 from tests.unit.gpu_worker.conftest import DEVICE
 
@@ -38,9 +37,9 @@ def test_a_context_that_failed_once_is_served_when_it_can_be_had_again(
 ) -> None:
     settings = load_settings(runtime_dir=tmp_path / "run", cache_dir=tmp_path / "cache")
     worker = Worker(None, DEVICE, settings)
-    readiness = Readiness(DEVICE, settings, clock)
+    readiness = StartupEstimates(DEVICE, settings, clock)
     line = ContextDemand(context=spec, claims_ready=10**6, claims_in_flight=0, workers_warm=0)
-    worker._news.hear(encode(Notice(contexts=(line,))))
+    worker._news.hear(encode(ControlUpdate(contexts=(line,))))
     wanted = Situation(None, True, 600.0, 0.0, None, {}, 0.0)
     served: list[str] = []
     hub = iter([ModelError("the hub has a hiccup")])
@@ -51,11 +50,11 @@ def test_a_context_that_failed_once_is_served_when_it_can_be_had_again(
             raise error
         return spec
 
-    def serve(serving: Serving, _: object) -> None:
+    def serve(serving: ContextSession, _: object) -> None:
         served.append(serving.spec.context_id)
         worker.stop()
 
-    def listen(readiness: Readiness, _: object) -> ContextSpec | None:
+    def listen(readiness: StartupEstimates, _: object) -> ContextSpec | None:
         nonlocal waited
         chosen = worker._choose(readiness, wanted)
         if chosen is None:
@@ -85,9 +84,9 @@ def test_a_context_that_is_not_accepted_from_runs_is_never_chosen(
             ContextDemand(context=each, claims_ready=10**6, claims_in_flight=0, workers_warm=0)
             for each in contexts
         )
-        worker._news.hear(encode(Notice(contexts=lines)))
+        worker._news.hear(encode(ControlUpdate(contexts=lines)))
 
-    readiness = Readiness(DEVICE, settings)
+    readiness = StartupEstimates(DEVICE, settings)
     heard(hostile)
     with capture_logs() as events:
         for _ in range(3):
@@ -115,5 +114,5 @@ def test_a_worker_that_is_told_to_stop_reads_no_more_weights(
     monkeypatch.setattr("services.gpu_worker.worker.pin_model", pin)
     monkeypatch.setattr(worker, "_first_context", lambda *_: spec)
     with capture_logs() as events:
-        worker._serve_what_is_wanted(Readiness(DEVICE, settings), None)  # type: ignore[arg-type]
+        worker._serve_what_is_wanted(StartupEstimates(DEVICE, settings), None)  # type: ignore[arg-type]
     assert [event["event"] for event in events] == ["model.reading"]

@@ -17,7 +17,7 @@ from services.producer import (
     Source,
     read_prompt,
 )
-from services.producer.seen import Seen, Sighting
+from services.producer.seen import Duplicate, Seen
 from services.producer.source import Line
 
 PROMPT = PromptSpec()
@@ -421,7 +421,7 @@ def test_a_contradicted_claim_is_rejected_by_its_id() -> None:
     rejecting = Parser("claims.jsonl", PROMPT)
     claim = parse(rejecting, line)
     assert isinstance(claim, Claim)
-    rejection = rejecting.contradicted(line, Seen(Sighting.OTHER_TEXT, claim, 4))
+    rejection = rejecting.contradicted(line, Seen(Duplicate.OTHER_TEXT, claim, 4))
     assert (rejection.line, rejection.field) == (1, "id")
     assert rejection.reason == "record 5 of the file has the id 'a' for another claim"
     assert rejection.next_step == "give it an id of its own, or none at all"

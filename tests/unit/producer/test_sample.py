@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.producer.sample import chosen
-from services.producer.source import Line
+from services.producer.source import Line, chosen
 
 
 def lines(count: int) -> Iterator[Line]:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.contracts import Claim
-from services.producer.seen import SeenIds, Sighting
+from services.producer.seen import Duplicate, SeenIds
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def seen() -> Iterator[SeenIds]:
     ids.close()
 
 
-def sightings(ids: SeenIds, claims: list[Claim]) -> list[Sighting]:
+def sightings(ids: SeenIds, claims: list[Claim]) -> list[Duplicate]:
     return [seen.sighting for seen in ids.check(claims)]
 
 
@@ -28,11 +28,11 @@ def claim(
 
 def test_a_claim_is_new_once_and_repeated_ever_after(seen: SeenIds) -> None:
     assert sightings(seen, [claim(), claim("d"), claim()]) == [
-        Sighting.NEW,
-        Sighting.NEW,
-        Sighting.REPEATED,
+        Duplicate.NEW,
+        Duplicate.NEW,
+        Duplicate.REPEATED,
     ]
-    assert sightings(seen, [claim("d"), claim("e")]) == [Sighting.REPEATED, Sighting.NEW]
+    assert sightings(seen, [claim("d"), claim("e")]) == [Duplicate.REPEATED, Duplicate.NEW]
 
 
 @pytest.mark.parametrize(
@@ -45,11 +45,11 @@ def test_a_claim_is_new_once_and_repeated_ever_after(seen: SeenIds) -> None:
     ids=["text", "gold", "gold 'None'"],
 )
 def test_the_same_id_with_other_content_is_contradicted(seen: SeenIds, other: Claim) -> None:
-    how = Sighting.OTHER_LABEL if other.gold else Sighting.OTHER_TEXT
+    how = Duplicate.OTHER_LABEL if other.gold else Duplicate.OTHER_TEXT
     assert sightings(seen, [claim(), other, claim(), other]) == [
-        Sighting.NEW,
+        Duplicate.NEW,
         how,
-        Sighting.REPEATED,
+        Duplicate.REPEATED,
         how,
     ]
 
@@ -59,10 +59,10 @@ def test_the_same_claim_with_other_evidence_has_an_id_of_its_own(seen: SeenIds) 
         [claim(), claim(evidence="e"), claim(evidence="e"), claim(evidence="f")]
     )
     assert [first[0], second[0], again[0], third[0]] == [
-        Sighting.NEW,
-        Sighting.OTHER_EVIDENCE,
-        Sighting.REPEATED,
-        Sighting.OTHER_EVIDENCE,
+        Duplicate.NEW,
+        Duplicate.OTHER_EVIDENCE,
+        Duplicate.REPEATED,
+        Duplicate.OTHER_EVIDENCE,
     ]
     assert first[1].claim_id == "c"
     own = second[1].claim_id
@@ -74,18 +74,18 @@ def test_the_same_claim_with_other_evidence_has_an_id_of_its_own(seen: SeenIds) 
 def test_an_id_made_for_other_evidence_stays_within_its_bound(seen: SeenIds) -> None:
     long = "i" * 256
     (_, first, _), (sighting, second, _) = seen.check([claim(long), claim(long, evidence="e")])
-    assert sighting is Sighting.OTHER_EVIDENCE
+    assert sighting is Duplicate.OTHER_EVIDENCE
     assert len(second.claim_id) == len(first.claim_id) == 256
 
 
 def test_another_label_for_the_same_evidence_is_contradicted(seen: SeenIds) -> None:
     claims = [claim(), claim(evidence="e", gold="A"), claim(evidence="e", gold="B")]
-    assert sightings(seen, claims)[-1] is Sighting.OTHER_LABEL
+    assert sightings(seen, claims)[-1] is Duplicate.OTHER_LABEL
 
 
 def test_where_a_claim_stands_is_not_its_content(seen: SeenIds) -> None:
     again = claim().model_copy(update={"position": 9})
-    assert sightings(seen, [claim(), again]) == [Sighting.NEW, Sighting.REPEATED]
+    assert sightings(seen, [claim(), again]) == [Duplicate.NEW, Duplicate.REPEATED]
 
 
 def test_nothing_to_look_at_gives_no_sighting(seen: SeenIds) -> None:
@@ -98,9 +98,9 @@ def test_sightings_are_those_of_a_dictionary(pairs: list[tuple[str, str]]) -> No
     expected = []
     for claim_id, text in pairs:
         known = first.setdefault(claim_id, text)
-        new = len(first) > len(expected) - sum(s is not Sighting.NEW for s in expected)
-        same = Sighting.REPEATED if known == text else Sighting.OTHER_TEXT
-        expected.append(Sighting.NEW if new else same)
+        new = len(first) > len(expected) - sum(s is not Duplicate.NEW for s in expected)
+        same = Duplicate.REPEATED if known == text else Duplicate.OTHER_TEXT
+        expected.append(Duplicate.NEW if new else same)
     ids = SeenIds()
     assert sightings(ids, [claim(*pair) for pair in pairs]) == expected
     ids.close()
@@ -111,13 +111,13 @@ def test_a_label_that_the_prompt_does_not_know_is_compared_as_the_file_spells_it
 ) -> None:
     found = seen.check([claim()] * 3, ["half-true", "mostly-true", "half-true"])
     assert [one.sighting for one in found] == [
-        Sighting.NEW,
-        Sighting.OTHER_LABEL,
-        Sighting.REPEATED,
+        Duplicate.NEW,
+        Duplicate.OTHER_LABEL,
+        Duplicate.REPEATED,
     ]
 
 
 def test_claims_that_are_equal_but_for_their_ids_are_counted(seen: SeenIds) -> None:
     labels = ["A", "B", "A", ""]
-    assert {s.sighting for s in seen.check([claim(i) for i in "abcd"], labels)} == {Sighting.NEW}
+    assert {s.sighting for s in seen.check([claim(i) for i in "abcd"], labels)} == {Duplicate.NEW}
     assert seen.same_contents() == (3, 1)

@@ -13,8 +13,8 @@ from services.telemetry import MetricsServer
 class Told:
     """A service: well, and ready, unless told otherwise."""
 
-    stuck: str | None = None
-    unready: str | None = None
+    liveness_error: str | None = None
+    readiness_error: str | None = None
 
 
 @pytest.fixture

@@ -1,18 +1,18 @@
-from services.telemetry import Few, Pulse
+from services.telemetry import BoundedLabels, Watchdog
 from services.telemetry.pulse import STUCK_SECONDS
 from tests.unit.clock import Clock
 
 
 def test_a_loop_that_moved_lately_is_not_stuck(clock: Clock) -> None:
-    pulse = Pulse(clock)
+    pulse = Watchdog(clock)
     clock.now += STUCK_SECONDS
-    assert pulse.stuck is None
+    assert pulse.liveness_error is None
     clock.now += 1
-    assert pulse.stuck == "its main loop stood still for 121 s"
+    assert pulse.liveness_error == "its main loop stood still for 121 s"
     pulse.beat()
-    assert pulse.stuck is None
+    assert pulse.liveness_error is None
 
 
 def test_the_first_values_are_themselves_and_all_others_are_one() -> None:
-    few = Few(2)
+    few = BoundedLabels(2)
     assert [few(value) for value in ("a", "b", "c", "a", "d")] == ["a", "b", "other", "a", "other"]

@@ -60,7 +60,7 @@ def test_an_unknown_path_says_which_there_are(serve: Serve) -> None:
 def test_a_service_that_waits_is_alive_and_not_ready(serve: Serve, service: Told) -> None:
     server = serve()
     assert [ask(server, path).status_code for path in ("/healthz", "/readyz")] == [200, 200]
-    service.unready = "no connection\nto the broker"
+    service.readiness_error = "no connection\nto the broker"
     assert ask(server, "/healthz").text == "ok\n"
     answer = ask(server, "/readyz")
     assert (answer.status_code, answer.text) == (503, "no connection to the broker\n")
@@ -68,10 +68,10 @@ def test_a_service_that_waits_is_alive_and_not_ready(serve: Serve, service: Told
 
 def test_a_service_that_is_stuck_is_neither(serve: Serve, service: Told) -> None:
     server = serve()
-    service.stuck = "its main loop stood still for 121 s"
+    service.liveness_error = "its main loop stood still for 121 s"
     for path in ("/healthz", "/readyz"):
         answer = ask(server, path)
-        assert (answer.status_code, answer.text) == (503, f"{service.stuck}\n")
+        assert (answer.status_code, answer.text) == (503, f"{service.liveness_error}\n")
 
 
 def test_a_page_is_json(serve: Serve) -> None:

@@ -1,0 +1,264 @@
+"""A process that has an engine's imports done, from which engines are forked.
+
+Importing vLLM takes longer than loading a small model, and as it comes each of its processes pays
+for that anew. The template pays once a node: `PYTHON template.py SOCKET MODULE` imports MODULE,
+listens, and forks an engine for every connection. A connection is the engine's leash: it carries
+one line of JSON from the keeper ({name, argv, environment, cores, log, grace_seconds}), then the
+engine's pid and when the imports were done, and at the end its exit code; when the keeper closes
+its side, or dies, the engine ends.
+
+This file is run by the engine's own interpreter, which need not have Keepwarm's libraries: it
+imports the standard library, psutil (vLLM needs it too) and the leash. An engine that was forked is
+`python -m MODULE` in all other respects. Nothing here initialises CUDA, and a template that has
+more threads than one is not forked from, for neither survives a fork.
+"""
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+import keepwarm_start
+
+if __name__ == "__main__":
+    keepwarm_start.isolate()  # also from this script's own directory
+
+from services.node.supervision import adopt_orphans, die_with_parent, supervise
+
+_MOST_REQUEST_BYTES = 1024 * 1024
+# A unix socket's path may have 107 bytes, and vLLM's sockets have names of 36.
+_LONGEST_TEMPORARY_BYTES = 107 - len("/kw-12345678/") - 36
+# Imported by vLLM's processes only when they begin to work. Missing ones do not matter.
+_LATER_IMPORTS = (
+    "vllm.v1.engine.async_llm",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.uniproc_executor",
+    "vllm.model_executor.model_loader",
+    "vllm.model_executor.models.llama",
+)
+
+
+class Forked:
+    """A forked child as `subprocess.Popen` would show it."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._status: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                os.setsid()
+                die_with_parent()
+                work()
+                code = 0
+            except SystemExit as ending:
+                code = ending.code if isinstance(ending.code, int) else int(bool(ending.code))
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                with contextlib.suppress(Exception):
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                os._exit(code)
+
+    def poll(self) -> int | None:
+        if self._status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self._status = os.waitstatus_to_exitcode(status)
+        return self._status
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Raises subprocess.TimeoutExpired, as `Popen.wait` does: who holds it knows no other."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("a forked child", timeout or 0.0)
+            time.sleep(0.02)
+        return code
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def _become_engine(
+    module: str, request: dict[str, Any], connection: socket.socket, temporary: str
+) -> None:
+    """In the engine's process, which is a fresh `python -m MODULE` as far as MODULE can tell."""
+    connection.close()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.set_wakeup_fd(-1)
+    os.sched_setaffinity(0, request["cores"])
+    os.environ.update(request["environment"])
+    os.environ["TMPDIR"] = os.environ["VLLM_RPC_BASE_PATH"] = temporary
+    tempfile.tempdir = None  # imports may have asked for it
+    _obey_offline_mode()
+    sys.argv = [module, *request["argv"]]
+    _say_what_this_is(f"keepwarm engine {request['name']}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # MODULE was imported before: on purpose
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _obey_offline_mode() -> None:
+    # The hub's library reads this when it is imported, which was before we knew the model.
+    constants = sys.modules.get("huggingface_hub.constants")
+    if constants is not None and os.environ.get("HF_HUB_OFFLINE") == "1":
+        constants.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+
+
+def _say_what_this_is(title: str) -> None:
+    with contextlib.suppress(ImportError):
+        importlib.import_module("setproctitle").setproctitle(title)
+
+
+def _guard_engine(
+    module: str, request: dict[str, Any], connection: socket.socket, imported_at: float
+) -> None:
+    """In the engine's guard: hold it on the connection, and report how it ended."""
+    os.setsid()
+    guard = os.getpid()
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    # vLLM leaves sockets and directories behind where temporary files go.
+    base = tempfile.gettempdir()
+    short = base if len(os.fsencode(base)) <= _LONGEST_TEMPORARY_BYTES else "/tmp"  # noqa: S108
+    temporary = tempfile.mkdtemp(prefix="kw-", dir=short)
+
+    def start() -> Forked:
+        engine = Forked(lambda: _become_engine(module, request, connection, temporary))
+        _say(connection, {"pid": engine.pid, "imported_at": imported_at})
+        return engine
+
+    code = supervise(start, connection.fileno(), request["grace_seconds"])
+    if os.getpid() == guard:
+        shutil.rmtree(temporary, ignore_errors=True)
+        _say(connection, {"exit_code": code})
+    os._exit(code)
+
+
+def _prefer_fork() -> None:
+    """On processors vLLM insists on starting its processes anew, and on one of them to ask what a
+    model can do. Where nothing has begun to compute, a fork does the same without the imports.
+    """
+    try:
+        registry: Any = importlib.import_module("vllm.model_executor.models.registry")
+        current: Any = importlib.import_module("vllm.platforms").current_platform
+        if not current.is_cpu():
+            return
+        platform = type(current)
+        check = platform.check_and_update_config
+    except (ImportError, AttributeError):
+        return  # another vLLM: it starts as it comes
+
+    def check_and_fork(config: Any) -> None:
+        check(config)
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+
+    platform.check_and_update_config = staticmethod(check_and_fork)
+    if hasattr(registry, "_run_in_subprocess"):
+        registry._run_in_subprocess = lambda function: function()
+
+
+def _may_be_forked() -> str | None:
+    """None, or why not."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return "CUDA is initialised"
+    threads = len(os.listdir("/proc/self/task"))  # noqa: PTH208  (a kernel directory)
+    return None if threads == 1 else f"it has {threads} threads"
+
+
+def _say(connection: socket.socket, word: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # a keeper that is gone need not hear it
+        connection.sendall(json.dumps(word).encode() + b"\n")
+
+
+def _read_request(connection: socket.socket) -> dict[str, Any] | None:
+    connection.settimeout(10)
+    data = b""
+    while not data.endswith(b"\n"):
+        piece = connection.recv(65536)
+        if not piece or len(data) > _MOST_REQUEST_BYTES:
+            return None
+        data += piece
+    connection.settimeout(None)
+    request: dict[str, Any] = json.loads(data)
+    return request
+
+
+def _serve(listener: socket.socket, module: str, imported_at: float) -> None:
+    # Guards report through their connections; the kernel reaps them, and what a killed one leaves.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    adopt_orphans()
+    while True:
+        connection, _ = listener.accept()
+        with connection:
+            try:
+                request = _read_request(connection)
+            except (OSError, ValueError):
+                continue
+            if request is None:
+                continue
+            why_not = _may_be_forked()
+            if why_not is not None:
+                _say(connection, {"refused": why_not})
+                continue
+            if os.fork() == 0:
+                listener.close()
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                try:
+                    _guard_engine(module, request, connection, imported_at)
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    os._exit(1)
+
+
+def main() -> None:
+    path, module = sys.argv[1:]
+    started = time.monotonic()
+    importlib.import_module(module)
+    for later in _LATER_IMPORTS:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(later)
+    _prefer_fork()
+    gc.collect()
+    gc.freeze()  # a collection in a child would touch, and so copy, all of it
+    listener = socket.socket(socket.AF_UNIX)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)  # noqa: PTH108
+    # Complete before anybody can see it: who finds the socket finds the listener.
+    listener.bind(f"{path}.new")
+    os.chmod(f"{path}.new", 0o600)  # noqa: PTH101
+    listener.listen(16)
+    imported_at = time.monotonic()  # this clock is the same in all processes of a node
+    sys.stdout.write(f"imported {module} in {imported_at - started:.2f} s\n")
+    sys.stdout.flush()
+    os.rename(f"{path}.new", path)  # noqa: PTH104
+    _serve(listener, module, imported_at)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Checks of a machine and of an installation, which `keepwarm doctor` shows."""

@@ -1,0 +1,19 @@
+"""A store that a person has put on a network file system."""
+
+from pathlib import Path
+
+from services.contracts import Settings
+from services.doctor.findings import shared_file_system
+from services.store.database import checked_url, shown
+
+
+def network_store_warning(settings: Settings) -> str | None:
+    """What to warn of where the store is an SQLite file on a network file system."""
+    url = checked_url(settings)
+    if url.get_backend_name() != "sqlite":
+        return None
+    kind = shared_file_system(Path(url.database or ""))
+    return kind and (
+        f"the store {shown(url)} is on {kind}, where SQLite can lose what it wrote; name a file on "
+        "a local disk with --store, or use PostgreSQL"
+    )

@@ -1,0 +1,1 @@
+"""A model's files, its tokenizer, and prompts compiled with it."""

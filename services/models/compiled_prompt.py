@@ -1,0 +1,193 @@
+"""A prompt made ready for one model: claims become token ids, label words become first tokens."""
+
+import math
+from collections.abc import Sequence
+from string import Formatter
+
+from services.contracts import Claim, PromptSpec
+from services.contracts.errors import ModelError
+from services.models.tokenizer import ModelTokenizer
+
+_SHORTEST = Claim(claim_id="shortest", position=0, text="x", evidence="x")
+
+
+class CompiledPrompt:
+    """A `PromptSpec` under a tokenizer.
+
+    The constant part is encoded once and comes first, so that the engine's prefix cache serves it.
+    `label_tokens` are the tokens to ask the engine about: the first tokens of the label words, in
+    the order of `spec.labels`. In a chat they may have a second spelling each, which follow in the
+    same order; `scores` sums the two.
+    """
+
+    def __init__(self, spec: PromptSpec, tokenizer: ModelTokenizer) -> None:
+        """Raises ModelError when two label words start with the same token."""
+        self.spec = spec
+        self._tokenizer = tokenizer
+        frame = tokenizer.chat_frame(dict(spec.chat_template_kwargs)) if spec.chat else None
+        before, turn = frame or ("", "")
+        self._plain = not turn
+        # A worker may be sent a prompt that was not read from a file, where this is corrected.
+        template = spec.template.rstrip() if self._plain else spec.template
+        preamble, lead, template = _split(spec.model_copy(update={"template": template}))
+        others: tuple[int, ...] = ()
+        if self._plain:
+            after = ""
+            # What a claim ends with does not decide how a label word is spelled; a full stop does.
+            first_tokens = self._first_tokens(template.rsplit("}", 1)[-1] or ".", " ")
+        else:
+            after, first_tokens = self._cut(turn)
+            if after == turn:
+                others = self._other_spellings(first_tokens)
+        self.label_tokens = (*first_tokens, *others)
+        text = preamble + lead
+        self._before, self._after = before, after
+        self._template = _escaped(text) + template
+        self._whole = frame is not None and not self._frame_cuts_cleanly()
+        # A frame from a chat template already holds the begin-of-text token, where there is one.
+        self._head = tokenizer.encode_trusted(before, begin=frame is None)
+        self._tail = tokenizer.encode_trusted(after)
+        if not self._whole:
+            self._encode_constant(text, template)
+        (shortest,) = self.encode([_SHORTEST])
+        self.least_tokens = len(shortest)
+        """About as many as instructions and examples have; no prompt has much fewer."""
+
+    def _encode_constant(self, text: str, template: str) -> None:
+        """Have what all prompts begin with in `_head`."""
+        # Where white space belongs differs by tokenizer: to what follows (GPT-2), or to the full
+        # stop before it (Llama 3). Where neither cut is clean, all is encoded for every claim.
+        for constant in (text, text.rstrip()):
+            rest = _escaped(text[len(constant) :]) + template
+            if constant and self._cuts_cleanly(constant, rest):
+                self._head += self._tokenizer.encode_plain([constant])[0]
+                self._template = rest
+                break
+
+    def encode(self, claims: Sequence[Claim]) -> list[list[int]]:
+        """One list of token ids per claim, in order."""
+        texts = [self._fill(self._template, claim.text, claim.evidence) for claim in claims]
+        if self._whole:
+            return self._tokenizer.encode_between(self._before, texts, self._after)
+        return [self._head + middle + self._tail for middle in self._tokenizer.encode_plain(texts)]
+
+    def scores(self, logprobs: Sequence[float]) -> tuple[float, ...]:
+        """The log probability of each label, from those of `label_tokens`."""
+        labels = len(self.spec.labels)
+        firsts, others = logprobs[:labels], logprobs[labels:]
+        if not others:
+            return tuple(firsts)
+        return tuple(_log_sum(first, other) for first, other in zip(firsts, others, strict=True))
+
+    def _fill(self, template: str, claim: str, evidence: str | None) -> str:
+        text = template.format(claim=claim, evidence=evidence or self.spec.no_evidence)
+        # A template may end in a claim or in evidence, and these in white space.
+        return text.rstrip() if self._plain else text
+
+    def _cuts_cleanly(self, constant: str, template: str) -> bool:
+        """Whether encoding in two pieces is encoding the whole; some tokenizers prepend a space."""
+        (first,) = self._tokenizer.encode_plain([constant])
+        for start in ("", " ", "\n", "\n\n\n"):  # a claim may begin with any of these
+            variable = self._fill(template, f"{start}A claim.", f"{start}Evidence.")
+            together, second = self._tokenizer.encode_plain([constant + variable, variable])
+            if together != first + second:
+                return False
+        return True
+
+    def _frame_cuts_cleanly(self) -> bool:
+        """Whether encoding frame and text apart is encoding them together. Where a tokenizer puts a
+        space before each text (Llama 2, Mistral), it is not.
+        """
+        apart = self._tokenizer.encode_trusted
+        for start in ("", " ", "\n"):
+            text = self._fill(self._template, f"{start}A claim.", f"{start}Evidence.")
+            pieces = [
+                *apart(self._before),
+                *self._tokenizer.encode_plain([text])[0],
+                *apart(self._after),
+            ]
+            if self._tokenizer.encode_between(self._before, [text], self._after) != [pieces]:
+                return False
+        return True
+
+    def _cut(self, turn: str) -> tuple[str, tuple[int, ...]]:
+        """The part of an assistant's turn before its words that belongs to the prompt, and the
+        token that then begins each label word.
+
+        White space that melts into the words (` True`) is left to them: after a prompt that ends in
+        it the model would not say them.
+        """
+        bare = turn.rstrip()
+        words = [label.word for label in self.spec.labels]
+        for end in range(len(turn), len(bare) - 1, -1):
+            tokens = [self._follows(turn[:end], turn[end:] + word) for word in words]
+            if None not in tokens and len(set(tokens)) == len(words):
+                return turn[:end], tuple(token for token in tokens if token is not None)
+        return turn, self._first_tokens(turn, "")
+
+    def _first_tokens(self, before: str, space: str) -> tuple[int, ...]:
+        """Raises ModelError for label words that begin alike."""
+        tokens: list[int] = []
+        for label in self.spec.labels:
+            token = self._follows(before, space + label.word)
+            if token is None:
+                # The word melts into what precedes it: its own first token must do.
+                token = self._tokenizer.encode_trusted(space + label.word)[0]
+            if token in tokens:
+                earlier = self.spec.labels[tokens.index(token)]
+                raise ModelError(
+                    f"prompt {self.spec.name!r}: the label words {earlier.word!r} "
+                    f"({earlier.name}) and {label.word!r} ({label.name}) start with the same token "
+                    f"{self._tokenizer.token_text(token)!r} under this model's tokenizer, so one "
+                    "token cannot tell them apart; choose words that begin differently"
+                )
+            tokens.append(token)
+        return tuple(tokens)
+
+    def _follows(self, before: str, text: str) -> int | None:
+        """The token that begins `text` after `before`; None where it begins in `before`."""
+        ids = self._tokenizer.encode_trusted(before)
+        together = self._tokenizer.encode_trusted(before + text)
+        begins = len(together) > len(ids) and together[: len(ids)] == ids
+        return together[len(ids)] if begins else None
+
+    def _other_spellings(self, first_tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """The tokens that begin the label words as texts of their own, if these are others.
+
+        A tokenizer that puts a space before each text knows `True` and ` True`. A chat template
+        that shows no space before the answer does not tell which of the two the model was trained
+        on: answers were often encoded apart from their questions. None where the other spellings do
+        not tell the labels apart.
+        """
+        encoded = [self._tokenizer.encode_trusted(label.word)[:1] for label in self.spec.labels]
+        others = tuple(token for ids in encoded for token in ids)
+        clashes = set(others) & set(first_tokens) or len(set(others)) < len(first_tokens)
+        blank = any(not self._tokenizer.token_text(token).strip() for token in others)
+        return () if clashes or blank else others
+
+
+def _log_sum(first: float, other: float) -> float:
+    """log(exp(first) + exp(other)), without overflow."""
+    high, low = max(first, other), min(first, other)
+    return high + math.log1p(math.exp(low - high))
+
+
+def _split(spec: PromptSpec) -> tuple[str, str, str]:
+    """The instructions and examples; what the template begins with on lines that no claim can
+    change (both as plain text); and the rest of the template.
+    """
+    shown = [
+        spec.template.format(claim=e.claim, evidence=e.evidence or spec.no_evidence)
+        + " "
+        + next(label.word for label in spec.labels if label.name == spec.label_of(e.label))
+        for e in spec.examples
+    ]
+    preamble = "".join(f"{part}\n\n" for part in (spec.instructions, *shown) if part)
+    literal, _, _, _ = next(iter(Formatter().parse(spec.template)))
+    lead = literal[: literal.rfind("\n") + 1]
+    return preamble, lead, spec.template[len(_escaped(lead)) :]
+
+
+def _escaped(text: str) -> str:
+    """Text as part of a template, where a brace counts twice."""
+    return text.replace("{", "{{").replace("}", "}}")

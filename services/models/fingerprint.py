@@ -1,0 +1,154 @@
+"""The fingerprint of a directory of weights: which files exactly are meant.
+
+Whole files count, since a fine-tune may differ in a few layers in the middle of one. Each is read
+once for its device, inode, size and times of change; its digest is kept in the cache directory.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+
+from services.contracts.errors import UsageError
+from services.node.runtime_dir import open_private_dir
+
+_WHOLE_FILE_BYTES = 4 * 1024 * 1024
+_SAMPLE_BYTES = 1024 * 1024
+_READ_BYTES = 8 * 1024 * 1024
+_READERS = 4
+_WATCH_SECONDS = 0.5
+# A file that changed so lately may change again within the resolution of its times.
+_SETTLED_SECONDS = 3.0
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+Watch = Callable[[int, int], None]
+"""Called several times a second with the bytes read and the bytes to read. What it raises ends the
+reading.
+"""
+
+
+def fingerprint(directory: Path, cache_dir: Path | None, watch: Watch) -> str:
+    """Names, sizes and contents of a directory's files; hidden ones do not count. Raises OSError.
+
+    Digests of files over 4 MiB are kept in `cache_dir`, where one is named.
+    """
+    files = _files(directory)
+    large = [path for path in files if files[path] > _WHOLE_FILE_BYTES]
+    digests = _digests(large, cache_dir, watch)
+    return _combined(directory, files, lambda path: [bytes.fromhex(digests[path])])
+
+
+def sampled_fingerprint(directory: Path) -> str:
+    """What the fingerprint was before whole files were read: of those over 4 MiB only the first and
+    the last MiB. Runs that were submitted then name it. Raises OSError.
+    """
+
+    def ends(path: Path) -> Iterator[bytes]:
+        with path.open("rb") as file:
+            yield file.read(_SAMPLE_BYTES)
+            file.seek(-_SAMPLE_BYTES, os.SEEK_END)
+            yield file.read()
+
+    return _combined(directory, _files(directory), ends)
+
+
+def _files(directory: Path) -> dict[Path, int]:
+    """Those that count, in order, and their sizes."""
+    found = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {
+        path: path.stat().st_size
+        for path in found
+        if not any(part.startswith(".") for part in path.relative_to(directory).parts)
+    }
+
+
+def _combined(
+    directory: Path,
+    files: dict[Path, int],
+    of_large: Callable[[Path], Iterator[bytes] | list[bytes]],
+) -> str:
+    combined = hashlib.blake2b(digest_size=8)
+    for path, size in files.items():
+        combined.update(f"{path.relative_to(directory)}\0{size}\0".encode())
+        for part in [path.read_bytes()] if size <= _WHOLE_FILE_BYTES else of_large(path):
+            combined.update(part)
+    return f"files-{combined.hexdigest()}"
+
+
+def _digests(files: list[Path], cache_dir: Path | None, watch: Watch) -> dict[Path, str]:
+    """The BLAKE2b digest of each file."""
+    kept = _kept(cache_dir) if files else None
+    recalled = {path: _recall(kept, path) for path in files}
+    known = {path: each for path, each in recalled.items() if each is not None}
+    unknown = [path for path in files if path not in known]
+    if not unknown:
+        return known
+    total = sum(path.stat().st_size for path in unknown)
+    read = dict.fromkeys(unknown, 0)
+    stop = threading.Event()
+
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            before = os.fstat(file.fileno())
+            content = hashlib.blake2b(digest_size=32)
+            while chunk := file.read(_READ_BYTES):
+                if stop.is_set():
+                    break
+                content.update(chunk)
+                read[path] += len(chunk)
+            if _key(os.fstat(file.fileno())) == _key(before):
+                _remember(kept, before, content.hexdigest(), complete=not stop.is_set())
+        return content.hexdigest()
+
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="weights") as pool:
+        futures = {path: pool.submit(digest, path) for path in unknown}
+        try:
+            while wait(futures.values(), timeout=_WATCH_SECONDS).not_done:
+                watch(sum(read.values()), total)
+        finally:
+            stop.set()
+    return known | {path: future.result() for path, future in futures.items()}
+
+
+def _kept(cache_dir: Path | None) -> Path | None:
+    """Where digests are kept; None where nothing can be, or where others could put them."""
+    if cache_dir is None:
+        return None
+    with contextlib.suppress(UsageError):
+        open_private_dir(cache_dir, "KEEPWARM_CACHE_DIR")
+        return open_private_dir(cache_dir / "digests", "KEEPWARM_CACHE_DIR")
+    return None
+
+
+def _key(status: os.stat_result) -> str:
+    # The time of a content's change can be set, as copies do; that of the file's change cannot.
+    times = f"{status.st_mtime_ns}-{status.st_ctime_ns}"
+    return f"{status.st_dev}-{status.st_ino}-{status.st_size}-{times}"
+
+
+def _recall(kept: Path | None, path: Path) -> str | None:
+    if kept is None:
+        return None
+    try:
+        digest = (kept / _key(path.stat())).read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        return None
+    return digest if _DIGEST.fullmatch(digest) else None
+
+
+def _remember(kept: Path | None, status: os.stat_result, digest: str, *, complete: bool) -> None:
+    """In the place of what the file was before. A disk that is full makes the next start slower."""
+    changed = max(status.st_mtime, status.st_ctime)
+    if kept is None or not complete or time.time() - changed < _SETTLED_SECONDS:
+        return
+    new = kept / f".{os.getpid()}-{threading.get_ident()}"
+    with contextlib.suppress(OSError):
+        for earlier in kept.glob(f"{status.st_dev}-{status.st_ino}-*"):
+            earlier.unlink(missing_ok=True)
+        new.write_text(digest, encoding="ascii")
+        new.replace(kept / _key(status))

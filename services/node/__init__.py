@@ -1,0 +1,1 @@
+"""The machine: supervised processes, devices, memory, runtime directory, walltime, signals."""

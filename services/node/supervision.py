@@ -1,0 +1,287 @@
+"""A child process that cannot outlive its owner, and leaves no process of its own behind.
+
+`python keepwarm_start.py services.node.supervision --grace 10 -- COMMAND…` runs COMMAND in a
+session of its own and holds the other end of a pipe. When the owner ends, even by SIGKILL, the pipe
+closes; then, or on SIGTERM, the command gets SIGTERM, `--grace` seconds, and SIGKILL. When the
+command has ended, everything it ever started is killed, daemons that left its session included: the
+leash is their subreaper (prctl(2)). A leash is two processes, a guard and its holder, of which each
+ends the command when the other is killed: whichever process dies first, and even if its owner dies
+at the same moment, nothing stays.
+
+`hold` does the same for whatever is held by this very process: an engine that was forked and not
+called by its name (services/contexts/fork_server.py).
+
+A broker node brings a port mapper that makes itself a daemon; an engine brings processes that hold
+GPU memory. Neither may stay. The leash imports the standard library and psutil only, and owns
+nothing that could fail.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import selectors
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Protocol
+
+import psutil
+
+from keepwarm_start import python_command
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Batch systems may send their early warning to every process of a job. It is for those that drain.
+_WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+_KILLED_SECONDS = 10.0
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class SupervisedProcess:
+    """A command on a leash, as its owner sees it."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        environment: Mapping[str, str],
+        grace_seconds: float,
+        output: IO[bytes] | int,
+        directory: Path | None = None,
+    ) -> None:
+        """Start it, in `directory` or else where its owner is.
+
+        Standard output and error go to `output`; `environment` is all that it gets.
+        """
+        self._grace_seconds = grace_seconds
+        self._process = subprocess.Popen(
+            [
+                *python_command("services.node.supervision", "--grace", str(grace_seconds)),
+                *(() if directory is None else ("--directory", str(directory))),
+                *("--", *command),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            start_new_session=True,
+            # Sockets and files that it makes are for this user alone.
+            umask=0o077,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def output(self) -> IO[bytes] | None:
+        """The reading end, where `output` was `subprocess.PIPE`."""
+        return self._process.stdout
+
+    def command(self) -> psutil.Process | None:
+        """The process that is held, while it lives."""
+        with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+            holder = psutil.Process(self._process.pid).children()[0]
+            return holder.children()[0]
+        return None
+
+    def exit_code(self) -> int | None:
+        """None while it runs; negative when a signal ended the command."""
+        code = self._process.poll()
+        return None if code is None else from_shell(code)
+
+    def wait(self, timeout_seconds: float | None = None) -> int | None:
+        """The exit code, or None when the time is over."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout_seconds)
+        return self.exit_code()
+
+    def terminate(self) -> None:
+        """Ask it to stop, and return at once."""
+        if self._process.poll() is None:
+            self._process.terminate()
+
+    def stop(self) -> int:
+        """Ask it to stop; SIGKILL after the grace period. Returns when all of it is gone."""
+        self.terminate()
+        self._release()
+        try:
+            return from_shell(self._process.wait(self._grace_seconds + 10))
+        except subprocess.TimeoutExpired:
+            _kill_all(psutil.Process(self._process.pid))
+            self._process.kill()
+            # Whatever stays in the kernel then (a dead NFS server, a GPU's driver), nobody waits
+            # for it.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return from_shell(self._process.wait(_KILLED_SECONDS))
+            return -signal.SIGKILL
+
+    def _release(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+    def kill(self) -> None:
+        """SIGKILL to the command and all that it started, at once."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            _kill_all(psutil.Process(self._process.pid))
+        self._release()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_KILLED_SECONDS)
+
+
+def from_shell(code: int) -> int:
+    """The leash reports a command's death by signal N as 128 + N, as shells do."""
+    return 128 - code if code - 128 in signal.valid_signals() else code
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return list(process.children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _kill_all(ancestor: psutil.Process) -> None:
+    """SIGKILL until nothing is left: a process may fork while it is being looked at."""
+    for _ in range(50):
+        remaining = _descendants(ancestor)
+        if not remaining:
+            return
+        for process in remaining:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(remaining, timeout=0.2)
+
+
+def _given_environment() -> dict[bytes, bytes]:
+    """Ours as the kernel got it: Python adds LC_CTYPE to its own where no locale is named."""
+    entries = Path("/proc/self/environ").read_bytes().split(b"\0")
+    return dict(entry.split(b"=", 1) for entry in entries if b"=" in entry)
+
+
+def adopt_orphans() -> None:
+    """What descendants of ours leave behind becomes our child, and not that of init."""
+    _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """The kernel sends `number` to this process when its parent ends."""
+    _libc.prctl(_PR_SET_PDEATHSIG, number)
+
+
+def _guard(holder: int) -> int:
+    """Wait for the holder, pass signals on to it, and end what it could not end."""
+    for number in _STOP_SIGNALS:
+        signal.signal(number, lambda received, _: os.kill(holder, received))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+    # Not reaped yet: until signals are ignored, the holder's number is nobody else's.
+    os.waitid(os.P_PID, holder, os.WEXITED | os.WNOWAIT)
+    _ignore_stop_signals()
+    _, status = os.waitpid(holder, 0)
+    # Killed, it left its orphans to the next subreaper: that is us.
+    _kill_all(psutil.Process())
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+class Held(Protocol):
+    """A child process; `subprocess.Popen` is one."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def kill(self) -> None: ...
+
+
+def supervise(start: Callable[[], Held], owner: int, grace_seconds: float) -> int:
+    """Hold what `start` starts until it ends, or until `owner`, a descriptor, becomes readable:
+    then it has SIGTERM, so many seconds, and SIGKILL. Its exit code; 128 + N after signal N.
+
+    What is started must lead a session of its own, and call `die_with_parent`.
+    """
+    adopt_orphans()
+    guard = os.getpid()
+    # A signal that comes before its handler is there would end the guard, and it would seem that
+    # all is over while the holder is still at it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    holder = os.fork()
+    if holder:
+        return _guard(holder)
+    adopt_orphans()
+    die_with_parent(signal.SIGTERM)
+    stop_signals: list[int] = [] if os.getppid() == guard else [signal.SIGTERM]
+    wake_reader, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(wake_writer)
+    for number in _STOP_SIGNALS:
+        signal.signal(number, lambda received, _: stop_signals.append(received))
+    # Before the command starts, which would inherit it.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+
+    child = start()
+    with selectors.DefaultSelector() as selector:
+        selector.register(owner, selectors.EVENT_READ, "owner")
+        selector.register(wake_reader, selectors.EVENT_READ, "signal")
+        while child.poll() is None and not stop_signals:
+            for key, _ in selector.select():
+                # Nobody writes to the pipe: readable means that the owner is gone.
+                if key.data == "owner":
+                    stop_signals.append(signal.SIGTERM)
+                else:
+                    os.read(wake_reader, 512)
+    if child.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(grace_seconds)
+        child.kill()
+        child.wait()
+    _kill_all(psutil.Process())
+    code = child.wait()
+    _ignore_stop_signals()
+    return code if code >= 0 else 128 - code
+
+
+def _ignore_stop_signals() -> None:
+    """It is over. Python gives signals back to their defaults when it ends: one that comes now
+    would take the exit code's place.
+    """
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--grace", type=float, default=10.0, help="seconds from SIGTERM to SIGKILL")
+    parser.add_argument("--directory", type=Path, help="where the command starts")
+    parser.add_argument("command", nargs="+")
+    arguments = parser.parse_args()
+    # The command inherits this: one that drains listens all the same, and an engine goes on.
+    for number in _WARNINGS:
+        signal.signal(number, signal.SIG_IGN)
+
+    def start() -> Held:
+        return subprocess.Popen(
+            arguments.command,
+            stdin=subprocess.DEVNULL,
+            cwd=arguments.directory,
+            env=_given_environment(),
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+
+    try:
+        return supervise(start, sys.stdin.fileno(), arguments.grace)
+    except OSError as error:
+        sys.stderr.write(f"cannot start {arguments.command[0]}: {error}\n")
+        return 127
+
+
+if __name__ == "__main__":
+    sys.exit(main())

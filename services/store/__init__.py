@@ -1,0 +1,45 @@
+"""The database of verdicts: schema, writes, progress, reports, exports, dead claims."""
+
+from services.store.dead_claims import (
+    DeadRow,
+    dead_claims,
+    drop_dead,
+    reopen_dead,
+    unanswered_claims,
+)
+from services.store.export import ExportFormat, export_run
+from services.store.label_mass import ENOUGH_VERDICTS, LowMass
+from services.store.progress import (
+    KnownRun,
+    RunStatus,
+    find_run,
+    known_runs,
+    missing_records,
+    run_status,
+    run_statuses,
+)
+from services.store.report import Report, build_report
+from services.store.store import Incoming, Store
+
+__all__ = [
+    "ENOUGH_VERDICTS",
+    "DeadRow",
+    "ExportFormat",
+    "Incoming",
+    "KnownRun",
+    "LowMass",
+    "Report",
+    "RunStatus",
+    "Store",
+    "build_report",
+    "dead_claims",
+    "drop_dead",
+    "export_run",
+    "find_run",
+    "known_runs",
+    "missing_records",
+    "reopen_dead",
+    "run_status",
+    "run_statuses",
+    "unanswered_claims",
+]

@@ -1,0 +1,97 @@
+"""The claims that were given up on, as a person handles them: seen, tried again, let go."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, and_, delete, or_, select, update
+
+from services.contracts import INVALID, Claim, DeadReason
+from services.store.progress import KnownRun
+from services.store.schema import outcomes, runs
+from services.store.store import Store
+
+
+@dataclass(frozen=True)
+class DeadRow:
+    """A dead claim in the store. `death` tells this death from a later one of the same claim."""
+
+    run_key: int
+    run_id: str
+    claim: Claim
+    reason: DeadReason
+    detail: str
+    failures: int
+    death: int
+
+
+def dead_claims(
+    store: Store, run: KnownRun | None = None, claim_ids: Sequence[str] = ()
+) -> list[DeadRow]:
+    """Those that nobody has let go yet, in input order; of one run, of some ids, or all."""
+    query = (
+        select(runs.c.run_id, outcomes)
+        .join(runs, runs.c.run_key == outcomes.c.run_key)
+        .where(outcomes.c.reason.is_not(None), outcomes.c.dropped.is_(False))
+        .order_by(runs.c.first_seen.desc(), outcomes.c.position)
+    )
+    if run is not None:
+        query = query.where(outcomes.c.run_key == run.run_key)
+    if claim_ids:
+        query = query.where(outcomes.c.claim_id.in_(claim_ids))
+    with store.transaction() as connection:
+        return [
+            DeadRow(
+                run_key=row.run_key,
+                run_id=row.run_id,
+                claim=Claim(
+                    claim_id=row.claim_id,
+                    position=row.position,
+                    text=row.claim,
+                    evidence=row.evidence,
+                    gold=row.gold,
+                ),
+                reason=DeadReason(row.reason),
+                detail=row.detail,
+                failures=row.failures or 0,
+                death=row.delivery_key,
+            )
+            for row in connection.execute(query)
+        ]
+
+
+def unanswered_claims(store: Store, known: KnownRun, kinds: Collection[str]) -> frozenset[str]:
+    """Ids of the run's claims whose verdict is INVALID (`invalid`), or that are dead (`dead`)."""
+    wanted = []
+    if "invalid" in kinds:
+        wanted.append(outcomes.c.label == INVALID)
+    if "dead" in kinds:
+        wanted.append(outcomes.c.reason.is_not(None))
+    query = select(outcomes.c.claim_id).where(outcomes.c.run_key == known.run_key, or_(*wanted))
+    with store.transaction() as connection:
+        return frozenset(connection.execute(query).scalars())
+
+
+def drop_dead(store: Store, dead: Sequence[DeadRow]) -> None:
+    """Let them go: they stay dead in the results, and are not listed any more."""
+    with store.transaction() as connection:
+        for row in dead:
+            connection.execute(update(outcomes).where(_this(row)).values(dropped=True))
+
+
+def reopen_dead(store: Store, dead: Sequence[DeadRow]) -> None:
+    """Take their deaths back, so that the run waits for them again.
+
+    To be called once the broker has their claims. An outcome that came meanwhile stays.
+    """
+    with store.transaction() as connection:
+        for row in dead:
+            connection.execute(delete(outcomes).where(_this(row)))
+
+
+def _this(row: DeadRow) -> ColumnElement[bool]:
+    return and_(
+        outcomes.c.run_key == row.run_key,
+        outcomes.c.claim_id == row.claim.claim_id,
+        outcomes.c.delivery_key == row.death,
+        outcomes.c.reason.is_not(None),
+    )

@@ -1,0 +1,250 @@
+"""Outcomes as files, in the order of the input."""
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from sqlalchemy import select
+
+from services.contracts import INVALID
+from services.contracts.errors import StoreError
+from services.store.progress import KnownRun
+from services.store.schema import deliveries, outcomes
+from services.store.store import Store
+
+ExportFormat = Literal["jsonl", "csv", "parquet", "fever"]
+
+_CHUNK_ROWS = 10_000
+
+COLUMNS = (
+    "position",
+    "claim_id",
+    "claim",
+    "label",
+    "probabilities",
+    "gold",
+    "mass",
+    "raw_text",
+    "prompt_tokens",
+    "dead_reason",
+    "dead_detail",
+    "worker_id",
+    "device",
+    "attempt",
+    "engine_seconds",
+)
+
+
+# What a spreadsheet takes for the beginning of a formula, in full width too.
+_FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
+
+
+def export_run(
+    store: Store,
+    known: KnownRun,
+    format: ExportFormat,
+    path: Path,
+    *,
+    formulas: bool = False,
+) -> int:
+    """Write the outcomes of a run to `path`, whole or not at all; how many there were.
+
+    One row a claim, in input order. `probabilities` are by label (columns `p:LABEL` in CSV); a
+    dead claim has no label but a `dead_reason`. `fever` is what the FEVER scorer takes:
+    `predicted_label` and an empty `predicted_evidence`, one row for each record of the input, for
+    the scorer joins by position. Ids are numbers where all of the file's are. In CSV a text that a
+    spreadsheet would take for a formula begins with `'`, unless `formulas` are wanted.
+    Raises StoreError when the file cannot be written.
+    """
+    labels = known.run.prompt.label_names if known.run else ()
+    rows = _rows(store, known.run_key)
+
+    def fever(file: IO[bytes], rows: Rows, _: Sequence[str]) -> int:
+        return _write_fever(file, rows, known)
+
+    def csv_file(file: IO[bytes], rows: Rows, labels: Sequence[str]) -> int:
+        return _write_csv(file, rows, labels, formulas=formulas)
+
+    write: Callable[[IO[bytes], Rows, Sequence[str]], int] = {
+        "jsonl": _write_jsonl,
+        "csv": csv_file,
+        "parquet": _write_parquet,
+        "fever": fever,
+    }[format]
+    try:
+        with _replacing(path) as file:
+            return write(file, rows, labels)
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be written: {error.strerror}; make room, or name another place"
+        ) from error
+
+
+def _rows(store: Store, run_key: int) -> Iterator[dict[str, Any]]:
+    query = (
+        select(
+            outcomes,
+            deliveries.c.worker_id,
+            deliveries.c.device,
+            deliveries.c.attempt,
+            deliveries.c.engine_seconds,
+        )
+        .outerjoin(deliveries, outcomes.c.delivery_key == deliveries.c.delivery_key)
+        .where(outcomes.c.run_key == run_key)
+        .order_by(outcomes.c.position)
+        .execution_options(yield_per=_CHUNK_ROWS)
+    )
+    with store.transaction() as connection:
+        for row in connection.execute(query):
+            yield {
+                "position": row.position,
+                "claim_id": row.claim_id,
+                "claim": row.claim,
+                "label": row.label,
+                "probabilities": json.loads(row.probabilities) if row.probabilities else None,
+                "gold": row.gold,
+                "mass": row.mass,
+                "raw_text": row.raw_text,
+                "prompt_tokens": row.prompt_tokens,
+                "dead_reason": row.reason,
+                "dead_detail": row.detail,
+                "worker_id": row.worker_id,
+                "device": row.device,
+                "attempt": row.attempt,
+                "engine_seconds": row.engine_seconds,
+            }
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes its place when it is whole; a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+Rows = Iterator[dict[str, Any]]
+
+
+def _write_jsonl(file: IO[bytes], rows: Rows, _: Sequence[str]) -> int:
+    count = 0
+    for row in rows:
+        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        count += 1
+    return count
+
+
+def _write_fever(file: IO[bytes], rows: Rows, known: KnownRun) -> int:
+    # The scorer joins by position and counts any label but the gold one as wrong: what has no
+    # verdict (a dead claim, a rejected line) keeps its place as INVALID.
+    numeric = known.input is not None and known.input.numeric_ids
+    left_out = dict(known.input.left_out) if known.input is not None else {}
+
+    def line(claim_id: str | None, label: str | None) -> bytes:
+        number = numeric and claim_id is not None and claim_id.isdecimal()
+        prediction: dict[str, Any] = {
+            "id": int(claim_id) if claim_id is not None and number else claim_id,
+            "predicted_label": label or INVALID,
+            "predicted_evidence": [],
+        }
+        return json.dumps(prediction, ensure_ascii=False).encode() + b"\n"
+
+    count = 0
+    for row in rows:
+        if row["position"] < count:
+            raise StoreError(
+                f"{known.run_id} has several claims for one record of its input, as "
+                "--each-evidence makes them, and FEVER's scorer takes one row a record; use "
+                "--format jsonl"
+            )
+        for gap in range(count, row["position"]):
+            file.write(line(left_out.get(gap), None))
+        file.write(line(row["claim_id"], row["label"]))
+        count = row["position"] + 1
+    for gap in range(count, _records(known)):
+        file.write(line(left_out.get(gap), None))
+    return max(count, _records(known))
+
+
+def _records(known: KnownRun) -> int:
+    """How many records of the input were wanted; 0 where the producer did not say."""
+    if known.input is None or known.run is None:
+        return 0
+    drawn = known.run.limit is not None and known.run.seed is None
+    return min(known.input.records, known.run.limit or 0) if drawn else known.input.records
+
+
+def _flat(row: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+    """Probabilities as columns of their own."""
+    scores = row["probabilities"] or {}
+    flat = {name: row[name] for name in COLUMNS if name != "probabilities"}
+    return flat | {f"p:{label}": scores.get(label) for label in labels}
+
+
+def _no_formula(value: Any) -> Any:
+    """As OWASP advises (CSV Injection); numbers stay numbers."""
+    if not isinstance(value, str) or not _FORMULA.match(value) or _NUMBER.fullmatch(value):
+        return value
+    return f"'{value}"
+
+
+def _write_csv(file: IO[bytes], rows: Rows, labels: Sequence[str], *, formulas: bool) -> int:
+    names = [name for name in COLUMNS if name != "probabilities"]
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    writer = csv.DictWriter(text, [*names, *(f"p:{label}" for label in labels)])
+    writer.writeheader()
+    count = 0
+    for row in rows:
+        flat = _flat(row, labels)
+        if not formulas:
+            flat = {name: _no_formula(value) for name, value in flat.items()}
+        writer.writerow(flat)
+        count += 1
+    text.flush()
+    text.detach()
+    return count
+
+
+def _write_parquet(file: IO[bytes], rows: Rows, labels: Sequence[str]) -> int:
+    # A third of a second of imports, needed here alone.
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types = {
+        "position": pa.int64(),
+        "mass": pa.float64(),
+        "prompt_tokens": pa.int32(),
+        "attempt": pa.int32(),
+        "engine_seconds": pa.float64(),
+    }
+    schema = pa.schema(
+        [
+            *((name, types.get(name, pa.string())) for name in COLUMNS if name != "probabilities"),
+            *((f"p:{label}", pa.float64()) for label in labels),
+        ]
+    )
+    count = 0
+    with pq.ParquetWriter(file, schema) as writer:
+        chunk: list[dict[str, Any]] = []
+        for row in rows:
+            chunk.append(_flat(row, labels))
+            count += 1
+            if len(chunk) == _CHUNK_ROWS:
+                writer.write_table(pa.Table.from_pylist(chunk, schema))
+                chunk = []
+        writer.write_table(pa.Table.from_pylist(chunk, schema))
+    return count

@@ -1,0 +1,240 @@
+"""How far every run is."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import Connection, Row, case, func, select
+
+from services.contracts import INVALID, ContextSpec, Run
+from services.contracts.errors import StoreError
+from services.contracts.proofs import ClaimsDigest, Positions
+from services.contracts.runs import InputSummary
+from services.store.label_counts import verdicts_digest
+from services.store.label_mass import LowMass, low_mass
+from services.store.schema import deliveries, outcomes, runs, submissions, verdict_counts
+from services.store.store import Store
+
+_RATE_WINDOW_SECONDS = 60.0
+_CHUNK_ROWS = 10_000
+
+
+class RunStatus(BaseModel):
+    """A run's progress. `total` and `eta_seconds` are None until the producer has sent it all.
+
+    `claims_per_second` is over the last minute in which verdicts came.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    run_id: str
+    source: str | None
+    model: str | None
+    context_id: str | None
+    prompt: str | None
+    total: int | None
+    done: int
+    dead: int
+    rejected: int | None
+    repeated: int | None
+    duplicates: int
+    """Verdicts that came twice; the first one stays."""
+    returned: int
+    """Claims that workers gave back unfinished; that costs no work."""
+    lost_work: int
+    """Claims answered by a worker that was not the first to have them: at most so many were
+    computed again because a worker was lost.
+    """
+    verdicts: dict[str, int]
+    """By label."""
+    judged: int
+    """Claims with a verdict whose gold label is known."""
+    correct: int
+    """Of these, the verdicts that agree."""
+    claims_per_second: float
+    eta_seconds: float | None
+    workers_seen: int
+    complete: bool
+    proven: bool | None = None
+    """Whether the outcomes are those of the run's claims, by their digest, once there are as many.
+    None before; and always where an older producer announced no digest."""
+    nowhere_since: float | None = None
+    """Since when (Unix time) the claims without an outcome are in no queue and with no worker."""
+    cancelled: bool
+    low_mass: LowMass | None = None
+    """Where the label words hold nearly nothing of the probability: the verdicts mean little."""
+
+
+@dataclass(frozen=True)
+class KnownRun:
+    """A run as the store knows it; `run` is None until it was announced."""
+
+    run_key: int
+    run_id: str
+    run: Run | None
+    input: InputSummary | None = None
+
+    @classmethod
+    def of(cls, row: Row[Any]) -> "KnownRun":
+        return cls(
+            row.run_key,
+            row.run_id,
+            Run.model_validate_json(row.run) if row.run else None,
+            InputSummary.model_validate_json(row.input) if row.input else None,
+        )
+
+
+def run_statuses(store: Store) -> list[RunStatus]:
+    """Every run in the store, the latest first."""
+    with store.transaction() as connection:
+        rows = connection.execute(select(runs).order_by(runs.c.first_seen.desc())).all()
+        return [_status(connection, row) for row in rows]
+
+
+def latest_statuses(store: Store, most: int, complete: Mapping[str, RunStatus]) -> list[RunStatus]:
+    """The `most` latest runs, the latest first. Those in `complete` are taken as they are there."""
+    with store.transaction() as connection:
+        query = select(runs).order_by(runs.c.first_seen.desc()).limit(most)
+        return [
+            complete.get(row.run_id) or _status(connection, row)
+            for row in connection.execute(query).all()
+        ]
+
+
+def run_status(store: Store, run_id: str) -> RunStatus | None:
+    """One run, or None where the store has not heard of it."""
+    with store.transaction() as connection:
+        row = connection.execute(select(runs).where(runs.c.run_id == run_id)).one_or_none()
+        return None if row is None else _status(connection, row)
+
+
+def known_runs(store: Store) -> list[KnownRun]:
+    """Every run in the store, the latest first, without the cost of counting how far it is."""
+    with store.transaction() as connection:
+        return [
+            KnownRun.of(row)
+            for row in connection.execute(select(runs).order_by(runs.c.first_seen.desc()))
+        ]
+
+
+def find_run(store: Store, wanted: str) -> KnownRun:
+    """The run whose id is, or begins with, `wanted`. Raises StoreError that lists what there is."""
+    known = known_runs(store)
+    matching = [run for run in known if run.run_id == wanted] or [
+        run for run in known if run.run_id.startswith((wanted, f"run-{wanted}"))
+    ]
+    if len(matching) != 1:
+        listed = ", ".join(run.run_id for run in matching or known[:10]) or "none at all"
+        what = "several runs begin" if matching else "no run begins"
+        raise StoreError(f"{what} with {wanted!r}; the store has {listed}")
+    return matching[0]
+
+
+def _status(connection: Connection, row: Row[tuple[object, ...]]) -> RunStatus:
+    key = row.run_key
+    sendings = (
+        connection.execute(select(submissions.c.cancelled_at).where(submissions.c.run_key == key))
+        .scalars()
+        .all()
+    )
+    verdicts = deliveries.c.fresh + deliveries.c.duplicates
+    done, duplicates, lost_work, workers, last = connection.execute(
+        select(
+            func.coalesce(func.sum(deliveries.c.fresh), 0),
+            func.coalesce(func.sum(deliveries.c.duplicates), 0),
+            func.coalesce(func.sum(case((deliveries.c.attempt > 1, verdicts), else_=0)), 0),
+            func.count(func.distinct(deliveries.c.worker_id)),
+            func.max(deliveries.c.received_at),
+        ).where(deliveries.c.run_key == key)
+    ).one()
+    dead = connection.execute(
+        select(func.count()).where(outcomes.c.run_key == key, outcomes.c.reason.is_not(None))
+    ).scalar_one()
+    counted = connection.execute(
+        select(verdict_counts).where(verdict_counts.c.run_key == key)
+    ).all()
+    rate = _recent_rate(connection, key, last) if last is not None else 0.0
+    left = None if row.claims is None else row.claims - done - dead
+    run = json.loads(row.run) if row.run else None
+    proven = None
+    if left is not None and left <= 0 and row.digest is not None:
+        proven = _outcomes_digest(connection, key) == row.digest
+    complete = left is not None and left <= 0 and proven is not False
+    labels = (*(label["name"] for label in run["prompt"]["labels"]), INVALID) if run else ()
+    return RunStatus(
+        run_id=row.run_id,
+        source=run and run["source"],
+        model=run and run["context"]["model"],
+        context_id=run and ContextSpec.model_validate(run["context"]).context_id,
+        prompt=run and run["prompt"]["name"],
+        total=row.claims,
+        done=int(done),
+        dead=dead,
+        rejected=row.rejected,
+        repeated=row.repeated,
+        duplicates=int(duplicates),
+        returned=row.returned,
+        lost_work=int(lost_work),
+        verdicts=dict.fromkeys(labels, 0) | {each.label: each.verdicts for each in counted},
+        judged=sum(each.judged for each in counted),
+        correct=sum(each.correct for each in counted),
+        claims_per_second=round(rate, 2),
+        eta_seconds=None if left is None or rate == 0 else round(left / rate, 1),
+        workers_seen=workers,
+        complete=complete,
+        proven=proven,
+        nowhere_since=None if complete else row.nowhere_since,
+        cancelled=bool(sendings) and all(at is not None for at in sendings),
+        low_mass=low_mass(connection, key, complete=complete),
+    )
+
+
+def _outcomes_digest(connection: Connection, run_key: int) -> str | None:
+    """Of all claims that have an outcome; None where it was not counted."""
+    answered = verdicts_digest(connection, run_key)
+    if answered is None:
+        return None
+    dead = connection.execute(
+        select(outcomes.c.claim_id, outcomes.c.position).where(
+            outcomes.c.run_key == run_key, outcomes.c.reason.is_not(None)
+        )
+    )
+    return str(answered.plus(ClaimsDigest.of((row.claim_id, row.position) for row in dead)))
+
+
+def missing_records(store: Store, run_id: str, most: int) -> list[tuple[int, int]] | None:
+    """The records of the input, from 1, whose claims have no outcome: the first and the last record
+    of each range, at most so many ranges. Reads every outcome of the run. None where the producer
+    did not say which records are claims.
+    """
+    with store.transaction() as connection:
+        row = connection.execute(select(runs).where(runs.c.run_id == run_id)).one_or_none()
+        if row is None or row.positions is None:
+            return None
+        missing = Positions.of_text(row.positions)
+        found = connection.execute(
+            select(outcomes.c.position)
+            .where(outcomes.c.run_key == row.run_key)
+            .execution_options(yield_per=_CHUNK_ROWS)
+        )
+        for some in found.scalars().partitions():
+            missing.discard(some)
+    return [(first + 1, last + 1) for first, last in missing.ranges(most)]
+
+
+def _recent_rate(connection: Connection, run_key: int, last: float) -> float:
+    """Claims a second in the last window. The first message's claims took its engine's time too."""
+    first, engine_seconds, fresh = connection.execute(
+        select(
+            func.min(deliveries.c.received_at),
+            func.max(case((deliveries.c.fresh > 0, deliveries.c.engine_seconds), else_=0.0)),
+            func.sum(deliveries.c.fresh),
+        ).where(
+            deliveries.c.run_key == run_key,
+            deliveries.c.received_at > last - _RATE_WINDOW_SECONDS,
+        )
+    ).one()
+    seconds = last - first + engine_seconds
+    return float(fresh) / seconds if seconds > 0 else 0.0

@@ -1,0 +1,215 @@
+"""The report of a run: how right, how fast, by whom, and how long until they were ready."""
+
+from collections.abc import Mapping, Sequence
+from math import sqrt
+from statistics import NormalDist, fmean
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import Connection, Row, func, select
+
+from services.contracts import INVALID, Run
+from services.contracts.errors import StoreError
+from services.store.progress import KnownRun, RunStatus, run_status
+from services.store.schema import deliveries, outcomes
+from services.store.startups import Startups, startups_of
+from services.store.store import Store
+
+_CONFIDENCE = 0.95
+
+
+class Quality(BaseModel):
+    """How right the verdicts are, over the `labelled` claims that have a verdict and a gold label.
+
+    A verdict INVALID counts as wrong. `accuracy_interval` is Wilson's, at 95 % (Wilson 1927).
+    `macro_f1` is the unweighted mean of F1 over the gold labels that occur. `confusion` maps gold
+    label -> verdict -> claims; its columns are the prompt's labels and INVALID.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    labelled: int
+    correct: int
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    macro_f1: float
+    confusion: dict[str, dict[str, int]]
+
+
+class Speed(BaseModel):
+    """From the first request to an engine to the last verdict in the store, pauses included."""
+
+    model_config = ConfigDict(frozen=True)
+
+    wall_seconds: float
+    claims_per_second: float
+    prompt_tokens: int
+    tokens_per_second: float
+
+
+class WorkerShare(BaseModel):
+    """What one worker did. Its requests overlap: `engine_seconds` may exceed the wall time."""
+
+    model_config = ConfigDict(frozen=True)
+
+    worker_id: str
+    device: str
+    verdicts: int
+    duplicates: int
+    prompt_tokens: int
+    engine_seconds: float
+
+
+class Report(BaseModel):
+    """All that is published of a run. `verdicts` counts by label, `dead` by reason."""
+
+    model_config = ConfigDict(frozen=True)
+
+    status: RunStatus
+    run: Run | None
+    lines: int | None
+    input: dict[str, Any] | None
+    """The producer's InputSummary; None where it did not say."""
+    verdicts: dict[str, int]
+    mean_mass: float | None = None
+    """The mean share of the model's probability that the label words held; None without verdicts.
+    """
+    dead: dict[str, int]
+    redelivered_batches: int
+    quality: Quality | None
+    """None when no claim with a verdict has a gold label."""
+    speed: Speed | None
+    """None while there is no verdict."""
+    workers: tuple[WorkerShare, ...]
+    startups: Startups | None
+    """None when no worker told of a start while the run lasted."""
+
+
+def build_report(store: Store, known: KnownRun) -> Report:
+    """Raises StoreError when the run is not in the store."""
+    status = run_status(store, known.run_id)
+    if status is None:
+        raise StoreError(f"the store has no run {known.run_id}")
+    labels = known.run.prompt.label_names if known.run else ()
+    key = known.run_key
+    with store.transaction() as connection:
+        pairs = connection.execute(
+            select(
+                outcomes.c.gold,
+                outcomes.c.label,
+                func.count().label("claims"),
+                func.sum(outcomes.c.mass).label("mass"),
+            )
+            .where(outcomes.c.run_key == key, outcomes.c.label.is_not(None))
+            .group_by(outcomes.c.gold, outcomes.c.label)
+        ).all()
+        verdicts = dict.fromkeys((*labels, INVALID), 0)
+        for pair in pairs:
+            verdicts[pair.label] = verdicts.get(pair.label, 0) + pair.claims
+        answered = sum(verdicts.values())
+        dead = connection.execute(
+            select(outcomes.c.reason, func.count())
+            .where(outcomes.c.run_key == key, outcomes.c.reason.is_not(None))
+            .group_by(outcomes.c.reason)
+        ).all()
+        redelivered = connection.execute(
+            select(func.count()).where(deliveries.c.run_key == key, deliveries.c.attempt > 1)
+        ).scalar_one()
+        return Report(
+            status=status,
+            run=known.run,
+            lines=None
+            if status.total is None
+            else status.total + (status.rejected or 0) + (status.repeated or 0),
+            input=known.input and known.input.as_dict(),
+            verdicts=verdicts,
+            mean_mass=sum(pair.mass for pair in pairs) / answered if answered else None,
+            dead=dict(dead),
+            redelivered_batches=redelivered,
+            quality=_quality([pair for pair in pairs if pair.gold is not None], labels),
+            speed=_speed(connection, key),
+            workers=_workers(connection, key),
+            startups=known.run
+            and startups_of(
+                connection, key, known.run.context.context_id, complete=status.complete
+            ),
+        )
+
+
+def _quality(pairs: Sequence[Row[tuple[object, ...]]], labels: Sequence[str]) -> Quality | None:
+    if not pairs:
+        return None
+    gold = [pair.gold for pair in pairs]
+    said = [pair.label for pair in pairs]
+    labelled = sum(pair.claims for pair in pairs)
+    correct = sum(pair.claims for pair in pairs if pair.gold == pair.label)
+    columns = [*labels, *sorted({*said, *gold} - {*labels, INVALID}), INVALID]
+    present = [label for label in columns if label in gold]
+    confusion = {label: dict.fromkeys(columns, 0) for label in present}
+    for pair in pairs:
+        confusion[pair.gold][pair.label] = pair.claims
+    return Quality(
+        labelled=labelled,
+        correct=correct,
+        accuracy=correct / labelled,
+        accuracy_interval=wilson_interval(correct, labelled),
+        macro_f1=fmean(_f1(label, confusion) for label in present),
+        confusion=confusion,
+    )
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """The 95 % confidence interval of a proportion (Wilson 1927), as scipy.stats' binomtest has it.
+
+    In a few lines, for to import that library takes longer than a small run on a warm engine.
+    """
+    z = NormalDist().inv_cdf((1 + _CONFIDENCE) / 2)
+    share = successes / trials
+    middle = share + z**2 / (2 * trials)
+    half = z * sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
+    scale = 1 + z**2 / trials
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def _f1(label: str, confusion: Mapping[str, Mapping[str, int]]) -> float:
+    """Harmonic mean of precision and recall of one label; 0 where it was never right."""
+    right = confusion[label][label]
+    said = sum(row[label] for row in confusion.values())
+    return 2 * right / (said + sum(confusion[label].values()))
+
+
+def _speed(connection: Connection, run_key: int) -> Speed | None:
+    start, end, fresh, tokens = connection.execute(
+        select(
+            func.min(deliveries.c.received_at - deliveries.c.engine_seconds),
+            func.max(deliveries.c.received_at),
+            func.sum(deliveries.c.fresh),
+            func.sum(deliveries.c.prompt_tokens),
+        ).where(deliveries.c.run_key == run_key)
+    ).one()
+    if start is None:
+        return None
+    seconds = end - start
+    return Speed(
+        wall_seconds=seconds,
+        claims_per_second=float(fresh) / seconds if seconds > 0 else 0.0,
+        prompt_tokens=int(tokens),
+        tokens_per_second=float(tokens) / seconds if seconds > 0 else 0.0,
+    )
+
+
+def _workers(connection: Connection, run_key: int) -> tuple[WorkerShare, ...]:
+    rows = connection.execute(
+        select(
+            deliveries.c.worker_id,
+            deliveries.c.device,
+            func.sum(deliveries.c.fresh).label("verdicts"),
+            func.sum(deliveries.c.duplicates).label("duplicates"),
+            func.sum(deliveries.c.prompt_tokens).label("prompt_tokens"),
+            func.sum(deliveries.c.engine_seconds).label("engine_seconds"),
+        )
+        .where(deliveries.c.run_key == run_key)
+        .group_by(deliveries.c.worker_id, deliveries.c.device)
+        .order_by(func.sum(deliveries.c.fresh).desc())
+    )
+    return tuple(WorkerShare.model_validate(row._mapping) for row in rows)

@@ -1,0 +1,558 @@
+"""The store: opened with care, written in transactions, each claim of a run once."""
+
+import secrets
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, Self
+
+from pydantic_core import to_json
+from sqlalchemy import (
+    Column,
+    Connection,
+    Engine,
+    Row,
+    and_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    select,
+    update,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import SQLAlchemyError
+
+from services.contracts import (
+    Claim,
+    ClaimBatch,
+    ContextReady,
+    DeadClaim,
+    Run,
+    RunAnnouncement,
+    Settings,
+    VerdictBatch,
+)
+from services.contracts.control import MAX_CANCELLED
+from services.contracts.errors import StoreError, StoreRefused
+from services.contracts.runs import InputSummary
+from services.contracts.wire import Message
+from services.store.database import (
+    is_about_values,
+    is_read_only,
+    next_step,
+    open_engine,
+    refuse_encoding,
+    shown,
+)
+from services.store.label_counts import Counted, LabelCounts, count_digest
+from services.store.migrations import refusal, up_to_date, version_of
+from services.store.schema import (
+    SCHEMA_VERSION,
+    deliveries,
+    outcomes,
+    runs,
+    startups,
+    submissions,
+)
+
+_MOST_PARAMETERS = 500
+# Workers have reported what they hold by then, and claims that were on their way have arrived.
+_CANCELLED_SECONDS = 60.0
+_CHUNK_ROWS = 10_000
+
+_OUTCOME_COLUMNS = [column.name for column in outcomes.columns]
+
+
+@dataclass
+class Incoming:
+    """What is to be written in one transaction."""
+
+    announcements: list[RunAnnouncement] = field(default_factory=list)
+    verdicts: list[VerdictBatch] = field(default_factory=list)
+    dead: list[DeadClaim] = field(default_factory=list)
+    returned: list[ClaimBatch] = field(default_factory=list)
+    startups: list[ContextReady] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, messages: Iterable[Message]) -> Self:
+        incoming = cls()
+        for message in messages:
+            match message:
+                case RunAnnouncement():
+                    incoming.announcements.append(message)
+                case VerdictBatch():
+                    incoming.verdicts.append(message)
+                case DeadClaim():
+                    incoming.dead.append(message)
+                case ClaimBatch():
+                    incoming.returned.append(message)
+                case ContextReady():
+                    incoming.startups.append(message)
+                case _:
+                    raise TypeError(f"a {type(message).__name__} is nothing for the store")
+        return incoming
+
+    def run_ids(self) -> set[str]:
+        return {
+            *(announcement.run.run_id for announcement in self.announcements),
+            *(batch.run_id for batch in self.verdicts),
+            *(claim.run_id for claim in self.dead),
+        }
+
+    def __len__(self) -> int:
+        """Outcomes, not messages."""
+        return sum(len(batch.verdicts) for batch in self.verdicts) + len(self.dead)
+
+
+class Store:
+    """A database of runs and their outcomes. Use it as a context manager, or close it.
+
+    Every method raises StoreError, with the next step, when the database cannot do its part, and
+    of these StoreRefused when it refuses a value that it was given.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        dialect = postgresql if engine.dialect.name == "postgresql" else sqlite
+        # As SQL, once: SQLAlchemy's handling of parameters would cost more than the database's
+        # own work, and these rows hold nothing that needs it.
+        insert_outcome = dialect.insert(outcomes).values(
+            {name: bindparam(name) for name in _OUTCOME_COLUMNS}
+        )
+        self._insert_outcomes = str(
+            insert_outcome.on_conflict_do_update(
+                index_elements=[outcomes.c.run_key, outcomes.c.claim_id],
+                set_={
+                    **{name: insert_outcome.excluded[name] for name in _OUTCOME_COLUMNS},
+                    # The same death, delivered again, stays let go.
+                    "dropped": and_(outcomes.c.dropped, insert_outcome.excluded.label.is_(None)),
+                },
+                # The first verdict stays; a dead claim that was tried again gives way.
+                where=outcomes.c.reason.is_not(None),
+            ).compile(dialect=engine.dialect)
+        )
+        self._insert_run = dialect.insert(runs).on_conflict_do_nothing(index_elements=["run_id"])
+        self._insert_submission = dialect.insert(submissions).on_conflict_do_nothing()
+        self._update_gold = (
+            update(outcomes)
+            .where(
+                outcomes.c.run_key == bindparam("of_run"),
+                outcomes.c.claim_id == bindparam("of_claim"),
+            )
+            .values(gold=bindparam("new_gold"))
+        )
+        self._insert_startup = dialect.insert(startups).on_conflict_do_nothing()
+        # Wall-clock time that cannot jump while this process lives.
+        self._clock_offset = time.time() - time.monotonic()
+
+    @classmethod
+    def open(cls, settings: Settings, *, create: bool = True) -> "Store":
+        """Open the store, and make its tables where there are none.
+
+        Raises StoreError when it cannot be used or cannot hold every claim's text, UsageError when
+        the URL is not one.
+        """
+        engine = open_engine(settings, create=create)
+        store = cls(engine)
+        try:
+            with store.transaction() as connection:
+                refuse_encoding(connection)
+                reads_only = not create and is_read_only(engine.url)
+                version = version_of(connection) if reads_only else up_to_date(connection)
+                if version != SCHEMA_VERSION:
+                    raise refusal(engine.url, version, reads_only=reads_only)
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def close(self) -> None:
+        """Close its connections to the database, those of all threads."""
+        self._engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except (SQLAlchemyError, OverflowError, UnicodeError) as error:
+            cause = getattr(error, "orig", None) or error
+            why = str(cause).strip()
+            if is_about_values(cause):
+                # The first line alone: further ones of PostgreSQL's quote the row.
+                raise StoreRefused(
+                    f"the store {shown(self._engine.url)} refuses a value: {why.splitlines()[0]}"
+                ) from error
+            raise StoreError(
+                f"the store {shown(self._engine.url)} failed: {why.rstrip('.')}. {next_step(why)}"
+            ) from error
+
+    def write(self, incoming: Incoming) -> Counter[str]:
+        """Write it all or nothing; how many outcomes each run gained.
+
+        Claims that have a verdict keep it; they are counted. A death that comes twice is counted
+        as gained twice.
+        """
+        now = self._now()
+        with self.transaction() as connection:
+            keys = {run: self._run_key(connection, run, now) for run in incoming.run_ids()}
+            for announcement in incoming.announcements:
+                key = keys[announcement.run.run_id]
+                _write_announcement(connection, key, announcement)
+                submission = {
+                    "submission_id": announcement.submission_id,
+                    "run_key": key,
+                    "proof_key": announcement.proof_key,
+                }
+                connection.execute(self._insert_submission.values(submission))
+            if keys:
+                connection.execute(
+                    update(runs)
+                    .where(runs.c.run_key.in_(keys.values()), runs.c.nowhere_since.is_not(None))
+                    .values(nowhere_since=None)
+                )
+            for batch in incoming.returned:
+                connection.execute(
+                    update(runs)
+                    .where(runs.c.run_id == batch.run.run_id)
+                    .values(returned=runs.c.returned + len(batch.claims))
+                )
+            counts = LabelCounts()
+            rows = [
+                self._write_verdicts(connection, keys[batch.run_id], batch, now, counts)
+                for batch in incoming.verdicts
+            ]
+            if rows:
+                connection.execute(insert(deliveries), rows)
+            if incoming.dead:
+                dead = [_dead_row(keys[claim.run_id], claim) for claim in incoming.dead]
+                connection.exec_driver_sql(self._insert_outcomes, dead)
+            for ready in incoming.startups:
+                connection.execute(self._insert_startup.values(_startup_row(ready, now)))
+            counts.write(connection)
+            for announcement in incoming.announcements:
+                if announcement.digest is not None:  # from now on there is something to compare
+                    count_digest(connection, keys[announcement.run.run_id])
+        gained = Counter(claim.run_id for claim in incoming.dead)
+        for answered, row in zip(incoming.verdicts, rows, strict=True):
+            gained[answered.run_id] += row["fresh"]
+        return gained
+
+    def finished(self, run_id: str, claim_ids: Sequence[str]) -> set[str]:
+        """Those of the ids that have an outcome in the run."""
+        return {row.claim_id for row in self._among(run_id, claim_ids, outcomes.c.claim_id)}
+
+    def set_gold(self, run_id: str, golds: Mapping[str, str | None]) -> int:
+        """Give claims of the run that have an outcome these gold labels; how many were others."""
+        counts = LabelCounts()
+        changed = []
+        columns = (outcomes.c.claim_id, outcomes.c.label, outcomes.c.gold)
+        with self.transaction() as connection:
+            key = _find_run_key(connection, run_id)
+            for row in self._rows_among(connection, key, list(golds), *columns):
+                gold = golds[row.claim_id]
+                if row.gold == gold:
+                    continue
+                changed.append({"of_run": key, "of_claim": row.claim_id, "new_gold": gold})
+                if key is not None and row.label is not None:
+                    counts.replace_gold(key, row.label, row.gold, gold)
+            if changed:
+                connection.execute(self._update_gold, changed)
+                counts.write(connection)
+        return len(changed)
+
+    def set_input(self, run_id: str, summary: InputSummary) -> None:
+        """What the producer found in the run's file, as it is read now."""
+        with self.transaction() as connection:
+            connection.execute(
+                update(runs).where(runs.c.run_id == run_id).values(input=summary.model_dump_json())
+            )
+
+    def texts(self, run_id: str, claim_ids: Sequence[str]) -> dict[str, str]:
+        """The text of each claim, of these ids, that has an outcome in the run."""
+        rows = self._among(run_id, claim_ids, outcomes.c.claim_id, outcomes.c.claim)
+        return {row.claim_id: row.claim for row in rows}
+
+    def _among(
+        self, run_id: str, claim_ids: Sequence[str], *columns: Column[Any]
+    ) -> Iterator[Row[Any]]:
+        """These columns of each outcome of the run, of these claims."""
+        with self.transaction() as connection:
+            key = _find_run_key(connection, run_id)
+            yield from self._rows_among(connection, key, claim_ids, *columns)
+
+    @staticmethod
+    def _rows_among(
+        connection: Connection, key: int | None, claim_ids: Sequence[str], *columns: Column[Any]
+    ) -> Iterator[Row[Any]]:
+        for start in range(0, len(claim_ids), _MOST_PARAMETERS):
+            query = select(*columns).where(
+                outcomes.c.run_key == key,
+                outcomes.c.claim_id.in_(claim_ids[start : start + _MOST_PARAMETERS]),
+            )
+            yield from connection.execute(query).all()
+
+    def wants(self, submission_id: str) -> bool | None:
+        """Whether the claims of a submission are still to be answered; None where no producer
+        announced it.
+        """
+        query = select(submissions).where(submissions.c.submission_id == submission_id)
+        with self.transaction() as connection:
+            row = connection.execute(query).one_or_none()
+        return None if row is None else row.cancelled_at is None
+
+    def submission(self, submission_id: str) -> tuple[Run, str | None] | None:
+        """The run of a submission and the key of its proofs, as its producer announced them; None
+        where nobody did.
+        """
+        query = (
+            select(runs.c.run, submissions.c.proof_key)
+            .join(submissions, submissions.c.run_key == runs.c.run_key)
+            .where(submissions.c.submission_id == submission_id, runs.c.run.is_not(None))
+        )
+        with self.transaction() as connection:
+            row = connection.execute(query).one_or_none()
+        return None if row is None else (Run.model_validate_json(row.run), row.proof_key)
+
+    def takes_unproven(self, run_id: str) -> bool | None:
+        """Whether the run has a submission without proofs, by a producer of an older version; None
+        where nobody announced the run.
+        """
+        query = (
+            select(func.count().label("sent"), func.count(submissions.c.proof_key).label("proven"))
+            .select_from(runs)
+            .outerjoin(submissions, submissions.c.run_key == runs.c.run_key)
+            .where(runs.c.run_id == run_id, runs.c.run.is_not(None))
+            .group_by(runs.c.run_key)
+        )
+        with self.transaction() as connection:
+            row = connection.execute(query).one_or_none()
+        return None if row is None else row.sent > row.proven
+
+    def add_submission(self, run_key: int, submission_id: str, proof_key: str) -> None:
+        """Claims of the run are being sent, by other means than a producer's announcement."""
+        submission = {
+            "submission_id": submission_id,
+            "run_key": run_key,
+            "proof_key": proof_key,
+        }
+        with self.transaction() as connection:
+            connection.execute(self._insert_submission.values(submission))
+
+    def note_nowhere(self, run_ids: Iterable[str]) -> None:
+        """The claims of these runs that have no outcome are in no queue and with no worker."""
+        with self.transaction() as connection:
+            connection.execute(
+                update(runs)
+                .where(runs.c.run_id.in_(run_ids), runs.c.nowhere_since.is_(None))
+                .values(nowhere_since=self._now())
+            )
+
+    def remove_foreign(self, run_id: str, claims: Iterable[Claim]) -> list[str]:
+        """Remove the outcomes of claims that the run does not have; their ids. `claims` are those
+        that it has, in the order of the input.
+        """
+        ours = (
+            (position, {claim.claim_id for claim in some})
+            for position, some in groupby(claims, key=lambda claim: claim.position)
+        )
+        position, ids = next(ours, (-1, set()))
+        foreign: list[Row[Any]] = []
+        query = (
+            select(
+                *(outcomes.c[name] for name in ("run_key", "claim_id", "position")),
+                *(outcomes.c[name] for name in ("label", "gold", "delivery_key")),
+            )
+            .join(runs, runs.c.run_key == outcomes.c.run_key)
+            .where(runs.c.run_id == run_id)
+            .order_by(outcomes.c.position)
+            .execution_options(yield_per=_CHUNK_ROWS)
+        )
+        counts = LabelCounts()
+        with self.transaction() as connection:
+            for row in connection.execute(query):
+                while position < row.position and (further := next(ours, None)) is not None:
+                    position, ids = further
+                if position != row.position or row.claim_id not in ids:
+                    foreign.append(row)
+            for row in foreign:
+                connection.execute(
+                    delete(outcomes).where(
+                        outcomes.c.run_key == row.run_key, outcomes.c.claim_id == row.claim_id
+                    )
+                )
+                if row.label is not None:
+                    counts.remove(row.run_key, Counted(*row[3:5], *row[1:3]))
+                    connection.execute(
+                        update(deliveries)
+                        .where(deliveries.c.delivery_key == row.delivery_key)
+                        .values(fresh=deliveries.c.fresh - 1)
+                    )
+            counts.write(connection)
+        return [row.claim_id for row in foreign]
+
+    def cancel(self, run_key: int) -> None:
+        """Nobody wants the claims of the run that were sent so far."""
+        with self.transaction() as connection:
+            connection.execute(
+                update(submissions)
+                .where(submissions.c.run_key == run_key, submissions.c.cancelled_at.is_(None))
+                .values(cancelled_at=self._now())
+            )
+
+    def cancelled_submissions(self, settled_runs: Collection[str] = ()) -> tuple[str, ...]:
+        """Those that were cancelled, the latest first; no more than a notice holds. Left out are
+        those of runs of which no claim is left at the broker, a while after they were cancelled.
+        """
+        query = (
+            select(submissions.c.submission_id, submissions.c.cancelled_at, runs.c.run_id)
+            .join(runs, runs.c.run_key == submissions.c.run_key)
+            .where(submissions.c.cancelled_at.is_not(None))
+            .order_by(submissions.c.cancelled_at.desc())
+            .limit(MAX_CANCELLED)
+        )
+        lately = self._now() - _CANCELLED_SECONDS
+        with self.transaction() as connection:
+            return tuple(
+                row.submission_id
+                for row in connection.execute(query)
+                if row.cancelled_at > lately or row.run_id not in settled_runs
+            )
+
+    def _now(self) -> float:
+        return self._clock_offset + time.monotonic()
+
+    def _write_verdicts(
+        self, connection: Connection, key: int, batch: VerdictBatch, now: float, counts: LabelCounts
+    ) -> dict[str, Any]:
+        delivery = secrets.randbits(62)
+        rows = [
+            {
+                "run_key": key,
+                "claim_id": verdict.claim_id,
+                "position": verdict.position,
+                "claim": verdict.text,
+                "gold": verdict.gold,
+                "label": verdict.label,
+                "probabilities": _by_label(batch.labels, verdict.probabilities),
+                "mass": verdict.mass,
+                "raw_text": verdict.raw_text,
+                "prompt_tokens": verdict.prompt_tokens,
+                "delivery_key": delivery,
+                "reason": None,
+                "detail": None,
+                "evidence": None,
+                "failures": None,
+                "dropped": False,
+            }
+            for verdict in batch.verdicts
+        ]
+        fresh = connection.exec_driver_sql(self._insert_outcomes, rows).rowcount
+        if fresh == len(rows):
+            counts.add(
+                key,
+                (
+                    Counted(each.label, each.gold, each.claim_id, each.position)
+                    for each in batch.verdicts
+                ),
+            )
+        elif fresh:
+            counts.add(key, _written(connection, key, delivery, batch))
+        return {
+            "delivery_key": delivery,
+            "run_key": key,
+            "batch_id": batch.batch_id,
+            "worker_id": batch.worker_id,
+            "device": batch.device,
+            "attempt": batch.attempt,
+            "engine_seconds": batch.engine_seconds,
+            "fresh": fresh,
+            "duplicates": len(rows) - fresh,
+            "prompt_tokens": sum(verdict.prompt_tokens for verdict in batch.verdicts),
+            "received_at": now,
+        }
+
+    def _run_key(self, connection: Connection, run_id: str, now: float) -> int:
+        """The run's key; a new one for a run that was not heard of before."""
+        key = _find_run_key(connection, run_id)
+        if key is None:
+            connection.execute(self._insert_run.values(run_id=run_id, first_seen=now))
+            key = _find_run_key(connection, run_id)
+            assert key is not None
+        return key
+
+
+def _written(
+    connection: Connection, key: int, delivery: int, batch: VerdictBatch
+) -> Iterator[Counted]:
+    """Those verdicts of a batch that were the first of their claims."""
+    ids = [verdict.claim_id for verdict in batch.verdicts]
+    for start in range(0, len(ids), _MOST_PARAMETERS):
+        query = select(
+            outcomes.c.label, outcomes.c.gold, outcomes.c.claim_id, outcomes.c.position
+        ).where(
+            outcomes.c.run_key == key,
+            outcomes.c.claim_id.in_(ids[start : start + _MOST_PARAMETERS]),
+            outcomes.c.delivery_key == delivery,
+        )
+        yield from (Counted(*row) for row in connection.execute(query))
+
+
+def _find_run_key(connection: Connection, run_id: str) -> int | None:
+    return connection.execute(select(runs.c.run_key).where(runs.c.run_id == run_id)).scalar()
+
+
+def _write_announcement(connection: Connection, key: int, announcement: RunAnnouncement) -> None:
+    totals = announcement.totals.model_dump() if announcement.totals else {}
+    for name in ("digest", "positions"):
+        if (told := getattr(announcement, name)) is not None:
+            totals[name] = told
+    if announcement.input is not None:
+        totals["input"] = announcement.input.model_dump_json()
+    connection.execute(
+        update(runs)
+        .where(runs.c.run_key == key)
+        .values(run=announcement.run.model_dump_json(), **totals)
+    )
+
+
+def _by_label(labels: Sequence[str], probabilities: Sequence[float]) -> str | None:
+    """JSON, label -> probability; None where no answer could be read."""
+    if not probabilities:
+        return None
+    return to_json(dict(zip(labels, probabilities, strict=True))).decode()
+
+
+def _dead_row(key: int, dead: DeadClaim) -> dict[str, Any]:
+    return dict.fromkeys(_OUTCOME_COLUMNS) | {
+        "run_key": key,
+        "claim_id": dead.claim.claim_id,
+        "position": dead.claim.position,
+        "claim": dead.claim.text,
+        "gold": dead.claim.gold,
+        "reason": dead.reason.value,
+        "detail": dead.detail,
+        "evidence": dead.claim.evidence,
+        "failures": dead.failures,
+        "dropped": False,
+        # Tells this death from a later one of the same claim.
+        "delivery_key": secrets.randbits(62),
+    }
+
+
+def _startup_row(ready: ContextReady, now: float) -> dict[str, Any]:
+    return {
+        **ready.model_dump(include=set(startups.columns.keys())),
+        **ready.phases.model_dump(),
+        "received_at": now,
+    }

@@ -1,0 +1,465 @@
+"""The directory, from a real store and a broker's answers."""
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from services.broker import Counts
+from services.collector.demand import DemandEstimator
+from services.collector.fleet import Fleet
+from services.contracts import ContextDemand, ContextSpec, Run, load_settings, topology
+from services.contracts.control import MAX_CONTEXTS, MAX_CONTEXTS_BYTES, ControlUpdate
+from services.contracts.heartbeats import FORGOTTEN_SECONDS, HEARTBEAT_SECONDS
+from services.contracts.wire import encode
+from services.store import Store, dead_claims, find_run, reopen_dead
+
+
+class Broker:
+    """Answers with the queues that it has: context -> batches ready."""
+
+    def __init__(self) -> None:
+        self.has: dict[ContextSpec, int] = {}
+        self.asked: list[str] = []
+        self.answers = True
+
+    def ask_counts(self, queues: Sequence[str], heard: Callable[[Counts], None]) -> None:
+        self.asked = list(queues)
+        there = {
+            topology.claims_queue(context.context_id): batches
+            for context, batches in self.has.items()
+        }
+        if self.answers:
+            heard({queue: there[queue] for queue in queues if queue in there})
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def broker() -> Broker:
+    return Broker()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def fleet(clock: Clock) -> Fleet:
+    """One that was listened to for long enough."""
+    listening = Fleet(clock)
+    listening.heard_all()
+    clock.now += HEARTBEAT_SECONDS
+    return listening
+
+
+Serve = Callable[[Run, int], None]
+
+
+@pytest.fixture
+def serve(fleet: Fleet, make: SimpleNamespace) -> Serve:
+    """`serve(run, 7)`: seven workers say that they serve the context of the run."""
+
+    def report(run: Run, workers: int) -> None:
+        context_id = run.context.context_id
+        for number in range(workers):
+            fleet.note(make.report(f"{context_id}-{number}", context_id=context_id))
+
+    return report
+
+
+@pytest.fixture
+def directory(store: Store, fleet: Fleet) -> DemandEstimator:
+    return DemandEstimator(store, load_settings(batch_size=10, batches_in_flight=3), fleet)
+
+
+def looked(directory: DemandEstimator, broker: Broker) -> tuple[ContextDemand, ...]:
+    """After the broker was asked."""
+    directory.look()
+    directory.ask(broker)  # type: ignore[arg-type]
+    return directory.look()
+
+
+def of(run: Run, number: int) -> Run:
+    """Another run, which wants a context of its own."""
+    context = run.context.model_copy(update={"model": f"models/{number}"})
+    return run.model_copy(update={"context": context})
+
+
+def test_what_is_left_is_ready_or_in_flight(
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    directory: DemandEstimator,
+    broker: Broker,
+    serve: Serve,
+) -> None:
+    # Batches of 2: that is what came back.
+    store.write(
+        make.incoming(
+            make.announced(claims=100),
+            make.batch(make.verdict(0), make.verdict(1)),
+            make.batch(make.verdict(2), make.verdict(3)),
+            make.dead(4),
+        )
+    )
+    broker.has[run.context] = 30
+    serve(run, 7)
+    assert looked(directory, broker) == (
+        ContextDemand(context=run.context, claims_ready=60, claims_in_flight=35, workers_warm=7),
+    )
+
+
+def test_no_more_is_ready_than_is_left(
+    store: Store, make: SimpleNamespace, run: Run, directory: DemandEstimator, broker: Broker
+) -> None:
+    store.write(make.incoming(make.announced(claims=12)))
+    broker.has[run.context] = 30
+    (line,) = looked(directory, broker)
+    assert (line.claims_ready, line.claims_in_flight) == (12, 0)
+
+
+@pytest.mark.parametrize(
+    ("claims", "ready", "in_flight"),
+    [
+        (None, 50, 40),  # not all are sent: what is left is not known
+        (100, 50, 50),
+        (60, 50, 40),  # the queue was counted before the workers took the last batches
+        (30, 30, 30),
+    ],
+)
+def test_no_less_is_in_flight_than_workers_hold(
+    claims: int | None,
+    ready: int,
+    in_flight: int,
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    directory: DemandEstimator,
+    broker: Broker,
+    fleet: Fleet,
+) -> None:
+    store.write(make.incoming(make.announced(claims=claims)))
+    broker.has[run.context] = 5
+    for worker, held, state in (("one", 25, "serving"), ("other", 15, "draining")):
+        report = make.report(worker, context_id=run.context.context_id, state=state)
+        fleet.note(report.model_copy(update={"claims_in_hand": held}))
+    (line,) = looked(directory, broker)
+    assert (line.claims_ready, line.claims_in_flight) == (ready, in_flight)
+
+
+def test_each_commit_moves_it_on_without_a_new_count(
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    directory: DemandEstimator,
+    broker: Broker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store.write(make.incoming(make.announced(claims=100)))
+    broker.has[run.context] = 0
+    looked(directory, broker)
+    monkeypatch.setattr(directory, "_count", lambda *_: pytest.fail("counted again"))
+    for number in range(5):
+        directory.note(store.write(make.incoming(make.batch(make.verdict(number)))))
+    directory.note({"run-unheard-of": 5})
+    (line,) = directory.look()
+    assert line.claims_in_flight == 95
+
+
+def test_what_was_counted_twice_is_set_right_before_a_run_counts_as_complete(
+    store: Store, make: SimpleNamespace, run: Run, directory: DemandEstimator, broker: Broker
+) -> None:
+    store.write(make.incoming(make.announced(claims=3)))
+    broker.has[run.context] = 1
+    looked(directory, broker)
+    for _ in range(3):
+        directory.note(store.write(make.incoming(make.dead(0))))
+    assert [line.claims_ready for line in directory.look()] == [2]
+
+
+def test_a_run_is_counted_anew_after_a_while_for_others_write_to_the_store_too(
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    directory: DemandEstimator,
+    broker: Broker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store.write(make.incoming(make.announced(claims=3)))
+    broker.has[run.context] = 0
+    looked(directory, broker)
+    store.write(make.incoming(make.batch(make.verdict(0))))
+    assert [line.claims_in_flight for line in directory.look()] == [3]
+    monkeypatch.setattr("services.collector.demand._RECOUNT_SECONDS", 0.0)
+    assert [line.claims_in_flight for line in directory.look()] == [2]
+
+
+def test_a_complete_run_is_counted_once_and_wants_nothing(
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    directory: DemandEstimator,
+    broker: Broker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store.write(make.incoming(make.announced(claims=1), make.batch(make.verdict(0))))
+    broker.has[run.context] = 4
+    assert looked(directory, broker) == ()
+    monkeypatch.setattr("services.collector.demand._RECOUNT_SECONDS", 0.0)
+    monkeypatch.setattr(directory, "_count", lambda *_: pytest.fail("counted again"))
+    assert directory.look() == ()
+
+
+def test_a_run_that_is_sent_again_is_counted_again(
+    store: Store, make: SimpleNamespace, run: Run, directory: DemandEstimator, broker: Broker
+) -> None:
+    store.write(make.incoming(make.announced(claims=2), make.batch(make.verdict(0)), make.dead(1)))
+    broker.has[run.context] = 1
+    assert looked(directory, broker) == ()
+    # As `keepwarm dead retry` does.
+    store.add_submission(find_run(store, run.run_id).run_key, "sub-again", "0" * 32)
+    reopen_dead(store, dead_claims(store))
+    assert [line.claims_ready for line in looked(directory, broker)] == [1]
+
+
+def test_a_context_whose_runs_are_done_or_cancelled_is_listed_while_workers_hold_it(
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    directory: DemandEstimator,
+    broker: Broker,
+    serve: Serve,
+    clock: Clock,
+) -> None:
+    cancelled, done, left_alone = of(run, 1), of(run, 2), of(run, 3)
+    store.write(
+        make.incoming(
+            make.announced(claims=5, of=cancelled),
+            make.announced(claims=1, of=done),
+            make.batch(make.verdict(0), of=done),
+            make.announced(claims=1, of=left_alone),
+            make.batch(make.verdict(0), of=left_alone),
+        )
+    )
+    store.cancel(find_run(store, cancelled.run_id).run_key)
+    broker.has = {cancelled.context: 5, left_alone.context: 0}
+    serve(cancelled, 1)
+    serve(done, 20)
+    found = {line.context: line for line in looked(directory, broker)}
+    assert found.keys() == {cancelled.context, done.context}
+    assert {line.claims_ready + line.claims_in_flight for line in found.values()} == {0}
+    assert found[cancelled.context].workers_warm == 1
+    assert found[done.context].workers_warm == 20
+    clock.now += FORGOTTEN_SECONDS
+    assert looked(directory, broker) == ()
+
+
+def test_a_wanted_context_stays_when_its_workers_fall_silent(
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    directory: DemandEstimator,
+    broker: Broker,
+    serve: Serve,
+    clock: Clock,
+) -> None:
+    store.write(make.incoming(make.announced(claims=30)))
+    broker.has[run.context] = 2
+    serve(run, 3)
+    assert [line.workers_warm for line in looked(directory, broker)] == [3]
+    clock.now += FORGOTTEN_SECONDS - HEARTBEAT_SECONDS
+    assert [line.workers_warm for line in directory.look()] == [3]
+    clock.now += HEARTBEAT_SECONDS
+    assert [(line.claims_ready, line.workers_warm) for line in directory.look()] == [(20, 0)]
+
+
+def test_nothing_is_said_before_every_worker_had_the_time_to_report(
+    store: Store, make: SimpleNamespace, run: Run, directory: DemandEstimator, broker: Broker
+) -> None:
+    store.write(make.incoming(make.announced(claims=30)))
+    broker.has[run.context] = 2
+    clock = Clock()
+    fresh = DemandEstimator(store, load_settings(batch_size=10), Fleet(clock))
+    assert looked(fresh, broker) == ()
+    clock.now += HEARTBEAT_SECONDS
+    assert [line.claims_ready for line in fresh.look()] == [20]
+
+
+def test_runs_on_one_context_are_one_line(
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    other_run: Run,
+    directory: DemandEstimator,
+    broker: Broker,
+) -> None:
+    store.write(make.incoming(make.announced(claims=10), make.announced(claims=20, of=other_run)))
+    broker.has[run.context] = 0
+    assert [line.claims_in_flight for line in looked(directory, broker)] == [30]
+
+
+def test_nothing_is_said_of_a_context_before_the_broker_spoke_of_it(
+    store: Store, make: SimpleNamespace, run: Run, directory: DemandEstimator, broker: Broker
+) -> None:
+    store.write(make.incoming(make.announced(claims=10)))
+    broker.has[run.context] = 1
+    broker.answers = False
+    assert looked(directory, broker) == ()
+    broker.answers = True
+    assert len(looked(directory, broker)) == 1
+    # No later answer: what was said last stays.
+    broker.answers = False
+    assert len(looked(directory, broker)) == 1
+
+
+def test_the_broker_is_asked_about_the_queues_that_runs_want_and_no_others(
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    directory: DemandEstimator,
+    broker: Broker,
+    serve: Serve,
+) -> None:
+    store.write(make.incoming(make.announced(claims=1), make.batch(make.verdict(0))))
+    serve(run, 1)
+    queue = topology.claims_queue(run.context.context_id)
+    looked(directory, broker)
+    assert broker.asked == []
+    wanted = run.model_copy(update={"source_digest": "src-more"})
+    directory.note(store.write(make.incoming(make.announced(claims=1, of=wanted))))
+    for _ in range(2):  # one that is missing may come
+        broker.asked = []
+        looked(directory, broker)
+        assert broker.asked == [queue]
+
+
+def test_a_run_that_was_never_announced_has_no_context_to_tell(
+    store: Store, make: SimpleNamespace, directory: DemandEstimator, broker: Broker
+) -> None:
+    store.write(make.incoming(make.batch(make.verdict(0))))
+    assert looked(directory, broker) == ()
+    assert broker.asked == []
+
+
+def test_a_new_directory_on_the_same_store_broker_and_workers_says_the_same(
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    directory: DemandEstimator,
+    broker: Broker,
+    fleet: Fleet,
+    serve: Serve,
+) -> None:
+    directory.note(store.write(make.incoming(make.announced(claims=40), make.dead(0))))
+    broker.has[run.context] = 2
+    serve(run, 3)
+    looked(directory, broker)
+    directory.note(store.write(make.incoming(make.batch(*map(make.verdict, range(1, 9))))))
+    again = DemandEstimator(store, load_settings(), fleet)
+    # The mean of a batch is only counted, not moved on.
+    (before,), (after,) = directory.look(), looked(again, broker)
+    assert before.claims_ready + before.claims_in_flight == 31
+    assert after.claims_ready + after.claims_in_flight == 31
+    assert before.workers_warm == after.workers_warm == 3
+
+
+def test_a_big_store_is_gone_through_in_several_looks_the_latest_run_first(
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    directory: DemandEstimator,
+    broker: Broker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    several = [of(run, number) for number in range(4)]
+    for each in several:
+        store.write(make.incoming(make.announced(claims=5, of=each)))
+        broker.has[each.context] = 1
+    monkeypatch.setattr("services.collector.demand._COUNTING_SECONDS", -1.0)
+    counted: list[Any] = []
+    count = directory._count
+
+    def noting(row: Any, known: Any) -> Any:
+        counted.append(row.run_id)
+        return count(row, known)
+
+    monkeypatch.setattr(directory, "_count", noting)
+    for looks in range(1, 5):
+        directory.look()
+        assert counted == [each.run_id for each in reversed(several)][:looks]
+    assert len(looked(directory, broker)) == 4
+
+
+def test_the_most_wanted_come_first_and_no_more_than_a_notice_holds(
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    directory: DemandEstimator,
+    broker: Broker,
+) -> None:
+    for number in range(MAX_CONTEXTS + 1):
+        each = of(run, number)
+        store.write(make.incoming(make.announced(claims=10_000, of=each)))
+        broker.has[each.context] = number % 7
+    lines = looked(directory, broker)
+    assert len(lines) == MAX_CONTEXTS
+    ready = [line.claims_ready for line in lines]
+    assert ready == sorted(ready, reverse=True)
+
+
+def test_contexts_with_very_long_arguments_are_cut_so_that_every_worker_can_take_the_notice(
+    store: Store, make: SimpleNamespace, run: Run, directory: DemandEstimator, broker: Broker
+) -> None:
+    for number in range(30):
+        each = of(run, number)
+        long = each.context.model_copy(update={"engine_arguments": ("Ł" * 512,) * 128})
+        each = each.model_copy(update={"context": long})
+        store.write(make.incoming(make.announced(claims=10_000, of=each)))
+        broker.has[long] = number
+    lines = looked(directory, broker)
+    assert [line.claims_ready for line in lines] == [10 * (29 - place) for place in range(7)]
+    assert len(encode(ControlUpdate(contexts=lines))) <= MAX_CONTEXTS_BYTES + 100
+
+
+def test_a_cancelled_run_is_settled_once_no_queue_and_no_worker_can_have_its_claims(
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    directory: DemandEstimator,
+    fleet: Fleet,
+) -> None:
+    store.write(make.incoming(make.announced(claims=100)))
+    store.cancel(find_run(store, run.run_id).run_key)
+    queue = topology.claims_queue(run.context.context_id)
+    counts: dict[str, int] = {}
+
+    class Asked:
+        def ask_counts(self, queues: Sequence[str], heard: Callable[[Counts], None]) -> None:
+            assert queue in queues
+            heard(counts)
+
+    def settled() -> bool:
+        directory.look()
+        directory.ask(Asked(), topology.CORE_QUEUES)  # type: ignore[arg-type]
+        return directory.settled_runs() == {run.run_id}
+
+    assert directory.settled_runs() == set()  # nobody was asked yet
+    counts = {topology.RETURNS_QUEUE: 0, queue: 3}
+    assert not settled()
+    counts[queue] = 0
+    assert settled()
+    counts[topology.RETURNS_QUEUE] = 1
+    assert not settled()
+    counts = {topology.RETURNS_QUEUE: 0}  # the queue was deleted
+    assert settled()
+    fleet.note(make.report("node-1", claims_in_hand=8))
+    assert not settled()

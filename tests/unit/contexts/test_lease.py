@@ -1,0 +1,185 @@
+"""A worker's side of its lease, where the keeper is not what it should be."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from services.contexts import lease as module
+from services.contexts.lease import EngineLease
+from services.contexts.plan import EnginePlan
+from services.contexts.protocol import DescribeDevice, KeeperChannel, KeeperReply
+from services.contexts.records import ContextRecord
+from services.contracts import ContextSpec, load_settings
+from services.contracts.errors import EngineStartError, KeeperError
+from services.node.device import Device
+
+GENEROUS_SECONDS = 60.0
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEEPWARM_RUNTIME_DIR", str(tmp_path / "run"))
+
+
+@pytest.fixture
+def lease(context: ContextSpec) -> EngineLease:
+    plan = EnginePlan.of(context, Device("cpu", "Xeon", 2**34, (0, 1)), load_settings())
+    return EngineLease(plan, load_settings())
+
+
+@pytest.fixture
+def _died(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A keeper that took our connection, and died."""
+
+    def connected(*_: object) -> KeeperChannel:
+        ours, its = socket.socketpair(socket.AF_UNIX)
+        its.close()
+        return KeeperChannel(ours)
+
+    monkeypatch.setattr(module, "connected", connected)
+    monkeypatch.setattr(module, "open_keeper", connected)
+
+
+@pytest.mark.usefixtures("_died")
+def test_a_keeper_that_has_just_died_is_told_in_words(lease: EngineLease) -> None:
+    with pytest.raises(KeeperError, match="keeper's socket is gone"):
+        module.evict(load_settings(), ("ctx-1",))
+    with pytest.raises(KeeperError, match="keeper's socket is gone"):
+        module.drain(load_settings())
+    with pytest.raises(KeeperError, match="keeper's socket is gone"):
+        lease.start(threading.Event())
+    assert not lease.alive
+    lease.close()
+
+
+@pytest.mark.usefixtures("_died")
+def test_an_engine_that_hangs_is_let_go_though_its_keeper_cannot_be_asked(
+    lease: EngineLease,
+) -> None:
+    lease.stop()
+    assert not lease.alive
+
+
+def test_who_evicts_waits_for_as_long_as_a_drain_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+
+    def ask(_: KeeperChannel, __: object, seconds: float, ___: object) -> KeeperReply:
+        waits.append(seconds)
+        return KeeperReply()
+
+    one, other = socket.socketpair(socket.AF_UNIX)
+    monkeypatch.setattr(module, "connected", lambda _: KeeperChannel(one))
+    monkeypatch.setattr(KeeperChannel, "ask", ask)
+    module.drain(load_settings(grace_seconds=600))
+    # Workers have 60 % of it to finish, and the engines then all of it to end.
+    assert waits[0] > 1.6 * 600
+    other.close()
+
+
+class Mute:
+    """A keeper that takes connections and says what the test says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ends: list[KeeperChannel] = []
+        monkeypatch.setattr(module, "connected", lambda _: self.connect())
+        monkeypatch.setattr(module, "open_keeper", lambda *_: self.connect())
+
+    def connect(self) -> KeeperChannel:
+        ours, its = map(KeeperChannel, socket.socketpair(socket.AF_UNIX))
+        self.ends.append(its)
+        return ours
+
+    def says(self, record: ContextRecord) -> None:
+        self.ends[0].send(KeeperReply(record=record))
+
+
+@pytest.fixture
+def mute(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mute]:
+    keeper = Mute(monkeypatch)
+    yield keeper
+    for end in keeper.ends:
+        end.close()
+
+
+@contextmanager
+def starting(lease: EngineLease) -> Iterator[threading.Event]:
+    """It starts on another thread, until the block ends. Yields what makes it stop."""
+    stop = threading.Event()
+    thread = threading.Thread(target=lease.start, args=(stop,))
+    thread.start()
+    try:
+        yield stop
+    finally:
+        stop.set()
+        thread.join(GENEROUS_SECONDS)
+        lease.close()
+        assert not thread.is_alive()
+
+
+def test_who_asks_whether_it_is_alive_does_not_wait_for_its_start(
+    lease: EngineLease, mute: Mute
+) -> None:
+    with starting(lease):
+        deadline = time.monotonic() + GENEROUS_SECONDS
+        while not mute.ends:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for state in ("starting", "warm"):
+            record = ContextRecord(
+                name="e",
+                context=lease.plan.spec,
+                device="Xeon",
+                state=state,  # type: ignore[arg-type]
+                socket="s",
+                log="l",
+                since=0.0,
+                last_used=0.0,
+            )
+            assert not lease.alive
+            mute.says(record)
+        while not lease.alive:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_a_keeper_that_hangs_is_not_waited_for(
+    lease: EngineLease, mute: Mute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SILENT_SECONDS", 0.2)
+    monkeypatch.setattr(module, "_ANSWER_SECONDS", 0.2)
+    with pytest.raises(KeeperError, match="did not answer within 0.2 s"):
+        lease.start(threading.Event())
+    assert isinstance(mute.ends[1].request(0), DescribeDevice)
+
+
+def test_a_keeper_that_has_nothing_to_say_and_answers_is_waited_for(
+    lease: EngineLease, mute: Mute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SILENT_SECONDS", 0.2)
+    answered: list[object] = []
+
+    def ask(_: KeeperChannel, request: object, *__: object) -> KeeperReply:
+        answered.append(request)
+        return KeeperReply()
+
+    monkeypatch.setattr(KeeperChannel, "ask", ask)
+    with starting(lease):
+        deadline = time.monotonic() + GENEROUS_SECONDS
+        while len(answered) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_a_keeper_that_ended_while_the_kernel_killed_for_memory_is_told_so(
+    lease: EngineLease, mute: Mute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kills = iter([1])
+    monkeypatch.setattr(module, "oom_kills", lambda: next(kills, 2))
+    with pytest.raises(EngineStartError, match="its keeper ended. .* because memory ran out"):
+        monkeypatch.setattr(KeeperChannel, "send", lambda *_: mute.ends[0].close())
+        lease.start(threading.Event())
