@@ -176,7 +176,7 @@ def publish_all(
     with Publisher(address, "fill", window=128).open(10) as publisher:
         started = time.monotonic()
         for number, body in enumerate(bodies):
-            publisher.publish(Outgoing(exchange, key, body, str(number), kind.__name__))
+            publisher.publish(Outgoing(exchange, key, body, str(number), kind.wire_type))
         publisher.flush()
         return time.monotonic() - started
 
