@@ -161,7 +161,11 @@ def send_reports(
             body = bodies[number % workers]
             publisher.publish(
                 Outgoing(
-                    topology.PRESENCE_EXCHANGE, "", body, kind=WorkerHeartbeat.__name__, notice=True
+                    topology.PRESENCE_EXCHANGE,
+                    "",
+                    body,
+                    kind=WorkerHeartbeat.__name__,
+                    transient=True,
                 )
             )
             sent["messages"] += 1
@@ -247,7 +251,7 @@ def measure(directory: Path, node: PrivateNode, arguments: argparse.Namespace) -
                     f"worker-{number}",
                     queues=[],
                     prefetch=1,
-                    on_notice=lambda body: heard.append(len(body)),
+                    on_fanout_message=lambda body: heard.append(len(body)),
                     listener=f"bench-{number}",
                 ).open(60)
                 for number in range(_LISTENERS)

@@ -1,4 +1,4 @@
-"""The only room that knows AMQP: topology, publisher with confirms, consumer with drain."""
+"""The only package that speaks AMQP: topology, publisher with confirms, consumer with drain."""
 
 from services.broker.address import BrokerAddress
 from services.broker.consumer import Consumer

@@ -1,4 +1,4 @@
-"""Where the broker is and who we are there, as pika wants to hear it."""
+"""The broker's address and our login there, as pika's connection parameters."""
 
 import os
 import socket
@@ -17,14 +17,14 @@ from services.contracts.settings import check_broker_url
 
 @dataclass(frozen=True)
 class BrokerAddress:
-    """A broker's address and our name there. Its `repr` and `str` never hold the password."""
+    """A broker's address and our user there. `repr` and `str` never contain the password."""
 
     host: str
     port: int
     virtual_host: str
     user: str
     _password: str | None
-    """None: the certificate that we show is the login."""
+    """None if the client certificate is the login."""
     tls: ssl.SSLContext | None
     shows_certificate: bool
     heartbeat_seconds: int
@@ -37,12 +37,12 @@ class BrokerAddress:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "BrokerAddress":
-        """Raises UsageError when there is no URL, it is not an AMQP URL, or it would send the
-        password to another machine in the clear.
+        """Raises UsageError if there is no URL, if it is not an AMQP URL, or if it would send the
+        password to another machine unencrypted.
         """
         if settings.broker_url is None:
             raise UsageError(
-                "no broker is named: set KEEPWARM_BROKER_URL or give --broker, for example "
+                "no broker is configured: set KEEPWARM_BROKER_URL or pass --broker, for example "
                 "amqps://worker@broker.example.org:5671/keepwarm"
             )
         url = check_broker_url(settings.broker_url)
@@ -56,9 +56,9 @@ class BrokerAddress:
         host = (url.host or "localhost").strip("[]")
         if not secure and not settings.may_be_plaintext(host):
             raise UsageError(
-                f"amqp:// would show the password and every claim on the way to {host}: use "
-                "amqps:// (docs/broker.md), or a tunnel to this machine; where you trust the "
-                f"network between, KEEPWARM_PLAINTEXT_HOSTS={host} allows it"
+                f"amqp:// would send the password and every claim to {host} unencrypted: use "
+                "amqps:// (docs/broker.md), or a tunnel to this machine; if you trust the network "
+                f"in between, KEEPWARM_PLAINTEXT_HOSTS={host} allows it"
             )
         password = settings.secret("broker") or (url.password and unquote(url.password))
         if password is None and settings.broker_cert_file is None:
@@ -80,9 +80,7 @@ class BrokerAddress:
 
     @property
     def management_url(self) -> str:
-        """Where the management API is, unless somebody moved it: the same machine and kind of
-        connection.
-        """
+        """The default address of the management API: the same host, with TLS if AMQP uses it."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"https://{host}:15671" if self.tls else f"http://{host}:15672"
 
@@ -98,7 +96,7 @@ class BrokerAddress:
             ),
             ssl_options=pika.SSLOptions(self.tls, self.host) if self.tls else None,
             heartbeat=self.heartbeat_seconds,
-            # No blocked_connection_timeout: while an alarm lasts, `Publisher` waits and says so.
+            # No blocked_connection_timeout: while an alarm lasts, `Publisher` waits and logs it.
             client_properties={
                 "connection_name": f"{connection_name} {socket.gethostname()}:{os.getpid()}"
             },

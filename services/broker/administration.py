@@ -1,6 +1,6 @@
-"""Makes a broker ready for Keepwarm: its virtual host, and a user for each role.
+"""Sets up a broker for Keepwarm: its virtual host, and a user for each role.
 
-All of it may be done again: what is there stays, permissions are set to what `roles` says now.
+Every step can be repeated. What exists is kept; permissions are set to those of `roles`.
 """
 
 import base64
@@ -19,22 +19,22 @@ _HASHING = "rabbit_password_hashing_sha256"
 _SALT_BYTES = 4
 _VIRTUAL_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
-# Of a queue of notices or heartbeats. A healthy listener is behind by a few, and of old ones none
-# matters. One that nobody reads goes.
+# Limits of a queue of control updates or heartbeats. A healthy listener is behind by a few
+# messages, and old ones do not matter. A queue that nobody reads expires.
 _LISTENER_BYTES = 64 * 1024 * 1024
 _LISTENER_MILLISECONDS = 10 * 60 * 1000
-# Above what an administrator sets for all queues: of several policies a queue has one.
+# Higher than an administrator's policy for all queues: RabbitMQ applies one policy to a queue.
 _LISTENER_PRIORITY = 100
 
 SetupResult = Literal["made", "changed", "kept"]
 
 
 def check_virtual_host(name: str) -> str:
-    """`name`, which becomes a part of the users' names as well. Raises UsageError."""
+    """Return `name`, which also becomes part of the users' names. Raises UsageError."""
     if _VIRTUAL_HOST.fullmatch(name) is None:
         raise UsageError(
-            f"--vhost: {name!r} will not do; take 1 to 64 letters, digits, `.`, `_` or `-`. The "
-            "virtual host / is everybody's, and Keepwarm wants one of its own"
+            f"--vhost: {name!r} is not valid; use 1 to 64 letters, digits, `.`, `_` or `-`. The "
+            "virtual host / is shared, and Keepwarm needs one of its own"
         )
     return name
 
@@ -49,38 +49,38 @@ def has_user(api: ManagementApi, role: Role, virtual_host: str) -> bool:
 
 
 def make_user(api: ManagementApi, role: Role, virtual_host: str, password: str) -> SetupResult:
-    """The role's user with this password and the role's rights, no others.
+    """Create or change the role's user: this password, and only the role's permissions.
 
-    Only a hash of the password is sent. A user whose password and tags fit is kept as it is.
+    Only a hash of the password is sent. A user whose password and tags already match is kept.
     """
     name = role.user(virtual_host)
-    there = api.get("users", name)
-    outcome: SetupResult = "made" if there is None else "changed"
-    if there is not None and _fits(there, role, password):
-        outcome = "kept"
+    existing = api.get("users", name)
+    result: SetupResult = "made" if existing is None else "changed"
+    if existing is not None and _matches(existing, role, password):
+        result = "kept"
     else:
         hashed = password_hash(password, secrets.token_bytes(_SALT_BYTES))
         user = {"password_hash": hashed, "hashing_algorithm": _HASHING, "tags": ",".join(role.tags)}
         api.put("users", name, body=user)
     api.put("permissions", virtual_host, name, body=asdict(role.permissions))
-    return outcome
+    return result
 
 
 def set_limits(api: ManagementApi, virtual_host: str, workers: int) -> None:
-    """Bound what the passwords of this virtual host can use up on the broker."""
+    """Limit the connections, channels, queues and messages of this virtual host's users."""
     for role in ROLES:
         for limit, value in user_limits(role, workers).items():
             api.put("user-limits", role.user(virtual_host), limit, body={"value": value})
     for limit, value in virtual_host_limits(workers).items():
         api.put("vhost-limits", virtual_host, limit, body={"value": value})
-    for policy, (beginning, messages) in LISTENER_POLICIES.items():
+    for policy, (prefix, messages) in LISTENER_POLICIES.items():
         definition = {
             "max-length": messages,
             "max-length-bytes": _LISTENER_BYTES,
             "expires": _LISTENER_MILLISECONDS,
         }
         body = {
-            "pattern": f"^{re.escape(beginning)}",
+            "pattern": f"^{re.escape(prefix)}",
             "apply-to": "queues",
             "priority": _LISTENER_PRIORITY,
             "definition": definition,
@@ -89,7 +89,7 @@ def set_limits(api: ManagementApi, virtual_host: str, workers: int) -> None:
 
 
 def amqp_address(api: ManagementApi) -> str:
-    """`amqps://HOST:PORT` where the broker listens for TLS, else `amqp://…`. Raises BrokerError."""
+    """`amqps://HOST:PORT` if the broker listens for TLS, else `amqp://…`. Raises BrokerError."""
     overview = api.get("overview") or {}
     ports = {each["protocol"]: each["port"] for each in overview.get("listeners", ())}
     host = f"[{api.host}]" if ":" in api.host else api.host
@@ -97,8 +97,8 @@ def amqp_address(api: ManagementApi) -> str:
         if protocol in ports:
             return f"{scheme}://{host}:{ports[protocol]}"
     raise BrokerError(
-        f"the broker at {api.host} listens for no AMQP: see listeners.tcp and listeners.ssl in its "
-        "rabbitmq.conf"
+        f"the broker at {api.host} does not listen for AMQP: set listeners.tcp or listeners.ssl in "
+        "its rabbitmq.conf"
     )
 
 
@@ -108,7 +108,7 @@ def password_hash(password: str, salt: bytes) -> str:
     return base64.b64encode(salt + digest).decode("ascii")
 
 
-def _fits(user: dict[str, Any], role: Role, password: str) -> bool:
+def _matches(user: dict[str, Any], role: Role, password: str) -> bool:
     stored = str(user.get("password_hash") or "")
     if set(user["tags"]) != set(role.tags) or user.get("hashing_algorithm") != _HASHING:
         return False

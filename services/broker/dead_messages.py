@@ -1,4 +1,4 @@
-"""The messages in `dead-messages`: looked at, sent back to where they belong, or let go."""
+"""The messages in `dead-messages`: list them, send them back to their queue, or drop them."""
 
 import queue
 from collections import Counter
@@ -24,9 +24,9 @@ from services.contracts.values import content_id
 
 _LULL_SECONDS = 1.0
 _FLUSH_SECONDS = 30.0
-# By its type, where a message belongs; what it says of itself is not believed. Claims go the way of
-# those that workers give back: the collector has their producer's proofs checked.
-_BELONGS = {
+# By type, the exchange and queue to send a message back to; its headers are not trusted. Claims go
+# to the returns queue: the collector checks their producer's proofs.
+_TARGETS = {
     ClaimBatch.wire_type: (topology.RETURNS_EXCHANGE, topology.RETURNS_QUEUE),
     VerdictBatch.wire_type: (topology.VERDICTS_EXCHANGE, topology.VERDICTS_QUEUE),
     ContextReady.wire_type: (topology.VERDICTS_EXCHANGE, topology.VERDICTS_QUEUE),
@@ -35,31 +35,31 @@ _BELONGS = {
 }
 
 # https://www.rabbitmq.com/docs/dlx: why a broker takes a message off a queue by itself.
-_GIVEN_UP = {
-    "expired": "the broker gave it up: it waited for longer than a policy's message-ttl",
-    "delivery_limit": "the broker gave it up: it was returned more often than its queue's "
-    "delivery limit (docs/broker.md)",
-    "maxlen": "the broker gave it up: its queue was full, by a policy's max-length",
+_DEAD_LETTER_REASONS = {
+    "expired": "the broker removed it: it waited longer than a policy's message-ttl",
+    "delivery_limit": "the broker removed it: it was returned more often than its queue's "
+    "delivery limit allows (docs/broker.md)",
+    "maxlen": "the broker removed it: its queue was full, by a policy's max-length",
 }
 
 MAX_SHOWN = 1_000
-# Of the messages in our hands, so many that are to stay: then they go to the end of the queue.
-_MOST_KEPT = MAX_SHOWN // 2
+# Once so many unsettled messages are to stay in the queue, they are moved to its end.
+_MAX_KEPT = MAX_SHOWN // 2
 
-Fate = Literal["retry", "drop", "keep"]
+Action = Literal["retry", "drop", "keep"]
 
 
 def reason(message: Delivery) -> str:
-    """Why it could not be used: as we noted it, or as the broker did."""
+    """Why it could not be used, according to our header or the broker's."""
     noted = message.headers.get(topology.REASON_HEADER)
     match message.headers.get("x-death"):
         case [{"reason": str(why)}, *_] if not noted:
-            return _GIVEN_UP.get(why, f"the broker gave it up: {why}")
-    return str(noted or "the broker gave it up")
+            return _DEAD_LETTER_REASONS.get(why, f"the broker removed it: {why}")
+    return str(noted or "the broker removed it")
 
 
 def origin(message: Delivery) -> str:
-    """The queue that it was taken from: as we noted it, or as the broker did."""
+    """The queue that it was taken from, according to our header or the broker's."""
     noted = message.headers.get(topology.ORIGIN_HEADER)
     match message.headers.get("x-death"):
         case [{"queue": str(queue)}, *_] if not noted:
@@ -68,21 +68,21 @@ def origin(message: Delivery) -> str:
 
 
 def number(message: Delivery) -> str:
-    """An id that is made of the message's content."""
+    """An id made from the message's content, by which a person names it."""
     content = f"{origin(message)} {message.body.hex()}"
     return content_id("msg", [content, reason(message)], hex_digits=8)
 
 
-def belongs(message: Delivery) -> str | None:
-    """The queue that a message of its type belongs to; None where it is none of ours."""
-    found = _BELONGS.get(message.kind)
-    return found and found[1]
+def target_queue(message: Delivery) -> str | None:
+    """The queue for messages of its type; None if Keepwarm does not know the type."""
+    target = _TARGETS.get(message.kind)
+    return target and target[1]
 
 
 class DeadMessages:
-    """Has them in its hands while it is open; those left alone stay in the queue.
+    """Holds the messages unsettled while it is open; those not settled stay in the queue.
 
-    Each method raises BrokerError when the broker cannot be used.
+    Each method raises BrokerError if the broker cannot be used.
     """
 
     def __init__(self, address: BrokerAddress, timeout_seconds: float) -> None:
@@ -101,7 +101,7 @@ class DeadMessages:
         self._consumer.close()
 
     def all(self) -> dict[str, Delivery]:
-        """The first `MAX_SHOWN`, by their `number`."""
+        """The first `MAX_SHOWN` messages, by their `number`."""
         self._consumer.open(self._timeout_seconds)
         found: dict[str, Delivery] = {}
         while len(found) < MAX_SHOWN:
@@ -111,38 +111,37 @@ class DeadMessages:
             found[number(delivery)] = delivery
         return found
 
-    def settle(self, fate: Callable[[Delivery], Fate]) -> Counter[Fate]:
-        """Send each message that is there now back, let it go for good, or leave it, as `fate`
-        says; how many of each. However many there are, few are in memory. One of a type that
-        belongs nowhere stays.
+    def settle(self, action_for: Callable[[Delivery], Action]) -> Counter[Action]:
+        """Send back, drop or keep each message that is in the queue now, as `action_for` decides.
+        Return how many of each. Memory is bounded. A message of an unknown type is kept.
 
-        What the broker does not confirm stays dead, and may come twice.
+        A message that the broker does not confirm stays in the queue, and may be sent twice.
         """
-        settled: Counter[Fate] = Counter()
+        settled: Counter[Action] = Counter()
         kept: list[Delivery] = []
 
         def keep(message: Delivery) -> None:
             kept.append(message)
-            if len(kept) == _MOST_KEPT:  # those behind them would not come
+            if len(kept) == _MAX_KEPT:  # the broker would deliver none of those behind them
                 for one in kept:
                     publisher.publish(
-                        one.set_aside(reason(one), origin(one), self._acknowledge(one))
+                        one.dead_lettered(reason(one), origin(one), self._acknowledge(one))
                     )
                 kept.clear()
 
         with Publisher(self._address, "dead-retry", window=MAX_SHOWN).open(
             self._timeout_seconds
         ) as publisher:
-            # What dies again meanwhile comes behind them.
+            # Messages that are dead-lettered again meanwhile are behind these.
             for _ in range(self._count(publisher)):
                 message = self._consumer.take(_LULL_SECONDS)
                 if message is None:
                     break
-                wanted = fate(message)
-                if wanted == "retry" and belongs(message) is None:
-                    wanted = "keep"
-                settled[wanted] += 1
-                match wanted:
+                action = action_for(message)
+                if action == "retry" and target_queue(message) is None:
+                    action = "keep"
+                settled[action] += 1
+                match action:
                     case "retry":
                         publisher.publish(self._sent_back(message))
                     case "drop":
@@ -153,21 +152,21 @@ class DeadMessages:
         return settled
 
     def _count(self, link: Publisher) -> int:
-        """How many there are; from then on they come."""
+        """How many messages there are. Starts their delivery."""
         answers: queue.SimpleQueue[Counts] = queue.SimpleQueue()
-        link.ask_counts([topology.DEAD_MESSAGES_QUEUE], answers.put)
+        link.request_counts([topology.DEAD_MESSAGES_QUEUE], answers.put)
         try:
             counts = answers.get(timeout=self._timeout_seconds)
         except queue.Empty:
             raise BrokerUnreachable(
-                f"{self._address} did not say within {self._timeout_seconds:g} s how many dead "
-                "messages there are; try again"
+                f"{self._address} did not report the number of dead messages within "
+                f"{self._timeout_seconds:g} s; try again"
             ) from None
         self._consumer.open(self._timeout_seconds)
         return counts.get(topology.DEAD_MESSAGES_QUEUE, 0)
 
     def _sent_back(self, message: Delivery) -> Outgoing:
-        exchange, queue = _BELONGS[message.kind]
+        exchange, queue = _TARGETS[message.kind]
         return Outgoing(
             exchange,
             queue,

@@ -1,4 +1,4 @@
-"""A message in our hands: what it holds, how often it came, and how it is set aside."""
+"""A delivered message: its contents, its earlier deliveries, and its dead-lettering."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,20 +10,21 @@ from services.contracts import topology
 from services.contracts.errors import MessageInvalid
 from services.contracts.wire import CONTENT_TYPE, Message, decode
 
-# How often a quorum queue had handed the message over before. Up to RabbitMQ 4.2 the first counts
-# every time; from 4.3 on it counts failures alone (`basic.reject`, a lost channel), and the second
-# every time (https://www.rabbitmq.com/docs/quorum-queues#poison-message-handling).
+# How often a quorum queue delivered the message before. Up to RabbitMQ 4.2 the first header counts
+# every delivery; from 4.3 on it counts only failures (`basic.reject`, a lost channel), and the
+# second counts every delivery
+# (https://www.rabbitmq.com/docs/quorum-queues#poison-message-handling).
 _EARLIER_DELIVERIES = ("x-delivery-count", "x-acquired-count")
-_MOST_REASON_CHARS = 1_000
-_MOST_COUNTED = 1_000_000
-_MOST_DECLINED, _MOST_DECLINED_CHARS = 64, 256
+_MAX_REASON_CHARS = 1_000
+_MAX_COUNTED = 1_000_000
+_MAX_DECLINED, _MAX_DECLINED_CHARS = 64, 256
 
 M = TypeVar("M", bound=Message)
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """A message in our hands. Until it is settled it is the broker's, and comes again if we die."""
+    """A delivered message. The broker delivers it again unless it is settled."""
 
     queue: str
     body: bytes
@@ -35,13 +36,13 @@ class Delivery:
     content_type: str = CONTENT_TYPE
     kind: str = ""
     consumer: str = ""
-    came_at: float = field(default_factory=time.monotonic, compare=False)
-    """When the broker handed it over, by the monotonic clock."""
+    received_at: float = field(default_factory=time.monotonic, compare=False)
+    """When it was delivered, by the monotonic clock."""
 
     @property
     def attempt(self) -> int:
         """1 for the first delivery; quorum queues count the earlier ones. It is only reported, so
-        a count that is none is no reason to refuse the message.
+        an invalid count is ignored.
         """
         counts = [self.headers.get(name) for name in _EARLIER_DELIVERIES]
         return 1 + max(
@@ -50,7 +51,7 @@ class Delivery:
         )
 
     def message(self, kind: type[M]) -> M:
-        """The message that it holds. Raises MessageInvalid, naming what is wrong with it."""
+        """The decoded message. Raises MessageInvalid with the reason."""
         if self.content_type != CONTENT_TYPE:
             raise MessageInvalid(f"its content type is {self.content_type!r}, not {CONTENT_TYPE}")
         if self.kind != kind.wire_type:
@@ -59,46 +60,46 @@ class Delivery:
 
     @property
     def failures(self) -> int:
-        """Failures of an engine that its claims were part of. Raises MessageInvalid."""
+        """How many engine failures its claims were part of. Raises MessageInvalid."""
         return self._count(topology.FAILURES_HEADER)
 
     @property
     def declined(self) -> tuple[str, ...]:
-        """The engines that could not answer its claims, each after what it said of them.
+        """The engines that could not answer its claims, each preceded by its error message.
 
         Raises MessageInvalid.
         """
         entries = self.headers.get(topology.DECLINED_HEADER, [])
         if (
             not isinstance(entries, list)
-            or len(entries) > _MOST_DECLINED
-            or not all(isinstance(e, str) and len(e) <= _MOST_DECLINED_CHARS for e in entries)
+            or len(entries) > _MAX_DECLINED
+            or not all(isinstance(e, str) and len(e) <= _MAX_DECLINED_CHARS for e in entries)
         ):
-            raise MessageInvalid(f"its header {topology.DECLINED_HEADER} is no list of engines")
+            raise MessageInvalid(f"its header {topology.DECLINED_HEADER} is not a list of engines")
         return tuple(entries)
 
     @property
     def waited_seconds(self) -> int:
-        """How long its claims waited for another engine. Raises MessageInvalid."""
+        """How long its claims have waited for another engine. Raises MessageInvalid."""
         return self._count(topology.WAITED_HEADER)
 
     @property
     def history(self) -> dict[str, Any]:
-        """The headers that tell what happened to its claims so far. Raises MessageInvalid."""
+        """The headers that record what happened to its claims so far. Raises MessageInvalid."""
         return history_headers(self.failures, self.declined, self.waited_seconds)
 
     def _count(self, header: str) -> int:
         count = self.headers.get(header, 0)
-        if not isinstance(count, int) or not 0 <= count < _MOST_COUNTED:
-            raise MessageInvalid(f"its header {header} is no count")
+        if not isinstance(count, int) or not 0 <= count < _MAX_COUNTED:
+            raise MessageInvalid(f"its header {header} is not a valid count")
         return count
 
     def refused(self, reason: str, on_confirmed: Callable[[], None]) -> Outgoing:
-        """The message as one for `dead-messages`, with the reason beside it."""
-        return self.set_aside(reason, self.queue, on_confirmed)
+        """The message, addressed to `dead-messages`, with the reason in a header."""
+        return self.dead_lettered(reason, self.queue, on_confirmed)
 
-    def set_aside(self, reason: str, origin: str, on_confirmed: Callable[[], None]) -> Outgoing:
-        """As `refused`, for a message that came from the queue `origin`."""
+    def dead_lettered(self, reason: str, origin: str, on_confirmed: Callable[[], None]) -> Outgoing:
+        """Like `refused`, for a message that came from the queue `origin`."""
         return Outgoing(
             topology.DEAD_EXCHANGE,
             topology.DEAD_MESSAGES_QUEUE,
@@ -106,7 +107,7 @@ class Delivery:
             message_id=self.message_id,
             kind=self.kind,
             headers={
-                topology.REASON_HEADER: reason[:_MOST_REASON_CHARS],
+                topology.REASON_HEADER: reason[:_MAX_REASON_CHARS],
                 topology.ORIGIN_HEADER: origin,
             },
             on_confirmed=on_confirmed,
@@ -119,6 +120,6 @@ def history_headers(
     """The headers of returned claims; see `Delivery.failures`, `declined` and `waited_seconds`."""
     headers: dict[str, Any] = {topology.FAILURES_HEADER: failures}
     if declined:
-        headers[topology.DECLINED_HEADER] = list(declined[-_MOST_DECLINED:])
+        headers[topology.DECLINED_HEADER] = list(declined[-_MAX_DECLINED:])
         headers[topology.WAITED_HEADER] = waited_seconds
     return headers

@@ -1,4 +1,4 @@
-"""What a broker has of the house, found out without a change to it."""
+"""Which of Keepwarm's exchanges a broker has, and which this user may publish to. Read-only."""
 
 import secrets
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ _BLOCKED_SECONDS = 10.0
 
 
 def missing_exchanges(address: BrokerAddress) -> list[str]:
-    """Those of the house that are not there. Raises BrokerError."""
+    """Those of Keepwarm's exchanges that do not exist. Raises BrokerError."""
     with _asking(address) as may:
         return [
             name
@@ -28,10 +28,11 @@ def missing_exchanges(address: BrokerAddress) -> list[str]:
 
 
 def writable(address: BrokerAddress) -> set[str]:
-    """The direct exchanges, all of them there, that this user may publish to. Raises BrokerError.
+    """The direct exchanges that this user may publish to; all must exist. Raises BrokerError.
 
-    The broker asks for the right before it looks for a queue, and the key is no queue's: an empty
-    message comes back. A fanout has no keys: whoever listens there would hear it.
+    The broker checks the permission before it looks for a queue. The routing key matches no queue,
+    so an empty message is returned. Fanout exchanges are left out: they ignore the routing key, and
+    every listener would receive the message.
     """
     key = f"keepwarm-doctor-{secrets.token_hex(8)}"
     with _asking(address) as may:
@@ -48,7 +49,7 @@ def _publish(exchange: str, key: str, channel: BlockingChannel) -> None:
 def _asking(
     address: BrokerAddress,
 ) -> Iterator[Callable[[Callable[[BlockingChannel], object]], bool]]:
-    """Whether the broker does what it is asked for; a channel that it closes is of no more use."""
+    """A function that tells whether the broker accepts an operation, each on its own channel."""
     parameters = address.parameters("keepwarm doctor")
     parameters.blocked_connection_timeout = _BLOCKED_SECONDS
 
@@ -66,5 +67,5 @@ def _asking(
             yield may
     except AMQPError as error:
         raise BrokerError(
-            f"the broker at {address} took us and then did not answer: {error!r}; see its log"
+            f"the broker at {address} accepted us and then failed: {error!r}; see its log"
         ) from error

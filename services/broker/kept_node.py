@@ -1,6 +1,6 @@
-"""A private node that outlives a run: lent to one run at a time, and kept for the next for a while.
+"""A private node that outlives a run: one run at a time uses it, then it is kept for the next.
 
-To start one takes seconds, which is most of the time of a small run on a warm engine.
+Starting a node takes seconds, which is most of the time of a small run on a warm engine.
 """
 
 import shutil
@@ -25,33 +25,33 @@ class KeptNode:
     """Any thread may call its methods."""
 
     def __init__(self, directory: Path, log_file: Path, idle_seconds: float) -> None:
-        """Its data is in `directory`, which is removed with it. `idle_seconds` is how long it stays
-        that nobody uses.
+        """Its data is in `directory`, which is removed with it. An unused node is stopped after
+        `idle_seconds`.
         """
         self._directory = directory
         self._log_file = log_file
         self._idle_seconds = idle_seconds
         self._lock = threading.Lock()
         self._node: PrivateNode | None = None
-        self._lent = self._closed = False
+        self._in_use = self._closed = False
         self._used_at = 0.0
 
     @property
-    def there(self) -> bool:
-        """Whether it is lent, or waits for the next run."""
-        return self._lent or self._node is not None
+    def exists(self) -> bool:
+        """Whether a run uses it, or it waits for the next run."""
+        return self._in_use or self._node is not None
 
-    def lend(self) -> PrivateNode | None:
-        """The node, started where there is none; None while another run has it, and at the end.
+    def acquire(self) -> PrivateNode | None:
+        """The node, started if necessary; None while another run uses it, and after `close`.
 
-        Raises BrokerError when it cannot be started.
+        Raises BrokerError if it cannot be started.
         """
-        if self._lent:
-            return None  # at once: its start, on behalf of whoever has it, takes seconds
+        if self._in_use:
+            return None  # without the lock, which is held for seconds while the node starts
         with self._lock:
-            if self._lent or self._closed:
+            if self._in_use or self._closed:
                 return None
-            self._lent = True
+            self._in_use = True
             try:
                 if self._node is None or not self._node.alive:
                     self._discard()
@@ -59,50 +59,50 @@ class KeptNode:
                     self._node.start()
             except BaseException:
                 self._discard()
-                self._lent = False
+                self._in_use = False
                 raise
             return self._node
 
-    def look_after(self) -> None:
-        """Start the node again where it was killed while it is lent: its queues are on its disk."""
+    def restart_if_down(self) -> None:
+        """Start the node again if it was killed while in use: its queues are on its disk."""
         with self._lock:
-            if self._lent and self._node is not None and not self._node.alive:
+            if self._in_use and self._node is not None and not self._node.alive:
                 try:
                     self._node.start()
-                except BrokerError as error:  # tried again at the next look
+                except BrokerError as error:  # tried again at the next call
                     log.error("node.not_started", reason=str(error))
 
-    def take_back(self, claims_queue: str | None) -> None:
-        """Whoever had it is done with it, and says that nothing is left in its queues: those that
-        every run has, and this one; None where it was not used. It stays for the next, if so it is.
+    def release(self, claims_queue: str | None) -> None:
+        """Return the node. It is kept for the next run if the core queues and `claims_queue` are
+        empty, or if the run did not use it (`claims_queue` None). Otherwise it is discarded.
         """
         with self._lock:
-            self._lent = False
+            self._in_use = False
             self._used_at = awake()
             node = self._node
             if node is None or claims_queue is None or _is_empty(node, claims_queue):
                 return
             self._discard()
 
-    def throw_away(self) -> None:
-        """Whoever had it is gone: the next run would find what is not its own."""
+    def discard(self) -> None:
+        """Stop the node because its run ended without `release`: its queues may not be empty."""
         with self._lock:
-            self._lent = False
+            self._in_use = False
             self._discard()
 
     def end_if_idle(self) -> None:
-        """Stop it when nobody has used it for so long. Never waits for whoever is at it."""
+        """Stop it if it has been unused for `idle_seconds`. Never waits for the lock."""
         if not self._lock.acquire(blocking=False):
             return
         try:
             idle_seconds = awake() - self._used_at
-            if self._node is not None and not self._lent and idle_seconds > self._idle_seconds:
+            if self._node is not None and not self._in_use and idle_seconds > self._idle_seconds:
                 self._discard()
         finally:
             self._lock.release()
 
     def close(self) -> None:
-        """Stop it, whoever uses it."""
+        """Stop it, even while it is in use."""
         with self._lock:
             self._closed = True
             self._discard()
@@ -115,7 +115,7 @@ class KeptNode:
 
 
 def _is_empty(node: PrivateNode, claims_queue: str) -> bool:
-    """Whether no message is left in the queues of a run, and nobody reads them."""
+    """Whether the queues of a run have no messages and no consumers."""
     parameters = pika.ConnectionParameters(
         host="127.0.0.1",
         port=node.port,

@@ -1,4 +1,4 @@
-"""A connection to the broker that one thread owns, opens, and opens again when it is lost."""
+"""A connection to the broker, owned by one thread, which reopens it when it is lost."""
 
 import contextlib
 import threading
@@ -40,8 +40,8 @@ from services.contracts.errors import (
 
 _FIRST_DELAY_SECONDS = 0.25
 _LONGEST_DELAY_SECONDS = 15.0
-_LOOK_SECONDS = 0.2
-# A broker that starts refuses for a moment as well, until it has loaded its users.
+_OPEN_POLL_SECONDS = 0.2
+# A broker that is starting refuses logins until it has loaded its users.
 _REFUSED_SECONDS = 60.0
 _ACCESS_REFUSED, _NOT_FOUND, _PRECONDITION_FAILED, _NOT_ALLOWED = 403, 404, 406, 530
 
@@ -52,19 +52,19 @@ class Link:
     """What `Publisher` and `Consumer` share: a connection, its channel, and their one thread.
 
     Only the owning thread touches pika; other threads reach it through `_call_soon`. A lost
-    connection or channel is opened again with exponential backoff and full jitter, once the first
-    one was opened, for as long as nobody answers. A broker that answers and refuses us for a minute
-    (the password was changed) ends the link. The `_on_…` hooks run on the owning thread.
+    connection or channel is reopened with exponential backoff and full jitter, without a limit,
+    once the first one was opened. A broker that refuses us for a minute (for example because the
+    password was changed) ends the link. The `_on_…` hooks run on the owning thread.
     """
 
     def __init__(self, address: BrokerAddress, name: str, declares: Declares) -> None:
         self._address = address
         self._name = name
         self._declares = declares
-        self._house_is_missing = False
+        self._core_is_missing = False
         self.made_before_4: set[str] = set()
-        """Queues that RabbitMQ 4 took over from an older version, as far as they were declared
-        here: their messages may be returned 20 times, unless a policy lifts that."""
+        """Queues, of those declared here, that were made before RabbitMQ 4: their messages can be
+        returned 20 times, unless a policy lifts that limit."""
         self._loop = IOLoop()
         self._connection: pika.SelectConnection | None = None
         self._channel: Channel | None = None
@@ -77,23 +77,25 @@ class Link:
         self._given_up = False
         self._counting = False
         self.blocked_by: str | None = None
-        """The broker's alarm (memory, disk) that blocks publishing here, while it lasts."""
+        """The broker's alarm (memory, disk) that blocks publishing on this link; None if there is
+        none.
+        """
         self._connected_metric = CONNECTED.labels(name)
         self._blocked_metric = BLOCKED.labels(name)
         self._reconnects_metric = RECONNECTS.labels(name)
         self._error: BrokerError | None = None
         self._opened_or_failed = threading.Event()
-        self._thread = threading.Thread(target=self._own, name=f"link-{name}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"link-{name}", daemon=True)
 
     def open(self, timeout_seconds: float, stopped: Callable[[], bool] = lambda: False) -> Self:
-        """Connect, and declare what is ours to declare.
+        """Connect, and declare exchanges and queues according to `declares`.
 
-        Raises BrokerRefused, BrokerUntrusted or TopologyMismatch at once, BrokerUnreachable after
-        the time-out, or when `stopped` says so.
+        Raises BrokerRefused, BrokerUntrusted or TopologyMismatch at once, and BrokerUnreachable
+        after the time-out or when `stopped` returns True.
         """
         self._thread.start()
         deadline = awake() + timeout_seconds
-        while not self._opened_or_failed.wait(_LOOK_SECONDS):
+        while not self._opened_or_failed.wait(_OPEN_POLL_SECONDS):
             if awake() > deadline or stopped():
                 break
         if not self._was_open:
@@ -104,21 +106,21 @@ class Link:
             raise error
         return self
 
-    def open_in_time(self, stop: threading.Event, waiting: Callable[[], None]) -> bool:
-        """As `open`, for as long as it takes: for a service that has used the broker before. False
-        when `stop` was set first; `waiting` is called several times a second.
+    def open_until_stopped(self, stop: threading.Event, on_wait: Callable[[], None]) -> bool:
+        """Like `open` without a time-out, for a service that has used the broker before. False if
+        `stop` was set first. `on_wait` is called several times a second.
         """
         self._thread.start()
-        while not self._opened_or_failed.wait(_LOOK_SECONDS):
+        while not self._opened_or_failed.wait(_OPEN_POLL_SECONDS):
             if stop.is_set():
                 return False
-            waiting()
+            on_wait()
         if not self._was_open:
             raise self._error or BrokerUnreachable(f"the link {self._name} is closed")
         return True
 
     def close(self, timeout_seconds: float = 1.0) -> None:
-        """Close the connection and end the thread. What is not confirmed by then may be lost."""
+        """Close the connection and end the thread. Unconfirmed messages may be lost."""
         if self._thread.is_alive():
             self._call_soon(self._begin_close)
             self._thread.join(timeout_seconds)
@@ -135,32 +137,33 @@ class Link:
 
     @property
     def readiness_error(self) -> str | None:
-        """Why nothing can be done with it now; None while it is open, and no alarm blocks it."""
+        """Why the link cannot be used now; None while it is open and no alarm blocks it."""
         if not self.connected:
             return f"no connection to the broker ({self._name})"
         blocked_by = self.blocked_by
         return None if blocked_by is None else f"the broker blocks publishing: {blocked_by}"
 
     def raise_if_dead(self) -> None:
-        """For threads that wait for this link. Raises BrokerError once it has ended for good."""
+        """Raises BrokerError once the link has ended. For threads that wait for it."""
         if not self._thread.is_alive():
             raise self._error or BrokerUnreachable(f"the link {self._name} is closed")
 
-    def ask_counts(self, queues: Sequence[str], heard: Callable[[Counts], None]) -> None:
-        """Ask how long the queues are; never waits. `heard` is called on the link's thread.
+    def request_counts(self, queues: Sequence[str], on_counts: Callable[[Counts], None]) -> None:
+        """Ask for the lengths of the queues; never waits. `on_counts` is called on the link's
+        thread.
 
-        No answer comes without a connection, or while an earlier question is not answered yet.
+        The request is dropped without a connection, and while an earlier one is unanswered.
         """
-        self._call_soon(lambda: self._ask_counts(queues, heard))
+        self._call_soon(lambda: self._request_counts(queues, on_counts))
 
     # Hooks for the two kinds of link.
 
     def _on_channel_ready(self, channel: Channel) -> None:
-        """All is declared on a new channel. Calls `_in_service` once it can do its work."""
+        """Called once all is declared on a new channel. Must call `_in_service` once ready."""
         raise NotImplementedError
 
     def _on_channel_lost(self) -> None:
-        """Nothing that belonged to the old channel counts any more."""
+        """Called when the channel is lost. Must discard the state of that channel."""
         raise NotImplementedError
 
     # The owning thread.
@@ -168,10 +171,10 @@ class Link:
     def _call_soon(self, callback: Callable[[], None]) -> None:
         self._loop.add_callback_threadsafe(callback)
 
-    def _own(self) -> None:
+    def _run(self) -> None:
         self._call_soon(self._connect)
         try:
-            while not self._ran():
+            while not self._run_loop():
                 pass
         except Exception as error:
             log.exception("broker.link_died", link=self._name)
@@ -185,9 +188,9 @@ class Link:
             self._loop.close()
             self._opened_or_failed.set()
 
-    def _ran(self) -> bool:
-        """The loop, to its end. False where pika takes a socket that was reset at once, between the
-        handshake and its first use, for a mistake of ours.
+    def _run_loop(self) -> bool:
+        """Run the loop until it stops. False if pika raised ValueError because the socket was reset
+        between the handshake and its first use.
         """
         try:
             self._loop.start()
@@ -195,9 +198,9 @@ class Link:
             if "getpeername() failed" not in str(error):
                 raise
             connection = self._connection
-            self._on_connection_lost(connection, "reset as soon as it was there")
+            self._on_connection_lost(connection, "reset right after it was opened")
             if connection is not None:
-                connection.close()  # or pika would go on with it by and by
+                connection.close()  # otherwise pika would continue to set it up
             return False
         return True
 
@@ -211,8 +214,8 @@ class Link:
         )
 
     def _on_connection_open(self, connection: Any) -> None:
-        given_up_on = connection is not self._connection
-        if given_up_on:
+        abandoned = connection is not self._connection
+        if abandoned:
             connection.close()
             return
         connection.add_on_connection_blocked_callback(self._on_blocked)
@@ -237,13 +240,13 @@ class Link:
             str(self._connection.server_properties["version"]),
             self._declares,
             lambda: self._on_declared(channel),
-            house_is_missing=self._house_is_missing,
+            core_is_missing=self._core_is_missing,
             made_before_4=self.made_before_4,
         )
 
     def _on_declared(self, channel: Channel) -> None:
         self._channel = channel
-        self._house_is_missing = False
+        self._core_is_missing = False
         self._on_channel_ready(channel)
 
     def _in_service(self) -> None:
@@ -252,19 +255,19 @@ class Link:
         if self._was_in_service:
             self._reconnects_metric.inc()
         self._was_in_service = True
-        say = log.debug if self._routinely else log.info
-        say("broker.connected", link=self._name, broker=str(self._address))
+        log_method = log.debug if self._routinely else log.info
+        log_method("broker.connected", link=self._name, broker=str(self._address))
         self._routinely = False
-        self._reached()
+        self._set_opened()
 
-    def _reached(self) -> None:
+    def _set_opened(self) -> None:
         self._was_open = True
         self._opened_or_failed.set()
 
-    def _ask_counts(self, queues: Sequence[str], heard: Callable[[Counts], None]) -> None:
+    def _request_counts(self, queues: Sequence[str], on_counts: Callable[[Counts], None]) -> None:
         def done(counts: Counts) -> None:
             self._counting = False
-            heard(counts)
+            on_counts(counts)
 
         if self._channel is not None and self._connection is not None and not self._counting:
             self._counting = True
@@ -273,7 +276,7 @@ class Link:
     def _on_channel_closed(self, _: Channel, reason: BaseException) -> None:
         self._forget_channel()
         if isinstance(reason, ChannelClosedByBroker):
-            if self._take_as_it_is(queue_made_before_4(reason.reply_text)):
+            if self._accept_existing_queue(queue_made_before_4(reason.reply_text)):
                 return
             self._lost_because = f"{reason.reply_text} ({reason.reply_code})"
             if (
@@ -282,22 +285,22 @@ class Link:
             ):
                 self._note_refusal(
                     TopologyMismatch(
-                        f"{self._address} has a queue that Keepwarm would declare otherwise: "
+                        f"{self._address} has a queue with other arguments than Keepwarm's: "
                         f"{reason.reply_text}. Drain and delete that queue, or use a virtual host "
-                        "of its own"
+                        "of Keepwarm's own"
                     )
                 )
             elif reason.reply_code == _ACCESS_REFUSED or _is_a_limit(reason.reply_text):
-                self._note_refusal(self._refused(reason.reply_text))
+                self._note_refusal(self._refusal_error(reason.reply_text))
             elif reason.reply_code == _NOT_FOUND:
                 self._on_not_found(reason.reply_text)
-        # Whoever may declare what is missing does so with the next connection.
-        declares = self._house_is_missing and self._declares.core != "never"
+        # A link that may declare what is missing does so on the next connection.
+        declares = self._core_is_missing and self._declares.core != "never"
         self._restart_connection(routinely=declares)
 
-    def _take_as_it_is(self, queue: str | None) -> bool:
-        """Declare it all once more, that queue with the arguments that it has. False where that
-        cannot be done, or was done already.
+    def _accept_existing_queue(self, queue: str | None) -> bool:
+        """Declare everything again on a new channel, this queue without a delivery limit. False if
+        that is impossible or was tried already.
         """
         connection = self._connection
         if queue is None or queue in self.made_before_4:
@@ -309,30 +312,30 @@ class Link:
             "broker.delivery_limit",
             link=self._name,
             queue=queue,
-            hint="made before RabbitMQ 4, which gives up a message that was returned 20 times; a "
-            "policy lifts that, see docs/broker.md",
+            hint="the queue is older than RabbitMQ 4, which removes a message that was returned 20 "
+            "times; a policy lifts this limit, see docs/broker.md",
         )
         connection.channel(on_open_callback=self._on_channel_open)
         return True
 
-    def _on_not_found(self, what: str) -> None:
-        """An exchange or a queue is not there. Whoever may declare it does so next time."""
-        self._house_is_missing = True
+    def _on_not_found(self, reply_text: str) -> None:
+        """An exchange or a queue is missing. A link that may declare it does so next time."""
+        self._core_is_missing = True
         if self._declares.core == "never":
-            self._lost_because = f"{what}; waiting for a producer and a collector to make it"
-            self._reached()  # the broker is there and takes us: waiting is all that is left to do
+            self._lost_because = f"{reply_text}; waiting for a producer and a collector to make it"
+            self._set_opened()  # the broker accepts us: only waiting is left
 
     def _restart_connection(self, *, routinely: bool = False) -> None:
         self._routinely = routinely
-        # One way back from every fault: a new connection, with a new channel on it. The old one may
-        # be asked nothing more, even before the broker knows: pika would raise.
+        # Every fault is handled in the same way: a new connection with a new channel. The old
+        # channel must not be used again, even before the broker has closed it: pika would raise.
         self._forget_channel()
         if self._connection is not None and self._connection.is_open:
             self._connection.close(reply_text="channel lost")
 
     def _on_connection_lost(self, connection: Any, reason: BaseException | str) -> None:
         if connection is not self._connection:
-            return  # given up on before
+            return  # abandoned before
         self._forget_channel()
         self._connection, self.blocked_by, self._counting = None, None, False
         self._blocked_metric.set(0)
@@ -342,7 +345,7 @@ class Link:
         error = self._explain(reason)
         if isinstance(error, BrokerRefused | BrokerUntrusted):
             self._note_refusal(error)
-        elif not self._lost_because:  # or it is we who closed it, for a refusal
+        elif not self._lost_because:  # otherwise we closed it ourselves, after a refusal
             self._refused_since = None
         if self._given_up:
             self._loop.stop()
@@ -357,7 +360,7 @@ class Link:
             first_seconds=_FIRST_DELAY_SECONDS,
             longest_seconds=_LONGEST_DELAY_SECONDS,
         )
-        self._level_of_loss()(
+        self._loss_log_method()(
             "broker.waiting",
             link=self._name,
             reason=self._lost_because or str(error),
@@ -366,15 +369,13 @@ class Link:
         self._lost_because = ""
         self._loop.call_later(delay, self._reconnect)
 
-    def _level_of_loss(self) -> Callable[..., None]:
-        """Connections are lost now and then, and queues come later than their readers; it is worth
-        a warning when the next attempt fails as well.
+    def _loss_log_method(self) -> Callable[..., None]:
+        """Connections are lost now and then, and queues may be declared after their consumers
+        start: it is worth a warning only if the next attempt fails too.
         """
-        if self._failures == 1:
-            quietly: Callable[..., None] = log.debug if self._routinely else log.info
-            return quietly
-        loud: Callable[..., None] = log.info if self._house_is_missing else log.warning
-        return loud
+        first: Callable[..., None] = log.debug if self._routinely else log.info
+        later: Callable[..., None] = log.info if self._core_is_missing else log.warning
+        return first if self._failures == 1 else later
 
     def _reconnect(self) -> None:
         if self._closing:
@@ -398,26 +399,26 @@ class Link:
             self._connection.close()
 
     def _note_refusal(self, error: BrokerError) -> None:
-        """What no waiting will change ends `open` at once, and later the link, when it lasts:
-        whoever waits for it may hold a GPU.
+        """A refusal, which waiting does not change, ends `open` at once. Later it ends the link if
+        it lasts, because a process that waits may hold a GPU.
         """
         if not self._was_open:
             self._error = error
             self._opened_or_failed.set()
             return
         if _is_a_limit(str(error)):
-            return  # connections that are lost are counted for a while, and others end
+            return  # lost connections count for a while, and other processes end
         now = awake()
         self._refused_since = now if self._refused_since is None else self._refused_since
         if now - self._refused_since >= _REFUSED_SECONDS:
             log.error("broker.refused", link=self._name, reason=str(error))
             self._error, self._given_up = error, True
 
-    def _refused(self, why: str) -> BrokerRefused:
+    def _refusal_error(self, why: str) -> BrokerRefused:
         if _is_a_limit(why):
             return BrokerRefused(
-                f"the broker at {self._address} refused us: {why}. Close what is connected for "
-                "nothing; `keepwarm broker setup --workers N` raises the limits"
+                f"the broker at {self._address} refused us: {why}. Close unused connections, or "
+                "raise the limits with `keepwarm broker setup --workers N`"
             )
         return BrokerRefused(
             f"the broker at {self._address} refused us: {why}. Check the user, the password "
@@ -428,7 +429,8 @@ class Link:
         cause = _root(reason)
         refused = (
             isinstance(cause, AuthenticationError)
-            # Pika guesses so of any connection that ends early; RabbitMQ says so where it is so.
+            # Pika guesses these for any connection that ends early; RabbitMQ's own close confirms
+            # it.
             or (
                 isinstance(cause, ProbableAuthenticationError | ProbableAccessDeniedError)
                 and ConnectionClosedByBroker.__name__ in str(cause)
@@ -439,33 +441,33 @@ class Link:
             )
         )
         if refused:
-            return self._refused(str(cause))
+            return self._refusal_error(str(cause))
         fault = tls_fault(
             cause,
             self._address.host,
-            plain="Name the port that does, 5671 by default; or write amqp://, where nobody on the "
-            "way can read passwords and claims",
+            plain="Use the port that does, 5671 by default; or write amqp:// if nobody in between "
+            "can read passwords and claims",
             certificate=self._address.shows_certificate,
         )
         if fault is not None:
             return BrokerUntrusted(f"no TLS connection to the broker at {self._address}: {fault}")
-        hint = "Is it running, and is the address right?"
+        hint = "Check that it is running and that the address is right"
         if isinstance(cause, IncompatibleProtocolError) and self._address.tls is None:
             hint = (
-                "Is that a port for TLS? Then write amqps://; or is something else running there?"
+                "If that port expects TLS, write amqps://; otherwise check what is listening there"
             )
         return BrokerUnreachable(f"no connection to the broker at {self._address}: {cause}. {hint}")
 
 
 def _is_a_limit(why: str) -> bool:
-    """Whether RabbitMQ says that a user or virtual host has too many connections, channels or
-    queues: "connection limit (60) is reached", "has reached the maximum allowed user limit of (9)".
+    """Whether RabbitMQ reports too many connections, channels or queues of a user or virtual host:
+    "connection limit (60) is reached", "has reached the maximum allowed user limit of (9)".
     """
     return "limit" in why and "reached" in why
 
 
 def _root(reason: BaseException | str) -> BaseException | str:
-    """Pika wraps the first cause of a failed connection two or three times."""
+    """The first cause of a failed connection, which pika wraps two or three times."""
     inner: Any = reason
     while True:
         if isinstance(inner, AMQPConnectionWorkflowFailed):

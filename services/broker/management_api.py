@@ -1,4 +1,4 @@
-"""RabbitMQ's management HTTP API, which tells the next step with every refusal."""
+"""A client of RabbitMQ's management HTTP API whose errors name the next step."""
 
 from collections.abc import Mapping
 from typing import Any, Self
@@ -31,8 +31,9 @@ class ManagementApi:
         named_by: str = "--management",
         clear_text: bool = False,
     ) -> None:
-        """Raises UsageError for a URL that is none, or that would send the password in the clear:
-        plain HTTP is for loopback alone, unless the password is sent so anyway (`clear_text`).
+        """Raises UsageError for an invalid URL, or one that would send the password unencrypted:
+        plain HTTP is for loopback only, unless AMQP sends the password that way too
+        (`clear_text`).
         """
         self.host = _checked_host(url, named_by, clear_text)
         self._url = url.rstrip("/")
@@ -54,15 +55,15 @@ class ManagementApi:
         self._http.close()
 
     def check_administrator(self) -> None:
-        """Raises BrokerError, as its kinds say, unless one is let in here."""
+        """Raises BrokerError, or a subclass, unless the user is an administrator."""
         me = self.get("whoami")
         if not isinstance(me, dict) or "tags" not in me:
-            raise self._unusable("it is not RabbitMQ's management API that answers")
+            raise self._unusable("the server there is not RabbitMQ's management API")
         if "administrator" not in me["tags"]:
             raise self._no_administrator()
 
     def get(self, *path: str, **parameters: str) -> Any:
-        """The JSON at a path; None where there is nothing."""
+        """The JSON at a path; None if the path does not exist."""
         response = self._ask("GET", path, parameters=parameters)
         if response.status_code == httpx.codes.NOT_FOUND:
             return None
@@ -70,7 +71,7 @@ class ManagementApi:
         try:
             return response.json()
         except ValueError as error:
-            raise self._unusable(f"{response.url.path} was not answered with JSON") from error
+            raise self._unusable(f"the answer to {response.url.path} is not JSON") from error
 
     def put(self, *path: str, body: Mapping[str, Any]) -> None:
         self._raise_unless_success(self._ask("PUT", path, body))
@@ -94,7 +95,7 @@ class ManagementApi:
     def _raise_unless_success(self, response: httpx.Response) -> None:
         if not response.is_success:
             raise self._unusable(
-                f"{response.request.method} {response.url.path} ended with HTTP "
+                f"{response.request.method} {response.url.path} failed with HTTP "
                 f"{response.status_code}: {_reason(response)}"
             )
 
@@ -102,21 +103,21 @@ class ManagementApi:
         fault = tls_fault(
             error,
             self.host,
-            plain="Name the port that does, 15671 by default; http:// is for this machine alone",
+            plain="Use the port that does, 15671 by default; http:// is for this machine only",
             certificate=self._shows_certificate,
         )
         if fault is not None:
             return BrokerUntrusted(f"no TLS connection to {self._url}: {fault}")
         return BrokerUnreachable(
-            f"no management API at {self._url}: {str(error) or type(error).__name__}. Is RabbitMQ "
-            "running there? Its plug-in may be off: `rabbitmq-plugins enable rabbitmq_management` "
-            "on the broker turns it on. --management names another address"
+            f"no management API at {self._url}: {str(error) or type(error).__name__}. Check that "
+            "RabbitMQ is running there and that its plug-in is on (`rabbitmq-plugins enable "
+            "rabbitmq_management` on the broker), or pass another address with --management"
         )
 
     def _unusable(self, what: str) -> BrokerError:
         return BrokerError(
-            f"{self._url} is of no use: {what}. --management names the address of the management "
-            "API, port 15672 or with TLS 15671; the broker's log may tell more"
+            f"{self._url} is not usable: {what}. Pass the address of the management API with "
+            "--management (port 15672, or 15671 with TLS), and see the broker's log"
         )
 
     def _refused(self, reason: str) -> BrokerRefused:
@@ -124,13 +125,13 @@ class ManagementApi:
             return self._no_administrator()
         return BrokerRefused(
             f"the broker at {self._url} refused {self._user}: {reason}. Check --admin, and the "
-            "password in KEEPWARM_BROKER_ADMIN_PASSWORD or …_PASSWORD_FILE; guest may come from "
-            "the broker's own machine only"
+            "password in KEEPWARM_BROKER_ADMIN_PASSWORD or …_PASSWORD_FILE; the user guest can "
+            "connect only from the broker's own machine"
         )
 
     def _no_administrator(self) -> BrokerRefused:
         return BrokerRefused(
-            f"{self._user} is no administrator of the broker at {self._url}: name one with "
+            f"{self._user} is not an administrator of the broker at {self._url}: pass one with "
             f"--admin, or run `rabbitmqctl set_user_tags {self._user} administrator` on the broker"
         )
 
@@ -141,18 +142,18 @@ def _checked_host(url: str, named_by: str, clear_text: bool) -> str:
         host, _ = parts.hostname, parts.port
     except ValueError:
         host = None
-    # The URL is not repeated, for it may hold a password.
+    # The URL is not repeated, because it may contain a password.
     if host is None or parts.scheme not in ("http", "https") or parts.query or parts.fragment:
         raise UsageError(f"{named_by}: not an address like https://broker.example.org:15671")
     if "@" in parts.netloc:
         raise UsageError(
-            f"{named_by}: no user and no password belong there, for a password on a command line "
-            "can be read by every user of this machine; give the user with --admin, and "
+            f"{named_by}: the URL must not contain a user or password, because every user of this "
+            "machine can read command lines; pass the user with --admin, and the password in "
             "KEEPWARM_BROKER_ADMIN_PASSWORD or …_PASSWORD_FILE"
         )
     if parts.scheme == "http" and not clear_text and not is_loopback(host):
         raise UsageError(
-            f"{named_by}: http to {host} shows the password to the network; use https, or a "
+            f"{named_by}: http to {host} sends the password unencrypted; use https, or a "
             f"tunnel, `ssh -N -L 15672:127.0.0.1:15672 {host}`, with {named_by} http://127.0.0.1:15672"
         )
     return host

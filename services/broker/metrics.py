@@ -1,4 +1,4 @@
-"""What is counted of connections and of messages on them."""
+"""Metrics of connections to the broker and of the messages on them."""
 
 from prometheus_client import Counter, Gauge
 
@@ -9,7 +9,7 @@ CONNECTED = Gauge(
 )
 RECONNECTS = Counter(
     "keepwarm_broker_reconnects_total",
-    "Times that the link was in service again after it had been lost.",
+    "Times that the link was opened again after its connection was lost.",
     ["link"],
 )
 BLOCKED = Gauge(
@@ -19,11 +19,11 @@ BLOCKED = Gauge(
 )
 UNCONFIRMED = Gauge(
     "keepwarm_broker_unconfirmed_messages",
-    "Messages handed to the link that the broker has not confirmed yet.",
+    "Messages passed to the link that the broker has not confirmed yet.",
     ["link"],
 )
 REDELIVERED = Counter(
     "keepwarm_broker_redelivered_messages_total",
-    "Messages that came to the link again, after somebody had them and did not settle them.",
+    "Messages that the broker delivered again, because a consumer did not settle them.",
     ["link"],
 )

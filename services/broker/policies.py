@@ -1,7 +1,7 @@
-"""Policies on the broker that let Keepwarm's messages vanish, or hold them back.
+"""Policies on the broker that remove Keepwarm's messages, or block publishing.
 
-Who manages a broker may set a policy for all queues, and RabbitMQ applies it to ours as well: it
-shows it to nobody over AMQP. The management API does, to users with the tag `management`.
+An administrator may set a policy for all queues, and RabbitMQ then applies it to Keepwarm's queues
+too. AMQP does not show policies; the management API does, to users with the tag `management`.
 """
 
 import re
@@ -23,30 +23,30 @@ from services.contracts.errors import BrokerError, BrokerRefused, BrokerUnreacha
 
 _ANSWER_SECONDS = 3.0
 _SHOWN_QUEUES = 3
-_LISTENS = "0A"
+_TCP_LISTEN = "0A"
 _OF_QUORUM_QUEUES = ("all", "queues", "quorum_queues")
 _OF_EXCHANGES = ("all", "exchanges")
-# What each does to a queue; https://www.rabbitmq.com/docs/parameters#policies
+# The effect of each key on a queue; https://www.rabbitmq.com/docs/parameters#policies
 _DROPS = {
-    "message-ttl": "a message that waits for longer (in ms) is given up",
-    "expires": "a queue that nobody uses for so long (in ms) is deleted with its messages",
-    "delivery-limit": "a message that was returned more often is given up (from RabbitMQ 4.3 on "
-    "one whose consumer was lost more often)",
+    "message-ttl": "a message that waits longer (in ms) is removed",
+    "expires": "a queue unused for this long (in ms) is deleted with its messages",
+    "delivery-limit": "a message that is returned more often is removed (from RabbitMQ 4.3 on, "
+    "one whose consumer is lost more often)",
 }
 _LENGTHS = ("max-length", "max-length-bytes")
 _DROPS_OLDEST = "the oldest message is dropped when the queue is full"
 _NOT_ASKED = (
-    "nothing at {url} belongs to the broker's own user; KEEPWARM_BROKER_MANAGEMENT_URL names the "
-    "management API where it is elsewhere"
+    "no process at {url} belongs to the broker's own user; if the management API is elsewhere, set "
+    "KEEPWARM_BROKER_MANAGEMENT_URL"
 )
-_REFUSES = "publishers wait while the queue is full"
+_BLOCKS_PUBLISHERS = "publishers wait while the queue is full"
 _ALTERNATE = "alternate-exchange"
-_GOES_ASTRAY = "a message whose queue is missing goes there, and its sender is told that it arrived"
+_BYPASSES_QUEUE = "a message whose queue is missing goes there, and its publisher gets a confirm"
 
 
 @dataclass(frozen=True, slots=True)
-class Harm:
-    """What one key of a policy does to some of our queues, or exchanges."""
+class PolicyProblem:
+    """What one key of a policy does to some of our queues or exchanges."""
 
     policy: str
     """`policy NAME` or `operator policy NAME`."""
@@ -68,15 +68,15 @@ class Harm:
 
 @dataclass(frozen=True, slots=True)
 class Policies:
-    """What the policies of a virtual host do to our queues."""
+    """The effects of a virtual host's policies on our queues."""
 
-    harms: tuple[Harm, ...] = ()
+    problems: tuple[PolicyProblem, ...] = ()
     delivery_unlimited: frozenset[str] = frozenset()
     """Queues whose delivery limit a policy lifts."""
     unlimited: tuple[str, ...] = ()
-    """The virtual host, and users of its roles, that have no limits (`keepwarm broker setup`)."""
+    """The virtual host and its roles' users, if they have no limits (`keepwarm broker setup`)."""
     unknown: str | None = None
-    """Why nothing is known of them; None where all is."""
+    """Why the policies could not be read; None if they were."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,26 +104,26 @@ class _Policy:
             return False
         try:
             return re.search(self.pattern, name) is not None
-        except re.error:  # one that only RabbitMQ's own library reads: better told than missed
+        except re.error:  # valid only in RabbitMQ's own library: assume that it matches
             return True
 
 
 def ask_policies(
     settings: Settings, claims_queues: Sequence[str] = (), *, limits: bool = False
 ) -> Policies:
-    """The policies on the queues that always are, on these claims queues, and on those that are
-    there; with `limits` also who has none. Takes some seconds at most, and never raises
-    BrokerError: it says what is unknown.
+    """The policies on the core queues, on these claims queues, and on existing claims queues; with
+    `limits`, also who has no limits. Takes a few seconds at most. Never raises BrokerError:
+    `unknown` has the reason instead.
 
-    Raises UsageError when KEEPWARM_BROKER_MANAGEMENT_URL is no URL, or shows the password to the
-    network where the broker's does not.
+    Raises UsageError if KEEPWARM_BROKER_MANAGEMENT_URL is not a URL, or would send the password
+    unencrypted although the broker's URL does not.
     """
     address = BrokerAddress.from_settings(settings)
     url = settings.broker_management_url or address.management_url
-    if settings.broker_management_url is None and not _is_the_brokers_own(url, address):
+    if settings.broker_management_url is None and not _has_same_owner(url, address):
         return Policies(unknown=_NOT_ASKED.format(url=url))
     if address.password is None:
-        return Policies(unknown=f"{url} was not asked: it takes a password, and we have none")
+        return Policies(unknown=f"{url} needs a password, and none is configured")
     with ManagementApi(
         url,
         address.user,
@@ -135,22 +135,23 @@ def ask_policies(
     ) as api:
         try:
             host = address.virtual_host
-            there = api.get("queues", host, columns="name", disable_stats="true") or ()
+            existing = api.get("queues", host, columns="name", disable_stats="true") or ()
             policies = [*_Policy.all_of("policy", api.get("policies", host) or ())]
             imposed = _Policy.all_of("operator policy", api.get("operator-policies", host) or ())
             unlimited = tuple(_unlimited(api, host)) if limits else ()
         except BrokerError as error:
             return Policies(unknown=_why(error, address.user, url))
-    ours = {each["name"] for each in there if each["name"].startswith(names.claims_queue(""))}
+    ours = {each["name"] for each in existing if each["name"].startswith(names.claims_queue(""))}
     queues = sorted({*names.CORE_QUEUES, *claims_queues, *ours})
     ours_all = [*queues, *names.DIRECT_EXCHANGES]
-    judged = _judged(ours_all, address.virtual_host, policies, [*imposed])
+    judged = _find_problems(ours_all, address.virtual_host, policies, [*imposed])
     return replace(judged, unlimited=unlimited)
 
 
 def _unlimited(api: ManagementApi, virtual_host: str) -> Iterator[str]:
-    """Of a virtual host that has users of our roles; another is not ours to judge. An empty list
-    means that there are no limits, None that there is no such user.
+    """The virtual host and users that have no limits, if it has users of our roles.
+
+    The API answers an empty list if there are no limits, and 404 if there is no such user.
     """
     users = (role.user(virtual_host) for role in ROLES)
     limits = {user: found for user in users if (found := api.get("user-limits", user)) is not None}
@@ -159,9 +160,9 @@ def _unlimited(api: ManagementApi, virtual_host: str) -> Iterator[str]:
     yield from (f"the user {user}" for user, found in limits.items() if not found)
 
 
-def _is_the_brokers_own(url: str, address: BrokerAddress) -> bool:
-    """False where any user of this machine may listen: without TLS, at the guessed port of loopback
-    there could be somebody who collects passwords, when a tunnel or nothing is behind it.
+def _has_same_owner(url: str, address: BrokerAddress) -> bool:
+    """False if another user of this machine might listen at the guessed port of loopback: without
+    TLS, such a process could collect the password.
     """
     if address.tls is not None or not is_loopback(address.host):
         return True
@@ -170,13 +171,13 @@ def _is_the_brokers_own(url: str, address: BrokerAddress) -> bool:
 
 
 def _listeners(port: int | None) -> set[str]:
-    """The user ids of the processes that listen on a port of this machine; see proc(5)."""
+    """The user ids of the processes that listen on a port of this machine (proc(5))."""
     found: set[str] = set()
     for table in ("tcp", "tcp6"):
         file = Path("/proc/net", table)
         for line in file.read_text().splitlines()[1:] if file.exists() else ():
             _, local, _, state, _, _, _, user, *_ = line.split()
-            if state == _LISTENS and int(local.rpartition(":")[2], 16) == port:
+            if state == _TCP_LISTEN and int(local.rpartition(":")[2], 16) == port:
                 found.add(user)
     return found
 
@@ -195,7 +196,7 @@ def _why(error: BrokerError, user: str, url: str) -> str:
     return str(error)
 
 
-def _judged(
+def _find_problems(
     ours: Sequence[str],
     virtual_host: str,
     policies: Sequence[_Policy],
@@ -208,43 +209,39 @@ def _judged(
             for key, value in policy.definition.items():
                 if key == "delivery-limit":
                     limits[queue].append(value)
-                what, loses = _what_it_does(queue, key, value, policy.definition)
+                what, loses = _effect(queue, key, value, policy.definition)
                 if what:
                     kind = (policy.name, key, what, loses)
                     found.setdefault(kind, (value, []))[1].append(queue)
-    harms = (
-        Harm(name, key, value, tuple(touched), loses, what, _remedy(name, virtual_host))
+    problems = (
+        PolicyProblem(name, key, value, tuple(touched), loses, what, _remedy(name, virtual_host))
         for (name, key, what, loses), (value, touched) in found.items()
     )
     return Policies(
-        tuple(harms), frozenset(queue for queue, set_to in limits.items() if max(set_to) < 0)
+        tuple(problems), frozenset(queue for queue, set_to in limits.items() if max(set_to) < 0)
     )
 
 
 def _in_effect(policies: Sequence[_Policy], queue: str) -> list[_Policy]:
-    """The one with the highest priority; of several the broker takes any."""
+    """Those with the highest priority; of several the broker applies any one."""
     covering = [policy for policy in policies if policy.covers(queue)]
     highest = max((policy.priority for policy in covering), default=0)
     return [policy for policy in covering if policy.priority == highest]
 
 
-def _what_it_does(
-    queue: str, key: str, value: Any, definition: Mapping[str, Any]
-) -> tuple[str, bool]:
-    """What a key does to a queue or exchange of ours, and whether messages are lost by it; "" where
-    it does no harm.
-    """
+def _effect(queue: str, key: str, value: Any, definition: Mapping[str, Any]) -> tuple[str, bool]:
+    """The effect of a key on a queue or exchange, and whether it loses messages; "" if harmless."""
     if queue in names.HOUSE_EXCHANGES:
-        return (_GOES_ASTRAY, True) if key == _ALTERNATE else ("", False)
+        return (_BYPASSES_QUEUE, True) if key == _ALTERNATE else ("", False)
     if key in _DROPS:
         return ("", False) if key == "delivery-limit" and value < 0 else (_DROPS[key], True)
     if key in _LENGTHS:
-        # All others were made with `reject-publish`, and what a queue was made with counts more.
+        # All others were declared with `reject-publish`, which takes precedence over a policy.
         drops = (
             queue == names.DEAD_MESSAGES_QUEUE
             and definition.get("overflow", "drop-head") == "drop-head"
         )
-        return (_DROPS_OLDEST, True) if drops else (_REFUSES, False)
+        return (_DROPS_OLDEST, True) if drops else (_BLOCKS_PUBLISHERS, False)
     return "", False
 
 
@@ -252,6 +249,6 @@ def _remedy(policy: str, virtual_host: str) -> str:
     kind, _, name = policy.rpartition(" ")
     clear = "clear_operator_policy" if kind.startswith("operator") else "clear_policy"
     return (
-        "Change its pattern so that it leaves Keepwarm's queues out, or remove it: "
+        "Change its pattern so that it does not match Keepwarm's queues, or remove it: "
         f"`rabbitmqctl {clear} -p {virtual_host} {name}`"
     )

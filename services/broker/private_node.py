@@ -1,5 +1,7 @@
-"""A private RabbitMQ node from the installed server: needs no root, listens on loopback only, reads
-no file of the system's broker, and ends with its owner.
+"""A private RabbitMQ node, run from the installed server.
+
+It needs no root, listens on loopback only, reads no file of the system's broker, and ends with its
+owner.
 """
 
 import os
@@ -20,15 +22,15 @@ import structlog
 from services.contracts.errors import BrokerError
 from services.node.supervision import SupervisedProcess
 
-# Plug-ins that listen, and what their settings begin with. The node refuses those of one that is
-# off.
+# Plug-ins that listen, with the prefix of their settings. The node refuses settings of a plug-in
+# that is off.
 _LISTENING_PLUGINS = {"rabbitmq_management": "management", "rabbitmq_prometheus": "prometheus"}
 _LOWEST_PORT = 10_000
 _GIVEN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _START_TIMEOUT_SECONDS = 120.0
 _STOP_SECONDS = 20.0
-# Debian's /usr/sbin/rabbitmq-server is a wrapper that insists on root or the user rabbitmq.
-_PLACES = ("/usr/lib/rabbitmq/bin/rabbitmq-server", "/opt/rabbitmq/sbin/rabbitmq-server")
+# Debian's /usr/sbin/rabbitmq-server is a wrapper that requires root or the user rabbitmq.
+_SERVER_PATHS = ("/usr/lib/rabbitmq/bin/rabbitmq-server", "/opt/rabbitmq/sbin/rabbitmq-server")
 
 log = structlog.get_logger(__name__)
 
@@ -36,9 +38,9 @@ log = structlog.get_logger(__name__)
 class PrivateNode:
     """A node that listens on loopback only, on ports that were free, with a random password.
 
-    Its data lives in `directory`, which is made for the owner alone. Use it as a context manager;
-    it is taken down at the end, and by its leash when this process is killed. Without `plugins` it
-    has none; rabbitmq_management and rabbitmq_prometheus listen on `plugin_ports`.
+    Its data is in `directory`, which only the owner can read. Use it as a context manager: it is
+    stopped at the end, and by its supervisor if this process is killed. `plugins` are its only
+    plug-ins; rabbitmq_management and rabbitmq_prometheus listen on `plugin_ports`.
     """
 
     def __init__(
@@ -73,9 +75,9 @@ class PrivateNode:
         self.kill()
 
     def start(self, stopped: Callable[[], bool] = lambda: False) -> None:
-        """Start it and wait until it listens; on other ports where somebody took one of its own
-        before it ever did. Raises BrokerError with its last log lines, and when `stopped` says so
-        meanwhile.
+        """Start it and wait until it listens. On its first start, if another process has taken one
+        of its ports, other ports are chosen. Raises BrokerError with the last lines of its log, or
+        when `stopped` returns True.
         """
         try:
             self._start(stopped)
@@ -92,7 +94,7 @@ class PrivateNode:
         self.plugin_ports = dict(zip(_LISTENING_PLUGINS, others, strict=True))
 
     def _start(self, stopped: Callable[[], bool]) -> None:
-        self.stop()  # where it was started before, and has ended: let go of what is left
+        self.stop()  # if it was started before and has ended, release its process
         server = find_server()
         self._write_configuration()
         with self.log_file.open("ab") as output:
@@ -108,7 +110,7 @@ class PrivateNode:
             code = self._node.exit_code()
             if stopped():
                 self.kill()
-                raise BrokerError("told to stop before the private RabbitMQ node was ready")
+                raise BrokerError("stopped before the private RabbitMQ node was ready")
             if code is not None or time.monotonic() > deadline:
                 self.stop()
                 tail = "\n".join(self.log_file.read_text(errors="replace").splitlines()[-15:])
@@ -120,11 +122,11 @@ class PrivateNode:
         log.info("node.ready", port=self.port)
 
     def process(self) -> psutil.Process | None:
-        """The node's own process, while it lives."""
+        """The node's own process; None if it is not running."""
         return None if self._node is None else self._node.command()
 
     def control(self, *command: str) -> str:
-        """What `rabbitmqctl` says to a command. Raises BrokerError when it fails."""
+        """Run a `rabbitmqctl` command and return its output. Raises BrokerError if it fails."""
         server = find_server()
         done = subprocess.run(
             [str(server.parent / "rabbitmqctl"), "-q", *command],
@@ -141,13 +143,13 @@ class PrivateNode:
         return done.stdout
 
     def stop(self) -> None:
-        """End it in order: it can be started again with what is in its queues."""
+        """Shut it down cleanly: it can be started again with the messages in its queues."""
         if self._node is not None:
             self._node.stop()
             self._node = None
 
     def kill(self) -> None:
-        """End it at once, when what is in its queues is of no more use."""
+        """Kill it, when its messages are no longer needed."""
         if self._node is not None:
             self._node.kill()
             self._node = None
@@ -164,7 +166,8 @@ class PrivateNode:
             "log.console = true\n"
             "log.console.level = warning\n"
             "log.file = false\n"
-            # A desk has other uses for its memory and disk; below these the node blocks publishers.
+            # The machine has other uses for its memory and disk. At these limits publishers are
+            # blocked.
             "vm_memory_high_watermark.relative = 0.4\n"
             "disk_free_limit.absolute = 256MB\n" + self._plugin_listeners(),
             encoding="utf-8",
@@ -186,7 +189,7 @@ class PrivateNode:
         return {
             "PATH": f"{server.parent}:{os.environ.get('PATH', os.defpath)}",
             "LANG": "C.UTF-8",
-            # The Erlang cookie is made here, not in the user's home.
+            # The Erlang cookie is created here, not in the user's home.
             "HOME": str(here),
             "ERL_EPMD_PORT": str(self._mapper_port),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
@@ -195,40 +198,41 @@ class PrivateNode:
             "RABBITMQ_MNESIA_BASE": str(here / "data"),
             "RABBITMQ_LOG_BASE": str(here / "log"),
             "RABBITMQ_GENERATED_CONFIG_DIR": str(here / "generated"),
-            # A file that is not named here is looked for in /etc/rabbitmq, the system broker's
-            # place; `conf.d` there wins over our own file (https://www.rabbitmq.com/configure).
+            # A file that is not named here is read from /etc/rabbitmq, which is the system
+            # broker's; its `conf.d` would override our own file
+            # (https://www.rabbitmq.com/configure).
             "RABBITMQ_CONFIG_FILE": str(here / "rabbitmq.conf"),
             "RABBITMQ_CONFIG_FILES": str(here / "conf.d" / "*.conf"),
             "RABBITMQ_ADVANCED_CONFIG_FILE": str(here / "advanced.config"),
             "RABBITMQ_CONF_ENV_FILE": "/dev/null",
             "RABBITMQ_ENABLED_PLUGINS_FILE": str(here / "enabled_plugins"),
             "RABBITMQ_PID_FILE": str(here / "pid"),
-            # Makes the script replace itself by the node, so that signals reach it.
+            # Makes the script exec the node, so that signals reach it.
             "RABBITMQ_ALLOW_INPUT": "1",
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-noinput",
-            # For the node, for rabbitmqctl, and for the short-lived node that starts the mapper:
-            # each of them listens for other nodes (erl(1)).
+            # For the node, rabbitmqctl, and the short-lived node that starts the port mapper: each
+            # of them listens for other nodes (erl(1)).
             "ERL_AFLAGS": "-kernel inet_dist_use_interface {127,0,0,1}",
         }
 
 
 def find_server() -> Path:
-    """The installed server. Raises BrokerError where there is none."""
-    for place in _PLACES:
-        if os.access(place, os.X_OK):
-            return Path(place)
+    """The path of the installed server. Raises BrokerError if there is none."""
+    for path in _SERVER_PATHS:
+        if os.access(path, os.X_OK):
+            return Path(path)
     found = shutil.which("rabbitmq-server")
     if found:
         return Path(found)
     raise BrokerError(
-        "rabbitmq-server is not installed: as root run `apt-get install rabbitmq-server`, or name "
-        "a broker that runs already with --broker or KEEPWARM_BROKER_URL"
+        "rabbitmq-server is not installed: run `apt-get install rabbitmq-server` as root, or use a "
+        "running broker with --broker or KEEPWARM_BROKER_URL"
     )
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports that were free a moment ago, and that the kernel gives to nobody who leaves
-    the choice to it: each connection, and each command's metrics, would be in our way (ip(7)).
+    """Different ports that are free, below the kernel's ephemeral range: otherwise a connection or
+    another command's metrics server could take one before we listen (ip(7)).
     """
     given_from = int(_GIVEN_PORTS.read_text().split()[0])
     ports = range(_LOWEST_PORT, given_from if given_from > 2 * _LOWEST_PORT else 2**16)

@@ -1,4 +1,4 @@
-"""Publishing with confirms: nothing is forgotten until the broker says that it has it."""
+"""Publishing with confirms: each message is kept until the broker has confirmed it."""
 
 import threading
 import time
@@ -26,9 +26,10 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """A message on its way to the broker. `kind` is the name of the contract that it keeps.
+    """A message to publish. `kind` is the wire type of its contract.
 
-    One that nobody takes is sent again, unless it is a notice, which is for those who listen now.
+    A message that no queue takes is sent again, unless it is `transient`: those are for current
+    listeners only.
     """
 
     exchange: str
@@ -38,11 +39,11 @@ class Outgoing:
     kind: str = ""
     headers: Mapping[str, Any] = field(default_factory=dict)
     on_confirmed: Callable[[], None] | None = None
-    notice: bool = False
+    transient: bool = False
 
     @classmethod
     def of(cls, message: Message, exchange: str, routing_key: str, **rest: Any) -> Self:
-        """One that carries `message`. Raises MessageInvalid when it is too large."""
+        """Encode `message`. Raises MessageInvalid if it is too large."""
         return cls(exchange, routing_key, encode(message), kind=message.wire_type, **rest)
 
 
@@ -50,8 +51,8 @@ class Publisher(Link):
     """Sends persistent messages and keeps each until it is confirmed.
 
     At most `window` messages are unconfirmed; then `publish` waits, so that a slow or blocked
-    broker slows the caller down and memory stays bounded. After a lost connection everything
-    unconfirmed is sent again with the same `message_id`: a message may arrive twice, never not.
+    broker slows the caller down and memory stays bounded. After a lost connection all unconfirmed
+    messages are sent again with the same `message_id`: a message may arrive twice, but is not lost.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Publisher(Link):
         super().__init__(address, name, declares)
         self._free = threading.Semaphore(window)
         self._pending = 0
-        # Counted already: asked for when somebody looks, it costs a message nothing.
+        # Read at each scrape, so that it costs nothing per message.
         UNCONFIRMED.labels(name).set_function(lambda: self._pending)
         self._idle = threading.Condition()
         self._outbox: deque[Outgoing] = deque()
@@ -76,34 +77,34 @@ class Publisher(Link):
         self._last_tag = 0
 
     def also_declare(self, context_id: str) -> None:
-        """Make the context's claims queue as well, should it be missing."""
+        """Declare the context's claims queue as well, if it is missing."""
         if context_id not in self._declares.context_ids:
             known = (*self._declares.context_ids, context_id)
             self._declares = replace(self._declares, context_ids=known)
 
     def publish(self, message: Outgoing) -> None:
-        """Hand a message over; waits while the window is full. Any thread but the link's own.
+        """Queue a message; waits while the window is full. Any thread but the link's own.
 
-        `on_confirmed` is called on the link's thread once the broker has the message for good.
-        Raises BrokerError when the link has ended, and when the window is full while it is closed.
+        `on_confirmed` is called on the link's thread once the broker has confirmed the message.
+        Raises BrokerError if the link has ended, or is closed while the window is full.
         """
         self.raise_if_dead()
         while not self._free.acquire(timeout=1.0):
             self.raise_if_dead()
-            if self._closing:  # an alarm can hold the broker's answer to that back, and the thread
+            if self._closing:  # an alarm can delay the broker's answer to the close
                 raise BrokerUnreachable(f"the link {self._name} is closed")
-        self._hand_over(message)
+        self._enqueue(message)
 
     def offer(self, message: Outgoing) -> bool:
-        """As `publish`, but never waits: for threads that others rely on, and for what is only
-        worth something now. False where the broker takes nothing, or the window is full.
+        """Like `publish`, but never waits: for threads that must not block, and for messages that
+        are of use only now. False if the broker accepts nothing, or the window is full.
         """
         if self.readiness_error is not None or not self._free.acquire(blocking=False):
             return False
-        self._hand_over(message)
+        self._enqueue(message)
         return True
 
-    def _hand_over(self, message: Outgoing) -> None:
+    def _enqueue(self, message: Outgoing) -> None:
         with self._idle:
             self._pending += 1
         self._outbox.append(message)
@@ -113,11 +114,11 @@ class Publisher(Link):
 
     @property
     def pending(self) -> int:
-        """Messages handed over and not yet confirmed."""
+        """Messages that are not confirmed yet."""
         return self._pending
 
     def flush(self, timeout_seconds: float | None = None) -> None:
-        """Wait until everything is confirmed. Raises BrokerUnreachable when the time is over."""
+        """Wait until everything is confirmed. Raises BrokerUnreachable after the time-out."""
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         with self._idle:
             while self._pending:
@@ -157,19 +158,19 @@ class Publisher(Link):
                     content_type=CONTENT_TYPE,
                     type=message.kind,
                     delivery_mode=pika.DeliveryMode.Transient
-                    if message.notice
+                    if message.transient
                     else pika.DeliveryMode.Persistent,
                     message_id=message.message_id,
-                    # What came back is told by it: several may have one message id, or none.
+                    # Identifies returned messages: message ids may be absent or not unique.
                     correlation_id=str(self._last_tag),
                     headers=dict(message.headers),
                 ),
-                mandatory=not message.notice,
+                mandatory=not message.transient,
             )
 
     def _on_confirm(self, frame: Any) -> None:
         tag, multiple = frame.method.delivery_tag, frame.method.multiple
-        # Tags are handed out in order, and a dict keeps its order.
+        # Tags increase, and a dict keeps its insertion order.
         tags = [tag]
         if multiple:
             tags = []
@@ -179,7 +180,7 @@ class Publisher(Link):
                 tags.append(known)
         tags = [known for known in tags if known in self._unconfirmed]
         returned = self._returned.intersection(tags)
-        # Those that came back and are not confirmed yet stay known, until they are.
+        # Messages that were returned but are not confirmed yet stay in `_returned`.
         self._returned -= returned
         unroutable = [self._unconfirmed[known] for known in tags if known in returned]
         settled = [self._unconfirmed.pop(known) for known in tags]
@@ -189,7 +190,7 @@ class Publisher(Link):
                 link=self._name,
                 messages=len(settled),
                 hint="a queue is full, by a policy's max-length, or has lost most of its replicas; "
-                "sent again until it is taken",
+                "the messages are sent again until it accepts them",
             )
             self._send_later(settled)
             return
@@ -200,16 +201,16 @@ class Publisher(Link):
         )
 
     def _on_unroutable(self, messages: Sequence[Outgoing]) -> None:
-        """The queue is gone. Whoever may declare it does so on a new connection, and sends again;
-        others wait until someone did.
+        """The queue is missing. A publisher that may declare it reconnects and declares it; others
+        send again until it exists.
         """
         keys = sorted({message.routing_key for message in messages})
         log.warning("broker.unroutable", link=self._name, messages=len(messages), keys=keys)
         if self._declares.core == "never":
             self._send_later(messages)
             return
-        self._house_is_missing = True
-        self._lost_because = f"no queue takes {', '.join(keys)}"
+        self._core_is_missing = True
+        self._lost_because = f"no queue is bound for {', '.join(keys)}"
         self._outbox.extendleft(reversed(messages))
         self._restart_connection()
 
@@ -224,12 +225,13 @@ class Publisher(Link):
                 self._idle.notify_all()
 
     def _send_later(self, messages: Sequence[Outgoing]) -> None:
-        def again() -> None:
+        def requeue() -> None:
             self._outbox.extendleft(reversed(messages))
             self._send_outbox()
 
-        self._loop.call_later(_RESEND_DELAY_SECONDS, again)
+        self._loop.call_later(_RESEND_DELAY_SECONDS, requeue)
 
     def _on_returned(self, _: Channel, method: Any, properties: Any, __: bytes) -> None:
-        # The broker confirms a returned message right after; `_on_confirm` then knows better.
+        # The broker confirms a returned message right after this; `_on_confirm` then sends it
+        # again.
         self._returned.add(int(properties.correlation_id))

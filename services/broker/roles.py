@@ -1,6 +1,6 @@
-"""Who may do what on the broker: a user for each role, with no right that it can do without.
+"""The permissions on the broker: a user for each role, with no right that it does not need.
 
-A permission is three regular expressions over the names of exchanges and queues. What RabbitMQ asks
+A permission is three regular expressions over the names of exchanges and queues. RabbitMQ requires
 for each operation (https://www.rabbitmq.com/docs/access-control#authorisation):
 
 declare an exchange, delete anything    configure it
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from services.contracts import topology as names
 
 _NOTHING = "^$"
-# The smallest tag that RabbitMQ shows policies to, which may lose claims: its user sees the
-# management pages of virtual hosts that it may log in to, and gets no right over queues by it.
+# The smallest tag that can read policies, which may lose claims. Its user sees the management pages
+# of the virtual hosts that it may log in to, and gains no permission on queues.
 _SEES_POLICIES = ("management",)
 _ANY_CLAIMS_QUEUE = names.claims_queue("*")
 _ANY_NOTICES_QUEUE = names.listener_queue(names.NOTICES_EXCHANGE, "*")
@@ -39,9 +39,7 @@ _EVERYTHING = (
 
 @dataclass(frozen=True, slots=True)
 class Permissions:
-    """Regular expressions in RabbitMQ's sense, anchored at both ends: by itself it looks for a
-    match anywhere in a name.
-    """
+    """Regular expressions, anchored at both ends: RabbitMQ matches anywhere in a name."""
 
     configure: str = _NOTHING
     write: str = _NOTHING
@@ -50,22 +48,22 @@ class Permissions:
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """A service, or a person, as the broker knows it."""
+    """A service or a person with its permissions on the broker."""
 
     name: str
     may: str
     """Its rights in words."""
     permissions: Permissions
     tags: tuple[str, ...] = ()
-    """RabbitMQ's tags: what its management pages and API allow. None: no access to them."""
+    """RabbitMQ's tags: access to the management pages and API; without a tag there is none."""
 
     def user(self, virtual_host: str) -> str:
-        """Users belong to the whole broker, so the name says whose worker this is."""
+        """The user's name. Users belong to the whole broker, so it contains the virtual host."""
         return f"{virtual_host}-{self.name}"
 
 
 def _only(*allowed: str) -> str:
-    """An expression for these names and no others; `*` stands for one character or more."""
+    """An expression that matches exactly these names; `*` stands for one character or more."""
     alternatives = (name.replace(".", r"\.").replace("*", ".+") for name in allowed)
     return f"^({'|'.join(alternatives)})$"
 
@@ -73,21 +71,22 @@ def _only(*allowed: str) -> str:
 ROLES = (
     Role(
         "producer",
-        "makes claims queues; publishes claims and runs",
+        "declares claims queues; publishes claims and runs",
         Permissions(
             configure=_only(_ANY_CLAIMS_QUEUE),
-            # The dead exchange because the queues that it makes dead-letter into it.
+            # The dead exchange, because the queues that it declares dead-letter into it.
             write=_only(
                 names.CLAIMS_EXCHANGE, names.RUNS_EXCHANGE, names.DEAD_EXCHANGE, _ANY_CLAIMS_QUEUE
             ),
-            # It consumes nothing; to make a queue that dead-letters, and to bind it, takes this.
+            # It consumes nothing; declaring and binding a queue that dead-letters requires this.
             read=_only(names.CLAIMS_EXCHANGE, _ANY_CLAIMS_QUEUE),
         ),
         tags=_SEES_POLICIES,
     ),
     Role(
         "worker",
-        "takes claims; publishes verdicts, dead claims, returns and reports; hears notices",
+        "takes claims; publishes verdicts, dead claims, returns and heartbeats; reads control "
+        "updates",
         Permissions(
             configure=_only(_ANY_NOTICES_QUEUE),
             write=_only(
@@ -102,8 +101,8 @@ ROLES = (
     ),
     Role(
         "collector",
-        "makes all queues; takes verdicts, runs, returns and dead claims; publishes returned "
-        "claims, refused messages and notices",
+        "declares all queues; takes verdicts, runs, returns and dead claims; publishes returned "
+        "claims, refused messages and control updates",
         Permissions(
             configure=_only(
                 *names.HOUSE_EXCHANGES, *names.CORE_QUEUES, _ANY_CLAIMS_QUEUE, _ANY_PRESENCE_QUEUE
@@ -116,7 +115,7 @@ ROLES = (
                 _ANY_CLAIMS_QUEUE,
                 _ANY_PRESENCE_QUEUE,
             ),
-            # Exchanges to bind from, and claims queues because those that it makes dead-letter.
+            # Exchanges to bind from, and claims queues because those that it declares dead-letter.
             read=_only(
                 names.CLAIMS_EXCHANGE,
                 names.RETURNS_EXCHANGE,
@@ -133,15 +132,15 @@ ROLES = (
     ),
     Role(
         "operator",
-        "does everything with Keepwarm's queues and exchanges; sees the management pages",
+        "all permissions on Keepwarm's queues and exchanges; sees the management pages",
         Permissions(_only(*_EVERYTHING), _only(*_EVERYTHING), _only(*_EVERYTHING)),
         tags=("monitoring",),
     ),
 )
 
 
-# A process of a role has two connections and for moments a third. After a network failure the
-# broker keeps those that are lost for another minute, beside the new ones.
+# A process has two connections, and briefly a third. After a network failure the broker keeps the
+# lost ones for another minute beside the new ones.
 _CONNECTIONS_EACH = 6
 _OTHER_PROCESSES = 50
 _CHANNELS_EACH = 2
@@ -150,8 +149,8 @@ _CLAIMS_QUEUES = 10_000
 
 
 def user_limits(role: Role, workers: int) -> dict[str, int]:
-    """RabbitMQ's limits for a role's user, with this many workers at a time: what a stolen password
-    can use up.
+    """RabbitMQ's limits for a role's user, for this many concurrent workers. They bound what a
+    stolen password can use up.
     """
     processes = workers if role.name == "worker" else _OTHER_PROCESSES
     connections = _CONNECTIONS_EACH * processes
@@ -159,8 +158,8 @@ def user_limits(role: Role, workers: int) -> dict[str, int]:
 
 
 def virtual_host_limits(workers: int) -> dict[str, int]:
-    """RabbitMQ's limits for the virtual host: claims queues stay, each worker has one of its own
-    and for a moment that of its last connection.
+    """RabbitMQ's limits for the virtual host: all claims queues, and for each worker its own queue
+    and briefly that of its last connection.
     """
     connections = sum(user_limits(role, workers)["max-connections"] for role in ROLES)
     return {"max-connections": connections, "max-queues": _CLAIMS_QUEUES + 2 * workers}
@@ -170,17 +169,17 @@ LISTENER_POLICIES = {
     "keepwarm-notices": (names.listener_queue(names.NOTICES_EXCHANGE, ""), 100),
     "keepwarm-presence": (names.listener_queue(names.PRESENCE_EXCHANGE, ""), 100_000),
 }
-"""By policy: how its queues' names begin, and how many messages one of them holds."""
+"""By policy: the prefix of its queues' names, and the most messages in one of them."""
 
 
-def roles_that_fit(writable: Collection[str], *, makes_house: bool) -> list[Role]:
-    """Roles that a user can play who may publish to these direct exchanges and no other, and may
-    make what is always there, or not.
+def roles_that_fit(writable: Collection[str], *, declares_core: bool) -> list[Role]:
+    """The roles whose permissions a user has who may publish to exactly these direct exchanges.
+    `declares_core`: whether it may declare the core exchanges and queues.
     """
 
     def fits(role: Role) -> bool:
-        wants = {name for name in names.DIRECT_EXCHANGES if re.search(role.permissions.write, name)}
-        wants_house = re.search(role.permissions.configure, names.VERDICTS_QUEUE) is not None
-        return wants <= set(writable) and (makes_house or not wants_house)
+        needs = {name for name in names.DIRECT_EXCHANGES if re.search(role.permissions.write, name)}
+        needs_core = re.search(role.permissions.configure, names.VERDICTS_QUEUE) is not None
+        return needs <= set(writable) and (declares_core or not needs_core)
 
     return [role for role in ROLES if fits(role)]

@@ -1,4 +1,4 @@
-"""TLS to the broker: what we trust, who we are, and what went wrong, in words."""
+"""TLS to the broker: trusted authorities, our certificate, and explanations of failures."""
 
 import re
 import ssl
@@ -9,24 +9,24 @@ from typing import Self
 from services.contracts import Settings
 from services.contracts.errors import UsageError
 
-# As OpenSSL names it; pika and httpx give it in a text only, and each version a little otherwise.
+# OpenSSL's name of the error. pika and httpx give it only in a text, which varies between versions.
 _REASON = re.compile(r"\[SSL: ([\w/]+)\]")
 _NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST", "UNKNOWN_PROTOCOL")
 _WANTS_CERTIFICATE = ("CERTIFICATE_REQUIRED", "ALERT_HANDSHAKE_FAILURE", "ALERT_BAD_CERTIFICATE")
 _REFUSES_CERTIFICATE = {
     "ALERT_UNKNOWN_CA": "does not trust the authority that signed our certificate",
-    "ALERT_CERTIFICATE_EXPIRED": "says that our certificate has expired",
-    "ALERT_CERTIFICATE_REVOKED": "says that our certificate was revoked",
-    "ALERT_CERTIFICATE_UNKNOWN": "does not take our certificate",
-    "ALERT_UNSUPPORTED_CERTIFICATE": "does not take our certificate",
-    "ALERT_DECRYPT_ERROR": "does not take our certificate",
+    "ALERT_CERTIFICATE_EXPIRED": "reports that our certificate has expired",
+    "ALERT_CERTIFICATE_REVOKED": "reports that our certificate was revoked",
+    "ALERT_CERTIFICATE_UNKNOWN": "does not accept our certificate",
+    "ALERT_UNSUPPORTED_CERTIFICATE": "does not accept our certificate",
+    "ALERT_DECRYPT_ERROR": "does not accept our certificate",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class TlsFiles:
-    """PEM files: the authorities that we trust (the system's where there is none), and a
-    certificate and key of ours, for a broker that wants one.
+    """PEM files: the trusted authorities (by default the system's), and our certificate and key for
+    a broker that requires one.
     """
 
     ca_file: Path | None = None
@@ -39,9 +39,9 @@ class TlsFiles:
 
 
 def tls_context(files: TlsFiles) -> ssl.SSLContext:
-    """Checks certificate and name, and shows a certificate of ours where there is one.
+    """A context that verifies the broker's certificate and name, and presents ours if configured.
 
-    Raises UsageError for a file that is not what it should be.
+    Raises UsageError for a file that cannot be used.
     """
     try:
         context = ssl.create_default_context(cafile=files.ca_file)
@@ -49,8 +49,8 @@ def tls_context(files: TlsFiles) -> ssl.SSLContext:
         raise UsageError(
             f"KEEPWARM_BROKER_CA_FILE: cannot use {files.ca_file}: {error}; it must be a PEM bundle"
         ) from error
-    # Python 3.13 asks for extensions (RFC 5280) that many a site's own authority lacks. What is
-    # trusted does not depend on the version of Python.
+    # Python 3.13 requires extensions (RFC 5280) that many private authorities lack. Without this,
+    # trust would depend on the version of Python.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     if files.cert_file is not None:
         _show_certificate(context, files.cert_file, files.key_file)
@@ -64,8 +64,8 @@ def tls_context(files: TlsFiles) -> ssl.SSLContext:
 def _show_certificate(context: ssl.SSLContext, cert_file: Path, key_file: Path | None) -> None:
     def no_passphrase() -> str:
         raise UsageError(
-            f"the key in {key_file or cert_file} is encrypted, and nobody is there to type its "
-            "passphrase; take it away, as with openssl pkey -in KEY -out NEWKEY"
+            f"the key in {key_file or cert_file} is encrypted, and a service cannot ask for its "
+            "passphrase; remove it, for example with openssl pkey -in KEY -out NEWKEY"
         )
 
     try:
@@ -73,14 +73,14 @@ def _show_certificate(context: ssl.SSLContext, cert_file: Path, key_file: Path |
     except (OSError, ssl.SSLError) as error:
         raise UsageError(
             f"cannot use the certificate {cert_file} with the key in {key_file or cert_file}: "
-            f"{error}; KEEPWARM_BROKER_CERT_FILE and …_KEY_FILE name PEM files that belong together"
+            f"{error}; KEEPWARM_BROKER_CERT_FILE and …_KEY_FILE must be matching PEM files"
         ) from error
 
 
 def tls_fault(error: object, host: str, *, plain: str, certificate: bool) -> str | None:
-    """What is wrong with a TLS connection and what to do, where trying again changes nothing; None
-    otherwise. `plain`: what to do where the port does not speak TLS; `certificate`: whether we show
-    one of ours.
+    """What is wrong with a TLS connection and what to do, if a retry cannot help; None otherwise.
+
+    `plain` is the advice if the port does not speak TLS; `certificate`: whether we present one.
     """
     text = str(error)
     found = _REASON.search(text)
@@ -93,16 +93,16 @@ def tls_fault(error: object, host: str, *, plain: str, certificate: bool) -> str
         return f"the port does not speak TLS. {plain}"
     for alert, what in _REFUSES_CERTIFICATE.items():
         if reason.endswith(alert):
-            return f"the broker {what}. KEEPWARM_BROKER_CERT_FILE must name one that it takes"
+            return f"the broker {what}. KEEPWARM_BROKER_CERT_FILE must be one that it accepts"
     if reason.endswith(_WANTS_CERTIFICATE):
         return (
-            "the broker refused the certificate of KEEPWARM_BROKER_CERT_FILE; its log says why"
+            "the broker refused the certificate KEEPWARM_BROKER_CERT_FILE; its log has the reason"
             if certificate
-            else "the broker wants a certificate of ours: name one with KEEPWARM_BROKER_CERT_FILE "
-            "and its key with KEEPWARM_BROKER_KEY_FILE"
+            else "the broker requires a client certificate: set KEEPWARM_BROKER_CERT_FILE and "
+            "KEEPWARM_BROKER_KEY_FILE"
         )
     if reason.endswith(("PROTOCOL_VERSION", "UNSUPPORTED_PROTOCOL", "NO_SHARED_CIPHER")):
-        return "the broker offers no version of TLS, or no cipher, that this machine takes"
+        return "the broker offers no TLS version or cipher that this machine accepts"
     return None
 
 
@@ -113,10 +113,10 @@ def _untrusted(text: str, host: str) -> str:
         return "its certificate is not valid yet. Check this machine's clock"
     if "mismatch" in text:
         return (
-            f"its certificate is not for the name {host}. Use a name that it is for in the "
-            "broker's URL"
+            f"its certificate is not valid for the name {host}. Use a name in the broker's URL "
+            "that the certificate contains"
         )
     return (
-        "no authority that this machine trusts has signed its certificate. Name the one that did "
-        "with KEEPWARM_BROKER_CA_FILE"
+        "its certificate is not signed by an authority that this machine trusts. Set "
+        "KEEPWARM_BROKER_CA_FILE to the authority's certificate"
     )

@@ -1,4 +1,4 @@
-"""Exchanges and queues, declared idempotently by those who have the right to."""
+"""Declares exchanges and queues, idempotently."""
 
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -9,7 +9,7 @@ from pika.channel import Channel
 
 from services.contracts import topology as names
 
-# What RabbitMQ 4 says of a queue that was made before it, and has no delivery limit of its own.
+# RabbitMQ 4's error for a queue that an older version made, without a delivery limit.
 _NO_LIMIT = re.compile(
     r"inequivalent arg 'x-delivery-limit' for queue '([^']+)' .* but current is none"
 )
@@ -21,8 +21,8 @@ Step = Callable[[Channel, Callable[[Any], None]], None]
 class Declares:
     """What a service declares on every new channel. Least privilege: a worker declares nothing.
 
-    `house` are the exchanges and the queues that always are, `context_ids` the claims queues.
-    "unbound": where all of them are there, this compares their arguments and changes nothing.
+    `core` are the exchanges and queues that do not depend on a context, `context_ids` the claims
+    queues. "unbound" declares without binding: if all exist, it only compares their arguments.
     """
 
     core: Literal["always", "if-missing", "never", "unbound"] = "never"
@@ -34,9 +34,9 @@ def quorum_arguments(
 ) -> dict[str, Any]:
     """The arguments of a quorum queue on a broker of this version.
 
-    Failures are counted by us, per claim, so the broker's delivery limit has to be out of the way:
-    4.x has one of 20 unless told -1; before, there is none, and -1 would dead-letter at once. A
-    queue that was made before the broker became 4.x keeps its arguments, without -1.
+    Keepwarm counts failures itself, per claim, so the broker's delivery limit is turned off. In 4.x
+    it is 20 by default, and -1 turns it off; older versions have none, and -1 would dead-letter at
+    once. A queue that was made before the broker became 4.x keeps its arguments, without -1.
     """
     arguments: dict[str, Any] = {"x-queue-type": "quorum"}
     if int(server_version.partition(".")[0]) >= 4 and not made_before_4:
@@ -45,8 +45,8 @@ def quorum_arguments(
         arguments |= {
             "x-dead-letter-exchange": names.DEAD_EXCHANGE,
             "x-dead-letter-routing-key": names.DEAD_MESSAGES_QUEUE,
-            # A dead letter is confirmed by its new queue before it leaves the old one; the broker
-            # wants reject-publish for that.
+            # The target queue confirms a dead letter before it leaves the old queue. RabbitMQ
+            # requires reject-publish for that.
             "x-dead-letter-strategy": "at-least-once",
             "x-overflow": "reject-publish",
         }
@@ -54,8 +54,8 @@ def quorum_arguments(
 
 
 def queue_made_before_4(refusal: str) -> str | None:
-    """The queue that a broker has from its time before 4.x, when it refused to declare that with a
-    delivery limit; None when it refused for another reason.
+    """The queue of the error, if a declaration was refused because RabbitMQ before 4.x made the
+    queue without a delivery limit; None if it was refused for another reason.
     """
     found = _NO_LIMIT.search(refusal)
     return found and found[1]
@@ -91,7 +91,7 @@ def _queue(
         )
 
 
-def _house(version: str, made_before_4: Collection[str], *, bind: bool = True) -> Iterator[Step]:
+def _core(version: str, made_before_4: Collection[str], *, bind: bool = True) -> Iterator[Step]:
     for name in names.DIRECT_EXCHANGES:
         yield _exchange(name)
     for queue, exchange in (
@@ -108,22 +108,22 @@ def _house(version: str, made_before_4: Collection[str], *, bind: bool = True) -
             bind=bind,
         )
     yield _exchange(names.PRESENCE_EXCHANGE, "fanout")
-    # The last one: where it is, all the others are.
+    # Declared last: if it exists, all the others do.
     yield _exchange(names.NOTICES_EXCHANGE, "fanout")
 
 
 def _steps(
     server_version: str,
     declares: Declares,
-    house_is_missing: bool,
+    core_is_missing: bool,
     made_before_4: Collection[str],
 ) -> Iterator[Step]:
-    if declares.core == "always" or (declares.core == "if-missing" and house_is_missing):
-        yield from _house(server_version, made_before_4)
+    if declares.core == "always" or (declares.core == "if-missing" and core_is_missing):
+        yield from _core(server_version, made_before_4)
     elif declares.core == "unbound":
-        yield from _house(server_version, made_before_4, bind=False)
+        yield from _core(server_version, made_before_4, bind=False)
     elif declares.core == "if-missing":
-        # Where it is missing, the broker closes the channel with 404.
+        # If it is missing, the broker closes the channel with 404.
         yield lambda channel, done: channel.exchange_declare(
             names.NOTICES_EXCHANGE, passive=True, callback=done
         )
@@ -140,20 +140,20 @@ def declare(
     declares: Declares,
     done: Callable[[], None],
     *,
-    house_is_missing: bool,
+    core_is_missing: bool,
     made_before_4: Collection[str] = (),
 ) -> None:
-    """Declare it all, one after the other, then call `done`.
+    """Declare everything in order, then call `done`.
 
-    A queue that exists with other arguments makes the broker close the channel with 406;
-    `made_before_4` are those that were found to have none for the delivery limit.
+    If a queue exists with other arguments, the broker closes the channel with 406.
+    `made_before_4` are queues known to have no argument for the delivery limit.
     """
-    steps = _steps(server_version, declares, house_is_missing, made_before_4)
+    steps = _steps(server_version, declares, core_is_missing, made_before_4)
     run_in_order(channel, steps, done)
 
 
 def run_in_order(channel: Channel, steps: Iterator[Step], done: Callable[[], None]) -> None:
-    """Take each step when the broker has answered the one before, then call `done`."""
+    """Run each step once the broker has answered the previous one, then call `done`."""
 
     def advance(_: Any = None) -> None:
         step = next(steps, None)
@@ -166,7 +166,7 @@ def run_in_order(channel: Channel, steps: Iterator[Step], done: Callable[[], Non
 
 
 def listen(queue: str, exchange: str) -> Sequence[Step]:
-    """Steps that make a queue of what a fanout says, which goes when its connection does."""
+    """Steps that declare an exclusive queue for a fanout exchange and bind it."""
     return (
         lambda channel, done: channel.queue_declare(queue, exclusive=True, callback=done),
         lambda channel, done: channel.queue_bind(queue, exchange, callback=done),

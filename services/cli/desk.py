@@ -161,7 +161,7 @@ class Desk:
 
             context_id = self._submission.run.context.context_id
             policies = ask_policies(self._settings, [topology.claims_queue(context_id)])
-            for harm in policies.harms:
+            for harm in policies.problems:
                 say(self._console, f"Warning: {harm}")
             self._keep(parts)
             return self._settings, {"KEEPWARM_BROKER_URL": self._settings.broker_url}
@@ -277,7 +277,7 @@ class Desk:
                     slots,
                     waiting_for=collector.waiting_for or self._blocked(),
                 )
-                if self._database.wants(self._submission.submission_id) is False:
+                if self._database.is_active(self._submission.submission_id) is False:
                     raise RunIncomplete(
                         f"{self._run_id} was cancelled; the same command goes on with it"
                     )

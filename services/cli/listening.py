@@ -55,9 +55,9 @@ class Listener:
                     f"status-{what}",
                     queues=(),
                     prefetch=1,
-                    on_notice=hear,
+                    on_fanout_message=hear,
                     listener=own_name(),
-                    hears=exchange,
+                    fanout_exchange=exchange,
                 )
                 self._links.append(opened.enter_context(link.open(self._timeout_seconds)))
             yield self
@@ -66,8 +66,8 @@ class Listener:
         """What was heard lately; never waits. Queues are as they were at the look before."""
         fault = next(filter(None, (link.readiness_error for link in self._links)), None)
         if fault is not None:
-            self._fleet.note_deaf()
-        self._links[0].ask_counts(topology.CORE_QUEUES, self.hear_counts)
+            self._fleet.note_disconnected()
+        self._links[0].request_counts(topology.CORE_QUEUES, self.hear_counts)
         return Heard(self._fleet.workers(), self._notice.contexts, self._counts, fault)
 
     # On the links' threads. What is no message of ours is no reason to stop looking.

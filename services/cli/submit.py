@@ -163,7 +163,7 @@ def submit(
         ):
             metrics.serve(_Submitting(publisher))
             policies = ask_policies(settings, [claims_queue])
-            for harm in policies.harms:
+            for harm in policies.problems:
                 say(console, f"Warning: {harm}")
             if policies.unknown:
                 log.info("broker.policies_unknown", reason=policies.unknown)

@@ -1,4 +1,4 @@
-"""The collector: takes verdicts, commits them in batches, acknowledges after the commit."""
+"""The collector: takes messages, commits them in batches, acknowledges after the commit."""
 
 import math
 import socket
@@ -27,8 +27,8 @@ from services.collector.metrics import (
     WAITING,
     count_in,
 )
-from services.collector.nowhere import Nowhere
-from services.collector.run_counts import RunCounts
+from services.collector.missing_claims import MissingClaims
+from services.collector.run_statuses import RunStatusCache
 from services.collector.submissions import NotAnnounced, Submissions
 from services.contracts import (
     ClaimBatch,
@@ -65,27 +65,27 @@ _KINDS: Mapping[str, type[Message]] = {
     topology.RETURNS_QUEUE: ClaimBatch,
 }
 _PREFETCH = 512
-# Returned batches hold evidence, so they are large, and there are few.
+# Returned batches are few and large, because they contain evidence.
 _PREFETCH_OF = {topology.RETURNS_QUEUE: 32}
-# Of each queue. Unsettled messages are held twice while they are sent on, and decoded a part of
-# them takes several times its bytes: some 400 MiB in all, with the largest messages on all queues.
-_MOST_BYTES = 32 * 1024 * 1024
-_COMMIT_BYTES = _MOST_BYTES // 2
-# Half of the prefetch: the broker sends the other half while these are being committed.
+# Per queue. A message that is published again is in memory twice, and decoding takes several times
+# its bytes: some 400 MiB in all, with the largest messages on all queues.
+_MAX_BYTES = 32 * 1024 * 1024
+_COMMIT_BYTES = _MAX_BYTES // 2
+# Half of the prefetch: the broker delivers the other half during the commit.
 _COMMIT_MESSAGES = _PREFETCH // 2
-# What it publishes are messages that it holds unacknowledged, and one notice at a time: with this
-# window it never waits for a broker that takes nothing for the moment, and goes on collecting.
+# It publishes messages that it holds unacknowledged, and one control update at a time. With this
+# window, `publish` never waits for a blocked broker, so collecting goes on.
 _WINDOW = _PREFETCH * len(_KINDS) + 1
 _TAKE_SECONDS = 0.1
 _LULL_SECONDS = 0.02
 _ANNOUNCEMENT_SECONDS = 30.0
-# So many wait for an announcement; with more of them there would be no room for what can be used.
-_MOST_EARLY = _PREFETCH // 2
+# At most this many messages wait for an announcement; more would take up the prefetch.
+_MAX_UNANNOUNCED = _PREFETCH // 2
 _FLUSH_SECONDS = 2.0
-# The broker sends each notice to every worker: to a large fleet they go less often.
-_NOTICE_BYTES_PER_SECOND = 2_000_000
-# What comes after a connection was lost begins within moments of the new one.
-_SETTLED_SECONDS = 2.0
+# The broker sends each control update to every worker: a large fleet gets them less often.
+_CONTROL_UPDATE_BYTES_PER_SECOND = 2_000_000
+# After a reconnect, the broker starts to redeliver within this time.
+_REDELIVERY_SECONDS = 2.0
 _FINISH_SECONDS = 20.0
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.2, 15.0
 
@@ -93,13 +93,13 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Whereabouts:
-    """Where a context's claims are, as broker and workers last said."""
+class ContextStatus:
+    """Where a context's claims are, by the latest counts of the broker and the workers."""
 
     messages: int | None
-    """That wait in its queue; None where there is none, or the broker was not asked for it."""
+    """Waiting in its queue; None if the queue does not exist or was not counted."""
     workers: int
-    """That serve it or load it."""
+    """That serve or load it."""
     claims_held: int
     """By its workers."""
     dead_messages: int
@@ -107,11 +107,10 @@ class Whereabouts:
 
 
 class Collector:
-    """Moves what workers and producers say from the broker into the store, and puts the claims that
-    workers give back onto their queue again.
+    """Stores the messages of workers and producers, and publishes returned claims again.
 
-    A message is acknowledged after the transaction that holds it is committed; when this process
-    dies in between it comes again, and the store ignores and counts it.
+    A message is acknowledged after its transaction is committed. If the process dies in between,
+    the message is delivered again, and the store ignores and counts the duplicate.
     """
 
     def __init__(self, store: Store, settings: Settings) -> None:
@@ -120,47 +119,49 @@ class Collector:
         self._stop = threading.Event()
         self._finish = threading.Event()
         self._finish_by = math.inf
-        self._notice_due = 0.0
-        self._noticed = False
+        self._control_update_due = 0.0
+        self._last_update_had_content = False
         self._fleet = Fleet()
-        self._directory = DemandEstimator(store, settings, self._fleet)
-        self._run_counts = RunCounts(store)
-        self._pulse = Watchdog()
+        self._demand = DemandEstimator(store, settings, self._fleet)
+        self._run_statuses = RunStatusCache(store)
+        self._watchdog = Watchdog()
         self._links: tuple[Publisher, Consumer] | None = None
         self._submissions = Submissions(store)
-        self._nowhere = Nowhere(store, self._directory, settings.broker_heartbeat_seconds)
-        # Those that came before their announcement, each with the time until which we wait for it,
-        # and those of them whose turn it is again.
-        self._early: deque[tuple[Delivery, float]] = deque()
-        self._again: deque[tuple[Delivery, float]] = deque()
-        self._newer: tuple[Delivery, MessageTooNew] | None = None
+        self._missing_claims = MissingClaims(store, self._demand, settings.broker_heartbeat_seconds)
+        # Messages that came before their announcement, each with the time until which they wait
+        # for it; and those of them that are to be checked again now.
+        self._unannounced: deque[tuple[Delivery, float]] = deque()
+        self._to_retry: deque[tuple[Delivery, float]] = deque()
+        self._too_new: tuple[Delivery, MessageTooNew] | None = None
         self.waiting_for: str | None = None
-        """What keeps it from committing, in words, while something does."""
+        """The error that keeps it from committing; None if there is none."""
         WAITING.set_function(lambda: self.waiting_for is not None)
+
+    # For other threads.
 
     @property
     def liveness_error(self) -> str | None:
-        """See `telemetry.server.Service`. To wait for a broker at the start, and to end, may take
-        long, and ends.
+        """See `telemetry.server.Service`. Connecting at the start and stopping may take long, but
+        both end, so neither counts as stalled.
         """
         waits = self._links is None or self._stop.is_set()
-        return None if waits else self._pulse.liveness_error
+        return None if waits else self._watchdog.liveness_error
 
     @property
     def readiness_error(self) -> str | None:
         if self._links is None:
             return "no connection to the broker"
-        faults = (link.readiness_error for link in self._links)
-        return next(filter(None, faults), None) or self.waiting_for
+        errors = (link.readiness_error for link in self._links)
+        return next(filter(None, errors), None) or self.waiting_for
 
     def targets(self) -> list[dict[str, Any]]:
-        """Where Prometheus finds the workers that are there."""
+        """The live workers' metrics addresses, for Prometheus."""
         return targets(self._fleet.workers(), socket.gethostname())
 
-    def whereabouts(self, context_id: str | None) -> Whereabouts:
-        counts = self._directory.counts
+    def context_status(self, context_id: str | None) -> ContextStatus:
+        counts = self._demand.counts
         on_it = [each for each in self._fleet.workers() if each.context_id == context_id]
-        return Whereabouts(
+        return ContextStatus(
             messages=counts.get(topology.claims_queue(context_id)) if context_id else None,
             workers=len(on_it) if context_id else 0,
             claims_held=self._fleet.claims_held()[context_id] if context_id else 0,
@@ -168,12 +169,12 @@ class Collector:
         )
 
     def stop(self) -> None:
-        """End after the next commit. Any thread may call it."""
+        """End after the next commit."""
         self._stop.set()
 
     def finish(self) -> None:
-        """End once the broker has nothing more for the moment. A connection that was lost is waited
-        for, 20 s at most.
+        """End once the broker has no more messages for now. If the connection is lost, it waits up
+        to 20 s for a new one.
         """
         self._finish_by = awake() + _FINISH_SECONDS
         self._finish.set()
@@ -183,18 +184,20 @@ class Collector:
         on_commit: Callable[[Incoming], None] = lambda _: None,
         until: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Collect until `stop`, `finish`, or `until` says so, which is asked after each commit and
-        every two seconds. `on_commit` hears of every transaction once committed.
+        """Collect until `stop`, `finish`, or until `until` returns True; it is called after each
+        commit and every two seconds. `on_commit` is called with each committed transaction.
 
-        Raises BrokerError when the broker cannot be used at the start; MessageTooNew, once what it
-        has is stored and that message given back. A store that fails later is waited for: nothing
-        is acknowledged meanwhile, so nothing is lost.
+        Raises BrokerError if the broker cannot be used at the start; MessageTooNew after storing
+        what it has and requeuing that message. If the store fails later, the collector retries:
+        nothing is acknowledged meanwhile, so nothing is lost.
         """
         try:
             self._run(on_commit, until)
         except BrokerUnreachable:
-            if not self._stop.is_set():  # else it was told to end before there was a connection
+            if not self._stop.is_set():  # otherwise it was stopped before it was connected
                 raise
+
+    # The main loop.
 
     def _run(self, on_commit: Callable[[Incoming], None], until: Callable[[], bool]) -> None:
         address = BrokerAddress.from_settings(self._settings)
@@ -210,76 +213,76 @@ class Collector:
                 queues=tuple(_KINDS),
                 prefetch=_PREFETCH,
                 prefetch_of=_PREFETCH_OF,
-                most_bytes=_MOST_BYTES,
+                max_bytes=_MAX_BYTES,
                 declares=declares,
-                on_notice=self._hear,
+                on_fanout_message=self._on_heartbeat,
                 listener=own_name(),
-                hears=topology.PRESENCE_EXCHANGE,
+                fanout_exchange=topology.PRESENCE_EXCHANGE,
             ).open(timeout, self._stop.is_set) as consumer,
-            self._seen(publisher, consumer),
+            self._serving_metrics(publisher, consumer),
         ):
-            deaf_at = -math.inf
+            disconnected_at = -math.inf
             while not self._stop.is_set():
-                self._pulse.beat()
+                self._watchdog.beat()
                 publisher.raise_if_dead()
                 if not consumer.consuming:
-                    self._fleet.note_deaf()
-                    deaf_at = awake()
-                took = self._collect_once(consumer, publisher, on_commit)
-                done = self._finish.is_set() and not took and self._has_all(deaf_at)
-                if self._newer is not None or done:
+                    self._fleet.note_disconnected()
+                    disconnected_at = awake()
+                collected = self._collect_once(consumer, publisher, on_commit)
+                done = self._finish.is_set() and not collected and self._has_all(disconnected_at)
+                if self._too_new is not None or done:
                     break
-                looked = self._give_notice(publisher)
-                if looked:
+                updated = self._send_control_update(publisher)
+                if updated:
                     # On the consumer's connection, which an alarm of the broker does not block.
-                    self._directory.ask(consumer, topology.CORE_QUEUES)
-                    self._take_early()
-                if (looked or took) and _says_so(until):
+                    self._demand.request_counts(consumer, topology.CORE_QUEUES)
+                    self._retry_unannounced()
+                if (updated or collected) and _is_satisfied(until):
                     break
             consumer.stop_taking(timeout_seconds=2.0)
             try:
                 publisher.flush(_FLUSH_SECONDS)
-                # What ends us may be that a run was cancelled: workers have to hear of it.
-                self._notice_due = 0.0
-                self._give_notice(publisher)
+                # The reason to end may be a cancelled run, which workers must be told.
+                self._control_update_due = 0.0
+                self._send_control_update(publisher)
                 publisher.flush(_FLUSH_SECONDS)
             except BrokerUnreachable as error:
-                log.warning("claims.unconfirmed", reason=str(error))  # they come again
-            if self._newer is not None:
-                consumer.give_back([self._newer[0]])
-                log.error("message.newer", queue=self._newer[0].queue, reason=str(self._newer[1]))
-                raise self._newer[1]
-
-    def _has_all(self, deaf_at: float) -> bool:
-        """In a lull: whether it means that nothing is left, or that we have waited long enough."""
-        now = awake()
-        return now - deaf_at > _SETTLED_SECONDS or now > self._finish_by
+                log.warning("claims.unconfirmed", reason=str(error))  # they are delivered again
+            if self._too_new is not None:
+                delivery, too_new = self._too_new
+                consumer.give_back([delivery])
+                log.error("message.newer", queue=delivery.queue, reason=str(too_new))
+                raise too_new
 
     @contextmanager
-    def _seen(self, publisher: Publisher, consumer: Consumer) -> Iterator[None]:
-        """By whoever asks for its metrics, while it runs."""
-        self._pulse.beat()
+    def _serving_metrics(self, publisher: Publisher, consumer: Consumer) -> Iterator[None]:
+        self._watchdog.beat()
         self._links = publisher, consumer
-        gauges = Gauges(self._fleet, self._directory, self._run_counts)
+        gauges = Gauges(self._fleet, self._demand, self._run_statuses)
         REGISTRY.register(gauges)
         try:
             yield
         finally:
             REGISTRY.unregister(gauges)
             self._links = None
-            self._run_counts.close()
+            self._run_statuses.close()
 
-    def _hear(self, body: bytes) -> None:
-        """A worker's report, on the link's thread."""
+    def _on_heartbeat(self, body: bytes) -> None:
+        """Called on the link's thread."""
         try:
             self._fleet.note(decode(WorkerHeartbeat, body))
         except (MessageInvalid, MessageTooNew) as error:
-            log.warning("report.refused", reason=str(error))
+            log.warning("heartbeat.refused", reason=str(error))
+
+    def _has_all(self, disconnected_at: float) -> bool:
+        """During a lull: whether nothing is left, or the time to wait for more is over."""
+        now = awake()
+        return now - disconnected_at > _REDELIVERY_SECONDS or now > self._finish_by
 
     def _collect_once(
         self, consumer: Consumer, publisher: Publisher, on_commit: Callable[[Incoming], None]
     ) -> bool:
-        """One transaction of what has come. False when nothing had."""
+        """Commit one transaction of the messages that have arrived. False if there were none."""
         taken: list[tuple[Delivery, Message]] = []
         deadline: float | None = None
         outcomes = size = 0
@@ -289,10 +292,10 @@ class Collector:
             and size < _COMMIT_BYTES
             and (deadline is None or time.monotonic() < deadline)
         ):
-            # Under load the next message is there already; a lull is the moment to commit.
+            # Under load the next message has arrived already; in a lull it is time to commit.
             announced_by: float | None = None
-            if self._again:
-                delivery, announced_by = self._again.popleft()
+            if self._to_retry:
+                delivery, announced_by = self._to_retry.popleft()
             else:
                 found = consumer.take(_TAKE_SECONDS if deadline is None else _LULL_SECONDS)
                 if found is None:
@@ -303,13 +306,13 @@ class Collector:
             try:
                 message = self._submissions.checked(delivery.message(_kind(delivery)))
             except MessageTooNew as error:
-                self._newer = delivery, error
+                self._too_new = delivery, error
                 break
             except NotAnnounced as error:
-                self._keep_early(delivery, announced_by, error, consumer, publisher)
+                self._defer(delivery, announced_by, error, consumer, publisher)
             except StoreError as error:
                 log.error("store.waiting", reason=str(error))
-                self._early.append((delivery, time.monotonic() + _ANNOUNCEMENT_SECONDS))
+                self._unannounced.append((delivery, time.monotonic() + _ANNOUNCEMENT_SECONDS))
                 self._stop.wait(_FIRST_PAUSE_SECONDS)
                 break
             except MessageInvalid as error:
@@ -321,6 +324,26 @@ class Collector:
             self._commit(taken, consumer, publisher, on_commit)
         return bool(taken)
 
+    def _defer(
+        self,
+        delivery: Delivery,
+        announced_by: float | None,
+        error: NotAnnounced,
+        consumer: Consumer,
+        publisher: Publisher,
+    ) -> None:
+        """Keep a message until its announcement has come; refuse it after a while."""
+        now = time.monotonic()
+        announced_by = announced_by or now + _ANNOUNCEMENT_SECONDS
+        if now >= announced_by or len(self._unannounced) >= _MAX_UNANNOUNCED:
+            _refuse(delivery, error, consumer, publisher)
+        else:
+            self._unannounced.append((delivery, announced_by))
+
+    def _retry_unannounced(self) -> None:
+        self._to_retry.extend(self._unannounced)
+        self._unannounced.clear()
+
     def _commit(
         self,
         taken: Sequence[tuple[Delivery, Message]],
@@ -328,8 +351,9 @@ class Collector:
         publisher: Publisher,
         on_commit: Callable[[Incoming], None],
     ) -> None:
-        """In one transaction, or in several where the store refuses a value in it: the message with
-        that value is found by halving and set aside, and all others are committed.
+        """Commit the messages in one transaction, then acknowledge them and publish returned claims
+        again. If the store refuses a value, the message with that value is found by halving and
+        refused, and all others are committed.
         """
         incoming = Incoming.of(message for _, message in taken)
         try:
@@ -348,46 +372,26 @@ class Collector:
         )
         committed = time.monotonic()
         for delivery, _ in taken:
-            LAG_SECONDS.observe(committed - delivery.came_at)
+            LAG_SECONDS.observe(committed - delivery.received_at)
         on_commit(incoming)
         for delivery, message in taken:
             if not isinstance(message, ClaimBatch):
                 continue
             try:
-                send_on(message, delivery, self._store, consumer, publisher)
+                republish_wanted(message, delivery, self._store, consumer, publisher)
             except (MessageInvalid, StoreRefused) as error:
                 _refuse(delivery, error, consumer, publisher)
             except StoreError as error:
                 log.error("store.waiting", reason=str(error))
                 consumer.give_back([delivery])
 
-    def _keep_early(
-        self,
-        delivery: Delivery,
-        announced_by: float | None,
-        error: NotAnnounced,
-        consumer: Consumer,
-        publisher: Publisher,
-    ) -> None:
-        """Its announcement may have come by the time that it is taken again."""
-        now = time.monotonic()
-        announced_by = announced_by or now + _ANNOUNCEMENT_SECONDS
-        if now >= announced_by or len(self._early) >= _MOST_EARLY:
-            _refuse(delivery, error, consumer, publisher)
-        else:
-            self._early.append((delivery, announced_by))
-
-    def _take_early(self) -> None:
-        self._again.extend(self._early)
-        self._early.clear()
-
     def _write(self, incoming: Incoming) -> bool:
-        """Commit, however long it takes. False when told to stop before that was possible.
+        """Commit, retrying until it succeeds. False if stopped before that.
 
-        Raises StoreRefused when the store will not take it however long we wait.
+        Raises StoreRefused if the store refuses a value, which a retry cannot change.
         """
         for failures in count(1):
-            self._pulse.beat()
+            self._watchdog.beat()
             try:
                 with COMMIT_SECONDS.time():
                     gained = self._store.write(incoming)
@@ -407,89 +411,60 @@ class Collector:
                     break
             else:
                 self.waiting_for = None
-                self._directory.note(gained)
-                self._run_counts.note(incoming.run_ids())
-                self._nowhere.note(incoming.run_ids())
+                self._demand.note(gained)
+                self._run_statuses.note(incoming.run_ids())
+                self._missing_claims.note(incoming.run_ids())
                 count_in(incoming, gained.total() - len(incoming.dead))
                 return True
         return False
 
-    def _give_notice(self, publisher: Publisher) -> bool:
-        """Now and then tell every worker which submissions are cancelled, and which contexts have
-        claims waiting.
-
-        False when it is not the time.
+    def _send_control_update(self, publisher: Publisher) -> bool:
+        """Tell every worker, from time to time, which submissions are cancelled and which contexts
+        have claims waiting. False if it is not due.
         """
         now = time.monotonic()
-        if now < self._notice_due or publisher.pending:
+        if now < self._control_update_due or publisher.pending:
             return False
-        self._notice_due = now + CONTROL_UPDATE_SECONDS
+        self._control_update_due = now + CONTROL_UPDATE_SECONDS
         try:
-            contexts = self._directory.look()
-            cancelled = self._store.cancelled_submissions(self._directory.settled_runs())
-            self._nowhere.look()
+            contexts = self._demand.update()
+            cancelled = self._store.cancelled_submissions(self._demand.settled_runs())
+            self._missing_claims.check()
         except StoreError:
-            return False  # whoever commits says so
-        notice = ControlUpdate(cancelled=cancelled, contexts=contexts)
-        something = bool(notice.cancelled or notice.contexts)
-        if something or self._noticed:
-            message = Outgoing.of(notice, topology.NOTICES_EXCHANGE, "", notice=True)
+            return False  # the next commit logs the error
+        update = ControlUpdate(cancelled=cancelled, contexts=contexts)
+        has_content = bool(update.cancelled or update.contexts)
+        # After the last update with content an empty one is sent, which replaces it.
+        if has_content or self._last_update_had_content:
+            message = Outgoing.of(update, topology.NOTICES_EXCHANGE, "", transient=True)
             publisher.publish(message)
             sent_bytes = len(message.body) * len(self._fleet.workers())
-            self._notice_due = now + max(
-                CONTROL_UPDATE_SECONDS, sent_bytes / _NOTICE_BYTES_PER_SECOND
+            self._control_update_due = now + max(
+                CONTROL_UPDATE_SECONDS, sent_bytes / _CONTROL_UPDATE_BYTES_PER_SECOND
             )
-        self._noticed = something
+        self._last_update_had_content = has_content
         return True
 
 
-def _says_so(until: Callable[[], bool]) -> bool:
-    try:
-        return until()
-    except StoreError:
-        return False  # asked again
-
-
-def _kind(delivery: Delivery) -> type[Message]:
-    """What a message of its queue is; on the queue of verdicts workers tell of their starts too."""
-    if delivery.queue == topology.VERDICTS_QUEUE and delivery.kind == ContextReady.wire_type:
-        return ContextReady
-    return _KINDS[delivery.queue]
-
-
-def _outcomes(message: Message) -> int:
-    if isinstance(message, VerdictBatch):
-        return len(message.verdicts)
-    return int(isinstance(message, DeadClaim))
-
-
-def _refuse(
-    delivery: Delivery, error: KeepwarmError, consumer: Consumer, publisher: Publisher
-) -> None:
-    REFUSED.inc()
-    log.error("message.refused", queue=delivery.queue, reason=str(error))
-    publisher.publish(delivery.refused(str(error), lambda: consumer.acknowledge([delivery])))
-
-
-def send_on(
+def republish_wanted(
     batch: ClaimBatch,
     delivery: Delivery,
     store: Store,
     consumer: Consumer,
     publisher: Publisher,
 ) -> None:
-    """Publish those claims of a returned batch that are still wanted, and acknowledge it once the
-    broker has them. The batch is one that `Submissions.checked` has let through.
+    """Publish those claims of a returned batch that are still wanted, and acknowledge the delivery
+    once the broker has confirmed them. `Submissions.checked` must have accepted the batch.
 
-    Raises MessageInvalid; StoreError when the store cannot say what is wanted.
+    Raises MessageInvalid; StoreError if the store cannot be read.
     """
     run_id = batch.run.run_id
     wanted: list[int] = []
-    if store.wants(batch.submission_id):
+    if store.is_active(batch.submission_id):
         done = store.finished(run_id, [claim.claim_id for claim in batch.claims])
-        places = {claim.claim_id: place for place, claim in enumerate(batch.claims)}
-        wanted = [place for claim_id, place in places.items() if claim_id not in done]
-    log.info("claims.returned", run=run_id, claims=len(batch.claims), sent_on=len(wanted))
+        indices = {claim.claim_id: index for index, claim in enumerate(batch.claims)}
+        wanted = [index for claim_id, index in indices.items() if claim_id not in done]
+    log.info("claims.returned", run=run_id, claims=len(batch.claims), republished=len(wanted))
     if not wanted:
         consumer.acknowledge([delivery])
         return
@@ -505,3 +480,32 @@ def send_on(
             on_confirmed=lambda: consumer.acknowledge([delivery]),
         )
     )
+
+
+def _refuse(
+    delivery: Delivery, error: KeepwarmError, consumer: Consumer, publisher: Publisher
+) -> None:
+    """Move a message to `dead-messages`."""
+    REFUSED.inc()
+    log.error("message.refused", queue=delivery.queue, reason=str(error))
+    publisher.publish(delivery.refused(str(error), lambda: consumer.acknowledge([delivery])))
+
+
+def _kind(delivery: Delivery) -> type[Message]:
+    """The type of a message, by its queue; the verdicts queue also has `ContextReady`."""
+    if delivery.queue == topology.VERDICTS_QUEUE and delivery.kind == ContextReady.wire_type:
+        return ContextReady
+    return _KINDS[delivery.queue]
+
+
+def _outcomes(message: Message) -> int:
+    if isinstance(message, VerdictBatch):
+        return len(message.verdicts)
+    return int(isinstance(message, DeadClaim))
+
+
+def _is_satisfied(until: Callable[[], bool]) -> bool:
+    try:
+        return until()
+    except StoreError:
+        return False  # it is called again later

@@ -1,7 +1,7 @@
-"""Where Prometheus finds the workers that are there: its HTTP service discovery.
+"""The live workers in the form of Prometheus' HTTP service discovery.
 
-https://prometheus.io/docs/prometheus/latest/http_sd/ has the form. `__meta_keepwarm_…`
-labels are there for relabelling only: no series gets the id of a worker unless someone wants it.
+The form: https://prometheus.io/docs/prometheus/latest/http_sd/. `__meta_keepwarm_…` labels are for
+relabelling only: no series has a worker's id unless a relabelling rule adds it.
 """
 
 from collections.abc import Iterable
@@ -12,10 +12,10 @@ from services.contracts.addresses import is_loopback, split_address
 
 
 def targets(workers: Iterable[WorkerHeartbeat], own_host: str) -> list[dict[str, Any]]:
-    """A target for each address; of several workers that claim one, the last in the list has it.
+    """A target for each address; if several workers report one address, the last in the list wins.
 
-    A worker that can be reached on its own machine alone is left out elsewhere: whoever scrapes
-    would find something else there.
+    A worker that listens on loopback is left out unless it is on `own_host`: elsewhere its address
+    is another process.
     """
     reachable = {
         report.metrics_address: report

@@ -1,4 +1,4 @@
-"""The fleet: which workers there are, and how many serve each context, as they say themselves."""
+"""The fleet: the live workers and how many serve each context, by their heartbeats."""
 
 import threading
 import time
@@ -11,103 +11,104 @@ from services.contracts import WorkerHeartbeat
 from services.contracts.heartbeats import FORGOTTEN_SECONDS, HEARTBEAT_SECONDS
 
 MAX_WORKERS = 100_000
-"""More cannot be real; those that were silent for longest are forgotten first."""
+"""Beyond this number, the workers with the oldest heartbeats are forgotten."""
 _PAUSE_SECONDS = FORGOTTEN_SECONDS - HEARTBEAT_SECONDS
 
 
 class Fleet:
-    """The workers that are there, by the latest report of each.
+    """The live workers, by their latest heartbeats.
 
-    Nothing of it is stored: workers report again and again, and `HEARTBEAT_SECONDS` after it
-    began to listen a collector has heard from all of them.
+    Nothing is stored: within `HEARTBEAT_SECONDS` after it began to listen, a collector has a
+    heartbeat of every worker.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._lock = threading.Lock()  # reports come on a link's thread
-        self._began = self._listened = self._deaf = -inf
-        # By worker, its report and when it came; who is silent for longest comes first.
-        self._living: OrderedDict[str, tuple[WorkerHeartbeat, float]] = OrderedDict()
-        self._on: Counter[str] = Counter()
+        self._lock = threading.Lock()  # heartbeats come on a link's thread
+        self._listening_since = self._last_call = self._disconnected_at = -inf
+        # By worker: its latest heartbeat and when it came, the oldest first.
+        self._workers: OrderedDict[str, tuple[WorkerHeartbeat, float]] = OrderedDict()
+        self._serving: Counter[str] = Counter()
 
-    def heard_all(self) -> bool:
-        """Whether every worker that is there has had the time to say so."""
+    def heard_from_all(self) -> bool:
+        """Whether every live worker has had time to send a heartbeat."""
         with self._lock:
             now = self._now()
             self._forget_silent(now)
-            return now - self._began >= HEARTBEAT_SECONDS
+            return now - self._listening_since >= HEARTBEAT_SECONDS
 
-    def note(self, report: WorkerHeartbeat) -> None:
-        """The worker's latest word: what it said before is forgotten."""
+    def note(self, heartbeat: WorkerHeartbeat) -> None:
+        """Replace the worker's previous heartbeat with this one."""
         with self._lock:
             now = self._now()
-            before = self._forget(report.worker_id)
-            if report.ending is not None and (before is None or before.ending is None):
-                PREEMPTIONS.labels(report.ending).inc()
-            if report.state == "stopped":
+            previous = self._forget(heartbeat.worker_id)
+            if heartbeat.ending is not None and (previous is None or previous.ending is None):
+                PREEMPTIONS.labels(heartbeat.ending).inc()
+            if heartbeat.state == "stopped":
                 return
-            if len(self._living) >= MAX_WORKERS:
-                self._forget(next(iter(self._living)))
-            self._living[report.worker_id] = report, now
-            if (context_id := _serves(report)) is not None:
-                self._on[context_id] += 1
+            if len(self._workers) >= MAX_WORKERS:
+                self._forget(next(iter(self._workers)))
+            self._workers[heartbeat.worker_id] = heartbeat, now
+            if (context_id := _served_context(heartbeat)) is not None:
+                self._serving[context_id] += 1
 
-    def note_deaf(self) -> None:
-        """Nothing can be heard now, so nobody's silence means anything."""
+    def note_disconnected(self) -> None:
+        """No heartbeats can arrive now, so a missing one does not mean that a worker is gone."""
         with self._lock:
-            self._deaf = self._clock()
+            self._disconnected_at = self._clock()
 
     def workers_on(self, context_id: str) -> int:
-        """How many workers serve the context now."""
+        """The number of workers that serve the context now."""
         with self._lock:
             self._forget_silent(self._now())
-            return self._on[context_id]
+            return self._serving[context_id]
 
     def claims_held(self) -> Counter[str]:
-        """How many claims its workers have in hand, by context."""
+        """The number of claims in flight at workers, by context."""
         held: Counter[str] = Counter()
-        for report in self.workers():
-            if report.context_id is not None:
-                held[report.context_id] += report.claims_in_hand
+        for heartbeat in self.workers():
+            if heartbeat.context_id is not None:
+                held[heartbeat.context_id] += heartbeat.claims_in_hand
         return held
 
     def workers(self) -> list[WorkerHeartbeat]:
-        """The latest word of each worker that is there, the latest last."""
+        """The latest heartbeat of each live worker, the newest last."""
         with self._lock:
             self._forget_silent(self._clock())
-            return [report for report, _ in self._living.values()]
+            return [heartbeat for heartbeat, _ in self._workers.values()]
 
     def _now(self) -> float:
-        """Whoever did not listen, waiting for a store or a broker, begins anew: a silence of that
-        time is nobody's.
+        """The time now. If the collector was busy for long, with the store or the broker, listening
+        starts anew: heartbeats may have been missed in that time.
         """
         now = self._clock()
-        if now - self._listened > _PAUSE_SECONDS:
-            self._began = now
-        self._listened = now
+        if now - self._last_call > _PAUSE_SECONDS:
+            self._listening_since = now
+        self._last_call = now
         return now
 
     def _forget_silent(self, now: float) -> None:
-        latest_gone = now - FORGOTTEN_SECONDS
-        if self._deaf > latest_gone:
+        oldest_valid = now - FORGOTTEN_SECONDS
+        if self._disconnected_at > oldest_valid:
             return
-        while self._living:
-            worker_id, (report, heard) = next(iter(self._living.items()))
-            if heard > latest_gone:
+        while self._workers:
+            worker_id, (heartbeat, received_at) = next(iter(self._workers.items()))
+            if received_at > oldest_valid:
                 return
             self._forget(worker_id)
-            # Who said that it goes was counted then; while we did not listen, anybody is silent.
-            if report.ending is None and self._began <= heard:
+            # A worker that announced its end was counted then. Silence before `_listening_since`
+            # does not count: its heartbeats may have been missed.
+            if heartbeat.ending is None and self._listening_since <= received_at:
                 PREEMPTIONS.labels("vanished").inc()
 
     def _forget(self, worker_id: str) -> WorkerHeartbeat | None:
-        report, _ = self._living.pop(worker_id, (None, 0.0))
-        if report is not None and (context_id := _serves(report)) is not None:
-            self._on[context_id] -= 1
-            if not self._on[context_id]:
-                del self._on[context_id]
-        return report
+        heartbeat, _ = self._workers.pop(worker_id, (None, 0.0))
+        if heartbeat is not None and (context_id := _served_context(heartbeat)) is not None:
+            self._serving[context_id] -= 1
+            if not self._serving[context_id]:
+                del self._serving[context_id]
+        return heartbeat
 
 
-def _serves(report: WorkerHeartbeat) -> str | None:
-    return report.context_id if report.state == "serving" else None
+def _served_context(heartbeat: WorkerHeartbeat) -> str | None:
+    return heartbeat.context_id if heartbeat.state == "serving" else None

@@ -1,4 +1,4 @@
-"""How things stand, read when somebody asks: runs, contexts, workers, queues."""
+"""The state of runs, contexts, workers and queues, read at each scrape."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,52 +10,64 @@ from prometheus_client.registry import Collector
 from services.broker import Counts
 from services.collector.demand import DemandEstimator
 from services.collector.fleet import Fleet
-from services.collector.run_counts import RunCounts
+from services.collector.run_statuses import RunStatusCache
 from services.contracts import ContextDemand, WorkerHeartbeat, topology
 from services.store.progress import RunStatus
 from services.telemetry import BoundedLabels
 
-_MOST_CONTEXTS = 100
-_MOST_INFO_CHARS = 128
+_MAX_CONTEXTS = 100
+_MAX_INFO_CHARS = 128
 
 _RUN_GAUGES = {
-    "keepwarm_run_claims": ("Claims of the run; missing until all are sent.", "total"),
+    "keepwarm_run_claims": ("Claims of the run; absent until all are sent.", "total"),
     "keepwarm_run_done_claims": ("Claims of the run that have a verdict.", "done"),
-    "keepwarm_run_dead_claims": ("Claims of the run that were given up on.", "dead"),
-    "keepwarm_run_rejected_lines": ("Lines of the run's file that are no claims.", "rejected"),
-    "keepwarm_run_duplicate_verdicts": ("Verdicts of the run that came twice.", "duplicates"),
-    "keepwarm_run_returned_claims": ("Claims of the run given back unfinished.", "returned"),
+    "keepwarm_run_dead_claims": ("Dead claims of the run.", "dead"),
+    "keepwarm_run_rejected_lines": ("Rejected lines of the run's file.", "rejected"),
+    "keepwarm_run_duplicate_verdicts": (
+        "Duplicate verdicts of the run, which were ignored.",
+        "duplicates",
+    ),
+    "keepwarm_run_returned_claims": (
+        "Claims of the run that workers returned unfinished.",
+        "returned",
+    ),
     "keepwarm_run_lost_claims": (
-        "Claims of the run that were computed again because a worker was lost, at most.",
+        "Claims of the run that were computed again, at most, because a worker was lost.",
         "lost_work",
     ),
     "keepwarm_run_claims_per_second": (
-        "Claims a second, over the last minute in which verdicts of the run came.",
+        "Claims per second, over the last minute with verdicts of the run.",
         "claims_per_second",
     ),
-    "keepwarm_run_left_seconds": ("Until the run is complete, at this speed.", "eta_seconds"),
-    "keepwarm_run_complete": ("Whether every claim of the run has an outcome.", "complete"),
-    "keepwarm_run_cancelled": ("Whether nobody wants the run any more.", "cancelled"),
+    "keepwarm_run_left_seconds": (
+        "Seconds until the run is complete, at its current speed.",
+        "eta_seconds",
+    ),
+    "keepwarm_run_complete": (
+        "Whether every claim of the run has an outcome (1) or not (0).",
+        "complete",
+    ),
+    "keepwarm_run_cancelled": ("Whether the run is cancelled (1) or not (0).", "cancelled"),
 }
 _CONTEXT_GAUGES = {
     "keepwarm_context_ready_claims": (
-        "Claims that wait in the context's queue, as estimated.",
+        "Claims waiting in the context's queue (an estimate).",
         "claims_ready",
     ),
     "keepwarm_context_in_flight_claims": (
-        "Claims that are wanted and wait no more, as estimated.",
+        "Wanted claims that have left the queue and have no outcome yet (an estimate).",
         "claims_in_flight",
     ),
-    "keepwarm_context_workers": ("Workers that serve the context.", "workers_warm"),
+    "keepwarm_context_workers": ("Workers serving the context.", "workers_warm"),
 }
 
 
 class Gauges(Collector):
-    """A collector in Prometheus' sense: asked at each scrape, and never long in answering."""
+    """A collector in the sense of Prometheus: read at each scrape, and never waits long."""
 
-    def __init__(self, fleet: Fleet, directory: DemandEstimator, runs: RunCounts) -> None:
+    def __init__(self, fleet: Fleet, demand: DemandEstimator, runs: RunStatusCache) -> None:
         self._fleet = fleet
-        self._directory = directory
+        self._demand = demand
         self._runs = runs
         self._device, self._label = BoundedLabels(), BoundedLabels()
 
@@ -70,20 +82,20 @@ class Gauges(Collector):
         statuses, age_seconds = self._runs.latest()
         yield from _runs(statuses, age_seconds)
         yield from _verdicts(statuses, self._label)
-        yield from _contexts(self._directory.lines[:_MOST_CONTEXTS])
+        yield from _contexts(self._demand.contexts[:_MAX_CONTEXTS])
         yield from _workers(self._fleet.workers(), self._device)
-        yield from _queues(self._directory.counts)
+        yield from _queues(self._demand.counts)
 
 
 def _runs(statuses: Sequence[RunStatus], age_seconds: float) -> Iterator[Metric]:
     info = GaugeMetricFamily(
         "keepwarm_run_info",
-        "Always 1: what the run is of.",
+        "Always 1: the run's source, model and prompt.",
         labels=["run_id", "context_id", "source", "model", "prompt"],
     )
     for status in statuses:
         texts = (status.context_id, status.source, status.model, status.prompt)
-        info.add_metric([status.run_id, *((text or "")[-_MOST_INFO_CHARS:] for text in texts)], 1)
+        info.add_metric([status.run_id, *((text or "")[-_MAX_INFO_CHARS:] for text in texts)], 1)
     yield info
     for name, (meaning, field) in _RUN_GAUGES.items():
         family = GaugeMetricFamily(name, meaning, labels=["run_id"])
@@ -94,7 +106,7 @@ def _runs(statuses: Sequence[RunStatus], age_seconds: float) -> Iterator[Metric]
         yield family
     yield GaugeMetricFamily(
         "keepwarm_run_counts_age_seconds",
-        "How old the gauges of runs are; they age while the store cannot be read.",
+        "Age of the gauges of runs, in seconds; it grows while the store cannot be read.",
         value=age_seconds,
     )
 
@@ -105,7 +117,7 @@ def _verdicts(statuses: Sequence[RunStatus], label_label: BoundedLabels) -> Iter
     )
     judged = GaugeMetricFamily(
         "keepwarm_run_gold_verdicts",
-        "Verdicts of the run of claims whose gold label is known, by whether the two agree.",
+        "Verdicts of the run on claims with a gold label, by whether they agree with it.",
         labels=["run_id", "correct"],
     )
     for status in statuses:
@@ -125,7 +137,7 @@ def _contexts(lines: Sequence[ContextDemand]) -> Iterator[Metric]:
         "keepwarm_context_info", "Always 1: the context's model.", labels=["context_id", "model"]
     )
     for line in lines:
-        model = line.context.model[-_MOST_INFO_CHARS:]
+        model = line.context.model[-_MAX_INFO_CHARS:]
         info.add_metric([line.context.context_id, model], 1)
     yield info
     for name, (meaning, field) in _CONTEXT_GAUGES.items():
@@ -145,7 +157,7 @@ def _workers(reports: Sequence[WorkerHeartbeat], device_label: BoundedLabels) ->
             speeds[device] += report.claims_per_second or 0.0
     workers = GaugeMetricFamily(
         "keepwarm_workers",
-        "Workers that are there, by state and device, as they say themselves.",
+        "Live workers, by state and device, from their heartbeats.",
         labels=["state", "device"],
     )
     for labels, number in counts.items():
@@ -153,7 +165,7 @@ def _workers(reports: Sequence[WorkerHeartbeat], device_label: BoundedLabels) ->
     yield workers
     speed = GaugeMetricFamily(
         "keepwarm_workers_claims_per_second",
-        "What the workers that serve could do together, by device and their own measure.",
+        "Combined measured speed of the serving workers, by device.",
         labels=["device"],
     )
     for device, claims_per_second in speeds.items():
@@ -164,7 +176,7 @@ def _workers(reports: Sequence[WorkerHeartbeat], device_label: BoundedLabels) ->
 def _queues(counts: Counts) -> Iterator[Metric]:
     family = GaugeMetricFamily(
         "keepwarm_queue_messages",
-        "Messages that wait in a queue of the house; those that somebody has do not count.",
+        "Messages waiting in one of Keepwarm's core queues, without unacknowledged ones.",
         labels=["queue"],
     )
     for queue in topology.CORE_QUEUES:

@@ -1,4 +1,4 @@
-"""What a collector counts. All goes through its hands, and it does not vanish with workers."""
+"""The collector's counters. It sees every outcome, and its counters outlive the workers."""
 
 from collections import Counter as Counts
 from typing import get_args
@@ -14,21 +14,21 @@ _device, _label = BoundedLabels(), BoundedLabels()
 
 VERDICTS = Counter(
     "keepwarm_store_verdicts_total",
-    "Verdicts committed, by device and label; those that came twice are among them.",
+    "Verdicts committed, by device and label, duplicates included.",
     ["device", "label"],
 )
 JUDGED = Counter(
     "keepwarm_store_gold_verdicts_total",
-    "Verdicts committed of claims whose gold label is known, by whether the two agree.",
+    "Verdicts committed on claims with a gold label, by whether they agree with it.",
     ["correct"],
 )
 DUPLICATES = Counter(
     "keepwarm_store_duplicate_verdicts_total",
-    "Verdicts that were ignored, for their claims had one.",
+    "Verdicts ignored because their claims already had one.",
 )
 LOST_WORK = Counter(
     "keepwarm_store_lost_claims_total",
-    "Claims answered by a worker that was not the first to have them: at most so many were "
+    "Claims answered by a worker that was not the first to receive them: an upper bound of those "
     "computed again because a worker was lost.",
 )
 DEAD = Counter(
@@ -38,7 +38,7 @@ DEAD = Counter(
 )
 RETURNED = Counter(
     "keepwarm_store_returned_claims_total",
-    "Claims that workers gave back, as committed.",
+    "Claims that workers returned, as committed.",
 )
 REFUSED = Counter(
     "keepwarm_store_refused_messages_total",
@@ -46,25 +46,25 @@ REFUSED = Counter(
 )
 COMMIT_SECONDS = Histogram(
     "keepwarm_store_commit_seconds",
-    "How long a transaction took, whether it was committed or failed.",
+    "Duration of a transaction, whether it was committed or failed.",
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
 )
 COMMIT_FAILURES = Counter(
     "keepwarm_store_commit_failures_total",
-    "Transactions that failed, and were tried again.",
+    "Transactions that failed and were tried again.",
 )
 WAITING = Gauge(
     "keepwarm_store_waiting",
-    "Whether a transaction has failed and is tried again until it succeeds (1) or not (0).",
+    "Whether a failed transaction is being retried (1) or not (0).",
 )
 LAG_SECONDS = Histogram(
     "keepwarm_store_lag_seconds",
-    "From a message's arrival at the collector to its commit.",
+    "Time from a message's arrival at the collector to its commit.",
     buckets=(0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
 )
 COLD_START_SECONDS = Histogram(
     "keepwarm_cold_start_seconds",
-    "How long a phase of an engine's start took, where it was measured; `total` is all of it.",
+    "Duration of each measured phase of an engine's start; `total` is the whole start.",
     ["phase"],
     buckets=(0.1, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1800),
 )
@@ -74,11 +74,11 @@ WARM_ATTACHES = Counter(
 )
 PREEMPTIONS = Counter(
     "keepwarm_preemptions_total",
-    "Workers that went, by kind: a signal, the walltime, a failure, or vanished without a word.",
+    "Workers that ended, by kind: a signal, the walltime, a failure, or `vanished` without notice.",
     ["kind"],
 )
 
-# A series that begins with its first event hides it: nothing has increased.
+# A series that starts with its first event hides that event: Prometheus sees no increase.
 for _kind in (*get_args(Ending), "vanished"):
     PREEMPTIONS.labels(_kind)
 for _reason in DeadReason:
@@ -90,7 +90,7 @@ for _phase in StartupPhases.model_fields:
 
 
 def count_in(incoming: Incoming, fresh: int) -> None:
-    """What was committed; `fresh` of its verdicts were the first of their claims."""
+    """Count what was committed; `fresh` of its verdicts were the first of their claims."""
     answered = 0
     for batch in incoming.verdicts:
         answered += len(batch.verdicts)

@@ -1,4 +1,4 @@
-"""What producers announced, and whether what workers say is about it."""
+"""The announced submissions, and the check that workers' messages belong to them."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,18 +8,19 @@ from services.contracts.proofs import all_equal, claim_proof, split_verdict_proo
 from services.contracts.wire import Message
 from services.store.store import Store
 
-_MOST_KNOWN = 1_000
+_MAX_KNOWN = 1_000
 
 
 class NotAnnounced(MessageInvalid):
-    """No producer announced the submission, or not yet: announcements have a queue of their own."""
+    """No producer has announced the submission yet: announcements have their own queue."""
 
 
 class Submissions:
-    """The submissions that the store knows, those used lately at hand.
+    """The submissions in the store, with a cache of those used lately.
 
-    Of what a worker says, the run comes from here, and each claim has to have its producer's proof.
-    A submission without a key was announced by an older producer: its claims are believed.
+    A worker's message must carry the producer's proof of each claim, and its run is taken from the
+    announcement. A submission without a key is of an older producer: its claims are accepted as
+    they are.
     """
 
     def __init__(self, store: Store) -> None:
@@ -28,8 +29,9 @@ class Submissions:
         self._unproven: set[str] = set()
 
     def checked(self, message: Message) -> Message:
-        """A message from a queue, as far as it can be believed. Raises NotAnnounced; MessageInvalid
-        where it is about what nobody announced, or a claim that the run does not have; StoreError.
+        """The message, verified; a returned batch gets its announced run.
+
+        Raises NotAnnounced; MessageInvalid if a claim is not one of the run's; StoreError.
         """
         match message:
             case RunAnnouncement():
@@ -43,8 +45,8 @@ class Submissions:
         return message
 
     def note(self, announcement: RunAnnouncement) -> None:
-        """It is to be written in the transaction that is being gathered."""
-        if self._find(announcement.submission_id) is None:  # the first word on it counts
+        """Use an announcement before it is committed: others in its transaction may need it."""
+        if self._find(announcement.submission_id) is None:  # the first one stays
             self._keep(announcement.submission_id, announcement.run, announcement.proof_key)
         if announcement.proof_key is None:
             self._unproven.add(announcement.run.run_id)
@@ -66,11 +68,11 @@ class Submissions:
             _compare([dead.proof or ""], [dead.claim.proof(key)], dead.run_id)
 
     def check_returned(self, batch: ClaimBatch) -> ClaimBatch:
-        """The batch with the run that was announced, whichever it says that it has."""
+        """The batch with the announced run in place of its own."""
         known = self._find(batch.submission_id)
         if known is None:
             raise NotAnnounced(
-                f"claims were returned of a submission of {batch.run.run_id} that nobody announced"
+                f"no producer announced the submission of the returned claims of {batch.run.run_id}"
             )
         run, key = known
         if key is not None:
@@ -78,24 +80,24 @@ class Submissions:
         return batch if batch.run == run else batch.model_copy(update={"run": run})
 
     def _key(self, submission_id: str | None, run_id: str) -> bytes | None:
-        """That of the submission; None where it has none."""
+        """The submission's key; None if it has none."""
         if submission_id is None:
             if run_id not in self._unproven:
-                takes = self._store.takes_unproven(run_id)
-                if takes is None:
-                    raise NotAnnounced(f"{run_id} was not announced by a producer")
-                if not takes:
-                    raise MessageInvalid(f"it proves nothing, and every claim of {run_id} does")
-                if len(self._unproven) >= _MOST_KNOWN:
+                accepts = self._store.accepts_unproven(run_id)
+                if accepts is None:
+                    raise NotAnnounced(f"no producer announced {run_id}")
+                if not accepts:
+                    raise MessageInvalid(f"it has no proofs, and every claim of {run_id} has one")
+                if len(self._unproven) >= _MAX_KNOWN:
                     self._unproven.clear()
                 self._unproven.add(run_id)
             return None
         known = self._find(submission_id)
         if known is None:
-            raise NotAnnounced(f"a submission of {run_id} was not announced by a producer")
+            raise NotAnnounced(f"no producer announced this submission of {run_id}")
         run, key = known
         if run.run_id != run_id:
-            raise MessageInvalid(f"its submission is one of {run.run_id}, not of {run_id}")
+            raise MessageInvalid(f"its submission is of {run.run_id}, not of {run_id}")
         return key
 
     def _find(self, submission_id: str) -> tuple[Run, bytes | None] | None:
@@ -107,7 +109,7 @@ class Submissions:
         return self._known[submission_id]
 
     def _keep(self, submission_id: str, run: Run, proof_key: str | None) -> None:
-        if len(self._known) >= _MOST_KNOWN:
+        if len(self._known) >= _MAX_KNOWN:
             self._known.clear()
         self._known[submission_id] = run, bytes.fromhex(proof_key) if proof_key else None
 
@@ -115,6 +117,6 @@ class Submissions:
 def _compare(carried: Sequence[str], expected: Iterable[str], run_id: str) -> None:
     if not carried or not all_equal(carried, expected):
         raise MessageInvalid(
-            f"it is about a claim that {run_id} does not have, or has otherwise: its proof is not "
-            "the producer's"
+            f"a claim is not one of {run_id}, or differs from it: its proof does not match the "
+            "producer's"
         )

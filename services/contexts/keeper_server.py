@@ -55,11 +55,11 @@ class Broker(Protocol):
     """A broker that is kept as engines are; `KeptNode` is one."""
 
     @property
-    def there(self) -> bool: ...
-    def lend(self) -> LentNode | None: ...
-    def look_after(self) -> None: ...
-    def take_back(self, claims_queue: str | None) -> None: ...
-    def throw_away(self) -> None: ...
+    def exists(self) -> bool: ...
+    def acquire(self) -> LentNode | None: ...
+    def restart_if_down(self) -> None: ...
+    def release(self, claims_queue: str | None) -> None: ...
+    def discard(self) -> None: ...
     def end_if_idle(self) -> None: ...
     def close(self) -> None: ...
 
@@ -135,7 +135,7 @@ class KeeperServer:
             self._keeper.tidy()
             if self._broker is not None:
                 self._broker.end_if_idle()
-            kept = not self._keeper.empty or (self._broker is not None and self._broker.there)
+            kept = not self._keeper.empty or (self._broker is not None and self._broker.exists)
             if self._connections or kept or self._for_ever:
                 needed = time.monotonic()
             elif time.monotonic() - needed > _LINGER_SECONDS:
@@ -195,7 +195,7 @@ class KeeperServer:
             line.send(KeeperReply(gone="this keeper keeps no broker"))
             return
         try:
-            node = self._broker.lend()
+            node = self._broker.acquire()
         except KeepwarmError as error:
             line.send(KeeperReply(gone=str(error)))
             return
@@ -209,9 +209,9 @@ class KeeperServer:
             back = self._given_back(line, self._broker)
         finally:
             if back is None:
-                self._broker.throw_away()
+                self._broker.discard()
             else:
-                self._broker.take_back(back.claims_queue)
+                self._broker.release(back.claims_queue)
 
     def _given_back(self, line: KeeperChannel, broker: Broker) -> GiveBack | None:
         """None where the borrower has gone without a word."""
@@ -219,7 +219,7 @@ class KeeperServer:
             try:
                 request = line.request(_LOOK_AFTER_SECONDS)
             except TimeoutError:
-                broker.look_after()
+                broker.restart_if_down()
                 continue
             return request if isinstance(request, GiveBack) else None
 

@@ -44,12 +44,12 @@ def broker(settings: Settings) -> Finding:
             f"makes what is missing. Waiting: {lengths}"
         )
     policies = ask_policies(settings, limits=True)
-    if losing := [str(harm) for harm in policies.harms if harm.loses_messages]:
+    if losing := [str(harm) for harm in policies.problems if harm.loses_messages]:
         raise BrokerError(f"{address} takes us, and would lose messages: {' '.join(losing)}")
     arguments, fitting, limited = _rights(address)
     says = f"{address} takes us, {arguments}. Waiting: {lengths}{_told(policies, limited)}"
     if len(fitting) == len(ROLES):
-        noted = policies.harms or policies.unlimited or limited - policies.delivery_unlimited
+        noted = policies.problems or policies.unlimited or limited - policies.delivery_unlimited
         return note(says) if noted else well(says)
     others = [role.name for role in ROLES if role not in fitting]
     return note(
@@ -61,7 +61,7 @@ def broker(settings: Settings) -> Finding:
 
 def _told(policies: Policies, limited: Collection[str]) -> str:
     """What more there is to say of the queues."""
-    told = [str(harm) for harm in policies.harms]
+    told = [str(harm) for harm in policies.problems]
     if kept := sorted(set(limited) - policies.delivery_unlimited):
         told.append(
             f"{', '.join(kept)}: made before RabbitMQ 4, which gives up a message that was "
@@ -82,7 +82,7 @@ def _rights(address: BrokerAddress) -> tuple[str, list[Role], set[str]]:
     """What of the arguments, the roles that this user may play, and the queues that have a limit on
     deliveries by default. Raises BrokerError.
     """
-    makes_house, limited = True, set[str]()
+    declares_core, limited = True, set[str]()
     try:
         # All are there: who may declares them once more, and the broker compares the arguments.
         with Publisher(address, "doctor", window=1, declares=Declares("unbound")).open(
@@ -90,13 +90,13 @@ def _rights(address: BrokerAddress) -> tuple[str, list[Role], set[str]]:
         ) as link:
             limited = set(link.made_before_4)
     except BrokerRefused:
-        makes_house = False
+        declares_core = False
     arguments = (
         "and its queues are as they should be"
-        if makes_house
+        if declares_core
         else "and this user may not make its queues, so their arguments were not compared"
     )
-    return arguments, roles_that_fit(writable(address), makes_house=makes_house), limited
+    return arguments, roles_that_fit(writable(address), declares_core=declares_core), limited
 
 
 def _counts(link: Publisher) -> Counts:
@@ -108,7 +108,7 @@ def _counts(link: Publisher) -> Counts:
         told.update(counts)
         heard.set()
 
-    link.ask_counts(topology.CORE_QUEUES, hear)
+    link.request_counts(topology.CORE_QUEUES, hear)
     if not heard.wait(_ANSWER_SECONDS):
         raise BrokerError(
             "the broker took us and then did not say how long its queues are; see its log"
@@ -118,11 +118,11 @@ def _counts(link: Publisher) -> Counts:
 
 def store(settings: Settings) -> Finding:
     """Raises StoreError when it cannot be used."""
-    from services.store.database import checked_url, shown
+    from services.store.database import checked_url, redacted
 
     url = checked_url(settings)
     if url.get_backend_name() != "sqlite":
-        return _schema(shown(url), settings)
+        return _schema(redacted(url), settings)
     file = Path(url.database or "")
     directory = next(parent for parent in file.absolute().parents if parent.exists())
     if not file.exists() and not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):

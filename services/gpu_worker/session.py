@@ -240,7 +240,7 @@ class Answering:
             for claim in hand.claims(places)
         ]
         for hand in hands:
-            BATCH_SECONDS.labels("waiting").observe(time.monotonic() - hand.delivery.came_at)
+            BATCH_SECONDS.labels("waiting").observe(time.monotonic() - hand.delivery.received_at)
         begun = self.pace.begin()
         with self.shift.crashes.asking(
             key for hand, places in zip(hands, asked, strict=True) for key in hand.keys(places)
@@ -424,10 +424,10 @@ class ContextSession:
             "worker-claims",
             queues=[topology.claims_queue(self.spec.context_id)],
             prefetch=self._pace.batches,
-            on_notice=self._news.hear,
+            on_fanout_message=self._news.hear,
             listener=self._signature.worker_id,
         ) as consumer:
-            if not consumer.open_in_time(self._stop, lambda: self._note_time(0, busy=False)):
+            if not consumer.open_until_stopped(self._stop, lambda: self._note_time(0, busy=False)):
                 return
             self._answering = Answering(
                 self.spec.context_id,

@@ -226,10 +226,10 @@ class Worker:
             "worker-notices",
             queues=(),
             prefetch=1,
-            on_notice=self._news.hear,
+            on_fanout_message=self._news.hear,
             listener=self._signature.worker_id,
         ) as notices:
-            notices.open_in_time(self._stop, self._idle)
+            notices.open_until_stopped(self._stop, self._idle)
             while not self._stop.wait(_LOOK_SECONDS):
                 publisher.raise_if_dead()
                 notices.raise_if_dead()

@@ -1,4 +1,4 @@
-"""Where the store is: an SQLAlchemy engine for SQLite or PostgreSQL, opened with care."""
+"""Opens the store's database: an SQLAlchemy engine for SQLite or PostgreSQL."""
 
 import os
 import sqlite3
@@ -19,42 +19,42 @@ from services.contracts.errors import StoreError, UsageError
 _SQLITE_CACHE_KIB = 16_384
 _BUSY_SECONDS = 30
 _VERIFIED = ("verify-ca", "verify-full")
-# A server that is gone without a word, or a network that swallows everything, is noticed within a
-# minute; libpq as it comes would wait for hours.
-_NOTICED_IN_A_MINUTE = {
+# A dead server, or a network that drops all packets, is detected within a minute. With libpq's
+# defaults it would take hours.
+_KEEPALIVE = {
     "keepalives_idle": 20,
     "keepalives_interval": 10,
     "keepalives_count": 4,
     "tcp_user_timeout": 60_000,
 }
 _TLS_STEPS = {
-    "does not match host name": "Use a name that the certificate is for in the store's URL",
+    "does not match host name": "Use a name that the certificate contains in the store's URL",
     "does not support SSL": (
-        "Turn TLS on there; without sslmode in the URL, anybody on the way can read what is stored"
+        "Turn TLS on in the server; without sslmode in the URL, the network can read what is stored"
     ),
     "certificate verify failed": (
-        "Its certificate has expired, or no authority that sslrootcert in the URL names has signed "
-        "it; `openssl s_client -starttls postgres -connect HOST:PORT` shows which"
+        "Its certificate has expired, or is not signed by an authority in the URL's sslrootcert; "
+        "`openssl s_client -starttls postgres -connect HOST:PORT` shows which"
     ),
-    "root certificate file": "sslrootcert in the URL names the authority's certificate",
-    "client certificate": "Name one with sslcert, and its key with sslkey, in the URL",
+    "root certificate file": "Set sslrootcert in the URL to the authority's certificate",
+    "client certificate": "Set sslcert, and sslkey for its key, in the URL",
 }
-# Of PostgreSQL's errors those that are about the values of a row: cardinality, data, integrity,
+# PostgreSQL's errors about the values of a row: cardinality, data, integrity,
 # check option, program limit (a row or an index entry that is too large), RAISE in a trigger.
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _ABOUT_VALUES = ("21", "22", "23", "44", "54", "P0001")
 
 
 def open_engine(settings: Settings, *, create: bool, as_it_is: bool = False) -> Engine:
-    """`as_it_is`: an SQLite file keeps its journal mode, which is written in it.
+    """Create an engine. With `as_it_is`, an SQLite file's journal mode is not changed.
 
-    Raises UsageError when the URL is none, StoreError when an SQLite file cannot be used.
+    Raises UsageError if the URL is invalid, StoreError if an SQLite file cannot be used.
     """
     url = checked_url(settings)
     if url.get_backend_name() == "sqlite":
         _prepare_sqlite_file(url, create=create)
         if not create and is_read_only(url):
-            # Each transaction looks anew whether somebody writes to it.
+            # A new connection per transaction, because a writer may have started meanwhile.
             path = Path(url.database or "").absolute()
             return create_engine(
                 url,
@@ -70,42 +70,42 @@ def open_engine(settings: Settings, *, create: bool, as_it_is: bool = False) -> 
         url,
         connect_args={
             "connect_timeout": _BUSY_SECONDS,
-            **{name: to for name, to in _NOTICED_IN_A_MINUTE.items() if name not in url.query},
+            **{name: to for name, to in _KEEPALIVE.items() if name not in url.query},
             "application_name": "keepwarm",
-            # Whatever PGCLIENTENCODING says: claims are in any language.
+            # Overrides PGCLIENTENCODING: claims are in any language.
             "client_encoding": "UTF8",
-            # A pool may give each transaction another connection, which knows nothing of statements
-            # that were prepared on the one before (PgBouncer, pool_mode=transaction).
+            # A pooler may give each transaction another connection, which does not have the
+            # prepared statements of the previous one (PgBouncer, pool_mode=transaction).
             "prepare_threshold": None,
         },
         pool_pre_ping=True,
     )
 
 
-def refuse_encoding(connection: Connection) -> None:
-    """Raises StoreError when the database has an encoding that cannot hold every claim."""
+def require_utf8(connection: Connection) -> None:
+    """Raises StoreError if the database's encoding cannot store every claim."""
     if connection.dialect.name != "postgresql":
         return
     encoding = connection.exec_driver_sql("SHOW server_encoding").scalar_one()
     if encoding != "UTF8":
         url = connection.engine.url
         raise StoreError(
-            f"the database {shown(url)} has the encoding {encoding}, which cannot hold claims in "
-            "every language; make one in UTF8, for example with createdb -E UTF8 -T template0 "
-            f"{url.database}_utf8, and name that one as the store"
+            f"the database {redacted(url)} has the encoding {encoding}, which cannot store claims "
+            "in every language; create one in UTF8, for example with createdb -E UTF8 -T template0 "
+            f"{url.database}_utf8, and use it as the store"
         )
 
 
 def checked_url(settings: Settings) -> URL:
-    """The store's URL, with its password. Raises UsageError when it is none."""
+    """The store's URL, with its password. Raises UsageError if it is invalid."""
     text = settings.store
     try:
         text.encode()
     except UnicodeEncodeError as error:
         shown_path = text.encode(errors="backslashreplace").decode()
         raise UsageError(
-            f"the store's path {shown_path} is not in UTF-8, which SQLite needs; rename its "
-            "directory, or name another place with --store or --out"
+            f"the store's path {shown_path} is not valid UTF-8, which SQLite requires; rename the "
+            "directory, or choose another path with --store or --out"
         ) from error
     if "://" not in text:
         return URL.create("sqlite", database=text)
@@ -113,7 +113,7 @@ def checked_url(settings: Settings) -> URL:
         url = make_url(text)
     except (ArgumentError, ValueError) as error:
         raise UsageError(
-            "the store's URL is unusable; write a file's path, sqlite:///FILE, or "
+            "the store's URL is not valid; use a file's path, sqlite:///FILE, or "
             "postgresql://user@host/database"
         ) from error
     if url.get_backend_name() == "sqlite":
@@ -131,8 +131,8 @@ def checked_url(settings: Settings) -> URL:
 
 
 def _refuse_plaintext(url: URL, settings: Settings) -> None:
-    """Raises UsageError for a PostgreSQL on another machine whose certificate is not checked. What
-    the URL does not say, libpq takes from its environment.
+    """Raises UsageError for a PostgreSQL server on another machine whose certificate is not
+    verified. For what the URL does not set, libpq reads its environment variables.
     """
     mode = str(url.query.get("sslmode") or os.environ.get("PGSSLMODE") or "prefer")
     if mode in _VERIFIED:
@@ -145,49 +145,49 @@ def _refuse_plaintext(url: URL, settings: Settings) -> None:
     for host in hosts.split(","):
         if host and not host.startswith(("/", "@")) and not settings.may_be_plaintext(host):
             raise UsageError(
-                f"with sslmode={mode} the store's password and every claim could be read, or "
-                f"changed, on the way to {host}: add ?sslmode=verify-full&sslrootcert=FILE to the "
-                "store's URL; where you trust the network between, "
+                f"with sslmode={mode} the network could read or change the store's password and "
+                f"every claim sent to {host}: add ?sslmode=verify-full&sslrootcert=FILE to the "
+                "store's URL; if you trust the network in between, "
                 f"KEEPWARM_PLAINTEXT_HOSTS={host} allows it"
             )
 
 
 def next_step(why: str) -> str:
-    """What to do about a database's words; libpq's on TLS are told apart."""
+    """The next step for a database's error message; libpq's errors about TLS have their own."""
     for words, step in _TLS_STEPS.items():
         if words in why:
             return step
-    return "Check that it is there, that this user may write to it, and that its disk is not full"
+    return "Check that it exists, that this user may write to it, and that its disk is not full"
 
 
-def is_about_values(cause: BaseException) -> bool:
-    """Whether the database, or its driver, refused a value for what it is, so that a retry fails
-    again. A full disk, a lost connection or a conflict with another transaction is not among them.
+def is_value_error(cause: BaseException) -> bool:
+    """Whether the database or its driver refused a value, so that a retry would fail again. A full
+    disk, a lost connection or a conflict with another transaction is not a value error.
     """
-    if isinstance(cause, OverflowError | UnicodeError):  # by the driver, before it sent anything
+    if isinstance(cause, OverflowError | UnicodeError):  # by the driver
         return True
     if isinstance(cause, sqlite3.Error):
         return isinstance(cause, sqlite3.IntegrityError | sqlite3.DataError)
     state = getattr(cause, "sqlstate", None)
     if state is not None:
         return str(state).startswith(_ABOUT_VALUES)
-    return type(cause).__name__ == "DataError"  # of psycopg itself: NUL in a text
+    return type(cause).__name__ == "DataError"  # raised by psycopg itself: NUL in a text
 
 
-def shown(url: URL) -> str:
-    """Without a password, wherever in the URL it stands."""
+def redacted(url: URL) -> str:
+    """The URL without a password, wherever in the URL it is."""
     return url.set(query={}).render_as_string(hide_password=True)
 
 
 def _prepare_sqlite_file(url: URL, *, create: bool) -> None:
     if not url.database or url.database == ":memory:":
-        raise UsageError("the store needs a file: sqlite:///FILE; memory would forget it all")
+        raise UsageError("the store must be a file: use sqlite:///FILE, not memory")
     path = Path(url.database)
     try:
         if not path.exists():
             if not create:
                 raise StoreError(
-                    f"there is no store at {path}; name the one that you mean with --store or "
+                    f"there is no store at {path}; pass its path with --store or "
                     "KEEPWARM_STORE_URL (after `keepwarm run` it is keepwarm.sqlite in its "
                     "output directory)"
                 )
@@ -198,12 +198,12 @@ def _prepare_sqlite_file(url: URL, *, create: bool) -> None:
     except OSError as error:
         raise StoreError(
             f"the store {path} cannot be {'written' if create else 'read'} by user "
-            f"{os.geteuid()}: {error.strerror}; mend its permissions, or name another with --store"
+            f"{os.geteuid()}: {error.strerror}; fix its permissions, or use another with --store"
         ) from error
 
 
 def is_read_only(url: URL) -> bool:
-    """Whether this user may read an SQLite file and not write it, or not the files beside it."""
+    """Whether this user cannot write an SQLite file, or cannot create files beside it."""
     if url.get_backend_name() != "sqlite":
         return False
     path = Path(url.database or "").absolute()
@@ -214,12 +214,12 @@ def is_read_only(url: URL) -> bool:
 
 
 def _connect_read_only(path: Path) -> sqlite3.Connection:
-    # A store that nobody writes to has no log beside it. Then SQLite must be told so: else it would
-    # make files beside the store, which we may not. https://www.sqlite.org/wal.html#readonly
+    # A store without a writer has no write-ahead log beside it. Then the file must be opened as
+    # immutable: otherwise SQLite creates files beside it, which we may not. https://www.sqlite.org/wal.html#readonly
     log = path.with_name(f"{path.name}-wal")
-    unchanging = "" if log.exists() and log.stat().st_size else "&immutable=1"
+    immutable = "" if log.exists() and log.stat().st_size else "&immutable=1"
     return sqlite3.connect(
-        f"file:{quote(str(path))}?mode=ro{unchanging}",
+        f"file:{quote(str(path))}?mode=ro{immutable}",
         uri=True,
         timeout=_BUSY_SECONDS,
         check_same_thread=False,
@@ -227,8 +227,8 @@ def _connect_read_only(path: Path) -> sqlite3.Connection:
 
 
 def _set_up_sqlite(connection: Any, _: Any) -> None:
-    # A write-ahead log lets `status` read while the collector writes. FULL: what is committed
-    # survives a power cut, for it is acknowledged to the broker right after.
+    # A write-ahead log lets `status` read while the collector writes. FULL: commits survive a power
+    # failure, because messages are acknowledged to the broker right after.
     _write_ahead(connection)
     for pragma in (
         "synchronous = FULL",
@@ -238,8 +238,10 @@ def _set_up_sqlite(connection: Any, _: Any) -> None:
 
 
 def _write_ahead(connection: Any) -> None:
-    """Several that open a new store at once all want to change its journal, and for that SQLite
-    refuses at once where it waits for other locks.
+    """Set the journal mode, retrying while the database is busy.
+
+    Processes that open a new store at the same time all change its journal mode, and for that lock
+    SQLite does not wait.
     """
     deadline = time.monotonic() + _BUSY_SECONDS
     for failures in count(1):

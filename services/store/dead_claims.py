@@ -1,4 +1,4 @@
-"""The claims that were given up on, as a person handles them: seen, tried again, let go."""
+"""Dead claims: list them, reopen them for a retry, or drop them."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from services.store.store import Store
 
 @dataclass(frozen=True)
 class DeadRow:
-    """A dead claim in the store. `death` tells this death from a later one of the same claim."""
+    """A dead claim in the store. `death` distinguishes it from a later death of the same claim."""
 
     run_key: int
     run_id: str
@@ -27,7 +27,7 @@ class DeadRow:
 def dead_claims(
     store: Store, run: KnownRun | None = None, claim_ids: Sequence[str] = ()
 ) -> list[DeadRow]:
-    """Those that nobody has let go yet, in input order; of one run, of some ids, or all."""
+    """Dead claims that were not dropped, in input order; of one run, of some ids, or all."""
     query = (
         select(runs.c.run_id, outcomes)
         .join(runs, runs.c.run_key == outcomes.c.run_key)
@@ -72,16 +72,16 @@ def unanswered_claims(store: Store, known: KnownRun, kinds: Collection[str]) -> 
 
 
 def drop_dead(store: Store, dead: Sequence[DeadRow]) -> None:
-    """Let them go: they stay dead in the results, and are not listed any more."""
+    """Drop them: they stay dead in the results, but are no longer listed."""
     with store.transaction() as connection:
         for row in dead:
             connection.execute(update(outcomes).where(_this(row)).values(dropped=True))
 
 
 def reopen_dead(store: Store, dead: Sequence[DeadRow]) -> None:
-    """Take their deaths back, so that the run waits for them again.
+    """Delete their rows, so that the run waits for them again.
 
-    To be called once the broker has their claims. An outcome that came meanwhile stays.
+    To be called once the broker has their claims. An outcome that came meanwhile is kept.
     """
     with store.transaction() as connection:
         for row in dead:

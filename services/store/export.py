@@ -1,4 +1,4 @@
-"""Outcomes as files, in the order of the input."""
+"""Exports outcomes to files, in the order of the input."""
 
 import csv
 import io
@@ -41,7 +41,7 @@ COLUMNS = (
 )
 
 
-# What a spreadsheet takes for the beginning of a formula, in full width too.
+# What a spreadsheet reads as the start of a formula, full-width characters included.
 _FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
 
@@ -54,14 +54,14 @@ def export_run(
     *,
     formulas: bool = False,
 ) -> int:
-    """Write the outcomes of a run to `path`, whole or not at all; how many there were.
+    """Write the outcomes of a run to `path` atomically, and return the number of rows.
 
-    One row a claim, in input order. `probabilities` are by label (columns `p:LABEL` in CSV); a
-    dead claim has no label but a `dead_reason`. `fever` is what the FEVER scorer takes:
-    `predicted_label` and an empty `predicted_evidence`, one row for each record of the input, for
-    the scorer joins by position. Ids are numbers where all of the file's are. In CSV a text that a
-    spreadsheet would take for a formula begins with `'`, unless `formulas` are wanted.
-    Raises StoreError when the file cannot be written.
+    One row per claim, in input order. `probabilities` are by label (columns `p:LABEL` in CSV); a
+    dead claim has no label but a `dead_reason`. `fever` is the FEVER scorer's format:
+    `predicted_label` and an empty `predicted_evidence`, one row for each record of the input,
+    because the scorer joins by position. Ids are numbers if all of the file's are. In CSV, a text
+    that a spreadsheet would read as a formula is prefixed with `'`, unless `formulas` is True.
+    Raises StoreError if the file cannot be written.
     """
     labels = known.run.prompt.label_names if known.run else ()
     rows = _rows(store, known.run_key)
@@ -83,7 +83,7 @@ def export_run(
             return write(file, rows, labels)
     except OSError as error:
         raise StoreError(
-            f"{path} cannot be written: {error.strerror}; make room, or name another place"
+            f"{path} cannot be written: {error.strerror}; free disk space, or choose another path"
         ) from error
 
 
@@ -124,7 +124,7 @@ def _rows(store: Store, run_key: int) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes its place when it is whole; a reader never sees half of it."""
+    """A temporary file that replaces `path` when complete; a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -149,8 +149,8 @@ def _write_jsonl(file: IO[bytes], rows: Rows, _: Sequence[str]) -> int:
 
 
 def _write_fever(file: IO[bytes], rows: Rows, known: KnownRun) -> int:
-    # The scorer joins by position and counts any label but the gold one as wrong: what has no
-    # verdict (a dead claim, a rejected line) keeps its place as INVALID.
+    # The scorer joins by position and counts any label but the gold one as wrong. A record without
+    # a verdict (a dead claim, a rejected line) has the row INVALID.
     numeric = known.input is not None and known.input.numeric_ids
     left_out = dict(known.input.left_out) if known.input is not None else {}
 
@@ -167,9 +167,8 @@ def _write_fever(file: IO[bytes], rows: Rows, known: KnownRun) -> int:
     for row in rows:
         if row["position"] < count:
             raise StoreError(
-                f"{known.run_id} has several claims for one record of its input, as "
-                "--each-evidence makes them, and FEVER's scorer takes one row a record; use "
-                "--format jsonl"
+                f"{known.run_id} has several claims for one record of its input (--each-evidence), "
+                "but FEVER's scorer needs one row per record; use --format jsonl"
             )
         for gap in range(count, row["position"]):
             file.write(line(left_out.get(gap), None))
@@ -181,22 +180,22 @@ def _write_fever(file: IO[bytes], rows: Rows, known: KnownRun) -> int:
 
 
 def _records(known: KnownRun) -> int:
-    """How many records of the input were wanted; 0 where the producer did not say."""
+    """The number of records to export; 0 if the producer did not announce it."""
     if known.input is None or known.run is None:
         return 0
-    drawn = known.run.limit is not None and known.run.seed is None
-    return min(known.input.records, known.run.limit or 0) if drawn else known.input.records
+    first_only = known.run.limit is not None and known.run.seed is None
+    return min(known.input.records, known.run.limit or 0) if first_only else known.input.records
 
 
 def _flat(row: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-    """Probabilities as columns of their own."""
+    """The row with a column for each label's probability."""
     scores = row["probabilities"] or {}
     flat = {name: row[name] for name in COLUMNS if name != "probabilities"}
     return flat | {f"p:{label}": scores.get(label) for label in labels}
 
 
 def _no_formula(value: Any) -> Any:
-    """As OWASP advises (CSV Injection); numbers stay numbers."""
+    """Escape formulas as OWASP advises (CSV Injection); numbers are unchanged."""
     if not isinstance(value, str) or not _FORMULA.match(value) or _NUMBER.fullmatch(value):
         return value
     return f"'{value}"
@@ -220,7 +219,7 @@ def _write_csv(file: IO[bytes], rows: Rows, labels: Sequence[str], *, formulas: 
 
 
 def _write_parquet(file: IO[bytes], rows: Rows, labels: Sequence[str]) -> int:
-    # A third of a second of imports, needed here alone.
+    # Importing takes a third of a second, and only this function needs it.
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,4 +1,4 @@
-"""Verdicts of a run by label, how many are right, and their digest: kept as they are written."""
+"""Counts of verdicts by label and a digest of them, updated in the verdicts' transaction."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -14,8 +14,8 @@ _COUNTED = ("verdicts", "judged", "correct")
 _CHUNK_ROWS = 10_000
 
 
-class Counted(NamedTuple):
-    """What of a verdict is counted."""
+class CountedVerdict(NamedTuple):
+    """The parts of a verdict that are counted."""
 
     label: str
     gold: str | None
@@ -24,34 +24,34 @@ class Counted(NamedTuple):
 
 
 class LabelCounts:
-    """What a transaction adds to the counts."""
+    """The changes to the counts that a transaction makes."""
 
     def __init__(self) -> None:
         self._verdicts: Counter[tuple[int, str, str | None]] = Counter()
         self._digests: dict[int, ClaimsDigest] = {}
 
-    def add(self, run_key: int, verdicts: Iterable[Counted]) -> None:
-        """The verdicts that a run gained."""
+    def add(self, run_key: int, verdicts: Iterable[CountedVerdict]) -> None:
+        """Add new verdicts of a run."""
         gained = list(verdicts)
         for (label, gold), number in Counter((one.label, one.gold) for one in gained).items():
             self._verdicts[run_key, label, gold] += number
         digest = ClaimsDigest.of((one.claim_id, one.position) for one in gained)
         self._digests[run_key] = self._digests.get(run_key, ClaimsDigest()).plus(digest)
 
-    def remove(self, run_key: int, verdict: Counted) -> None:
-        """A verdict that was counted is there no more."""
+    def remove(self, run_key: int, verdict: CountedVerdict) -> None:
+        """Subtract a deleted verdict."""
         self._verdicts[run_key, verdict.label, verdict.gold] -= 1
         digest = ClaimsDigest.of([(verdict.claim_id, verdict.position)])
         self._digests[run_key] = self._digests.get(run_key, ClaimsDigest()).minus(digest)
 
     def replace_gold(self, run_key: int, label: str, old: str | None, new: str | None) -> None:
-        """A verdict that is counted already has another gold label now."""
+        """Change the gold label of a verdict that is already counted."""
         self._verdicts[run_key, label, old] -= 1
         self._verdicts[run_key, label, new] += 1
 
     def write(self, connection: Connection) -> None:
-        """To be called last in the transaction: until its end it holds these rows, which others who
-        write verdicts of the same runs want too. All want them in the same order.
+        """Apply the changes. To be called last in the transaction, because it locks rows that other
+        writers of the same runs need. Rows are locked in one order, so writers do not deadlock.
         """
         rows: dict[tuple[int, str], dict[str, Any]] = {}
         for (run_key, label, gold), number in self._verdicts.items():
@@ -79,7 +79,7 @@ def _add(
     rows: list[dict[str, Any]],
     modulus: int | None = None,
 ) -> None:
-    """Add numbers to those that are there; what is NULL stays so."""
+    """Add numbers to the existing rows; NULL stays NULL."""
     dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
     upsert = dialect.insert(table)
     sums = {name: table.c[name] + upsert.excluded[name] for name in names}
@@ -91,7 +91,7 @@ def _add(
 
 
 def verdicts_digest(connection: Connection, run_key: int) -> ClaimsDigest | None:
-    """Of the run's claims that have a verdict; None where it was not counted."""
+    """The digest of the run's claims that have a verdict; None if it was not computed."""
     query = select(verdict_digests).where(verdict_digests.c.run_key == run_key)
     row = connection.execute(query).one_or_none()
     if row is None:
@@ -100,11 +100,11 @@ def verdicts_digest(connection: Connection, run_key: int) -> ClaimsDigest | None
 
 
 def count_digest(connection: Connection, run_key: int) -> None:
-    """Count it where that was not done: a look at every verdict of the run. To be called last in
-    the transaction, as `LabelCounts.write` is.
+    """Compute the digest if it is missing; reads every verdict of the run. To be called last in
+    the transaction, like `LabelCounts.write`.
     """
-    there = select(verdict_digests).where(verdict_digests.c.run_key == run_key)
-    row = connection.execute(there.with_for_update()).one_or_none()
+    existing = select(verdict_digests).where(verdict_digests.c.run_key == run_key)
+    row = connection.execute(existing.with_for_update()).one_or_none()
     if row is None or row.high is not None:
         return
     digest = ClaimsDigest()
@@ -123,7 +123,7 @@ def count_digest(connection: Connection, run_key: int) -> None:
 
 
 def count_all(connection: Connection) -> None:
-    """Count what was written before there were counts: a look at every outcome in the store."""
+    """Count the verdicts of a store that has no counts yet; reads every outcome."""
     agrees = case((outcomes.c.gold == outcomes.c.label, 1), else_=0)
     counted = (
         select(

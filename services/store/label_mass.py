@@ -1,4 +1,4 @@
-"""The share of the model's probability that the label words hold, and what it says instead."""
+"""The label words' share of the model's probability, and its answer where that is low."""
 
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection, select
@@ -7,33 +7,33 @@ from services.contracts.label_mass import said_instead
 from services.store.schema import outcomes
 
 ENOUGH_VERDICTS = 64
-"""A batch of the default size. A median over so many is not one odd claim, and costs seconds."""
+"""The default batch size. A median of this many is robust to single claims."""
 _FEWEST_VERDICTS = 8
 
 
 class LowMass(BaseModel):
-    """The label words hold nearly nothing of the probability: the model answers something else."""
+    """The label words have almost no probability: the model answers something else."""
 
     model_config = ConfigDict(frozen=True)
 
     claims: int
-    """How many verdicts this is of."""
+    """The number of verdicts examined."""
     median: float
     says: str
-    """What the model says most often."""
+    """The model's most frequent answer."""
 
     def __str__(self) -> str:
         percent = 100 * self.median
         share = "less than 0.01" if percent < 0.01 else f"{percent:.2g}"
         return (
-            f"the labels hold {share} % of the probability; the model says {self.says!r} "
+            f"the labels have {share} % of the probability; the model answers {self.says!r} "
             f"(median of {self.claims} claims)"
         )
 
 
 def low_mass(connection: Connection, run_key: int, *, complete: bool) -> LowMass | None:
-    """Of some of the run's verdicts; None where the labels hold more, or verdicts are too few to
-    tell before the run is `complete`. Reads `ENOUGH_VERDICTS` rows, however large the run is.
+    """Examine some of the run's verdicts; None if the labels have more probability, or if there
+    are too few verdicts before the run is `complete`. Reads at most `ENOUGH_VERDICTS` rows.
     """
     rows = connection.execute(
         select(outcomes.c.mass, outcomes.c.raw_text)

@@ -1,4 +1,4 @@
-"""How far every run is."""
+"""The progress of runs."""
 
 import json
 from collections.abc import Mapping
@@ -22,9 +22,9 @@ _CHUNK_ROWS = 10_000
 
 
 class RunStatus(BaseModel):
-    """A run's progress. `total` and `eta_seconds` are None until the producer has sent it all.
+    """A run's progress. `total` and `eta_seconds` are None until the producer has sent everything.
 
-    `claims_per_second` is over the last minute in which verdicts came.
+    `claims_per_second` is over the last minute with verdicts.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -40,11 +40,11 @@ class RunStatus(BaseModel):
     rejected: int | None
     repeated: int | None
     duplicates: int
-    """Verdicts that came twice; the first one stays."""
+    """Duplicate verdicts, which were ignored: the first one stays."""
     returned: int
-    """Claims that workers gave back unfinished; that costs no work."""
+    """Claims that workers returned unfinished, without loss of work."""
     lost_work: int
-    """Claims answered by a worker that was not the first to have them: at most so many were
+    """Claims answered by a worker that was not the first to receive them: an upper bound of those
     computed again because a worker was lost.
     """
     verdicts: dict[str, int]
@@ -52,24 +52,25 @@ class RunStatus(BaseModel):
     judged: int
     """Claims with a verdict whose gold label is known."""
     correct: int
-    """Of these, the verdicts that agree."""
+    """Of these, the verdicts that agree with it."""
     claims_per_second: float
     eta_seconds: float | None
     workers_seen: int
     complete: bool
     proven: bool | None = None
-    """Whether the outcomes are those of the run's claims, by their digest, once there are as many.
-    None before; and always where an older producer announced no digest."""
+    """Whether the outcomes' digest is that of the run's claims, once there are as many outcomes as
+    claims. None before, and always if an older producer announced no digest."""
     nowhere_since: float | None = None
-    """Since when (Unix time) the claims without an outcome are in no queue and with no worker."""
+    """Since when (Unix time) its claims without an outcome have been in no queue and at no worker.
+    """
     cancelled: bool
     low_mass: LowMass | None = None
-    """Where the label words hold nearly nothing of the probability: the verdicts mean little."""
+    """Set if the label words have almost no probability, so that the verdicts mean little."""
 
 
 @dataclass(frozen=True)
 class KnownRun:
-    """A run as the store knows it; `run` is None until it was announced."""
+    """A run in the store; `run` is None until it is announced."""
 
     run_key: int
     run_id: str
@@ -94,7 +95,7 @@ def run_statuses(store: Store) -> list[RunStatus]:
 
 
 def latest_statuses(store: Store, most: int, complete: Mapping[str, RunStatus]) -> list[RunStatus]:
-    """The `most` latest runs, the latest first. Those in `complete` are taken as they are there."""
+    """The `most` latest runs, the latest first. Statuses in `complete` are used as they are."""
     with store.transaction() as connection:
         query = select(runs).order_by(runs.c.first_seen.desc()).limit(most)
         return [
@@ -104,14 +105,14 @@ def latest_statuses(store: Store, most: int, complete: Mapping[str, RunStatus]) 
 
 
 def run_status(store: Store, run_id: str) -> RunStatus | None:
-    """One run, or None where the store has not heard of it."""
+    """The status of one run; None if the store does not have it."""
     with store.transaction() as connection:
         row = connection.execute(select(runs).where(runs.c.run_id == run_id)).one_or_none()
         return None if row is None else _status(connection, row)
 
 
 def known_runs(store: Store) -> list[KnownRun]:
-    """Every run in the store, the latest first, without the cost of counting how far it is."""
+    """Every run in the store, the latest first, without computing its progress."""
     with store.transaction() as connection:
         return [
             KnownRun.of(row)
@@ -120,21 +121,21 @@ def known_runs(store: Store) -> list[KnownRun]:
 
 
 def find_run(store: Store, wanted: str) -> KnownRun:
-    """The run whose id is, or begins with, `wanted`. Raises StoreError that lists what there is."""
+    """The run whose id is, or starts with, `wanted`. Raises StoreError that lists the runs."""
     known = known_runs(store)
     matching = [run for run in known if run.run_id == wanted] or [
         run for run in known if run.run_id.startswith((wanted, f"run-{wanted}"))
     ]
     if len(matching) != 1:
-        listed = ", ".join(run.run_id for run in matching or known[:10]) or "none at all"
-        what = "several runs begin" if matching else "no run begins"
+        listed = ", ".join(run.run_id for run in matching or known[:10]) or "no runs"
+        what = "several runs start" if matching else "no run starts"
         raise StoreError(f"{what} with {wanted!r}; the store has {listed}")
     return matching[0]
 
 
 def _status(connection: Connection, row: Row[tuple[object, ...]]) -> RunStatus:
     key = row.run_key
-    sendings = (
+    cancelled_at = (
         connection.execute(select(submissions.c.cancelled_at).where(submissions.c.run_key == key))
         .scalars()
         .all()
@@ -186,13 +187,13 @@ def _status(connection: Connection, row: Row[tuple[object, ...]]) -> RunStatus:
         complete=complete,
         proven=proven,
         nowhere_since=None if complete else row.nowhere_since,
-        cancelled=bool(sendings) and all(at is not None for at in sendings),
+        cancelled=bool(cancelled_at) and all(at is not None for at in cancelled_at),
         low_mass=low_mass(connection, key, complete=complete),
     )
 
 
 def _outcomes_digest(connection: Connection, run_key: int) -> str | None:
-    """Of all claims that have an outcome; None where it was not counted."""
+    """The digest of all claims that have an outcome; None if it was not computed."""
     answered = verdicts_digest(connection, run_key)
     if answered is None:
         return None
@@ -205,9 +206,9 @@ def _outcomes_digest(connection: Connection, run_key: int) -> str | None:
 
 
 def missing_records(store: Store, run_id: str, most: int) -> list[tuple[int, int]] | None:
-    """The records of the input, from 1, whose claims have no outcome: the first and the last record
-    of each range, at most so many ranges. Reads every outcome of the run. None where the producer
-    did not say which records are claims.
+    """The records of the input, from 1, whose claims have no outcome: the first and last record of
+    each range, at most `most` ranges. Reads every outcome of the run. None if the producer did not
+    announce which records are claims.
     """
     with store.transaction() as connection:
         row = connection.execute(select(runs).where(runs.c.run_id == run_id)).one_or_none()
@@ -225,7 +226,7 @@ def missing_records(store: Store, run_id: str, most: int) -> list[tuple[int, int
 
 
 def _recent_rate(connection: Connection, run_key: int, last: float) -> float:
-    """Claims a second in the last window. The first message's claims took its engine's time too."""
+    """Claims per second in the last window, which includes the first message's engine time."""
     first, engine_seconds, fresh = connection.execute(
         select(
             func.min(deliveries.c.received_at),

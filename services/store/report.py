@@ -1,4 +1,4 @@
-"""The report of a run: how right, how fast, by whom, and how long until they were ready."""
+"""The report of a run: quality, speed, workers and startups."""
 
 from collections.abc import Mapping, Sequence
 from math import sqrt
@@ -19,7 +19,7 @@ _CONFIDENCE = 0.95
 
 
 class Quality(BaseModel):
-    """How right the verdicts are, over the `labelled` claims that have a verdict and a gold label.
+    """Quality of the verdicts, over the `labelled` claims that have a verdict and a gold label.
 
     A verdict INVALID counts as wrong. `accuracy_interval` is Wilson's, at 95 % (Wilson 1927).
     `macro_f1` is the unweighted mean of F1 over the gold labels that occur. `confusion` maps gold
@@ -37,7 +37,7 @@ class Quality(BaseModel):
 
 
 class Speed(BaseModel):
-    """From the first request to an engine to the last verdict in the store, pauses included."""
+    """Speed from the first request to an engine to the last verdict stored, pauses included."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -48,7 +48,7 @@ class Speed(BaseModel):
 
 
 class WorkerShare(BaseModel):
-    """What one worker did. Its requests overlap: `engine_seconds` may exceed the wall time."""
+    """The work of one worker. Its requests overlap: `engine_seconds` may exceed the wall time."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -61,7 +61,7 @@ class WorkerShare(BaseModel):
 
 
 class Report(BaseModel):
-    """All that is published of a run. `verdicts` counts by label, `dead` by reason."""
+    """The report of a run. `verdicts` counts by label, `dead` by reason."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -69,7 +69,7 @@ class Report(BaseModel):
     run: Run | None
     lines: int | None
     input: dict[str, Any] | None
-    """The producer's InputSummary; None where it did not say."""
+    """The producer's InputSummary; None if it was not announced."""
     verdicts: dict[str, int]
     mean_mass: float | None = None
     """The mean share of the model's probability that the label words held; None without verdicts.
@@ -77,7 +77,7 @@ class Report(BaseModel):
     dead: dict[str, int]
     redelivered_batches: int
     quality: Quality | None
-    """None when no claim with a verdict has a gold label."""
+    """None if no claim with a verdict has a gold label."""
     speed: Speed | None
     """None while there is no verdict."""
     workers: tuple[WorkerShare, ...]
@@ -86,7 +86,7 @@ class Report(BaseModel):
 
 
 def build_report(store: Store, known: KnownRun) -> Report:
-    """Raises StoreError when the run is not in the store."""
+    """Raises StoreError if the run is not in the store."""
     status = run_status(store, known.run_id)
     if status is None:
         raise StoreError(f"the store has no run {known.run_id}")
@@ -161,7 +161,7 @@ def _quality(pairs: Sequence[Row[tuple[object, ...]]], labels: Sequence[str]) ->
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     """The 95 % confidence interval of a proportion (Wilson 1927), as scipy.stats' binomtest has it.
 
-    In a few lines, for to import that library takes longer than a small run on a warm engine.
+    Implemented here because importing scipy takes longer than a small run on a warm engine.
     """
     z = NormalDist().inv_cdf((1 + _CONFIDENCE) / 2)
     share = successes / trials
@@ -172,7 +172,7 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 
 def _f1(label: str, confusion: Mapping[str, Mapping[str, int]]) -> float:
-    """Harmonic mean of precision and recall of one label; 0 where it was never right."""
+    """Harmonic mean of precision and recall of one label; 0 if it was never right."""
     right = confusion[label][label]
     said = sum(row[label] for row in confusion.values())
     return 2 * right / (said + sum(confusion[label].values()))

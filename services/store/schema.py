@@ -1,4 +1,4 @@
-"""The store's tables. `outcomes` holds each claim of a run once: its key is the promise."""
+"""The store's tables. The key of `outcomes` ensures that each claim of a run is stored once."""
 
 from sqlalchemy import (
     BigInteger,
@@ -21,7 +21,7 @@ metadata = MetaData()
 
 schema_info = Table("keepwarm_schema", metadata, Column("version", Integer, primary_key=True))
 
-# SQLite gives an INTEGER PRIMARY KEY by itself, and only to that very type.
+# SQLite generates keys only for the type INTEGER PRIMARY KEY.
 _Key = BigInteger().with_variant(Integer, "sqlite")
 
 runs = Table(
@@ -29,7 +29,7 @@ runs = Table(
     metadata,
     Column("run_key", _Key, primary_key=True, autoincrement=True),
     Column("run_id", String(256), nullable=False),
-    # The Run as JSON; NULL while verdicts have come but the announcement has not.
+    # The Run as JSON; NULL if verdicts came before the announcement.
     Column("run", Text),
     # The producer's InputSummary as JSON; NULL while it is not known.
     Column("input", Text),
@@ -38,30 +38,30 @@ runs = Table(
     Column("claims", BigInteger),
     Column("repeated", BigInteger),
     Column("rejected", BigInteger),
-    # Claims that workers gave back unfinished.
+    # Claims that workers returned unfinished.
     Column("returned", BigInteger, nullable=False, server_default="0"),
     Column("first_seen", Float, nullable=False),
-    # The ClaimsDigest and the Positions of all claims; NULL where the producer told none.
+    # The ClaimsDigest and the Positions of all claims; NULL if the producer announced none.
     Column("digest", String(64)),
     Column("positions", Text),
-    # Since when its claims have been in no queue and with no worker; NULL while that is not so.
+    # Since when its claims are missing: in no queue and at no worker. NULL if they are not.
     Column("nowhere_since", Float),
     UniqueConstraint("run_id"),
 )
 
-# Each sending of a run. What is cancelled are the sendings that there were: the run may be sent
-# again, and then its claims are wanted, while those of before are not.
+# Each submission of a run. Cancelling a run cancels its submissions so far. It may be submitted
+# again; then the claims of the new submission are wanted, and those of the earlier ones are not.
 submissions = Table(
     "submissions",
     metadata,
     Column("submission_id", String(256), primary_key=True),
     Column("run_key", BigInteger, nullable=False, index=True),
     Column("cancelled_at", Float),
-    # With it the proofs of its claims are made; NULL where its producer made none.
+    # The key of its claims' proofs; NULL if its producer made none.
     Column("proof_key", String(64)),
 )
 
-# One row a message of verdicts that came, redelivered ones included: who computed what, and when.
+# One row per message of verdicts, redelivered ones included: who computed them, and when.
 deliveries = Table(
     "deliveries",
     metadata,
@@ -79,7 +79,7 @@ deliveries = Table(
     Column("received_at", Float, nullable=False),
 )
 
-# A verdict (label) or a dead claim (reason). A dead claim gives way to a later outcome.
+# A verdict (label) or a dead claim (reason). A later outcome replaces a dead claim.
 outcomes = Table(
     "outcomes",
     metadata,
@@ -97,14 +97,14 @@ outcomes = Table(
     Column("reason", String(64)),
     Column("detail", Text),
     Column("evidence", Text),
-    # Of a dead claim: how often an engine failed with it, and whether a person has let it go.
+    # For a dead claim: how often an engine failed with it, and whether a person dropped it.
     Column("failures", Integer),
     Column("dropped", Boolean, nullable=False, server_default=false()),
     sqlite_with_rowid=False,
 )
 
-# How many claims of a run are dead, without a look at all its outcomes. SQLite uses it only where
-# `reason` is a column of it.
+# To count a run's dead claims without reading all its outcomes. SQLite uses it only if `reason` is
+# one of its columns.
 Index(
     "outcomes_dead",
     outcomes.c.run_key,
@@ -113,9 +113,8 @@ Index(
     postgresql_where=outcomes.c.reason.is_not(None),
 )
 
-# How many verdicts of a run have a label; of these how many claims have a gold label, and for how
-# many the two agree. Whoever writes verdicts counts them here too, so that nobody has to go through
-# `outcomes` for it.
+# By run and label: the verdicts, those of claims with a gold label, and those that agree with it.
+# Updated in the transaction that writes verdicts, so that `outcomes` need not be counted.
 verdict_counts = Table(
     "verdict_counts",
     metadata,
@@ -126,8 +125,8 @@ verdict_counts = Table(
     Column("correct", BigInteger, nullable=False),
 )
 
-# The ClaimsDigest of a run's claims that have a verdict, kept by whoever writes verdicts. NULL: it
-# was not counted, for the run is older than the table.
+# The ClaimsDigest of a run's claims that have a verdict, updated in the transaction that writes
+# verdicts. NULL if the run is older than the table, so that it was not computed.
 verdict_digests = Table(
     "verdict_digests",
     metadata,
@@ -136,7 +135,7 @@ verdict_digests = Table(
     Column("low", BigInteger),
 )
 
-# One row each time that a worker had a context ready. Seconds; NULL where it was not measured.
+# One row each time that a context became ready for a worker. Seconds; NULL if not measured.
 startups = Table(
     "startups",
     metadata,
@@ -144,7 +143,7 @@ startups = Table(
     Column("worker_id", String(512), nullable=False),
     Column("context_id", String(256), nullable=False, index=True),
     Column("device", String(512), nullable=False),
-    # The engine was there already.
+    # The engine was running already.
     Column("warm", Boolean, nullable=False),
     Column("seconds", Float, nullable=False),
     Column("imports", Float),

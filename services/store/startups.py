@@ -1,4 +1,4 @@
-"""How long the context of a run took to be ready, from what workers told while the run lasted."""
+"""How long a run's context took to be ready, as workers reported during the run."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from services.store.schema import deliveries, runs, startups
 class ColdStarts(BaseModel):
     """Engines that were started on one kind of device.
 
-    `phases` are means over the starts that measured the phase; None where none did.
+    `phases` are means over the starts that measured the phase; None if none did.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -27,7 +27,7 @@ class ColdStarts(BaseModel):
 
 
 class Attaches(BaseModel):
-    """Workers that came to an engine which was not started for them."""
+    """Workers that attached to an engine which was not started for them."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -36,24 +36,23 @@ class Attaches(BaseModel):
 
 
 class Startups(BaseModel):
-    """What getting the context ready took. `cold` has the devices with the most starts first."""
+    """The startups of a context. `cold` has the devices with the most starts first."""
 
     model_config = ConfigDict(frozen=True)
 
     cold: tuple[ColdStarts, ...]
     warm: Attaches | None
-    """None when no worker found its context warm."""
+    """None if no worker found its context warm."""
     joined: Attaches | None = None
-    """Those that waited for a start which was for another, or for an engine to wake."""
+    """Workers that waited for an engine that another started, or that had to wake."""
 
 
 def startups_of(
     connection: Connection, run_key: int, context_id: str, *, complete: bool
 ) -> Startups | None:
-    """The starts of a run's context that ended while the run lasted; None when there were none.
+    """The starts of a run's context that ended during the run; None if there were none.
 
-    A run lasts from the first word of it until its last verdict, or until now if it is not
-    complete.
+    A run lasts from its first message until its last verdict, or until now if it is not complete.
     """
     query = select(startups).where(
         startups.c.context_id == context_id,

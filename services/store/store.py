@@ -1,4 +1,4 @@
-"""The store: opened with care, written in transactions, each claim of a run once."""
+"""The store of runs and outcomes: written in transactions, with each claim of a run once."""
 
 import secrets
 import time
@@ -41,15 +41,15 @@ from services.contracts.errors import StoreError, StoreRefused
 from services.contracts.runs import InputSummary
 from services.contracts.wire import Message
 from services.store.database import (
-    is_about_values,
     is_read_only,
+    is_value_error,
     next_step,
     open_engine,
-    refuse_encoding,
-    shown,
+    redacted,
+    require_utf8,
 )
-from services.store.label_counts import Counted, LabelCounts, count_digest
-from services.store.migrations import refusal, up_to_date, version_of
+from services.store.label_counts import CountedVerdict, LabelCounts, count_digest
+from services.store.migrations import schema_version, upgrade, version_error
 from services.store.schema import (
     SCHEMA_VERSION,
     deliveries,
@@ -59,8 +59,8 @@ from services.store.schema import (
     submissions,
 )
 
-_MOST_PARAMETERS = 500
-# Workers have reported what they hold by then, and claims that were on their way have arrived.
+_MAX_PARAMETERS = 500
+# Within this time workers have sent heartbeats, and messages in transit have arrived.
 _CANCELLED_SECONDS = 60.0
 _CHUNK_ROWS = 10_000
 
@@ -69,7 +69,7 @@ _OUTCOME_COLUMNS = [column.name for column in outcomes.columns]
 
 @dataclass
 class Incoming:
-    """What is to be written in one transaction."""
+    """The messages to write in one transaction."""
 
     announcements: list[RunAnnouncement] = field(default_factory=list)
     verdicts: list[VerdictBatch] = field(default_factory=list)
@@ -93,7 +93,7 @@ class Incoming:
                 case ContextReady():
                     incoming.startups.append(message)
                 case _:
-                    raise TypeError(f"a {type(message).__name__} is nothing for the store")
+                    raise TypeError(f"the store cannot write a {type(message).__name__}")
         return incoming
 
     def run_ids(self) -> set[str]:
@@ -104,22 +104,22 @@ class Incoming:
         }
 
     def __len__(self) -> int:
-        """Outcomes, not messages."""
+        """The number of outcomes, not of messages."""
         return sum(len(batch.verdicts) for batch in self.verdicts) + len(self.dead)
 
 
 class Store:
     """A database of runs and their outcomes. Use it as a context manager, or close it.
 
-    Every method raises StoreError, with the next step, when the database cannot do its part, and
-    of these StoreRefused when it refuses a value that it was given.
+    Every method raises StoreError, with the next step, if the database fails, and its subclass
+    StoreRefused if the database refuses a value.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         dialect = postgresql if engine.dialect.name == "postgresql" else sqlite
-        # As SQL, once: SQLAlchemy's handling of parameters would cost more than the database's
-        # own work, and these rows hold nothing that needs it.
+        # Compiled to SQL once: SQLAlchemy's handling of parameters would take longer than the
+        # database, and these rows need none of it.
         insert_outcome = dialect.insert(outcomes).values(
             {name: bindparam(name) for name in _OUTCOME_COLUMNS}
         )
@@ -128,10 +128,10 @@ class Store:
                 index_elements=[outcomes.c.run_key, outcomes.c.claim_id],
                 set_={
                     **{name: insert_outcome.excluded[name] for name in _OUTCOME_COLUMNS},
-                    # The same death, delivered again, stays let go.
+                    # A dead claim that is delivered again stays dropped.
                     "dropped": and_(outcomes.c.dropped, insert_outcome.excluded.label.is_(None)),
                 },
-                # The first verdict stays; a dead claim that was tried again gives way.
+                # The first verdict stays; a later outcome replaces a dead claim.
                 where=outcomes.c.reason.is_not(None),
             ).compile(dialect=engine.dialect)
         )
@@ -146,32 +146,32 @@ class Store:
             .values(gold=bindparam("new_gold"))
         )
         self._insert_startup = dialect.insert(startups).on_conflict_do_nothing()
-        # Wall-clock time that cannot jump while this process lives.
+        # Wall-clock time that does not jump during this process.
         self._clock_offset = time.time() - time.monotonic()
 
     @classmethod
     def open(cls, settings: Settings, *, create: bool = True) -> "Store":
-        """Open the store, and make its tables where there are none.
+        """Open the store, and create or upgrade its tables.
 
-        Raises StoreError when it cannot be used or cannot hold every claim's text, UsageError when
-        the URL is not one.
+        Raises StoreError if it cannot be used or cannot store every claim's text, UsageError if
+        the URL is invalid.
         """
         engine = open_engine(settings, create=create)
         store = cls(engine)
         try:
             with store.transaction() as connection:
-                refuse_encoding(connection)
+                require_utf8(connection)
                 reads_only = not create and is_read_only(engine.url)
-                version = version_of(connection) if reads_only else up_to_date(connection)
+                version = schema_version(connection) if reads_only else upgrade(connection)
                 if version != SCHEMA_VERSION:
-                    raise refusal(engine.url, version, reads_only=reads_only)
+                    raise version_error(engine.url, version, reads_only=reads_only)
         except BaseException:
             store.close()
             raise
         return store
 
     def close(self) -> None:
-        """Close its connections to the database, those of all threads."""
+        """Close the connections to the database of all threads."""
         self._engine.dispose()
 
     def __enter__(self) -> Self:
@@ -188,20 +188,21 @@ class Store:
         except (SQLAlchemyError, OverflowError, UnicodeError) as error:
             cause = getattr(error, "orig", None) or error
             why = str(cause).strip()
-            if is_about_values(cause):
-                # The first line alone: further ones of PostgreSQL's quote the row.
+            if is_value_error(cause):
+                # Only the first line: PostgreSQL's further lines quote the row.
                 raise StoreRefused(
-                    f"the store {shown(self._engine.url)} refuses a value: {why.splitlines()[0]}"
+                    f"the store {redacted(self._engine.url)} refuses a value: {why.splitlines()[0]}"
                 ) from error
             raise StoreError(
-                f"the store {shown(self._engine.url)} failed: {why.rstrip('.')}. {next_step(why)}"
+                f"the store {redacted(self._engine.url)} failed: {why.rstrip('.')}. "
+                f"{next_step(why)}"
             ) from error
 
     def write(self, incoming: Incoming) -> Counter[str]:
-        """Write it all or nothing; how many outcomes each run gained.
+        """Write all messages or none, and return the number of outcomes that each run gained.
 
-        Claims that have a verdict keep it; they are counted. A death that comes twice is counted
-        as gained twice.
+        Claims that have a verdict keep it, and are counted as duplicates. A dead claim that comes
+        twice counts twice.
         """
         now = self._now()
         with self.transaction() as connection:
@@ -241,11 +242,11 @@ class Store:
                 connection.execute(self._insert_startup.values(_startup_row(ready, now)))
             counts.write(connection)
             for announcement in incoming.announcements:
-                if announcement.digest is not None:  # from now on there is something to compare
+                if announcement.digest is not None:  # now there is a digest to compare with
                     count_digest(connection, keys[announcement.run.run_id])
         gained = Counter(claim.run_id for claim in incoming.dead)
-        for answered, row in zip(incoming.verdicts, rows, strict=True):
-            gained[answered.run_id] += row["fresh"]
+        for verdicts, row in zip(incoming.verdicts, rows, strict=True):
+            gained[verdicts.run_id] += row["fresh"]
         return gained
 
     def finished(self, run_id: str, claim_ids: Sequence[str]) -> set[str]:
@@ -253,7 +254,7 @@ class Store:
         return {row.claim_id for row in self._among(run_id, claim_ids, outcomes.c.claim_id)}
 
     def set_gold(self, run_id: str, golds: Mapping[str, str | None]) -> int:
-        """Give claims of the run that have an outcome these gold labels; how many were others."""
+        """Set the gold labels of claims that have an outcome, and return how many changed."""
         counts = LabelCounts()
         changed = []
         columns = (outcomes.c.claim_id, outcomes.c.label, outcomes.c.gold)
@@ -272,21 +273,21 @@ class Store:
         return len(changed)
 
     def set_input(self, run_id: str, summary: InputSummary) -> None:
-        """What the producer found in the run's file, as it is read now."""
+        """Replace the summary of the run's input file."""
         with self.transaction() as connection:
             connection.execute(
                 update(runs).where(runs.c.run_id == run_id).values(input=summary.model_dump_json())
             )
 
     def texts(self, run_id: str, claim_ids: Sequence[str]) -> dict[str, str]:
-        """The text of each claim, of these ids, that has an outcome in the run."""
+        """The texts of those claims that have an outcome in the run, by id."""
         rows = self._among(run_id, claim_ids, outcomes.c.claim_id, outcomes.c.claim)
         return {row.claim_id: row.claim for row in rows}
 
     def _among(
         self, run_id: str, claim_ids: Sequence[str], *columns: Column[Any]
     ) -> Iterator[Row[Any]]:
-        """These columns of each outcome of the run, of these claims."""
+        """These columns of the outcomes of these claims."""
         with self.transaction() as connection:
             key = _find_run_key(connection, run_id)
             yield from self._rows_among(connection, key, claim_ids, *columns)
@@ -295,26 +296,22 @@ class Store:
     def _rows_among(
         connection: Connection, key: int | None, claim_ids: Sequence[str], *columns: Column[Any]
     ) -> Iterator[Row[Any]]:
-        for start in range(0, len(claim_ids), _MOST_PARAMETERS):
+        for start in range(0, len(claim_ids), _MAX_PARAMETERS):
             query = select(*columns).where(
                 outcomes.c.run_key == key,
-                outcomes.c.claim_id.in_(claim_ids[start : start + _MOST_PARAMETERS]),
+                outcomes.c.claim_id.in_(claim_ids[start : start + _MAX_PARAMETERS]),
             )
             yield from connection.execute(query).all()
 
-    def wants(self, submission_id: str) -> bool | None:
-        """Whether the claims of a submission are still to be answered; None where no producer
-        announced it.
-        """
+    def is_active(self, submission_id: str) -> bool | None:
+        """Whether a submission is announced and not cancelled; None if it was not announced."""
         query = select(submissions).where(submissions.c.submission_id == submission_id)
         with self.transaction() as connection:
             row = connection.execute(query).one_or_none()
         return None if row is None else row.cancelled_at is None
 
     def submission(self, submission_id: str) -> tuple[Run, str | None] | None:
-        """The run of a submission and the key of its proofs, as its producer announced them; None
-        where nobody did.
-        """
+        """The announced run and proof key of a submission; None if it was not announced."""
         query = (
             select(runs.c.run, submissions.c.proof_key)
             .join(submissions, submissions.c.run_key == runs.c.run_key)
@@ -324,9 +321,9 @@ class Store:
             row = connection.execute(query).one_or_none()
         return None if row is None else (Run.model_validate_json(row.run), row.proof_key)
 
-    def takes_unproven(self, run_id: str) -> bool | None:
-        """Whether the run has a submission without proofs, by a producer of an older version; None
-        where nobody announced the run.
+    def accepts_unproven(self, run_id: str) -> bool | None:
+        """Whether the run has a submission without proofs, from an older producer; None if the run
+        was not announced.
         """
         query = (
             select(func.count().label("sent"), func.count(submissions.c.proof_key).label("proven"))
@@ -340,7 +337,9 @@ class Store:
         return None if row is None else row.sent > row.proven
 
     def add_submission(self, run_key: int, submission_id: str, proof_key: str) -> None:
-        """Claims of the run are being sent, by other means than a producer's announcement."""
+        """Add a submission of the run without a producer's announcement, before its claims are
+        sent.
+        """
         submission = {
             "submission_id": submission_id,
             "run_key": run_key,
@@ -349,8 +348,8 @@ class Store:
         with self.transaction() as connection:
             connection.execute(self._insert_submission.values(submission))
 
-    def note_nowhere(self, run_ids: Iterable[str]) -> None:
-        """The claims of these runs that have no outcome are in no queue and with no worker."""
+    def note_missing_claims(self, run_ids: Iterable[str]) -> None:
+        """Mark these runs: their claims without an outcome are in no queue and at no worker."""
         with self.transaction() as connection:
             connection.execute(
                 update(runs)
@@ -359,8 +358,8 @@ class Store:
             )
 
     def remove_foreign(self, run_id: str, claims: Iterable[Claim]) -> list[str]:
-        """Remove the outcomes of claims that the run does not have; their ids. `claims` are those
-        that it has, in the order of the input.
+        """Delete the outcomes of claims that are not the run's, and return their ids. `claims` are
+        the run's claims, in the order of the input.
         """
         ours = (
             (position, {claim.claim_id for claim in some})
@@ -392,7 +391,7 @@ class Store:
                     )
                 )
                 if row.label is not None:
-                    counts.remove(row.run_key, Counted(*row[3:5], *row[1:3]))
+                    counts.remove(row.run_key, CountedVerdict(*row[3:5], *row[1:3]))
                     connection.execute(
                         update(deliveries)
                         .where(deliveries.c.delivery_key == row.delivery_key)
@@ -402,7 +401,7 @@ class Store:
         return [row.claim_id for row in foreign]
 
     def cancel(self, run_key: int) -> None:
-        """Nobody wants the claims of the run that were sent so far."""
+        """Cancel all submissions of the run so far."""
         with self.transaction() as connection:
             connection.execute(
                 update(submissions)
@@ -411,8 +410,8 @@ class Store:
             )
 
     def cancelled_submissions(self, settled_runs: Collection[str] = ()) -> tuple[str, ...]:
-        """Those that were cancelled, the latest first; no more than a notice holds. Left out are
-        those of runs of which no claim is left at the broker, a while after they were cancelled.
+        """The cancelled submissions, the latest first, as many as a control update can hold. After
+        a while, those of `settled_runs`, which have no claims left, are left out.
         """
         query = (
             select(submissions.c.submission_id, submissions.c.cancelled_at, runs.c.run_id)
@@ -462,7 +461,7 @@ class Store:
             counts.add(
                 key,
                 (
-                    Counted(each.label, each.gold, each.claim_id, each.position)
+                    CountedVerdict(each.label, each.gold, each.claim_id, each.position)
                     for each in batch.verdicts
                 ),
             )
@@ -483,7 +482,7 @@ class Store:
         }
 
     def _run_key(self, connection: Connection, run_id: str, now: float) -> int:
-        """The run's key; a new one for a run that was not heard of before."""
+        """The run's key; a new run is inserted."""
         key = _find_run_key(connection, run_id)
         if key is None:
             connection.execute(self._insert_run.values(run_id=run_id, first_seen=now))
@@ -494,18 +493,18 @@ class Store:
 
 def _written(
     connection: Connection, key: int, delivery: int, batch: VerdictBatch
-) -> Iterator[Counted]:
-    """Those verdicts of a batch that were the first of their claims."""
+) -> Iterator[CountedVerdict]:
+    """The verdicts of a batch that were the first of their claims."""
     ids = [verdict.claim_id for verdict in batch.verdicts]
-    for start in range(0, len(ids), _MOST_PARAMETERS):
+    for start in range(0, len(ids), _MAX_PARAMETERS):
         query = select(
             outcomes.c.label, outcomes.c.gold, outcomes.c.claim_id, outcomes.c.position
         ).where(
             outcomes.c.run_key == key,
-            outcomes.c.claim_id.in_(ids[start : start + _MOST_PARAMETERS]),
+            outcomes.c.claim_id.in_(ids[start : start + _MAX_PARAMETERS]),
             outcomes.c.delivery_key == delivery,
         )
-        yield from (Counted(*row) for row in connection.execute(query))
+        yield from (CountedVerdict(*row) for row in connection.execute(query))
 
 
 def _find_run_key(connection: Connection, run_id: str) -> int | None:
@@ -515,8 +514,8 @@ def _find_run_key(connection: Connection, run_id: str) -> int | None:
 def _write_announcement(connection: Connection, key: int, announcement: RunAnnouncement) -> None:
     totals = announcement.totals.model_dump() if announcement.totals else {}
     for name in ("digest", "positions"):
-        if (told := getattr(announcement, name)) is not None:
-            totals[name] = told
+        if (value := getattr(announcement, name)) is not None:
+            totals[name] = value
     if announcement.input is not None:
         totals["input"] = announcement.input.model_dump_json()
     connection.execute(
@@ -527,7 +526,7 @@ def _write_announcement(connection: Connection, key: int, announcement: RunAnnou
 
 
 def _by_label(labels: Sequence[str], probabilities: Sequence[float]) -> str | None:
-    """JSON, label -> probability; None where no answer could be read."""
+    """JSON, label -> probability; None if no answer could be read."""
     if not probabilities:
         return None
     return to_json(dict(zip(labels, probabilities, strict=True))).decode()
@@ -545,7 +544,7 @@ def _dead_row(key: int, dead: DeadClaim) -> dict[str, Any]:
         "evidence": dead.claim.evidence,
         "failures": dead.failures,
         "dropped": False,
-        # Tells this death from a later one of the same claim.
+        # Distinguishes this death from a later one of the same claim.
         "delivery_key": secrets.randbits(62),
     }
 

@@ -1,7 +1,7 @@
-"""What a service tells of itself over HTTP: metrics, whether it lives, whether it is ready."""
+"""A service's metrics, liveness and readiness over HTTP."""
 
 from services.telemetry.labels import BoundedLabels
-from services.telemetry.pulse import Watchdog
 from services.telemetry.server import MetricsServer
+from services.telemetry.watchdog import Watchdog
 
 __all__ = ["BoundedLabels", "MetricsServer", "Watchdog"]

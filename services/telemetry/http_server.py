@@ -1,4 +1,4 @@
-"""An HTTP server that strangers cannot hold up: few connections, none for long."""
+"""An HTTP server with bounded connections, so that a client cannot block it."""
 
 import socket
 import threading
@@ -10,30 +10,30 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import structlog
 
-MOST_CONNECTIONS = 32
-SILENT_SECONDS = 5.0
-"""How long a client may say nothing in the midst of its request."""
-LONGEST_SECONDS = 20.0
-"""A connection is closed after so long, whatever it is doing."""
+MAX_CONNECTIONS = 32
+READ_TIMEOUT_SECONDS = 5.0
+"""How long a client may send nothing within its request."""
+MAX_CONNECTION_SECONDS = 20.0
+"""A connection is closed after this time, whatever its state."""
 
 log = structlog.get_logger(__name__)
 
 
 class BoundedServer(ThreadingMixIn, WSGIServer):
-    """A thread for each connection, and one request on each."""
+    """A thread for each connection, and one request per connection."""
 
     daemon_threads = True
-    request_queue_size = MOST_CONNECTIONS
+    request_queue_size = MAX_CONNECTIONS
 
     def __init__(self, address: tuple[str, int], family: socket.AddressFamily) -> None:
-        """Raises OSError where it cannot listen."""
+        """Raises OSError if it cannot listen."""
         self.address_family = family
         self._open: dict[Any, float] = {}
         self._counting = threading.Lock()
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
-        # The base class would look its name up, which takes seconds where a resolver is silent.
+        # The base class looks its name up, which takes seconds if the resolver does not answer.
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = bound = self.socket.getsockname()
@@ -42,7 +42,7 @@ class BoundedServer(ThreadingMixIn, WSGIServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._counting:
-            full = len(self._open) >= MOST_CONNECTIONS
+            full = len(self._open) >= MAX_CONNECTIONS
             if not full:
                 self._open[request] = time.monotonic()
         if full:
@@ -56,8 +56,8 @@ class BoundedServer(ThreadingMixIn, WSGIServer):
         super().shutdown_request(request)
 
     def service_actions(self) -> None:
-        """Several times a second: end what takes too long."""
-        oldest = time.monotonic() - LONGEST_SECONDS
+        """Called several times a second: close connections that are open for too long."""
+        oldest = time.monotonic() - MAX_CONNECTION_SECONDS
         with self._counting:
             late = [request for request, since in self._open.items() if since < oldest]
         for request in late:
@@ -65,14 +65,16 @@ class BoundedServer(ThreadingMixIn, WSGIServer):
                 request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log.debug("metrics.request_failed", exc_info=True)  # a client that went, or was too slow
+        log.debug(
+            "metrics.request_failed", exc_info=True
+        )  # the client disconnected, or was too slow
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = SILENT_SECONDS
+    timeout = READ_TIMEOUT_SECONDS
 
     def address_string(self) -> str:
-        return str(self.client_address[0])  # no look-up of its name
+        return str(self.client_address[0])  # without a name lookup
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

@@ -1,4 +1,4 @@
-"""What every service serves: `/metrics`, `/healthz`, `/readyz`, and pages of its own."""
+"""The HTTP server of every service: `/metrics`, `/healthz`, `/readyz`, and its own pages."""
 
 import json
 import socket
@@ -21,51 +21,53 @@ _POLL_SECONDS = 0.2
 _TEXT = "text/plain; charset=utf-8"
 
 Page = Callable[[], object]
-"""What a page shows, as JSON can hold it."""
+"""Returns the contents of a page, as a value that JSON can represent."""
 
 log = structlog.get_logger(__name__)
 
 
 class Service(Protocol):
-    """What the server asks of whom it serves, from threads of its own. Must not wait."""
+    """What a service provides to its probes. Called from the server's threads; must not wait."""
 
     @property
     def liveness_error(self) -> str | None:
-        """Why it does nothing any more; None while its main loop moves."""
+        """Why the service is not alive; None while its main loop is running."""
 
     @property
     def readiness_error(self) -> str | None:
-        """Why it cannot do its work now; None while it can."""
+        """Why the service cannot do its work now; None while it can."""
 
 
 class MetricsServer:
-    """Listens once made, answers once it `serve`s; does neither where metrics are off."""
+    """Listens once created and answers after `serve`. Does neither if metrics are off."""
 
     def __init__(self, settings: Settings) -> None:
-        """Raises UsageError when it cannot listen at KEEPWARM_METRICS_ADDRESS."""
+        """Raises UsageError if it cannot listen at KEEPWARM_METRICS_ADDRESS."""
         self._server: BoundedServer | None = None
         self._thread: threading.Thread | None = None
         self.advertised: str | None = None
-        """`host:port` at which others find it; None where it is off."""
+        """`host:port` at which others reach it; None if metrics are off."""
         if settings.metrics_address == METRICS_OFF:
             return
-        self._server = _listening(settings.metrics_address)
-        self.advertised = _advertised(settings.metrics_advertise, *_bound(self._server))
+        self._server = _bind(settings.metrics_address)
+        self.advertised = _advertised_address(
+            settings.metrics_advertise, *_bound_address(self._server)
+        )
 
     def serve(self, service: Service, pages: Mapping[str, Page] | None = None) -> None:
-        """Begin to answer. `pages` are further paths, each with what it shows."""
+        """Start to answer. `pages` maps further paths to their contents."""
         if self._server is None:
             return
-        # A counter's time of creation would be a series more for each.
+        # Creation times would add a series for each counter.
         disable_created_metrics()  # type: ignore[no-untyped-call]
-        self._server.set_app(_application(service, pages or {}))
+        self._server.set_app(_wsgi_application(service, pages or {}))
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(_POLL_SECONDS,), name="metrics", daemon=True
         )
         self._thread.start()
         log.info(
             "metrics.serving",
-            address=join_address(*_bound(self._server)),
+            address=join_address(*_bound_address(self._server)),
             advertised=self.advertised,
         )
 
@@ -85,12 +87,12 @@ class MetricsServer:
         self.close()
 
 
-def _bound(server: BoundedServer) -> tuple[str, int]:
+def _bound_address(server: BoundedServer) -> tuple[str, int]:
     host, port = server.server_address[:2]
     return str(host), int(port)
 
 
-def _listening(address: str) -> BoundedServer:
+def _bind(address: str) -> BoundedServer:
     host, port = split_address(address)
     try:
         family, _, _, _, where = socket.getaddrinfo(
@@ -100,11 +102,11 @@ def _listening(address: str) -> BoundedServer:
     except OSError as error:
         raise UsageError(
             f"KEEPWARM_METRICS_ADDRESS: cannot listen at {address}: {error.strerror or error}; "
-            "take port 0 for one that is free, an address of this machine, or `off`"
+            "use port 0 for a free port, an address of this machine, or `off`"
         ) from error
 
 
-def _advertised(wanted: str | None, host: str, port: int) -> str:
+def _advertised_address(wanted: str | None, host: str, port: int) -> str:
     if wanted is not None and not is_host(wanted):
         return wanted
     if wanted is not None:
@@ -112,7 +114,7 @@ def _advertised(wanted: str | None, host: str, port: int) -> str:
     return join_address(socket.gethostname() if ip_address(host).is_unspecified else host, port)
 
 
-def _application(
+def _wsgi_application(
     service: Service, pages: Mapping[str, Page]
 ) -> Callable[[WSGIEnvironment, StartResponse], Iterable[bytes]]:
     metrics = make_wsgi_app(REGISTRY)
@@ -120,39 +122,42 @@ def _application(
     def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
         if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
-            return _say(start_response, "405 Method Not Allowed", "only GET and HEAD")
+            return _respond(start_response, "405 Method Not Allowed", "only GET and HEAD")
         if path == "/metrics":
-            told: Iterable[bytes] = metrics({**environ, "REQUEST_METHOD": "GET"}, start_response)
-            return told
+            body: Iterable[bytes] = metrics({**environ, "REQUEST_METHOD": "GET"}, start_response)
+            return body
         if path == "/healthz":
-            return _state(start_response, service.liveness_error)
+            return _probe_response(start_response, service.liveness_error)
         if path == "/readyz":
-            return _state(start_response, service.liveness_error or service.readiness_error)
+            return _probe_response(
+                start_response, service.liveness_error or service.readiness_error
+            )
         if path in pages:
-            shown = json.dumps(pages[path]())
-            return _say(start_response, "200 OK", shown, "application/json")
+            return _respond(start_response, "200 OK", json.dumps(pages[path]()), "application/json")
         known = ", ".join(("/metrics", "/healthz", "/readyz", *pages))
-        return _say(start_response, "404 Not Found", f"there are {known}")
+        return _respond(start_response, "404 Not Found", f"not found; available: {known}")
 
     def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         try:
             body = answer(environ, start_response)
         except Exception:
-            # A bug in what is told is no reason for anything else to end.
+            # A bug in a page must not end anything else.
             log.exception("metrics.page_failed", path=environ["PATH_INFO"])
-            body = _say(start_response, "500 Internal Server Error", "a bug; the log has it")
+            body = _respond(
+                start_response, "500 Internal Server Error", "internal error; see the log"
+            )
         return () if environ["REQUEST_METHOD"] == "HEAD" else body
 
     return application
 
 
-def _state(start_response: StartResponse, fault: str | None) -> Iterable[bytes]:
-    if fault is None:
-        return _say(start_response, "200 OK", "ok")
-    return _say(start_response, "503 Service Unavailable", " ".join(fault.split()))
+def _probe_response(start_response: StartResponse, error: str | None) -> Iterable[bytes]:
+    if error is None:
+        return _respond(start_response, "200 OK", "ok")
+    return _respond(start_response, "503 Service Unavailable", " ".join(error.split()))
 
 
-def _say(
+def _respond(
     start_response: StartResponse, status: str, text: str, kind: str = _TEXT
 ) -> Iterable[bytes]:
     body = f"{text}\n".encode()

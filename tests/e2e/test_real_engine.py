@@ -145,8 +145,8 @@ def test_a_run_whose_label_words_the_model_does_not_say_is_stopped_with_what_it_
     out = tmp_path / "out"
     running = command("run", CLAIMS, "--out", str(out), *flags(tmp_path))
     assert running.wait(ENGINE_SECONDS) == 8, running.output
-    assert "the labels hold" in running.output
-    assert f"the model says {says}" in running.output
+    assert "the labels have" in running.output
+    assert f"the model answers {says}" in running.output
     assert "enable_thinking: false" in running.output and "--allow-low-mass" in running.output
     assert len(rows(out / "verdicts.jsonl")) >= 64
 

@@ -263,9 +263,17 @@ def broken(message: Message) -> Iterator[tuple[bytes, pika.BasicProperties, str]
     if isinstance(message, ClaimBatch):
         for count in ("many", -1, 2**40, None):
             headers = {topology.FAILURES_HEADER: count}
-            yield body, properties(message, headers=headers), "keepwarm-failures is no count"
+            yield (
+                body,
+                properties(message, headers=headers),
+                "keepwarm-failures is not a valid count",
+            )
         engines = {topology.DECLINED_HEADER: "n1/a"}
-        yield body, properties(message, headers=engines), "keepwarm-declined is no list of engines"
+        yield (
+            body,
+            properties(message, headers=engines),
+            "keepwarm-declined is not a list of engines",
+        )
 
 
 def test_messages_that_are_broken_in_any_way_become_dead_messages_and_harm_no_service(

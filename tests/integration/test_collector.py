@@ -177,7 +177,7 @@ class Listener:
 def listener(address: BrokerAddress) -> Iterator[Listener]:
     listening = Listener()
     with Consumer(
-        address, "test", queues=[], prefetch=1, on_notice=listening.hear, listener="test"
+        address, "test", queues=[], prefetch=1, on_fanout_message=listening.hear, listener="test"
     ).open(PATIENCE):
         yield listening
 
@@ -192,7 +192,7 @@ def report(address: BrokerAddress, context: ContextSpec, state: str = "serving")
         claims_per_second=None,
     )
     with Publisher(address, "test", window=1).open(PATIENCE) as publisher:
-        publisher.publish(Outgoing.of(word, topology.PRESENCE_EXCHANGE, "", notice=True))
+        publisher.publish(Outgoing.of(word, topology.PRESENCE_EXCHANGE, "", transient=True))
         publisher.flush(PATIENCE)
 
 
@@ -230,9 +230,9 @@ def test_a_worker_says_itself_that_it_is_there(
         "test",
         queues=[],
         prefetch=1,
-        on_notice=lambda body: said.append(decode(WorkerHeartbeat, body)),
+        on_fanout_message=lambda body: said.append(decode(WorkerHeartbeat, body)),
         listener="test",
-        hears=topology.PRESENCE_EXCHANGE,
+        fanout_exchange=topology.PRESENCE_EXCHANGE,
     ).open(PATIENCE):
         worker = command("worker")
         begun = [("starting", None), ("serving", None)]

@@ -337,12 +337,12 @@ def test_whoever_takes_can_ask_how_long_queues_are_and_goes_on_taking(
     taken = [consumer.take(PATIENCE), consumer.take(PATIENCE)]
     answers: list[Counts] = []
     # Where a queue is missing, the broker closes the channel that asked.
-    consumer.ask_counts(["claims.no-such", QUEUE, "claims.nor-such"], answers.append)
+    consumer.request_counts(["claims.no-such", QUEUE, "claims.nor-such"], answers.append)
     wait_until(lambda: answers, "an answer")
     assert answers == [{QUEUE: 3}]
     consumer.acknowledge(delivery for delivery in taken if delivery)
     assert consumer.take(PATIENCE)
-    consumer.ask_counts(["claims.no-such"], answers.append)
+    consumer.request_counts(["claims.no-such"], answers.append)
     wait_until(lambda: len(answers) == 2, "a second answer")
     assert answers[1] == {}
 
@@ -351,11 +351,11 @@ def test_a_question_that_a_lost_connection_swallows_can_be_asked_again(
     address: BrokerAddress, consumer: Consumer
 ) -> None:
     answers: list[Counts] = []
-    consumer.ask_counts([QUEUE] * 50, answers.append)
+    consumer.request_counts([QUEUE] * 50, answers.append)
     cut(consumer)
 
     def answered() -> list[Counts]:
-        consumer.ask_counts([QUEUE], answers.append)
+        consumer.request_counts([QUEUE], answers.append)
         return answers
 
     wait_until(answered, "an answer")

@@ -90,7 +90,7 @@ def test_a_wrong_password_and_a_wrong_address_are_faults(command: Start) -> None
     assert "refused us" in says and "wrong" not in says
     code, says = diagnosis(command, "--broker", "amqp://keepwarm@127.0.0.1:1/")
     assert code == 5
-    assert "Is it running, and is the address right?" in says
+    assert "Check that it is running and that the address is right" in says
 
 
 def rows(url: str, query: str) -> list[tuple[object, ...]]:
@@ -161,7 +161,7 @@ def test_a_user_who_may_only_read_is_told_for_whom_that_is(
     assert "can be read, as `status`" in says and grant[1] in says
     collecting = command("collect", "--store", as_reader)
     assert collecting.wait() == 6, collecting.output
-    assert "can be read by this user and not written" in " ".join(collecting.output.split())
+    assert "but not write it" in " ".join(collecting.output.split())
 
 
 def test_an_empty_database_where_no_tables_may_be_made_is_noted(

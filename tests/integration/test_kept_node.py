@@ -36,7 +36,7 @@ def kept(tmp_path: Path) -> Iterator[KeptNode]:
 
 
 def lent(kept: KeptNode) -> PrivateNode:
-    node = kept.lend()
+    node = kept.acquire()
     assert node is not None
     return node
 
@@ -50,15 +50,15 @@ def make_queues(node: PrivateNode) -> None:
 
 def test_a_node_is_lent_to_one_at_a_time_and_stays_while_it_is_left_empty(kept: KeptNode) -> None:
     node = lent(kept)
-    assert kept.lend() is None
+    assert kept.acquire() is None
     make_queues(node)
-    kept.take_back(QUEUE)
-    assert kept.there and lent(kept) is node and node.alive
+    kept.release(QUEUE)
+    assert kept.exists and lent(kept) is node and node.alive
 
 
 def test_a_node_that_was_not_used_stays(kept: KeptNode) -> None:
     node = lent(kept)
-    kept.take_back(None)
+    kept.release(None)
     assert lent(kept) is node
 
 
@@ -66,21 +66,21 @@ def test_a_node_with_something_left_in_it_is_thrown_away(kept: KeptNode, tmp_pat
     node = lent(kept)
     make_queues(node)
     send(node, topology.CLAIMS_EXCHANGE, QUEUE, b"left over")
-    kept.take_back(QUEUE)
-    assert not kept.there and not node.alive and not (tmp_path / "node").exists()
+    kept.release(QUEUE)
+    assert not kept.exists and not node.alive and not (tmp_path / "node").exists()
     assert lent(kept) is not node
 
 
 def test_a_node_whose_queues_are_not_there_is_thrown_away(kept: KeptNode) -> None:
     lent(kept)
-    kept.take_back(QUEUE)
-    assert not kept.there
+    kept.release(QUEUE)
+    assert not kept.exists
 
 
 def test_a_node_whose_user_is_gone_without_a_word_is_thrown_away(kept: KeptNode) -> None:
     node = lent(kept)
-    kept.throw_away()
-    assert not kept.there and not node.alive
+    kept.discard()
+    assert not kept.exists and not node.alive
 
 
 def test_a_node_that_is_killed_while_it_is_lent_comes_back_with_its_queues(kept: KeptNode) -> None:
@@ -89,23 +89,23 @@ def test_a_node_that_is_killed_while_it_is_lent_comes_back_with_its_queues(kept:
     assert process is not None
     process.terminate()
     wait_until(lambda: not node.alive, "its end")
-    kept.look_after()
+    kept.restart_if_down()
     assert node.alive
 
 
 def test_a_node_ends_when_nobody_has_used_it_for_its_time(kept: KeptNode) -> None:
     lent(kept)
     kept.end_if_idle()
-    assert kept.there  # it is in use
-    kept.take_back(None)
+    assert kept.exists  # it is in use
+    kept.release(None)
     kept.end_if_idle()
-    assert not kept.there
+    assert not kept.exists
 
 
 def test_at_the_end_nothing_is_lent_any_more(kept: KeptNode) -> None:
     node = lent(kept)
     kept.close()
-    assert not node.alive and kept.lend() is None
+    assert not node.alive and kept.acquire() is None
 
 
 # With a keeper, and whole runs.

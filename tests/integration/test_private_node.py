@@ -76,7 +76,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     text = defaults.read_text()
     assert "\nSYS_PREFIX=\n" in text
     defaults.write_text(text.replace("\nSYS_PREFIX=\n", f"\nSYS_PREFIX={prefix}\n"))
-    monkeypatch.setattr(private_node, "_PLACES", (str(server / "sbin" / "rabbitmq-server"),))
+    monkeypatch.setattr(private_node, "_SERVER_PATHS", (str(server / "sbin" / "rabbitmq-server"),))
     etc = prefix / "etc" / "rabbitmq"
     (etc / "conf.d").mkdir(parents=True)
     return etc
@@ -157,7 +157,7 @@ def test_a_node_that_cannot_start_shows_its_log(tmp_path: Path) -> None:
 def test_without_a_server_the_next_step_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(private_node, "_PLACES", ())
+    monkeypatch.setattr(private_node, "_SERVER_PATHS", ())
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(BrokerError, match="apt-get install rabbitmq-server"):
         PrivateNode(tmp_path / "node").start()

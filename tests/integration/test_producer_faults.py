@@ -224,8 +224,8 @@ def test_claims_that_are_nowhere_any_more_are_told_by_status_and_sent_again_by_s
     claims_queue: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("services.collector.nowhere.NOWHERE_SECONDS", 3.0)
-    monkeypatch.setattr("services.collector.nowhere._HEARTBEATS", 0)
+    monkeypatch.setattr("services.collector.missing_claims.MISSING_SECONDS", 3.0)
+    monkeypatch.setattr("services.collector.missing_claims._HEARTBEATS", 0)
     run_id = submit(command)
     lost = lose_batches(node, claims_queue, 2)
     settings = broker.model_copy(update={"store_url": environment["KEEPWARM_STORE_URL"]})

@@ -629,7 +629,7 @@ def test_with_a_workers_password_nobody_can_make_work_change_claims_or_forge_run
     assert after == before | {names.DEAD_MESSAGES_QUEUE: refused, thief.queue: 4}
     listing = as_role("operator", "dead", "list", COLUMNS="200")
     assert listing.wait() == 0, listing.output
-    assert listing.output.count("its proof is not the producer's") == 6, listing.output
+    assert listing.output.count("its proof does not match the producer's") == 6, listing.output
     # Nor does an operator do it for the thief: a message goes where one of its type belongs.
     forged = forged_returns[0]
     for queue in (thief.queue, "claims.evil", names.RUNS_QUEUE):

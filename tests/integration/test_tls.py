@@ -134,13 +134,13 @@ def test_a_port_for_tls_that_is_spoken_to_without_is_told(listen: Listen, broker
     address = BrokerAddress.from_settings(
         broker.model_copy(update={"broker_url": f"amqp://keepwarm@localhost:{listen()}/"})
     )
-    with pytest.raises(BrokerUnreachable, match="Is that a port for TLS\\? Then write amqps://"):
+    with pytest.raises(BrokerUnreachable, match="If that port expects TLS\\? Then write amqps://"):
         Publisher(address, "test", window=1).open(2)
 
 
 def test_a_broker_that_wants_a_certificate_says_so(listen: Listen, secure: Secure) -> None:
     said = fault(secure(listen(wants_certificate=True)))
-    assert "the broker wants a certificate of ours" in said
+    assert "the broker requires a client certificate of ours" in said
     assert "KEEPWARM_BROKER_CERT_FILE" in said and "KEEPWARM_BROKER_KEY_FILE" in said
 
 

@@ -1,4 +1,4 @@
-"""The dashboards as files: what the code says, whole, and of metrics that there are."""
+"""The dashboard files: generated from the code, complete, and of existing metrics."""
 
 import re
 import subprocess
@@ -15,15 +15,15 @@ from tests.monitoring.queries import Query, panel_queries, rule_queries
 from tests.unit.test_metrics import GAUGES, METRICS
 
 VARIABLES = {"context": ".*", "run": ".*", "__rate_interval": "1m", "__range": "1h"}
-TOLD_BY_EVERY_COLLECTOR = {
-    told.name: set(told.labels)
-    for told in METRICS
-    if told.name in {"keepwarm_preemptions_total", *(family.name for family in GAUGES.describe())}
+EXPORTED_BY_EVERY_COLLECTOR = {
+    metric.name: set(metric.labels)
+    for metric in METRICS
+    if metric.name in {"keepwarm_preemptions_total", *(family.name for family in GAUGES.describe())}
 }
 SUFFIXES = {"histogram": ("_bucket", "_sum", "_count"), "counter": ("",), "gauge": ("",)}
 
 
-def test_the_files_are_what_the_code_says(repository: Path) -> None:
+def test_the_files_are_generated_from_the_code(repository: Path) -> None:
     made = subprocess.run(
         [sys.executable, "-m", "grafana.make", "--check"],
         cwd=repository,
@@ -37,8 +37,8 @@ def test_the_files_are_what_the_code_says(repository: Path) -> None:
 @pytest.mark.parametrize(
     "query", [*panel_queries(VARIABLES), *rule_queries()], ids=lambda query: query.where
 )
-def test_a_query_names_metrics_of_the_house_that_there_are(query: Query) -> None:
-    known = {told.name + suffix for told in METRICS for suffix in SUFFIXES[told.type]}
+def test_a_query_uses_only_metrics_that_exist(query: Query) -> None:
+    known = {metric.name + suffix for metric in METRICS for suffix in SUFFIXES[metric.type]}
     ours = {name for name in query.names() if name.startswith("keepwarm")}
     assert ours <= known
     assert all(name.startswith(("rabbitmq_", "up")) for name in query.names() - ours)
@@ -47,19 +47,21 @@ def test_a_query_names_metrics_of_the_house_that_there_are(query: Query) -> None
 @pytest.mark.parametrize(
     "query", [*panel_queries(VARIABLES), *rule_queries()], ids=lambda query: query.where
 )
-def test_what_every_collector_tells_is_not_added_up(query: Query) -> None:
-    """Of two collectors on one store each tells of all of it: the maximum is taken, by all labels
-    that it has where that is aggregated further.
+def test_metrics_of_every_collector_are_not_summed_over_collectors(query: Query) -> None:
+    """Two collectors on one store export the same values: the maximum is taken, by all labels if
+    it is aggregated further.
     """
     for name, aggregations in query.aggregations():
-        if name in TOLD_BY_EVERY_COLLECTOR:
+        if name in EXPORTED_BY_EVERY_COLLECTOR:
             assert [str(each.op) for each in aggregations[:1]] == ["max"], name
             if len(aggregations) > 1:
-                assert set(aggregations[0].modifier.labels) == TOLD_BY_EVERY_COLLECTOR[name], name
+                assert set(aggregations[0].modifier.labels) == EXPORTED_BY_EVERY_COLLECTOR[name], (
+                    name
+                )
 
 
 @pytest.mark.parametrize("dashboard", dashboards(), ids=lambda each: each["uid"])
-def test_a_dashboard_is_whole(dashboard: dict[str, Any]) -> None:
+def test_a_dashboard_is_complete(dashboard: dict[str, Any]) -> None:
     shown = list(panels(dashboard))
     assert len({panel["id"] for panel in shown}) == len(shown)
     for panel in shown:
@@ -81,7 +83,7 @@ def test_a_dashboard_is_whole(dashboard: dict[str, Any]) -> None:
     assert link["includeVars"] and link["keepTime"]
 
 
-def test_panels_do_not_lie_on_each_other() -> None:
+def test_panels_do_not_overlap() -> None:
     for dashboard in dashboards():
         taken: set[tuple[int, int]] = set()
         for panel in panels(dashboard):

@@ -1,4 +1,4 @@
-"""All metrics of the house: their names, their labels, and the page that tells of them."""
+"""All of Keepwarm's metrics: their names, labels and documentation."""
 
 import importlib
 import re
@@ -17,8 +17,8 @@ from services.collector.gauges import Gauges
 from services.contexts.metrics import ContextStates, EngineMetrics
 from services.contracts import load_settings
 
-ROOMS = ("broker", "producer", "contexts", "gpu_worker", "collector")
-# What tells one claim, one worker or one message from another would be a series for each.
+PACKAGES = ("broker", "producer", "contexts", "gpu_worker", "collector")
+# A label that identifies a claim, a worker or a message would be a series for each.
 LABELS = {
     *("link", "became", "outcome", "label", "reason", "why", "phase", "device", "use"),
     *("correct", "kind", "state", "queue"),
@@ -34,11 +34,11 @@ UNITLESS = {
 
 
 GAUGES = Gauges(Fleet(), DemandEstimator(None, load_settings(), Fleet()), None)  # type: ignore[arg-type]
-"""Of a collector that knows of nothing."""
+"""The gauges of a collector without data."""
 
 
-class Told(NamedTuple):
-    """A metric, as it is on the page and in the code."""
+class MetricInfo(NamedTuple):
+    """A metric, as defined in the code and documented on the page."""
 
     name: str
     type: str
@@ -46,65 +46,67 @@ class Told(NamedTuple):
     meaning: str
 
 
-def defined() -> Iterator[Told]:
-    for room in ROOMS:
-        module = importlib.import_module(f"services.{room}.metrics")
+def defined() -> Iterator[MetricInfo]:
+    for package in PACKAGES:
+        module = importlib.import_module(f"services.{package}.metrics")
         for metric in vars(module).values():
             if isinstance(metric, MetricWrapperBase):
                 name = metric._name + ("_total" if metric._type == "counter" else "")
-                yield Told(name, metric._type, tuple(metric._labelnames), metric._documentation)
+                yield MetricInfo(
+                    name, metric._type, tuple(metric._labelnames), metric._documentation
+                )
     nothing: list[Collector] = [ContextStates(list), EngineMetrics(lambda: None), GAUGES]
     for collector in nothing:
         for family in collector.describe():
             labels = tuple(getattr(family, "_labelnames", ()))
-            yield Told(family.name, family.type, labels, family.documentation)
+            yield MetricInfo(family.name, family.type, labels, family.documentation)
 
 
 METRICS = list(defined())
 
 
-def names(told: Told) -> str:
-    return told.name
+def metric_name(metric: MetricInfo) -> str:
+    return metric.name
 
 
-@pytest.mark.parametrize("told", METRICS, ids=names)
-def test_a_name_follows_the_conventions(told: Told) -> None:
+@pytest.mark.parametrize("metric", METRICS, ids=metric_name)
+def test_a_name_follows_the_conventions(metric: MetricInfo) -> None:
     """https://prometheus.io/docs/practices/naming/"""
-    assert re.fullmatch(r"keepwarm(_[a-z]+)+", told.name)
-    assert told.name.endswith("_total") == (told.type == "counter")
-    assert "_milli" not in told.name and "_minutes" not in told.name
-    if told.type == "histogram":
-        assert told.name.endswith("_seconds")
-    if told.type == "gauge":
-        assert told.name.endswith((*UNITS, "_info")) or told.name in UNITLESS | {
+    assert re.fullmatch(r"keepwarm(_[a-z]+)+", metric.name)
+    assert metric.name.endswith("_total") == (metric.type == "counter")
+    assert "_milli" not in metric.name and "_minutes" not in metric.name
+    if metric.type == "histogram":
+        assert metric.name.endswith("_seconds")
+    if metric.type == "gauge":
+        assert metric.name.endswith((*UNITS, "_info")) or metric.name in UNITLESS | {
             "keepwarm_run_claims"
         }
-    assert told.meaning.endswith(".")
+    assert metric.meaning.endswith(".")
 
 
-@pytest.mark.parametrize("told", METRICS, ids=names)
-def test_labels_are_few_and_of_few_values(told: Told) -> None:
-    gauges_of_the_collector = told.name.startswith(("keepwarm_run_", "keepwarm_context_"))
+@pytest.mark.parametrize("metric", METRICS, ids=metric_name)
+def test_labels_are_few_and_of_few_values(metric: MetricInfo) -> None:
+    gauges_of_the_collector = metric.name.startswith(("keepwarm_run_", "keepwarm_context_"))
     allowed = LABELS | (
-        OF_THE_COLLECTOR if told.type == "gauge" and gauges_of_the_collector else set()
+        OF_THE_COLLECTOR if metric.type == "gauge" and gauges_of_the_collector else set()
     )
-    assert set(told.labels) <= allowed
+    assert set(metric.labels) <= allowed
 
 
-def test_each_is_defined_once() -> None:
-    assert len({told.name for told in METRICS}) == len(METRICS)
+def test_each_metric_is_defined_once() -> None:
+    assert len({metric.name for metric in METRICS}) == len(METRICS)
 
 
-def test_nothing_of_the_house_is_told_that_is_not_defined_so() -> None:
-    told = {family.name for family in REGISTRY.collect() if family.name.startswith("keepwarm")}
-    assert told <= {each.name.removesuffix("_total") for each in METRICS}
+def test_every_exported_metric_of_ours_is_defined_in_the_code() -> None:
+    exported = {family.name for family in REGISTRY.collect() if family.name.startswith("keepwarm")}
+    assert exported <= {each.name.removesuffix("_total") for each in METRICS}
 
 
-def test_the_page_tells_of_each_as_the_code_does(repository: Path) -> None:
+def test_the_page_documents_each_metric_as_the_code_defines_it(repository: Path) -> None:
     page = (repository / "docs" / "metrics.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(keepwarm_\w+)` \| (\w+) \| (.*?) \| (.+) \|$", page, re.MULTILINE)
     on_the_page = [
-        Told(name, kind, tuple(re.findall(r"`(\w+)`", labels)), meaning.replace("\\|", "|"))
+        MetricInfo(name, kind, tuple(re.findall(r"`(\w+)`", labels)), meaning.replace("\\|", "|"))
         for name, kind, labels, meaning in rows
     ]
     assert sorted(on_the_page) == sorted(METRICS)

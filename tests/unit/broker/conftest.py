@@ -8,10 +8,10 @@ from services.contracts import load_settings
 
 
 @contextmanager
-def unopened(queue: str, *, prefetch: int = 1, most_bytes: int | None = None) -> Iterator[Consumer]:
+def unopened(queue: str, *, prefetch: int = 1, max_bytes: int | None = None) -> Iterator[Consumer]:
     """One that was never opened."""
     address = BrokerAddress.from_settings(load_settings(broker_url="amqp://localhost"))
-    made = Consumer(address, "test", queues=[queue], prefetch=prefetch, most_bytes=most_bytes)
+    made = Consumer(address, "test", queues=[queue], prefetch=prefetch, max_bytes=max_bytes)
     try:
         yield made
     finally:

@@ -82,7 +82,7 @@ def test_a_password_travels_in_the_clear_only_where_the_operator_says_so(
 
 
 def test_without_a_url_the_user_is_told_to_name_a_broker() -> None:
-    with pytest.raises(UsageError, match="set KEEPWARM_BROKER_URL or give --broker"):
+    with pytest.raises(UsageError, match="set KEEPWARM_BROKER_URL or pass --broker"):
         address(None)
 
 

@@ -185,7 +185,7 @@ def test_what_is_no_management_api_is_told(
     always: tuple[int, object], broker: ManagementDouble, api: ManagementApi
 ) -> None:
     broker.always = always
-    with pytest.raises(BrokerError, match="--management names the address"):
+    with pytest.raises(BrokerError, match="Pass the address of the management API"):
         api.check_administrator()
 
 

@@ -127,7 +127,7 @@ def test_what_is_refused_is_the_same_message_with_reason_and_origin_beside_it() 
     assert (aside.body, aside.kind, aside.message_id) == (b"\xff\0", "Any", "m-1")
     assert aside.headers[topology.ORIGIN_HEADER] == "verdicts"
     assert aside.headers[topology.REASON_HEADER] == "no reason " * 100
-    assert not aside.notice
+    assert not aside.transient
     assert aside.on_confirmed is not None
     aside.on_confirmed()
     assert confirmed == [True]
@@ -202,7 +202,7 @@ def test_what_came_before_a_connection_was_lost_is_neither_handed_out_nor_settle
 def test_what_is_over_the_bound_of_bytes_goes_back_once_there_is_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with unopened("runs", prefetch=9, most_bytes=10) as consumer:
+    with unopened("runs", prefetch=9, max_bytes=10) as consumer:
         monkeypatch.setattr(consumer, "raise_if_dead", lambda: None)
         monkeypatch.setattr(consumer, "_call_soon", lambda callback: callback())
         consumer._channel = channel = Channel()  # type: ignore[assignment]
@@ -219,7 +219,7 @@ def test_what_is_over_the_bound_of_bytes_goes_back_once_there_is_room(
         assert consumer._unsettled.total() == 3
         consumer.acknowledge([each for each in held if each])
         assert channel.settled[4:] == [("ack", 5), ("ack", 6), ("nack", 7)]
-        assert (consumer._unsettled.total(), consumer._held_bytes.total()) == (0, 0)
+        assert (consumer._unsettled.total(), consumer._unsettled_bytes.total()) == (0, 0)
 
 
 # Whether it is forgotten.
@@ -231,7 +231,7 @@ def test_one_that_waits_for_long_connects_anew_less_and_less_often(
     with unopened("runs") as consumer:
         asked = SimpleNamespace(queue_declare=lambda *_, **__: None)
         consumer._channel = asked  # type: ignore[assignment]
-        monkeypatch.setattr(consumer, "_look_later", lambda _: None)
+        monkeypatch.setattr(consumer, "_schedule_idle_check", lambda _: None)
 
         def anew(looks: int) -> list[int]:
             """At which of so many looks it connects anew."""
@@ -241,10 +241,10 @@ def test_one_that_waits_for_long_connects_anew_less_and_less_often(
                 def restart(*, routinely: bool, at: int = number) -> None:
                     assert routinely
                     found.append(at)
-                    consumer._idle_looks = 0  # as a new channel does
+                    consumer._idle_checks = 0  # as a new channel does
 
                 monkeypatch.setattr(consumer, "_restart_connection", restart)
-                consumer._look(consumer._epoch)
+                consumer._check_idle(consumer._epoch)
             return found
 
         assert anew(260) == [4, 12, 28, 60, 124, 188, 252]
@@ -281,7 +281,7 @@ class ManyMessages:
         self.consumer.acknowledge([delivery(consumer=tag, epoch=self.consumer._epoch)])
         if tag in self.prefetch and not self.fewer_come:
             self.consumer._unsettled[tag] += 1
-            self.consumer._fit_prefetch()
+            self.consumer._adjust_prefetch()
 
     def basic_qos(self, *, prefetch_count: int) -> None:
         self._next_prefetch = prefetch_count
@@ -350,5 +350,5 @@ def test_a_consumer_is_not_ended_while_a_message_may_be_on_its_way_to_it() -> No
         assert len(channel.prefetch) == 3
         for tag in channel.prefetch:
             channel.consumer._unsettled[tag] = 1
-        channel.consumer._fit_prefetch()
+        channel.consumer._adjust_prefetch()
         assert len(channel.prefetch) == 1

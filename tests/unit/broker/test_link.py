@@ -54,7 +54,7 @@ def test_a_broker_that_says_so_has_refused_us(link: Consumer, error: Exception) 
 def test_a_connection_that_ends_early_is_no_refusal(link: Consumer, error: Exception | str) -> None:
     explained = link._explain(error)
     assert isinstance(explained, BrokerUnreachable)
-    assert "Is it running, and is the address right?" in str(explained)
+    assert "Check that it is running and that the address is right" in str(explained)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_connection_that_ends_early_is_no_refusal(link: Consumer, error: Excep
 def test_a_loss_is_a_warning_only_when_the_next_attempt_fails_as_well(
     missing: bool, levels: list[str], link: Consumer
 ) -> None:
-    link._house_is_missing = missing
+    link._core_is_missing = missing
     with structlog.testing.capture_logs() as events:
         for _ in levels:
             link._on_connection_lost(None, LOST)

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from services.broker.address import BrokerAddress
-from services.broker.policies import _is_the_brokers_own, ask_policies
+from services.broker.policies import _has_same_owner, ask_policies
 from services.contracts import Settings, load_settings, topology
 from services.contracts.errors import UsageError
 from tests.unit.management_double import ManagementDouble, management_double
@@ -39,7 +39,7 @@ def policy(name: str, pattern: str = ".*", priority: int = 0, **definition: Any)
 
 def test_no_policy_does_no_harm(settings: Settings) -> None:
     assert ask_policies(settings) == ask_policies(settings, ["claims.ctx-b"])
-    assert not ask_policies(settings).harms
+    assert not ask_policies(settings).problems
     assert ask_policies(settings).unknown is None
 
 
@@ -55,7 +55,7 @@ def test_what_loses_messages_is_told_with_queues_and_remedy(
     broker: ManagementDouble, settings: Settings, definition: dict[str, int], says: str
 ) -> None:
     broker.things["/api/policies/keepwarm"] = [policy("site", **definition)]
-    (harm,) = ask_policies(settings, ["claims.ctx-b"]).harms
+    (harm,) = ask_policies(settings, ["claims.ctx-b"]).problems
     assert harm.loses_messages
     assert set(harm.queues) == {*topology.CORE_QUEUES, "claims.ctx-a", "claims.ctx-b"}
     assert str(harm).startswith(f"policy site sets {says} on claims.ctx-a, claims.ctx-b, ")
@@ -65,7 +65,7 @@ def test_what_loses_messages_is_told_with_queues_and_remedy(
 def test_an_operator_policy_counts_as_well(broker: ManagementDouble, settings: Settings) -> None:
     broker.things["/api/policies/keepwarm"] = [policy("site", priority=9, max_in_memory_length=1)]
     broker.things["/api/operator-policies/keepwarm"] = [policy("limits", message_ttl=1)]
-    (harm,) = ask_policies(settings).harms
+    (harm,) = ask_policies(settings).problems
     assert "operator policy limits" in str(harm)
     assert "`rabbitmqctl clear_operator_policy -p keepwarm limits`" in str(harm)
 
@@ -76,7 +76,7 @@ def test_an_exchange_that_hides_a_missing_queue_is_told(
     broker.things["/api/policies/keepwarm"] = [
         policy("astray", apply_to="exchanges", alternate_exchange="site.lost"),
     ]
-    (harm,) = ask_policies(settings).harms
+    (harm,) = ask_policies(settings).problems
     assert harm.loses_messages
     assert harm.queues == topology.DIRECT_EXCHANGES
     assert "sets alternate-exchange to site.lost on keepwarm.claims, " in str(harm)
@@ -87,10 +87,10 @@ def test_a_full_queue_drops_dead_messages_and_lets_others_wait(
     broker: ManagementDouble, settings: Settings, key: str
 ) -> None:
     broker.things["/api/policies/keepwarm"] = [policy("short", **{key: 10})]
-    harms = {harm.loses_messages: harm for harm in ask_policies(settings).harms}
-    assert harms[True].queues == (topology.DEAD_MESSAGES_QUEUE,)
-    assert topology.DEAD_MESSAGES_QUEUE not in harms[False].queues
-    assert "publishers wait" in str(harms[False])
+    problems = {harm.loses_messages: harm for harm in ask_policies(settings).problems}
+    assert problems[True].queues == (topology.DEAD_MESSAGES_QUEUE,)
+    assert topology.DEAD_MESSAGES_QUEUE not in problems[False].queues
+    assert "publishers wait" in str(problems[False])
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_what_does_not_touch_our_queues_is_not_told(
         harmless,
         *([first] if harmless["priority"] < 0 else []),
     ]
-    assert ask_policies(settings).harms == ()
+    assert ask_policies(settings).problems == ()
 
 
 def test_a_lifted_delivery_limit_is_known(broker: ManagementDouble, settings: Settings) -> None:
@@ -124,7 +124,7 @@ def test_a_pattern_that_python_cannot_read_is_told_rather_than_missed(
     broker: ManagementDouble, settings: Settings
 ) -> None:
     broker.things["/api/policies/keepwarm"] = [policy("site", "^(?|claims|runs)", message_ttl=1)]
-    assert ask_policies(settings).harms
+    assert ask_policies(settings).problems
 
 
 def test_a_user_without_the_tag_is_told_how_to_get_it(
@@ -171,7 +171,7 @@ def test_on_loopback_only_the_brokers_own_user_is_given_the_password(
 ) -> None:
     _, _, port = broker.url.rpartition(":")
     to_it = load_settings(broker_url=f"amqp://u@127.0.0.1:{port}/")
-    assert _is_the_brokers_own(broker.url, BrokerAddress.from_settings(to_it))
+    assert _has_same_owner(broker.url, BrokerAddress.from_settings(to_it))
     nowhere = load_settings(broker_url="amqp://u@127.0.0.1:1/")
-    assert not _is_the_brokers_own(broker.url, BrokerAddress.from_settings(nowhere))
+    assert not _has_same_owner(broker.url, BrokerAddress.from_settings(nowhere))
     assert "belongs to the broker's own user" in str(ask_policies(nowhere).unknown)

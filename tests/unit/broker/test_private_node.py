@@ -15,14 +15,14 @@ def server_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     server = tmp_path / "rabbitmq-server"
     server.write_text("#!/bin/sh\necho starting\necho 'no room for a node'\nexit 5\n")
     server.chmod(0o755)
-    monkeypatch.setattr(private_node, "_PLACES", (str(server),))
+    monkeypatch.setattr(private_node, "_SERVER_PATHS", (str(server),))
     return server
 
 
 def test_without_a_server_the_user_is_told_how_to_get_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(private_node, "_PLACES", ())
+    monkeypatch.setattr(private_node, "_SERVER_PATHS", ())
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(BrokerError, match="apt-get install rabbitmq-server"):
         PrivateNode(tmp_path / "node").start()
@@ -31,7 +31,7 @@ def test_without_a_server_the_user_is_told_how_to_get_one(
 def test_a_server_elsewhere_on_the_path_is_found(
     server_that_fails: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(private_node, "_PLACES", ())
+    monkeypatch.setattr(private_node, "_SERVER_PATHS", ())
     monkeypatch.setenv("PATH", f"{server_that_fails.parent}:/usr/bin:/bin")
     with pytest.raises(BrokerError, match="no room for a node"):
         PrivateNode(tmp_path / "node").start()
@@ -99,7 +99,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "time.sleep(600)\n"
     )
     server.chmod(0o755)
-    monkeypatch.setattr(private_node, "_PLACES", (str(server),))
+    monkeypatch.setattr(private_node, "_SERVER_PATHS", (str(server),))
     return server
 
 

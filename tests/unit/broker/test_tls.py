@@ -14,13 +14,16 @@ from services.broker.tls import TlsFiles, tls_context, tls_fault
         ("[SSL: RECORD_LAYER_FAILURE] record layer failure (_ssl.c:1032)", "PLAIN"),
         (
             "StreamLostError: (\"…SSLError(1, '[SSL: TLSV13_ALERT_CERTIFICATE_REQUIRED] tlsv13 …",
-            "wants a certificate",
+            "requires a client certificate",
         ),
-        ("[SSL: SSLV3_ALERT_HANDSHAKE_FAILURE] sslv3 alert handshake failure", "wants a cert"),
-        ("[SSL: SSL/TLS_ALERT_HANDSHAKE_FAILURE] ssl/tls alert", "wants a cert"),
+        (
+            "[SSL: SSLV3_ALERT_HANDSHAKE_FAILURE] sslv3 alert handshake failure",
+            "requires a client cert",
+        ),
+        ("[SSL: SSL/TLS_ALERT_HANDSHAKE_FAILURE] ssl/tls alert", "requires a client cert"),
         ("[SSL: TLSV1_ALERT_UNKNOWN_CA] tlsv1 alert unknown ca", "does not trust the authority"),
         ("[SSL: SSLV3_ALERT_CERTIFICATE_EXPIRED] sslv3 alert", "our certificate has expired"),
-        ("[SSL: TLSV1_ALERT_PROTOCOL_VERSION] tlsv1 alert", "no version of TLS"),
+        ("[SSL: TLSV1_ALERT_PROTOCOL_VERSION] tlsv1 alert", "no TLS version"),
     ],
 )
 def test_a_fault_that_stays_is_told(error: str, says: str) -> None:
@@ -42,7 +45,7 @@ def test_what_may_pass_is_no_such_fault(error: str) -> None:
 def test_a_certificate_that_was_shown_and_refused_is_not_asked_for() -> None:
     error = "[SSL: SSLV3_ALERT_HANDSHAKE_FAILURE] sslv3 alert handshake failure"
     said = tls_fault(error, "h", plain="PLAIN", certificate=True)
-    assert said is not None and "refused the certificate of KEEPWARM_BROKER_CERT_FILE" in said
+    assert said is not None and "refused the certificate KEEPWARM_BROKER_CERT_FILE" in said
 
 
 def test_an_authority_without_the_newer_extensions_is_trusted_by_every_python() -> None:

@@ -133,12 +133,12 @@ class RecordingChannel:
 
 def declared(declares: Declares, version: str = "4.1.0", *, missing: bool) -> RecordingChannel:
     channel, done = RecordingChannel(), []
-    declare(channel, version, declares, lambda: done.append(True), house_is_missing=missing)  # type: ignore[arg-type]
+    declare(channel, version, declares, lambda: done.append(True), core_is_missing=missing)  # type: ignore[arg-type]
     assert done == [True]
     return channel
 
 
-HOUSE = {
+CORE = {
     ("dead-messages", "keepwarm.dead", "dead-messages"),
     ("dead-claims", "keepwarm.dead", "dead-claims"),
     ("returns", "keepwarm.returns", "returns"),
@@ -154,7 +154,7 @@ CLAIMS = {
 @pytest.mark.parametrize("missing", [True, False])
 def test_who_always_declares_makes_the_whole_house_and_its_claims_queues(missing: bool) -> None:
     channel = declared(Declares("always", ("ctx-1", "ctx-2")), missing=missing)
-    assert set(channel.bindings) == HOUSE | CLAIMS
+    assert set(channel.bindings) == CORE | CLAIMS
     assert {exchange for _, exchange, _ in channel.bindings} <= channel.exchanges.keys()
     assert channel.exchanges["keepwarm.notices"] == "fanout"
     assert channel.exchanges["keepwarm.presence"] == "fanout"
@@ -173,7 +173,7 @@ def test_who_declares_what_is_missing_looks_first_and_makes_only_its_claims_queu
 
 def test_who_found_the_house_missing_makes_it() -> None:
     channel = declared(Declares("if-missing", ("ctx-1", "ctx-2")), missing=True)
-    assert set(channel.bindings) == HOUSE | CLAIMS
+    assert set(channel.bindings) == CORE | CLAIMS
     assert channel.looked_for == []
 
 

@@ -128,7 +128,7 @@ def test_claims_of_a_run_that_was_never_announced_cannot_be_tried_again(say: Say
 def test_for_a_dead_message_a_broker_has_to_be_named(verb: str, say: Say) -> None:
     code, shown = say("dead", verb, "msg-01234567")
     assert code == 2
-    assert "no broker is named" in shown
+    assert "no broker is configured" in shown
 
 
 def test_a_retry_that_reaches_no_broker_leaves_the_claims_dead(
@@ -156,7 +156,7 @@ def test_a_run_that_is_cancelled_is_so_at_once_and_keeps_its_verdicts(
     status = run_status(database, run.run_id)
     assert status is not None
     assert (status.cancelled, status.done) == (True, 2)
-    assert database.wants("sub-1") is False
+    assert database.is_active("sub-1") is False
 
 
 def test_an_unknown_run_cannot_be_cancelled(say: Say) -> None:

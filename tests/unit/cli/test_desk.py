@@ -124,7 +124,7 @@ def test_a_run_whose_labels_hold_nothing_is_not_begun_again(
     store_outcomes(database, submission, 64, mass=0.0006, of=1_000)
     watch = MassWatch(screen, allowed=False)
     assert desk(mass=watch).work() is None  # and no broker was started
-    assert "Warning: the labels hold 0.06 % of the probability; the model says 'True'" in seen(
+    assert "Warning: the labels have 0.06 % of the probability; the model answers 'True'" in seen(
         screen
     )
     with pytest.raises(LabelsUnlikely, match="The run was stopped.*rerun.*--allow-low-mass"):
@@ -149,7 +149,7 @@ def test_with_leave_a_run_whose_labels_hold_nothing_goes_on(
     with pytest.raises(UsageError, match="the broker's URL is unusable"):
         desk(mass=watch, broker_url="http://nowhere").work()
     watch.raise_if_low()
-    assert seen(screen).count("Warning: the labels hold") == 1
+    assert seen(screen).count("Warning: the labels have") == 1
 
 
 def test_a_run_of_no_claims_at_all_is_not_taken_for_done(
@@ -225,7 +225,7 @@ def test_claims_that_the_broker_lost_are_sent_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store_outcomes(database, submission, 1)
-    database.note_nowhere([submission.run.run_id])
+    database.note_missing_claims([submission.run.run_id])
     one = desk()
     monkeypatch.setattr(one, "_publish", lambda _: store_outcomes(database, submission, 2))
     sent_all = threading.Thread()

@@ -97,7 +97,7 @@ def test_what_a_worker_says_cannot_command_the_terminal() -> None:
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ({}, "no broker is named"),
+        ({}, "no broker is configured"),
         # On a slow machine the time is over before it is refused.
         (
             {"broker_url": "amqp://127.0.0.1:1/v"},

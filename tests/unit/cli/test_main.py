@@ -296,7 +296,7 @@ def test_an_unknown_run_ends_with_6(
     stored: Path, run: Run, keepwarm: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert keepwarm("report", "zzz", "--store", str(stored)) == 6
-    assert f"no run begins with 'zzz'; the store has {run.run_id}" in capsys.readouterr().err
+    assert f"no run starts with 'zzz'; the store has {run.run_id}" in capsys.readouterr().err
 
 
 # What is not installed.

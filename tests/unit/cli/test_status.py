@@ -25,7 +25,7 @@ def announce(stored: Path, run: Run, positions: list[int] | None, **changes: obj
     with Store.open(load_settings(store_url=str(stored))) as store:
         store.write(Incoming([RunAnnouncement(**fields)]))
         if positions is not None:
-            store.note_nowhere([run.run_id])
+            store.note_missing_claims([run.run_id])
 
 
 @pytest.fixture

@@ -103,4 +103,4 @@ def test_a_store_whose_path_is_in_no_utf_8_is_refused(
     keepwarm: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert keepwarm("status", "--store", "caf\udce9/store.sqlite") == 2
-    assert r"path caf\udce9/store.sqlite is not in UTF-8" in capsys.readouterr().err
+    assert r"path caf\udce9/store.sqlite is not valid UTF-8" in capsys.readouterr().err

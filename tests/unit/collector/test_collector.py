@@ -75,7 +75,7 @@ class Deliveries:
     def give_back(self, deliveries: Iterable[Delivery]) -> None:
         self.given_back += [delivery.tag for delivery in deliveries]
 
-    def ask_counts(self, queues: Sequence[str], heard: Callable[[Counts], None]) -> None:
+    def request_counts(self, queues: Sequence[str], heard: Callable[[Counts], None]) -> None:
         heard(dict.fromkeys(queues, 2))
 
 
@@ -240,12 +240,12 @@ def test_what_a_worker_reports_is_noted_and_what_is_no_report_changes_nothing(
     store: Store, make: SimpleNamespace, run: Run
 ) -> None:
     collector = Collector(store, load_settings())
-    collector._hear(encode(make.report("a")))
-    collector._hear(encode(make.report("b")))
-    collector._hear(encode(make.report("b")).replace(b'"serving"', b'"asleep"'))
-    collector._hear(b"nonsense")
+    collector._on_heartbeat(encode(make.report("a")))
+    collector._on_heartbeat(encode(make.report("b")))
+    collector._on_heartbeat(encode(make.report("b")).replace(b'"serving"', b'"asleep"'))
+    collector._on_heartbeat(b"nonsense")
     assert collector._fleet.workers_on(run.context.context_id) == 2
-    collector._hear(encode(make.report("b", state="stopped")))
+    collector._on_heartbeat(encode(make.report("b", state="stopped")))
     assert collector._fleet.workers_on(run.context.context_id) == 1
 
 
@@ -394,7 +394,7 @@ def test_a_return_that_the_store_refuses_to_look_up_is_set_aside(
     def refusing(*_: object) -> None:
         raise StoreRefused("the store refuses a value: NUL")
 
-    monkeypatch.setattr(store, "wants", refusing)
+    monkeypatch.setattr(store, "is_active", refusing)
     batch = make.returned(1)
     consumer = Deliveries(make.announced(claims=3), batch)
     collect(store, consumer, publisher=publisher)
@@ -479,7 +479,7 @@ def test_what_overtakes_its_announcement_waits_for_it(
     assert run_status(store, other_run.run_id) is None
     store.write(make.incoming(make.announced(claims=3, of=other_run)))
     for _ in range(2):
-        collector._take_early()
+        collector._retry_unannounced()
         collect_once(collector, consumer, publisher)
     assert [message.exchange for message in publisher.messages] == [topology.CLAIMS_EXCHANGE]
     assert consumer.acknowledged == [2, 3]
@@ -498,7 +498,7 @@ def test_what_nobody_announces_in_time_is_refused_and_makes_no_run(
     consumer = Deliveries(forged)
     collector = collect(store, consumer, publisher=publisher)
     monkeypatch.setattr("time.monotonic", lambda now=time.monotonic: now() + 31)
-    collector._take_early()
+    collector._retry_unannounced()
     collect_once(collector, consumer, publisher)
     assert refused(publisher) == [(topology.VERDICTS_QUEUE, encode(forged))]
     assert run_status(store, other_run.run_id) is None
@@ -511,7 +511,7 @@ def test_only_so_much_waits_for_an_announcement(
     publisher: RecordingPublisher,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("services.collector.collector._MOST_EARLY", 2)
+    monkeypatch.setattr("services.collector.collector._MAX_UNANNOUNCED", 2)
     some = [make.batch(make.verdict(number), of=other_run) for number in range(5)]
     collect(store, Deliveries(*some), publisher=publisher)
     assert len(refused(publisher)) == 3
@@ -529,7 +529,7 @@ def test_a_message_that_is_newer_is_left_to_newer_ones_and_what_came_before_it_i
     collector = collect(store, consumer, publisher=publisher)
     assert (consumer.acknowledged, publisher.messages) == ([1], [])
     assert store.finished(run.run_id, ["c0", "c1", "c2"]) == {"c0"}
-    assert collector._newer is not None and collector._newer[0].tag == 2
+    assert collector._too_new is not None and collector._too_new[0].tag == 2
 
 
 def test_a_return_with_a_count_of_failures_that_is_none_is_refused(
@@ -551,7 +551,7 @@ def test_a_return_that_the_store_cannot_judge_is_given_back_to_the_broker(
     def failing(*_: object) -> None:
         raise StoreError("the disk is full")
 
-    monkeypatch.setattr(store, "wants", failing)
+    monkeypatch.setattr(store, "is_active", failing)
     consumer = Deliveries(make.announced(claims=3), make.returned(1))
     collect(store, consumer, publisher=publisher)
     assert (consumer.acknowledged, consumer.given_back) == ([1], [2])
@@ -563,10 +563,10 @@ def test_a_return_that_the_store_cannot_judge_is_given_back_to_the_broker(
 
 def give_notice(collector: Collector, publisher: RecordingPublisher) -> list[tuple[str, ...]]:
     publisher.messages.clear()
-    collector._notice_due = 0.0
-    collector._give_notice(publisher)  # type: ignore[arg-type]
+    collector._control_update_due = 0.0
+    collector._send_control_update(publisher)  # type: ignore[arg-type]
     for message in publisher.messages:
-        assert (message.exchange, message.notice) == (topology.NOTICES_EXCHANGE, True)
+        assert (message.exchange, message.transient) == (topology.NOTICES_EXCHANGE, True)
     return [decode(ControlUpdate, message.body).cancelled for message in publisher.messages]
 
 
@@ -595,7 +595,7 @@ def test_notices_are_not_due_all_the_time(
     store.cancel(find_run(store, run.run_id).run_key)
     collector = Collector(store, load_settings())
     for _ in range(3):
-        collector._give_notice(publisher)  # type: ignore[arg-type]
+        collector._send_control_update(publisher)  # type: ignore[arg-type]
     assert len(publisher.messages) == notices
 
 
@@ -611,11 +611,11 @@ def test_notices_to_many_workers_go_less_often(
     began = time.monotonic()
     assert give_notice(collector, publisher)
     sent = len(publisher.messages[0].body) * 20_000
-    assert sent / (collector._notice_due - began) < 2_000_000
+    assert sent / (collector._control_update_due - began) < 2_000_000
     for number in range(20_000):
         collector._fleet.note(make.report(f"node-{number}", state="stopped"))
     assert give_notice(collector, publisher)
-    assert collector._notice_due - time.monotonic() <= 2.0
+    assert collector._control_update_due - time.monotonic() <= 2.0
 
 
 def test_no_notice_is_added_to_what_a_broker_does_not_take_for_the_moment(
@@ -647,8 +647,8 @@ def test_workers_hear_which_contexts_have_claims_as_soon_as_the_broker_told_of_t
     store.write(make.incoming(make.announced(claims=300), make.batch(make.verdict(0))))
     collector = Collector(store, load_settings(batch_size=100))
     assert give_notice(collector, publisher) == []
-    collector._directory.ask(Deliveries())  # type: ignore[arg-type]
-    collector._hear(encode(make.report("node-1")))
+    collector._demand.request_counts(Deliveries())  # type: ignore[arg-type]
+    collector._on_heartbeat(encode(make.report("node-1")))
     assert give_notice(collector, publisher) == [()]
     (line,) = decode(ControlUpdate, publisher.messages[0].body).contexts
     assert (line.context, line.claims_ready, line.workers_warm) == (run.context, 2, 1)
@@ -661,7 +661,7 @@ def test_the_last_notice_says_that_there_is_nothing_more(
     store.write(make.incoming(make.announced()))
     collector = Collector(store, load_settings())
     give_notice(collector, publisher)
-    collector._directory.ask(Deliveries())  # type: ignore[arg-type]
+    collector._demand.request_counts(Deliveries())  # type: ignore[arg-type]
     assert give_notice(collector, publisher) == [()]
-    collector._directory._counts = {}
+    collector._demand._counts = {}
     assert [give_notice(collector, publisher) for _ in range(2)] == [[()], []]

@@ -24,7 +24,7 @@ class Broker:
         self.asked: list[str] = []
         self.answers = True
 
-    def ask_counts(self, queues: Sequence[str], heard: Callable[[Counts], None]) -> None:
+    def request_counts(self, queues: Sequence[str], heard: Callable[[Counts], None]) -> None:
         self.asked = list(queues)
         there = {
             topology.claims_queue(context.context_id): batches
@@ -56,7 +56,7 @@ def clock() -> Clock:
 def fleet(clock: Clock) -> Fleet:
     """One that was listened to for long enough."""
     listening = Fleet(clock)
-    listening.heard_all()
+    listening.heard_from_all()
     clock.now += HEARTBEAT_SECONDS
     return listening
 
@@ -77,15 +77,15 @@ def serve(fleet: Fleet, make: SimpleNamespace) -> Serve:
 
 
 @pytest.fixture
-def directory(store: Store, fleet: Fleet) -> DemandEstimator:
+def demand(store: Store, fleet: Fleet) -> DemandEstimator:
     return DemandEstimator(store, load_settings(batch_size=10, batches_in_flight=3), fleet)
 
 
-def looked(directory: DemandEstimator, broker: Broker) -> tuple[ContextDemand, ...]:
+def looked(demand: DemandEstimator, broker: Broker) -> tuple[ContextDemand, ...]:
     """After the broker was asked."""
-    directory.look()
-    directory.ask(broker)  # type: ignore[arg-type]
-    return directory.look()
+    demand.update()
+    demand.request_counts(broker)  # type: ignore[arg-type]
+    return demand.update()
 
 
 def of(run: Run, number: int) -> Run:
@@ -98,7 +98,7 @@ def test_what_is_left_is_ready_or_in_flight(
     store: Store,
     make: SimpleNamespace,
     run: Run,
-    directory: DemandEstimator,
+    demand: DemandEstimator,
     broker: Broker,
     serve: Serve,
 ) -> None:
@@ -113,17 +113,17 @@ def test_what_is_left_is_ready_or_in_flight(
     )
     broker.has[run.context] = 30
     serve(run, 7)
-    assert looked(directory, broker) == (
+    assert looked(demand, broker) == (
         ContextDemand(context=run.context, claims_ready=60, claims_in_flight=35, workers_warm=7),
     )
 
 
 def test_no_more_is_ready_than_is_left(
-    store: Store, make: SimpleNamespace, run: Run, directory: DemandEstimator, broker: Broker
+    store: Store, make: SimpleNamespace, run: Run, demand: DemandEstimator, broker: Broker
 ) -> None:
     store.write(make.incoming(make.announced(claims=12)))
     broker.has[run.context] = 30
-    (line,) = looked(directory, broker)
+    (line,) = looked(demand, broker)
     assert (line.claims_ready, line.claims_in_flight) == (12, 0)
 
 
@@ -143,7 +143,7 @@ def test_no_less_is_in_flight_than_workers_hold(
     store: Store,
     make: SimpleNamespace,
     run: Run,
-    directory: DemandEstimator,
+    demand: DemandEstimator,
     broker: Broker,
     fleet: Fleet,
 ) -> None:
@@ -152,7 +152,7 @@ def test_no_less_is_in_flight_than_workers_hold(
     for worker, held, state in (("one", 25, "serving"), ("other", 15, "draining")):
         report = make.report(worker, context_id=run.context.context_id, state=state)
         fleet.note(report.model_copy(update={"claims_in_hand": held}))
-    (line,) = looked(directory, broker)
+    (line,) = looked(demand, broker)
     assert (line.claims_ready, line.claims_in_flight) == (ready, in_flight)
 
 
@@ -160,82 +160,82 @@ def test_each_commit_moves_it_on_without_a_new_count(
     store: Store,
     make: SimpleNamespace,
     run: Run,
-    directory: DemandEstimator,
+    demand: DemandEstimator,
     broker: Broker,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store.write(make.incoming(make.announced(claims=100)))
     broker.has[run.context] = 0
-    looked(directory, broker)
-    monkeypatch.setattr(directory, "_count", lambda *_: pytest.fail("counted again"))
+    looked(demand, broker)
+    monkeypatch.setattr(demand, "_count", lambda *_: pytest.fail("counted again"))
     for number in range(5):
-        directory.note(store.write(make.incoming(make.batch(make.verdict(number)))))
-    directory.note({"run-unheard-of": 5})
-    (line,) = directory.look()
+        demand.note(store.write(make.incoming(make.batch(make.verdict(number)))))
+    demand.note({"run-unheard-of": 5})
+    (line,) = demand.update()
     assert line.claims_in_flight == 95
 
 
 def test_what_was_counted_twice_is_set_right_before_a_run_counts_as_complete(
-    store: Store, make: SimpleNamespace, run: Run, directory: DemandEstimator, broker: Broker
+    store: Store, make: SimpleNamespace, run: Run, demand: DemandEstimator, broker: Broker
 ) -> None:
     store.write(make.incoming(make.announced(claims=3)))
     broker.has[run.context] = 1
-    looked(directory, broker)
+    looked(demand, broker)
     for _ in range(3):
-        directory.note(store.write(make.incoming(make.dead(0))))
-    assert [line.claims_ready for line in directory.look()] == [2]
+        demand.note(store.write(make.incoming(make.dead(0))))
+    assert [line.claims_ready for line in demand.update()] == [2]
 
 
 def test_a_run_is_counted_anew_after_a_while_for_others_write_to_the_store_too(
     store: Store,
     make: SimpleNamespace,
     run: Run,
-    directory: DemandEstimator,
+    demand: DemandEstimator,
     broker: Broker,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store.write(make.incoming(make.announced(claims=3)))
     broker.has[run.context] = 0
-    looked(directory, broker)
+    looked(demand, broker)
     store.write(make.incoming(make.batch(make.verdict(0))))
-    assert [line.claims_in_flight for line in directory.look()] == [3]
+    assert [line.claims_in_flight for line in demand.update()] == [3]
     monkeypatch.setattr("services.collector.demand._RECOUNT_SECONDS", 0.0)
-    assert [line.claims_in_flight for line in directory.look()] == [2]
+    assert [line.claims_in_flight for line in demand.update()] == [2]
 
 
 def test_a_complete_run_is_counted_once_and_wants_nothing(
     store: Store,
     make: SimpleNamespace,
     run: Run,
-    directory: DemandEstimator,
+    demand: DemandEstimator,
     broker: Broker,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store.write(make.incoming(make.announced(claims=1), make.batch(make.verdict(0))))
     broker.has[run.context] = 4
-    assert looked(directory, broker) == ()
+    assert looked(demand, broker) == ()
     monkeypatch.setattr("services.collector.demand._RECOUNT_SECONDS", 0.0)
-    monkeypatch.setattr(directory, "_count", lambda *_: pytest.fail("counted again"))
-    assert directory.look() == ()
+    monkeypatch.setattr(demand, "_count", lambda *_: pytest.fail("counted again"))
+    assert demand.update() == ()
 
 
 def test_a_run_that_is_sent_again_is_counted_again(
-    store: Store, make: SimpleNamespace, run: Run, directory: DemandEstimator, broker: Broker
+    store: Store, make: SimpleNamespace, run: Run, demand: DemandEstimator, broker: Broker
 ) -> None:
     store.write(make.incoming(make.announced(claims=2), make.batch(make.verdict(0)), make.dead(1)))
     broker.has[run.context] = 1
-    assert looked(directory, broker) == ()
+    assert looked(demand, broker) == ()
     # As `keepwarm dead retry` does.
     store.add_submission(find_run(store, run.run_id).run_key, "sub-again", "0" * 32)
     reopen_dead(store, dead_claims(store))
-    assert [line.claims_ready for line in looked(directory, broker)] == [1]
+    assert [line.claims_ready for line in looked(demand, broker)] == [1]
 
 
 def test_a_context_whose_runs_are_done_or_cancelled_is_listed_while_workers_hold_it(
     store: Store,
     make: SimpleNamespace,
     run: Run,
-    directory: DemandEstimator,
+    demand: DemandEstimator,
     broker: Broker,
     serve: Serve,
     clock: Clock,
@@ -254,20 +254,20 @@ def test_a_context_whose_runs_are_done_or_cancelled_is_listed_while_workers_hold
     broker.has = {cancelled.context: 5, left_alone.context: 0}
     serve(cancelled, 1)
     serve(done, 20)
-    found = {line.context: line for line in looked(directory, broker)}
+    found = {line.context: line for line in looked(demand, broker)}
     assert found.keys() == {cancelled.context, done.context}
     assert {line.claims_ready + line.claims_in_flight for line in found.values()} == {0}
     assert found[cancelled.context].workers_warm == 1
     assert found[done.context].workers_warm == 20
     clock.now += FORGOTTEN_SECONDS
-    assert looked(directory, broker) == ()
+    assert looked(demand, broker) == ()
 
 
 def test_a_wanted_context_stays_when_its_workers_fall_silent(
     store: Store,
     make: SimpleNamespace,
     run: Run,
-    directory: DemandEstimator,
+    demand: DemandEstimator,
     broker: Broker,
     serve: Serve,
     clock: Clock,
@@ -275,15 +275,15 @@ def test_a_wanted_context_stays_when_its_workers_fall_silent(
     store.write(make.incoming(make.announced(claims=30)))
     broker.has[run.context] = 2
     serve(run, 3)
-    assert [line.workers_warm for line in looked(directory, broker)] == [3]
+    assert [line.workers_warm for line in looked(demand, broker)] == [3]
     clock.now += FORGOTTEN_SECONDS - HEARTBEAT_SECONDS
-    assert [line.workers_warm for line in directory.look()] == [3]
+    assert [line.workers_warm for line in demand.update()] == [3]
     clock.now += HEARTBEAT_SECONDS
-    assert [(line.claims_ready, line.workers_warm) for line in directory.look()] == [(20, 0)]
+    assert [(line.claims_ready, line.workers_warm) for line in demand.update()] == [(20, 0)]
 
 
 def test_nothing_is_said_before_every_worker_had_the_time_to_report(
-    store: Store, make: SimpleNamespace, run: Run, directory: DemandEstimator, broker: Broker
+    store: Store, make: SimpleNamespace, run: Run, demand: DemandEstimator, broker: Broker
 ) -> None:
     store.write(make.incoming(make.announced(claims=30)))
     broker.has[run.context] = 2
@@ -291,7 +291,7 @@ def test_nothing_is_said_before_every_worker_had_the_time_to_report(
     fresh = DemandEstimator(store, load_settings(batch_size=10), Fleet(clock))
     assert looked(fresh, broker) == ()
     clock.now += HEARTBEAT_SECONDS
-    assert [line.claims_ready for line in fresh.look()] == [20]
+    assert [line.claims_ready for line in fresh.update()] == [20]
 
 
 def test_runs_on_one_context_are_one_line(
@@ -299,54 +299,54 @@ def test_runs_on_one_context_are_one_line(
     make: SimpleNamespace,
     run: Run,
     other_run: Run,
-    directory: DemandEstimator,
+    demand: DemandEstimator,
     broker: Broker,
 ) -> None:
     store.write(make.incoming(make.announced(claims=10), make.announced(claims=20, of=other_run)))
     broker.has[run.context] = 0
-    assert [line.claims_in_flight for line in looked(directory, broker)] == [30]
+    assert [line.claims_in_flight for line in looked(demand, broker)] == [30]
 
 
 def test_nothing_is_said_of_a_context_before_the_broker_spoke_of_it(
-    store: Store, make: SimpleNamespace, run: Run, directory: DemandEstimator, broker: Broker
+    store: Store, make: SimpleNamespace, run: Run, demand: DemandEstimator, broker: Broker
 ) -> None:
     store.write(make.incoming(make.announced(claims=10)))
     broker.has[run.context] = 1
     broker.answers = False
-    assert looked(directory, broker) == ()
+    assert looked(demand, broker) == ()
     broker.answers = True
-    assert len(looked(directory, broker)) == 1
+    assert len(looked(demand, broker)) == 1
     # No later answer: what was said last stays.
     broker.answers = False
-    assert len(looked(directory, broker)) == 1
+    assert len(looked(demand, broker)) == 1
 
 
 def test_the_broker_is_asked_about_the_queues_that_runs_want_and_no_others(
     store: Store,
     make: SimpleNamespace,
     run: Run,
-    directory: DemandEstimator,
+    demand: DemandEstimator,
     broker: Broker,
     serve: Serve,
 ) -> None:
     store.write(make.incoming(make.announced(claims=1), make.batch(make.verdict(0))))
     serve(run, 1)
     queue = topology.claims_queue(run.context.context_id)
-    looked(directory, broker)
+    looked(demand, broker)
     assert broker.asked == []
     wanted = run.model_copy(update={"source_digest": "src-more"})
-    directory.note(store.write(make.incoming(make.announced(claims=1, of=wanted))))
+    demand.note(store.write(make.incoming(make.announced(claims=1, of=wanted))))
     for _ in range(2):  # one that is missing may come
         broker.asked = []
-        looked(directory, broker)
+        looked(demand, broker)
         assert broker.asked == [queue]
 
 
 def test_a_run_that_was_never_announced_has_no_context_to_tell(
-    store: Store, make: SimpleNamespace, directory: DemandEstimator, broker: Broker
+    store: Store, make: SimpleNamespace, demand: DemandEstimator, broker: Broker
 ) -> None:
     store.write(make.incoming(make.batch(make.verdict(0))))
-    assert looked(directory, broker) == ()
+    assert looked(demand, broker) == ()
     assert broker.asked == []
 
 
@@ -354,19 +354,19 @@ def test_a_new_directory_on_the_same_store_broker_and_workers_says_the_same(
     store: Store,
     make: SimpleNamespace,
     run: Run,
-    directory: DemandEstimator,
+    demand: DemandEstimator,
     broker: Broker,
     fleet: Fleet,
     serve: Serve,
 ) -> None:
-    directory.note(store.write(make.incoming(make.announced(claims=40), make.dead(0))))
+    demand.note(store.write(make.incoming(make.announced(claims=40), make.dead(0))))
     broker.has[run.context] = 2
     serve(run, 3)
-    looked(directory, broker)
-    directory.note(store.write(make.incoming(make.batch(*map(make.verdict, range(1, 9))))))
+    looked(demand, broker)
+    demand.note(store.write(make.incoming(make.batch(*map(make.verdict, range(1, 9))))))
     again = DemandEstimator(store, load_settings(), fleet)
     # The mean of a batch is only counted, not moved on.
-    (before,), (after,) = directory.look(), looked(again, broker)
+    (before,), (after,) = demand.update(), looked(again, broker)
     assert before.claims_ready + before.claims_in_flight == 31
     assert after.claims_ready + after.claims_in_flight == 31
     assert before.workers_warm == after.workers_warm == 3
@@ -376,7 +376,7 @@ def test_a_big_store_is_gone_through_in_several_looks_the_latest_run_first(
     store: Store,
     make: SimpleNamespace,
     run: Run,
-    directory: DemandEstimator,
+    demand: DemandEstimator,
     broker: Broker,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -386,38 +386,38 @@ def test_a_big_store_is_gone_through_in_several_looks_the_latest_run_first(
         broker.has[each.context] = 1
     monkeypatch.setattr("services.collector.demand._COUNTING_SECONDS", -1.0)
     counted: list[Any] = []
-    count = directory._count
+    count = demand._count
 
     def noting(row: Any, known: Any) -> Any:
         counted.append(row.run_id)
         return count(row, known)
 
-    monkeypatch.setattr(directory, "_count", noting)
+    monkeypatch.setattr(demand, "_count", noting)
     for looks in range(1, 5):
-        directory.look()
+        demand.update()
         assert counted == [each.run_id for each in reversed(several)][:looks]
-    assert len(looked(directory, broker)) == 4
+    assert len(looked(demand, broker)) == 4
 
 
 def test_the_most_wanted_come_first_and_no_more_than_a_notice_holds(
     store: Store,
     make: SimpleNamespace,
     run: Run,
-    directory: DemandEstimator,
+    demand: DemandEstimator,
     broker: Broker,
 ) -> None:
     for number in range(MAX_CONTEXTS + 1):
         each = of(run, number)
         store.write(make.incoming(make.announced(claims=10_000, of=each)))
         broker.has[each.context] = number % 7
-    lines = looked(directory, broker)
+    lines = looked(demand, broker)
     assert len(lines) == MAX_CONTEXTS
     ready = [line.claims_ready for line in lines]
     assert ready == sorted(ready, reverse=True)
 
 
 def test_contexts_with_very_long_arguments_are_cut_so_that_every_worker_can_take_the_notice(
-    store: Store, make: SimpleNamespace, run: Run, directory: DemandEstimator, broker: Broker
+    store: Store, make: SimpleNamespace, run: Run, demand: DemandEstimator, broker: Broker
 ) -> None:
     for number in range(30):
         each = of(run, number)
@@ -425,7 +425,7 @@ def test_contexts_with_very_long_arguments_are_cut_so_that_every_worker_can_take
         each = each.model_copy(update={"context": long})
         store.write(make.incoming(make.announced(claims=10_000, of=each)))
         broker.has[long] = number
-    lines = looked(directory, broker)
+    lines = looked(demand, broker)
     assert [line.claims_ready for line in lines] == [10 * (29 - place) for place in range(7)]
     assert len(encode(ControlUpdate(contexts=lines))) <= MAX_CONTEXTS_BYTES + 100
 
@@ -434,7 +434,7 @@ def test_a_cancelled_run_is_settled_once_no_queue_and_no_worker_can_have_its_cla
     store: Store,
     make: SimpleNamespace,
     run: Run,
-    directory: DemandEstimator,
+    demand: DemandEstimator,
     fleet: Fleet,
 ) -> None:
     store.write(make.incoming(make.announced(claims=100)))
@@ -443,16 +443,16 @@ def test_a_cancelled_run_is_settled_once_no_queue_and_no_worker_can_have_its_cla
     counts: dict[str, int] = {}
 
     class Asked:
-        def ask_counts(self, queues: Sequence[str], heard: Callable[[Counts], None]) -> None:
+        def request_counts(self, queues: Sequence[str], heard: Callable[[Counts], None]) -> None:
             assert queue in queues
             heard(counts)
 
     def settled() -> bool:
-        directory.look()
-        directory.ask(Asked(), topology.CORE_QUEUES)  # type: ignore[arg-type]
-        return directory.settled_runs() == {run.run_id}
+        demand.update()
+        demand.request_counts(Asked(), topology.CORE_QUEUES)  # type: ignore[arg-type]
+        return demand.settled_runs() == {run.run_id}
 
-    assert directory.settled_runs() == set()  # nobody was asked yet
+    assert demand.settled_runs() == set()  # nobody was asked yet
     counts = {topology.RETURNS_QUEUE: 0, queue: 3}
     assert not settled()
     counts[queue] = 0

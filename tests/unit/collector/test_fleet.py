@@ -74,28 +74,28 @@ def test_nothing_is_kept_of_those_that_are_gone(fleet: Fleet, make: SimpleNamesp
     for number in range(100):
         fleet.note(make.report("a", context_id=f"ctx-{number}"))
     fleet.note(make.report("a", state="stopped"))
-    assert (fleet._living, fleet._on) == ({}, {})
+    assert (fleet._workers, fleet._serving) == ({}, {})
 
 
 def test_who_begins_to_listen_has_heard_all_once_each_had_the_time_to_report(
     fleet: Fleet, clock: Clock
 ) -> None:
     clock.now += 10  # a collector may be made long before it is connected
-    assert not fleet.heard_all()
+    assert not fleet.heard_from_all()
     clock.now += HEARTBEAT_SECONDS - 0.1
-    assert not fleet.heard_all()
+    assert not fleet.heard_from_all()
     clock.now += 0.1
-    assert fleet.heard_all()
+    assert fleet.heard_from_all()
 
 
 def test_who_did_not_listen_for_a_while_begins_anew(fleet: Fleet, clock: Clock) -> None:
-    fleet.heard_all()
+    fleet.heard_from_all()
     clock.now += FORGOTTEN_SECONDS - HEARTBEAT_SECONDS  # in so short a time nobody is forgotten
-    assert fleet.heard_all()
+    assert fleet.heard_from_all()
     clock.now += FORGOTTEN_SECONDS
-    assert not fleet.heard_all()
+    assert not fleet.heard_from_all()
     clock.now += HEARTBEAT_SECONDS
-    assert fleet.heard_all()
+    assert fleet.heard_from_all()
 
 
 # Who is there, and who went.
@@ -140,7 +140,7 @@ def test_a_worker_that_falls_silent_has_vanished(
     fleet.note(make.report("b", state="draining", ending="SIGTERM"))
     for _ in range(8):
         clock.now += HEARTBEAT_SECONDS
-        fleet.heard_all()
+        fleet.heard_from_all()
     assert fleet.workers() == []
     assert preemptions() == {"SIGTERM": 1, "vanished": 1}
 
@@ -154,13 +154,13 @@ def test_a_silence_while_nothing_could_be_heard_is_nobodys(
     fleet.note(make.report("a"))
     for _ in range(10):
         clock.now += HEARTBEAT_SECONDS
-        fleet.note_deaf()
-        fleet.heard_all()
+        fleet.note_disconnected()
+        fleet.heard_from_all()
     assert [report.worker_id for report in fleet.workers()] == ["a"]
     for _ in range(3):
         clock.now += HEARTBEAT_SECONDS
         assert fleet.workers()
-        fleet.heard_all()
+        fleet.heard_from_all()
     clock.now += HEARTBEAT_SECONDS
     assert fleet.workers() == []
     assert preemptions() == {"vanished": 1}
@@ -174,5 +174,5 @@ def test_a_silence_while_nobody_listened_is_nobodys(
 ) -> None:
     fleet.note(make.report("a"))
     clock.now += 10 * FORGOTTEN_SECONDS
-    fleet.heard_all()
+    fleet.heard_from_all()
     assert (fleet.workers(), preemptions()) == ([], {})

@@ -10,7 +10,7 @@ from services.collector.demand import DemandEstimator
 from services.collector.fleet import Fleet
 from services.collector.gauges import Gauges
 from services.collector.metrics import count_in
-from services.collector.run_counts import RunCounts
+from services.collector.run_statuses import RunStatusCache
 from services.contracts import Run, load_settings, topology
 from services.contracts.errors import StoreError
 from services.store import Store
@@ -24,18 +24,18 @@ def fleet() -> Fleet:
 
 
 @pytest.fixture
-def counts(store: Store, monkeypatch: pytest.MonkeyPatch) -> RunCounts:
+def counts(store: Store, monkeypatch: pytest.MonkeyPatch) -> RunStatusCache:
     """A look that waits for the count, however slow this machine is."""
-    monkeypatch.setattr("services.collector.run_counts._WAIT_SECONDS", 60.0)
-    return RunCounts(store)
+    monkeypatch.setattr("services.collector.run_statuses._WAIT_SECONDS", 60.0)
+    return RunStatusCache(store)
 
 
 @pytest.fixture
-def registry(store: Store, fleet: Fleet, counts: RunCounts) -> CollectorRegistry:
+def registry(store: Store, fleet: Fleet, counts: RunStatusCache) -> CollectorRegistry:
     made = CollectorRegistry()
-    directory = DemandEstimator(store, load_settings(), fleet)
-    directory._counts = {topology.VERDICTS_QUEUE: 3, "claims.ctx-1": 9}
-    made.register(Gauges(fleet, directory, counts))
+    demand = DemandEstimator(store, load_settings(), fleet)
+    demand._counts = {topology.VERDICTS_QUEUE: 3, "claims.ctx-1": 9}
+    made.register(Gauges(fleet, demand, counts))
     return made
 
 
@@ -49,14 +49,18 @@ def scraped(registry: CollectorRegistry, name: str) -> dict[tuple[str, ...], flo
     }
 
 
-def again(counts: RunCounts) -> None:
+def again(counts: RunStatusCache) -> None:
     """Have the next look count anew."""
     counts.close()
     counts._due = 0.0
 
 
 def test_a_run_is_told_as_the_store_has_it(
-    registry: CollectorRegistry, store: Store, counts: RunCounts, make: SimpleNamespace, run: Run
+    registry: CollectorRegistry,
+    store: Store,
+    counts: RunStatusCache,
+    make: SimpleNamespace,
+    run: Run,
 ) -> None:
     store.write(make.incoming(make.announced(), make.batch(make.verdict(0), make.verdict(1))))
     assert scraped(registry, "keepwarm_run_done_claims") == {(run.run_id,): 2}
@@ -104,7 +108,7 @@ def test_labels_that_workers_invent_do_not_make_a_series_each(
 
 
 def test_a_complete_run_is_not_counted_again_until_something_of_it_comes(
-    store: Store, counts: RunCounts, make: SimpleNamespace, run: Run
+    store: Store, counts: RunStatusCache, make: SimpleNamespace, run: Run
 ) -> None:
     store.write(make.incoming(make.announced(claims=1), make.batch(make.verdict(0))))
     assert [status.complete for status in counts.latest()[0]] == [True]
@@ -117,7 +121,7 @@ def test_a_complete_run_is_not_counted_again_until_something_of_it_comes(
 
 
 def test_runs_that_are_not_complete_come_first(
-    store: Store, counts: RunCounts, make: SimpleNamespace, run: Run, other_run: Run
+    store: Store, counts: RunStatusCache, make: SimpleNamespace, run: Run, other_run: Run
 ) -> None:
     store.write(make.incoming(make.announced(claims=1)))
     store.write(
@@ -129,7 +133,7 @@ def test_runs_that_are_not_complete_come_first(
 
 
 def test_a_scrape_does_not_wait_for_a_store_that_takes_its_time(
-    store: Store, counts: RunCounts, make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    store: Store, counts: RunStatusCache, make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.write(make.incoming(make.announced()))
     assert len(counts.latest()[0]) == 1
@@ -140,8 +144,8 @@ def test_a_scrape_does_not_wait_for_a_store_that_takes_its_time(
         go_on.wait(60)
         raise StoreError("it is locked")
 
-    monkeypatch.setattr("services.collector.run_counts._WAIT_SECONDS", 0.5)
-    monkeypatch.setattr("services.collector.run_counts.latest_statuses", slow)
+    monkeypatch.setattr("services.collector.run_statuses._WAIT_SECONDS", 0.5)
+    monkeypatch.setattr("services.collector.run_statuses.latest_statuses", slow)
     for _ in range(2):  # the second finds the first's count under way
         shown, age = counts.latest()
         assert len(shown) == 1 and age > 0

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.broker import Delivery, Outgoing
-from services.collector.collector import send_on
+from services.collector.collector import republish_wanted
 from services.contracts import ClaimBatch, Run, decode, encode, load_settings, topology
 from services.store import Store, find_run
 
@@ -43,7 +43,7 @@ def send(batch: ClaimBatch, store: Store, broker: Broker, **headers: object) -> 
     delivery = Delivery(
         topology.RETURNS_QUEUE, encode(batch), headers, "r/b/1/0", False, 7, 1, kind="ClaimBatch"
     )
-    send_on(batch, delivery, store, broker, broker)  # type: ignore[arg-type]
+    republish_wanted(batch, delivery, store, broker, broker)  # type: ignore[arg-type]
 
 
 def test_a_returned_batch_goes_to_the_queue_of_its_context_as_it_came(

@@ -31,19 +31,19 @@ class Recorder:
     """A broker that remembers what is done with it."""
 
     node: Node | None = field(default_factory=Node)
-    there: bool = True
+    exists: bool = True
     done: list[object] = field(default_factory=list)
 
-    def lend(self) -> Node | None:
+    def acquire(self) -> Node | None:
         return self.node
 
-    def look_after(self) -> None:
+    def restart_if_down(self) -> None:
         self.done.append("looked after")
 
-    def take_back(self, claims_queue: str | None) -> None:
+    def release(self, claims_queue: str | None) -> None:
         self.done.append(("taken back", claims_queue))
 
-    def throw_away(self) -> None:
+    def discard(self) -> None:
         self.done.append("thrown away")
 
     def end_if_idle(self) -> None:
@@ -125,7 +125,7 @@ def test_a_broker_is_made_ready_for_the_next(serve: Serve, settings: Settings) -
 
 
 class Broken(Recorder):
-    def lend(self) -> Node | None:
+    def acquire(self) -> Node | None:
         raise BrokerError("rabbitmq-server is not installed")
 
 

@@ -185,7 +185,7 @@ def test_a_worker_warns_once_a_run_that_the_model_hardly_ever_says_a_label_word(
         ({"body": b"{}"}, "not a ClaimBatch: run: Field required"),
         ({"kind": "DeadClaim"}, "its type is 'DeadClaim', not ClaimBatch"),
         ({"content_type": ""}, "its content type is '', not application/json"),
-        ({"headers": {topology.FAILURES_HEADER: None}}, "keepwarm-failures is no count"),
+        ({"headers": {topology.FAILURES_HEADER: None}}, "keepwarm-failures is not a valid count"),
     ],
 )
 def test_what_is_no_batch_is_set_aside_with_the_reason_and_then_acknowledged(

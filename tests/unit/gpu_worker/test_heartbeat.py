@@ -20,7 +20,7 @@ class Line:
         self.reports: list[WorkerHeartbeat] = []
 
     def offer(self, message: Outgoing) -> bool:
-        assert message.notice
+        assert message.transient
         if self.readiness_error is None:
             self.reports.append(decode(WorkerHeartbeat, message.body))
         return self.readiness_error is None

@@ -256,7 +256,7 @@ def test_a_full_disk_is_a_store_error_and_the_old_file_stays(
         return open_file(target, mode, *rest, **more)
 
     monkeypatch.setattr(Path, "open", open_on_a_full_disk)
-    with pytest.raises(StoreError, match="No space left on device; make room"):
+    with pytest.raises(StoreError, match="No space left on device; free disk space"):
         export(filled, run, format, path)
     assert path.read_text() == "old"
 
@@ -268,7 +268,7 @@ def test_a_place_that_cannot_hold_a_file_is_a_store_error(
     (tmp_path / "file").write_text("")
     (tmp_path / "directory").mkdir()
     for place in (tmp_path / "file" / "out", tmp_path / "directory"):
-        with pytest.raises(StoreError, match="cannot be written: .*name another place"):
+        with pytest.raises(StoreError, match="cannot be written: .*choose another path"):
             export(filled, run, format, place)
 
 

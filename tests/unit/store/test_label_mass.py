@@ -28,7 +28,8 @@ def test_labels_that_hold_nearly_nothing_are_told_with_what_the_model_says_inste
     found = low(store, run)
     assert found == LowMass(claims=40, median=0.0006, says=" False")
     assert str(found) == (
-        "the labels hold 0.06 % of the probability; the model says ' False' (median of 40 claims)"
+        "the labels have 0.06 % of the probability; the model answers ' False' "
+        "(median of 40 claims)"
     )
 
 
@@ -83,4 +84,4 @@ def test_the_report_has_the_mean_of_all_verdicts(
     ],
 )
 def test_shares_are_shown_as_people_write_them(share: float, shown: str) -> None:
-    assert f"hold {shown} of" in str(LowMass(claims=64, median=share, says="x"))
+    assert f"have {shown} of" in str(LowMass(claims=64, median=share, says="x"))

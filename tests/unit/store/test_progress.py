@@ -288,7 +288,7 @@ def test_a_run_is_found_by_its_id_or_the_beginning_of_it(
 def test_a_beginning_that_several_runs_share_is_told_with_their_ids(
     length: int, store: Store, two_alike: list[Run]
 ) -> None:
-    with pytest.raises(StoreError, match="several runs begin with") as refused:
+    with pytest.raises(StoreError, match="several runs start with") as refused:
         find_run(store, two_alike[0].run_id[:length])
     assert all(run.run_id in str(refused.value) for run in two_alike)
 
@@ -297,13 +297,13 @@ def test_a_beginning_that_several_runs_share_is_told_with_their_ids(
 def test_an_unknown_run_is_told_with_what_there_is(
     wanted: str, store: Store, two_alike: list[Run]
 ) -> None:
-    with pytest.raises(StoreError, match="no run begins with") as refused:
+    with pytest.raises(StoreError, match="no run starts with") as refused:
         find_run(store, wanted)
     assert all(run.run_id in str(refused.value) for run in two_alike)
 
 
 def test_in_an_empty_store_there_is_no_run_at_all(store: Store) -> None:
-    with pytest.raises(StoreError, match="no run begins with 'run-1'; the store has none at all"):
+    with pytest.raises(StoreError, match="no run starts with 'run-1'; the store has no runs"):
         find_run(store, "run-1")
 
 

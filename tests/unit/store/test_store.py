@@ -233,13 +233,13 @@ def test_a_submission_that_was_announced_is_wanted_and_another_is_not_known(
 ) -> None:
     store.write(make.incoming(make.announced(submission_id="sub-1")))
     store.write(make.incoming(make.announced(claims=3, submission_id="sub-1")))
-    assert store.wants("sub-1") is True
-    assert store.wants("sub-2") is None
+    assert store.is_active("sub-1") is True
+    assert store.is_active("sub-2") is None
 
 
 def test_verdicts_alone_announce_no_submission(store: Store, make: SimpleNamespace) -> None:
     store.write(make.incoming(make.batch(make.verdict(1)), make.returned(2, submission_id="sub-1")))
-    assert store.wants("sub-1") is None
+    assert store.is_active("sub-1") is None
 
 
 def test_a_cancelled_run_can_be_sent_again_and_what_was_sent_before_stays_cancelled(
@@ -247,12 +247,12 @@ def test_a_cancelled_run_can_be_sent_again_and_what_was_sent_before_stays_cancel
 ) -> None:
     store.write(make.incoming(make.announced(submission_id="sub-1")))
     store.cancel(key(store, run))
-    assert store.wants("sub-1") is False
+    assert store.is_active("sub-1") is False
     store.write(make.incoming(make.announced(submission_id="sub-2")))
-    assert (store.wants("sub-1"), store.wants("sub-2")) == (False, True)
+    assert (store.is_active("sub-1"), store.is_active("sub-2")) == (False, True)
     # What is delivered again does not undo it.
     store.write(make.incoming(make.announced(submission_id="sub-1")))
-    assert store.wants("sub-1") is False
+    assert store.is_active("sub-1") is False
 
 
 def test_cancelling_a_run_leaves_the_others(
@@ -260,8 +260,8 @@ def test_cancelling_a_run_leaves_the_others(
 ) -> None:
     store.write(make.incoming(make.announced(), make.announced(of=other_run)))
     store.cancel(key(store, run))
-    assert store.wants(f"sub-{run.run_id}") is False
-    assert store.wants(f"sub-{other_run.run_id}") is True
+    assert store.is_active(f"sub-{run.run_id}") is False
+    assert store.is_active(f"sub-{other_run.run_id}") is True
 
 
 def test_claims_that_are_sent_by_hand_are_a_submission(
@@ -270,9 +270,9 @@ def test_claims_that_are_sent_by_hand_are_a_submission(
     store.write(make.incoming(make.announced()))
     for _ in range(2):
         store.add_submission(key(store, run), "retry-1", "0" * 32)
-    assert store.wants("retry-1") is True
+    assert store.is_active("retry-1") is True
     store.cancel(key(store, run))
-    assert store.wants("retry-1") is False
+    assert store.is_active("retry-1") is False
 
 
 def test_the_latest_cancellations_come_first_and_no_more_than_a_notice_holds(
@@ -420,11 +420,11 @@ def test_two_may_write_to_one_store(open_store: Opener, make: SimpleNamespace, r
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("sqlite://", "the store needs a file"),
-        ("sqlite:///:memory:", "the store needs a file"),
+        ("sqlite://", "the store must be a file"),
+        ("sqlite:///:memory:", "the store must be a file"),
         ("mysql://u@h/d", "must be SQLite or PostgreSQL, not mysql"),
-        ("://x", "the store's URL is unusable"),
-        ("postgresql://h:port/d", "the store's URL is unusable"),
+        ("://x", "the store's URL is not valid"),
+        ("postgresql://h:port/d", "the store's URL is not valid"),
     ],
 )
 def test_what_can_be_no_store_is_told(url: str, says: str, open_store: Opener) -> None:
@@ -555,7 +555,7 @@ def test_a_read_only_file_is_told(
     (open_dir / "s.sqlite").chmod(0o444)
     with (
         unprivileged(),
-        pytest.raises(StoreError, match="cannot be written by .*: Permission denied; mend"),
+        pytest.raises(StoreError, match="cannot be written by .*: Permission denied; fix"),
     ):
         Store.open(settings)
 
@@ -565,7 +565,7 @@ def test_a_store_that_goes_away_is_told_with_the_next_step(
 ) -> None:
     with closing(sqlite3.connect(tmp_path / "store.sqlite")) as database:
         database.execute("DROP TABLE outcomes")
-    with pytest.raises(StoreError, match="no such table: outcomes. Check that it is there"):
+    with pytest.raises(StoreError, match="no such table: outcomes. Check that it exists"):
         store.write(make.incoming(make.batch(make.verdict(1))))
 
 
@@ -588,7 +588,7 @@ def test_a_store_of_another_schema_version_is_refused(
     open_store().close()
     with closing(sqlite3.connect(tmp_path / "store.sqlite")) as database, database:
         database.execute("UPDATE keepwarm_schema SET version = ?", (version,))
-    with pytest.raises(StoreError, match=f"has schema version {version}; this Keepwarm knows"):
+    with pytest.raises(StoreError, match=f"has schema version {version}; this Keepwarm supports"):
         open_store()
 
 
@@ -674,7 +674,7 @@ def test_services_that_open_a_new_store_at_the_same_moment_make_it_once(tmp_path
 @pytest.mark.parametrize(
     ("why", "says"),
     [
-        ("server does not support SSL, but SSL was required", "Turn TLS on there"),
+        ("server does not support SSL, but SSL was required", "Turn TLS on in the server"),
         ("FATAL:  connection requires a valid client certificate", "sslcert"),
         ('root certificate file "/root/.postgresql/root.crt" does not exist', "sslrootcert"),
         ("disk I/O error", "its disk is not full"),

@@ -10,20 +10,20 @@ from services.contracts import load_settings
 from services.telemetry import MetricsServer
 
 
-class Told:
-    """A service: well, and ready, unless told otherwise."""
+class FakeService:
+    """A service that is alive and ready unless a test sets an error."""
 
     liveness_error: str | None = None
     readiness_error: str | None = None
 
 
 @pytest.fixture
-def service() -> Told:
-    return Told()
+def service() -> FakeService:
+    return FakeService()
 
 
 @pytest.fixture
-def serve(service: Told) -> Iterator[Callable[..., MetricsServer]]:
+def serve(service: FakeService) -> Iterator[Callable[..., MetricsServer]]:
     """`serve(pages, metrics_address=…)`: servers that are closed after the test."""
     with ExitStack() as opened:
 

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from services.contracts import load_settings
 from services.contracts.errors import UsageError
 from services.telemetry import MetricsServer, http_server
-from tests.unit.telemetry.conftest import Told, ask
+from tests.unit.telemetry.conftest import FakeService, ask
 
 Serve = Callable[..., MetricsServer]
 
@@ -54,10 +54,10 @@ def test_nothing_but_get_and_head_is_taken(path: str, method: str, serve: Serve)
 def test_an_unknown_path_says_which_there_are(serve: Serve) -> None:
     answer = ask(serve({"/sd": list}), "/")
     assert answer.status_code == 404
-    assert answer.text == "there are /metrics, /healthz, /readyz, /sd\n"
+    assert answer.text == "not found; available: /metrics, /healthz, /readyz, /sd\n"
 
 
-def test_a_service_that_waits_is_alive_and_not_ready(serve: Serve, service: Told) -> None:
+def test_a_service_that_waits_is_alive_and_not_ready(serve: Serve, service: FakeService) -> None:
     server = serve()
     assert [ask(server, path).status_code for path in ("/healthz", "/readyz")] == [200, 200]
     service.readiness_error = "no connection\nto the broker"
@@ -66,9 +66,9 @@ def test_a_service_that_waits_is_alive_and_not_ready(serve: Serve, service: Told
     assert (answer.status_code, answer.text) == (503, "no connection to the broker\n")
 
 
-def test_a_service_that_is_stuck_is_neither(serve: Serve, service: Told) -> None:
+def test_a_service_that_is_stuck_is_neither(serve: Serve, service: FakeService) -> None:
     server = serve()
-    service.liveness_error = "its main loop stood still for 121 s"
+    service.liveness_error = "the main loop has stalled for 121 s"
     for path in ("/healthz", "/readyz"):
         answer = ask(server, path)
         assert (answer.status_code, answer.text) == (503, f"{service.liveness_error}\n")
@@ -87,7 +87,7 @@ def test_a_bug_in_a_page_is_logged_and_the_others_are_served(serve: Serve) -> No
     server = serve({"/sd": bug})
     with capture_logs() as logs:
         answer = ask(server, "/sd")
-    assert (answer.status_code, answer.text) == (500, "a bug; the log has it\n")
+    assert (answer.status_code, answer.text) == (500, "internal error; see the log\n")
     assert [(log["event"], log["path"]) for log in logs] == [("metrics.page_failed", "/sd")]
     assert ask(server, "/healthz").status_code == 200
 
@@ -153,7 +153,7 @@ def test_who_says_nothing_is_hung_up_on(serve: Serve, monkeypatch: pytest.Monkey
 def test_who_says_it_too_slowly_is_hung_up_on(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_server, "LONGEST_SECONDS", 0.3)
+    monkeypatch.setattr(http_server, "MAX_CONNECTION_SECONDS", 0.3)
     with connect(serve()) as slow, pytest.raises(OSError):
         slow.sendall(b"GET /metrics HTTP/1.1\r\nX: ")
         deadline = time.monotonic() + 60
@@ -168,7 +168,7 @@ def test_who_says_it_too_slowly_is_hung_up_on(
 def test_of_too_many_connections_the_last_are_closed_and_later_ones_are_served(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_server, "MOST_CONNECTIONS", 2)
+    monkeypatch.setattr(http_server, "MAX_CONNECTIONS", 2)
     server = serve()
     with connect(server) as first, connect(server) as second:
         for held in (first, second):

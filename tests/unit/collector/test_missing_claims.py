@@ -1,4 +1,4 @@
-"""Claims that are in no queue and with no worker are told, and only those."""
+"""Claims in no queue and at no worker are reported as missing, and only those."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from services.collector.demand import DemandEstimator
-from services.collector.nowhere import NOWHERE_SECONDS, Nowhere
+from services.collector.missing_claims import MISSING_SECONDS, MissingClaims
 from services.contracts import Run, RunAnnouncement, Totals, load_settings, topology
 from services.contracts.proofs import Positions
 from services.store import Store, missing_records, run_status
@@ -16,7 +16,7 @@ EMPTY = dict.fromkeys(topology.CORE_QUEUES, 0)
 
 
 class World:
-    """What directory and fleet say, and a clock."""
+    """A demand estimator, a fleet, and a clock, all controlled by the test."""
 
     def __init__(self, store: Store, run: Run) -> None:
         self.store = store
@@ -24,19 +24,19 @@ class World:
         self.clock = Clock()
         self.held: Counter[str] = Counter()
         fleet = SimpleNamespace(claims_held=lambda: self.held)
-        self.directory = DemandEstimator(store, load_settings(), fleet)  # type: ignore[arg-type]
-        self.directory._counts = EMPTY
-        self.directory._asked = frozenset({topology.claims_queue(run.context.context_id)})
-        self.directory.counted_at = self.clock.now
-        self.directory.unfinished = {run.run_id: run.context.context_id}
-        self.nowhere = Nowhere(store, self.directory, 30, self.clock)
+        self.demand = DemandEstimator(store, load_settings(), fleet)  # type: ignore[arg-type]
+        self.demand._counts = EMPTY
+        self.demand._counted = frozenset({topology.claims_queue(run.context.context_id)})
+        self.demand.counted_at = self.clock.now
+        self.demand.unfinished = {run.run_id: run.context.context_id}
+        self.missing = MissingClaims(store, self.demand, 30, self.clock)
 
-    def wait(self, seconds: float, *, deaf: bool = False) -> None:
+    def wait(self, seconds: float, *, disconnected: bool = False) -> None:
         for _ in range(int(seconds / 2)):
             self.clock.now += 2
-            if not deaf:
-                self.directory.counted_at = self.clock.now
-            self.nowhere.look()
+            if not disconnected:
+                self.demand.counted_at = self.clock.now
+            self.missing.check()
 
     @property
     def told(self) -> bool:
@@ -65,7 +65,7 @@ def world(store: Store, run: Run, make: SimpleNamespace) -> World:
 
 
 def test_claims_that_are_nowhere_for_long_enough_are_told_by_their_records(world: World) -> None:
-    world.wait(NOWHERE_SECONDS - 2)
+    world.wait(MISSING_SECONDS - 2)
     assert not world.told
     world.wait(6)
     assert world.told
@@ -77,49 +77,49 @@ def test_claims_that_are_nowhere_for_long_enough_are_told_by_their_records(world
 @pytest.mark.parametrize("queue", [*topology.CORE_QUEUES, "claims"])
 def test_what_waits_in_a_queue_is_somewhere(queue: str, world: World) -> None:
     name = topology.claims_queue(world.run.context.context_id) if queue == "claims" else queue
-    world.directory._counts = {**EMPTY, name: 1}
-    world.wait(2 * NOWHERE_SECONDS)
+    world.demand._counts = {**EMPTY, name: 1}
+    world.wait(2 * MISSING_SECONDS)
     # What lies in `dead-messages` comes back by a person's hand alone.
     assert world.told == (queue == topology.DEAD_MESSAGES_QUEUE)
 
 
 def test_a_queue_that_the_broker_was_not_asked_about_may_hold_them(world: World) -> None:
-    world.directory._asked = frozenset()
-    world.wait(2 * NOWHERE_SECONDS)
+    world.demand._counted = frozenset()
+    world.wait(2 * MISSING_SECONDS)
     assert not world.told
 
 
 def test_what_a_worker_has_in_hand_is_somewhere(world: World) -> None:
     world.held[world.run.context.context_id] = 1
-    world.wait(2 * NOWHERE_SECONDS)
+    world.wait(2 * MISSING_SECONDS)
     assert not world.told
 
 
 def test_a_broker_that_is_not_heard_says_nothing(world: World) -> None:
-    world.wait(2 * NOWHERE_SECONDS, deaf=True)
+    world.wait(2 * MISSING_SECONDS, disconnected=True)
     assert not world.told
-    world.wait(NOWHERE_SECONDS - 2)
+    world.wait(MISSING_SECONDS - 2)
     assert not world.told
 
 
 def test_a_collector_that_did_not_look_for_a_while_begins_anew(world: World) -> None:
-    world.wait(NOWHERE_SECONDS - 4)
+    world.wait(MISSING_SECONDS - 4)
     world.clock.now += 60
-    world.wait(NOWHERE_SECONDS - 4)
+    world.wait(MISSING_SECONDS - 4)
     assert not world.told
 
 
 def test_a_commit_of_the_run_begins_anew_and_takes_the_word_back(
     world: World, make: SimpleNamespace
 ) -> None:
-    world.wait(NOWHERE_SECONDS - 4)
-    world.nowhere.note({world.run.run_id})
-    world.wait(NOWHERE_SECONDS - 4)
+    world.wait(MISSING_SECONDS - 4)
+    world.missing.note({world.run.run_id})
+    world.wait(MISSING_SECONDS - 4)
     assert not world.told
     world.wait(8)
     assert world.told
     world.store.write(make.incoming(make.batch(make.verdict(3))))
-    world.nowhere.note({world.run.run_id})
+    world.missing.note({world.run.run_id})
     assert not world.told
 
 

@@ -1,4 +1,4 @@
-"""How far the latest runs are, for whoever asks often and must not wait for the store."""
+"""The statuses of the latest runs, cached for scrapes, which must not wait for the store."""
 
 import threading
 import time
@@ -10,15 +10,15 @@ from services.store.progress import RunStatus, latest_statuses
 from services.store.store import Store
 
 _FRESH_SECONDS = 5.0
-# At most a tenth of the time goes into counting, however long the store takes for it.
+# At most a tenth of the time is spent counting, even if the store is slow.
 _PAUSES_PER_COUNT = 10.0
 _WAIT_SECONDS = 0.5
-_MOST_LOOKED_AT = 100
-_MOST_SHOWN = 20
+_MAX_LOOKED_AT = 100
+_MAX_SHOWN = 20
 
 
-class RunCounts:
-    """Counted by a thread of its own, and only when somebody asks. Any thread may ask."""
+class RunStatusCache:
+    """Reads the statuses in a thread of its own, only on demand. Any thread may call it."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -28,10 +28,10 @@ class RunCounts:
         self._shown: list[RunStatus] = []
         self._complete: dict[str, RunStatus] = {}
         self._noted: set[str] | None = None
-        """While a count is under way, the runs that moved meanwhile."""
+        """During a count, the runs that changed meanwhile; otherwise None."""
 
     def note(self, run_ids: Iterable[str]) -> None:
-        """Something of these runs was committed: they are counted again, complete or not."""
+        """Count these runs again, even if they are complete: something of them was committed."""
         with self._lock:
             for run_id in run_ids:
                 self._complete.pop(run_id, None)
@@ -39,9 +39,9 @@ class RunCounts:
                     self._noted.add(run_id)
 
     def latest(self) -> tuple[list[RunStatus], float]:
-        """Runs that are not complete, of the others the latest; and how old that is, in seconds.
+        """The incomplete runs, then the latest complete ones; and the age of these, in seconds.
 
-        A store that takes its time, or is not there, makes it older: it is waited for briefly.
+        It waits only briefly for the store: if that is slow or gone, the statuses are older.
         """
         with self._lock:
             thread = self._thread
@@ -55,7 +55,7 @@ class RunCounts:
         return self._shown, time.monotonic() - self._counted_at
 
     def close(self) -> None:
-        """Wait, not for long, for a count that is under way."""
+        """Wait briefly for a count in progress."""
         if self._thread is not None:
             self._thread.join(_WAIT_SECONDS)
 
@@ -64,9 +64,9 @@ class RunCounts:
         with self._lock:
             complete, self._noted = dict(self._complete), set()
         try:
-            statuses = latest_statuses(self._store, _MOST_LOOKED_AT, complete)
+            statuses = latest_statuses(self._store, _MAX_LOOKED_AT, complete)
         except StoreError:
-            statuses = None  # whoever commits says so
+            statuses = None  # the next commit logs the error
         ended = time.monotonic()
         with self._lock:
             if statuses is not None:
@@ -75,7 +75,7 @@ class RunCounts:
                     for status in statuses
                     if status.complete and status.run_id not in (self._noted or ())
                 }
-                self._shown = sorted(statuses, key=lambda status: status.complete)[:_MOST_SHOWN]
+                self._shown = sorted(statuses, key=lambda status: status.complete)[:_MAX_SHOWN]
                 self._counted_at = ended
             self._noted = None
             self._due = ended + max(_FRESH_SECONDS, _PAUSES_PER_COUNT * (ended - began))

@@ -1,14 +1,14 @@
 from services.telemetry import BoundedLabels, Watchdog
-from services.telemetry.pulse import STUCK_SECONDS
+from services.telemetry.watchdog import STALLED_SECONDS
 from tests.unit.clock import Clock
 
 
 def test_a_loop_that_moved_lately_is_not_stuck(clock: Clock) -> None:
     pulse = Watchdog(clock)
-    clock.now += STUCK_SECONDS
+    clock.now += STALLED_SECONDS
     assert pulse.liveness_error is None
     clock.now += 1
-    assert pulse.liveness_error == "its main loop stood still for 121 s"
+    assert pulse.liveness_error == "the main loop has stalled for 121 s"
     pulse.beat()
     assert pulse.liveness_error is None
 
