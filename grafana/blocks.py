@@ -69,7 +69,7 @@ def context(info: str = "keepwarm_context_info") -> dashboard.QueryVariable:
 
 
 def run(hide: models.VariableHide = models.VariableHide.HIDE_VARIABLE) -> dashboard.QueryVariable:
-    """Hidden where nothing is by run: there it is for links, which hand it on."""
+    """Hidden on dashboards without runs, where it only passes the value on through links."""
     query = 'label_values(keepwarm_run_info{context_id=~"$context"}, run_id)'
     return variable("run", "Run", query).hide(hide)
 

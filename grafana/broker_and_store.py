@@ -35,21 +35,21 @@ def broker_and_store() -> Dashboard:
         .with_variable(run())
         .with_panel(
             number(
-                "Ready", f"sum({_READY}{{{_CLAIMS}}})", "Batches of claims that wait for a worker."
+                "Ready", f"sum({_READY}{{{_CLAIMS}}})", "Batches of claims waiting for a worker."
             )
         )
         .with_panel(
             number(
                 "Unacknowledged",
                 f"sum({_UNACKED}{{{_CLAIMS}}})",
-                "Batches of claims that workers have in hand.",
+                "Batches of claims in flight at workers.",
             )
         )
         .with_panel(
             number(
                 "Dead messages",
                 'max(keepwarm_queue_messages{queue="dead-messages"})',
-                "Messages that nobody could use. `keepwarm dead list` shows them.",
+                "Messages that could not be used. `keepwarm dead list` shows them.",
                 good=((0, "green"), (1, "red")),
             )
         )
@@ -58,7 +58,7 @@ def broker_and_store() -> Dashboard:
                 "Alarms",
                 "max(rabbitmq_alarms_memory_used_watermark)"
                 " + max(rabbitmq_alarms_free_disk_space_watermark)",
-                "Of the broker, for memory or disk: while there is one it takes no messages.",
+                "The broker's alarms for memory or disk. During an alarm it accepts no messages.",
                 good=((0, "green"), (1, "red")),
             )
         )
@@ -67,7 +67,7 @@ def broker_and_store() -> Dashboard:
                 "Store lag",
                 "histogram_quantile(0.9,"
                 " sum by (le) (rate(keepwarm_store_lag_seconds_bucket[$__range])))",
-                "From a verdict's arrival at the collector to its commit: nine of ten are faster.",
+                "Time from a verdict's arrival at the collector to its commit, 90th percentile.",
                 "s",
                 good=((0, "green"), (5, "orange"), (30, "red")),
                 decimals=2,
@@ -86,14 +86,14 @@ def broker_and_store() -> Dashboard:
             lines(
                 "Claims queues: ready",
                 [(f"sum by (queue) ({_READY}{{{_CLAIMS}}})", "{{queue}}")],
-                "Batches that wait for a worker.",
+                "Batches waiting for a worker.",
             )
         )
         .with_panel(
             lines(
                 "Claims queues: unacknowledged",
                 [(f"sum by (queue) ({_UNACKED}{{{_CLAIMS}}})", "{{queue}}")],
-                "Batches that workers have in hand.",
+                "Batches in flight at workers.",
             )
         )
         .with_panel(
@@ -105,19 +105,19 @@ def broker_and_store() -> Dashboard:
         )
         .with_panel(
             lines(
-                "Messages a second",
+                "Messages per second",
                 [
                     (_total("received"), "published"),
                     (_total("delivered"), "delivered"),
                     (_total("acknowledged"), "acknowledged"),
                     (_total("redelivered"), "redelivered"),
                 ],
-                "Of all queues. Redelivered: somebody had it before and did not settle it.",
+                "All queues. Redelivered: a consumer received it before and did not settle it.",
             )
         )
         .with_panel(
             lines(
-                "Dead",
+                "Dead claims and messages",
                 [
                     (
                         "sum by (reason) (increase(keepwarm_store_dead_claims_total[$__range]))",
@@ -128,7 +128,7 @@ def broker_and_store() -> Dashboard:
                         "messages refused by collectors",
                     ),
                 ],
-                "Given up on within a range as long as what is shown.",
+                "New ones within the range shown.",
             )
         )
         .with_panel(
@@ -146,7 +146,7 @@ def broker_and_store() -> Dashboard:
                         "least free disk, of what is free",
                     ),
                 ],
-                "At 100 % there is an alarm.",
+                "At 100 % the broker raises an alarm.",
                 "percentunit",
             )
         )
@@ -170,7 +170,7 @@ def broker_and_store() -> Dashboard:
                         "{{link}}",
                     )
                 ],
-                "Links that were open again after they had been lost.",
+                "Links that were opened again after their connection was lost.",
             )
         )
         .with_panel(
@@ -185,13 +185,13 @@ def broker_and_store() -> Dashboard:
             lines(
                 "Lag",
                 _quantiles("keepwarm_store_lag_seconds"),
-                "From a message's arrival at the collector to its commit.",
+                "Time from a message's arrival at the collector to its commit.",
                 "s",
             )
         )
         .with_panel(
             lines(
-                "Verdicts a second",
+                "Verdicts per second",
                 [
                     (
                         "sum(rate(keepwarm_store_verdicts_total[$__rate_interval]))",
@@ -202,14 +202,14 @@ def broker_and_store() -> Dashboard:
                         "of these, ignored: they came twice",
                     ),
                 ],
-                "What collectors write.",
+                "Verdicts that collectors write.",
             )
         )
         .with_panel(
             lines(
-                "Age of what is shown of runs",
+                "Age of run metrics",
                 [("max(keepwarm_run_counts_age_seconds)", "age")],
-                "They are read from the store at most every 5 s; older where it cannot be read.",
+                "Age of the values, which are read from the store every 5 s if it can be read.",
                 "s",
             )
         )

@@ -8,7 +8,7 @@ _OF = 'context_id=~"$context"'
 _SECONDS = f"keepwarm_device_seconds_total{{{_OF}}}"
 _USEFUL = f'keepwarm_device_seconds_total{{{_OF},use="inferring"}}'
 _COLD = "keepwarm_cold_start_seconds"
-_NOT_BY_HAND = 'kind!="SIGINT"'
+_NOT_INTERRUPTED = 'kind!="SIGINT"'
 _SERVING = once('keepwarm_workers{state="serving"}', "device", "state")
 
 
@@ -22,37 +22,37 @@ def _preemptions(period: str, which: str = "") -> str:
 
 def fleet() -> Dashboard:
     return (
-        board("fleet", "Fleet", "Workers, their contexts, and what preemptions take.")
+        board("fleet", "Fleet", "Workers, their contexts, and the cost of preemptions.")
         .with_variable(context())
         .with_variable(run())
         .with_panel(
             number(
-                "Workers that serve",
+                "Workers serving",
                 f"sum({_SERVING}) or vector(0)",
-                "As they say themselves, no longer than 20 seconds ago.",
+                "By their heartbeats of the last 20 seconds.",
                 good=((0, "red"), (1, "green")),
             )
         )
         .with_panel(
             number(
-                "Contexts warm",
+                "Warm contexts",
                 f"count({_context('workers')} > 0) or vector(0)",
-                "Contexts that at least one worker serves.",
+                "Contexts served by at least one worker.",
                 good=((0, "red"), (1, "green")),
             )
         )
         .with_panel(
             number(
-                "Claims that wait",
+                "Claims waiting",
                 f"sum({_context('ready_claims')})",
-                "In the queues of the contexts, as estimated.",
+                "In the queues of the contexts (an estimate).",
             )
         )
         .with_panel(
             number(
                 "Goodput",
                 f"sum(rate({_USEFUL}[$__rate_interval])) / sum(rate({_SECONDS}[$__rate_interval]))",
-                "The part of the devices' time that went into answers that count.",
+                "The share of the devices' time spent on results that were kept.",
                 "percentunit",
                 decimals=0,
             )
@@ -60,8 +60,8 @@ def fleet() -> Dashboard:
         .with_panel(
             number(
                 "Preemptions",
-                f"sum({_preemptions('$__range', _NOT_BY_HAND)})",
-                "Workers that went, in the time that is shown.",
+                f"sum({_preemptions('$__range', _NOT_INTERRUPTED)})",
+                "Workers that ended, in the range shown.",
                 decimals=0,
             )
         )
@@ -69,8 +69,8 @@ def fleet() -> Dashboard:
             number(
                 "Lost work",
                 "sum(increase(keepwarm_store_lost_claims_total[$__range]))",
-                "Claims that were computed again because a worker was lost, at most, in the time "
-                "that is shown.",
+                "Upper bound of the claims computed again because a worker was lost, in the range "
+                "shown.",
                 good=((0, "green"), (1, "orange")),
                 decimals=0,
             )
@@ -92,7 +92,7 @@ def fleet() -> Dashboard:
                         "{{device}}",
                     )
                 ],
-                "Verdicts a second that were committed.",
+                "Verdicts committed per second.",
                 stacked=True,
             )
         )
@@ -100,7 +100,7 @@ def fleet() -> Dashboard:
             lines(
                 "Workers by context",
                 [(_context("workers"), "{{context_id}}")],
-                "Workers that serve it: it is warm there.",
+                "Workers serving each context.",
             )
         )
         .with_panel(
@@ -110,7 +110,7 @@ def fleet() -> Dashboard:
                     (_context("ready_claims"), "{{context_id}}, waiting"),
                     (_context("in_flight_claims"), "{{context_id}}, in flight"),
                 ],
-                "As estimated from messages, workers and the store.",
+                "Estimated from messages, workers and the store.",
             )
         )
         .with_panel(
@@ -135,15 +135,15 @@ def fleet() -> Dashboard:
                         "{{instance}}, {{state}}",
                     )
                 ],
-                "Of nodes whose keeper runs as a service.",
+                "On nodes whose keeper runs as a service.",
                 stacked=True,
             )
         )
         .with_panel(
             lines(
-                "Where the devices' time goes",
+                "Device time by use",
                 [(f"sum by (use) (rate({_SECONDS}[$__rate_interval]))", "{{use}}")],
-                "In devices: 1 is all of the time of one.",
+                "In devices: 1 is the full time of one device.",
                 stacked=True,
             )
         )
@@ -157,7 +157,7 @@ def fleet() -> Dashboard:
                         "{{device}}",
                     )
                 ],
-                "The part of the time that went into answers that count.",
+                "The share of time spent on results that were kept.",
                 "percentunit",
             )
         )
@@ -167,13 +167,13 @@ def fleet() -> Dashboard:
                 [
                     (f"{_preemptions('$__rate_interval')} > 0", "{{kind}}"),
                 ],
-                "Workers that went: a signal, the walltime, a failure, or without a word.",
+                "Workers that ended: a signal, the walltime, a failure, or without notice.",
                 stacked=True,
             )
         )
         .with_panel(
             lines(
-                "What preemptions cost",
+                "Cost of preemptions",
                 [
                     (
                         "sum(rate(keepwarm_store_lost_claims_total[$__rate_interval]))",
@@ -181,10 +181,10 @@ def fleet() -> Dashboard:
                     ),
                     (
                         "sum(rate(keepwarm_store_returned_claims_total[$__rate_interval]))",
-                        "returned unharmed",
+                        "returned",
                     ),
                 ],
-                "Claims a second. What was returned cost nothing.",
+                "Claims per second. Returned claims cost no work.",
             )
         )
         .with_panel(
@@ -197,10 +197,10 @@ def fleet() -> Dashboard:
                     ),
                     (
                         "sum(increase(keepwarm_warm_attaches_total[$__rate_interval]))",
-                        "warm: it was there",
+                        "warm: the engine was running",
                     ),
                 ],
-                "Times that a worker had its context.",
+                "Times that a context became ready for a worker.",
             )
         )
         .with_panel(
@@ -211,7 +211,7 @@ def fleet() -> Dashboard:
                     f" / (sum by (phase) (increase({_COLD}_count[$__range])) > 0)",
                     "{{phase}}",
                 ),
-                "Mean seconds in the time that is shown, where they were measured; total is all.",
+                "Mean duration of measured phases in the range shown; total is the whole start.",
                 "s",
             )
         )

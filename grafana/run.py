@@ -1,4 +1,4 @@
-"""The dashboard of runs: how far, how fast, how right."""
+"""The dashboard of runs: progress, speed, accuracy."""
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 from grafana_foundation_sdk.models.dashboard import VariableHide
@@ -26,31 +26,31 @@ _COLUMNS = ("run_id", "source", "model", "prompt", "context_id")
 
 def run() -> Dashboard:
     return (
-        board("run", "Run", "How far runs are, how fast they go, and how right they are so far.")
+        board("run", "Run", "Progress, speed and accuracy of runs.")
         .with_variable(blocks.context("keepwarm_run_info"))
         .with_variable(blocks.run(VariableHide.DONT_HIDE))
         .with_panel(
             number(
                 "Progress",
                 f"sum({_OUTCOMES} and on (run_id) {_CLAIMS}) / sum({_CLAIMS})",
-                "Claims with an outcome, of all that there are, of runs whose claims are all sent.",
+                "Share of claims with an outcome, in runs whose claims are all sent.",
                 "percentunit",
                 decimals=1,
             )
         )
         .with_panel(
             number(
-                "Left",
+                "Time left",
                 f"max(keepwarm_run_left_seconds{{{_OF}}})",
-                "Until the last of them is complete, at the present speed.",
+                "Time until the last run is complete, at the current speed.",
                 "dtdurations",
             )
         )
         .with_panel(
             number(
-                "Claims a second",
+                "Claims per second",
                 f"sum({_SPEED})",
-                "Over the last minute in which verdicts came; complete runs do not count.",
+                "Over the last minute with verdicts, without complete runs.",
                 decimals=1,
             )
         )
@@ -67,8 +67,8 @@ def run() -> Dashboard:
             number(
                 "Invalid",
                 f"sum({_INVALID}) / sum({_VERDICTS})",
-                "Verdicts whose answer could not be read. More than a few: the prompt does not "
-                "fit the model.",
+                "Verdicts whose answer could not be read. If there are many, the prompt does "
+                "not fit the model.",
                 "percentunit",
                 good=((0, "green"), (0.01, "orange"), (0.1, "red")),
                 decimals=2,
@@ -78,7 +78,7 @@ def run() -> Dashboard:
             number(
                 "Dead claims",
                 f"sum({_DEAD})",
-                "Claims that were given up on. `keepwarm dead list` says why.",
+                "Claims without a verdict. `keepwarm dead list` shows the reasons.",
                 good=((0, "green"), (1, "orange")),
             )
         )
@@ -86,22 +86,22 @@ def run() -> Dashboard:
             lines(
                 "Progress",
                 [(f"{_OUTCOMES} / {_CLAIMS}", "{{run_id}}")],
-                "Claims with an outcome, of all that there are.",
+                "Share of claims with an outcome.",
                 "percentunit",
             )
         )
         .with_panel(
             lines(
-                "Claims a second",
+                "Claims per second",
                 [(_SPEED, "{{run_id}}")],
-                "Over the last minute in which verdicts of the run came.",
+                "Over the last minute with verdicts of the run.",
             )
         )
         .with_panel(
             lines(
                 "Verdicts",
                 [(f"sum by (label) ({_VERDICTS})", "{{label}}")],
-                "By label, one upon the other.",
+                "By label, stacked.",
                 stacked=True,
             )
         )
@@ -113,7 +113,7 @@ def run() -> Dashboard:
                     f" / ignoring (label) group_left () sum({_VERDICTS})",
                     "{{label}}",
                 ),
-                "The share of each label in all verdicts.",
+                "Share of each label in all verdicts.",
                 "percentunit",
             )
         )
@@ -123,7 +123,7 @@ def run() -> Dashboard:
                 [
                     (f"sum by (run_id) ({_RIGHT}) / sum by (run_id) ({_JUDGED})", "{{run_id}}"),
                 ],
-                "Runs with gold labels. The report has the interval.",
+                "Runs with gold labels. The report has the confidence interval.",
                 "percentunit",
             )
         )
@@ -133,26 +133,26 @@ def run() -> Dashboard:
                 [
                     (f"sum by (run_id) ({_INVALID}) / sum by (run_id) ({_VERDICTS})", "{{run_id}}"),
                 ],
-                "The share of verdicts whose answer could not be read.",
+                "Share of verdicts whose answer could not be read.",
                 "percentunit",
             )
         )
         .with_panel(
             lines(
-                "What preemptions cost",
+                "Cost of preemptions",
                 [
                     (f"sum({_run('lost_claims')})", "computed again, at most"),
-                    (f"sum({_run('returned_claims')})", "returned unharmed"),
-                    (f"sum({_run('duplicate_verdicts')})", "verdicts that came twice"),
+                    (f"sum({_run('returned_claims')})", "returned"),
+                    (f"sum({_run('duplicate_verdicts')})", "duplicate verdicts"),
                 ],
-                "Claims. What was returned cost nothing.",
+                "Claims. Returned claims cost no work.",
             )
         )
         .with_panel(
             rows(
                 "Runs",
                 _run("info", *_COLUMNS[1:]),
-                "What each run is of.",
+                "Source, model and prompt of each run.",
                 _COLUMNS,
                 width=12,
             )

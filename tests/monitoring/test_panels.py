@@ -30,12 +30,12 @@ TOLD_BY_EACH = {
     'keepwarm_run_complete{run_id="run-2"%s}': "0x15",
 }
 SHOWN = {
-    ("fleet", "Workers that serve"): 2,
-    ("fleet", "Contexts warm"): 1,
-    ("fleet", "Claims that wait"): 640,
+    ("fleet", "Workers serving"): 2,
+    ("fleet", "Warm contexts"): 1,
+    ("fleet", "Claims waiting"): 640,
     ("fleet", "Preemptions"): 3,
     ("run", "Progress"): 0.65,
-    ("run", "Claims a second"): 7,
+    ("run", "Claims per second"): 7,
     ("run", "Accuracy so far"): 0.75,
     ("run", "Invalid"): 0.2,
     ("run", "Dead claims"): 3,
