@@ -82,7 +82,7 @@ class Report(BaseModel):
     """None while there is no verdict."""
     workers: tuple[WorkerShare, ...]
     startups: Startups | None
-    """None when no worker told of a start while the run lasted."""
+    """None if no worker reported a start during the run."""
 
 
 def build_report(store: Store, known: KnownRun) -> Report:

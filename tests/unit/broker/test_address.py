@@ -35,7 +35,7 @@ def address(url: str | None, **settings: object) -> BrokerAddress:
         ("AMQP://h/v", "h", 5672, "v", "guest"),
     ],
 )
-def test_a_url_says_where_the_broker_is_and_who_we_are(
+def test_a_url_gives_the_brokers_address_and_the_user(
     url: str, host: str, port: int, virtual_host: str, user: str
 ) -> None:
     found = address(url)
@@ -71,7 +71,7 @@ def test_an_ip_v6_address_is_given_as_a_resolver_takes_it(url: str) -> None:
         ("amqp://", "", True),
     ],
 )
-def test_a_password_travels_in_the_clear_only_where_the_operator_says_so(
+def test_a_password_is_sent_unencrypted_only_where_the_operator_allows_it(
     url: str, hosts: str, allowed: bool
 ) -> None:
     if allowed:
@@ -81,7 +81,7 @@ def test_a_password_travels_in_the_clear_only_where_the_operator_says_so(
         address(url, plaintext_hosts=hosts)
 
 
-def test_without_a_url_the_user_is_told_to_name_a_broker() -> None:
+def test_without_a_url_the_error_asks_for_a_broker() -> None:
     with pytest.raises(UsageError, match="set KEEPWARM_BROKER_URL or pass --broker"):
         address(None)
 
@@ -121,7 +121,7 @@ def test_the_password_is_in_no_text_form_of_the_address() -> None:
     assert str(found) == "amqps://worker@h:5671/v"
 
 
-def test_pika_gets_what_the_settings_say() -> None:
+def test_pika_gets_the_settings() -> None:
     found = address("amqp://worker@h:5673/v", broker_heartbeat_seconds=45)
     parameters = found.parameters("keepwarm producer")
     assert (parameters.host, parameters.port, parameters.virtual_host) == ("h", 5673, "v")

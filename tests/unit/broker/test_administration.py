@@ -139,7 +139,7 @@ def test_tls_is_preferred_where_the_broker_listens_for_it(
 # What is refused.
 
 
-def test_nobody_at_the_address_is_told_with_the_plug_in_to_enable() -> None:
+def test_an_unreachable_api_is_reported_with_the_plug_in_to_enable() -> None:
     with socket.create_server(("127.0.0.1", 0)) as held:
         port = held.getsockname()[1]
     with (
@@ -149,7 +149,7 @@ def test_nobody_at_the_address_is_told_with_the_plug_in_to_enable() -> None:
         api.check_administrator()
 
 
-def test_tls_to_a_port_without_it_is_told(broker: ManagementDouble) -> None:
+def test_tls_to_a_port_without_it_is_reported(broker: ManagementDouble) -> None:
     with (
         connected(broker.url.replace("http:", "https:")) as api,
         pytest.raises(BrokerUntrusted, match=r"does not speak TLS.* 15671 by default"),
@@ -157,7 +157,7 @@ def test_tls_to_a_port_without_it_is_told(broker: ManagementDouble) -> None:
         api.check_administrator()
 
 
-def test_a_wrong_password_is_told_with_its_setting_and_not_repeated(
+def test_a_wrong_password_is_reported_with_its_setting_and_not_repeated(
     broker: ManagementDouble,
 ) -> None:
     with (
@@ -169,7 +169,7 @@ def test_a_wrong_password_is_told_with_its_setting_and_not_repeated(
 
 
 @pytest.mark.parametrize("tags", [[], ["monitoring"]])
-def test_who_is_no_administrator_is_told_how_to_become_one(
+def test_a_user_who_is_not_an_administrator_is_shown_the_next_step(
     tags: list[str], broker: ManagementDouble, api: ManagementApi
 ) -> None:
     broker.tags = tags
@@ -181,7 +181,7 @@ def test_who_is_no_administrator_is_told_how_to_become_one(
     "always",
     [(404, b"<html>"), (200, b"<html>"), (200, []), (200, {}), (302, None), (500, {"reason": "x"})],
 )
-def test_what_is_no_management_api_is_told(
+def test_a_server_that_is_not_a_management_api_is_reported(
     always: tuple[int, object], broker: ManagementDouble, api: ManagementApi
 ) -> None:
     broker.always = always

@@ -73,7 +73,7 @@ def test_a_delivery_of_another_type_is_not_even_decoded(changes: dict[str, Any],
 
 
 @pytest.mark.parametrize(("headers", "failures"), [({}, 0), ({topology.FAILURES_HEADER: 3}, 3)])
-def test_a_delivery_tells_the_failures_that_its_claims_were_part_of(
+def test_a_delivery_has_the_failures_that_its_claims_were_part_of(
     headers: dict[str, object], failures: int
 ) -> None:
     assert delivery(headers).failures == failures

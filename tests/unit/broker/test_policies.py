@@ -51,7 +51,7 @@ def test_no_policy_does_no_harm(settings: Settings) -> None:
         ({"delivery_limit": 5}, "delivery-limit to 5"),
     ],
 )
-def test_what_loses_messages_is_told_with_queues_and_remedy(
+def test_a_policy_that_loses_messages_is_reported_with_queues_and_remedy(
     broker: ManagementDouble, settings: Settings, definition: dict[str, int], says: str
 ) -> None:
     broker.things["/api/policies/keepwarm"] = [policy("site", **definition)]
@@ -70,7 +70,7 @@ def test_an_operator_policy_counts_as_well(broker: ManagementDouble, settings: S
     assert "`rabbitmqctl clear_operator_policy -p keepwarm limits`" in str(harm)
 
 
-def test_an_exchange_that_hides_a_missing_queue_is_told(
+def test_an_exchange_that_hides_a_missing_queue_is_reported(
     broker: ManagementDouble, settings: Settings
 ) -> None:
     broker.things["/api/policies/keepwarm"] = [
@@ -104,7 +104,7 @@ def test_a_full_queue_drops_dead_messages_and_lets_others_wait(
     ],
     ids=lambda each: each["name"],
 )
-def test_what_does_not_touch_our_queues_is_not_told(
+def test_a_policy_that_does_not_match_our_queues_is_not_reported(
     broker: ManagementDouble, settings: Settings, harmless: dict[str, Any]
 ) -> None:
     first = policy("first", overflow="reject-publish")
@@ -120,14 +120,14 @@ def test_a_lifted_delivery_limit_is_known(broker: ManagementDouble, settings: Se
     assert ask_policies(settings).delivery_unlimited == {"claims.ctx-a"}
 
 
-def test_a_pattern_that_python_cannot_read_is_told_rather_than_missed(
+def test_a_pattern_that_python_cannot_read_is_reported(
     broker: ManagementDouble, settings: Settings
 ) -> None:
     broker.things["/api/policies/keepwarm"] = [policy("site", "^(?|claims|runs)", message_ttl=1)]
     assert ask_policies(settings).problems
 
 
-def test_a_user_without_the_tag_is_told_how_to_get_it(
+def test_a_user_without_the_tag_is_shown_how_to_get_it(
     broker: ManagementDouble, settings: Settings
 ) -> None:
     broker.tags = []
@@ -136,14 +136,14 @@ def test_a_user_without_the_tag_is_told_how_to_get_it(
     assert "`rabbitmqctl set_user_tags producer management`" in unknown
 
 
-def test_an_api_that_is_not_there_is_told(settings: Settings) -> None:
+def test_an_api_that_does_not_answer_is_reported(settings: Settings) -> None:
     nobody = settings.model_copy(update={"broker_management_url": "http://127.0.0.1:1"})
     unknown = ask_policies(nobody).unknown
     assert unknown is not None
     assert "http://127.0.0.1:1 does not answer" in unknown
 
 
-def test_the_password_goes_nowhere_where_the_brokers_own_connection_would_not_show_it() -> None:
+def test_the_password_is_not_sent_where_the_brokers_own_connection_would_not_send_it() -> None:
     settings = load_settings(
         broker_url="amqps://u@broker.example.org/",
         broker_management_url="http://broker.example.org",
@@ -160,7 +160,7 @@ def test_the_password_goes_nowhere_where_the_brokers_own_connection_would_not_sh
         ("amqp://u@[::1]/", "http://[::1]:15672"),
     ],
 )
-def test_the_api_is_looked_for_beside_the_broker(url: str, management: str) -> None:
+def test_the_apis_default_address_is_the_brokers_host(url: str, management: str) -> None:
     settings = load_settings(broker_url=url, plaintext_hosts="broker.example.org")
     address = BrokerAddress.from_settings(settings)
     assert address.management_url == management

@@ -19,7 +19,7 @@ def server_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return server
 
 
-def test_without_a_server_the_user_is_told_how_to_get_one(
+def test_without_a_server_the_error_says_how_to_install_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(private_node, "_SERVER_PATHS", ())
@@ -38,7 +38,7 @@ def test_a_server_elsewhere_on_the_path_is_found(
 
 
 @pytest.mark.usefixtures("server_that_fails")
-def test_a_node_that_does_not_start_is_told_with_its_last_words(tmp_path: Path) -> None:
+def test_a_node_that_does_not_start_is_reported_with_the_end_of_its_log(tmp_path: Path) -> None:
     node = PrivateNode(tmp_path / "node")
     with pytest.raises(BrokerError) as failed:
         node.start()

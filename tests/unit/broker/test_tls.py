@@ -26,7 +26,7 @@ from services.broker.tls import TlsFiles, tls_context, tls_fault
         ("[SSL: TLSV1_ALERT_PROTOCOL_VERSION] tlsv1 alert", "no TLS version"),
     ],
 )
-def test_a_fault_that_stays_is_told(error: str, says: str) -> None:
+def test_a_permanent_tls_error_is_explained(error: str, says: str) -> None:
     assert says in str(tls_fault(error, "h", plain="PLAIN", certificate=False))
 
 

@@ -182,7 +182,7 @@ def test_a_worker_declares_nothing_at_all(missing: bool) -> None:
     assert declared(Declares(), missing=missing).order == []
 
 
-def test_what_others_look_for_is_made_last_for_where_it_is_all_the_house_is() -> None:
+def test_the_exchange_that_others_check_for_is_declared_last() -> None:
     assert declared(Declares("always"), missing=True).order[-1] == names.NOTICES_EXCHANGE
 
 

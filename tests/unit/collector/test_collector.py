@@ -160,7 +160,7 @@ def test_what_came_is_stored_and_then_acknowledged(
     assert seen == [(2, 1)]
 
 
-def test_whoever_asked_hears_of_each_commit(store: Store, make: SimpleNamespace) -> None:
+def test_on_commit_is_called_for_each_commit(store: Store, make: SimpleNamespace) -> None:
     heard: list[int] = []
     collect(
         store,
@@ -215,7 +215,7 @@ def test_a_message_of_another_queues_kind_is_refused(
     assert consumer.acknowledged == []
 
 
-def test_what_a_worker_says_of_its_start_is_stored_and_acknowledged(
+def test_a_workers_startup_is_stored_and_acknowledged(
     store: Store, make: SimpleNamespace, publisher: RecordingPublisher
 ) -> None:
     consumer = Deliveries(make.ready("start-1"), make.batch(make.verdict(0)))
@@ -228,7 +228,7 @@ def test_what_a_worker_says_of_its_start_is_stored_and_acknowledged(
     assert (told.startup_id, told.warm, told.seconds) == ("start-1", False, 60.0)
 
 
-def test_a_start_is_told_on_the_verdicts_queue_and_nowhere_else(
+def test_a_startup_is_accepted_only_on_the_verdicts_queue(
     make: SimpleNamespace, store: Store, publisher: RecordingPublisher
 ) -> None:
     body = encode(make.ready("start-1"))
@@ -542,7 +542,7 @@ def test_a_return_with_a_count_of_failures_that_is_none_is_refused(
     assert refused(publisher) == [(topology.RETURNS_QUEUE, encode(batch))]
 
 
-def test_a_return_that_the_store_cannot_judge_is_given_back_to_the_broker(
+def test_a_return_is_requeued_while_the_store_fails(
     store: Store,
     make: SimpleNamespace,
     publisher: RecordingPublisher,
@@ -570,7 +570,7 @@ def give_notice(collector: Collector, publisher: RecordingPublisher) -> list[tup
     return [decode(ControlUpdate, message.body).cancelled for message in publisher.messages]
 
 
-def test_workers_hear_again_and_again_which_submissions_are_cancelled(
+def test_cancelled_submissions_are_sent_to_workers_repeatedly(
     store: Store, make: SimpleNamespace, run: Run, publisher: RecordingPublisher
 ) -> None:
     collector = Collector(store, load_settings())
@@ -627,7 +627,7 @@ def test_no_notice_is_added_to_what_a_broker_does_not_take_for_the_moment(
     assert give_notice(Collector(store, load_settings()), publisher) == []
 
 
-def test_a_store_that_cannot_say_what_is_cancelled_does_not_end_the_collector(
+def test_a_store_that_fails_to_list_cancellations_does_not_end_the_collector(
     store: Store, tmp_path: Path, publisher: RecordingPublisher
 ) -> None:
     with closing(sqlite3.connect(tmp_path / "store.sqlite")) as connection, connection:
@@ -641,7 +641,7 @@ def no_worker_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_worker_is_waited_for")
-def test_workers_hear_which_contexts_have_claims_as_soon_as_the_broker_told_of_them(
+def test_demand_is_sent_to_workers_as_soon_as_the_broker_counted_the_queues(
     store: Store, make: SimpleNamespace, run: Run, publisher: RecordingPublisher
 ) -> None:
     store.write(make.incoming(make.announced(claims=300), make.batch(make.verdict(0))))
@@ -655,7 +655,7 @@ def test_workers_hear_which_contexts_have_claims_as_soon_as_the_broker_told_of_t
 
 
 @pytest.mark.usefixtures("no_worker_is_waited_for")
-def test_the_last_notice_says_that_there_is_nothing_more(
+def test_the_last_control_update_is_empty(
     store: Store, make: SimpleNamespace, run: Run, publisher: RecordingPublisher
 ) -> None:
     store.write(make.incoming(make.announced()))

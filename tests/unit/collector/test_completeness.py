@@ -67,7 +67,7 @@ def test_a_verdict_at_another_position_does_not_make_it_complete(
     assert state(store, run) == (False, False)
 
 
-def test_a_run_whose_producer_told_no_digest_is_complete_and_unproven(
+def test_a_run_whose_producer_announced_no_digest_is_complete_and_unproven(
     store: Store, make: SimpleNamespace, run: Run
 ) -> None:
     store.write(make.incoming(make.announced(claims=1), make.batch(make.verdict(0))))

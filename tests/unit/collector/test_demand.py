@@ -203,7 +203,7 @@ def test_a_run_is_counted_anew_after_a_while_for_others_write_to_the_store_too(
     assert [line.claims_in_flight for line in demand.update()] == [2]
 
 
-def test_a_complete_run_is_counted_once_and_wants_nothing(
+def test_a_complete_run_is_counted_once_and_has_no_demand(
     store: Store,
     make: SimpleNamespace,
     run: Run,
@@ -350,7 +350,7 @@ def test_a_run_that_was_never_announced_has_no_context_to_tell(
     assert broker.asked == []
 
 
-def test_a_new_directory_on_the_same_store_broker_and_workers_says_the_same(
+def test_a_new_estimator_on_the_same_store_broker_and_workers_agrees(
     store: Store,
     make: SimpleNamespace,
     run: Run,
@@ -372,7 +372,7 @@ def test_a_new_directory_on_the_same_store_broker_and_workers_says_the_same(
     assert before.workers_warm == after.workers_warm == 3
 
 
-def test_a_big_store_is_gone_through_in_several_looks_the_latest_run_first(
+def test_a_big_store_is_counted_in_several_updates_the_latest_run_first(
     store: Store,
     make: SimpleNamespace,
     run: Run,

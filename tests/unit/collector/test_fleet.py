@@ -37,7 +37,7 @@ def test_one_that_serves_nothing_any_more_is_counted_no_more(
     assert fleet.workers_on("ctx-1") == 1
 
 
-def test_only_the_latest_word_of_a_worker_counts(fleet: Fleet, make: SimpleNamespace) -> None:
+def test_only_the_latest_heartbeat_of_a_worker_counts(fleet: Fleet, make: SimpleNamespace) -> None:
     for context in ("ctx-1", "ctx-1", "ctx-2"):
         fleet.note(make.report("a", context_id=context))
     assert (fleet.workers_on("ctx-1"), fleet.workers_on("ctx-2")) == (0, 1)
@@ -77,7 +77,7 @@ def test_nothing_is_kept_of_those_that_are_gone(fleet: Fleet, make: SimpleNamesp
     assert (fleet._workers, fleet._serving) == ({}, {})
 
 
-def test_who_begins_to_listen_has_heard_all_once_each_had_the_time_to_report(
+def test_a_new_listener_has_heard_from_all_after_one_heartbeat_interval(
     fleet: Fleet, clock: Clock
 ) -> None:
     clock.now += 10  # a collector may be made long before it is connected
@@ -145,7 +145,7 @@ def test_a_worker_that_falls_silent_has_vanished(
     assert preemptions() == {"SIGTERM": 1, "vanished": 1}
 
 
-def test_a_silence_while_nothing_could_be_heard_is_nobodys(
+def test_missing_heartbeats_while_disconnected_do_not_count(
     fleet: Fleet,
     make: SimpleNamespace,
     clock: Clock,

@@ -55,7 +55,7 @@ def again(counts: RunStatusCache) -> None:
     counts._due = 0.0
 
 
-def test_a_run_is_told_as_the_store_has_it(
+def test_a_runs_gauges_are_those_of_the_store(
     registry: CollectorRegistry,
     store: Store,
     counts: RunStatusCache,
@@ -83,7 +83,7 @@ def test_a_run_is_told_as_the_store_has_it(
     assert info == {(run.run_id, context_id, "claims.jsonl", "models/small", "abc"): 1}
 
 
-def test_verdicts_of_a_run_are_told_by_label_and_by_whether_they_are_right(
+def test_a_runs_verdicts_are_exported_by_label_and_correctness(
     registry: CollectorRegistry, store: Store, make: SimpleNamespace, run: Run
 ) -> None:
     verdicts = (make.verdict(0, gold="A"), make.verdict(1, "C", gold="A"), make.verdict(2))
@@ -180,7 +180,7 @@ def test_devices_that_workers_invent_do_not_make_a_series_each(
     assert len(workers) == 65 and workers["serving", "other"] == 436
 
 
-def test_queues_of_the_house_are_told_and_no_others(registry: CollectorRegistry) -> None:
+def test_only_core_queues_are_exported(registry: CollectorRegistry) -> None:
     assert scraped(registry, "keepwarm_queue_messages") == {("verdicts",): 3}
 
 

@@ -64,7 +64,7 @@ def world(store: Store, run: Run, make: SimpleNamespace) -> World:
     return World(store, run)
 
 
-def test_claims_that_are_nowhere_for_long_enough_are_told_by_their_records(world: World) -> None:
+def test_claims_missing_for_long_enough_are_reported_by_their_records(world: World) -> None:
     world.wait(MISSING_SECONDS - 2)
     assert not world.told
     world.wait(6)
@@ -95,21 +95,21 @@ def test_what_a_worker_has_in_hand_is_somewhere(world: World) -> None:
     assert not world.told
 
 
-def test_a_broker_that_is_not_heard_says_nothing(world: World) -> None:
+def test_an_outdated_count_of_the_broker_proves_nothing(world: World) -> None:
     world.wait(2 * MISSING_SECONDS, disconnected=True)
     assert not world.told
     world.wait(MISSING_SECONDS - 2)
     assert not world.told
 
 
-def test_a_collector_that_did_not_look_for_a_while_begins_anew(world: World) -> None:
+def test_after_a_pause_in_the_checks_the_observation_starts_anew(world: World) -> None:
     world.wait(MISSING_SECONDS - 4)
     world.clock.now += 60
     world.wait(MISSING_SECONDS - 4)
     assert not world.told
 
 
-def test_a_commit_of_the_run_begins_anew_and_takes_the_word_back(
+def test_a_commit_of_the_run_clears_the_mark_and_starts_anew(
     world: World, make: SimpleNamespace
 ) -> None:
     world.wait(MISSING_SECONDS - 4)
@@ -123,7 +123,7 @@ def test_a_commit_of_the_run_begins_anew_and_takes_the_word_back(
     assert not world.told
 
 
-def test_which_records_are_missing_is_unknown_where_the_producer_did_not_say(
+def test_missing_records_are_unknown_if_the_producer_did_not_announce_them(
     store: Store, make: SimpleNamespace, run: Run
 ) -> None:
     store.write(make.incoming(make.announced(claims=3)))

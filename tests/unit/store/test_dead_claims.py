@@ -45,7 +45,7 @@ def test_dead_claims_of_one_run_or_with_some_ids_can_be_picked(
     assert ids(dead_claims(store, None, ["c1"])) == ["c1", "c1"]
 
 
-def test_claims_that_are_let_go_are_not_listed_and_stay_dead_in_the_results(
+def test_dropped_claims_are_not_listed_and_stay_dead_in_the_results(
     store: Store, make: SimpleNamespace, run: Run
 ) -> None:
     store.write(make.incoming(make.announced(claims=2), make.dead(1), make.dead(2)))
@@ -77,7 +77,7 @@ def test_a_verdict_that_came_before_the_death_was_taken_back_stays(
     assert counted(store, run) == (1, 0, True)
 
 
-def test_a_later_death_is_neither_taken_back_nor_let_go_with_an_earlier_one(
+def test_a_later_death_is_neither_reopened_nor_dropped_with_an_earlier_one(
     store: Store, make: SimpleNamespace, run: Run
 ) -> None:
     store.write(make.incoming(make.announced(claims=1), make.dead(1)))

@@ -19,7 +19,7 @@ def low(store: Store, run: Run) -> LowMass | None:
     return status.low_mass
 
 
-def test_labels_that_hold_nearly_nothing_are_told_with_what_the_model_says_instead(
+def test_labels_with_low_mass_are_reported_with_the_models_answer(
     store: Store, make: SimpleNamespace, run: Run
 ) -> None:
     some = verdicts(make, [0.0006] * 40) + verdicts(make, [0.5] * 30, says="True")
@@ -34,7 +34,7 @@ def test_labels_that_hold_nearly_nothing_are_told_with_what_the_model_says_inste
 
 
 @pytest.mark.parametrize("masses", [[0.5] * 70, [0.1] * 70, [0.001] * 31 + [0.4] * 33, []])
-def test_labels_that_the_model_says_are_not_told_of(
+def test_labels_with_enough_mass_are_not_reported(
     masses: list[float], store: Store, make: SimpleNamespace, run: Run
 ) -> None:
     batches = [make.batch(*verdicts(make, masses))] if masses else []
@@ -52,7 +52,9 @@ def test_few_verdicts_tell_only_once_they_are_all(
     assert (low(store, run) is not None) is told
 
 
-def test_no_more_than_a_batch_is_looked_at(store: Store, make: SimpleNamespace, run: Run) -> None:
+def test_at_most_one_batch_of_verdicts_is_read(
+    store: Store, make: SimpleNamespace, run: Run
+) -> None:
     store.write(make.incoming(make.announced(), make.batch(*verdicts(make, [0.01] * 200))))
     found = low(store, run)
     assert found is not None and found.claims == 64

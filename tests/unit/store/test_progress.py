@@ -32,7 +32,7 @@ def received(tmp_path: Path) -> Callable[[dict[str, float]], None]:
     return set_times
 
 
-def test_of_a_run_that_was_never_heard_of_there_is_no_status(store: Store) -> None:
+def test_an_unknown_run_has_no_status(store: Store) -> None:
     assert run_status(store, "run-none") is None
     assert run_statuses(store) == []
 
@@ -200,7 +200,7 @@ def test_a_run_without_a_rate_has_no_eta(store: Store, make: SimpleNamespace, ru
     assert (status.claims_per_second, status.eta_seconds) == (0.0, None)
 
 
-def test_every_run_is_told_the_latest_first(
+def test_every_run_is_listed_the_latest_first(
     store: Store, make: SimpleNamespace, run: Run, other_run: Run
 ) -> None:
     store.write(make.incoming(make.announced()))
@@ -285,7 +285,7 @@ def test_a_run_is_found_by_its_id_or_the_beginning_of_it(
 
 
 @pytest.mark.parametrize("length", [0, 4, 5])
-def test_a_beginning_that_several_runs_share_is_told_with_their_ids(
+def test_an_ambiguous_prefix_is_reported_with_the_matching_ids(
     length: int, store: Store, two_alike: list[Run]
 ) -> None:
     with pytest.raises(StoreError, match="several runs start with") as refused:
@@ -294,7 +294,7 @@ def test_a_beginning_that_several_runs_share_is_told_with_their_ids(
 
 
 @pytest.mark.parametrize("wanted", ["run-none", "%", "_", "zzz"])
-def test_an_unknown_run_is_told_with_what_there_is(
+def test_an_unknown_run_is_reported_with_the_known_ones(
     wanted: str, store: Store, two_alike: list[Run]
 ) -> None:
     with pytest.raises(StoreError, match="no run starts with") as refused:

@@ -14,7 +14,7 @@ def startups_of(store: Store, run: Run) -> Startups | None:
     return build_report(store, find_run(store, run.run_id)).startups
 
 
-def test_cold_starts_are_told_by_device_and_those_who_started_nothing_apart(
+def test_cold_starts_are_reported_by_device_and_other_attaches_apart(
     store: Store, make: SimpleNamespace, run: Run
 ) -> None:
     store.write(
@@ -52,7 +52,7 @@ def test_cold_starts_are_told_by_device_and_those_who_started_nothing_apart(
     )
 
 
-def test_only_warm_starts_are_told_without_a_cold_one(
+def test_only_warm_starts_are_reported_without_a_cold_one(
     store: Store, make: SimpleNamespace, run: Run
 ) -> None:
     store.write(make.incoming(make.announced(), make.ready("1", warm=True, seconds=0.0)))

@@ -42,7 +42,7 @@ def counted(store: Store, run: Run) -> tuple[int, int, int]:
 # Writing.
 
 
-def test_a_verdict_is_stored_with_all_that_it_says(store: Store, make: SimpleNamespace) -> None:
+def test_a_verdict_is_stored_with_all_its_fields(store: Store, make: SimpleNamespace) -> None:
     store.write(make.incoming(make.batch(make.verdict(3, "B B", gold="A"))))
     with store.transaction() as connection:
         row = connection.execute(select(outcomes)).mappings().one()
@@ -289,7 +289,7 @@ def test_the_latest_cancellations_come_first_and_no_more_than_a_notice_holds(
     assert cancelled[0] == f"sub-{other_run.run_id}"
 
 
-def test_a_cancellation_is_told_for_a_while_and_then_until_its_run_is_settled(
+def test_a_cancellation_is_listed_for_a_while_and_then_until_its_run_is_settled(
     store: Store,
     make: SimpleNamespace,
     run: Run,
@@ -427,7 +427,7 @@ def test_two_may_write_to_one_store(open_store: Opener, make: SimpleNamespace, r
         ("postgresql://h:port/d", "the store's URL is not valid"),
     ],
 )
-def test_what_can_be_no_store_is_told(url: str, says: str, open_store: Opener) -> None:
+def test_an_invalid_store_url_is_reported(url: str, says: str, open_store: Opener) -> None:
     with pytest.raises(UsageError, match=says):
         open_store(url)
 
@@ -547,7 +547,7 @@ def test_a_file_of_another_kind_is_no_store(tmp_path: Path, open_store: Opener) 
         open_store(tmp_path / "claims.jsonl")
 
 
-def test_a_read_only_file_is_told(
+def test_a_read_only_file_is_reported(
     open_dir: Path, unprivileged: Callable[[], AbstractContextManager[None]]
 ) -> None:
     settings = load_settings(store_url=str(open_dir / "s.sqlite"))
@@ -560,7 +560,7 @@ def test_a_read_only_file_is_told(
         Store.open(settings)
 
 
-def test_a_store_that_goes_away_is_told_with_the_next_step(
+def test_a_store_that_fails_is_reported_with_the_next_step(
     store: Store, make: SimpleNamespace, tmp_path: Path
 ) -> None:
     with closing(sqlite3.connect(tmp_path / "store.sqlite")) as database:
@@ -616,9 +616,7 @@ def test_a_store_of_version_2_is_brought_up_to_date_and_keeps_what_it_has(
         assert database.execute("SELECT startup_id FROM startups").fetchall() == [("start-1",)]
 
 
-def test_dead_claims_are_counted_without_a_look_at_the_verdicts(
-    store: Store, tmp_path: Path
-) -> None:
+def test_dead_claims_are_counted_without_reading_the_verdicts(store: Store, tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "store.sqlite")) as database:
         plan = database.execute(
             "EXPLAIN QUERY PLAN SELECT count(*) FROM outcomes WHERE run_key = 1 "
@@ -627,7 +625,9 @@ def test_dead_claims_are_counted_without_a_look_at_the_verdicts(
     assert "COVERING INDEX outcomes_dead" in plan[0][3]
 
 
-def test_a_startup_that_is_told_twice_is_stored_once(store: Store, make: SimpleNamespace) -> None:
+def test_a_startup_that_is_reported_twice_is_stored_once(
+    store: Store, make: SimpleNamespace
+) -> None:
     told = make.ready("start-1", phases=StartupPhases(load=9.5))
     for startups in ((told, make.ready("start-2", warm=True)), (told,)):
         store.write(make.incoming(*startups))
@@ -640,7 +640,7 @@ def test_a_startup_that_is_told_twice_is_stored_once(store: Store, make: SimpleN
     assert (rows[0]["seconds"], rows[0]["load"], rows[0]["compile"]) == (60.0, 9.5, None)
 
 
-def test_a_write_tells_how_many_outcomes_each_run_gained(
+def test_a_write_returns_how_many_outcomes_each_run_gained(
     store: Store, make: SimpleNamespace, run: Run, other_run: Run
 ) -> None:
     first = make.incoming(make.batch(make.verdict(0), make.verdict(1)), make.dead(2))

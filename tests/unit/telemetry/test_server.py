@@ -51,7 +51,7 @@ def test_nothing_but_get_and_head_is_taken(path: str, method: str, serve: Serve)
     assert (answer.status_code, answer.text) == (405, "only GET and HEAD\n")
 
 
-def test_an_unknown_path_says_which_there_are(serve: Serve) -> None:
+def test_an_unknown_path_is_answered_with_the_known_ones(serve: Serve) -> None:
     answer = ask(serve({"/sd": list}), "/")
     assert answer.status_code == 404
     assert answer.text == "not found; available: /metrics, /healthz, /readyz, /sd\n"
@@ -118,7 +118,7 @@ def test_an_address_that_is_not_ours_is_said_with_the_next_step(address: str) ->
     ("wanted", "advertised"),
     [(None, r"127\.0\.0\.1:PORT"), ("node-7", "node-7:PORT"), ("node-7:80", "node-7:80")],
 )
-def test_others_are_told_what_the_operator_says(
+def test_the_advertised_address_is_the_operators(
     wanted: str | None, advertised: str, serve: Serve
 ) -> None:
     server = serve(metrics_advertise=wanted)
@@ -127,7 +127,7 @@ def test_others_are_told_what_the_operator_says(
     assert server.advertised == advertised.replace("PORT", port).replace("\\", "")
 
 
-def test_a_wildcard_is_told_as_the_name_of_the_host(serve: Serve) -> None:
+def test_a_wildcard_address_is_advertised_as_the_host_name(serve: Serve) -> None:
     server = serve(metrics_address="0.0.0.0:0")
     assert server.advertised is not None
     assert server.advertised.rpartition(":")[0] == socket.gethostname()
@@ -144,15 +144,13 @@ def test_after_its_end_nobody_listens_and_no_thread_stays(serve: Serve) -> None:
     assert "metrics" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_who_says_nothing_is_hung_up_on(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_client_is_disconnected(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server._Handler, "timeout", 0.1)
     with connect(serve()) as silent:
         assert silent.recv(1) == b""
 
 
-def test_who_says_it_too_slowly_is_hung_up_on(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slow_client_is_disconnected(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server, "MAX_CONNECTION_SECONDS", 0.3)
     with connect(serve()) as slow, pytest.raises(OSError):
         slow.sendall(b"GET /metrics HTTP/1.1\r\nX: ")
