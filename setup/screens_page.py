@@ -164,7 +164,7 @@ def _live(*moments: tuple[float, int, tuple[_Worker, ...]], terminal: bool = Tru
         status = _RUN.model_copy(update={"done": stored})
         view.show(status, Progress(240, 240, 0), workers)
     if terminal:
-        for line in console.render_lines(view.drawing(), pad=False):
+        for line in console.render_lines(view.renderable(), pad=False):
             console.file.write("".join(segment.text for segment in line) + "\n")
     return _text(console)
 

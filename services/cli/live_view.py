@@ -1,4 +1,4 @@
-"""The live progress of `keepwarm run`: a bar on a terminal, a line now and then elsewhere."""
+"""What `keepwarm run` shows: a progress bar on a terminal, a line every few seconds elsewhere."""
 
 import time
 from collections import Counter
@@ -8,10 +8,12 @@ from typing import Protocol, Self
 from rich.console import RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, Task, TaskProgressColumn, TextColumn
+from rich.status import Status
 from rich.text import Text
 
+from services.cli.label_mass import MassWatch
 from services.cli.screen import Screen, duration, say
-from services.cli.worker_processes import WORKING
+from services.local.worker_processes import WORKING
 from services.producer import Progress as Published
 from services.store import RunStatus
 
@@ -19,7 +21,7 @@ _LINE_SECONDS = 5.0
 
 
 class ShownWorker(Protocol):
-    """What is shown of a worker; `WorkerProcess` is one."""
+    """The part of a `WorkerProcess` that is shown."""
 
     @property
     def state(self) -> str: ...
@@ -30,7 +32,7 @@ class ShownWorker(Protocol):
 
 
 class _Bar(Progress):
-    """The bar, and below it a line when there is more to say."""
+    """The bar, and below it a note where there is one."""
 
     note = ""
 
@@ -41,22 +43,22 @@ class _Bar(Progress):
 
 
 class LiveView:
-    """Shows how many claims are done, how fast, the time left, and what is being waited for.
+    """Shows how many claims are done, the speed, the time left, and what the run waits for.
 
-    A claim counts as soon as a worker of ours has answered it. Its verdict is in the store a little
-    later, with the rest of its batch; what others' workers answer is seen there.
+    A claim counts as soon as a worker of this run has answered it. Its verdict reaches the store
+    later, with the rest of its batch. Answers of other workers count when they are in the store.
     """
 
     def __init__(
         self, console: Screen, lines: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`lines` of the input: the best guess of how many claims there are until all are sent."""
+        """`lines` in the input: the estimate of the number of claims until all are sent."""
         self._console = console
         self._clock = clock
         self._lines = lines
         self._printed_at = float("-inf")
         self._line = self._last_line = ""
-        self._told: str | None = None
+        self._waiting_for: str | None = None
         self._losses = -1
         self._answered_before = 0
         self._task: Task | None = None
@@ -77,8 +79,8 @@ class LiveView:
         self._bar.stop()
         self._print_line()
 
-    def drawing(self) -> RenderableType:
-        """What is on the terminal now."""
+    def renderable(self) -> RenderableType:
+        """What the terminal shows now."""
         return self._bar.get_renderable()
 
     def show(
@@ -89,18 +91,18 @@ class LiveView:
         *,
         waiting_for: str | None = None,
     ) -> None:
-        """Draw the present state; say once what the collector has to wait for, if it has to."""
-        if waiting_for is not None and waiting_for != self._told:
+        """Show the present state. A new `waiting_for` is printed once."""
+        if waiting_for is not None and waiting_for != self._waiting_for:
             say(self._console, f"waiting: {waiting_for}")
-        self._told = waiting_for
+        self._waiting_for = waiting_for
         stored = 0 if status is None else status.done + status.dead
         total = max(stored, self._lines - published.rejected)
         if status is not None and status.total is not None:
             total = status.total
         done = min(total, self._answered(stored, workers))
-        task = self._moved(done, total)
+        task = self._update_task(done, total)
         states = _states(workers)
-        text = _counted(task)
+        text = _description(task)
         if done >= total:
             text = f"{text}, storing the last verdicts"
         elif not any(worker.state == WORKING for worker in workers):
@@ -112,19 +114,19 @@ class LiveView:
             self._print_line()
 
     def _answered(self, stored: int, workers: Sequence[ShownWorker]) -> int:
-        """Claims done: those in the store when we began, and what the workers have answered since.
-        More are in the store where others answer, too.
+        """Claims done: those in the store at the start, and those that the workers have answered
+        since. The store has more where workers of other processes answer too.
         """
         answered = sum(worker.answered for worker in workers)
         losses = sum(worker.losses for worker in workers)
-        lost = losses != self._losses  # what a lost worker had not published is answered again
+        lost = losses != self._losses  # claims that it had not published are answered again
         if lost or stored > self._answered_before + answered:
             self._losses, self._answered_before = losses, stored - answered
         return self._answered_before + answered
 
-    def _moved(self, done: int, total: int) -> Task:
+    def _update_task(self, done: int, total: int) -> Task:
         if self._task is None:
-            # As the beginning, and not as progress: what is done already says nothing of our speed.
+            # As the start value, not as progress: claims of an earlier run must not count as speed.
             task_id = self._bar.add_task("", total=total, completed=done)
             (self._task,) = (task for task in self._bar.tasks if task.id == task_id)
         self._bar.update(self._task.id, completed=done, total=total)
@@ -136,8 +138,8 @@ class LiveView:
             self._printed_at, self._last_line = self._clock(), self._line
 
 
-def _counted(task: Task) -> str:
-    """As far as it is known: how many of how many, claims/s, and the time left."""
+def _description(task: Task) -> str:
+    """Claims done and in total; claims/s and the time left where they are known."""
     text = f"{task.completed:,.0f} of {task.total or 0:,.0f} claims"
     if task.finished or not task.speed:
         return text
@@ -146,12 +148,65 @@ def _counted(task: Task) -> str:
 
 
 def _states(workers: Sequence[ShownWorker]) -> str:
-    """What the workers do; nothing where all of them work."""
+    """The workers' states; empty when all of them are working."""
     if all(worker.state == WORKING for worker in workers):
         return ""
     if len(workers) == 1:
         return workers[0].state
-    # Without details, such as how long: they differ from worker to worker.
+    # Without details after the comma, such as seconds, which differ from worker to worker.
     states = Counter(worker.state.partition(",")[0] for worker in workers)
     listed = ", ".join(f"{count} {state}" for state, count in states.most_common())
     return f"{len(workers)} workers: {listed}"
+
+
+class RunView:
+    """Shows a run to its user: messages, its progress, and what it waits for before and after."""
+
+    def __init__(self, console: Screen, lines: int, mass: MassWatch) -> None:
+        self._console = console
+        self._lines = lines
+        self._mass = mass
+        self._live: LiveView | None = None
+        self._spinner: Status | None = None
+
+    def message(self, text: str) -> None:
+        say(self._console, text)
+
+    def phase(self, text: str | None) -> None:
+        self._close_live()
+        if self._spinner is not None and text is not None:
+            self._spinner.update(text)
+        elif text is not None:
+            self._spinner = self._console.status(text)
+            self._spinner.start()
+        elif self._spinner is not None:
+            self._spinner.stop()
+            self._spinner = None
+
+    def progress(
+        self,
+        status: RunStatus | None,
+        published: Published,
+        workers: Sequence[ShownWorker],
+        *,
+        waiting_for: str | None,
+    ) -> None:
+        if self._live is None:
+            self._live = LiveView(self._console, self._lines).__enter__()
+        self._live.show(status, published, workers, waiting_for=waiting_for)
+
+    def workers_stopping(self, *, interrupted: bool) -> None:
+        self._close_live()
+        if interrupted:
+            self.message("Stopping: workers publish what they have finished …")
+        elif not self._console.is_terminal:
+            self.message("Stopping the workers.")
+        self.phase("waiting for the workers to stop")
+
+    def should_stop(self, status: RunStatus | None) -> bool:
+        return self._mass.ends(status)
+
+    def _close_live(self) -> None:
+        if self._live is not None:
+            self._live.__exit__()
+            self._live = None

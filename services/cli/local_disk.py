@@ -7,12 +7,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from services.cli.found_stores import STORE_FILE
-from services.cli.output_dir import LEAST_FREE_BYTES
 from services.cli.screen import Screen, say
 from services.contracts.errors import StoreError
 from services.contracts.settings import private_tmp
 from services.contracts.values import content_id
 from services.doctor.findings import shared_file_system
+from services.local.output_dir import MIN_FREE_BYTES
 from services.node.runtime_dir import open_private_dir
 
 
@@ -32,7 +32,7 @@ def working_dir(out: Path, console: Screen) -> Iterator[Path]:
         yield out
         return
     base = private_tmp()
-    if shared_file_system(base.parent) or _free_bytes(base.parent) < LEAST_FREE_BYTES:
+    if shared_file_system(base.parent) or _free_bytes(base.parent) < MIN_FREE_BYTES:
         say(
             console,
             f"Warning: {out} is on {kind}, where RabbitMQ and SQLite can lose data, and "

@@ -1,4 +1,4 @@
-"""`keepwarm run`: a node, a producer, workers and a collector for one file, and all of it gone."""
+"""`keepwarm run`: verifies one file of claims with all services on this machine."""
 
 import sys
 from collections.abc import Iterator
@@ -36,25 +36,26 @@ from services.cli.context_options import (
     RevisionOption,
     context_from_flags,
 )
-from services.cli.desk import Desk
-from services.cli.finished import remove_foreign, update_gold
+from services.cli.finished import finished_in, remove_foreign, update_gold
 from services.cli.found_stores import STORE_FILE
 from services.cli.garbage import expect_many_small_objects
 from services.cli.label_mass import AllowLowMassOption, MassWatch
+from services.cli.live_view import RunView
 from services.cli.local_disk import working_dir
 from services.cli.logs import configure_logs
 from services.cli.options import (
     BrokerOption,
     StoreOption,
 )
-from services.cli.output_dir import held_output_dir
 from services.cli.prepare import inspect_claims, prepared_submission
 from services.cli.repeat import FromOption, OnlyOption, claims_to_repeat
-from services.cli.screen import Screen, say
+from services.cli.screen import Screen, print_report, say
 from services.contracts import load_settings
 from services.contracts.errors import StoreError
 from services.doctor.network_store import network_store_warning
-from services.store import Store
+from services.local.local_run import LocalRun
+from services.local.output_dir import locked_output_dir
+from services.store import Store, build_report, export_run, find_run
 
 
 def run(
@@ -92,9 +93,9 @@ def run(
 ) -> None:
     """Verify a file of claims on this machine, from nothing to a report.
 
-    Without --broker a private RabbitMQ node is started, on loopback and with a password of its
-    own, and taken down again. Results are OUT/verdicts.jsonl (a row a claim, input order),
-    OUT/report.json and OUT/rejected.jsonl. If a run is interrupted, rerun the same command to
+    Without --broker it uses a private RabbitMQ node, on loopback and with its own password.
+    Results are OUT/verdicts.jsonl (one row for each claim, in input order), OUT/report.json and
+    OUT/rejected.jsonl. If a run is interrupted, rerun the same command to
     resume it.
     """
     expect_many_small_objects()
@@ -125,34 +126,65 @@ def run(
         adapter,
         adapter_revision,
     )
-    with ExitStack() as held:
-        submission = held.enter_context(
+    with ExitStack() as resources:
+        submission = resources.enter_context(
             prepared_submission(console, file, context=context, prompt=prompt_spec, options=options)
         )
+        run_id = submission.run.run_id
         stem = "stdin" if file == "-" else Path(file).stem
-        directory = out or Path("results") / f"{stem}-{submission.run.run_id.removeprefix('run-')}"
-        held.enter_context(held_output_dir(directory))
-        place = held.enter_context(working_dir(directory, console))
+        output_dir = out or Path("results") / f"{stem}-{run_id.removeprefix('run-')}"
+        resources.enter_context(locked_output_dir(output_dir))
+        data_dir = resources.enter_context(working_dir(output_dir, console))
         if settings.store_url is not None and (harm := network_store_warning(settings)):
             say(console, f"Warning: {harm}")
         settings = settings.model_copy(
-            update={"store_url": settings.store_url or str(place / STORE_FILE)}
+            update={"store_url": settings.store_url or str(data_dir / STORE_FILE)}
         )
-        configure_logs(settings, held.enter_context(_log_file(directory)))
+        configure_logs(settings, resources.enter_context(_log_file(output_dir)))
         database = Store.open(settings)
-        held.callback(database.close)
+        resources.callback(database.close)
         refuse_changed_file(submission, database)
-        inspect_claims(console, submission, directory / "rejected.jsonl")
+        inspect_claims(console, submission, output_dir / "rejected.jsonl")
         remove_foreign(submission, database, console)
         update_gold(submission, database)
-        watch = MassWatch(console, allowed=allow_low_mass)
-        desk = Desk(submission, settings, database, directory, place, console, workers, watch)
-        stopped_by = desk.work()
-        desk.write_results()
+        mass = MassWatch(console, allowed=allow_low_mass)
+        stopped_by = LocalRun(
+            submission,
+            settings,
+            database,
+            RunView(console, submission.lines, mass),
+            finished_in(database, run_id),
+            output_dir=output_dir,
+            data_dir=data_dir,
+            workers=workers,
+        ).run()
+        write_results(console, database, run_id, output_dir)
     if stopped_by is not None:
-        console.print("Stopped. The same command goes on where this one ended.")
+        console.print("Stopped. Rerun the same command to resume the run.")
         sys.exit(128 + stopped_by)
-    watch.raise_if_low()
+    mass.raise_if_low()
+
+
+def write_results(console: Screen, store: Store, run_id: str, output_dir: Path) -> None:
+    """Write `verdicts.jsonl` and `report.json`, and print the report.
+
+    Raises StoreError when a file cannot be written.
+    """
+    try:
+        known = find_run(store, run_id)
+    except StoreError:
+        return  # the run was stopped before it was announced
+    report = build_report(store, known)
+    export_run(store, known, "jsonl", output_dir / "verdicts.jsonl")
+    path = output_dir / "report.json"
+    try:
+        path.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be written: {error.strerror}; free some space and rerun the command"
+        ) from error
+    print_report(Screen(), report)
+    say(console, f"Results are in {output_dir}/")
 
 
 @contextmanager
@@ -162,9 +194,11 @@ def _log_file(directory: Path) -> Iterator[TextIO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a", encoding="utf-8", buffering=1)
     except OSError as error:
-        raise StoreError(f"{path} cannot be written: {error.strerror}") from error
+        raise StoreError(
+            f"{path} cannot be written: {error.strerror}; choose another --out"
+        ) from error
     try:
         yield file
     finally:
-        with suppress(OSError):  # a full disk: the results say so, the log need not
+        with suppress(OSError):  # a full disk: writing the results reports it
             file.close()

@@ -22,6 +22,7 @@ PACKAGES = {
     "collector": {"contracts", "broker", "store", "telemetry"},
     "doctor": {"contracts", "broker", "contexts", "node", "store"},
 }
+PACKAGES["local"] = {*PACKAGES}
 PACKAGES["cli"] = {*PACKAGES}
 
 

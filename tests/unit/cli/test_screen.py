@@ -316,7 +316,7 @@ def terminal(screen: Screen) -> Screen:
 
 
 def drawn(view: LiveView, console: Screen) -> list[str]:
-    lines = console.render_lines(view.drawing(), pad=False)
+    lines = console.render_lines(view.renderable(), pad=False)
     return ["".join(segment.text for segment in line) for line in lines]
 
 

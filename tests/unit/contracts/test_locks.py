@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.output_dir import held_output_dir
 from services.contexts.caches import EngineCaches
 from services.contracts import locks
 from services.contracts.errors import UsageError
+from services.local.output_dir import locked_output_dir
 from services.node.runtime_dir import take_lock
 
 
@@ -37,7 +37,7 @@ def test_a_file_system_without_locks_is_named_with_the_setting_that_chose_it(
     tmp_path: Path,
 ) -> None:
     says = "the file system of .* has no file locks .*; name a directory on a local disk"
-    with pytest.raises(UsageError, match=f"--out: {says}"), held_output_dir(tmp_path):
+    with pytest.raises(UsageError, match=f"--out: {says}"), locked_output_dir(tmp_path):
         pass
     with pytest.raises(UsageError, match=f"KEEPWARM_RUNTIME_DIR: {says}"):
         take_lock(tmp_path / "keeper.lock")

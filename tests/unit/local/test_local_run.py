@@ -1,7 +1,7 @@
-"""What a desk does before its parts start and after they ended; the rest is shown end to end."""
+"""A run before its services start and after they ended; the integration tests have the rest."""
 
 import io
-import json
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from services.cli.desk import Desk
+from services.cli.finished import finished_in
 from services.cli.label_mass import MassWatch
+from services.cli.live_view import RunView
 from services.cli.screen import Screen
 from services.contracts import (
     ContextSpec,
@@ -22,12 +23,25 @@ from services.contracts import (
     VerdictBatch,
     load_settings,
 )
-from services.contracts.errors import LabelsUnlikely, RunIncomplete, StoreError, UsageError
+from services.contracts.errors import LabelsUnlikely, RunIncomplete, UsageError
+from services.local.local_run import LocalRun
 from services.node.device import Device
 from services.producer import ClaimsFile, Source, Submission
 from services.store import Incoming, Store
 
-Maker = Callable[..., Desk]
+MakeRun = Callable[..., LocalRun]
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers() -> Iterator[None]:
+    """A run sets signal handlers; restore those of the test run."""
+    handlers = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    }
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -46,27 +60,33 @@ def database(tmp_path: Path) -> Iterator[Store]:
 
 
 @pytest.fixture
-def desk(submission: Submission, database: Store, tmp_path: Path, screen: Screen) -> Maker:
-    def make(
-        directory: Path = tmp_path / "out",
-        *,
-        workers: int = 1,
-        mass: MassWatch | None = None,
-        **settings: object,
-    ) -> Desk:
-        directory.mkdir(exist_ok=True)
-        return Desk(
+def screen() -> Screen:
+    """A console that remembers what it printed."""
+    return Screen(file=io.StringIO(), width=160, force_terminal=False)
+
+
+@pytest.fixture
+def make_run(submission: Submission, database: Store, output_dir: Path, screen: Screen) -> MakeRun:
+    def make(*, workers: int = 1, mass: MassWatch | None = None, **settings: object) -> LocalRun:
+        return LocalRun(
             submission,
             load_settings(**settings),
             database,
-            directory,
-            directory,
-            screen,
+            RunView(screen, submission.lines, mass or MassWatch(screen, allowed=False)),
+            finished_in(database, submission.run.run_id),
+            output_dir=output_dir,
+            data_dir=output_dir,
             workers=workers,
-            mass=mass or MassWatch(screen, allowed=False),
         )
 
     return make
+
+
+@pytest.fixture
+def output_dir(tmp_path: Path) -> Path:
+    directory = tmp_path / "out"
+    directory.mkdir()
+    return directory
 
 
 def announced(run: Run, totals: Totals) -> RunAnnouncement:
@@ -104,27 +124,27 @@ def store_outcomes(
     database.write(Incoming([announced(run, totals)], [batch], []))
 
 
-def seen(screen: Screen) -> str:
+def printed(screen: Screen) -> str:
     assert isinstance(screen.file, io.StringIO)
     return screen.file.getvalue()
 
 
 def test_a_run_that_is_complete_already_starts_nothing(
-    desk: Maker, database: Store, submission: Submission, tmp_path: Path, screen: Screen
+    make_run: MakeRun, database: Store, submission: Submission, tmp_path: Path, screen: Screen
 ) -> None:
     store_outcomes(database, submission, 2)
-    assert desk().work() is None
-    assert "Every claim has an outcome already." in seen(screen)
+    assert make_run().run() is None
+    assert "Every claim has an outcome already." in printed(screen)
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_run_whose_labels_hold_nothing_is_not_begun_again(
-    desk: Maker, database: Store, submission: Submission, screen: Screen
+    make_run: MakeRun, database: Store, submission: Submission, screen: Screen
 ) -> None:
     store_outcomes(database, submission, 64, mass=0.0006, of=1_000)
     watch = MassWatch(screen, allowed=False)
-    assert desk(mass=watch).work() is None  # and no broker was started
-    assert "Warning: the labels have 0.06 % of the probability; the model answers 'True'" in seen(
+    assert make_run(mass=watch).run() is None  # and no broker was started
+    assert "Warning: the labels have 0.06 % of the probability; the model answers 'True'" in printed(
         screen
     )
     with pytest.raises(LabelsUnlikely, match="The run was stopped.*rerun.*--allow-low-mass"):
@@ -132,93 +152,49 @@ def test_a_run_whose_labels_hold_nothing_is_not_begun_again(
 
 
 def test_a_run_that_is_complete_and_whose_labels_hold_nothing_ends_with_an_error(
-    desk: Maker, database: Store, submission: Submission, screen: Screen
+    make_run: MakeRun, database: Store, submission: Submission, screen: Screen
 ) -> None:
     store_outcomes(database, submission, 2, mass=0.04)
     watch = MassWatch(screen, allowed=False)
-    assert desk(mass=watch).work() is None
+    assert make_run(mass=watch).run() is None
     with pytest.raises(LabelsUnlikely, match=r"4 % of the probability.*enable_thinking: false"):
         watch.raise_if_low()
 
 
 def test_with_leave_a_run_whose_labels_hold_nothing_goes_on(
-    desk: Maker, database: Store, submission: Submission, screen: Screen
+    make_run: MakeRun, database: Store, submission: Submission, screen: Screen
 ) -> None:
     store_outcomes(database, submission, 64, mass=0.0006, of=1_000)
     watch = MassWatch(screen, allowed=True)
     with pytest.raises(UsageError, match="the broker's URL is unusable"):
-        desk(mass=watch, broker_url="http://nowhere").work()
+        make_run(mass=watch, broker_url="http://nowhere").run()
     watch.raise_if_low()
-    assert seen(screen).count("Warning: the labels have") == 1
+    assert printed(screen).count("Warning: the labels have") == 1
 
 
 def test_a_run_of_no_claims_at_all_is_not_taken_for_done(
-    desk: Maker, database: Store, submission: Submission
+    make_run: MakeRun, database: Store, submission: Submission
 ) -> None:
     # It goes on to the broker, and would be told again what is wrong with its lines.
     totals = Totals(lines=2, claims=0, repeated=0, rejected=2)
     database.write(Incoming([announced(submission.run, totals)], [], []))
     with pytest.raises(UsageError, match="the broker's URL is unusable"):
-        desk(broker_url="http://nowhere").work()
+        make_run(broker_url="http://nowhere").run()
 
 
 def test_more_workers_than_gpus_are_refused_before_anything_is_started(
-    desk: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = Device("cuda", "H100", 2**36, (0, 1))
-    monkeypatch.setattr("services.cli.desk.find_device", lambda: gpu)
+    monkeypatch.setattr("services.local.local_run.find_device", lambda: gpu)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(UsageError, match="--workers 2"):
-        desk(workers=2).work()
+        make_run(workers=2).run()
     assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_results_are_rows_and_a_report(
-    desk: Maker, database: Store, submission: Submission, tmp_path: Path, screen: Screen
-) -> None:
-    store_outcomes(database, submission, 1)
-    desk().write_results()
-    rows = (tmp_path / "out" / "verdicts.jsonl").read_text().splitlines()
-    assert [json.loads(row)["claim_id"] for row in rows] == ["a"]
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["status"]["run_id"] == submission.run.run_id
-    assert report["status"]["done"] == 1
-    assert "Results are in" in seen(screen)
-
-
-def test_where_nothing_is_known_there_are_no_results(desk: Maker, tmp_path: Path) -> None:
-    desk().write_results()
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_a_report_that_cannot_be_written_is_a_store_error(
-    desk: Maker, database: Store, submission: Submission, tmp_path: Path
-) -> None:
-    store_outcomes(database, submission, 1)
-    (tmp_path / "out" / "report.json").mkdir(parents=True)
-    with pytest.raises(StoreError, match=r"report\.json cannot be written: Is a directory"):
-        desk().write_results()
-
-
-@pytest.mark.parametrize("name", ["claims[final]-1", "a[bold]b", "x[/y]"])
-def test_the_place_of_the_results_is_shown_as_it_is(
-    name: str,
-    desk: Maker,
-    database: Store,
-    submission: Submission,
-    tmp_path: Path,
-    screen: Screen,
-) -> None:
-    store_outcomes(database, submission, 1)
-    directory = tmp_path / name
-    directory.parent.mkdir(exist_ok=True)
-    directory.mkdir(parents=True, exist_ok=True)
-    desk(directory).write_results()
-    assert f"/{name}/" in seen(screen).replace("\n", "")
 
 
 def test_claims_that_the_broker_lost_are_sent_again(
-    desk: Maker,
+    make_run: MakeRun,
     database: Store,
     submission: Submission,
     screen: Screen,
@@ -226,20 +202,20 @@ def test_claims_that_the_broker_lost_are_sent_again(
 ) -> None:
     store_outcomes(database, submission, 1)
     database.note_missing_claims([submission.run.run_id])
-    one = desk()
-    monkeypatch.setattr(one, "_publish", lambda _: store_outcomes(database, submission, 2))
+    local_run = make_run()
+    monkeypatch.setattr(local_run, "_publish", lambda _: store_outcomes(database, submission, 2))
     sent_all = threading.Thread()
     collector = SimpleNamespace(waiting_for=None)
-    one._watch([], sent_all, collector, load_settings())  # type: ignore[arg-type]
-    assert "RabbitMQ lost claims; sending them again." in seen(screen)
+    local_run._watch([], sent_all, collector, load_settings())  # type: ignore[arg-type]
+    assert "RabbitMQ lost claims; sending them again." in printed(screen)
 
 
 def test_a_run_with_outcomes_of_other_claims_ends_with_what_to_do(
-    desk: Maker, database: Store, submission: Submission
+    make_run: MakeRun, database: Store, submission: Submission
 ) -> None:
     store_outcomes(database, submission, 2)
     other = announced(submission.run, Totals(lines=2, claims=2, repeated=0, rejected=0))
     database.write(Incoming([other.model_copy(update={"digest": "0" * 32})]))
     collector = SimpleNamespace(waiting_for=None)
-    with pytest.raises(RunIncomplete, match="the same command removes them, and goes on"):
-        desk()._watch([], threading.Thread(), collector, load_settings())  # type: ignore[arg-type]
+    with pytest.raises(RunIncomplete, match="rerun the command to remove them"):
+        make_run()._watch([], threading.Thread(), collector, load_settings())  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The workers of `keepwarm run`: processes on leashes, watched, replaced when they are lost."""
+"""The workers of `keepwarm run`: supervised processes, replaced when they are lost."""
 
 import contextlib
 import json
@@ -25,8 +25,8 @@ from services.node.device import Device, visible_gpus
 from services.node.supervision import SupervisedProcess
 
 _SHOWN_LINES = 40
-_LAST_WORDS_SECONDS = 5.0
-_MOST_LOSSES_IN_A_ROW = 5
+_READ_OUTPUT_SECONDS = 5.0
+_MAX_LOSSES_IN_A_ROW = 5
 _LONGEST_PAUSE_SECONDS = 30.0
 
 WORKING = "working"
@@ -36,8 +36,8 @@ _STATES = {
     "engine.starting": "starting the engine",
     "engine.ready": WORKING,
     "worker.taking": WORKING,
-    "engine.died": "the engine stopped, starting it again",
-    "engine.start_failed": "the engine did not start, trying again",
+    "engine.died": "the engine stopped, restarting it",
+    "engine.start_failed": "the engine did not start, retrying",
     "worker.draining": "finishing",
     "worker.stopped": "stopped",
     "broker.waiting": "waiting for RabbitMQ",
@@ -50,7 +50,7 @@ log = structlog.get_logger(__name__)
 
 
 class WorkerProcess:
-    """One worker slot. `state` says in a few words what its worker does."""
+    """One worker, and those that replace it. `state` describes in a few words what it does."""
 
     def __init__(
         self,
@@ -67,19 +67,19 @@ class WorkerProcess:
         self.number = number
         self.state = "not started"
         self.losses = 0
-        """How many times a worker was lost here."""
+        """How many workers were lost here."""
         self._loaded = self._worked = False
         self._losses_in_a_row = 0
         self._answered = self._answered_by_lost = 0
-        self._again_at = 0.0
+        self._restart_at = 0.0
         self._last_lines: deque[str] = deque(maxlen=_SHOWN_LINES)
         self._process: SupervisedProcess | None = None
         self._reader: threading.Thread | None = None
 
     @property
     def answered(self) -> int:
-        """How many claims the engine has answered here, those of lost workers included. Not all of
-        them need be in the store yet.
+        """Claims that the engine has answered, for lost workers too. Some of them may not be in the
+        store yet.
         """
         return self._answered_by_lost + self._answered
 
@@ -89,7 +89,7 @@ class WorkerProcess:
         self._process = SupervisedProcess(
             self._command,
             environment=self._environment,
-            # The worker drains by itself within its grace period; the leash comes after it.
+            # The worker drains within its own grace period; it is killed after that.
             grace_seconds=self._grace_seconds + 10,
             output=subprocess.PIPE,
         )
@@ -98,14 +98,14 @@ class WorkerProcess:
         )
         self._reader.start()
 
-    def look_after(self) -> None:
-        """Replace a worker that was lost, with growing pauses.
+    def replace_if_lost(self) -> None:
+        """Replace a lost worker, after a pause that grows with each loss.
 
-        Raises EngineError or UsageError with what it said when it gave up, RunIncomplete when
-        workers are lost again and again.
+        Raises EngineError, UsageError or MessageTooNew, with the worker's own message, when it
+        ended with that error; RunIncomplete when too many workers in a row are lost.
         """
         if self._process is None:
-            if time.monotonic() >= self._again_at:
+            if time.monotonic() >= self._restart_at:
                 self.start()
             return
         code = self._process.exit_code()
@@ -114,22 +114,20 @@ class WorkerProcess:
                 self._losses_in_a_row = 0
             return
         if self._reader is not None:
-            self._reader.join(_LAST_WORDS_SECONDS)
-        said = "\n".join(self._last_lines)
-        for hopeless in (
-            UsageError,
-            EngineError,
-            MessageTooNew,
-        ):  # another worker would end in the same way
-            if code == hopeless.exit_code:
-                raise hopeless(said.removeprefix("keepwarm: ") or f"see {self._log_file}")
+            self._reader.join(_READ_OUTPUT_SECONDS)
+        output = "\n".join(self._last_lines)
+        # Another worker would end in the same way.
+        for error in (UsageError, EngineError, MessageTooNew):
+            if code == error.exit_code:
+                raise error(output.removeprefix("keepwarm: ") or f"see {self._log_file}")
         self.losses += 1
         self._losses_in_a_row += 1
         self._answered_by_lost, self._answered = self.answered, 0
-        if self._losses_in_a_row >= _MOST_LOSSES_IN_A_ROW:
+        if self._losses_in_a_row >= _MAX_LOSSES_IN_A_ROW:
             raise RunIncomplete(
                 f"worker {self.number} was lost {self._losses_in_a_row} times in a row (last exit "
-                f"code {code}); its log is {self._log_file}, and it said last:\n{said}"
+                f"code {code}). Fix the cause and rerun the command; the log is {self._log_file}, "
+                f"and the last lines are:\n{output}"
             )
         pause = growing_pause(
             self._losses_in_a_row, first_seconds=1.0, longest_seconds=_LONGEST_PAUSE_SECONDS
@@ -140,44 +138,44 @@ class WorkerProcess:
         self.state = f"ended with exit code {code}, starting another in {pause:.0f} s"
         self._process.stop()
         self._process, self._loaded, self._worked = None, False, False
-        self._again_at = time.monotonic() + pause
+        self._restart_at = time.monotonic() + pause
 
     def terminate(self) -> None:
         if self._process is not None:
             self._process.terminate()
 
     def stop(self) -> None:
-        """Drain it, and return when it is gone."""
+        """Drain the worker, and return when it has ended."""
         if self._process is not None:
             self._process.stop()
             self._process = None
 
     def _read(self, process: SupervisedProcess) -> None:
-        """To its end, whatever comes: a pipe that nobody reads fills up, and stops the worker."""
+        """Read all output: a pipe that is not read fills up and blocks the worker."""
         assert process.output is not None
         with contextlib.suppress(OSError):
             self._log_file.touch()
         with process.output as lines:
             for line in lines:
                 try:
-                    self._hear(line)
+                    self._read_line(line)
                 except Exception:
-                    log.exception("worker.unheard", worker=self.number)
+                    log.exception("worker.output_unreadable", worker=self.number)
 
-    def _hear(self, line: bytes) -> None:
+    def _read_line(self, line: bytes) -> None:
         event = _event(line)
         if event.get("event") == PROGRESS_EVENT:
             self._answered = int(event["answered"])
             return
         if event:
-            self._note(event)
+            self._update_state(event)
         else:
             self._last_lines.append(line.decode(errors="replace").rstrip())
-        # Opened each time: a disk that was full, or a directory that was removed, may be back.
+        # Opened each time: a full disk may have space again, a removed directory may be back.
         with contextlib.suppress(OSError), self._log_file.open("ab") as file:
             file.write(line)
 
-    def _note(self, event: Mapping[str, Any]) -> None:
+    def _update_state(self, event: Mapping[str, Any]) -> None:
         name = str(event["event"])
         if name == "engine.loading":
             self.state = f"loading the model, {event.get('seconds')} s"
@@ -192,7 +190,7 @@ class WorkerProcess:
 
 
 def _event(line: bytes) -> Mapping[str, Any]:
-    """The event that a line of a worker's log is; empty where it is something else."""
+    """The event in a line of a worker's log; empty when the line is something else."""
     try:
         event = json.loads(line)
     except ValueError:
@@ -201,8 +199,8 @@ def _event(line: bytes) -> Mapping[str, Any]:
 
 
 def device_shares(workers: int, device: Device) -> list[dict[str, str]]:
-    """For each worker the variables that give it its share of the node's devices: a GPU of its own,
-    or some of the cores, for two engines on one core only wait for each other.
+    """For each worker, the environment variables that give it its share of the node's devices: its
+    own GPU, or some of the cores. Two engines on one core would only wait for each other.
 
     Raises UsageError when there are fewer GPUs than workers.
     """
@@ -212,7 +210,8 @@ def device_shares(workers: int, device: Device) -> list[dict[str, str]]:
         gpus = visible_gpus()
         if len(gpus) < workers:
             raise UsageError(
-                f"--workers {workers}: this process may use {len(gpus)} GPUs; each worker needs one"
+                f"--workers {workers}: each worker needs its own GPU, and this process may use "
+                f"{len(gpus)}; name at most {len(gpus)} workers, or check CUDA_VISIBLE_DEVICES"
             )
         return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:workers]]
     return [
@@ -228,7 +227,7 @@ def worker_processes(
     directory: Path,
     broker_environment: Mapping[str, str | None],
 ) -> list[WorkerProcess]:
-    """A slot for each share of the node's devices, for workers of one context."""
+    """One worker for each share of the node's devices. All serve one context."""
     command = [
         *python_command("services.cli.main", "worker", "--log-progress"),
         *("--model", context.model, "--dtype", context.dtype),
@@ -251,13 +250,13 @@ def worker_processes(
                 {
                     **broker_environment,
                     **share,
-                    **_metrics_of_their_own(settings),
+                    **_metrics_environment(settings),
                     "KEEPWARM_LOG_FORMAT": "json",
-                    # No engine will come but those of this run.
+                    # Only the engines of this run will start.
                     "KEEPWARM_OTHER_ENGINE_SECONDS": os.environ.get(
                         "KEEPWARM_OTHER_ENGINE_SECONDS", "30"
                     ),
-                    # What the workers' states are read from.
+                    # The workers' states are read from their log.
                     "KEEPWARM_LOG_LEVEL": "DEBUG" if settings.log_level == "DEBUG" else "INFO",
                 }
             ),
@@ -268,8 +267,8 @@ def worker_processes(
     ]
 
 
-def _metrics_of_their_own(settings: Settings) -> dict[str, str | None]:
-    """Where ours are, but at a free port of each worker's own: two cannot have the same."""
+def _metrics_environment(settings: Settings) -> dict[str, str | None]:
+    """The address of this process's metrics, but at a free port: two workers cannot share one."""
     address, advertised = settings.metrics_address, settings.metrics_advertise
     if advertised is not None and not is_host(advertised):
         advertised = split_address(advertised)[0]
@@ -280,6 +279,6 @@ def _metrics_of_their_own(settings: Settings) -> dict[str, str | None]:
 
 
 def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:
-    """Ours, with changes; None takes a variable away."""
+    """The environment with `changes`; None removes a variable."""
     merged = {**os.environ, **changes}
     return {name: value for name, value in merged.items() if value is not None}

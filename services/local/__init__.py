@@ -1,0 +1,1 @@
+"""`keepwarm run`: producer, collector, workers and RabbitMQ on one machine."""

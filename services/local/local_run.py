@@ -1,0 +1,339 @@
+"""One run on one machine: its services are started, watched, and stopped in order."""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Protocol
+
+from pydantic import SecretStr
+
+from services.broker import BrokerAddress, Declares, PrivateNode, Publisher
+from services.collector import Collector
+from services.contexts.borrowed_broker import BorrowedBroker, borrow_broker
+from services.contexts.start_keeper import kept_meanwhile
+from services.contracts import Settings, topology
+from services.contracts.errors import BrokerError, RunIncomplete
+from services.local.worker_processes import WorkerProcess, device_shares, worker_processes
+from services.node.device import find_device
+from services.node.signals import on_stop_signal
+from services.producer import Progress, Submission
+from services.producer.submission import Finished
+from services.store import Incoming, RunStatus, Store, run_status
+from services.telemetry import MetricsServer
+
+_MIN_POLL_SECONDS, _POLL_SECONDS = 0.05, 0.2
+# Seconds of pause for each second that a poll took.
+_PAUSE_PER_POLL = 3.0
+_COLLECT_SECONDS = 30.0
+_MAX_NODE_RESTARTS = 5
+
+
+class RunObserver(Protocol):
+    """Shows a run to its user. All calls come from the thread that called `LocalRun.run`."""
+
+    def message(self, text: str) -> None:
+        """A sentence for the user."""
+
+    def phase(self, text: str | None) -> None:
+        """What the run waits for, before and after it computes; None when the wait is over."""
+
+    def progress(
+        self,
+        status: RunStatus | None,
+        published: Progress,
+        workers: Sequence[WorkerProcess],
+        *,
+        waiting_for: str | None,
+    ) -> None:
+        """The state of the run, several times a second while it computes."""
+
+    def workers_stopping(self, *, interrupted: bool) -> None:
+        """The workers are asked to stop; `interrupted`: because of a signal."""
+
+    def should_stop(self, status: RunStatus | None) -> bool:
+        """Whether the verdicts so far are a reason to stop the run."""
+
+
+class LocalRun:
+    """All services of one run on one machine."""
+
+    def __init__(
+        self,
+        submission: Submission,
+        settings: Settings,
+        store: Store,
+        observer: RunObserver,
+        finished: Finished,
+        *,
+        output_dir: Path,
+        data_dir: Path,
+        workers: int,
+    ) -> None:
+        """Logs go to `output_dir`. `data_dir`, on a local disk, has the private node's data.
+        `finished` gives the claims that need not be sent.
+        """
+        self._submission = submission
+        self._run_id = submission.run.run_id
+        self._settings = settings
+        self._store = store
+        self._observer = observer
+        self._finished = finished
+        self._logs = output_dir / "logs"
+        self._output_dir = output_dir
+        self._data_dir = data_dir
+        self._workers = workers
+        self._stopped_by: int | None = None
+        self._failure: BaseException | None = None
+        self._published = Progress(0, 0, 0)
+        self._private_node: PrivateNode | None = None
+        self._node_restarts = 0
+        self._committed = threading.Event()
+        self._borrowed: BorrowedBroker | None = None
+        self._complete = False
+        self._publisher: Publisher | None = None
+
+    def run(self) -> int | None:
+        """Work until every claim has an outcome. Returns the signal that ended the run sooner, or
+        None.
+
+        Raises the error of a service that the run needs.
+        """
+        on_stop_signal(self._stop)
+        status = run_status(self._store, self._run_id)
+        if status is not None and status.complete and status.total:
+            self._observer.message("Every claim has an outcome already.")
+            self._observer.should_stop(status)
+            return None
+        if self._observer.should_stop(status):
+            return None
+        shares = device_shares(self._workers, find_device())
+        with ExitStack() as services:
+            services.callback(self._observer.phase, None)
+            try:
+                settings, environment = self._start_broker(services)
+            except BrokerError:
+                if self._stopped_by is None:
+                    raise
+                return self._stopped_by
+            services.callback(self._observer.phase, "stopping the engine and RabbitMQ")
+            collector = Collector(self._store, settings)
+            metrics = services.enter_context(MetricsServer(settings))
+            metrics.serve(collector, {"/sd": collector.targets})
+            collecting = self._start_thread("collector", lambda: collector.run(self._note_commit))
+            # The stack stops them from the last to the first: workers publish what they have
+            # finished, the collector stores it, and then the broker ends.
+            services.callback(collecting.join, _COLLECT_SECONDS)
+            services.callback(collector.finish)
+            services.callback(self._observer.phase, "storing the last verdicts")
+            publishing = self._start_thread("producer", lambda: self._publish(settings))
+            workers = worker_processes(
+                shares, self._submission.run.context, settings, self._logs, environment
+            )
+            services.callback(self._drain, workers)
+            for worker in workers:
+                worker.start()
+            self._watch(workers, publishing, collector, settings)
+        # Once more for the last verdicts: a small run may be complete before the first check.
+        self._observer.should_stop(run_status(self._store, self._run_id))
+        if self._failure is not None:
+            raise self._failure
+        return self._stopped_by
+
+    def _stop(self, signal_number: int) -> None:
+        self._stopped_by = signal_number
+
+    def _is_stopped(self) -> bool:
+        return self._stopped_by is not None
+
+    def _start_broker(self, services: ExitStack) -> tuple[Settings, dict[str, str | None]]:
+        """The settings with the broker's address, and the workers' environment variables for it."""
+        if self._settings.broker_url is not None:
+            self._check_broker()
+            self._start_keeper(services)
+            return self._settings, {"KEEPWARM_BROKER_URL": self._settings.broker_url}
+        self._observer.phase("starting RabbitMQ")
+        try:
+            node = self._borrow_node(services) or self._start_private_node(services)
+        finally:
+            self._observer.phase(None)
+        # The node has its own password and no certificate, whatever the environment says.
+        settings = self._settings.model_copy(
+            update={
+                "broker_url": node.url,
+                "broker_password": SecretStr(node.password),
+                "broker_password_file": None,
+                "broker_ca_file": None,
+                "broker_cert_file": None,
+                "broker_key_file": None,
+            }
+        )
+        return settings, {
+            "KEEPWARM_BROKER_URL": node.url,
+            "KEEPWARM_BROKER_PASSWORD": node.password,
+            "KEEPWARM_BROKER_PASSWORD_FILE": None,
+            "KEEPWARM_BROKER_CA_FILE": None,
+            "KEEPWARM_BROKER_CERT_FILE": None,
+            "KEEPWARM_BROKER_KEY_FILE": None,
+        }
+
+    def _check_broker(self) -> None:
+        """Raises BrokerError when the user's broker cannot be used: before an engine is started."""
+        address = BrokerAddress.from_settings(self._settings)
+        Publisher(address, "check", window=1).open(
+            self._settings.broker_connect_timeout_seconds, self._is_stopped
+        ).close()
+        self._observer.message(
+            f"This run's collector takes the verdicts of every run at {address} and stores them in "
+            f"{self._output_dir}; use such a broker for one `keepwarm run` at a time.",
+        )
+        from services.broker.policies import ask_policies  # imports an HTTP client
+
+        context_id = self._submission.run.context.context_id
+        policies = ask_policies(self._settings, [topology.claims_queue(context_id)])
+        for harm in policies.problems:
+            self._observer.message(f"Warning: {harm}")
+
+    def _borrow_node(self, services: ExitStack) -> BorrowedBroker | None:
+        """The broker of this node's keeper, which is warm if a run was here recently."""
+        borrowed = borrow_broker(self._settings, self._is_stopped)
+        if borrowed is not None:
+            self._borrowed = borrowed
+            services.callback(borrowed.close)
+            services.callback(self._give_back, borrowed)
+        return borrowed
+
+    def _give_back(self, borrowed: BorrowedBroker) -> None:
+        """After all services of the run have closed their connections to it."""
+        if self._complete and self._failure is None:
+            borrowed.give_back(topology.claims_queue(self._submission.run.context.context_id))
+
+    def _start_private_node(self, services: ExitStack) -> PrivateNode:
+        """A broker for this run alone. The keeper, if there is none, starts at the same time."""
+        directory = self._data_dir.resolve() / ".broker"
+        shutil.rmtree(directory, ignore_errors=True)
+        services.callback(shutil.rmtree, directory, ignore_errors=True)
+        self._private_node = PrivateNode(directory, self._logs.resolve() / "rabbitmq.log")
+        services.callback(self._private_node.kill)
+        starting = services.enter_context(ThreadPoolExecutor(1)).submit(
+            self._private_node.start, self._is_stopped
+        )
+        self._start_keeper(services)
+        starting.result()
+        return self._private_node
+
+    def _start_keeper(self, services: ExitStack) -> None:
+        """Start a keeper for this run's engine, unless the node has one."""
+        log_file = self._logs / "keeper.log"
+        services.enter_context(kept_meanwhile(self._settings, log_file, self._is_stopped))
+
+    def _start_thread(self, name: str, work: Callable[[], None]) -> threading.Thread:
+        def guarded() -> None:
+            try:
+                work()
+            except BaseException as error:
+                self._failure = self._failure or error
+
+        thread = threading.Thread(target=guarded, name=name, daemon=True)
+        thread.start()
+        return thread
+
+    def _publish(self, settings: Settings) -> None:
+        with (
+            Publisher(
+                BrokerAddress.from_settings(settings),
+                "producer",
+                window=settings.publish_window,
+                declares=Declares("if-missing", (self._submission.run.context.context_id,)),
+            ).open(settings.broker_connect_timeout_seconds) as publisher,
+        ):
+            self._publisher = publisher
+            self._submission.publish(
+                publisher,
+                batch_size=settings.batch_size,
+                order_by_evidence=settings.order_by_evidence,
+                finished=self._finished,
+                on_progress=self._note_published,
+            )
+
+    def _note_commit(self, _: Incoming) -> None:
+        self._committed.set()
+
+    def _note_published(self, progress: Progress) -> None:
+        self._published = progress
+
+    def _waiting_for(self, collector: Collector) -> str | None:
+        if collector.waiting_for is not None:
+            return collector.waiting_for
+        if self._publisher is None or self._publisher.blocked_by is None:
+            return None
+        return f"the broker accepts no claims at the moment: {self._publisher.blocked_by}"
+
+    def _watch(
+        self,
+        workers: list[WorkerProcess],
+        publishing: threading.Thread,
+        collector: Collector,
+        settings: Settings,
+    ) -> None:
+        while self._failure is None and self._stopped_by is None:
+            began = time.monotonic()
+            status = run_status(self._store, self._run_id)
+            self._observer.progress(
+                status, self._published, workers, waiting_for=self._waiting_for(collector)
+            )
+            if self._store.wants(self._submission.submission_id) is False:
+                raise RunIncomplete(f"{self._run_id} was cancelled; rerun the command to resume it")
+            if status is not None and not publishing.is_alive():
+                if status.complete:
+                    self._complete = True
+                    return
+                if status.proven is False:
+                    raise RunIncomplete(
+                        f"{self._run_id} has outcomes of claims that are not in the file; rerun "
+                        "the command to remove them and to resume the run"
+                    )
+            if self._observer.should_stop(status):
+                return
+            if (
+                status is not None
+                and status.nowhere_since is not None
+                and not publishing.is_alive()
+            ):
+                self._observer.message("RabbitMQ lost claims; sending them again.")
+                publishing = self._start_thread("producer", lambda: self._publish(settings))
+            if self._borrowed is not None and self._borrowed.gone:
+                raise BrokerError(
+                    "this node's keeper ended, and with it the RabbitMQ node that this run used; "
+                    "rerun the command to resume the run"
+                )
+            if self._private_node is not None and not self._private_node.alive:
+                self._restart(self._private_node)
+            for worker in workers:
+                worker.replace_if_lost()
+            # The pause ends when verdicts are committed. It grows with the cost of the status
+            # query: on a large run that takes time which the collector's thread needs as well.
+            time.sleep(_MIN_POLL_SECONDS + _PAUSE_PER_POLL * (time.monotonic() - began))
+            self._committed.wait(_POLL_SECONDS)
+            self._committed.clear()
+
+    def _restart(self, node: PrivateNode) -> None:
+        """Start a node that was killed. Its queues are on its disk, and all clients reconnect."""
+        self._node_restarts += 1
+        if self._node_restarts > _MAX_NODE_RESTARTS:
+            raise BrokerError(
+                f"the private RabbitMQ node ended {self._node_restarts} times; see its log, "
+                f"{node.log_file}, and rerun the command to resume the run"
+            )
+        self._observer.message("RabbitMQ ended; starting it again.")
+        node.start()
+
+    def _drain(self, workers: list[WorkerProcess]) -> None:
+        self._observer.workers_stopping(interrupted=self._stopped_by is not None)
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.stop()
