@@ -1,4 +1,4 @@
-"""What `keepwarm doctor` looks at on a node: the machine, and what engines need of it."""
+"""Checks of `keepwarm doctor` on a node: the machine, and what engines need."""
 
 import ctypes
 import json
@@ -13,18 +13,25 @@ from pathlib import Path
 import keepwarm_start
 from services.contracts import Settings
 from services.contracts.errors import EngineStartError, UsageError
-from services.doctor.findings import GIB, ROOM_BYTES, Finding, note, shared_file_system, well
+from services.doctor.findings import (
+    GIB,
+    RECOMMENDED_FREE_BYTES,
+    Finding,
+    ok,
+    shared_file_system,
+    warning,
+)
 
-_FILES, _FEW_FILES = 4_096, 256
-# An engine on processors has some hundreds of threads, and all that a user has running count.
-_THREADS = 4_096
+_RECOMMENDED_FILES, _MIN_FILES = 4_096, 256
+# A CPU engine has hundreds of threads, and the limit counts all threads of the user.
+_RECOMMENDED_THREADS = 4_096
 _IMPORT_SECONDS = 300
 _EXTRAS = {
     "producer": ("tokenizers", "jinja2", "huggingface_hub", "pyarrow"),
     "gpu-worker": ("tokenizers", "jinja2", "huggingface_hub", "pynvml"),
     "collector": ("sqlalchemy", "psycopg", "sklearn", "scipy", "pyarrow"),
 }
-_ASK_ENGINE = f"""
+_ENGINE_VERSIONS = f"""
 import sys
 sys.path.append({str(Path(keepwarm_start.__file__).parent)!r})
 import keepwarm_start
@@ -36,45 +43,47 @@ except ImportError:
     cuda = None
 print(json.dumps({{"vllm": getattr(vllm, "__version__", "unknown"), "cuda": cuda}}))
 """
-# adjtimex(2): the kernel's clock is not held by any other.
+# adjtimex(2): the clock is not synchronised.
 _TIME_ERROR = 5
 
 
 def python(_: Settings) -> Finding:
-    return well(f"Python {platform.python_version()} on {platform.platform()}")
+    return ok(f"Python {platform.python_version()} on {platform.platform()}")
 
 
 def packages(_: Settings) -> Finding:
-    """Raises UsageError where no service's packages are complete."""
+    """Raises UsageError when no service has all its packages."""
     try:
-        ours = version("keepwarm")
+        installed = version("keepwarm")
     except PackageNotFoundError:
-        ours = "of a checkout"
+        installed = "from a checkout"
     missing = {
         extra: [module for module in modules if find_spec(module) is None]
         for extra, modules in _EXTRAS.items()
     }
-    whole = [extra for extra, modules in missing.items() if not modules]
-    lacking = "; ".join(
-        f"{extra} lacks {', '.join(modules)}" for extra, modules in missing.items() if modules
+    complete = [extra for extra, modules in missing.items() if not modules]
+    incomplete = "; ".join(
+        f"{extra} needs {', '.join(modules)}" for extra, modules in missing.items() if modules
     )
-    if not whole:
-        raise UsageError(f"no service can run: {lacking}. Run `make setup`")
-    says = f"Keepwarm {ours}, ready for: {', '.join(whole)}"
-    return note(f"{says}; {lacking}, which only matters on its node") if lacking else well(says)
+    if not complete:
+        raise UsageError(f"no service can run: {incomplete}. Run `make setup`")
+    message = f"Keepwarm {installed}, ready for: {', '.join(complete)}"
+    if incomplete:
+        return warning(f"{message}; not for: {incomplete}. Install them only where they are used")
+    return ok(message)
 
 
 def device(_: Settings) -> Finding:
-    """Raises EngineStartError when the environment names a GPU that is not there."""
+    """Raises EngineStartError when the environment names a GPU that does not exist."""
     from services.node.device import find_device
 
     device = find_device()
     memory = f"{device.memory_bytes / GIB:.1f} GiB free"
     if device.kind == "cuda":
-        return well(f"{device.name}, {memory}, driver {_driver()}")
-    return note(
-        f"no GPU, so the processors: {device.name}, {len(device.cores)} cores, {memory}. Where "
-        "there should be one, see whether `nvidia-smi` lists it and CUDA_VISIBLE_DEVICES does not "
+        return ok(f"{device.name}, {memory}, driver {_driver()}")
+    return warning(
+        f"no GPU, engines use the CPU: {device.name}, {len(device.cores)} cores, {memory}. If this "
+        "node has a GPU, check that `nvidia-smi` lists it and that CUDA_VISIBLE_DEVICES does not "
         "hide it"
     )
 
@@ -89,14 +98,16 @@ def _driver() -> str:
 
 
 def engine(settings: Settings) -> Finding:
-    """Raises EngineStartError when its interpreter cannot import vLLM."""
+    """Raises EngineStartError when the engine's interpreter cannot import vLLM, or when the GPU's
+    driver is too old for it.
+    """
     from services.contexts.start_keeper import without_secrets
     from services.node.device import find_device
 
     python = settings.engine_python
     try:
         done = subprocess.run(
-            [str(python), "-c", _ASK_ENGINE],
+            [str(python), "-c", _ENGINE_VERSIONS],
             capture_output=True,
             encoding="utf-8",
             errors="replace",
@@ -107,38 +118,44 @@ def engine(settings: Settings) -> Finding:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise EngineStartError(
-            f"{python} does not import vLLM: {error}; KEEPWARM_ENGINE_PYTHON names another"
+            f"{python} cannot import vLLM: {error}; name another interpreter with "
+            "KEEPWARM_ENGINE_PYTHON"
         ) from error
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise EngineStartError(
-            f"{python} does not import vLLM: {last}. Run `make setup`, or name an interpreter that "
+            f"{python} cannot import vLLM: {last}. Run `make setup`, or name an interpreter that "
             "has it with KEEPWARM_ENGINE_PYTHON"
         )
     found = json.loads(done.stdout.splitlines()[-1])
     cuda = found["cuda"]
-    says = f"vLLM {found['vllm']} in {python}, built for {f'CUDA {cuda}' if cuda else 'processors'}"
+    message = f"vLLM {found['vllm']} in {python}, built for {f'CUDA {cuda}' if cuda else 'CPUs'}"
     if (find_device().kind == "cuda") != bool(cuda):
-        return note(
-            f"{says}, which is not what this node has; `make setup ENGINE=cpu` or `ENGINE=cuda` "
-            "installs the other"
+        return warning(
+            f"{message}, which does not match this node; run `make setup ENGINE=cpu` or "
+            "`make setup ENGINE=cuda`"
         )
-    knows = _driver_cuda() if cuda else None
-    return well(says) if knows is None else _judged(says, _version(cuda), knows)
+    supported = _driver_cuda() if cuda else None
+    if supported is None:
+        return ok(message)
+    return _compare_cuda(message, _version(cuda), supported)
 
 
-def _judged(says: str, wants: tuple[int, ...], knows: tuple[int, ...]) -> Finding:
-    """Raises EngineStartError where the driver is too old for this engine."""
-    says = f"{says}; the driver knows CUDA {'.'.join(map(str, knows))}"
-    # Within a major version an older driver runs what was built for a newer minor one, but for code
-    # that is compiled on the spot: https://docs.nvidia.com/deploy/cuda-compatibility/
-    if knows[:1] < wants[:1]:
+def _compare_cuda(message: str, built_for: tuple[int, ...], supported: tuple[int, ...]) -> Finding:
+    """Raises EngineStartError when the driver is too old for this engine."""
+    message = f"{message}; the driver supports CUDA {'.'.join(map(str, supported))}"
+    # Within a major version an older driver runs code that was built for a newer minor version,
+    # except code that is compiled at run time:
+    # https://docs.nvidia.com/deploy/cuda-compatibility/
+    if supported[:1] < built_for[:1]:
         raise EngineStartError(
-            f"{says}, which is too old for this engine; ask the administrator for a newer one"
+            f"{message}, which is too old for this engine; ask the administrator for a newer one"
         )
-    if knows < wants:
-        return note(f"{says}, which is older; a newer driver is better where an engine fails")
-    return well(says)
+    if supported < built_for:
+        return warning(
+            f"{message}, which is older than the engine's; install a newer driver if engines fail"
+        )
+    return ok(message)
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -146,48 +163,52 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def _driver_cuda() -> tuple[int, ...] | None:
-    """The newest CUDA that the driver knows; None where it does not say."""
+    """The newest CUDA version that the driver supports; None when it does not report one."""
     import pynvml
 
     from services.node.device import nvml
 
     try:
         with nvml():
-            told = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
+            number = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
     except pynvml.NVMLError:
         return None
-    return told // 1000, told % 1000 // 10
+    return number // 1000, number % 1000 // 10
 
 
 def runtime_dir(settings: Settings) -> Finding:
-    """Raises UsageError for a directory that is not ours, too long, or shared with other nodes."""
+    """Raises UsageError when another user owns the directory, its path is too long, or other nodes
+    share it.
+    """
     from services.node.runtime_dir import open_runtime_dir, socket_path
 
     directory = open_runtime_dir(settings.runtime_dir)
-    # As long as an engine's name: a context's and a digest.
+    # An engine's name is a context's id and a digest.
     longest = socket_path(directory, f"ctx-{16 * 'f'}-{8 * 'f'}")
     kind = shared_file_system(directory)
     if kind:
         raise UsageError(
-            f"KEEPWARM_RUNTIME_DIR: {directory} is on {kind}, and its sockets and locks belong to "
-            "one node; name a directory on the node itself"
+            f"KEEPWARM_RUNTIME_DIR: {directory} is on {kind}, but its sockets and locks belong to "
+            "one node; name a directory on a local disk"
         )
-    return well(f"{directory}, ours alone; its longest socket path has {len(str(longest))} bytes")
+    return ok(f"{directory}, private; the longest socket path has {len(str(longest))} bytes")
 
 
 def caches(settings: Settings) -> Finding:
-    """Raises UsageError for a directory that is not ours."""
+    """Raises UsageError when another user owns the directory."""
     from services.node.runtime_dir import open_private_dir
 
     directory = open_private_dir(settings.cache_dir, "KEEPWARM_CACHE_DIR")
     free = shutil.disk_usage(directory).free
-    says = f"{directory}, {free / GIB:.1f} GiB free"
+    message = f"{directory}, {free / GIB:.1f} GiB free"
     kind = shared_file_system(directory)
     if kind:
-        return note(f"{says}, on {kind}; a directory on the node's own disk is faster")
-    if free < ROOM_BYTES:
-        return note(f"{says}; make room, or name another with KEEPWARM_CACHE_DIR")
-    return well(says)
+        return warning(f"{message}, on {kind}; a directory on a local disk is faster")
+    if free < RECOMMENDED_FREE_BYTES:
+        return warning(
+            f"{message}; free some space, or name another directory with KEEPWARM_CACHE_DIR"
+        )
+    return ok(message)
 
 
 def keeper(settings: Settings) -> Finding:
@@ -198,28 +219,37 @@ def keeper(settings: Settings) -> Finding:
     directory = open_runtime_dir(settings.runtime_dir)
     line = connected(directory)
     if line is None:
-        return well("none runs here; a worker starts it")
+        return ok("not running; a worker starts it")
     line.close()
-    return well(f"it answers; engines: {len(live_records(directory))}")
+    return ok(f"running; engines: {len(live_records(directory))}")
 
 
 def limits(_: Settings) -> Finding:
-    """Raises UsageError where nothing could work."""
+    """Raises UsageError when no service could work."""
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     threads, _most = resource.getrlimit(resource.RLIMIT_NPROC)
     space, _most = resource.getrlimit(resource.RLIMIT_AS)
-    says = f"open files: {files:,} (at most {most:,})"
-    if files < _FEW_FILES:
-        raise UsageError(f"{says}, which is too few; run `ulimit -n {_FILES}` before the service")
-    says += f"; processes and threads: {_count(threads)}; address space: {_count(space)}"
-    wants = []
-    if files < _FILES:
-        wants.append(f"engines and brokers want {_FILES:,} files: `ulimit -n {_FILES}`")
-    if threads != resource.RLIM_INFINITY and threads < _THREADS:
-        wants.append(f"engines want {_THREADS:,} threads: `ulimit -u {_THREADS}`")
+    message = f"open files: {files:,} (at most {most:,})"
+    if files < _MIN_FILES:
+        raise UsageError(
+            f"{message}, too few for a service; run `ulimit -n {_RECOMMENDED_FILES}` first"
+        )
+    message += f"; processes and threads: {_count(threads)}; address space: {_count(space)}"
+    advice = []
+    if files < _RECOMMENDED_FILES:
+        advice.append(
+            f"engines and brokers need {_RECOMMENDED_FILES:,} files: "
+            f"`ulimit -n {_RECOMMENDED_FILES}`"
+        )
+    if threads != resource.RLIM_INFINITY and threads < _RECOMMENDED_THREADS:
+        advice.append(
+            f"engines need {_RECOMMENDED_THREADS:,} threads: `ulimit -u {_RECOMMENDED_THREADS}`"
+        )
     if space != resource.RLIM_INFINITY:
-        wants.append("CUDA reserves more addresses than there is memory: `ulimit -v unlimited`")
-    return note("; ".join((says, *wants))) if wants else well(says)
+        advice.append(
+            "CUDA reserves more address space than there is memory: `ulimit -v unlimited`"
+        )
+    return warning("; ".join((message, *advice))) if advice else ok(message)
 
 
 def _count(limit: int) -> str:
@@ -227,11 +257,11 @@ def _count(limit: int) -> str:
 
 
 def clock(_: Settings) -> Finding:
-    # Room for a struct timex, whose first field, all zero, asks and sets nothing.
+    # A buffer for a struct timex. Its first field, zero, means: read only.
     state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))
     if state == _TIME_ERROR:
-        return note(
-            "nothing keeps it right (install chrony, or ask the administrator); results stay "
-            "right, their times of day may not be, and a wrong date fails TLS"
+        return warning(
+            "not synchronised: times in results may be wrong, and a wrong date makes TLS fail; "
+            "install chrony, or ask the administrator"
         )
-    return well("kept right by another")
+    return ok("synchronised")

@@ -1,4 +1,4 @@
-"""What `keepwarm doctor` says of a broker and of PostgreSQL: real ones."""
+"""What `keepwarm doctor` reports about a broker and of PostgreSQL: real ones."""
 
 import json
 from collections.abc import Callable
@@ -25,41 +25,43 @@ def diagnosis(
     return code, next(line for line in doctor.lines if f'"check": "{about}"' in line)
 
 
-def test_a_broker_that_is_well_is_said_to_be(command: Start) -> None:
-    code, says = diagnosis(command)
+def test_a_broker_without_problems_is_ok(command: Start) -> None:
+    code, finding = diagnosis(command)
     assert code == 0
-    assert '"well"' in says and "its queues are as they should be" in says
-    assert f"{topology.VERDICTS_QUEUE} 0" in says
+    assert '"ok"' in finding and "its queues have the right arguments" in finding
+    assert f"{topology.VERDICTS_QUEUE} 0" in finding
 
 
-def test_what_a_broker_lacks_is_named_and_not_made(command: Start, node: PrivateNode) -> None:
+def test_missing_queues_and_exchanges_are_named_and_not_created(
+    command: Start, node: PrivateNode
+) -> None:
     queue, exchange = topology.VERDICTS_QUEUE, topology.PRESENCE_EXCHANGE
     delete_queues(node, queue)
     connection = plain_connection(node)
     connection.channel().exchange_delete(exchange)
-    code, says = diagnosis(command)
+    code, finding = diagnosis(command)
     assert code == 0
-    assert '"note"' in says and f"lacks {exchange}, {queue}: the next collector" in says
+    assert '"warning"' in finding and f"missing: {exchange}, {queue}. The next collector" in finding
     for ask in ("queue_declare", "exchange_declare"):
         with pytest.raises(ChannelClosedByBroker, match="NOT_FOUND"):
             getattr(connection.channel(), ask)(queue if "queue" in ask else exchange, passive=True)
     connection.close()
 
 
-def test_a_broker_without_anything_is_left_so(command: Start, node: PrivateNode) -> None:
+def test_nothing_is_created_on_an_empty_broker(command: Start, node: PrivateNode) -> None:
     delete_queues(node, *topology.CORE_QUEUES)
     connection = plain_connection(node)
     for exchange in topology.HOUSE_EXCHANGES:
         connection.channel().exchange_delete(exchange)
-    code, says = diagnosis(command)
+    code, finding = diagnosis(command)
     assert code == 0
-    assert '"note"' in says and "has no queues yet: a collector makes them" in says
+    assert '"warning"' in finding and "has no queues yet: a collector creates them" in finding
     with pytest.raises(ChannelClosedByBroker, match="NOT_FOUND"):
         connection.channel().queue_declare(topology.VERDICTS_QUEUE, passive=True)
     connection.close()
 
 
-def test_a_binding_that_is_missing_is_not_made(command: Start, node: PrivateNode) -> None:
+def test_a_missing_binding_is_not_created(command: Start, node: PrivateNode) -> None:
     queue, exchange = topology.VERDICTS_QUEUE, topology.VERDICTS_EXCHANGE
     connection = plain_connection(node)
     channel = connection.channel()
@@ -71,26 +73,26 @@ def test_a_binding_that_is_missing_is_not_made(command: Start, node: PrivateNode
     connection.close()
 
 
-def test_a_queue_of_another_kind_is_a_fault(command: Start, node: PrivateNode) -> None:
+def test_a_queue_of_another_kind_is_an_error(command: Start, node: PrivateNode) -> None:
     delete_queues(node, topology.VERDICTS_QUEUE)
     connection = plain_connection(node)
     connection.channel().queue_declare(topology.VERDICTS_QUEUE, durable=True)
     connection.close()
     try:
-        code, says = diagnosis(command)
+        code, finding = diagnosis(command)
     finally:
         delete_queues(node, topology.VERDICTS_QUEUE)
     assert code == 5
-    assert '"fault"' in says and "Drain and delete that queue" in says
+    assert '"error"' in finding and "Drain and delete that queue" in finding
 
 
-def test_a_wrong_password_and_a_wrong_address_are_faults(command: Start) -> None:
-    code, says = diagnosis(command, KEEPWARM_BROKER_PASSWORD="wrong")
+def test_a_wrong_password_and_a_wrong_address_are_errors(command: Start) -> None:
+    code, finding = diagnosis(command, KEEPWARM_BROKER_PASSWORD="wrong")
     assert code == 5
-    assert "refused us" in says and "wrong" not in says
-    code, says = diagnosis(command, "--broker", "amqp://keepwarm@127.0.0.1:1/")
+    assert "refused us" in finding and "wrong" not in finding
+    code, finding = diagnosis(command, "--broker", "amqp://keepwarm@127.0.0.1:1/")
     assert code == 5
-    assert "Check that it is running and that the address is right" in says
+    assert "Is it running, and is the address right?" in finding
 
 
 def rows(url: str, query: str) -> list[tuple[object, ...]]:
@@ -103,31 +105,33 @@ TABLES = "SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY 1
 
 def test_an_empty_database_stays_empty(command: Start, postgresql: PostgreSQL) -> None:
     url = postgresql.new_database()
-    code, says = diagnosis(command, "--store", url, about="store")
-    assert (code, json.loads(says)["level"]) == (0, "well")
-    assert "empty, the collector makes its tables" in says
+    code, finding = diagnosis(command, "--store", url, about="store")
+    assert (code, json.loads(finding)["level"]) == (0, "ok")
+    assert "empty, the collector creates its tables" in finding
     assert rows(url, TABLES) == []
 
 
-def test_a_database_of_an_older_version_stays_so(command: Start, postgresql: PostgreSQL) -> None:
+def test_a_database_of_an_older_version_is_left_unchanged(
+    command: Start, postgresql: PostgreSQL
+) -> None:
     url = postgresql.new_database()
     Store.open(load_settings(store_url=url)).close()
     with psycopg.connect(url) as connection:
         connection.execute("UPDATE keepwarm_schema SET version = 3")
         connection.execute("DROP TABLE verdict_counts")
     before = rows(url, TABLES)
-    code, says = diagnosis(command, "--store", url, about="store")
-    assert (code, json.loads(says)["level"]) == (0, "note")
-    assert "version 3, would be upgraded by the next collector" in says
+    code, finding = diagnosis(command, "--store", url, about="store")
+    assert (code, json.loads(finding)["level"]) == (0, "warning")
+    assert "version 3, which the next collector upgrades" in finding
     assert rows(url, TABLES) == before
     assert rows(url, "SELECT version FROM keepwarm_schema") == [(3,)] != [(SCHEMA_VERSION,)]
 
 
-def test_what_was_tried_is_taken_back(command: Start, postgresql: PostgreSQL) -> None:
+def test_the_check_for_write_access_changes_nothing(command: Start, postgresql: PostgreSQL) -> None:
     url = postgresql.new_database()
     Store.open(load_settings(store_url=url)).close()
-    code, says = diagnosis(command, "--store", url, about="store")
-    assert (code, json.loads(says)["level"]) == (0, "well")
+    code, finding = diagnosis(command, "--store", url, about="store")
+    assert (code, json.loads(finding)["level"]) == (0, "ok")
     assert rows(url, "SELECT version FROM keepwarm_schema") == [(SCHEMA_VERSION,)]
 
 
@@ -147,7 +151,7 @@ GRANTS = {
 
 
 @pytest.mark.parametrize("granted", GRANTS)
-def test_a_user_who_may_only_read_is_told_for_whom_that_is(
+def test_read_only_access_is_a_warning_that_names_the_commands_it_is_enough_for(
     command: Start, postgresql: PostgreSQL, granted: str
 ) -> None:
     url, grant = postgresql.new_database(), GRANTS[granted]
@@ -156,15 +160,15 @@ def test_a_user_who_may_only_read_is_told_for_whom_that_is(
     with psycopg.connect(url) as connection:
         connection.execute(f"CREATE ROLE {role} LOGIN; {grant[0].format(role)}")
     as_reader = url.replace("//keepwarm@", f"//{role}@")
-    code, says = diagnosis(command, "--store", as_reader, about="store")
-    assert (code, json.loads(says)["level"]) == (0, "note")
-    assert "can be read, as `status`" in says and grant[1] in says
+    code, finding = diagnosis(command, "--store", as_reader, about="store")
+    assert (code, json.loads(finding)["level"]) == (0, "warning")
+    assert "enough for `status`" in finding and grant[1] in finding
     collecting = command("collect", "--store", as_reader)
     assert collecting.wait() == 6, collecting.output
-    assert "but not write it" in " ".join(collecting.output.split())
+    assert "can be read by this user and not written" in " ".join(collecting.output.split())
 
 
-def test_an_empty_database_where_no_tables_may_be_made_is_noted(
+def test_an_empty_database_where_no_tables_may_be_created_is_a_warning(
     command: Start, postgresql: PostgreSQL
 ) -> None:
     url = postgresql.new_database()
@@ -172,6 +176,6 @@ def test_an_empty_database_where_no_tables_may_be_made_is_noted(
         connection.execute("CREATE ROLE guest LOGIN")
         connection.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
     as_guest = url.replace("//keepwarm@", "//guest@")
-    code, says = diagnosis(command, "--store", as_guest, about="store")
-    assert (code, json.loads(says)["level"]) == (0, "note")
-    assert "permission denied for schema public" in says
+    code, finding = diagnosis(command, "--store", as_guest, about="store")
+    assert (code, json.loads(finding)["level"]) == (0, "warning")
+    assert "permission denied for schema public" in finding

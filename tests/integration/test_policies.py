@@ -95,24 +95,24 @@ def test_a_policy_that_loses_messages_is_told_by_submit_collect_and_doctor(
     collecting.signal(signal.SIGTERM)
     assert collecting.wait() == 0, collecting.output
     found, code = doctor(managed)
-    assert (found["level"], code) == ("fault", 5)
-    assert says in found["says"]
+    assert (found["level"], code) == ("error", 5)
+    assert says in found["message"]
 
 
-def test_a_short_queue_that_refuses_what_is_too_much_is_a_note(
+def test_a_short_queue_that_refuses_what_is_too_much_is_a_warning(
     managed: Start, policy: Callable[..., None]
 ) -> None:
     policy('{"max-length": 1000, "overflow": "reject-publish"}')
     found, _ = doctor(managed)
-    assert found["level"] == "note"
-    assert "publishers wait while the queue is full" in found["says"]
+    assert found["level"] == "warning"
+    assert "publishers wait while the queue is full" in found["message"]
 
 
 def test_without_policies_nothing_is_told(managed: Start) -> None:
     submitting = managed("submit", "samples/claims.jsonl")
     assert submitting.wait() == 0 and "Warning" not in submitting.output, submitting.output
     found, _ = doctor(managed)
-    assert found["level"] == "well", found
+    assert found["level"] == "ok", found
 
 
 def test_who_may_not_ask_for_policies_is_told_so_by_doctor(
@@ -129,7 +129,7 @@ def test_who_may_not_ask_for_policies_is_told_so_by_doctor(
         )
     finally:
         node.control("delete_user", "stranger")
-    assert "Policies were not looked at: stranger may not ask" in found["says"]
+    assert "Policies were not checked: stranger may not ask" in found["message"]
 
 
 def test_claims_that_a_policy_gave_up_are_dead_messages_that_say_so(
@@ -218,10 +218,10 @@ def test_doctor_tells_of_queues_from_rabbitmq_3_until_a_policy_lifts_their_limit
 ) -> None:
     managed("collect", "--until", submit(managed)).said("broker.connected")
     found, _ = doctor(managed)
-    assert found["level"] == "note"
-    assert "made before RabbitMQ 4" in found["says"]
+    assert found["level"] == "warning"
+    assert "created before RabbitMQ 4" in found["message"]
     policy('{"delivery-limit": -1}')
-    assert doctor(managed)[0]["level"] == "well"
+    assert doctor(managed)[0]["level"] == "ok"
 
 
 def test_a_policy_lets_messages_of_an_old_queue_be_returned_without_end(

@@ -416,13 +416,13 @@ def test_the_services_do_their_work_with_the_rights_of_their_roles(
         assert "ACCESS_REFUSED" not in service.output
     listing = as_role("operator", "dead", "list")
     assert listing.wait() == 0 and "no message is dead" in listing.output, listing.output
-    for role, says in (("worker", "may not make its"), ("operator", "as they should be")):
+    for role, says in (("worker", "may not declare its"), ("operator", "have the right arguments")):
         doctor = as_role(role, "doctor", "--json")
         assert doctor.wait() == 0 and says in doctor.output, doctor.output
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_doctor_says_for_whom_a_user_is_right(broker: Broker, role: str) -> None:
+def test_doctor_reports_the_roles_whose_permissions_a_user_has(broker: Broker, role: str) -> None:
     doctor = Command(
         {
             **{k: v for k, v in os.environ.items() if not k.startswith("KEEPWARM_")},
@@ -433,16 +433,16 @@ def test_doctor_says_for_whom_a_user_is_right(broker: Broker, role: str) -> None
         *("doctor", "--json"),
     )
     doctor.wait()
-    told = next(json.loads(line) for line in doctor.lines if '"check": "broker"' in line)
+    finding = next(json.loads(line) for line in doctor.lines if '"check": "broker"' in line)
     doctor.end()
     if role == "operator":
-        assert told["level"] == "well", told
+        assert finding["level"] == "ok", finding
         return
     others = ", ".join(each for each in ROLES if each != role)
-    assert told["level"] == "note", told
-    assert f"right for: {role}; not for: {others}. " in told["says"]
-    assert ("may not make its queues" in told["says"]) == (role != "collector")
-    assert "Not tried: to read queues" in told["says"]
+    assert finding["level"] == "warning", finding
+    assert f"permissions of: {role}; not of: {others}. " in finding["message"]
+    assert ("may not declare its queues" in finding["message"]) == (role != "collector")
+    assert "Not checked: reading from queues" in finding["message"]
 
 
 def test_a_password_cannot_use_up_the_broker(broker: Broker) -> None:

@@ -239,9 +239,7 @@ def test_each_worker_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_more_workers_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    with pytest.raises(
-        UsageError, match="--workers 2: .* its own GPU, .* may use 1"
-    ):
+    with pytest.raises(UsageError, match="--workers 2: .* its own GPU, .* may use 1"):
         device_shares(2, GPU)
 
 
