@@ -37,7 +37,7 @@ from rich.table import Table
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.desk import KEEPWARM, Desk  # noqa: E402
+from benchmarks.installation import KEEPWARM, Installation  # noqa: E402
 from services.contexts.lease import drain  # noqa: E402
 from services.contexts.records import live_records  # noqa: E402
 
@@ -51,7 +51,7 @@ LOOK_SECONDS = 0.1
 console = Console(width=110)
 
 
-class Place(Desk):
+class ContextsInstallation(Installation):
     """Claims come as lines here, and what is warm can be forgotten."""
 
     def __init__(self, directory: Path) -> None:
@@ -93,8 +93,8 @@ class Place(Desk):
 
 
 @contextmanager
-def serving(desk: Place) -> Iterator[subprocess.Popen[bytes]]:
-    worker = desk.worker()
+def serving(installation: ContextsInstallation) -> Iterator[subprocess.Popen[bytes]]:
+    worker = installation.worker()
     try:
         yield worker
     finally:
@@ -124,53 +124,61 @@ def in_batches(lines: list[str], size: int) -> list[list[str]]:
     return [lines[start : start + size] for start in range(0, len(lines), size)]
 
 
-def cold(desk: Place, lines: list[str], size: int, directory: Path, *, fetch: bool) -> dict:
+def cold(
+    installation: ContextsInstallation, lines: list[str], size: int, directory: Path, *, fetch: bool
+) -> dict:
     """Every batch starts its engine, and where `fetch` is set its weights' way to the node too."""
     phases: dict[str, float] = {}
     seconds = 0.0
     for batch in in_batches(lines, size):
-        run_id = desk.submit(batch, size)
+        run_id = installation.submit(batch, size)
         started = time.monotonic()
         if fetch:
             fetched = fetched_and_converted(directory)
             phases["fetch"] = phases.get("fetch", 0.0) + fetched
-        with serving(desk):
-            desk.wait_for(run_id)
-            for name, took in desk.phases().items():
+        with serving(installation):
+            installation.wait_for(run_id)
+            for name, took in installation.phases().items():
                 phases[name] = phases.get(name, 0.0) + took
-        drain(desk.settings)
+        drain(installation.settings)
         seconds += time.monotonic() - started
     return {"seconds": seconds, "phases": phases}
 
 
-def pervasive(desk: Place, lines: list[str], size: int) -> dict:
+def pervasive(installation: ContextsInstallation, lines: list[str], size: int) -> dict:
     """The engine is started once, for the first batch, and is there for all others. As in the other
     modes, its end counts, too.
     """
-    run_id = desk.submit(lines, size)
+    run_id = installation.submit(lines, size)
     started = time.monotonic()
-    with serving(desk):
-        desk.wait_for(run_id)
-        phases = desk.phases()
-    drain(desk.settings)
+    with serving(installation):
+        installation.wait_for(run_id)
+        phases = installation.phases()
+    drain(installation.settings)
     return {"seconds": time.monotonic() - started, "phases": phases}
 
 
-def sizes(desk: Place, lines: list[str], rounds: int) -> dict[int, list[float]]:
+def sizes(
+    installation: ContextsInstallation, lines: list[str], rounds: int
+) -> dict[int, list[float]]:
     """Seconds on a warm engine for each batch size, from the worker's start; sizes take turns."""
     taken: dict[int, list[float]] = {size: [] for size in SIZES}
     for _ in range(rounds):
         for size in SIZES:
-            run_id = desk.submit(desk.numbered(lines), size)
+            run_id = installation.submit(installation.numbered(lines), size)
             started = time.monotonic()
-            with serving(desk):
-                desk.wait_for(run_id)
+            with serving(installation):
+                installation.wait_for(run_id)
                 taken[size].append(time.monotonic() - started)
     return taken
 
 
 def preempted(
-    desk: Place, lines: list[str], size: int, rounds: int, claims_per_second: float
+    installation: ContextsInstallation,
+    lines: list[str],
+    size: int,
+    rounds: int,
+    claims_per_second: float,
 ) -> dict[str, list[float]]:
     """Claims/s of one run in stretches of ten seconds, by what its worker gets at the beginning:
     nothing, or a signal to its group, and another worker is started at once. The three take turns,
@@ -182,22 +190,22 @@ def preempted(
     seconds = EVERY_SECONDS * len(SIGNALS) * rounds
     claims = 2 * size + round(2 * claims_per_second * seconds)  # twice of what it should take
     many = [line for _ in range(1 + claims // len(lines)) for line in lines][:claims]
-    run_id = desk.submit(desk.numbered(many), size)
+    run_id = installation.submit(installation.numbered(many), size)
 
-    worker = desk.worker()
-    done = desk.wait_for(run_id, lambda status: status.done >= 2 * size).done
+    worker = installation.worker()
+    done = installation.wait_for(run_id, lambda status: status.done >= 2 * size).done
     done_at = time.monotonic()
     for turn in range(rounds):
         for how in list(SIGNALS)[:: 1 if turn % 2 == 0 else -1]:
             number = SIGNALS[how]
             if number is not None:
                 os.killpg(worker.pid, number)
-                worker = desk.worker()
+                worker = installation.worker()
             before, began = done, done_at
             ends = time.monotonic() + EVERY_SECONDS
             while time.monotonic() < ends or done == before:
                 time.sleep(LOOK_SECONDS)
-                now = desk.wait_for(run_id, lambda _: True).done
+                now = installation.wait_for(run_id, lambda _: True).done
                 if now > done:
                     done, done_at = now, time.monotonic()
             taken[how].append((done - before) / (done_at - began))
@@ -205,17 +213,19 @@ def preempted(
     return taken
 
 
-def attaches(desk: Place, lines: list[str], repetitions: int) -> dict[int, list[float]]:
+def attaches(
+    installation: ContextsInstallation, lines: list[str], repetitions: int
+) -> dict[int, list[float]]:
     """Seconds from a worker's start to its first verdict in the store, on a warm engine, for each
     size of its first batch; sizes take turns.
     """
     taken: dict[int, list[float]] = {size: [] for size in ATTACH_SIZES}
     for _ in range(repetitions):
         for size in ATTACH_SIZES:
-            run_id = desk.submit(desk.numbered(lines[:size]), size)
+            run_id = installation.submit(installation.numbered(lines[:size]), size)
             started = time.monotonic()
-            with serving(desk):
-                desk.wait_for(run_id, lambda status: status.done >= 1)
+            with serving(installation):
+                installation.wait_for(run_id, lambda status: status.done >= 1)
                 taken[size].append(time.monotonic() - started)
     return taken
 
@@ -259,19 +269,21 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory(prefix="kw-") as name:
         directory = Path(name)
-        with closing(Place(directory)) as desk:
+        with closing(ContextsInstallation(directory)) as installation:
             modes = result["modes"]
             for mode, fetch in (("none", True), ("partial", False)):
                 if mode not in arguments.skip:
                     modes[mode] = step(
                         mode,
                         lambda fetch=fetch: cold(
-                            desk, lines, arguments.batch, directory, fetch=fetch
+                            installation, lines, arguments.batch, directory, fetch=fetch
                         ),
                     )
-            modes["pervasive"] = step("pervasive", lambda: pervasive(desk, lines, arguments.batch))
-            step("an engine that stays", lambda: attaches(desk, lines, 1))
-            taken = step("batch sizes", lambda: sizes(desk, lines, arguments.rounds))
+            modes["pervasive"] = step(
+                "pervasive", lambda: pervasive(installation, lines, arguments.batch)
+            )
+            step("an engine that stays", lambda: attaches(installation, lines, 1))
+            taken = step("batch sizes", lambda: sizes(installation, lines, arguments.rounds))
             result["batch_sizes"] = {
                 size: {
                     "seconds": seconds,
@@ -279,7 +291,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 }
                 for size, seconds in taken.items()
             }
-            attached = step("warm attaches", lambda: attaches(desk, lines, arguments.attaches))
+            attached = step(
+                "warm attaches", lambda: attaches(installation, lines, arguments.attaches)
+            )
             result["warm_attach_seconds"] = {
                 size: {"all": seconds, "median": statistics.median(seconds), "max": max(seconds)}
                 for size, seconds in attached.items()
@@ -287,7 +301,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             rates = step(
                 "preemption",
                 lambda: preempted(
-                    desk,
+                    installation,
                     lines,
                     arguments.batch,
                     arguments.preemption_rounds,

@@ -178,14 +178,14 @@ class Keepwarm:
     """A node, a warm worker and a collector; `run` sends the claims once more, as a new run."""
 
     def __init__(self, directory: Path, compiled: bool) -> None:
-        from benchmarks.desk import Desk
+        from benchmarks.installation import Installation
 
         arguments = ["--no-enable-prefix-caching"]
         if compiled:
             arguments.append("--no-enforce-eager")
             os.environ["TORCHDYNAMO_DISABLE"] = "0"
-        self._desk = Desk(directory, KEEPWARM_ENGINE_ARGUMENTS=" ".join(arguments))
-        self._worker, _ = self._desk.ready_worker()
+        self._installation = Installation(directory, KEEPWARM_ENGINE_ARGUMENTS=" ".join(arguments))
+        self._worker, _ = self._installation.ready_worker()
 
     def run(self, claims_file: Path, limit: int, name: str) -> float:
         """Seconds from the opening of the file to the last verdict in the store."""
@@ -195,8 +195,10 @@ class Keepwarm:
         context = pin_model(ContextSpec(model=str(MODEL), max_model_tokens=MAX_TOKENS))
         prompt = PromptSpec(name=name)
         started = time.monotonic()
-        batch_size = self._desk.settings.batch_size
-        self._desk.wait_for(self._desk.publish(claims_file, prompt, context, batch_size, limit))
+        batch_size = self._installation.settings.batch_size
+        self._installation.wait_for(
+            self._installation.publish(claims_file, prompt, context, batch_size, limit)
+        )
         return time.monotonic() - started
 
     @property
@@ -204,14 +206,14 @@ class Keepwarm:
         """Of the worker and of its engine."""
         from services.contexts.records import live_records
 
-        records = live_records(self._desk.settings.runtime_dir)
+        records = live_records(self._installation.settings.runtime_dir)
         engines = [record.pid for record in records if record.pid is not None]
         return [self._worker.pid, *engines]
 
     def close(self) -> None:
         self._worker.terminate()
         self._worker.wait()
-        self._desk.close()
+        self._installation.close()
 
 
 @contextmanager

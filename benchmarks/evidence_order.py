@@ -43,7 +43,7 @@ from services.models.files import pin_model  # noqa: E402
 from services.models.tokenizer import ModelTokenizer  # noqa: E402
 from services.node.device import find_device  # noqa: E402
 from services.producer import ClaimsFile, Source  # noqa: E402
-from services.producer.ordering import together  # noqa: E402
+from services.producer.ordering import group_by_evidence  # noqa: E402
 
 MODEL = REPOSITORY / ".models" / "SmolLM2-135M-Instruct"
 SYMMETRIC = REPOSITORY.parent / "shared" / "data" / "fever_symmetric_dev.jsonl"
@@ -131,7 +131,11 @@ def main() -> None:
     with warm_engine(spec, arguments.cache_tokens) as (score, http):
         for number in range(arguments.rounds + 1):
             shuffled = chance.sample(claims, len(claims))
-            orders = {"shuffled": shuffled, "ordered": list(together(shuffled)), "as is": claims}
+            orders = {
+                "shuffled": shuffled,
+                "ordered": list(group_by_evidence(shuffled)),
+                "as is": claims,
+            }
             found = {}
             for name in chance.sample(list(orders), len(orders)):
                 # In front of all else, and of the same length whatever the round.

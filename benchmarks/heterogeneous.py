@@ -25,7 +25,7 @@ from rich.table import Table
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.desk import MODEL, Desk  # noqa: E402
+from benchmarks.installation import MODEL, Installation  # noqa: E402
 from services.contracts import ContextSpec, PromptSpec  # noqa: E402
 from services.models.files import pin_model  # noqa: E402
 from services.store import build_report, find_run  # noqa: E402
@@ -36,10 +36,12 @@ console = Console(width=110)
 
 
 @contextmanager
-def worker(desk: Desk, claim_seconds: float, prefetch_seconds: str) -> Iterator[str]:
+def worker(
+    installation: Installation, claim_seconds: float, prefetch_seconds: str
+) -> Iterator[str]:
     """A worker that takes claims; its id."""
-    process, line = desk.ready_worker(
-        KEEPWARM_ENGINE_PYTHON=str(interpreter(desk.directory / "doubles")),
+    process, line = installation.ready_worker(
+        KEEPWARM_ENGINE_PYTHON=str(interpreter(installation.directory / "doubles")),
         KEEPWARM_LOG_FORMAT="json",
         KEEPWARM_PREFETCH_SECONDS=prefetch_seconds,
         VLLM_TEST_CLAIM_SECONDS=str(claim_seconds),
@@ -51,27 +53,29 @@ def worker(desk: Desk, claim_seconds: float, prefetch_seconds: str) -> Iterator[
         process.wait()
 
 
-def run(desk: Desk, count: int, batch_size: int, name: str) -> tuple[float, dict[str, int]]:
+def run(
+    installation: Installation, count: int, batch_size: int, name: str
+) -> tuple[float, dict[str, int]]:
     """Seconds from the opening of the file to the last verdict, and verdicts by worker."""
-    file = desk.directory / "claims.jsonl"
+    file = installation.directory / "claims.jsonl"
     file.write_text("".join(f'{{"id": {n}, "claim": "Claim {n}."}}\n' for n in range(count)))
     context = pin_model(ContextSpec(model=str(MODEL)))
     started = time.monotonic()
-    run_id = desk.publish(file, PromptSpec(name=name), context, batch_size)
-    status = desk.wait_for(run_id)
+    run_id = installation.publish(file, PromptSpec(name=name), context, batch_size)
+    status = installation.wait_for(run_id)
     seconds = time.monotonic() - started
     assert status.lost_work == status.duplicates == status.dead == 0, status
-    report = build_report(desk.store, find_run(desk.store, run_id))
+    report = build_report(installation.store, find_run(installation.store, run_id))
     return seconds, {worker.worker_id: worker.verdicts for worker in report.workers}
 
 
-def measure(arguments: argparse.Namespace, desk: Desk) -> dict[str, object]:
+def measure(arguments: argparse.Namespace, installation: Installation) -> dict[str, object]:
     """Rates alone, then every round: makespan / ideal and the slow worker's share."""
     rates = []
     for claim_seconds in (arguments.claim_seconds, arguments.claim_seconds * arguments.slower):
         count = round(arguments.ideal_seconds / 3 / claim_seconds)
-        with worker(desk, claim_seconds, HORIZONS["paced"]):
-            seconds, _ = run(desk, count, 64, f"alone {claim_seconds}")
+        with worker(installation, claim_seconds, HORIZONS["paced"]):
+            seconds, _ = run(installation, count, 64, f"alone {claim_seconds}")
         rates.append(count / seconds)
     fast, slow = rates
     claims = round(arguments.ideal_seconds * (fast + slow))
@@ -84,11 +88,13 @@ def measure(arguments: argparse.Namespace, desk: Desk) -> dict[str, object]:
         for batch_size in arguments.batch_size:
             for way, horizon in HORIZONS.items():
                 with (
-                    worker(desk, arguments.claim_seconds * arguments.slower, horizon) as slow_one,
-                    worker(desk, arguments.claim_seconds, horizon),
+                    worker(
+                        installation, arguments.claim_seconds * arguments.slower, horizon
+                    ) as slow_one,
+                    worker(installation, arguments.claim_seconds, horizon),
                 ):
                     name = f"{way} {batch_size} {number}"
-                    seconds, by_worker = run(desk, claims, batch_size, name)
+                    seconds, by_worker = run(installation, claims, batch_size, name)
                 share = by_worker.get(slow_one, 0) / claims
                 rounds.append((way, batch_size, seconds / ideal, share))
                 console.print(f"{name}: {seconds / ideal:.3f}", highlight=False)
@@ -109,9 +115,9 @@ def main() -> None:
 
     with (
         tempfile.TemporaryDirectory(prefix="keepwarm-benchmark-") as name,
-        closing(Desk(Path(name))) as desk,
+        closing(Installation(Path(name))) as installation,
     ):
-        figures = measure(arguments, desk)
+        figures = measure(arguments, installation)
     fast, slow = figures["rates"]
     table = Table(
         title=f"{figures['claims']:,} claims on workers of {fast:.0f} and {slow:.0f} claims/s; "

@@ -27,7 +27,7 @@ from rich.table import Table
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.desk import MODEL, Desk  # noqa: E402
+from benchmarks.installation import MODEL, Installation  # noqa: E402
 from services.contexts.lease import drain  # noqa: E402
 from services.contracts import ContextSpec  # noqa: E402
 from services.contracts.contexts import DType  # noqa: E402
@@ -42,15 +42,17 @@ console = Console(width=110)
 numbers = count(1)
 
 
-def answered(desk: Desk, context: ContextSpec, batch_size: int) -> tuple[float, Verdicts]:
+def answered(
+    installation: Installation, context: ContextSpec, batch_size: int
+) -> tuple[float, Verdicts]:
     """Seconds and verdicts of a run of its own, which its prompt's name makes it."""
     prompt = PROMPT.model_copy(update={"name": f"{PROMPT.name} {next(numbers)}"})
     started = time.monotonic()
-    run_id = desk.publish(SAMPLES, prompt, context, batch_size)
-    desk.wait_for(run_id)
+    run_id = installation.publish(SAMPLES, prompt, context, batch_size)
+    installation.wait_for(run_id)
     seconds = time.monotonic() - started
-    file = desk.directory / "verdicts.jsonl"
-    export_run(desk.store, find_run(desk.store, run_id), "jsonl", file)
+    file = installation.directory / "verdicts.jsonl"
+    export_run(installation.store, find_run(installation.store, run_id), "jsonl", file)
     with file.open(encoding="utf-8") as lines:
         return seconds, {row["claim_id"]: row for row in map(json.loads, lines)}
 
@@ -70,19 +72,19 @@ def differences(ours: Verdicts, others: Verdicts) -> dict[str, float]:
     }
 
 
-def measure(desk: Desk, dtype: DType, sizes: list[int]) -> dict[str, Any]:
+def measure(installation: Installation, dtype: DType, sizes: list[int]) -> dict[str, Any]:
     context = pin_model(ContextSpec(model=str(MODEL), dtype=dtype))
     rates: list[float] = []
     runs: list[Verdicts] = []
     for size in sizes:
-        worker, _ = desk.ready_worker("--dtype", dtype)
+        worker, _ = installation.ready_worker("--dtype", dtype)
         try:
-            seconds, first = answered(desk, context, size)
-            runs += [first, answered(desk, context, size)[1]]
+            seconds, first = answered(installation, context, size)
+            runs += [first, answered(installation, context, size)[1]]
         finally:
             worker.terminate()
             worker.wait()
-            drain(desk.settings)
+            drain(installation.settings)
         rates.append(len(first) / seconds)
         console.print(f"[dim]{dtype}, batches of {size}: {rates[-1]:.1f} claims/s …[/]")
     return {
@@ -105,9 +107,11 @@ def main() -> None:
         raise SystemExit("the demo model is not there: run `make setup` first")
     with (
         tempfile.TemporaryDirectory(prefix="kw-") as directory,
-        closing(Desk(Path(directory))) as desk,
+        closing(Installation(Path(directory))) as installation,
     ):
-        figures = {dtype: measure(desk, dtype, arguments.batch_size) for dtype in arguments.dtype}
+        figures = {
+            dtype: measure(installation, dtype, arguments.batch_size) for dtype in arguments.dtype
+        }
 
     table = Table(title=f"{SAMPLES.name}, batches of {arguments.batch_size}, each twice", box=None)
     for column in ("dtype", "claims", "right", "labels that differ", "probabilities that differ"):

@@ -1,9 +1,9 @@
-"""Make the screens of docs/screens.md from the code that draws them, at 80 columns.
+"""Generate the screens of docs/screens.md with the code that prints them, at 80 columns.
 
     .venv/bin/python setup/screens_page.py [--check]
 
-A comment, `<!-- screen: NAME -->`, says which screen stands in the block under it; what is between
-the blocks is written by hand.
+A comment, `<!-- screen: NAME -->`, names the screen in the block under it; the text between the
+blocks is written by people.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from rich.console import Console, RenderableType
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from services.cli.fleet_screen import heard_tables  # noqa: E402
-from services.cli.listening import Heard  # noqa: E402
+from services.cli.broker_snapshot import BrokerSnapshot  # noqa: E402
+from services.cli.fleet_screen import broker_tables  # noqa: E402
 from services.cli.live_view import LiveView  # noqa: E402
 from services.cli.screen import print_report, show, status_table  # noqa: E402
 from services.contracts import (  # noqa: E402
@@ -124,7 +124,7 @@ _REPORT = Report(
     ),
 )
 _CONTEXT = ContextSpec(model=_RUN.model or "")
-_HEARD = Heard(
+_SNAPSHOT = BrokerSnapshot(
     workers=[
         WorkerHeartbeat(
             worker_id=f"gpu-{number}-1201-{name}",
@@ -220,29 +220,32 @@ def screens() -> Mapping[str, str]:
         "full report": _shown(lambda console: print_report(console, _REPORT, full=True)),
         "status": _shown(status_table([_RUN, _OLDER])),
         "status piped": _shown(status_table([_RUN, _OLDER]), terminal=False),
-        "watch": _shown(heard_tables(_HEARD)),
+        "watch": _shown(broker_tables(_SNAPSHOT)),
     }
 
 
 def render(page: str) -> str:
-    """The page with its screens as they are drawn now. Raises SystemExit where the page lacks one,
-    or names one that there is not.
+    """The page with its screens as they are printed now.
+
+    Raises SystemExit when a screen is missing from the page, or unknown.
     """
     drawn = screens()
     named = [block[2] for block in _BLOCK.finditer(page)]
     if sorted(named) != sorted(drawn):
-        raise SystemExit(f"{PAGE}: each screen belongs there once: {', '.join(sorted(drawn))}")
+        raise SystemExit(f"{PAGE}: the page must have each screen once: {', '.join(sorted(drawn))}")
     return _BLOCK.sub(lambda found: f"{found[1]}```\n{drawn[found[2]]}\n```\n", page)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; 1 where it differs")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 if the page differs"
+    )
     arguments = parser.parse_args()
     page = PAGE.read_text(encoding="utf-8")
     rendered = render(page)
     if arguments.check and rendered != page:
-        raise SystemExit(f"{PAGE} is not what is drawn; run `make docs`")
+        raise SystemExit(f"{PAGE} is out of date; run `make docs`")
     if not arguments.check:
         PAGE.write_text(rendered, encoding="utf-8")
 

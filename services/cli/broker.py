@@ -42,7 +42,8 @@ def setup(
     secrets: Annotated[
         Path,
         typer.Option(
-            metavar="DIRECTORY", help="Where the roles' passwords are; one that is there is used."
+            metavar="DIRECTORY",
+            help="The directory of the roles' passwords; existing passwords are kept.",
         ),
     ] = Path("secrets"),
     workers: Annotated[
@@ -51,29 +52,29 @@ def setup(
             metavar="N",
             min=1,
             max=1_000_000,
-            help="So many workers at a time; connections, channels and queues are limited by it.",
+            help="Most workers at a time; sets the limits on connections, channels and queues.",
         ),
     ] = 1_000,
     renew: Annotated[bool, typer.Option("--renew", help="Give every role a new password.")] = False,
 ) -> None:
-    """Make a virtual host on a broker, and users with just the rights of their roles.
+    """Create a virtual host on a broker, and a user with minimal permissions for each role.
 
-    The broker needs its management plug-in. On its machine this turns it on:
+    The broker needs its management plug-in. Enable it on the broker's machine with
     `rabbitmq-plugins enable rabbitmq_management`.
 
-    The administrator's password is KEEPWARM_BROKER_ADMIN_PASSWORD, or in the
-    file that KEEPWARM_BROKER_ADMIN_PASSWORD_FILE names. For guest, where neither
-    is set, it is the one that RabbitMQ comes with.
+    The administrator's password is in KEEPWARM_BROKER_ADMIN_PASSWORD, or in the file
+    named by KEEPWARM_BROKER_ADMIN_PASSWORD_FILE. If neither is set, guest has its
+    default password.
 
-    The roles' passwords are random and go to DIRECTORY/ROLE.password; none is
-    shown. Run again, it makes what is missing and keeps the rest; with the same
-    directory another broker gets the same passwords. Connections, channels and
-    queues are limited by --workers. See docs/broker.md.
+    The roles' passwords are random, are written to DIRECTORY/ROLE.password and never
+    printed. Rerun the command to create what is missing. Another broker with the same
+    directory gets the same passwords. --workers sets the limits on connections,
+    channels and queues. See docs/broker.md.
     """
     settings = load_settings()
     check_virtual_host(vhost)
     if admin in (role.user(vhost) for role in ROLES):
-        raise UsageError(f"--admin: {admin} is one of Keepwarm's own users, name an administrator")
+        raise UsageError(f"--admin: {admin} is one of Keepwarm's own users; name an administrator")
     with ManagementApi(
         management,
         admin,
@@ -91,7 +92,7 @@ def setup(
     _declare_topology(settings, address, vhost, passwords)
     _show(vhost, address, directory, outcomes)
     if admin == _FACTORY_ADMIN and settings.secret("broker_admin") is None:
-        print("guest still has its first password: `rabbitmqctl change_password guest` mends that")
+        print("guest has its default password; change it with `rabbitmqctl change_password guest`")
 
 
 def _admin_password(settings: Settings, admin: str) -> str:
@@ -107,8 +108,8 @@ def _admin_password(settings: Settings, admin: str) -> str:
 def _passwords(
     api: ManagementApi, vhost: str, directory: SecretsDir, renew: bool
 ) -> dict[str, str]:
-    """Of each role. New ones are in their files before the broker hears of them, so that a broken
-    set-up goes on where it ended.
+    """The password of each role. New ones are written before they are sent to the broker, so that
+    an interrupted setup can be resumed.
     """
     known = {} if renew else {role.name: directory.read(role.name) for role in ROLES}
     for role in ROLES:
@@ -124,12 +125,12 @@ def _passwords(
 def _declare_topology(
     settings: Settings, address: str, vhost: str, passwords: dict[str, str]
 ) -> None:
-    """The fixed exchanges and queues, with the rights of the collector, which suffice for it."""
-    scheme, _, place = address.partition("://")
+    """Declare the fixed exchanges and queues, as the collector's user."""
+    scheme, _, host = address.partition("://")
     user = next(role.user(vhost) for role in ROLES if role.name == "collector")
     as_collector = settings.model_copy(
         update={
-            "broker_url": f"{scheme}://{user}@{place}/{vhost}",
+            "broker_url": f"{scheme}://{user}@{host}/{vhost}",
             "broker_password": SecretStr(passwords["collector"]),
             "broker_password_file": None,
             **({} if scheme == "amqps" else _NO_TLS_FILES),
@@ -143,10 +144,10 @@ def _declare_topology(
             declares=Declares("always"),
         ).open(settings.broker_connect_timeout_seconds).close()
     except (BrokerError, UsageError) as error:
-        # Behind a tunnel to the management API alone, its AMQP port is out of reach from here.
+        # Through a tunnel to the management API alone, the AMQP port cannot be reached.
         say(
             Screen(),
-            f"Its queues are not made yet ({error}); the first `keepwarm collect` makes them",
+            f"The queues are not created yet ({error}); the first `keepwarm collect` creates them",
         )
 
 
@@ -161,13 +162,13 @@ def _show(
         file = Text(str(directory.file(role.name)))
         table.add_row(role.name, role.user(vhost), outcomes[role.name], role.may, file)
     show(console, table)
-    # Not in the table, which would fold them: lines to copy.
-    print("\nFor each service, beside KEEPWARM_BROKER_PASSWORD_FILE:")
-    scheme, _, place = address.partition("://")
+    # Not in the table, which would fold these lines: they are to be copied.
+    print("\nSet for each service, with KEEPWARM_BROKER_PASSWORD_FILE:")
+    scheme, _, host = address.partition("://")
     for role in ROLES:
-        say(console, f"KEEPWARM_BROKER_URL={scheme}://{role.user(vhost)}@{place}/{vhost}")
+        say(console, f"KEEPWARM_BROKER_URL={scheme}://{role.user(vhost)}@{host}/{vhost}")
     if scheme == "amqp":
         print(
-            "This broker does not listen for TLS: beyond this machine, passwords and claims can be "
-            "read on the way. docs/broker.md tells how to mend that"
+            "This broker has no TLS: outside this machine, passwords and claims can be read on the "
+            "network. See docs/broker.md to enable TLS"
         )

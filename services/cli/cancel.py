@@ -5,21 +5,21 @@ from typing import Annotated
 import typer
 
 from services.cli.options import StoreOption
-from services.cli.shown import shown
+from services.cli.printable import printable
 from services.contracts import load_settings
 from services.store import Store, find_run
 
 
 def cancel(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The run, or how its id begins.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's id, or its beginning.")],
     store: StoreOption = None,
 ) -> None:
-    """Stop a run: workers drop its batches unanswered; verdicts that are there stay.
+    """Stop a run: workers discard its remaining claims. Stored verdicts are kept.
 
-    The store says so at once. Workers hear of it from the collector within seconds, wherever they
-    are. Submitting the run again makes it wanted again.
+    The store records it at once, and the collector notifies all workers within seconds. Submit the
+    file again to resume the run.
     """
     with Store.open(load_settings(store_url=store), create=False) as database:
         known = find_run(database, run)
         database.cancel(known.run_key)
-    print(shown(f"{known.run_id} is cancelled; workers hear of it from the collector"))
+    print(printable(f"{known.run_id} is cancelled; the collector notifies the workers"))

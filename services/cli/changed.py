@@ -1,4 +1,4 @@
-"""A file that was changed while its run is unfinished is another run: said before it is sent."""
+"""Refuses a file that was changed while its run is unfinished: it would be another run."""
 
 from typing import TYPE_CHECKING
 
@@ -14,8 +14,8 @@ _SAME = ("source", "context", "prompt", "limit", "seed")
 
 def refuse_changed_file(submission: Submission, store: "Store") -> None:
     """Raises InputError, with the difference, when the store has an unfinished run of a file of the
-    same name, to be verified in the same way, with other content. Whoever submits again means to
-    complete that run, and would begin another.
+    same name, verified in the same way, with other content. The user means to complete that run,
+    and would start another.
     """
     from services.store import known_runs, run_status
 
@@ -27,14 +27,14 @@ def refuse_changed_file(submission: Submission, store: "Store") -> None:
             raise InputError(
                 f"{run.source} has changed, or is read with other flags (--column, --format, "
                 f"--each-evidence, --corpus), since it was submitted as {run.run_id}, which is "
-                f"unfinished: {_difference(submission, status, store)}. Submit the file as it was, "
-                "with the same flags, to complete that run; or "
-                f"`keepwarm cancel {run.run_id}`, and submit again"
+                f"unfinished: {_difference(submission, status, store)}. To complete that run, "
+                "submit the original file with the same flags. To start a new run, first run "
+                f"`keepwarm cancel {run.run_id}`"
             )
 
 
 def _changed(earlier: Run, now: Run) -> bool:
-    """Whether all is the same but for the file's content."""
+    """Whether only the file's content differs."""
     alike = all(getattr(earlier, name) == getattr(now, name) for name in _SAME)
     return alike and earlier.source_digest != now.source_digest
 
@@ -50,10 +50,10 @@ def _difference(submission: Submission, status: "RunStatus", store: "Store") -> 
     then = ""
     if status.total is not None:
         then = f"{status.total + (status.repeated or 0) + (status.rejected or 0):,} lines then, "
-    told = f", first {first}" if first else ""
+    example = f", first {first}" if first else ""
     return (
         f"{then}{submission.lines:,} lines now; of its {answered:,} claims with an outcome "
-        f"{answered - same:,} say something else or are gone{told}"
+        f"{answered - same:,} have another text or are missing{example}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The flags that say which claims are meant and how they are put to a model."""
+"""The flags for the file of claims, and for the prompt."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,24 +19,27 @@ PromptOption = Annotated[
     Path | None,
     typer.Option(
         "--prompt",
-        help="A prompt file, as samples/prompt.yaml; FEVER's three labels otherwise.",
+        help="A prompt file like samples/prompt.yaml. Default: FEVER's three labels.",
         show_default=False,
     ),
 ]
 LimitOption = Annotated[
     int | None,
-    typer.Option(min=1, help="Take only so many lines: the first ones.", show_default=False),
+    typer.Option(min=1, help="Verify only the first N lines.", show_default=False),
 ]
 SeedOption = Annotated[
     int | None,
-    typer.Option(help="With --limit: a random sample by this seed instead.", show_default=False),
+    typer.Option(
+        help="With --limit: a random sample with this seed instead of the first lines.",
+        show_default=False,
+    ),
 ]
 BatchSizeOption = Annotated[
     int | None,
     typer.Option(
         "--batch-size",
         min=1,
-        help="Claims a message. [dim]\\[env: KEEPWARM_BATCH_SIZE; default: 64][/dim]",
+        help="Claims per message. [dim]\\[env: KEEPWARM_BATCH_SIZE; default: 64][/dim]",
         show_default=False,
     ),
 ]
@@ -44,8 +47,7 @@ ColumnOption = Annotated[
     list[str] | None,
     typer.Option(
         "--column",
-        help="Which column or key is which field: claim=text, evidence=…, label=…, id=…. "
-        "May be given several times.",
+        help="The column or key of a field: claim=text, evidence=…, label=…, id=…. Repeatable.",
         show_default=False,
     ),
 ]
@@ -55,16 +57,16 @@ FileArgument = Annotated[
     str,
     typer.Argument(
         metavar="FILE",
-        help="JSONL, JSON, CSV, TSV or Parquet, compressed or not; a directory that Hugging Face's "
-        "`datasets` saved; - for standard input.",
+        help="JSONL, JSON, CSV, TSV or Parquet, compressed or not; a directory saved by Hugging "
+        "Face's `datasets`; - for standard input.",
     ),
 ]
 FormatOption = Annotated[
     str | None,
     typer.Option(
         "--format",
-        help=f"How the file is read; recognised otherwise. Its kind: {', '.join(CONTAINERS)}; or "
-        f"the data set: {', '.join(FORMAT_NAMES)} (docs/formats.md).",
+        help=f"The file's type ({', '.join(CONTAINERS)}) or data set "
+        f"({', '.join(FORMAT_NAMES)}); see docs/formats.md. Default: recognised.",
         show_default=False,
     ),
 ]
@@ -72,15 +74,15 @@ LabelMapOption = Annotated[
     list[str] | None,
     typer.Option(
         "--label-map",
-        help='What a label in the file means: "DISPUTED=NOT ENOUGH INFO". May be given several '
-        "times. Labels that the prompt does not know are left out of the scores otherwise.",
+        help='The meaning of a label in the file: "DISPUTED=NOT ENOUGH INFO". Repeatable. '
+        "Other labels that the prompt does not have are left out of the scores.",
         show_default=False,
     ),
 ]
 EachEvidenceOption = Annotated[
     bool,
     typer.Option(
-        "--each-evidence", help="A claim for each piece of evidence, with that piece's own label."
+        "--each-evidence", help="One claim for each piece of evidence, with that piece's label."
     ),
 ]
 CorpusOption = Annotated[
@@ -88,27 +90,27 @@ CorpusOption = Annotated[
     typer.Option(
         "--corpus",
         "--wiki",
-        help="Where evidence that is given as pages and sentence numbers is looked up: the "
-        "directory of FEVER's Wikipedia dump, or SciFact's corpus.jsonl.",
+        help="The source of evidence that is given as pages and sentence numbers: the directory of "
+        "FEVER's Wikipedia dump, or SciFact's corpus.jsonl.",
         show_default=False,
     ),
 ]
 EncodingOption = Annotated[
     str | None,
     typer.Option(
-        help="The encoding of the text, like windows-1252; UTF-8, UTF-16, UTF-32 are recognised.",
+        help="The text's encoding, like windows-1252. UTF-8, UTF-16 and UTF-32 are recognised.",
         show_default=False,
     ),
 ]
 SplitOption = Annotated[
     str | None,
-    typer.Option(help="Which split of a directory of Parquet or Arrow files.", show_default=False),
+    typer.Option(help="The split in a directory of Parquet or Arrow files.", show_default=False),
 ]
 
 
 @dataclass(frozen=True)
 class ClaimsOptions:
-    """What the flags say of a file of claims."""
+    """The flags for a file of claims."""
 
     container: Container | None
     encoding: str | None
@@ -134,12 +136,15 @@ class ClaimsOptions:
         """Raises UsageError that names the flag."""
         if format is not None and format not in (*CONTAINERS, *FORMAT_NAMES):
             raise UsageError(
-                f"--format {format}: there is no such format; it is one of "
+                f"--format {format}: there is no such format; name one of "
                 f"{', '.join((*CONTAINERS, *FORMAT_NAMES))}"
             )
         check_seed(limit, seed)
         if encoding is not None and not _is_text_encoding(encoding):
-            raise UsageError(f"--encoding {encoding}: there is no such encoding of text")
+            raise UsageError(
+                f"--encoding {encoding}: no such text encoding; use a name that Python has, like "
+                "windows-1252"
+            )
         is_container = format in CONTAINERS
         return cls(
             container=cast(Container, format) if is_container else None,
@@ -167,7 +172,7 @@ def _is_text_encoding(name: str) -> bool:
 
 
 def label_map_from_flags(pairs: list[str] | None, prompt: PromptSpec) -> dict[str, str]:
-    """Raises UsageError for what is not `label=label`, or names no label of the prompt."""
+    """Raises UsageError when a pair is not `label=label`, or names no label of the prompt."""
     labels: dict[str, str] = {}
     for pair in pairs or ():
         label, equals, name = (part.strip() for part in pair.rpartition("="))
@@ -180,14 +185,15 @@ def label_map_from_flags(pairs: list[str] | None, prompt: PromptSpec) -> dict[st
             )
         if labels.get(label, name) != name:
             raise UsageError(
-                f"--label-map {pair}: {label!r} was mapped to {labels[label]!r} before"
+                f"--label-map {pair}: {label!r} is mapped to {labels[label]!r} as well; "
+                "leave one out"
             )
         labels[label] = name
     return labels
 
 
 def prompt_from_flag(path: Path | None) -> PromptSpec:
-    """The prompt. Standard error shows what was corrected in its file."""
+    """The prompt. Corrections to its file are shown on standard error."""
     if path is None:
         return PromptSpec()
     console = Screen(stderr=True)
@@ -195,7 +201,7 @@ def prompt_from_flag(path: Path | None) -> PromptSpec:
 
 
 def columns_from_flags(columns: list[str] | None) -> dict[str, str]:
-    """Raises UsageError for what is not `field=column`."""
+    """Raises UsageError when an entry is not `field=column`."""
     pairs = [column.partition("=") for column in columns or ()]
     for field, equals, column in pairs:
         if not (field and equals and column):
@@ -210,4 +216,4 @@ def columns_from_flags(columns: list[str] | None) -> dict[str, str]:
 
 def check_seed(limit: int | None, seed: int | None) -> None:
     if seed is not None and limit is None:
-        raise UsageError("--seed draws a sample and needs its size: give --limit as well")
+        raise UsageError("--seed takes a random sample and needs its size; set --limit as well")

@@ -13,20 +13,20 @@ from services.cli.garbage import expect_many_small_objects
 from services.cli.logs import configure_logs
 from services.cli.options import BrokerOption, StoreOption
 from services.collector import Collector
-from services.collector.collector import ContextStatus
+from services.collector.collector import Whereabouts
 from services.contracts import Settings, load_settings
 from services.contracts.errors import RunIncomplete
 from services.doctor.network_store import network_store_warning
 from services.node.signals import on_stop_signal
 from services.store import Incoming, RunStatus, Store, run_status
-from services.store.inspection import require_writable
+from services.store.inspection import refuse_read_only
 from services.telemetry import MetricsServer
 
 _POLICY_SECONDS = 300.0
-_LOOK_SECONDS = 2.0
-# A run that is waited for, and gains nothing: told after so long, then after twice as long again.
-_SILENT_SECONDS = 30.0
-_LONGEST_SILENT_SECONDS = 3_600.0
+_CHECK_SECONDS = 2.0
+# A warning is logged when a run gains no outcome for this long, then after twice as long each time.
+_STALLED_SECONDS = 30.0
+_MAX_STALLED_SECONDS = 3_600.0
 
 log = structlog.get_logger(__name__)
 
@@ -38,14 +38,14 @@ def collect(
         str | None,
         typer.Option(
             metavar="RUN",
-            help="End when this run, by its whole id, is complete or cancelled.",
+            help="End when this run (its complete id) is complete or cancelled.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Move verdicts from the broker into the store, until told to stop.
+    """Store verdicts from the broker, until stopped.
 
-    It also puts the claims that workers give back before other workers again.
+    It also sends claims that workers returned to other workers.
     """
     expect_many_small_objects()
     settings = load_settings(broker_url=broker, store_url=store)
@@ -53,11 +53,11 @@ def collect(
     if harm := network_store_warning(settings):
         log.warning("store.on_network", harm=harm)
     database = Store.open(settings)
-    require_writable(database)
+    refuse_read_only(database)
     collector = Collector(database, settings)
     on_stop_signal(lambda _: collector.stop())
 
-    wait = Wait(until)
+    watch = RunWatch(until)
     stopped = threading.Event()
 
     def status() -> RunStatus | None:
@@ -67,7 +67,7 @@ def collect(
         now = status()
         if now is not None and (now.complete or now.cancelled or now.proven is False):
             return True
-        wait.look(now, collector.context_status)
+        watch.check(now, collector.whereabouts)
         return False
 
     try:
@@ -82,17 +82,15 @@ def collect(
         database.close()
     if last is not None and last.proven is False:
         raise RunIncomplete(
-            f"{last.run_id} has outcomes of claims that its file does not have; submitting the "
-            "file again with this store removes them, and sends the missing ones"
+            f"{last.run_id} has outcomes of claims that are not in its file; submit the file "
+            "again with this store to remove them and to send the missing claims"
         )
     if last is not None and last.cancelled and not last.complete:
-        raise RunIncomplete(f"{last.run_id} was cancelled; submitting it again goes on with it")
+        raise RunIncomplete(f"{last.run_id} was cancelled; submit the file again to resume it")
 
 
-class Wait:
-    """What is told while verdicts are waited for: dead messages that there are, and why a run goes
-    nowhere, as far as broker and workers show it.
-    """
+class RunWatch:
+    """Logs new dead messages, and why a run makes no progress."""
 
     def __init__(self, run_id: str | None) -> None:
         self._run_id = run_id
@@ -100,30 +98,30 @@ class Wait:
         self._dead_messages = 0
         self._due = 0.0
         self._changed_at = time.monotonic()
-        self._silent_seconds = _SILENT_SECONDS
+        self._stalled_seconds = _STALLED_SECONDS
 
-    def look(
-        self, status: RunStatus | None, context_status: Callable[[str | None], ContextStatus]
+    def check(
+        self, status: RunStatus | None, whereabouts: Callable[[str | None], Whereabouts]
     ) -> None:
-        """As often as one likes: it looks every two seconds. `whereabouts` of a context."""
+        """May be called at any rate; it checks every two seconds. `whereabouts` takes a context."""
         now = time.monotonic()
         if now < self._due:
             return
-        self._due = now + _LOOK_SECONDS
-        where = context_status(None if status is None else status.context_id)
+        self._due = now + _CHECK_SECONDS
+        where = whereabouts(None if status is None else status.context_id)
         if where.dead_messages > self._dead_messages:
             log.warning(
                 "dead_messages",
                 messages=where.dead_messages,
-                says="`keepwarm dead list` shows why each could not be used or was given up",
+                next_step="`keepwarm dead list` shows the reason of each",
             )
         self._dead_messages = where.dead_messages
         outcomes = 0 if status is None else status.done + status.dead
         if outcomes != self._outcomes:
             self._outcomes, self._changed_at = outcomes, now
-            self._silent_seconds = _SILENT_SECONDS
-        elif self._run_id is not None and now - self._changed_at >= self._silent_seconds:
-            self._silent_seconds = min(2 * self._silent_seconds, _LONGEST_SILENT_SECONDS)
+            self._stalled_seconds = _STALLED_SECONDS
+        elif self._run_id is not None and now - self._changed_at >= self._stalled_seconds:
+            self._stalled_seconds = min(2 * self._stalled_seconds, _MAX_STALLED_SECONDS)
             self._changed_at = now
             log.warning(
                 "run.waiting",
@@ -134,61 +132,61 @@ class Wait:
                 workers=where.workers,
                 claims_held=where.claims_held,
                 dead_messages=where.dead_messages,
-                says=why_it_waits(status, where),
+                reason=stall_reason(status, where),
             )
 
 
-def why_it_waits(status: RunStatus | None, where: ContextStatus) -> str:
-    """The likeliest cause, and the next step."""
+def stall_reason(status: RunStatus | None, where: Whereabouts) -> str:
+    """The most likely cause, and the next step."""
     if status is None or status.context_id is None:
         return (
-            "no announcement of this run has come: it was not submitted to this broker, or the "
-            "broker gave it up (`keepwarm dead list`, `keepwarm doctor`); submit its file"
+            "the run is not announced: it was not submitted to this broker, or the broker dropped "
+            "it (see `keepwarm dead list` and `keepwarm doctor`); submit its file"
         )
     if where.messages:
         if where.workers:
-            return "its claims wait in their queue; workers serve its context or load it"
-        return f"its claims wait for a worker of {status.context_id}; start one"
+            return "claims are in their queue, and workers serve the context or load it"
+        return f"no worker serves {status.context_id}; start one"
     if where.claims_held:
-        return "workers have its claims"
+        return "claims are in flight at workers"
     if status.total is None:
-        return "it is not all submitted: the producer is still at it, or was ended; submit again"
+        return "the submission is not complete; if the producer has ended, submit the file again"
     if where.dead_messages:
         return (
-            "no queue and no worker has its claims; some may be in dead-messages: `keepwarm dead "
-            "list` shows them, `keepwarm dead retry` sends them back"
+            "claims are in no queue and at no worker; some may be dead messages: `keepwarm dead "
+            "list` lists them, `keepwarm dead retry` sends them again"
         )
     return (
-        "no queue and no worker has its claims: the broker lost them or dropped them (`keepwarm "
-        "doctor` looks for policies that do); submit the file again with this store, and only "
-        "claims without an outcome are sent"
+        "claims are in no queue and at no worker: the broker lost or dropped them (`keepwarm "
+        "doctor` checks for policies that drop messages). Submit the file again with this store "
+        "to send the claims without an outcome"
     )
 
 
 def watch_policies(settings: Settings, stop: threading.Event) -> None:
-    """Log what policies do to our queues, now and as they change, until `stop` is set.
+    """Log harmful broker policies, now and when they change, until `stop` is set.
 
-    Raises UsageError when KEEPWARM_BROKER_MANAGEMENT_URL is of no use.
+    Raises UsageError when KEEPWARM_BROKER_MANAGEMENT_URL is invalid.
     """
-    told: set[str] = set()
+    logged: set[str] = set()
 
-    def look() -> None:
+    def check() -> None:
         policies = ask_policies(settings)
-        harms = {str(harm) for harm in policies.problems}
-        for harm in sorted(harms - told):
+        harms = {str(harm) for harm in policies.harms}
+        for harm in sorted(harms - logged):
             log.warning("broker.policy", harm=harm)
         unknown = {policies.unknown} if policies.unknown else set()
-        for reason in unknown - told:
+        for reason in unknown - logged:
             log.info("broker.policies_unknown", reason=reason)
-        told.clear()
-        told.update(harms, unknown)
+        logged.clear()
+        logged.update(harms, unknown)
 
-    def go_on() -> None:
+    def repeat() -> None:
         while not stop.wait(_POLICY_SECONDS):
-            look()
+            check()
 
-    look()
-    threading.Thread(target=go_on, name="policies", daemon=True).start()
+    check()
+    threading.Thread(target=repeat, name="policies", daemon=True).start()
 
 
 def _log_commit(incoming: Incoming) -> None:

@@ -1,4 +1,4 @@
-"""The flags that name a context, and the context that they stand for."""
+"""The flags for a context, and the context that they define."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from services.cli.shown import shown
+from services.cli.printable import printable
 from services.contracts import ContextSpec, Settings
 from services.contracts.contexts import DType
 from services.contracts.errors import ModelError, UsageError
@@ -25,7 +25,7 @@ ModelOption = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="A model's directory, or its name on the hub; the demo model otherwise. "
+        help="A model's directory, or its name on the hub. Default: the demo model. "
         "[dim]\\[env: KEEPWARM_MODEL][/dim]",
         show_default=False,
     ),
@@ -34,22 +34,22 @@ WorkersModelOption = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="A model's directory, or its name on the hub; what claims wait for otherwise. "
+        help="A model's directory, or its name on the hub. Default: chosen by demand. "
         "[dim]\\[env: KEEPWARM_MODEL][/dim]",
         show_default=False,
     ),
 ]
 RevisionOption = Annotated[
     str | None,
-    typer.Option(help="The model's revision; the present one otherwise.", show_default=False),
+    typer.Option(help="The model's revision. Default: the current one.", show_default=False),
 ]
-DTypeOption = Annotated[DType, typer.Option(help="The type of the model's weights.")]
+DTypeOption = Annotated[DType, typer.Option(help="The data type of the model's weights.")]
 MaxTokensOption = Annotated[
     int,
     typer.Option(
         "--max-model-tokens",
         min=16,
-        help="The longest prompt and its answer, in tokens; longer claims become dead claims.",
+        help="Most tokens of a prompt and its answer; longer claims become dead claims.",
     ),
 ]
 AdapterOption = Annotated[
@@ -64,7 +64,7 @@ AdapterRevisionOption = Annotated[
     str | None,
     typer.Option(
         "--adapter-revision",
-        help="The adapter's revision; the present one otherwise.",
+        help="The adapter's revision. Default: the current one.",
         show_default=False,
     ),
 ]
@@ -72,15 +72,14 @@ EngineArgumentOption = Annotated[
     list[str] | None,
     typer.Option(
         "--engine-argument",
-        help="An argument for the engine that is part of the context, like --quantization=fp8. "
-        "May be given several times.",
+        help="An engine argument that is part of the context, like --quantization=fp8. Repeatable.",
         show_default=False,
     ),
 ]
 
 
 class _ReadingWeights:
-    """A line on standard error now and then, where reading them takes long."""
+    """Reports progress on standard error when reading takes long."""
 
     def __init__(self) -> None:
         self._next_line = time.monotonic() + _FIRST_LINE_SECONDS
@@ -89,7 +88,7 @@ class _ReadingWeights:
         if time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + _LINE_SECONDS
             print(
-                shown(
+                printable(
                     f"Reading the weights to identify them: {done / 1e9:.1f} of "
                     f"{total / 1e9:.1f} GB (once for each file)"
                 ),
@@ -107,12 +106,12 @@ def context_from_flags(
     adapter: str | None = None,
     adapter_revision: str | None = None,
 ) -> ContextSpec:
-    """The context that the flags mean, pinned to the weights that are there now.
+    """The context that the flags define, pinned to the current weights.
 
     Raises ModelError when there is no such model, UsageError when a flag is out of bounds.
     """
     if adapter_revision is not None and adapter is None:
-        raise UsageError("--adapter-revision is an adapter's; name it with --adapter")
+        raise UsageError("--adapter-revision needs an adapter; name it with --adapter")
     demo = str(DEMO_MODEL) if DEMO_MODEL.is_dir() else DEMO_MODEL_ON_HUB
     try:
         spec = ContextSpec(
@@ -131,14 +130,14 @@ def context_from_flags(
         raise UsageError(f"--{flag}: {what}; see `keepwarm worker --help`") from error
     if spec.model != DEMO_MODEL_ON_HUB or model or settings.model:
         return pin_model(spec, settings.cache_dir, _ReadingWeights())
-    # Outside a clone: nobody chose this model, and it is too small for real work.
+    # Outside a clone the user did not choose this model, and it is too small for real work.
     default = (
-        f"no --model or KEEPWARM_MODEL is given, so the default is used, the demo model "
+        f"neither --model nor KEEPWARM_MODEL is set, so this uses the demo model "
         f"{DEMO_MODEL_ON_HUB}"
     )
     try:
         pinned = pin_model(spec, settings.cache_dir, _ReadingWeights())
     except ModelError as error:
         raise ModelError(f"{default}: {error}") from error
-    print(shown(f"Note: {default}; name your own for real work."), file=sys.stderr)
+    print(printable(f"Note: {default}; name a larger one for real work."), file=sys.stderr)
     return pinned

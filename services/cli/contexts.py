@@ -22,7 +22,7 @@ from services.cli.context_options import (
     context_from_flags,
 )
 from services.cli.logs import configure_logs
-from services.cli.shown import shown
+from services.cli.printable import printable
 from services.contexts.borrowed_broker import warm_broker
 from services.contexts.caches import EngineCaches
 from services.contexts.lease import EngineLease, drain
@@ -39,7 +39,7 @@ _MIB, _GIB = 1024**2, 1024**3
 
 # In this module the type's name is a verb's.
 Names = list[str]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")]
 
 
 def warm(
@@ -51,10 +51,10 @@ def warm(
     adapter: AdapterOption = None,
     adapter_revision: AdapterRevisionOption = None,
 ) -> None:
-    """Prepare a context on this node before any claims come.
+    """Start an engine on this node before claims arrive.
 
-    Returns when it is warm. Without a worker it stays so for KEEPWARM_CONTEXT_IDLE_SECONDS. Where
-    no broker is named, a private one is made ready as well, for the next `keepwarm run`.
+    Returns when the engine is ready. Without a worker it stays for KEEPWARM_CONTEXT_IDLE_SECONDS.
+    Without KEEPWARM_BROKER_URL it also starts a private RabbitMQ node for the next `keepwarm run`.
     """
     settings = load_settings()
     configure_logs(settings)
@@ -76,17 +76,17 @@ def warm(
         stop.set()
 
     on_stop_signal(interrupted)
-    attachment = EngineLease(EnginePlan.of(context, node_device(settings), settings), settings)
-    with ThreadPoolExecutor(1) as meanwhile:
+    lease = EngineLease(EnginePlan.of(context, node_device(settings), settings), settings)
+    with ThreadPoolExecutor(1) as executor:
         if settings.broker_url is None:
-            meanwhile.submit(warm_broker, settings, stop.is_set)
+            executor.submit(warm_broker, settings, stop.is_set)
         try:
-            ready = attachment.start(stop)
+            ready = lease.start(stop)
         finally:
-            attachment.close()
+            lease.close()
     if not ready:
         raise typer.Exit(128 + stopped_by["signal"])
-    print(shown(attachment.plan.name))
+    print(printable(lease.plan.name))
 
 
 def evict(
@@ -94,43 +94,45 @@ def evict(
         Names | None,
         typer.Argument(
             metavar="NAME",
-            help="Engines or contexts, as `contexts list` names them, or their beginnings.",
+            help="Names of engines or contexts from `contexts list`, or their beginnings.",
         ),
     ] = None,
     everything: Annotated[
-        bool, typer.Option("--all", help="Every engine of this node, and its keeper.")
+        bool, typer.Option("--all", help="All engines of this node, and its keeper.")
     ] = False,
 ) -> None:
-    """Stop engines, whether workers use them or not. A worker that does starts its own again."""
+    """Stop engines, even those in use. A worker that uses one starts it again."""
     settings = load_settings()
     records = _records(settings)
     if everything:
         if wanted:
-            raise UsageError("--all needs no names; leave one of the two out")
+            raise UsageError("--all takes no names; leave out --all or the names")
         drain(settings)
-        left = {record.name for record in _records(settings)}
-        gone = tuple(record.name for record in records if record.name not in left)
+        remaining = {record.name for record in _records(settings)}
+        stopped = tuple(record.name for record in records if record.name not in remaining)
     elif wanted:
-        going = [record for name in wanted for record in _of_one_context(records, name)]
-        gone = evict_engines(settings, tuple(record.name for record in going))
+        chosen = [record for name in wanted for record in _of_one_context(records, name)]
+        stopped = evict_engines(settings, tuple(record.name for record in chosen))
     else:
-        raise UsageError("name what is to go, or use --all; `keepwarm contexts list` shows what is")
-    for name in gone:
-        print(shown(name))
+        raise UsageError("name engines, or use --all; `keepwarm contexts list` lists them")
+    for name in stopped:
+        print(printable(name))
 
 
 def logs(
     wanted: Annotated[
         str,
-        typer.Argument(metavar="NAME", help="An engine or a context, as `contexts list` names it."),
+        typer.Argument(
+            metavar="NAME", help="The name of an engine or a context from `contexts list`."
+        ),
     ],
 ) -> None:
-    """Print an engine's own log; of one that is no more, or never came up, what it left."""
+    """Print the log of an engine, also of one that has ended or failed to start."""
     log = _log(open_runtime_dir(load_settings().runtime_dir), wanted)
     try:
         with log.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
-                print(shown(line), end="")
+                print(printable(line), end="")
     except OSError as error:
         raise UsageError(f"{log} cannot be read: {error.strerror}") from error
 
@@ -139,43 +141,43 @@ def prune(
     older_than: Annotated[
         float,
         typer.Option(
-            metavar="DAYS", min=0, help="Those that were unused for so long; 0 for every one."
+            metavar="DAYS", min=0, help="Only caches unused for at least DAYS; 0 for all."
         ),
     ] = 30,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")
+        bool, typer.Option("--dry-run", help="List what would be removed, and remove nothing.")
     ] = False,
 ) -> None:
-    """Remove compile caches that no engine has used for long, and say how large each was.
+    """Remove compile caches that no engine has used for a long time, and print their sizes.
 
-    Caches of engines that are here stay. An engine whose cache is gone compiles again at its next
-    start. `--dry-run --older-than 0` lists all of them.
+    Caches of running engines stay. An engine without its cache compiles again at its next start.
+    `--dry-run --older-than 0` lists all caches.
     """
     settings = load_settings()
     caches = EngineCaches(settings.cache_dir)
     in_use = {record.name for record in _records(settings)}
-    stay_bytes = going_bytes = 0
+    kept_bytes = removed_bytes = 0
     for cache in caches.find():
         old = cache.unused_seconds >= older_than * 86_400
         if old and cache.name not in in_use and (dry_run or caches.remove(cache)):
-            going_bytes += cache.size_bytes
+            removed_bytes += cache.size_bytes
             size = f"{cache.size_bytes / _MIB:,.1f} MiB"
-            print(shown(f"{cache.name}  {size}, unused for {_ago(cache.unused_seconds)}"))
+            print(printable(f"{cache.name}  {size}, unused for {_ago(cache.unused_seconds)}"))
         else:
-            stay_bytes += cache.size_bytes
-    went = "would be" if dry_run else "were"
+            kept_bytes += cache.size_bytes
+    verb = "would be" if dry_run else "were"
     summary = (
-        f"{going_bytes / _MIB:,.1f} MiB {went} removed, {stay_bytes / _MIB:,.1f} MiB stay in "
+        f"{removed_bytes / _MIB:,.1f} MiB {verb} removed, {kept_bytes / _MIB:,.1f} MiB are left in "
         f"{settings.cache_dir}"
     )
-    print(shown(summary), file=sys.stderr)
+    print(printable(summary), file=sys.stderr)
 
 
 def list(as_json: JsonOption = False) -> None:
-    """What is warm on this node: since when, how large, how often used, how long it took.
+    """List this node's engines: state, age, memory, workers, uses, and startup phases.
 
-    A start is told by its phases in seconds: imports, fetch (weights to the node), load (weights to
-    memory), compile (and warm-up), first token.
+    The phases, in seconds: imports, fetch (weights to the node), load (weights to memory), compile
+    (and warm-up), first token.
     """
     records = _records(load_settings())
     if as_json:
@@ -183,10 +185,10 @@ def list(as_json: JsonOption = False) -> None:
             print(json.dumps(record.model_dump(mode="json")))
         return
     if not records:
-        print("Nothing is warm on this node. `keepwarm contexts warm` prepares a context.")
+        print("No engine is warm on this node. Start one with `keepwarm contexts warm`.")
         return
     for record in records:
-        print(shown(_told(record)))
+        print(printable(_description(record)))
 
 
 def _records(settings: Settings) -> Sequence[ContextRecord]:
@@ -198,8 +200,9 @@ def _begins(name: str, wanted: str) -> bool:
 
 
 def _of_one_context(records: Sequence[ContextRecord], wanted: str) -> Sequence[ContextRecord]:
-    """Several where it has an engine on each of several GPUs, say. Raises UsageError for none, and
-    for the beginning of several contexts' names.
+    """The engines of one context: several when it has engines on several GPUs.
+
+    Raises UsageError when no context, or more than one, has this name or beginning.
     """
     matching = [record for record in records if _begins(record.name, wanted)]
     if len({record.context.context_id for record in matching}) > 1:
@@ -210,8 +213,9 @@ def _of_one_context(records: Sequence[ContextRecord], wanted: str) -> Sequence[C
 
 
 def _log(directory: Path, wanted: str) -> Path:
-    """Of an engine that lives; where none is called so, of one that left it behind. Raises
-    UsageError when there is none, or several.
+    """The log of a running engine with this name, or else of one that has ended.
+
+    Raises UsageError when no engine, or more than one, has this name or beginning.
     """
     records = live_records(directory)
     logs = {record.name: Path(record.log) for record in records if _begins(record.name, wanted)}
@@ -225,15 +229,15 @@ def _log(directory: Path, wanted: str) -> Path:
 
 
 def _ambiguous(wanted: str, names: Iterable[str]) -> UsageError:
-    return UsageError(f"several engines begin with {wanted!r}; name one: {', '.join(names)}")
+    return UsageError(f"several engine names begin with {wanted!r}; name one: {', '.join(names)}")
 
 
 def _unknown(wanted: str, records: Sequence[ContextRecord]) -> UsageError:
-    listed = ", ".join(record.name for record in records) or "nothing at all"
-    return UsageError(f"no engine here begins with {wanted!r}; warm on this node: {listed}")
+    listed = ", ".join(record.name for record in records) or "none"
+    return UsageError(f"no engine's name begins with {wanted!r}; engines on this node: {listed}")
 
 
-def _told(record: ContextRecord) -> str:
+def _description(record: ContextRecord) -> str:
     memory = "" if record.memory_bytes is None else f", {record.memory_bytes / _GIB:.1f} GiB"
     last = "now" if record.attached else f"{_ago(time.monotonic() - record.last_used)} ago"
     lines = [

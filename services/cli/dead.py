@@ -1,4 +1,4 @@
-"""`keepwarm dead`: claims that were given up on, and messages that nobody could use."""
+"""`keepwarm dead`: dead claims, and messages that no service could use."""
 
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -12,19 +12,19 @@ from rich.text import Text
 from services.broker import BrokerAddress, Declares, Delivery, Outgoing, Publisher
 from services.broker.dead_messages import (
     MAX_SHOWN,
-    Action,
     DeadMessages,
+    Fate,
+    belongs,
     number,
     origin,
     reason,
-    target_queue,
 )
 from services.cli.found_stores import readable_stores, store_of_run
 from services.cli.logs import configure_logs
 from services.cli.options import BrokerOption, StoreOption
+from services.cli.printable import printable
 from services.cli.screen import Screen, add_numbers, plain_table
 from services.cli.screen import show as show_on
-from services.cli.shown import shown
 from services.contracts import (
     ClaimBatch,
     Run,
@@ -53,16 +53,20 @@ OptionalRunArgument = Annotated[
 ReasonOption = Annotated[
     str | None,
     typer.Option(
-        "--reason", help="Messages whose reason holds this text, in any case.", show_default=False
+        "--reason",
+        help="Messages whose reason contains this text (case is ignored).",
+        show_default=False,
     ),
 ]
 OfRunOption = Annotated[
-    str | None, typer.Option("--run", help="Messages of this run, by its whole id.")
+    str | None, typer.Option("--run", help="Messages of this run (its complete id).")
 ]
 AllOption = Annotated[bool, typer.Option("--all", help="All messages.")]
 ClaimsArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="CLAIM", help="Ids of claims of that run; all otherwise."),
+    typer.Argument(
+        metavar="CLAIM", help="Ids of claims of that run. Default: all its dead claims."
+    ),
 ]
 
 
@@ -74,7 +78,7 @@ def show(
     broker: BrokerOption = None,
     store: StoreOption = None,
 ) -> None:
-    """Show all that is known of one: `dead show RUN CLAIM`, or `dead show msg-…`."""
+    """Show one dead claim (`dead show RUN CLAIM`) or message (`dead show msg-…`)."""
     settings = _settings(broker, store)
     if what.startswith(_MESSAGE):
         with _messages(settings) as messages:
@@ -84,7 +88,7 @@ def show(
             _show(message.body[:_SHOWN_BYTES].decode(errors="replace"))
         return
     if claim is None:
-        raise UsageError("name the claim as well: `keepwarm dead show RUN CLAIM`")
+        raise UsageError("name a claim of the run: `keepwarm dead show RUN CLAIM`")
     with _claims(settings, what, [claim]) as (_, _, rows):
         (row,) = rows
     _show(f"run: {row.run_id}\nclaim: {row.claim.claim_id} (line {row.claim.position + 1})")
@@ -103,29 +107,27 @@ def retry(
     broker: BrokerOption = None,
     store: StoreOption = None,
 ) -> None:
-    """Try again: claims go back to the workers, messages to the queue where one of their type
-    belongs.
+    """Send dead claims to the workers again, and dead messages to the queue of their type.
 
-    The run is incomplete until its claims have an outcome again. Claims in messages go through the
-    collector. A run's announcement is sent back only by its own id, for it makes work: submitting
-    the file again does the same.
+    The run is incomplete until these claims have an outcome. A run's announcement is sent again
+    only when its message id is named; submitting the file again has the same effect.
     """
     settings = _settings(broker, store)
-    chosen = _chosen_messages(what, of_reason, of_run, every=every)
-    if chosen is not None:
-        _retry_messages(settings, chosen, one=what)
+    selected = _message_filter(what, of_reason, of_run, every=every)
+    if selected is not None:
+        _retry_messages(settings, selected, one=what)
         return
     assert what is not None
     with _claims(settings, what, claims or ()) as (database, run, rows):
         if run.run is None:
-            raise StoreError(f"{run.run_id} was never announced: submit it again instead")
+            raise StoreError(f"{run.run_id} was never announced; submit its file again instead")
         submission_id = f"retry-{secrets.token_hex(8)}"
         proof_key = new_key()
         database.add_submission(rows[0].run_key, submission_id, proof_key)
         _publish(settings, run.run, rows, submission_id, bytes.fromhex(proof_key))
-        # Only now: a retry that was cut short leaves them dead, and is merely done again.
+        # Last: after an interrupted retry they are still dead, and the retry can be repeated.
         reopen_dead(database, rows)
-    _show(f"{len(rows):,} claims of {run.run_id} are with the broker again")
+    _show(f"{len(rows):,} claims of {run.run_id} are sent again")
 
 
 def drop(
@@ -137,29 +139,29 @@ def drop(
     broker: BrokerOption = None,
     store: StoreOption = None,
 ) -> None:
-    """Let go: claims stay dead in the results and are not listed any more, messages are deleted."""
+    """Delete dead messages, and no longer list dead claims; they stay dead in the results."""
     settings = _settings(broker, store)
-    chosen = _chosen_messages(what, of_reason, of_run, every=every)
-    if chosen is not None:
+    selected = _message_filter(what, of_reason, of_run, every=every)
+    if selected is not None:
         with _messages(settings) as messages:
-            settled = messages.settle(lambda message: "drop" if chosen(message) else "keep")
+            settled = messages.settle(lambda message: "drop" if selected(message) else "keep")
         _refuse_none(settled["drop"], what)
         _show(f"{settled['drop']:,} messages are deleted, {settled['keep']:,} are left")
         return
     assert what is not None
     with _claims(settings, what, claims or ()) as (database, run, rows):
         drop_dead(database, rows)
-    _show(f"{len(rows):,} claims of {run.run_id} are let go")
+    _show(f"{len(rows):,} claims of {run.run_id} are no longer listed")
 
 
 def list(
     run: Annotated[
-        str | None, typer.Argument(metavar="RUN", help="Of one run; of all otherwise.")
+        str | None, typer.Argument(metavar="RUN", help="Only claims of this run.")
     ] = None,
     broker: BrokerOption = None,
     store: StoreOption = None,
 ) -> None:
-    """List dead claims, and where a broker is named the messages that nobody could use."""
+    """List dead claims and, if a broker is set, messages that no service could use."""
     settings = _settings(broker, store)
     rows = _listed(settings, run)
     console = Screen()
@@ -177,7 +179,7 @@ def list(
             str(row.failures),
             row.detail.partition("\n")[0][:_SHOWN_CHARS],
         )
-    show_on(console, table if rows else Text("no claim is dead"))
+    show_on(console, table if rows else Text("no dead claims"))
     if settings.broker_url is not None and run is None:
         with _messages(settings) as messages:
             _list_messages(console, messages)
@@ -197,13 +199,13 @@ def _list_messages(console: Screen, messages: DeadMessages) -> None:
             f"{len(message.body):,}",
             reason(message),
         )
-    show_on(console, table if found else Text("no message is dead"))
+    show_on(console, table if found else Text("no dead messages"))
     if len(found) == MAX_SHOWN:
         console.print(f"only the first {MAX_SHOWN:,} are shown")
 
 
 def _show(text: str) -> None:
-    print(shown(text))
+    print(printable(text))
 
 
 def _settings(broker: str | None, store: str | None) -> Settings:
@@ -220,45 +222,45 @@ def _messages(settings: Settings) -> DeadMessages:
 def _picked(messages: DeadMessages, wanted: str) -> Delivery:
     found = messages.all()
     if wanted not in found:
-        raise UsageError(f"no dead message is {wanted}; `keepwarm dead list` shows them")
+        raise UsageError(f"there is no dead message {wanted}; `keepwarm dead list` lists them")
     return found[wanted]
 
 
-def _chosen_messages(
+def _message_filter(
     what: str | None, of_reason: str | None, of_run: str | None, *, every: bool
 ) -> Callable[[Delivery], bool] | None:
-    """Which dead messages are meant; None where claims are."""
+    """Selects dead messages; None when the arguments select claims."""
     one = what is not None and what.startswith(_MESSAGE)
     by_option = every or of_reason is not None or of_run is not None
     if what is None and not by_option:
         raise UsageError("name a run or a message, or use --reason, --run or --all for messages")
     if what is not None and by_option:
-        raise UsageError("--reason, --run and --all choose messages; leave the argument out")
+        raise UsageError("--reason, --run and --all select messages; leave the argument out")
     if what is not None and not one:
         return None
 
-    def is_meant(message: Delivery) -> bool:
+    def is_selected(message: Delivery) -> bool:
         if one:
             return number(message) == what
         return (of_reason is None or of_reason.casefold() in reason(message).casefold()) and (
             of_run is None or message.message_id.partition("/")[0] == of_run
         )
 
-    return is_meant
+    return is_selected
 
 
 def _retry_messages(
-    settings: Settings, chosen: Callable[[Delivery], bool], *, one: str | None
+    settings: Settings, selected: Callable[[Delivery], bool], *, one: str | None
 ) -> None:
-    homeless: set[str] = set()
+    without_queue: set[str] = set()
     announcements = 0
 
-    def fate(message: Delivery) -> Action:
+    def fate(message: Delivery) -> Fate:
         nonlocal announcements
-        if not chosen(message):
+        if not selected(message):
             return "keep"
-        if target_queue(message) is None:
-            homeless.add(message.kind)
+        if belongs(message) is None:
+            without_queue.add(message.kind)
             return "keep"
         if one is None and message.kind == RunAnnouncement.__name__:
             announcements += 1
@@ -267,25 +269,25 @@ def _retry_messages(
 
     with _messages(settings) as messages:
         settled = messages.settle(fate)
-    if homeless:
-        kinds = ", ".join(sorted(repr(kind) for kind in homeless))
+    if without_queue:
+        kinds = ", ".join(sorted(repr(kind) for kind in without_queue))
         if one is not None:
-            raise UsageError(f"{one} has the type {kinds}, which belongs to no queue of ours")
-        _show(f"left: messages of the type {kinds}, which belongs to no queue of ours")
+            raise UsageError(f"{one} has the type {kinds}, which no queue of Keepwarm has")
+        _show(f"left: messages of the type {kinds}, which no queue of Keepwarm has")
     if announcements:
         _show(
-            f"left: {announcements:,} announcements of runs. Submit the file again, or look at one "
-            "with `keepwarm dead show msg-…` and send it back with `keepwarm dead retry msg-…`"
+            f"left: {announcements:,} announcements of runs. Submit the file again, or show one "
+            "with `keepwarm dead show msg-…` and send it with `keepwarm dead retry msg-…`"
         )
-    if not announcements and not homeless:
+    if not announcements and not without_queue:
         _refuse_none(settled["retry"], one)
-    _show(f"{settled['retry']:,} messages are sent back, {settled['keep']:,} are left")
+    _show(f"{settled['retry']:,} messages are sent again, {settled['keep']:,} are left")
 
 
 def _refuse_none(settled: int, one: str | None) -> None:
     if not settled:
-        which = "is such a one" if one is None else f"is {one}"
-        raise UsageError(f"no dead message {which}; `keepwarm dead list` shows them")
+        which = "matches" if one is None else f"has the id {one}"
+        raise UsageError(f"no dead message {which}; `keepwarm dead list` lists them")
 
 
 def _listed(settings: Settings, run: str | None) -> Sequence[DeadRow]:
@@ -305,7 +307,10 @@ def _claims(
         missing = set(claim_ids) - {row.claim.claim_id for row in rows}
         if missing or not rows:
             what = ", ".join(sorted(missing)) or "any claim"
-            raise StoreError(f"{known.run_id} does not have {what} among its dead claims")
+            raise StoreError(
+                f"{known.run_id} does not have {what} among its dead claims; `keepwarm dead list` "
+                "lists them"
+            )
         yield database, known, rows
 
 

@@ -8,8 +8,8 @@ import typer
 
 from services.cli.found_stores import store_of_run
 from services.cli.options import StoreOption
+from services.cli.printable import printable
 from services.cli.report import RunArgument
-from services.cli.shown import shown
 from services.contracts import load_settings
 from services.store import ExportFormat, export_run
 
@@ -18,25 +18,26 @@ _SUFFIXES = {"jsonl": ".jsonl", "csv": ".csv", "parquet": ".parquet", "fever": "
 
 def export(
     run: RunArgument,
-    format: Annotated[ExportFormat, typer.Option(help="fever: as the FEVER scorer takes it.")],
+    format: Annotated[ExportFormat, typer.Option(help="fever: for the FEVER scorer.")],
     store: StoreOption = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", help="The file; RUN with a suffix otherwise.", show_default=False
+            "--out", "-o", help="The file. Default: RUN with a suffix.", show_default=False
         ),
     ] = None,
     formulas: Annotated[
-        bool, typer.Option("--formulas", help="Write texts in CSV as they are, formulas too.")
+        bool,
+        typer.Option("--formulas", help="Write texts in CSV unchanged, even if they are formulas."),
     ] = False,
 ) -> None:
-    """Write the outcomes of a run to a file, one row a claim, in the order of the input.
+    """Write the outcomes of a run to a file, one row for each claim, in input order.
 
-    In CSV a text that a spreadsheet would run as a formula (it begins with =, +, - or @) gets a '
-    before it; --formulas writes all texts as they are.
+    In CSV, a text that a spreadsheet would run as a formula (it begins with =, +, - or @) gets the
+    prefix '; with --formulas texts are unchanged.
     """
     with store_of_run(load_settings(store_url=store), run) as (database, known):
-        # A store that somebody gave us may have any id; only a name in this directory is taken.
+        # A store from elsewhere may have any id; only its last part is used as a file name.
         path = out or Path(Path(known.run_id).name + _SUFFIXES[format])
         count = export_run(database, known, format, path, formulas=formulas)
-    print(shown(f"{count:,} rows in {path}"), file=sys.stderr)
+    print(printable(f"{count:,} rows in {path}"), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Which claims need not be sent again, asked of the store on the producer's behalf."""
+"""Prepares a store for a file's run: finished claims, foreign claims, gold labels."""
 
 from collections.abc import Collection, Sequence
 from itertools import chain
@@ -22,10 +22,10 @@ def finished_in(store: "Store", run_id: str) -> Finished:
 
 
 def remove_foreign(submission: Submission, store: "Store", console: Screen) -> None:
-    """Where as many claims have an outcome as the run has, and not the same ones, remove those that
-    the file does not have: they took the place of others.
+    """Remove outcomes of claims that are not in the file, when the run has as many outcomes as
+    claims but they are not those of its claims.
     """
-    from services.store import run_status  # its extra is here: there is a store
+    from services.store import run_status  # installed, since there is a store
 
     run_id = submission.run.run_id
     status = run_status(store, run_id)
@@ -36,23 +36,23 @@ def remove_foreign(submission: Submission, store: "Store", console: Screen) -> N
     more = ", …" if len(ids) > _SHOWN_IDS else ""
     say(
         console,
-        f"Removed {len(ids):,} outcomes of claims that the file does not have: {shown}{more}",
+        f"Removed {len(ids):,} outcomes of claims that are not in the file: {shown}{more}",
     )
 
 
 def update_gold(submission: Submission, store: "Store") -> None:
-    """Give claims that have an outcome already the gold labels that the file has now: a label's
-    column may be named, or a label mapped, when everything is computed.
+    """Update the gold labels of claims that have an outcome. The user may name the label column or
+    map a label after the claims are computed.
     """
     summary = submission.input
     if summary is None or not (summary.gold or summary.unknown_labels):
-        return  # no labels are known, and that takes none away
-    from services.store import run_status  # its extra is here: there is a store
+        return  # without labels in the file, those in the store stay
+    from services.store import run_status  # installed, since there is a store
 
     run_id = submission.run.run_id
     status = run_status(store, run_id)
     if status is None or not status.done + status.dead:
-        return  # the file is not read once more for nothing
+        return  # no outcome to update: do not read the file again
     store.set_input(run_id, summary)
     for claims in submission.claims():
         store.set_gold(run_id, {claim.claim_id: claim.gold for claim in claims})

@@ -1,4 +1,4 @@
-"""The fleet on the screen: workers, contexts, queues. What they say is a stranger's text."""
+"""Tables of workers, contexts and queues. Their texts come from outside and are not trusted."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
@@ -12,39 +12,43 @@ from services.cli.screen import add_numbers, duration, plain_table
 from services.contracts import ContextDemand, WorkerHeartbeat
 
 if TYPE_CHECKING:
-    from services.cli.listening import Heard
+    from services.cli.broker_snapshot import BrokerSnapshot
 
-_MOST_ROWS = 50
-# Enough to tell contexts apart, and to find one in the table of contexts below.
+_MAX_ROWS = 50
+# Enough to distinguish contexts, and to find one in the table of contexts below.
 _CONTEXT_CHARS = 12
 
 
-def heard_tables(heard: "Heard") -> Group:
-    """All that was heard, and in a line why it may not be all."""
+def broker_tables(snapshot: "BrokerSnapshot") -> Group:
+    """The tables of a snapshot, and its problem."""
     parts: list[Table | Text] = []
-    if heard.queues is not None:
-        parts += [_workers(heard.workers), _contexts(heard.contexts), _queues(heard.queues)]
-    if heard.fault is not None:
-        parts.append(Text(f"no workers are shown: {heard.fault}"))
+    if snapshot.queues is not None:
+        parts += [
+            _workers(snapshot.workers),
+            _contexts(snapshot.contexts),
+            _queues(snapshot.queues),
+        ]
+    if snapshot.problem is not None:
+        parts.append(Text(f"no workers are shown: {snapshot.problem}"))
     return Group(*(each for part in parts for each in (Text(), part)))
 
 
 def _workers(workers: Sequence[WorkerHeartbeat]) -> Table:
     ordered = sorted(workers, key=lambda each: (each.context_id or "", each.worker_id))
-    # A column for what somebody has, and differs: the table has to fit 80 columns.
+    # Optional columns only where they are used: the table must fit in 80 columns.
     contexts = len({report.context_id for report in workers}) > 1
     jobs = any(report.job_id for report in workers)
     walltimes = any(report.walltime_left_seconds is not None for report in workers)
     table = plain_table()
     if not ordered:
-        table.add_row("no worker is there")
+        table.add_row("no workers")
         return table
     for name in ("worker", "device"):
         table.add_column(name, overflow="ellipsis")
     for name in ("state", *(["context"] if contexts else []), *(["job"] if jobs else [])):
         table.add_column(name, no_wrap=True)
-    add_numbers(table, "claims/s", "in hand", *(["left"] if walltimes else []))
-    for report in ordered[:_MOST_ROWS]:
+    add_numbers(table, "claims/s", "in flight", *(["left"] if walltimes else []))
+    for report in ordered[:_MAX_ROWS]:
         speed, left = report.claims_per_second, report.walltime_left_seconds
         table.add_row(
             report.worker_id,
@@ -56,20 +60,20 @@ def _workers(workers: Sequence[WorkerHeartbeat]) -> Table:
             f"{report.claims_in_hand:,}",
             *(["" if left is None else duration(left)] if walltimes else []),
         )
-    if len(ordered) > _MOST_ROWS:
-        table.add_row(f"and {len(ordered) - _MOST_ROWS:,} more")
+    if len(ordered) > _MAX_ROWS:
+        table.add_row(f"and {len(ordered) - _MAX_ROWS:,} more")
     return table
 
 
 def _contexts(contexts: Sequence[ContextDemand]) -> Table:
     table = plain_table()
     if not contexts:
-        table.add_row("no context is wanted")
+        table.add_row("no contexts")
         return table
     table.add_column("context", no_wrap=True)
     table.add_column("model", overflow="fold")
     add_numbers(table, "ready", "in flight", "workers")
-    for line in contexts[:_MOST_ROWS]:
+    for line in contexts[:_MAX_ROWS]:
         table.add_row(
             line.context.context_id,
             PurePath(line.context.model).name,
@@ -82,4 +86,4 @@ def _contexts(contexts: Sequence[ContextDemand]) -> Table:
 
 def _queues(queues: Mapping[str, int]) -> Text:
     listed = ", ".join(f"{name} {messages:,}" for name, messages in queues.items())
-    return Text(f"messages waiting: {listed or 'the broker has no queue of ours yet'}")
+    return Text(f"messages: {listed or 'the broker has no queues of Keepwarm yet'}")

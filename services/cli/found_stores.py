@@ -1,11 +1,11 @@
-"""Stores that nobody named: the default one, and those that `keepwarm run` left in `results/`."""
+"""The stores to read without --store: the default one, and those of `keepwarm run`."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from services.cli.shown import shown
+from services.cli.printable import printable
 from services.contracts import Settings
 from services.contracts.errors import StoreError, UsageError
 from services.store import KnownRun, Store, find_run
@@ -16,10 +16,10 @@ STORE_FILE = "keepwarm.sqlite"
 
 
 def found_stores(settings: Settings) -> list[Settings]:
-    """Settings for each store to read: the one that is named; otherwise the default one, where
-    there is one, and those in `results/`, the latest first.
+    """Settings for each store to read: the named one; otherwise the default one if it exists, and
+    those in `results/`, the latest first.
 
-    Raises StoreError where there is none.
+    Raises StoreError when there is no store.
     """
     if settings.store_url is not None:
         return [settings]
@@ -46,8 +46,8 @@ def _default_store(settings: Settings) -> list[Path]:
 
 
 def readable_stores(settings: Settings) -> Iterator[Store]:
-    """Every store found, opened, and closed when the next one is asked for. One that cannot be read
-    is told on standard error, unless it is the only one: then StoreError is raised.
+    """Open each store found, and close it before the next. A store that cannot be read is reported
+    on standard error. Raises StoreError when it is the only one.
     """
     found = found_stores(settings)
     for each in found:
@@ -56,7 +56,7 @@ def readable_stores(settings: Settings) -> Iterator[Store]:
         except StoreError as error:
             if len(found) == 1:
                 raise
-            print(shown(f"keepwarm: left out: {error}"), file=sys.stderr)
+            print(printable(f"keepwarm: skipped a store: {error}"), file=sys.stderr)
             continue
         with store:
             yield store
@@ -64,9 +64,9 @@ def readable_stores(settings: Settings) -> Iterator[Store]:
 
 @contextmanager
 def store_of_run(settings: Settings, wanted: str) -> Iterator[tuple[Store, KnownRun]]:
-    """The store that has the run whose id is, or begins with, `wanted`, and the run.
+    """The run whose id is, or begins with, `wanted`, and its store.
 
-    Raises StoreError when none has it, or several have such a run.
+    Raises StoreError when no store, or more than one, has such a run.
     """
     having: list[tuple[Settings, KnownRun]] = []
     refusals: list[StoreError] = []
@@ -81,11 +81,11 @@ def store_of_run(settings: Settings, wanted: str) -> Iterator[tuple[Store, Known
     if len({known.run_id for _, known in having}) != 1:
         listed = ", ".join(known.run_id for _, known in having)
         raise StoreError(
-            f"several runs begin with {wanted!r}: {listed}"
+            f"several runs begin with {wanted!r}; name one: {listed}"
             if listed
             else f"none of the {len(refusals)} stores found has a run that begins with {wanted!r}; "
             "`keepwarm status` lists the runs, --store names another store"
         )
-    settings_of_it, known = having[0]
-    with Store.open(settings_of_it, create=False) as store:
+    settings_of_run, known = having[0]
+    with Store.open(settings_of_run, create=False) as store:
         yield store, known

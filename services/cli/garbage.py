@@ -1,4 +1,4 @@
-"""Python's collector of reference cycles, set for processes that hold many small messages."""
+"""Settings of Python's cyclic garbage collector for processes with many small objects."""
 
 import gc
 
@@ -6,9 +6,9 @@ _THRESHOLD = 200_000
 
 
 def expect_many_small_objects() -> None:
-    """Look for cycles less often. A transaction's verdicts are tens of thousands of objects without
-    cycles, and looking through them again and again took half of their decoding time (measured).
+    """Collect cycles less often. A transaction's verdicts are tens of thousands of objects without
+    cycles, and searching them took half of their decoding time (measured).
 
-    Not for the worker: an HTTP client's requests are cycles, and would pile up.
+    Not for the worker: an HTTP client's requests are cycles, and would accumulate.
     """
     gc.set_threshold(_THRESHOLD)

@@ -1,5 +1,5 @@
-"""Imports without what a library would bring along for a terminal: a worker that starts has to be
-at work within a second, on processors that its engine may compute on.
+"""Hides optional modules from imports: a worker must start within a second, on CPUs that its engine
+may be using.
 """
 
 import sys
@@ -9,13 +9,13 @@ from contextlib import contextmanager
 
 @contextmanager
 def without(*modules: str) -> Iterator[None]:
-    """Within it, `modules` are as if not installed. For what is optional to whoever is imported."""
+    """In this context `modules` are not importable, for libraries to which they are optional."""
     hidden = {
         name: sys.modules.pop(name)
         for name in list(sys.modules)
         if name.partition(".")[0] in modules
     }
-    sys.modules.update(dict.fromkeys(modules))  # type: ignore[arg-type]  # None: not to be found
+    sys.modules.update(dict.fromkeys(modules))  # type: ignore[arg-type]  # None: not importable
     try:
         yield
     finally:

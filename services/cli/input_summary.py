@@ -1,4 +1,4 @@
-"""What is in a file of claims, in words."""
+"""The summary of a file of claims, as text."""
 
 from services.contracts.runs import Counts, InputSummary
 from services.producer import ClaimsFile
@@ -10,14 +10,12 @@ _DELIMITERS = {",": "CSV", "\t": "TSV", ";": "semicolon-separated", "|": "pipe-s
 
 
 def summary_lines(file: ClaimsFile, summary: InputSummary) -> list[str]:
-    """Two lines: what was read as what, and what is known of labels and evidence; and more where
-    something needs a look.
-    """
+    """Two lines: format and counts, then labels and evidence. Warnings follow."""
     lines = [_read(file, summary), f"{_labels(summary)}; {_evidence(file, summary)}"]
     if summary.other_label:
         lines.append(
-            f"Warning: {summary.other_label:,} claims with their evidence come again under other "
-            "ids with other labels"
+            f"Warning: {summary.other_label:,} claims are repeated with the same evidence, another "
+            "id and another label"
         )
     if file.unused_labels:
         listed = ", ".join(map(repr, file.unused_labels))
@@ -35,7 +33,7 @@ def _read(file: ClaimsFile, summary: InputSummary) -> str:
 
 
 def kind_of(file: ClaimsFile) -> str:
-    """How the file keeps its records: JSONL, CSV, CSV without a header, …"""
+    """The file's type: JSONL, CSV, CSV without a header, …"""
     source = file.source
     if source.delimiter is None:
         return _CONTAINERS[source.container]
@@ -55,8 +53,8 @@ def _labels(summary: InputSummary) -> str:
     if summary.unknown_labels:
         first, _ = summary.unknown_labels[0]
         parts.append(
-            f"left out of the scores, for the prompt does not know them: "
-            f"{counted(summary.unknown_labels)} (say what they mean with "
+            f"left out of the scores, because the prompt does not have them: "
+            f"{counted(summary.unknown_labels)} (map them with "
             f'--label-map "{first}=…")'
         )
     return "; ".join(parts) or "no labels"
@@ -64,7 +62,7 @@ def _labels(summary: InputSummary) -> str:
 
 def _evidence(file: ClaimsFile, summary: InputSummary) -> str:
     without = total(summary.without_evidence)
-    own = f"; {summary.own_ids:,} share an id and got their own" if summary.own_ids else ""
+    own = f"; {summary.own_ids:,} share an id and got new ones" if summary.own_ids else ""
     if summary.evidence_partly_used:
         own += f"; only a part of the evidence was used: {summary.evidence_partly_used:,}"
     if not summary.claims:
@@ -74,10 +72,10 @@ def _evidence(file: ClaimsFile, summary: InputSummary) -> str:
     why = counted(summary.without_evidence)
     if without == summary.claims and len(summary.without_evidence) == 1:
         why = summary.without_evidence[0][0]
-    return f"without evidence: {without:,} ({why}{_way_out(file, summary)}){own}"
+    return f"without evidence: {without:,} ({why}{_next_step(file, summary)}){own}"
 
 
-def _way_out(file: ClaimsFile, summary: InputSummary) -> str:
+def _next_step(file: ClaimsFile, summary: InputSummary) -> str:
     reasons = dict(summary.without_evidence)
     if WithoutEvidence.REFERENCES in reasons and file.format.corpus:
         return f"; --corpus looks them up in {file.format.corpus}"
@@ -90,7 +88,7 @@ def _way_out(file: ClaimsFile, summary: InputSummary) -> str:
 
 
 def total(counts: Counts) -> int:
-    """All kinds together."""
+    """The sum of all kinds."""
     return sum(count for _, count in counts)
 
 

@@ -1,4 +1,4 @@
-"""What a person is told where the label words hold nearly nothing of the probability."""
+"""Warnings and the error when the label words have nearly no probability."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -15,37 +15,35 @@ AllowLowMassOption = Annotated[
     bool,
     typer.Option(
         "--allow-low-mass",
-        help="Verify all claims even when the model hardly ever says a label word.",
+        help="Verify all claims even if the model hardly ever answers with a label word.",
     ),
 ]
-_WAYS_OUT = (
+_NEXT_STEP = (
     "Such verdicts mean little. Change the prompt's label words or the end of its template; for a "
     "model that thinks first, set its chat template's variable (chat_template_kwargs: "
-    "{enable_thinking: false}) or chat: false; docs/prompts.md says more"
+    "{enable_thinking: false}) or chat: false; see docs/prompts.md"
 )
 
 
-def say_low_mass(console: Screen, runs: "Sequence[RunStatus]") -> None:
-    """A line for each run that it is true of."""
+def print_low_mass(console: Screen, runs: "Sequence[RunStatus]") -> None:
+    """Print a warning for each run with low label mass."""
     for run in runs:
         if run.low_mass is not None:
-            say(console, f"{run.run_id}: {run.low_mass}. {_WAYS_OUT}.")
+            say(console, f"{run.run_id}: {run.low_mass}. {_NEXT_STEP}.")
 
 
 class MassWatch:
-    """Warns once when the label words hold nearly nothing of the probability, and says when to
-    stop for that.
-    """
+    """Warns once when the label words have nearly no probability, and decides when to stop."""
 
     def __init__(self, console: Screen, *, allowed: bool) -> None:
-        """`allowed`: warn, and go on."""
+        """`allowed`: warn, but do not stop."""
         self._console = console
         self._allowed = allowed
         self._warned = False
-        self._ended: RunStatus | None = None
+        self._stopped: RunStatus | None = None
 
-    def ends(self, status: "RunStatus | None") -> bool:
-        """Whether the run should end: enough claims are answered to be sure, or all of them."""
+    def should_stop(self, status: "RunStatus | None") -> bool:
+        """Whether the run should stop: enough claims, or all of them, are answered."""
         from services.store import ENOUGH_VERDICTS
 
         if status is None or status.low_mass is None:
@@ -55,19 +53,19 @@ class MassWatch:
             say(self._console, f"Warning: {status.low_mass}.")
         if self._allowed or not (status.complete or status.low_mass.claims >= ENOUGH_VERDICTS):
             return False
-        self._ended = status
+        self._stopped = status
         return True
 
     def raise_if_low(self) -> None:
-        """Raises LabelsUnlikely when the run ended for it."""
-        if self._ended is None:
+        """Raises LabelsUnlikely when this was the reason to stop."""
+        if self._stopped is None:
             return
-        way_on = (
-            "To keep these results without this error"
-            if self._ended.complete
-            else ("The run was stopped. To verify all claims all the same")
+        purpose = (
+            "To accept these results"
+            if self._stopped.complete
+            else "The run was stopped. To verify all claims anyway"
         )
         raise LabelsUnlikely(
-            f"{self._ended.low_mass}. {_WAYS_OUT}. {way_on}, rerun the command with "
+            f"{self._stopped.low_mass}. {_NEXT_STEP}. {purpose}, rerun the command with "
             "--allow-low-mass"
         )

@@ -204,7 +204,7 @@ class RunView:
         self.phase("waiting for the workers to stop")
 
     def should_stop(self, status: RunStatus | None) -> bool:
-        return self._mass.ends(status)
+        return self._mass.should_stop(status)
 
     def _close_live(self) -> None:
         if self._live is not None:

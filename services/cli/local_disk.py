@@ -1,4 +1,4 @@
-"""Where a run keeps its store and its broker's data while it works: on a disk of this node."""
+"""The directory for a run's store and its broker's data: on a local disk of this node."""
 
 import shutil
 import sqlite3
@@ -18,12 +18,12 @@ from services.node.runtime_dir import open_private_dir
 
 @contextmanager
 def working_dir(out: Path, console: Screen) -> Iterator[Path]:
-    """The output directory itself; where that is on a network file system, a directory on a local
-    disk instead, and the person is told so. RabbitMQ and SQLite need locks that such file systems
-    may not have, and SQLite's write-ahead log works on none of them.
+    """The output directory, or a directory on a local disk when `out` is on a network file system;
+    a message reports it. RabbitMQ and SQLite need locks that such file systems may not have, and
+    SQLite's write-ahead log works on none of them.
 
-    A store that is in `out` is copied first, and what became of it is copied back at the end. One
-    that a killed run has left on the local disk is used again.
+    A store in `out` is copied to the local disk first and copied back at the end. A store that a
+    killed run left on the local disk is used again.
 
     Raises StoreError when the store cannot be copied.
     """
@@ -36,8 +36,8 @@ def working_dir(out: Path, console: Screen) -> Iterator[Path]:
         say(
             console,
             f"Warning: {out} is on {kind}, where RabbitMQ and SQLite can lose data, and "
-            f"{base.parent} has no room on a local disk. Name a local directory in TMPDIR, or with "
-            "--out.",
+            f"{base.parent} is not on a local disk with enough free space. Name a local directory "
+            "in TMPDIR, or with --out.",
         )
         yield out
         return
@@ -60,7 +60,7 @@ def working_dir(out: Path, console: Screen) -> Iterator[Path]:
 
 
 def _copy(store: Path, to: Path) -> None:
-    """Whole or not at all, its write-ahead log included."""
+    """Copy a store, with its write-ahead log, completely or not at all."""
     new = to.with_suffix(".new")
     try:
         new.unlink(missing_ok=True)
@@ -71,8 +71,8 @@ def _copy(store: Path, to: Path) -> None:
         new.replace(to)
     except (OSError, sqlite3.Error) as error:
         raise StoreError(
-            f"the store {store} cannot be copied to {to}: {error}; make room and run the same "
-            "command again, or name another directory with --out"
+            f"the store {store} cannot be copied to {to}: {error}; free some space and rerun the "
+            "same command, or name another directory with --out"
         ) from error
 
 

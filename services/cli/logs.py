@@ -7,12 +7,12 @@ from typing import TextIO, cast
 
 import structlog
 
-from services.cli.shown import shown
+from services.cli.printable import printable
 from services.contracts import Settings
 
 
 class _Sink:
-    """A stream that a full disk cannot turn against us: a lost log line is no reason to stop."""
+    """A stream that ignores write errors: a full disk must not stop a service that logs."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -26,16 +26,16 @@ class _Sink:
             self._stream.flush()
 
 
-def _shown_values(
+def _printable_values(
     _: object, __: str, event: structlog.typing.EventDict
 ) -> structlog.typing.EventDict:
     return {
-        name: shown(value) if isinstance(value, str) else value for name, value in event.items()
+        name: printable(value) if isinstance(value, str) else value for name, value in event.items()
     }
 
 
 def configure_logs(settings: Settings, stream: TextIO | None = None) -> None:
-    """Send all events to `stream` (standard error by default), from the set level upwards."""
+    """Log all events of the configured level and above to `stream`, by default standard error."""
     target = stream or sys.stderr
     as_json = settings.log_format == "json"
     renderer: structlog.typing.Processor = (
@@ -50,7 +50,7 @@ def configure_logs(settings: Settings, stream: TextIO | None = None) -> None:
             structlog.processors.format_exc_info
             if as_json
             else structlog.processors.StackInfoRenderer(),
-            *(() if as_json else (_shown_values,)),  # JSON escapes what is not ASCII
+            *(() if as_json else (_printable_values,)),  # JSON escapes such characters
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(
@@ -58,5 +58,5 @@ def configure_logs(settings: Settings, stream: TextIO | None = None) -> None:
         ),
         logger_factory=structlog.PrintLoggerFactory(cast(TextIO, _Sink(target))),
     )
-    # pika tells in ERROR what Keepwarm tells in an event of its own.
+    # pika logs as errors what Keepwarm logs as its own events.
     logging.getLogger("pika").setLevel(logging.CRITICAL)

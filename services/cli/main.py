@@ -1,4 +1,4 @@
-"""The command's front door: verbs, and what every one of them does with an error."""
+"""The `keepwarm` command: its verbs, and how errors are reported."""
 
 import keepwarm_start
 
@@ -14,22 +14,22 @@ from collections.abc import Callable, Sequence
 from typing import Annotated
 
 if sys.argv[1:2] in (["worker"], ["keeper"], ["collect"]):
-    # An early warning of the scheduler's would end a process that does not listen yet. It waits
-    # until `on_stop_signal` does.
+    # A scheduler's early warning would end a process without a handler. It is blocked until
+    # `on_stop_signal` installs one.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP})
 
 import typer
 
 from services.cli.imports import without
-from services.cli.shown import shown
+from services.cli.printable import printable
 from services.cli.streams import make_robust
 from services.cli.user import name_the_user
 from services.contracts import KeepwarmError
 from services.contracts.errors import UsageError
 
-gc.disable()  # nothing that is imported is garbage, and to look for it takes a tenth of the time
+gc.disable()  # imports create no garbage, and collecting takes a tenth of the time
 with without("rich"):
-    import structlog  # noqa: F401  (its tracebacks for terminals take a tenth of the time, too)
+    import structlog  # noqa: F401  (without rich it imports in a tenth less time)
 
 _VERBS = (
     *("run", "validate", "submit", "worker", "collect", "status", "report", "export", "cancel"),
@@ -47,18 +47,18 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help=(
         "Verify claims with language models on GPUs that come and go.\n\n"
-        "[bold]keepwarm run FILE[/bold] does it all on one machine; [bold]validate FILE[/bold] "
-        "says before what it would read. The other verbs are its parts: "
-        "[bold]submit[/bold] publishes claims, [bold]worker[/bold] answers them, "
-        "[bold]collect[/bold] stores the verdicts; [bold]status[/bold], [bold]report[/bold] and "
-        "[bold]export[/bold] read the store. [bold]contexts[/bold] shows and prepares what is warm "
-        "on this node; [bold]broker setup[/bold] prepares a broker; [bold]doctor[/bold] says what "
-        "is wrong with a machine.\n\n"
-        "Settings come from KEEPWARM_… variables (docs/settings.md); flags win. Exit codes: "
-        "0 well, 1 a bug, 2 a bad flag or setting, 3 a bad file of claims or prompt, 4 no engine, "
-        "5 no broker, 6 no store or output, 7 some claims have no outcome yet, 8 the model hardly "
-        "ever says a label word, 9 a message is of a newer Keepwarm; [bold]run[/bold] "
-        "ends with 130 or 143 when Ctrl-C or SIGTERM stopped it half-way."
+        "[bold]keepwarm run FILE[/bold] verifies a file on one machine; "
+        "[bold]validate FILE[/bold] checks the file first. On several machines, "
+        "[bold]submit[/bold] publishes claims, [bold]worker[/bold] answers them, and "
+        "[bold]collect[/bold] stores the verdicts. [bold]status[/bold], [bold]report[/bold] and "
+        "[bold]export[/bold] read the store. [bold]contexts[/bold] lists, starts and stops the "
+        "engines of this node. [bold]broker setup[/bold] prepares a broker. [bold]doctor[/bold] "
+        "checks a machine and reports how to fix problems.\n\n"
+        "Settings are KEEPWARM_… environment variables (docs/settings.md); flags override them. "
+        "Exit codes: 0 success, 1 a bug, 2 a bad flag or setting, 3 a bad file of claims or "
+        "prompt, 4 no engine, 5 no broker, 6 no store or output, 7 some claims have no outcome "
+        "yet, 8 the model hardly ever answers with a label word, 9 a message from a newer "
+        "Keepwarm; [bold]run[/bold] ends with 130 or 143 when Ctrl-C or SIGTERM interrupts it."
     ),
 )
 
@@ -66,18 +66,18 @@ _broker = typer.Typer(no_args_is_help=True, help="Prepare a broker for a team.")
 app.add_typer(_broker, name="broker")
 _dead = typer.Typer(
     no_args_is_help=True,
-    help="Claims that were given up on, and messages that nobody could use.",
+    help="Dead claims, and messages that no service could use.",
 )
 app.add_typer(_dead, name="dead")
 _contexts = typer.Typer(
-    no_args_is_help=True, help="What is warm on this node: engines, kept while workers come and go."
+    no_args_is_help=True, help="The engines of this node, which stay warm between workers and runs."
 )
 app.add_typer(_contexts, name="contexts")
 _GROUPS = {"": app, "broker": _broker, "contexts": _contexts, "dead": _dead}
 
 
 def _verb(name: str) -> Callable[..., None]:
-    """The function behind a verb. A machine has the extras that it needs, and not all of them."""
+    """The function of a verb. A machine may lack the extras of services that it does not run."""
     words = name.split()
     try:
         module = importlib.import_module(f"services.cli.{words[0]}")
@@ -89,7 +89,7 @@ def _verb(name: str) -> Callable[..., None]:
         def unavailable() -> None:
             raise UsageError(
                 f"`keepwarm {name}` needs {missing}, which is not installed here; install "
-                "the extra of the service that it belongs to, for example keepwarm[collector]"
+                "the extra of its service, for example keepwarm[collector]"
             )
 
         unavailable.__doc__ = f"Not installed here: needs {missing}."
@@ -98,35 +98,35 @@ def _verb(name: str) -> Callable[..., None]:
     return function
 
 
-def _wanted(arguments: Sequence[str]) -> Sequence[str]:
-    """The verb that a command line asks for, or all of them: importing takes time, and a worker has
-    to be at work within a second.
+def _verbs_to_import(arguments: Sequence[str]) -> Sequence[str]:
+    """The verb of a command line, or all verbs when it has none. Imports take time, and a worker
+    must start within a second.
     """
     line = " ".join(arguments) + " "
     return [name for name in _VERBS if line.startswith(f"{name} ")] or _VERBS
 
 
-def _flowing(text: str) -> str:
-    """Its paragraphs without line breaks of their own: a terminal has another width."""
+def _unwrapped(text: str) -> str:
+    """The text without line breaks in its paragraphs; the terminal's width sets them."""
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
-for _name in _wanted(sys.argv[1:]):
+for _name in _verbs_to_import(sys.argv[1:]):
     _function = _verb(_name)
-    # What is not installed knows no flags, and takes any to say so.
+    # A verb that is not installed accepts any flags, and reports that it is not installed.
     _any = {"ignore_unknown_options": True, "allow_extra_args": True}
     _group, _, _last = _name.rpartition(" ")
     _GROUPS[_group].command(
         _last,
-        help=_flowing(_function.__doc__ or ""),
+        help=_unwrapped(_function.__doc__ or ""),
         context_settings=_any if _function.__name__ == "unavailable" else None,
     )(_function)
-gc.freeze()  # nor is it looked at later
+gc.freeze()  # nor are they searched later
 gc.enable()
 
 
-def _with_home(argument: str) -> str:
-    """`--store=~/x` as a shell gives `--store ~/x`: it expands no `~` in the midst of a word."""
+def _expand_home(argument: str) -> str:
+    """Expand `~` in `--store=~/x`: a shell does so only at the start of an argument."""
     flag, equals, value = argument.partition("=")
     if flag.startswith("--") and equals and value.startswith("~"):
         return f"{flag}={os.path.expanduser(value)}"  # noqa: PTH111  (the rest stays as it is)
@@ -135,7 +135,7 @@ def _with_home(argument: str) -> str:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(shown(f"keepwarm {importlib.metadata.version('keepwarm')}"))
+        print(printable(f"keepwarm {importlib.metadata.version('keepwarm')}"))
         raise typer.Exit
 
 
@@ -146,17 +146,17 @@ def _options(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    """What comes before a verb."""
+    """Options before the verb."""
 
 
 def main() -> None:
     make_robust()
-    sys.argv[1:] = [_with_home(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = [_expand_home(argument) for argument in sys.argv[1:]]
     name_the_user()
     try:
         app()
     except KeepwarmError as error:
-        print(shown(f"keepwarm: {error}"), file=sys.stderr)
+        print(printable(f"keepwarm: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)
 
 

@@ -1,4 +1,4 @@
-"""The flags of every verb that talks to the broker or the store."""
+"""The flags for the broker and the store."""
 
 from typing import Annotated
 from urllib.parse import parse_qs, urlsplit
@@ -10,10 +10,10 @@ def _without_password(url: str | None) -> str | None:
     try:
         parts = urlsplit(url or "")
     except ValueError as error:
-        raise typer.BadParameter(f"it is not a URL: {error}") from error
+        raise typer.BadParameter(f"not a URL: {error}") from error
     if parts.netloc and (parts.password or "password" in parse_qs(parts.query)):
         raise typer.BadParameter(
-            "a password on a command line can be read by every user of this machine; set "
+            "every user of this machine can read passwords in arguments; set "
             "KEEPWARM_BROKER_PASSWORD or KEEPWARM_STORE_PASSWORD, or name a file in …_PASSWORD_FILE"
         )
     return url

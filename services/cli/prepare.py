@@ -1,4 +1,4 @@
-"""From flags to a submission: what `run` and `submit` do alike before anything is sent."""
+"""From flags to a submission: what `run` and `submit` do before anything is sent."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +31,7 @@ def open_source(console: Screen, file: str, options: ClaimsOptions) -> Source:
 def read_claims(
     console: Screen, source: Source, prompt: PromptSpec, options: ClaimsOptions
 ) -> ClaimsFile:
-    """The file recognised and read through once, with progress on the screen.
+    """Recognise the format and read the file once, with progress on the screen.
 
     Raises InputError for the file.
     """
@@ -48,13 +48,13 @@ def prepared_submission(
     prompt: PromptSpec,
     options: ClaimsOptions,
 ) -> Iterator[Submission]:
-    """The file, open and surveyed, as a run of this prompt on this context.
+    """The file as a run of this prompt on this context.
 
-    Raises InputError for the file, ModelError when the prompt's label words cannot be told apart
-    under the model's tokenizer: known now, not after a model is loaded.
+    Raises InputError for the file, and ModelError when the model's tokenizer cannot distinguish the
+    prompt's label words: before a model is loaded.
     """
     with open_source(console, file, options) as source:
-        # Asked only now: a name on the hub takes time, a missing file is known at once.
+        # After the file is open: a missing file is reported at once, a hub lookup takes time.
         pinned = context()
         CompiledPrompt(prompt, ModelTokenizer.load(pinned))
         claims = read_claims(console, source, prompt, options)
@@ -62,9 +62,9 @@ def prepared_submission(
 
 
 def inspect_claims(console: Screen, submission: Submission, rejected: Path) -> None:
-    """Say what is in the file before anything is started; its rejected lines go to `rejected`.
+    """Print a summary of the file, and write its rejected lines to `rejected`.
 
-    Raises InputError when not one line is a claim.
+    Raises InputError when no line is a claim.
     """
     with (
         RejectedFile(rejected) as rejections,

@@ -1,4 +1,4 @@
-"""`--only invalid,dead --from RUN`: the claims of a file that an earlier run could not answer."""
+"""`--only invalid,dead --from RUN`: claims without a useful verdict in an earlier run."""
 
 from typing import Annotated
 
@@ -15,8 +15,8 @@ OnlyOption = Annotated[
     str | None,
     typer.Option(
         "--only",
-        help="With --from: only claims whose verdict there is INVALID (invalid), that are dead "
-        "there (dead), or both (invalid,dead). Use another prompt or model for them.",
+        help="With --from: only claims of that run whose verdict is INVALID (invalid), that are "
+        "dead (dead), or both (invalid,dead). Use another prompt or model for them.",
         show_default=False,
     ),
 ]
@@ -29,10 +29,10 @@ FromOption = Annotated[
 def claims_to_repeat(
     settings: Settings, only: str | None, from_run: str | None
 ) -> frozenset[str] | None:
-    """The ids of the claims that the flags ask for; None where they ask for all.
+    """The ids of the selected claims; None for all claims.
 
-    Raises UsageError for flags that say nothing, StoreError when there is no such run, InputError
-    when none of its claims is such.
+    Raises UsageError for an invalid combination of flags, StoreError when there is no such run,
+    InputError when no claim matches.
     """
     if only is None and from_run is None:
         return None
@@ -42,5 +42,7 @@ def claims_to_repeat(
     with store_of_run(settings, from_run) as (store, known):
         found = unanswered_claims(store, known, kinds)
     if not found:
-        raise InputError(f"{known.run_id} has no {' or '.join(kinds)} claims: nothing is to repeat")
+        raise InputError(
+            f"{known.run_id} has no {' or '.join(kinds)} claims, so there is nothing to repeat"
+        )
     return found

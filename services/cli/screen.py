@@ -1,7 +1,7 @@
-"""What a person sees: tables, progress and the report, drawn by rich.
+"""Tables, progress and the report, printed with rich.
 
-Much of it was written by others: ids and labels in messages, claims, the logs of engines. Whatever
-is printed goes through `shown`: a `Screen` does so, and callers of `print` do.
+Ids, labels, claims and engine logs come from outside. All printed text must pass through
+`printable`: a `Screen` does that, and so must each caller of `print`.
 """
 
 from collections import Counter
@@ -16,19 +16,19 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from services.cli.shown import shown
+from services.cli.printable import printable
 from services.contracts import INVALID
 
-if TYPE_CHECKING:  # a machine that only submits, or only reports, has not both
+if TYPE_CHECKING:  # a machine that only submits has no store
     from services.store import Report, RunStatus
     from services.store.startups import Startups
 
 _UNBOUNDED_WIDTH = 10_000
-_MOST_LISTED = 5
+_MAX_LISTED = 5
 
 
 class Screen(Console):
-    """A console that prints text as it is: no markup, no emoji codes, and only `shown` text."""
+    """A console that prints text unchanged (no markup, no emoji codes), if it is `printable`."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, markup=False, emoji=False, highlight=False)
@@ -40,12 +40,12 @@ class Screen(Console):
             if segment.control:
                 yield segment
             else:
-                yield Segment(shown(segment.text), segment.style)
+                yield Segment(printable(segment.text), segment.style)
 
 
 @contextmanager
 def line_progress(console: Screen, what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar (or a count, when the total is unknown) that is moved by calling what is yielded."""
+    """A progress bar, or a count when the total is unknown. Yields the function that updates it."""
     progress = Progress(
         TextColumn(what),
         BarColumn(),
@@ -62,7 +62,7 @@ def line_progress(console: Screen, what: str, total: int | None) -> Iterator[Cal
 
 
 def duration(seconds: float | None) -> str:
-    """A time span for people: 42 s, 3 min 05 s, 2 h 10 min."""
+    """A duration as text: 42 s, 3 min 05 s, 2 h 10 min."""
     if seconds is None:
         return "unknown"
     whole = round(seconds)
@@ -74,9 +74,7 @@ def duration(seconds: float | None) -> str:
 
 
 def show(console: Screen, what: RenderableType) -> None:
-    """Print it. Where the output is no terminal, each line has its own length: nothing is wrapped
-    to a width that nobody sees, and nothing is padded.
-    """
+    """Print a renderable. If the output is not a terminal, lines are neither wrapped nor padded."""
     if console.is_terminal:
         console.print(what, highlight=False)
         return
@@ -87,7 +85,7 @@ def show(console: Screen, what: RenderableType) -> None:
 
 
 def say(console: Screen, text: str) -> None:
-    """Print a sentence as it is: no markup, and no line broken to a width that nobody sees."""
+    """Print text unchanged: without markup, and without wrapping."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -97,16 +95,16 @@ def plain_table(title: str | None = None) -> Table:
 
 
 def add_numbers(table: Table, *names: str) -> None:
-    """Columns of numbers, which are never cut; columns of text give way on a narrow terminal."""
+    """Columns of numbers. They are never cut; text columns shrink on a narrow terminal."""
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
 
 
 def status_table(runs: "Sequence[RunStatus]") -> Table:
-    """A row a run, within 80 columns. Failed claims have a column where there are any."""
+    """One row for each run, within 80 columns. The column of failed claims is optional."""
     table = plain_table()
     if not runs:
-        table.add_row("no run is in this store yet")
+        table.add_row("no runs in this store yet")
         return table
     failed = any(run.dead for run in runs)
     table.add_column("run", no_wrap=True)
@@ -140,9 +138,7 @@ def _left(run: "RunStatus") -> str:
 
 
 def print_report(console: Screen, report: "Report", *, full: bool = False) -> None:
-    """The result and what went wrong; with `full` also where the verdicts were wrong, who computed
-    them, and how long workers took to start.
-    """
+    """The result and its problems; with `full` the confusion matrix, workers and startups, too."""
     status = report.status
     source = PurePath(status.source).name if status.source else "a file not announced yet"
     show(console, Text(f"{source}, {status.run_id}", style="bold"))
@@ -164,7 +160,7 @@ def print_report(console: Screen, report: "Report", *, full: bool = False) -> No
 
 
 def _result(report: "Report") -> Iterator[tuple[str, str]]:
-    """What one wants to know first."""
+    """The rows of the short report."""
     status, quality, speed = report.status, report.quality, report.speed
     if quality is not None:
         low, high = quality.accuracy_interval
@@ -203,25 +199,25 @@ def _problems(report: "Report") -> Iterator[str]:
         yield f"{sum(without.values()):,} claims had no evidence{_listed(without)}"
     if unknown := found.get("unknown_labels"):
         yield (
-            f"{sum(unknown.values()):,} claims are not in the scores, for the prompt does not know "
-            f"their labels{_listed(unknown)}"
+            f"{sum(unknown.values()):,} claims are not in the scores, because the prompt does not "
+            f"have their labels{_listed(unknown)}"
         )
     if status.proven is False:
-        yield "the outcomes are not those of the file's claims; see keepwarm status"
+        yield "some outcomes belong to claims that are not in the file; see keepwarm status"
     if status.complete and status.proven is None:
         yield (
-            "it is not proven that these are the outcomes of all its claims: the run was sent by "
-            "an older Keepwarm"
+            "complete by its counts only: an older Keepwarm sent the run without the digest that "
+            "proves it"
         )
     if status.cancelled and not status.complete:
         yield "the run was cancelled"
 
 
 def _listed(counts: Mapping[str, int] | None) -> str:
-    """Counts by what they count, the largest first."""
+    """Counts by name, the largest first."""
     ordered = Counter(counts or {}).most_common()
-    listed = ", ".join(f"{what} {count:,}" for what, count in ordered[:_MOST_LISTED])
-    more = ", …" if len(ordered) > _MOST_LISTED else ""
+    listed = ", ".join(f"{what} {count:,}" for what, count in ordered[:_MAX_LISTED])
+    more = ", …" if len(ordered) > _MAX_LISTED else ""
     return f": {listed}{more}" if listed else ""
 
 
@@ -255,8 +251,8 @@ def _details(report: "Report") -> Iterator[tuple[str, str]]:
     )
     yield (
         "preemption",
-        f"{status.returned:,} claims returned unfinished, at most {status.lost_work:,} computed "
-        "again",
+        f"returned by preempted workers: {status.returned:,}; recomputed: at most "
+        f"{status.lost_work:,}",
     )
     if startups is not None and startups.warm is not None:
         yield (
@@ -267,7 +263,7 @@ def _details(report: "Report") -> Iterator[tuple[str, str]]:
     if startups is not None and startups.joined is not None:
         yield (
             "joined starts",
-            f"{startups.joined.count:,} workers waited for a start that was under way, "
+            f"{startups.joined.count:,} workers joined a start in progress, "
             f"{startups.joined.median_seconds:.2g} s (median)",
         )
 
@@ -302,7 +298,7 @@ def _workers_table(report: "Report") -> Table:
 
 
 def _cold_starts_table(startups: "Startups") -> Table:
-    """A column for each phase that somebody measured: the mean seconds of those who did."""
+    """One column for each measured phase: its mean in seconds."""
     table = plain_table("\ncold starts, in seconds")
     table.add_column("device", overflow="fold")
     measured = [

@@ -1,4 +1,4 @@
-"""The directory of the roles' passwords: a file for each, for its owner alone."""
+"""The directory of the roles' passwords: one private file for each role."""
 
 import os
 import secrets
@@ -10,7 +10,7 @@ _OTHERS = 0o077
 
 
 class SecretsDir:
-    """Made with mode 0700. Raises UsageError where others may look into one that is there."""
+    """Created with mode 0700. Raises UsageError when others may read an existing directory."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -21,15 +21,15 @@ class SecretsDir:
             raise self._unusable(error) from error
         if mode & _OTHERS:
             raise UsageError(
-                f"--secrets: others may look into {directory}; name another directory, or close "
-                f"this one: `chmod 700 {directory}`"
+                f"--secrets: other users may read {directory}; name another directory, or run "
+                f"`chmod 700 {directory}`"
             )
 
     def file(self, role: str) -> Path:
         return self._directory / f"{role}.password"
 
     def read(self, role: str) -> str | None:
-        """The role's password; None where it has none yet. A line end after it does not count."""
+        """The role's password without its line end; None when there is none yet."""
         file = self.file(role)
         try:
             mode = file.stat().st_mode
@@ -40,15 +40,15 @@ class SecretsDir:
             raise self._unusable(error) from error
         if mode & _OTHERS:
             raise UsageError(
-                f"others may read {file}: `chmod 600 {file}` if nobody did, otherwise make a new "
-                "password with --renew"
+                f"other users may read {file}: run `chmod 600 {file}` if nobody did, otherwise "
+                "create new passwords with --renew"
             )
         if not password:
-            raise UsageError(f"{file} is empty: delete it, or put the role's password there")
+            raise UsageError(f"{file} is empty: delete it, or write the role's password to it")
         return password
 
     def write_new(self, role: str) -> str:
-        """A random password, in the role's file in one step: a full disk leaves the old one."""
+        """A new random password. It replaces the file atomically: a full disk keeps the old one."""
         password = secrets.token_urlsafe(32)
         new = self._directory / f".{role}.new"
         try:
@@ -63,6 +63,6 @@ class SecretsDir:
 
     def _unusable(self, error: Exception) -> StoreError:
         return StoreError(
-            f"the directory of passwords, {self._directory}, cannot be used: {error}; name another "
-            "with --secrets"
+            f"the directory of passwords, {self._directory}, cannot be used: {error}; name "
+            "another with --secrets"
         )

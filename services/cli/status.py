@@ -13,10 +13,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from services.cli.fleet_screen import heard_tables
+from services.cli.broker_snapshot import open_broker_view
+from services.cli.fleet_screen import broker_tables
 from services.cli.found_stores import readable_stores
-from services.cli.label_mass import say_low_mass
-from services.cli.listening import Heard, broker_heard
+from services.cli.label_mass import print_low_mass
 from services.cli.logs import configure_logs
 from services.cli.options import BrokerOption, StoreOption
 from services.cli.screen import Screen, say, show, status_table
@@ -24,7 +24,7 @@ from services.contracts import Settings, load_settings
 from services.store import RunStatus, Store, missing_records, run_statuses
 from services.store.progress import latest_statuses
 
-_MOST_WATCHED = 50
+_MAX_WATCHED = 50
 _SHOWN_RANGES = 10
 
 
@@ -33,15 +33,14 @@ def status(
     broker: BrokerOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     watch: Annotated[
-        bool, typer.Option(help="Go on showing it, with workers and queues, until Ctrl-C.")
+        bool, typer.Option(help="Refresh until Ctrl-C, with workers, contexts and queues.")
     ] = False,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 2.0,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between refreshes.")] = 2.0,
 ) -> None:
-    """List every run: how many claims are done, how fast, how much time is left.
+    """List all runs: claims done, claims/s, and the time left.
 
-    Where no store is named it lists the runs of the default store and those in results/. With
-    --watch it shows the latest 50 runs of each store, and workers, contexts and queues, as the
-    broker's messages tell of them.
+    Without --store it lists the runs of the default store and of the stores in results/. With
+    --watch it shows the latest 50 runs of each store, and workers, contexts and queues.
     """
     settings = load_settings(store_url=store, broker_url=broker)
 
@@ -60,9 +59,9 @@ def status(
         for store_found in readable_stores(settings):
             found = run_statuses(store_found)
             runs += found
-            problems += [told for run in found for told in _problems(store_found, run)]
+            problems += [problem for run in found for problem in _problems(store_found, run)]
         show(Screen(), status_table(runs))
-        say_low_mass(Screen(), runs)
+        print_low_mass(Screen(), runs)
         for problem in problems:
             say(Screen(), problem)
 
@@ -72,30 +71,29 @@ def _statuses(settings: Settings) -> list[RunStatus]:
 
 
 def _problems(store: Store, run: RunStatus) -> Iterator[str]:
-    """Why a run will not be complete by itself, and what to do."""
+    """Why a run will not become complete, and what to do."""
     if run.cancelled:
         return
     if run.proven is False:
         yield (
-            f"{run.run_id}: as many outcomes as claims, but not of the same claims. Submit the "
-            "file again with this store: that removes outcomes of claims that the file does not "
-            "have, and sends the missing ones"
+            f"{run.run_id}: some outcomes belong to claims that are not in the file. Submit the "
+            "file again with this store to remove them and to send the missing claims"
         )
     if run.nowhere_since is None:
         return
     since = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.nowhere_since))
     if run.total is None:
         yield (
-            f"{run.run_id}: its producer never said that it has sent everything, and since {since} "
-            "none of its claims is in a queue or with a worker. Submit the file again with this "
-            "store: that sends the missing ones"
+            f"{run.run_id}: its submission is not complete, and since {since} none of its "
+            "claims is in a queue or at a worker. Submit the file again with this store to send "
+            "the missing claims"
         )
         return
     missing = run.total - run.done - run.dead
     yield (
-        f"{run.run_id}: since {since} {missing:,} claims are in no queue and with no worker"
-        f"{_which(store, run.run_id)}. Look for them with `keepwarm dead list --broker URL`, or "
-        "submit the file again with this store: that sends just these"
+        f"{run.run_id}: since {since} {missing:,} claims are in no queue and at no worker"
+        f"{_which(store, run.run_id)}. Check `keepwarm dead list --broker URL`, or submit the file "
+        "again with this store to send only these"
     )
 
 
@@ -112,14 +110,14 @@ def _which(store: Store, run_id: str) -> str:
 
 
 def watched(settings: Settings) -> Group:
-    """The latest runs of each store: to count a thousand of them every two seconds takes longer."""
-    stores = [latest_statuses(store, _MOST_WATCHED + 1, {}) for store in readable_stores(settings)]
+    """The latest runs of each store: counting a thousand of them takes more than two seconds."""
+    stores = [latest_statuses(store, _MAX_WATCHED + 1, {}) for store in readable_stores(settings)]
     parts: list[Table | Text] = [
-        status_table([run for runs in stores for run in runs[:_MOST_WATCHED]])
+        status_table([run for runs in stores for run in runs[:_MAX_WATCHED]])
     ]
-    if any(len(runs) > _MOST_WATCHED for runs in stores):
+    if any(len(runs) > _MAX_WATCHED for runs in stores):
         parts.append(
-            Text(f"older runs are not shown; `keepwarm status` lists more than {_MOST_WATCHED}")
+            Text(f"older runs are not shown; `keepwarm status` lists more than {_MAX_WATCHED}")
         )
     return Group(*parts)
 
@@ -127,13 +125,12 @@ def watched(settings: Settings) -> Group:
 def _watch(settings: Settings, every: float) -> None:
     console = Screen()
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
-        # Events would be written across the table; what matters of them is in it.
+        # Events would be written into the table, which has the important ones.
         configure_logs(settings, nowhere)
-        with broker_heard(settings) as broker:
+        with open_broker_view(settings) as broker:
 
             def view() -> Group:
-                heard = broker if isinstance(broker, Heard) else broker.look()
-                return Group(watched(settings), heard_tables(heard))
+                return Group(watched(settings), broker_tables(broker()))
 
             if not console.is_terminal:
                 while True:

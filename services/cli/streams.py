@@ -1,4 +1,4 @@
-"""Standard output and error that a locale or a lost terminal cannot turn into a traceback."""
+"""Makes standard output and error safe from the locale's encoding and from a lost terminal."""
 
 import codecs
 import errno
@@ -9,8 +9,8 @@ from typing import Any
 
 
 class _Terminal(io.FileIO):
-    """A terminal that may be lost. What is written to it then goes nowhere: results are still to be
-    written to their files.
+    """A terminal that may be lost. Output is then discarded, so that the command can still write
+    results to files.
     """
 
     def write(self, data: Any, /) -> int:
@@ -23,11 +23,11 @@ class _Terminal(io.FileIO):
 
 
 def make_robust() -> None:
-    """Show what a terminal's encoding lacks as escapes; write UTF-8 to files and pipes."""
+    """Escape characters that the terminal cannot encode; write UTF-8 to files and pipes."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, io.TextIOWrapper):
-            continue  # it is closed, or a test's
+            continue  # closed, or replaced by a test
         if not stream.isatty():
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
             continue
@@ -42,8 +42,8 @@ def make_robust() -> None:
 
 
 def _terminal_encoding() -> str:
-    """That of the locale; this process itself is in Python's UTF-8 mode. A locale without an
-    encoding, such as C, counts as UTF-8, as for Python.
+    """The encoding of the locale, although this process is in Python's UTF-8 mode. A locale without
+    one, such as C, means UTF-8, as for Python.
     """
     encoding = locale.getencoding()
     return "utf-8" if codecs.lookup(encoding).name == "ascii" else encoding

@@ -46,8 +46,8 @@ from services.cli.options import (
     StoreOption,
 )
 from services.cli.prepare import inspect_claims, prepared_submission
+from services.cli.printable import printable
 from services.cli.screen import Screen, line_progress, say
-from services.cli.shown import shown
 from services.contexts.accepted import refusal
 from services.contracts import load_settings, topology
 from services.producer import Progress
@@ -58,8 +58,8 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class _Submitting:
-    """As `telemetry.server.Service` wants it. To wait for the broker is not to be stuck."""
+class _Health:
+    """The `telemetry.server.Service` of a submission. It is live while it waits for the broker."""
 
     publisher: Publisher
     liveness_error: str | None = None
@@ -88,7 +88,7 @@ def submit(
     rejected: Annotated[
         Path | None,
         typer.Option(
-            help="Where lines that are no claims go; rejected-RUN.jsonl otherwise.",
+            help="The file for rejected lines. Default: rejected-RUN.jsonl.",
             show_default=False,
         ),
     ] = None,
@@ -99,10 +99,10 @@ def submit(
     adapter: AdapterOption = None,
     adapter_revision: AdapterRevisionOption = None,
 ) -> None:
-    """Publish a file of claims for workers to answer, and print the run's id.
+    """Publish a file of claims for workers, and print the run's id.
 
-    The same file with the same prompt and model is the same run: publishing it again completes it
-    and doubles nothing. Where a store is named, claims with an outcome are not sent again.
+    The same file with the same prompt and model is the same run: submitting it again completes the
+    run, and no claim counts twice. If a store is set, claims with an outcome are not sent again.
     """
     expect_many_small_objects()
     settings = load_settings(broker_url=broker, store_url=store, batch_size=batch_size)
@@ -136,7 +136,7 @@ def submit(
         prepared_submission(
             console, file, context=context, prompt=prompt_spec, options=options
         ) as submission,
-        ExitStack() as held,
+        ExitStack() as resources,
     ):
         run_id = submission.run.run_id
         claims_queue = topology.claims_queue(submission.run.context.context_id)
@@ -144,9 +144,9 @@ def submit(
         inspect_claims(console, submission, rejected_path)
         finished: Finished = nothing_finished
         if settings.store_url is not None:
-            from services.store import Store  # its extra, only where a store is named
+            from services.store import Store  # an extra, needed only with a store
 
-            database = held.enter_context(Store.open(settings))
+            database = resources.enter_context(Store.open(settings))
             refuse_changed_file(submission, database)
             remove_foreign(submission, database, console)
             finished = finished_in(database, run_id)
@@ -161,7 +161,7 @@ def submit(
             MetricsServer(settings) as metrics,
             line_progress(console, "publishing", submission.lines) as publishing,
         ):
-            metrics.serve(_Submitting(publisher))
+            metrics.serve(_Health(publisher))
             policies = ask_policies(settings, [claims_queue])
             for harm in policies.problems:
                 say(console, f"Warning: {harm}")
@@ -171,7 +171,7 @@ def submit(
             if reason is not None:
                 say(
                     console,
-                    "Warning: only workers that are given this model serve this run, because "
+                    "Warning: only workers started with this --model serve this run, because "
                     f"{reason}",
                 )
             sent = 0
@@ -190,7 +190,7 @@ def submit(
             )
     say(
         console,
-        f"{sent:,} of {totals.claims:,} claims are with the broker, for workers of "
+        f"{sent:,} of {totals.claims:,} claims are sent to the broker, for workers of "
         f"{submission.run.context.context_id}",
     )
-    print(shown(run_id))
+    print(printable(run_id))

@@ -1,4 +1,4 @@
-"""The user's name and home directory, which libraries ask for."""
+"""A name and a home directory for users that have none; libraries need both."""
 
 import os
 import pwd
@@ -8,10 +8,10 @@ from services.contracts.settings import private_tmp
 
 
 def name_the_user() -> None:
-    """Where the user has no line in passwd, as in a container that was started with `--user 12345`:
-    torch asks for the name (getpass(3)) and Hugging Face's hub for the home directory.
+    """Set LOGNAME and HOME when the user has no line in passwd, as in a container that was started
+    with `--user 12345`. torch needs the name (getpass), Hugging Face's hub the home directory.
 
-    Raises UsageError where the substitute for the home directory is another user's.
+    Raises UsageError when another user owns the substitute for the home directory.
     """
     try:
         Path.home()

@@ -1,4 +1,4 @@
-"""`keepwarm validate`: what is in a file of claims, before anything is started for it."""
+"""`keepwarm validate`: checks a file of claims, without a broker or an engine."""
 
 import json
 from array import array
@@ -58,13 +58,13 @@ def validate(
     split: SplitOption = None,
     revision: RevisionOption = None,
     max_model_tokens: MaxTokensOption = 1024,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what is in a file of claims, without a broker or an engine.
+    """Check a file of claims, without a broker or an engine.
 
-    The format that was found, claims by label, evidence, lengths in tokens under the model's
-    tokenizer, repeated and rejected records with their reasons, and three claims as the model will
-    see them. Ends with 3 when not one record is a claim.
+    Prints the format, claims by label, evidence, lengths in tokens with the model's tokenizer,
+    repeated and rejected records with their reasons, and three claims as the model sees them. The
+    exit code is 3 when no record is a claim.
     """
     settings = load_settings()
     console = Screen(stderr=True)
@@ -100,7 +100,7 @@ def validate(
             )
             compiled = CompiledPrompt(prompt_spec, tokenizer)
         except ModelError as error:
-            no_tokenizer = str(error)  # the file is judged all the same
+            no_tokenizer = str(error)  # the file is checked anyway
         else:
             if summary.claims:
                 with line_progress(console, "counting tokens", claims.lines) as counting:
@@ -111,7 +111,10 @@ def validate(
     else:
         _print(claims, summary, rejections, tokens, no_tokenizer, examples)
     if summary.claims == 0:
-        raise InputError(f"{claims.name}: none of its {claims.lines:,} records is a claim")
+        raise InputError(
+            f"{claims.name}: none of its {claims.lines:,} records is a claim; correct the "
+            "file, or name its columns with --column"
+        )
 
 
 def _token_lengths(
@@ -192,4 +195,4 @@ def _print(
             + (" (they become dead claims; see --max-model-tokens)" if tokens["too_long"] else ""),
         )
     for number, example in enumerate(examples, 1):
-        say(console, f"\n--- claim {number}, as the model will see it ---\n{example}")
+        say(console, f"\n--- claim {number}, as the model sees it ---\n{example}")

@@ -48,18 +48,18 @@ def worker(
     adapter: AdapterOption = None,
     adapter_revision: AdapterRevisionOption = None,
     log_progress: Annotated[
-        bool, typer.Option(hidden=True, help="Log how many claims are answered, for `run`.")
+        bool, typer.Option(hidden=True, help="Log the number of answered claims, for `run`.")
     ] = False,
 ) -> None:
-    """Answer claims, until told to stop.
+    """Answer claims, until stopped.
 
-    With a model it serves that one. Without --model and KEEPWARM_MODEL it serves what the claims
-    that wait want most, prefers what is warm on this node, and changes its context when that pays.
+    With --model or KEEPWARM_MODEL it serves that model. Otherwise it serves the context with the
+    highest demand, prefers contexts that are warm on this node, and switches when that pays.
 
-    SIGTERM drains: what is finished is published, the rest returned, within
-    KEEPWARM_GRACE_SECONDS; the exit code is then 0. SIGUSR1, SIGUSR2, SIGHUP (a lost terminal) and
-    the end of the walltime (SLURM_JOB_END_TIME or KEEPWARM_WALLTIME_SECONDS) drain too. A second
-    SIGTERM ends at once.
+    SIGTERM drains the worker: it publishes finished claims, returns the rest within
+    KEEPWARM_GRACE_SECONDS, and ends with exit code 0. SIGUSR1, SIGUSR2, SIGHUP (a lost terminal)
+    and the end of the walltime (SLURM_JOB_END_TIME or KEEPWARM_WALLTIME_SECONDS) drain it too. A
+    second SIGTERM ends it at once.
     """
     settings = load_settings(broker_url=broker)
     configure_logs(settings)
@@ -79,7 +79,7 @@ def worker(
     )
     if context is None and (revision or engine_argument or adapter):
         raise UsageError(
-            "--revision, --engine-argument and --adapter are a model's; name it with --model"
+            "--revision, --engine-argument and --adapter need a model; name it with --model"
         )
     with MetricsServer(settings) as metrics:
         service = Worker(

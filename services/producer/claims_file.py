@@ -1,4 +1,4 @@
-"""A file as claims: recognised, counted, and read again and again with the same result."""
+"""The claims of a file. Each pass over the file gives the same claims."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -16,26 +16,26 @@ from services.producer.fields import NAMES, label_text, normalized
 from services.producer.parse import Parser, Reading, Rejection, check_columns
 from services.producer.published import (
     PLAIN,
-    RECORDS_LOOKED_AT,
+    SAMPLE_RECORDS,
     PublishedFormat,
     format_named,
     read_plain,
     recognized,
 )
 from services.producer.seen import Duplicate, SeenIds
-from services.producer.source import Source, chosen
-from services.producer.summary import FileSummary
+from services.producer.source import Source, sample_lines
+from services.producer.summary import InputCounts
 
 _CHUNK_RECORDS = 1_024
 
 
 @dataclass(frozen=True)
 class Selection:
-    """How a file is to be read, and which of its records are wanted.
+    """How a file is read, and which of its records are used.
 
-    `format` names a published format, or `plain`; it is recognised otherwise. `limit` takes the
-    first records, with a `seed` a random sample. `only` are the ids of the claims that are wanted.
-    The other fields are as in `Parser`.
+    `format` names a published format, or `plain`; None: it is recognised. `limit` takes the first
+    records, or with a `seed` a random sample. `only`: the ids of the claims to use. The other
+    fields are as in `Parser`.
     """
 
     format: str | None = None
@@ -51,7 +51,7 @@ class Selection:
 class ClaimsFile:
     """The claims of one file for one prompt.
 
-    `lines` is how many records are read, of the `records` that the file has.
+    `lines` is the number of records that are read, `records` the number that the file has.
     """
 
     def __init__(
@@ -63,17 +63,17 @@ class ClaimsFile:
         on_lines: Callable[[int], None] = lambda _: None,
         on_pages: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """Read the file through once. `on_lines` hears how many records were read so far,
-        `on_pages` how many pages of a corpus.
+        """Read the whole file once. `on_lines` is called with the number of records read so far,
+        `on_pages` with the number of pages of a corpus.
 
-        Raises InputError when the file is empty, its columns do not fit, or the corpus is none.
+        Raises InputError when the file is empty, a column is missing, or the corpus is not one.
         """
         check_columns(selection.columns)
         self.source = source
         self.selection = selection
         self.prompt = prompt
         self.name = source.name
-        first = source.first_records(RECORDS_LOOKED_AT)
+        first = source.first_records(SAMPLE_RECORDS)
         if selection.format is None:
             self.format = recognized(first)
         else:
@@ -81,34 +81,33 @@ class ClaimsFile:
             _check_format(source.name, self.format, first)
         if selection.each_evidence and self.format.pieces is None:
             raise InputError(
-                f"{source.name}: --each-evidence is not for {self.format.title}, whose evidence is "
-                "that of the claim as a whole; leave it out, or name another --format"
+                f"{source.name}: --each-evidence does not apply to {self.format.title}, whose "
+                "evidence belongs to the claim as a whole; leave it out, or name another --format"
             )
         if source.columns is not None:
             _check_header(source, selection.columns)
         if self.format.merged:
             source.same_claim = self._parser(None).same_claim
-        survey = source.survey(on_lines)
-        self.records = survey.lines
+        file_summary = source.summarize(on_lines)
+        self.records = file_summary.lines
         self.lines = self.records if selection.limit is None else min(selection.limit, self.records)
         self._corpus: Corpus | None = None
         self.unused_labels: tuple[str, ...] = ()
-        """Labels that `label_map` names and no record has; after `inspect`."""
+        """After `inspect`: labels in `label_map` that no record has."""
         self.ignored_keys: tuple[str, ...] = ()
-        """Columns or keys that are no field of a claim, where no published format knows them; after
-        `inspect`."""
+        """After `inspect`, for the plain format: columns or keys that are not a claim's field."""
         if selection.corpus is not None:
             self._corpus = self._read_corpus(selection.corpus, on_pages)
-        self.source_digest = content_id("src", self._identity(survey.digest))
+        self.source_digest = content_id("src", self._identity(file_summary.digest))
 
     def inspect(
         self,
         on_rejected: Callable[[Rejection], None] = lambda _: None,
         on_lines: Callable[[int], None] = lambda _: None,
     ) -> InputSummary:
-        """Read every claim, and say what there is.
+        """Read every claim, and return the summary.
 
-        Raises InputError when a named column is in no record.
+        Raises InputError when no record has a named column.
         """
         summary = self.new_summary()
         parser = self._parser(self._corpus)
@@ -135,10 +134,10 @@ class ClaimsFile:
         return summary.result()
 
     def claims(
-        self, summary: FileSummary, on_rejected: Callable[[Rejection], None] = lambda _: None
+        self, summary: InputCounts, on_rejected: Callable[[Rejection], None] = lambda _: None
     ) -> Iterator[tuple[int, list[Claim]]]:
-        """The claims in chunks, without the repeated and the contradicted, and how many records
-        were read so far; all are counted in `summary`.
+        """The claims in chunks, without duplicates and contradictions, each with the number of
+        records read so far. All records are counted in `summary`.
         """
         with closing(SeenIds()) as seen:
             yield from self._chunks(self._parser(self._corpus), summary, on_rejected, seen)
@@ -148,17 +147,19 @@ class ClaimsFile:
         for _, claims in self.claims(self.new_summary()):
             yield from claims
 
-    def new_summary(self) -> FileSummary:
-        return FileSummary(self.format.title, self.source.container, self.records)
+    def new_summary(self) -> InputCounts:
+        return InputCounts(self.format.title, self.source.container, self.records)
 
     def _chunks(
         self,
         parser: Parser,
-        summary: FileSummary,
+        summary: InputCounts,
         on_rejected: Callable[[Rejection], None],
         seen: SeenIds,
     ) -> Iterator[tuple[int, list[Claim]]]:
-        lines = chosen(self.source.lines(), self.records, self.selection.limit, self.selection.seed)
+        lines = sample_lines(
+            self.source.lines(), self.records, self.selection.limit, self.selection.seed
+        )
         read = 0
         while chunk := list(islice(lines, _CHUNK_RECORDS)):
             read += len(chunk)
@@ -173,17 +174,17 @@ class ClaimsFile:
                         on_rejected(found)
                     continue
                 for reading in found:
-                    sighting, claim, _ = known = next(checked)
+                    duplicate, claim, _ = known = next(checked)
                     if not self._is_wanted(claim):
                         continue
-                    if sighting is Duplicate.REPEATED:
+                    if duplicate is Duplicate.REPEATED:
                         summary.add_repeated(line.position, claim.claim_id)
-                    elif sighting in (Duplicate.OTHER_TEXT, Duplicate.OTHER_LABEL):
+                    elif duplicate in (Duplicate.OTHER_TEXT, Duplicate.OTHER_LABEL):
                         rejection = parser.contradicted(line, known)
                         summary.add_rejection(rejection.kind, line.position, claim.claim_id)
                         on_rejected(rejection)
                     else:
-                        if sighting is Duplicate.OTHER_EVIDENCE:
+                        if duplicate is Duplicate.OTHER_EVIDENCE:
                             summary.add_own_id()
                             reading = replace(reading, claim=claim)
                         fresh.append(reading)
@@ -207,17 +208,19 @@ class ClaimsFile:
     def _read_corpus(self, path: Path, on_pages: Callable[[int], None]) -> Corpus:
         if self.format.corpus is None:
             raise InputError(
-                f"{self.name} is read as {self.format.title}, which refers to no corpus; leave out "
+                f"{self.name} is read as {self.format.title}, which uses no corpus; leave out "
                 "--corpus and --wiki, or name the format with --format"
             )
         parser = self._parser(None)
-        lines = chosen(self.source.lines(), self.records, self.selection.limit, self.selection.seed)
+        lines = sample_lines(
+            self.source.lines(), self.records, self.selection.limit, self.selection.seed
+        )
         references = (reference for line in lines for reference in parser.references(line))
         return read_corpus(path, references, self.format.corpus, on_pages)
 
     def _identity(self, digest: str) -> dict[str, object]:
-        """What decides which claims there are. Gold labels do not: to name the column of the labels
-        later, or to map them, computes nothing again.
+        """What determines the claims. Gold labels do not: naming or mapping the label column later
+        does not change the run.
         """
         identity: dict[str, object] = {
             "bytes": digest,
@@ -236,7 +239,7 @@ class ClaimsFile:
 
 
 def _check_format(name: str, format: PublishedFormat, records: Sequence[Mapping[str, Any]]) -> None:
-    """Raises InputError when a format was named and the first records have no key of its own."""
+    """Raises InputError when the first records have none of the named format's own keys."""
     own = format.keys.difference(*NAMES.values())
     keys = list(dict.fromkeys(normalized(key) for record in records for key in record))
     if own and records and own.isdisjoint(keys):
@@ -248,15 +251,17 @@ def _check_format(name: str, format: PublishedFormat, records: Sequence[Mapping[
 
 
 def _check_header(source: Source, columns: Mapping[str, str]) -> None:
-    """Raises InputError when the columns of delimited text do not fit."""
+    """Raises InputError when two columns have one name, or a named column is missing."""
     header = [column for column in source.columns or () if column]
     doubled = next((name for name in header if header.count(name) > 1), None)
     if doubled is not None:
-        raise InputError(f"{source.name}, line 1: two columns are called {doubled!r}; rename one")
+        raise InputError(
+            f"{source.name}, line 1: two columns have the name {doubled!r}; rename one"
+        )
     listed = ", ".join(repr(name) for name in header[:20]) or "none"
     for name, column in columns.items():
         if column not in header:
             raise InputError(
                 f"{source.name}, line 1: there is no column {column!r} for {name}; the columns are "
-                f"{listed}"
+                f"{listed}. Correct --column {name}={column}"
             )

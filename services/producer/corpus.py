@@ -66,10 +66,11 @@ def read_corpus(
     what: str,
     on_pages: Callable[[int], None] = lambda _: None,
 ) -> Corpus:
-    """What these references want of FEVER's Wikipedia dump (a directory) or SciFact's corpus.jsonl.
+    """The pages that these references name, from FEVER's Wikipedia dump (a directory) or SciFact's
+    corpus.jsonl.
 
-    Only that is held in memory. `what` says what the corpus should be; `on_pages` hears how many
-    pages were read.
+    Only these pages are kept in memory. `what` names the expected corpus; `on_pages` is called with
+    the number of pages read.
     Raises InputError when it is neither, or cannot be read.
     """
     wanted: dict[str, set[int | None]] = {}
@@ -93,7 +94,7 @@ def read_corpus(
             raise InputError(f"{file} cannot be read: {error.strerror}") from error
         except ValueError as error:
             raise InputError(
-                f"{file} is not a corpus of one JSON object a line: {error}"
+                f"{file} is not a corpus of one JSON object per line: {error}"
             ) from error
     if not any_page:
         raise InputError(f"{path} is no corpus: not one line of it is a page; name {what}")

@@ -38,7 +38,7 @@ _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": ""}
 
 Columns = Callable[[Sequence[str]], Sequence[str] | None]
 """For the fields of a file's first record: the names of the columns where they are known without a
-header (a published format, columns told by number), or None."""
+header (a published format, columns given by number), or None."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Dialect:
 
 class Record(NamedTuple):
     """The fields of one record, and the line on which it ends. A broken one has a `fault`; where
-    its fields could not be told apart, `text` is its first line.
+    its fields could not be separated, `text` is its first line.
     """
 
     number: int
@@ -78,11 +78,11 @@ def find_dialect(
     """
     first = next(iter(bounded_lines(file)), None)
     line = "" if first is None else first.content.decode("utf-8", errors="replace")
-    told = _SEPARATOR_LINE.fullmatch(line)
+    separator = _SEPARATOR_LINE.fullmatch(line)
     candidates: list[Dialect] = []
     headers: list[list[str]] = []
-    for delimiter in (told[1],) if told else _DELIMITERS:
-        dialect = Dialect(delimiter, first_line=2 if told else 1)
+    for delimiter in (separator[1],) if separator else _DELIMITERS:
+        dialect = Dialect(delimiter, first_line=2 if separator else 1)
         fields = next(_rows(file, dialect), Record(0, [], None)).fields
         header = [column.strip() for column in fields]
         while header and not header[-1]:
@@ -100,7 +100,7 @@ def find_dialect(
                 "is not recognised; save its claims as JSONL, CSV or Parquet, or name the encoding "
                 "with --encoding"
             )
-        raise InputError(_no_claim_column(name, 2 if told else 1, max(headers, key=len)))
+        raise InputError(_no_claim_column(name, 2 if separator else 1, max(headers, key=len)))
     # A header is better than none, and more columns than fewer: one of one column has no delimiter.
     headed = [d for d in candidates if d.header]
     if headed:

@@ -23,9 +23,9 @@ STANDARD_INPUT = "-"
 
 _CHUNK_BYTES = 1 << 20
 SAMPLE_BYTES = 1 << 16
-"""How much of a file is looked at to tell what it is."""
+"""Bytes that are read to recognise a file's type."""
 
-_LOOKED_AT_BYTES = 256
+_ENCODING_SAMPLE_BYTES = 256
 _START_BYTES = 4096
 _OFFICE_MARKS = (b"[Content_Types].xml", b"_rels/.rels", b"vnd.oasis.opendocument")
 
@@ -65,9 +65,10 @@ def open_file(path: str) -> tuple[IO[bytes], str]:
 
 
 def decompressed(file: IO[bytes], name: str) -> IO[bytes]:
-    """What is in a compressed file, told by its first bytes; any other file as it is.
+    """The content of a compressed file, which is recognised by its first bytes; any other file
+    unchanged.
 
-    Raises InputError for an archive of several files. Damaged data raise it when they are read.
+    Raises InputError for an archive of several files. Reading damaged data raises InputError.
     """
     inside = _decompressed(file, name)
     start = inside.read(_START_BYTES)
@@ -111,7 +112,7 @@ def as_utf8(file: IO[bytes], name: str, encoding: str | None = None) -> IO[bytes
 
 
 class _Checked(io.RawIOBase):
-    """A decompressed stream whose damage is told as what it is: the file's, not a bug."""
+    """A decompressed stream that raises InputError for damaged data."""
 
     def __init__(self, stream: IO[bytes], file: IO[bytes], name: str, kind: str) -> None:
         self._stream = stream
@@ -163,11 +164,11 @@ _DAMAGES = (OSError, zlib.error, lzma.LZMAError, zstd.ZstdError)
 
 
 def encoding_of(sample: bytes) -> str | None:
-    """UTF-16 or UTF-32, told by a byte order mark or by where NULs are; None for anything else."""
+    """UTF-16 or UTF-32, by a byte order mark or by the positions of NULs; None otherwise."""
     for mark, encoding in _MARKS:
         if sample.startswith(mark):
             return encoding
-    start = sample[:_LOOKED_AT_BYTES]
+    start = sample[:_ENCODING_SAMPLE_BYTES]
     nuls = (start[::2].count(0), start[1::2].count(0))
     if max(nuls) * 4 > len(start) and min(nuls) == 0:  # Latin letters without a mark
         return "utf-16-be" if nuls[0] else "utf-16-le"
@@ -194,7 +195,7 @@ def _decoded(file: IO[bytes], encoding: str, name: str) -> Iterator[bytes]:
 
 
 def _spooled(chunks: Iterable[bytes], name: str) -> IO[bytes]:
-    """All of a stream in a temporary file that has no name and so cannot stay behind."""
+    """A copy of a stream in a temporary file without a name, which cannot be left behind."""
     spool = tempfile.TemporaryFile()  # noqa: SIM115  (the caller closes it)
     try:
         for chunk in chunks:
@@ -203,8 +204,8 @@ def _spooled(chunks: Iterable[bytes], name: str) -> IO[bytes]:
     except OSError as error:
         spool.close()
         raise InputError(
-            f"{name} cannot be kept in {tempfile.gettempdir()}: {error.strerror}; make "
-            "room, or set TMPDIR to a directory with more"
+            f"{name} cannot be copied to {tempfile.gettempdir()}: {error.strerror}; free "
+            "some space, or set TMPDIR to a directory with more"
         ) from error
     except BaseException:
         spool.close()

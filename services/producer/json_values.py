@@ -16,7 +16,7 @@ def json_values(file: IO[bytes], name: str) -> Iterator[tuple[int, bytes]]:
     """Each value of a JSON array (or of values one after the other): its line, and its text.
 
     Memory is bounded by the longest value, which may have `MAX_LINE_BYTES`. Raises InputError with
-    the line where the JSON breaks: what follows cannot be told apart any more.
+    the line where the JSON breaks: what follows cannot be parsed any more.
     """
     text = _Text(file)
     in_array = text.skip() == "["

@@ -1,4 +1,4 @@
-"""The lines of a file, each within a bound, whatever the file holds."""
+"""The lines of a file, each of bounded length."""
 
 import codecs
 from collections.abc import Iterator
@@ -8,8 +8,8 @@ from services.contracts.bounds import MAX_LINE_BYTES
 
 
 class TextLine(NamedTuple):
-    """A line as it stands in the file, numbered from 1; one over the bound has a `fault` instead of
-    its rest, and its quotes are counted.
+    """A line of the file, numbered from 1. A line over the bound is cut, has a `fault`, and its
+    quotes are counted.
     """
 
     number: int
@@ -19,7 +19,7 @@ class TextLine(NamedTuple):
 
 
 def bounded_lines(file: IO[bytes]) -> Iterator[TextLine]:
-    """Lines with their numbers; a line over the bound is skipped without being held in memory."""
+    """Lines with their numbers; a line over the bound is cut, and never completely in memory."""
     file.seek(0)
     if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:  # spreadsheets and Windows write one
         file.seek(0)

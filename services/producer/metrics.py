@@ -1,13 +1,13 @@
-"""What is counted of a submission."""
+"""Metrics of a submission."""
 
 from prometheus_client import Counter
 
 PUBLISHED = Counter(
     "keepwarm_claims_published_total",
-    "Claims handed to the broker by this producer.",
+    "Claims that this producer has sent to the broker.",
 )
 LINES = Counter(
     "keepwarm_lines_read_total",
-    "Lines read, by what became of them: claim, repeated, or rejected.",
+    "Lines read, by result: claim, repeated, or rejected.",
     ["became"],
 )

@@ -1,4 +1,7 @@
-"""Claims that share evidence travel together, so that an engine reads the evidence once."""
+"""Orders claims so that those with the same evidence follow each other.
+
+An engine then computes the evidence once.
+"""
 
 from collections.abc import Iterable, Iterator
 
@@ -9,16 +12,16 @@ WINDOW_CLAIMS = 16_384
 WINDOW_CHARS = 16 * 1024 * 1024
 
 
-def together(
+def group_by_evidence(
     claims: Iterable[Claim],
     *,
     window_claims: int = WINDOW_CLAIMS,
     window_chars: int = WINDOW_CHARS,
 ) -> Iterator[Claim]:
-    """The same claims, those with the same evidence beside each other, within a bounded window.
+    """The same claims, grouped by their evidence within a bounded window.
 
-    Evidence comes in the order of its first claim, and the claims of one evidence in theirs. A
-    claim without evidence has nothing to share, and stays where it is among the others.
+    Groups are in the order of their first claims, and claims keep their order in a group. A claim
+    without evidence is a group by itself.
     """
     window: list[Claim] = []
     chars = 0

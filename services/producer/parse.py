@@ -1,4 +1,4 @@
-"""A record becomes claims, or a rejection that says what is wrong and what to do."""
+"""Parses a record into claims, or into a rejection with a reason and a next step."""
 
 import hashlib
 import json
@@ -32,11 +32,11 @@ from services.producer.source import Line, as_object
 _SHOWN_CHARS = 500
 _SHOWN_LABEL_CHARS = 80
 NO_LABEL = "-1"
-"""What data sets write where a label is kept secret."""
+"""What data sets write for a secret label."""
 # The JSON parser sees one record and counts its lines from one.
 _WHERE_IN_LINE = re.compile(r"at line 1 column")
 
-# How the parts of a Claim are called in files.
+# The names of a Claim's fields in files.
 _FIELDS = {"claim_id": "id", "text": "claim", "evidence": "evidence", "position": None}
 
 _NEXT_STEPS = {
@@ -46,12 +46,12 @@ _NEXT_STEPS = {
     "string_pattern_mismatch": "remove NUL characters, and give it more than white space",
     "string_unicode": "save the file as UTF-8, or name its encoding with --encoding",
 }
-_WRITE_JSON = "write one JSON object a line, in UTF-8"
+_WRITE_JSON = "write one JSON object per line, in UTF-8"
 _WRITE_OBJECT = 'write an object, like {"claim": "…", "evidence": "…", "label": "…"}'
 
 
 class Rejection(BaseModel):
-    """A line that is no claim, as a row of `rejected.jsonl`. `kind` is its reason in few words."""
+    """A line that is not a claim, as a row of `rejected.jsonl`. `kind` is a short reason."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -67,11 +67,11 @@ class Rejection(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A claim as it was read.
+    """A claim that was read.
 
-    `label` is the file's spelling of its label, "" where it has none; `claim.gold` is None where
-    the prompt does not know it. `without_evidence` says why there is no evidence, `partly` that
-    there is more text in it than was used.
+    `label` is the label as the file spells it, "" for none; `claim.gold` is None when the prompt
+    does not have the label. `without_evidence` is the reason why there is no evidence; `partly`:
+    only a part of the evidence was used.
     """
 
     claim: Claim
@@ -83,8 +83,8 @@ class Reading:
 class Parser:
     """Turns the records of one file into claims for one prompt.
 
-    `columns` renames columns: our field (`id`, `claim`, `evidence`, `label`) to the file's.
-    `label_map` says which label of the prompt a spelling in the file means. With `each_evidence` a
+    `columns` renames columns: a field (`id`, `claim`, `evidence`, `label`) to the file's.
+    `label_map` maps a label in the file to a label of the prompt. With `each_evidence` a
     record becomes a claim for each piece of its evidence. References to pages are looked up in
     `corpus`.
     """
@@ -111,17 +111,17 @@ class Parser:
         self._each_evidence = each_evidence
         self._corpus = corpus
         self.labels_unused = set(self._label_map)
-        """Labels to be mapped that no record had so far."""
+        """Labels in `label_map` that no record had so far."""
         self.unseen_columns = set(self._columns.values())
         """Columns that were named and that no record had so far."""
         self.keys_seen: dict[str, None] = {}
-        """Names of columns or keys in the order in which they came; a bounded number."""
+        """Names of columns or keys in order of appearance; a bounded number."""
 
     def parse(self, line: Line) -> Sequence[Reading] | Rejection:
-        """The claims of this record, or why there is none."""
+        """The claims of this record, or a rejection."""
         if line.fault is not None:
             kind = "unreadable line"
-            return self._reject(line, None, kind, line.fault, "mend the line, or leave it out")
+            return self._reject(line, None, kind, line.fault, "correct the line, or leave it out")
         fields: Any = line.content
         if isinstance(fields, bytes):
             try:
@@ -135,12 +135,12 @@ class Parser:
         try:
             found = self._found(fields)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            # Another value in a published format's place for lists and objects.
+            # A value that is not the list or object that the format has there.
             return self._reject(
                 line,
                 None,
                 "not of its format",
-                f"it is not a record of {self._format.title}: {error}",
+                f"not a record of {self._format.title}: {error}",
                 "correct it, or read the file with --format plain",
             )
         readings = []
@@ -160,35 +160,35 @@ class Parser:
             return ()
 
     def contradicted(self, line: Line, seen: Seen) -> Rejection:
-        """For a claim whose id an earlier record has for another claim, or with another label."""
+        """The rejection of a claim whose id an earlier record has with another text or label."""
         earlier = f"record {seen.earlier + 1:,} of the file"
-        if seen.sighting is Duplicate.OTHER_LABEL:
+        if seen.duplicate is Duplicate.OTHER_LABEL:
             field = "label"
             reason = f"{earlier} has the same claim and evidence with another label"
-            step = "keep the one whose label is right"
+            step = "keep the record with the right label"
         else:
             field = "id"
             reason = f"{earlier} has the id {seen.claim.claim_id[:80]!r} for another claim"
-            step = "give it an id of its own, or none at all"
+            step = "give it another id, or none"
         return self._reject(line, field, "contradicts an earlier line", reason, step)
 
     def record_id(self, line: Line) -> object:
-        """The id of a record that is rejected; None where none can be read."""
+        """The id of a rejected record; None when it has none or cannot be read."""
         fields = as_object(line.content)
         return None if fields is None else identity_of(first_of(self._named(fields), NAMES["id"]))
 
     def same_claim(self, fields: Mapping[str, Any]) -> object:
-        """The id and the claim of a record, by which it is known again; None without a claim."""
+        """The id and the claim of a record, which identify it; None without a claim."""
         named = self._named(fields)
         claim = first_of(named, NAMES["claim"])
         return None if claim is None else (identity_of(first_of(named, NAMES["id"])), claim)
 
     def _named(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The record's values, with those of the columns that were named in our fields' places."""
+        """The record's values; named columns replace the fields that they stand for."""
         named = named_fields(fields)
         for field, name in self._columns.items():
-            for ours in NAMES[field]:
-                named.pop(ours, None)
+            for name_of_field in NAMES[field]:
+                named.pop(name_of_field, None)
             if name in fields and (field != "evidence" or self._format.read is read_plain):
                 named[NAMES[field][0]] = fields[name]
         return named
@@ -232,7 +232,7 @@ class Parser:
         )
 
     def _gold(self, value: Any) -> tuple[str, str | None]:
-        """A label as the file spells it, and as the prompt calls it."""
+        """A label as the file spells it, and the prompt's label for it."""
         label = label_text(value)
         if label is None:
             return "", None
@@ -283,8 +283,8 @@ class Parser:
                 return self._reject(line, field, "claim: blank", "it is blank", step)
             listed = ", ".join(list(self.keys_seen)[:12])
             next_step = (
-                f"every line needs a `claim`; the keys are {listed}: if another holds it, name it "
-                "with --column claim=NAME"
+                f"every line needs a `claim`; the keys are {listed}. If one of them is the claim, "
+                "name it with --column claim=NAME"
             )
             return self._reject(line, field, "no claim", "Field required", next_step)
         if fault["type"] == "string_pattern_mismatch":
@@ -312,7 +312,7 @@ class Parser:
 
 
 def check_columns(columns: Mapping[str, str]) -> None:
-    """Raises InputError for a field that there is not."""
+    """Raises InputError for an unknown field."""
     unknown = sorted(columns.keys() - NAMES.keys())
     if unknown:
         raise InputError(
@@ -325,7 +325,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _id_by_content(claim: str, evidence: str | None) -> str:
-    """The same claim with the same evidence has the same id, in every file and on every day."""
+    """An id that depends only on the claim and its evidence."""
     digest = hashlib.blake2b(digest_size=8)
     digest.update(claim.encode(errors="surrogateescape"))
     digest.update(b"\0")

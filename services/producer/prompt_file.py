@@ -14,7 +14,7 @@ _MAX_BYTES = 1024 * 1024
 
 
 def read_prompt(path: Path, note: Callable[[str], None] = lambda _: None) -> PromptSpec:
-    """The prompt in the file. `note` is called with a sentence for each fault that was corrected.
+    """The prompt in the file. `note` is called with a message for each fault that was corrected.
 
     Raises InputError that names the file, the field and the next step.
     """
@@ -27,7 +27,7 @@ def read_prompt(path: Path, note: Callable[[str], None] = lambda _: None) -> Pro
     except UnicodeDecodeError as error:
         raise InputError(f"the prompt file {path} is not UTF-8; save it as UTF-8") from error
     except (
-        # The last four are what PyYAML's own constructors stumble with: `!!bool x`, `!!int ''`, …
+        # PyYAML's own constructors raise the last four: `!!bool x`, `!!int ''`, …
         *(yaml.YAMLError, ValueError),
         *(RecursionError, AttributeError, LookupError, ArithmeticError),
     ) as error:
@@ -44,13 +44,13 @@ def read_prompt(path: Path, note: Callable[[str], None] = lambda _: None) -> Pro
     template = prompt.template.rstrip()
     if template == prompt.template:
         return prompt
-    # The next token of almost every model holds the space before a word, so hardly any word can
-    # follow a prompt that ends in one. Mended here and not by the worker, so that the prompt_id is
-    # the one of the prompt that is asked.
+    # In almost every model a token includes the space before its word, so hardly any word can
+    # follow a prompt that ends in a space. It is corrected here and not by the worker, so that the
+    # prompt_id belongs to the prompt that is used.
     ending = prompt.template[len(template) :]
     note(
         f"the prompt file {path}: the template ends in white space ({ending!r}), after which a "
-        "model hardly ever says a label word; it was removed. In YAML write `template: |-`, "
-        "as in samples/prompt.yaml: `|` adds a line end"
+        "model hardly ever answers with a label word; it was removed. In YAML write "
+        "`template: |-`, as in samples/prompt.yaml: `|` adds a line end"
     )
     return prompt.model_copy(update={"template": template})

@@ -18,7 +18,7 @@ from services.producer.fields import (
     structured,
 )
 
-RECORDS_LOOKED_AT = 20
+SAMPLE_RECORDS = 20
 """By so many of its first records a file is recognised."""
 
 Fields = Mapping[str, Any]
@@ -397,7 +397,7 @@ def format_named(name: str) -> PublishedFormat:
 
 def recognized(records: Sequence[Fields]) -> PublishedFormat:
     """The format of a file by its first records; PLAIN when they are of none."""
-    looked_at = [named_fields(record) for record in records[:RECORDS_LOOKED_AT]]
+    looked_at = [named_fields(record) for record in records[:SAMPLE_RECORDS]]
     for known in FORMATS:
         if looked_at and all(known.matches(fields) for fields in looked_at):
             return known

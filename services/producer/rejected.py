@@ -1,4 +1,4 @@
-"""`rejected.jsonl`: made only when there is something to say."""
+"""`rejected.jsonl`: created only when a record is rejected."""
 
 from pathlib import Path
 from types import TracebackType
@@ -9,7 +9,7 @@ from services.producer.parse import Rejection
 
 
 class RejectedFile:
-    """Writes rejections, one JSON object a line. A file of an earlier time is replaced."""
+    """Writes rejections, one JSON object per line. An existing file is replaced."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -34,7 +34,7 @@ class RejectedFile:
                 raise self._unwritable(unwritten) from unwritten
 
     def write(self, rejection: Rejection) -> None:
-        """Raises StoreError when it cannot be written: no line is rejected silently."""
+        """Raises StoreError when the file cannot be written: no line is rejected silently."""
         try:
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,5 +46,6 @@ class RejectedFile:
 
     def _unwritable(self, error: OSError) -> StoreError:
         return StoreError(
-            f"{self.path} cannot be written: {error.strerror}; make room, or name another place"
+            f"{self.path} cannot be written: {error.strerror}; free some space, or "
+            "name another path"
         )

@@ -1,4 +1,4 @@
-"""The ids seen so far, on disk: duplicates are found among 10 million claims in constant memory."""
+"""Finds duplicate claims: the ids seen so far, on disk, so that memory stays constant."""
 
 import hashlib
 import sqlite3
@@ -14,13 +14,13 @@ _CACHE_KIB = 8_192
 
 
 class Duplicate(Enum):
-    """How a claim relates to those before it."""
+    """How a claim relates to the claims before it."""
 
     NEW = "new"
     REPEATED = "repeated"
     """The same id with the same content."""
     OTHER_EVIDENCE = "other evidence"
-    """New: the same id and text as before with other evidence; the claim has an id of its own."""
+    """New: the same id and text as before with other evidence; the claim gets its own id."""
     OTHER_TEXT = "other text"
     """The same id with another text."""
     OTHER_LABEL = "other label"
@@ -28,9 +28,11 @@ class Duplicate(Enum):
 
 
 class Seen(NamedTuple):
-    """A sighting, the claim, whose id may be changed, and the position of the one before it."""
+    """How a claim relates to earlier ones, the claim (its id may have changed), and the position of
+    the earlier one.
+    """
 
-    sighting: Duplicate
+    duplicate: Duplicate
     claim: Claim
     earlier: int
 
@@ -43,7 +45,7 @@ class SeenIds:
     """
 
     def __init__(self) -> None:
-        # "" is a database of this connection alone, on disk once it outgrows the cache.
+        # "" is a temporary database, on disk when it outgrows the cache.
         self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         self._database.execute("PRAGMA journal_mode = OFF")
@@ -57,17 +59,17 @@ class SeenIds:
         self._database.close()
 
     def check(self, claims: Sequence[Claim], labels: Sequence[str] | None = None) -> list[Seen]:
-        """One sighting per claim, in order; from now on these are among the seen. `labels` are the
-        claims' labels as the file spells them, where the prompt may not know them.
+        """One result for each claim, in order. The claims are added to those seen. `labels` are the
+        claims' labels as the file spells them, for labels that the prompt does not know.
         """
         execute = self._database.execute
         execute("BEGIN")
-        sightings = [
+        results = [
             self._check(execute, claim, claim.gold or label)
             for claim, label in zip(claims, labels or [""] * len(claims), strict=True)
         ]
         execute("COMMIT")
-        return sightings
+        return results
 
     def _check(self, execute: Callable[..., sqlite3.Cursor], claim: Claim, label: str) -> Seen:
         evidence = claim.evidence or ""
@@ -83,19 +85,19 @@ class SeenIds:
             return Seen(Duplicate.REPEATED, claim, earlier)
         if before[1] != text:
             return Seen(Duplicate.OTHER_TEXT, claim, earlier)
-        # By content, so that it does not depend on which records `--limit` draws.
+        # From the content, so that the id does not depend on the records that `--limit` takes.
         suffix = "#" + hashlib.blake2b(evidence.encode(), digest_size=4).hexdigest()
         if before[2] == body or claim.claim_id.endswith(suffix):
             return Seen(Duplicate.OTHER_LABEL, claim, earlier)
         own = claim.claim_id[: MAX_ID_CHARS - len(suffix)] + suffix
         found = self._check(execute, claim.model_copy(update={"claim_id": own}), label)
-        if found.sighting is Duplicate.NEW:
-            return found._replace(sighting=Duplicate.OTHER_EVIDENCE)
+        if found.duplicate is Duplicate.NEW:
+            return found._replace(duplicate=Duplicate.OTHER_EVIDENCE)
         return found
 
     def same_contents(self) -> tuple[int, int]:
-        """How many of the new claims have the text and evidence of another under another id, and
-        how many texts and evidences have several labels by that.
+        """The number of new claims that have the text and evidence of an earlier one under another
+        id, and the number of such texts that have several labels.
         """
         same, labels = self._database.execute(
             "SELECT sum(n - 1), sum(low <> high) FROM (SELECT count(*) AS n, min(label) AS low, "

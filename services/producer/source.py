@@ -1,4 +1,4 @@
-"""A file of claims: found, kept still, counted, and read record by record in constant memory."""
+"""A file of claims, read record by record in constant memory."""
 
 import hashlib
 import random
@@ -25,21 +25,21 @@ Container = Literal["jsonl", "json", "csv", "parquet", "arrow"]
 span lines."""
 
 _Record = tuple[int, bytes | Mapping[str, Any], str | None]
-"""Its number, what is in it, and why it could not be read."""
+"""Number, content, and why it could not be read."""
 
-_SURVEY_EVERY = 100_000
-_MOST_MERGED = 1_000
+_PROGRESS_LINES = 100_000
+_MAX_MERGED = 1_000
 _ARROW_STREAM = b"\xff\xff\xff\xff"
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One record as it stands in the file.
+    """One record of the file.
 
     `number` is the line in the file, from 1 (of delimited text the line on which the record ends,
     of a JSON array the line on which it begins, of Parquet and Arrow the row); `position` counts
-    records from 0. `content` is a JSON text, or a record's values by column; `fault` says why it
-    could not even be read.
+    records from 0. `content` is a JSON text, or a record's values by column; `fault` is the
+    reason why it could not be read.
     """
 
     number: int
@@ -50,18 +50,18 @@ class Line:
 
 @dataclass(frozen=True)
 class FileSummary:
-    """A file's content in short: how many records, and which (BLAKE2b over all bytes)."""
+    """The number of records in a file, and its identity (BLAKE2b over all bytes)."""
 
     lines: int
     digest: str
 
 
 class Source:
-    """A file that can be read twice: first surveyed, then sent. What it is, is told by its first
-    bytes, whatever its name.
+    """A file that is read twice: first summarized, then sent. Its first bytes determine its
+    container; its name decides only when they do not.
 
-    Compressed files are decompressed as they are read. Standard input is copied to a temporary
-    file, for a run's identity depends on all of it. Use as a context manager.
+    Compressed files are decompressed while they are read. Standard input is copied to a temporary
+    file, because a run's identity depends on all of it. Use as a context manager.
     """
 
     def __init__(
@@ -73,9 +73,9 @@ class Source:
         claim_column: str | None = None,
         encoding: str | None = None,
     ) -> None:
-        """`encoding` is that of the text; UTF-8, UTF-16 and UTF-32 are recognised. `claim_column`
-        is the column or key that holds the claim, where it is not a known one; a number counts
-        the columns of delimited text without a header.
+        """`encoding` is the encoding of the text; UTF-8, UTF-16 and UTF-32 are recognised.
+        `claim_column` is the column or key of the claim, when it is not a known one; a number
+        counts the columns of delimited text without a header.
 
         Raises InputError when delimited text has no such column.
         """
@@ -87,8 +87,8 @@ class Source:
         ]
         self._claim_column = claim_column
         self.same_claim: Callable[[Mapping[str, Any]], object] | None = None
-        """What records have in common that follow each other and are one, with all of them as its
-        `rows`; where it gives None, a record is one of its own."""
+        """Adjacent records for which this returns the same value are merged into one, with all of
+        them as its `rows`. A record for which it returns None stays by itself."""
         self._dialect: Dialect | None = None
         if self.container == "csv":
             try:
@@ -153,7 +153,7 @@ class Source:
 
     @property
     def delimiter(self) -> str | None:
-        """What stands between the fields of delimited text; None for other containers."""
+        """The delimiter of delimited text; None for other containers."""
         return None if self._dialect is None else self._dialect.delimiter
 
     @property
@@ -161,10 +161,10 @@ class Source:
         """Whether the columns are named in the file."""
         return self._dialect is None or self._dialect.header
 
-    def survey(self, on_lines: Callable[[int], None] = lambda _: None) -> FileSummary:
-        """Read it through. `on_lines` hears how many records were read so far.
+    def summarize(self, on_lines: Callable[[int], None] = lambda _: None) -> FileSummary:
+        """Read the whole file. `on_lines` is called with the number of records read so far.
 
-        Raises InputError when there is nothing in it.
+        Raises InputError when the file is empty.
         """
         digest = hashlib.blake2b(digest_size=16)
         for file in self._files:
@@ -174,10 +174,10 @@ class Source:
         lines = 0
         for line in self.lines():
             lines = line.position + 1
-            if lines % _SURVEY_EVERY == 0:
+            if lines % _PROGRESS_LINES == 0:
                 on_lines(lines)
         if not lines:
-            raise InputError(f"{self.name} is empty; it must hold one claim a line")
+            raise InputError(f"{self.name} is empty; it must have one claim per line")
         on_lines(lines)
         return FileSummary(lines, digest.hexdigest())
 
@@ -188,9 +188,9 @@ class Source:
             yield Line(number, position, content, fault)
 
     def first_records(self, count: int) -> list[Mapping[str, Any]]:
-        """The first records that can be read, to tell what they are."""
-        looked_at = islice(self._records(), 4 * count)
-        found = (as_object(content) for _, content, fault in looked_at if fault is None)
+        """The first records that can be read, to recognise their format."""
+        sample = islice(self._records(), 4 * count)
+        found = (as_object(content) for _, content, fault in sample if fault is None)
         return [record for record in found if record is not None][:count]
 
     def _merged(self, same_claim: Callable[[Mapping[str, Any]], object]) -> Iterator[_Record]:
@@ -201,7 +201,7 @@ class Source:
             row = as_object(content) if fault is None else None
             claim = None if row is None else same_claim(row)
             same = claim is not None and claim == group_claim
-            if group and not (same and len(group) < _MOST_MERGED):
+            if group and not (same and len(group) < _MAX_MERGED):
                 yield first, {**group[0], "rows": group}, None
                 group = []
             if row is None:
@@ -242,7 +242,7 @@ class Source:
         return any(normalized(column) in CLAIM_NAMES for column in header)
 
     def _columns_by_number(self, fields: Sequence[str]) -> Sequence[str] | None:
-        """The columns of a file without a header, where they are known."""
+        """The columns of a file without a header; None when they are not known."""
         column = self._claim_column
         if column is None:
             return columns_without_header(fields)
@@ -252,7 +252,7 @@ class Source:
 
 
 def as_object(content: bytes | Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """A record's values by name; None when it is no JSON object."""
+    """A record's values by name; None when it is not a JSON object."""
     if isinstance(content, Mapping):
         return content
     try:
@@ -263,7 +263,7 @@ def as_object(content: bytes | Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _container(file: IO[bytes], name: str) -> Container:
-    """What a file's first bytes say; the name decides only where they say nothing."""
+    """The container, by the file's first bytes; its name decides only when they are ambiguous."""
     file.seek(0)
     sample = file.read(SAMPLE_BYTES)
     file.seek(0)
@@ -277,14 +277,14 @@ def _container(file: IO[bytes], name: str) -> Container:
     first, _, rest = sample.lstrip().partition(b"\n")
     first = first.strip()
     if first.startswith(b"["):
-        # A list a line is JSONL that holds no claims; an array may stand on one line as well.
+        # One list per line is JSONL without claims; one array may also be on a single line.
         return "jsonl" if _is_json(first) and rest.lstrip().startswith(b"[") else "json"
     if first.startswith(b"{"):
         spans_lines = first.endswith((b"{", b"[", b",")) and not _is_json(first)
         return "json" if spans_lines else "jsonl"
     lines = sample.split(b"\n")
     if not sample.strip() or any(line.lstrip().startswith(b"{") for line in lines):
-        return "jsonl"  # its first lines are broken
+        return "jsonl"  # with broken first lines
     return "jsonl" if Path(name).suffix.lower() in (".jsonl", ".ndjson") else "csv"
 
 
@@ -296,7 +296,7 @@ def _is_json(text: bytes) -> bool:
     return True
 
 
-def chosen(
+def sample_lines(
     lines: Iterator[Line], total: int, limit: int | None, seed: int | None
 ) -> Iterator[Line]:
     """`limit` of `total` lines: the first ones, or with a `seed` a uniform sample without

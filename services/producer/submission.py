@@ -1,4 +1,4 @@
-"""The producer's work: a file's lines become batches on the broker, and totals that add up."""
+"""Publishes a file of claims as one run: batches of claims, and the totals at the end."""
 
 import secrets
 from collections import Counter
@@ -22,20 +22,20 @@ from services.contracts.runs import InputSummary
 from services.contracts.wire import PROVEN
 from services.producer.claims_file import ClaimsFile
 from services.producer.metrics import LINES, PUBLISHED
-from services.producer.ordering import together
+from services.producer.ordering import group_by_evidence
 from services.producer.rejected import RejectedFile
-from services.producer.summary import FileSummary
+from services.producer.summary import InputCounts
 
-# In bytes: what a claim's field names, numbers and proof add to its texts.
+# The size of a claim's field names, numbers and proof, without its texts.
 _CLAIM_OVERHEAD_BYTES = 130
 
 Finished = Callable[[Sequence[Claim]], Collection[str]]
-"""Which of these claims have an outcome already: their ids."""
+"""Returns the ids of those claims that have an outcome."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a submission is. `published` counts claims sent, or about to be."""
+    """The progress of a submission. `published` counts the claims sent, or about to be sent."""
 
     lines: int
     published: int
@@ -45,14 +45,14 @@ class Progress:
 class Submission:
     """One file as one run, published by `publish`.
 
-    Publishing again publishes the same batches; a store that has some of their claims ignores
-    them, and with `finished` they are not even sent.
+    Publishing it again sends the same claims. A store ignores those that have an outcome, and
+    `finished` excludes them from sending.
     """
 
     def __init__(self, file: ClaimsFile, context: ContextSpec) -> None:
         self.file = file
         self.input: InputSummary | None = None
-        """What `inspect` found."""
+        """The summary, after `inspect`."""
         self.submission_id = secrets.token_hex(8)
         self._proof_key = new_key()
         self.run = Run(
@@ -66,21 +66,21 @@ class Submission:
 
     @property
     def lines(self) -> int:
-        """How many records are read."""
+        """The number of records that are read."""
         return self.file.lines
 
     def inspect(
         self, rejections: RejectedFile, on_lines: Callable[[int], None] = lambda _: None
     ) -> InputSummary:
-        """Read every claim, write down what is none, and say what there is.
+        """Read every claim, write the rejected records, and return the summary.
 
-        Raises InputError when not one line is a claim, or a named column is in none.
+        Raises InputError when no line is a claim, or no line has a named column.
         """
         summary = self.file.inspect(rejections.write, on_lines)
         if summary.claims == 0:
             raise InputError(
                 f"{self.file.name}: none of its {self.lines:,} lines is a claim; "
-                f"{rejections.path} says why"
+                f"{rejections.path} has the reasons"
             )
         self.input = summary
         return summary
@@ -94,7 +94,7 @@ class Submission:
         finished: Finished = lambda _: (),
         on_progress: Callable[[Progress], None] = lambda _: None,
     ) -> Totals:
-        """Send every claim, wait until the broker has them all, and say how many there were.
+        """Send every claim, wait until the broker has confirmed all, and return the totals.
 
         The run is announced before the first batch and again, with its totals, after the last.
         """
@@ -105,7 +105,7 @@ class Submission:
         digest, positions = ClaimsDigest(), Positions()
         key = bytes.fromhex(self._proof_key)
 
-        def waiting() -> Iterator[Claim]:
+        def unfinished() -> Iterator[Claim]:
             nonlocal published, digest
             for lines, claims in self.file.claims(summary):
                 _count_lines(summary, counted)
@@ -118,7 +118,7 @@ class Submission:
                         yield claim
                 on_progress(Progress(lines, published, summary.rejected))
 
-        ordered = together(waiting()) if order_by_evidence else waiting()
+        ordered = group_by_evidence(unfinished()) if order_by_evidence else unfinished()
         for number, claims in enumerate(_batches(ordered, batch_size)):
             batch = ClaimBatch(
                 schema_version=PROVEN,
@@ -148,7 +148,7 @@ class Submission:
         return totals
 
     def claims(self) -> Iterator[Sequence[Claim]]:
-        """What would be sent, in pieces, without sending it."""
+        """All claims of the file, in chunks, without sending them."""
         for _, claims in self.file.claims(self.file.new_summary()):
             yield claims
 
@@ -179,12 +179,12 @@ class Submission:
         publisher.flush()
 
 
-def _count_lines(summary: FileSummary, counted: Counter[str]) -> None:
-    """Count what is new in `summary`, and note it in `counted`."""
+def _count_lines(summary: InputCounts, counted: Counter[str]) -> None:
+    """Add the increase since the last call to the metric; `counted` has the counts so far."""
     now = {"claim": summary.claims, "repeated": summary.repeated, "rejected": summary.rejected}
-    for became, count in now.items():
-        LINES.labels(became).inc(count - counted[became])
-    counted.update({became: count - counted[became] for became, count in now.items()})
+    for result, count in now.items():
+        LINES.labels(result).inc(count - counted[result])
+    counted.update({result: count - counted[result] for result, count in now.items()})
 
 
 def _batches(claims: Iterable[Claim], batch_size: int) -> Iterator[list[Claim]]:

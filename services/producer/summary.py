@@ -1,4 +1,4 @@
-"""What is counted of a file of claims while it is read."""
+"""Counts of a file of claims, made while it is read."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -8,8 +8,8 @@ from services.contracts.runs import InputSummary
 from services.producer.parse import NO_LABEL, Reading
 
 _OTHERS = "(others)"
-# So many different spellings are told apart; a column of free text is no column of labels.
-_MOST_KINDS = 10_000
+# Kinds beyond this are counted as others: a column of free text is not a column of labels.
+_MAX_KINDS = 10_000
 
 
 class Tally:
@@ -19,12 +19,12 @@ class Tally:
         self._counts: Counter[str] = Counter()
 
     def add(self, kind: str, count: int = 1) -> None:
-        if kind not in self._counts and len(self._counts) >= _MOST_KINDS:
+        if kind not in self._counts and len(self._counts) >= _MAX_KINDS:
             kind = _OTHERS
         self._counts[kind] += count
 
     def top(self) -> tuple[tuple[str, int], ...]:
-        """The most frequent kinds, and how many the others are together."""
+        """The most frequent kinds, and the sum of the others."""
         most = self._counts.most_common(MAX_COUNTED - 1)
         shown = dict(most)
         rest = self._counts.total() - sum(shown.values())
@@ -33,8 +33,8 @@ class Tally:
         return tuple(shown.items())
 
 
-class FileSummary:
-    """The counts of one reading of a file."""
+class InputCounts:
+    """The counts of one pass over a file."""
 
     def __init__(self, format: str, container: str, records: int) -> None:
         self._format = format
@@ -79,7 +79,7 @@ class FileSummary:
         self._leave_out(position, record_id)
 
     def _leave_out(self, position: int, record_id: object) -> None:
-        """A record of the input without a claim of its own."""
+        """Note a record that did not become a claim."""
         if not isinstance(record_id, str) or len(self._left_out) == MAX_LEFT_OUT:
             return
         if record_id.strip() and "\0" not in record_id and len(record_id) <= MAX_ID_CHARS:

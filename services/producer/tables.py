@@ -10,8 +10,8 @@ from services.contracts.errors import InputError
 
 _BATCH_ROWS = 1_000
 _SUFFIXES = (".parquet", ".arrow")
-# As `datasets` saves a split or several, and as the hub has them. What lies deeper is not theirs.
-_PLACES = ("*", "*/*", "data/*/*")
+# Where `datasets` and the hub put the files of splits; they use no deeper directories.
+_PATTERNS = ("*", "*/*", "data/*/*")
 # `train-00000-of-00002.parquet` and `data-00000-of-00001.arrow` are parts of one table.
 _SHARD = re.compile(r"(.*)-\d{5}-of-\d{5}")
 
@@ -23,7 +23,7 @@ def table_files(directory: Path, split: str | None) -> list[Path]:
     """
     found = sorted(
         path
-        for pattern in _PLACES
+        for pattern in _PATTERNS
         for path in directory.glob(pattern)
         if path.suffix in _SUFFIXES
         and not path.name.startswith((".", "cache-"))  # `datasets` keeps results of map() there
@@ -57,7 +57,7 @@ def _split_of(path: Path, directory: Path) -> str:
 def rows(file: IO[bytes], name: str, kind: str) -> Iterator[dict[str, Any]]:
     """The rows of a Parquet or Arrow file as Python values, a bounded number in memory.
 
-    Where the file's metadata name the classes of a column, they stand in place of the numbers.
+    Where the file's metadata name the classes of a column, names replace the numbers.
     Raises InputError when the file is damaged.
     """
     pa = _pyarrow(name)

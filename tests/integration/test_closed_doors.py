@@ -426,17 +426,19 @@ def test_dead_messages_are_sent_back_and_dropped_by_reason_run_or_all_of_them_ho
     aside(20, "too old a reader", "run-b")
     aside(5, "too old", "run-b", kind="Surprise")
     said = run_well(command, "dead", "retry", "--reason", "Too Old", "--run", "run-b")
-    assert "20 messages are sent back, 1,235 are left" in said
-    assert "left: messages of the type 'Surprise', which belongs to no queue of ours" in said
+    assert "20 messages are sent again, 1,235 are left" in said
+    assert "left: messages of the type 'Surprise', which no queue of Keepwarm has" in said
     wait_until(lambda: there() == (1_235, 20), "those of one run sent back")
     assert "30 messages are deleted" in run_well(command, "dead", "drop", "--reason", "too old a r")
     wait_until(lambda: there() == (1_205, 20), "others deleted")
-    assert "1,200 messages are sent back, 5 are left" in run_well(command, "dead", "retry", "--all")
+    assert "1,200 messages are sent again, 5 are left" in run_well(
+        command, "dead", "retry", "--all"
+    )
     wait_until(lambda: there() == (5, 1_220), "all sent back that belong somewhere")
     (only,) = set(dead_messages(command))
     refused = command("dead", "retry", only)
     assert refused.wait() == 2
-    assert "has the type 'Surprise', which belongs to no queue of ours" in refused.output
+    assert "has the type 'Surprise', which no queue of Keepwarm has" in refused.output
     for arguments in ((), ("run-a", "--all"), (only, "--reason", "x")):
         assert command("dead", "retry", *arguments).wait() == 2
 

@@ -183,7 +183,7 @@ def test_contexts_are_warmed_listed_logged_and_evicted_by_hand(
 ) -> None:
     nothing = command("contexts", "list")
     assert nothing.wait() == 0
-    assert "Nothing is warm" in nothing.output
+    assert "No engine is warm" in nothing.output
 
     warming = command("contexts", "warm")
     assert warming.wait() == 0, warming.output
@@ -227,10 +227,10 @@ def test_all_that_is_warm_can_be_let_go_at_once(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("evict",), "name what is to go, or use --all"),
-        (("evict", "ctx-nothing"), "no engine here begins with 'ctx-nothing'"),
-        (("logs", "ctx-nothing"), "warm on this node: nothing at all"),
-        (("evict", "--all", "ctx-1"), "--all needs no names"),
+        (("evict",), "name engines, or use --all"),
+        (("evict", "ctx-nothing"), "no engine's name begins with 'ctx-nothing'"),
+        (("logs", "ctx-nothing"), "engines on this node: none"),
+        (("evict", "--all", "ctx-1"), "--all takes no names"),
     ],
 )
 def test_what_is_not_there_is_told_with_what_is(

@@ -156,7 +156,7 @@ def test_a_run_that_a_policy_has_lost_is_told_of_by_the_collector_that_waits_for
         wait_for_messages(node, queue, 0, "nothing is left of it")
     collecting = managed("collect", "--until", run_id)
     collecting.said("run.waiting")
-    assert "no announcement of this run has come" in collecting.output
+    assert "the run is not announced" in collecting.output
     collecting.signal(signal.SIGTERM)
     assert collecting.wait() == 0, collecting.output
 

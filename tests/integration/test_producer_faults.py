@@ -116,7 +116,7 @@ def test_a_file_that_changed_under_its_unfinished_run_is_refused_with_the_differ
     for part in (
         f"since it was submitted as {run_id}, which is unfinished",
         "240 lines then, 241 lines now",
-        "1 say something else or are gone, first 'kw-0001' in line 1",
+        "1 have another text or are missing, first 'kw-0001' in line 1",
         f"keepwarm cancel {run_id}",
     ):
         assert part in refused.output, refused.output
@@ -244,12 +244,12 @@ def test_claims_that_are_nowhere_any_more_are_told_by_status_and_sent_again_by_s
         said = " ".join(status.output.split())
         assert "claims missing" in said
         assert f"{run_id}: since " in said
-        assert "32 claims are in no queue and with no worker (records " in said
+        assert "32 claims are in no queue and at no worker (records " in said
         records = sorted(claim.position + 1 for batch in lost for claim in batch.claims)
         assert f"records {records[0]}" in said
         again = command("submit", CLAIMS)
         assert again.wait() == 0, again.output
-        assert "32 of 240 claims are with the broker" in again.output
+        assert "32 of 240 claims are sent to the broker" in again.output
         wait_until(lambda: status_now().complete, "the run's end")
         assert status_now().nowhere_since is None
     assert_complete(environment, run_id)
@@ -292,12 +292,12 @@ def test_a_run_with_an_outcome_of_another_claim_is_not_complete_and_mended_by_su
     assert "has outcomes of claims that its file does not have" in collecting.output
     status = command("status")
     assert status.wait() == 0, status.output
-    assert "as many outcomes as claims, but not of the same claims" in status.output
+    assert "some outcomes belong to claims that are not in the file" in status.output
     assert "wrong claims" in status.output
     again = command("submit", CLAIMS)
     assert again.wait() == 0, again.output
-    assert "Removed 16 outcomes of claims that the file does not have: 'foreign-" in again.output
-    assert "16 of 240 claims are with the broker" in again.output
+    assert "Removed 16 outcomes of claims that are not in the file: 'foreign-" in again.output
+    assert "16 of 240 claims are sent to the broker" in again.output
     assert command("collect", "--until", run_id).wait() == 0
     assert_complete(environment, run_id)
     found = status_of(environment, run_id)

@@ -415,7 +415,7 @@ def test_the_services_do_their_work_with_the_rights_of_their_roles(
     for service in (worker, submitting, collecting, heir):
         assert "ACCESS_REFUSED" not in service.output
     listing = as_role("operator", "dead", "list")
-    assert listing.wait() == 0 and "no message is dead" in listing.output, listing.output
+    assert listing.wait() == 0 and "no dead messages" in listing.output, listing.output
     for role, says in (("worker", "may not declare its"), ("operator", "have the right arguments")):
         doctor = as_role(role, "doctor", "--json")
         assert doctor.wait() == 0 and says in doctor.output, doctor.output
@@ -640,7 +640,7 @@ def test_with_a_workers_password_nobody_can_make_work_change_claims_or_forge_run
     thief.say(names.DEAD_EXCHANGE, names.DEAD_MESSAGES_QUEUE, announcement, **header)
     retrying = as_role("operator", "dead", "retry", "--reason", "send me back")
     assert retrying.wait() == 0, retrying.output
-    assert "3 messages are sent back, " in retrying.output
+    assert "3 messages are sent again, " in retrying.output
     assert "left: 1 announcements of runs" in retrying.output
     wait_until(
         lambda: counts(broker)[names.DEAD_MESSAGES_QUEUE] == refused + 4, "all of it, aside again"

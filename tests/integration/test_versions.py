@@ -170,7 +170,9 @@ def test_what_version_1_left_in_the_queues_is_answered_and_said_to_be_unproven(
     assert shown.wait() == 0 and "complete, unproven" in shown.output, shown.output
     # Sent once more, by the same file, it is proven: nothing is computed again.
     again = command("submit", CLAIMS)
-    assert again.wait() == 0 and "0 of 240 claims are with the broker" in again.output, again.output
+    assert again.wait() == 0 and "0 of 240 claims are sent to the broker" in again.output, (
+        again.output
+    )
     collecting = command("collect")  # for a run that has all its outcomes `--until` ends at once
     wait_until(lambda: status_of(environment, run_id).proven, "the proof")
     end_well(heir, collecting)

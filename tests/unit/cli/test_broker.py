@@ -213,11 +213,11 @@ def test_the_lack_of_tls_is_told(
     broker: ManagementDouble, setup: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     setup()
-    assert "does not listen for TLS" in capsys.readouterr().out
+    assert "This broker has no TLS" in capsys.readouterr().out
     broker.listeners.append({"protocol": "amqp/ssl", "port": 5671})
     setup()
     shown = capsys.readouterr().out
-    assert "does not listen for TLS" not in shown
+    assert "This broker has no TLS" not in shown
     assert "amqps://keepwarm-worker@127.0.0.1:5671/keepwarm" in shown
 
 

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from services.broker.policies import Policies, PolicyProblem
+from services.broker.policies import Harm, Policies
 from services.cli import collect
-from services.cli.collect import Wait, watch_policies, why_it_waits
-from services.collector.collector import ContextStatus
+from services.cli.collect import RunWatch, stall_reason, watch_policies
+from services.collector.collector import Whereabouts
 from services.contracts import load_settings
 
 
-def where(**changes: int | None) -> ContextStatus:
-    return ContextStatus(
+def where(**changes: int | None) -> Whereabouts:
+    return Whereabouts(
         **{"messages": 0, "workers": 0, "claims_held": 0, "dead_messages": 0, **changes}
     )
 
@@ -27,22 +27,22 @@ def status(**changes: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("run", "at", "says"),
+    ("run", "at", "part"),
     [
-        (None, {}, "no announcement of this run has come"),
-        (status(context_id=None), {}, "no announcement of this run has come"),
-        (status(), {"messages": 8}, "wait for a worker of ctx-1; start one"),
-        (status(), {"messages": 8, "workers": 2}, "workers serve its context or load it"),
-        (status(), {"workers": 1, "claims_held": 64}, "workers have its claims"),
-        (status(total=None), {}, "not all submitted"),
-        (status(), {"dead_messages": 3}, "`keepwarm dead retry` sends them back"),
-        (status(), {}, "submit the file again with this store"),
+        (None, {}, "the run is not announced"),
+        (status(context_id=None), {}, "the run is not announced"),
+        (status(), {"messages": 8}, "no worker serves ctx-1; start one"),
+        (status(), {"messages": 8, "workers": 2}, "workers serve the context or load it"),
+        (status(), {"workers": 1, "claims_held": 64}, "claims are in flight at workers"),
+        (status(total=None), {}, "the submission is not complete"),
+        (status(), {"dead_messages": 3}, "`keepwarm dead retry` sends them again"),
+        (status(), {}, "Submit the file again with this store"),
     ],
 )
-def test_the_likeliest_cause_of_a_wait_is_told_with_the_next_step(
-    run: Any, at: dict[str, int], says: str
+def test_the_most_likely_reason_for_a_stall_has_a_next_step(
+    run: Any, at: dict[str, int], part: str
 ) -> None:
-    assert says in why_it_waits(run, where(**at))
+    assert part in stall_reason(run, where(**at))
 
 
 @pytest.fixture
@@ -55,42 +55,42 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 def test_a_run_that_gains_nothing_is_told_of_again_and_again_and_less_and_less_often(
     clock: SimpleNamespace,
 ) -> None:
-    wait = Wait("run-1")
+    watch = RunWatch("run-1")
     told: list[float] = []
     for second in range(0, 400, 2):
         clock.now = 1_000.0 + second
         with capture_logs() as logs:
             done = 1 if second < 100 else 2
-            wait.look(status(done=done), lambda _: where(messages=3))
+            watch.check(status(done=done), lambda _: where(messages=3))
         told += [second for each in logs if each["event"] == "run.waiting"]
     assert told == [30, 90, 130, 190, 310]
 
 
 def test_without_a_run_that_is_waited_for_no_wait_is_told(clock: SimpleNamespace) -> None:
-    wait = Wait(None)
+    watch = RunWatch(None)
     with capture_logs() as logs:
         for _ in range(100):
             clock.now += 60
-            wait.look(None, lambda _: where())
+            watch.check(None, lambda _: where())
     assert logs == []
 
 
 def test_dead_messages_are_told_whenever_there_are_more(clock: SimpleNamespace) -> None:
-    wait = Wait(None)
+    watch = RunWatch(None)
     with capture_logs() as logs:
         for count in (0, 2, 2, 5, 1, 2):
             there = where(dead_messages=count)
-            wait.look(None, lambda _, there=there: there)
-            wait.look(None, lambda _: where(dead_messages=99))  # not so soon
+            watch.check(None, lambda _, there=there: there)
+            watch.check(None, lambda _: where(dead_messages=99))  # not so soon
             clock.now += 2
     assert [each["messages"] for each in logs] == [2, 5, 2]
-    assert all("keepwarm dead list" in each["says"] for each in logs)
+    assert all("keepwarm dead list" in each["next_step"] for each in logs)
 
 
 def test_a_policy_that_is_set_while_it_collects_is_told_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    harm = PolicyProblem("policy site", "message-ttl", 1, ("runs",), True, "given up", "Remove it.")
+    harm = Harm("policy site", "message-ttl", 1, ("runs",), True, "given up", "Remove it.")
     answers = [Policies(unknown="nobody answers"), Policies(), Policies((harm,)), Policies((harm,))]
     looked = threading.Event()
 

@@ -85,7 +85,7 @@ def test_a_beginning_of_several_contexts_is_refused(
     keepwarm: Callable[..., int], evicted: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert keepwarm("contexts", "evict", "ctx-0") == 2
-    assert "several engines begin with 'ctx-0'" in capsys.readouterr().err
+    assert "several engine names begin with 'ctx-0'" in capsys.readouterr().err
     assert evicted == []
 
 
@@ -112,7 +112,9 @@ def test_what_an_engine_left_that_never_came_up_is_shown_where_no_live_one_is_me
     assert keepwarm("contexts", "logs", "ctx-0c") == 2
     assert "name one: ctx-0c-11, ctx-0c-22" in capsys.readouterr().err
     assert keepwarm("contexts", "logs", "keeper") == 2
-    assert "no engine here begins with 'keeper'; warm on this node: " in capsys.readouterr().err
+    assert (
+        "no engine's name begins with 'keeper'; engines on this node: " in capsys.readouterr().err
+    )
 
 
 @pytest.fixture
@@ -149,7 +151,7 @@ def test_prune_removes_caches_that_were_unused_for_long_and_are_not_in_use(
     assert keepwarm("contexts", "prune", "--dry-run", *flags) == 0
     listed, summary = capsys.readouterr()
     assert [line.split()[0] for line in listed.splitlines()] == removed
-    assert f"{len(removed)}.0 MiB would be removed, {3 - len(removed)}.0 MiB stay in" in summary
+    assert f"{len(removed)}.0 MiB would be removed, {3 - len(removed)}.0 MiB are left in" in summary
     assert {path.name for path in caches.iterdir() if path.is_dir()} == before
     assert keepwarm("contexts", "prune", *flags) == 0
     assert capsys.readouterr().out == listed

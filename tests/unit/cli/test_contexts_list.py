@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from services.cli.contexts import _told
+from services.cli.contexts import _description
 from services.contexts.records import ContextRecord
 from services.contracts import ContextSpec
 
@@ -24,4 +24,4 @@ def test_an_engine_in_use_was_last_used_now(attached: int, last: str, context: C
         attached=attached,
         used=3,
     )
-    assert f"{attached} workers now; used 3 times, {last}" in _told(record)
+    assert f"{attached} workers now; used 3 times, {last}" in _description(record)

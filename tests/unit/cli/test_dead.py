@@ -95,7 +95,7 @@ def test_a_dead_claim_is_shown_whole(say: Say, run: Run) -> None:
 def test_which_claim_is_to_be_shown_has_to_be_said(say: Say, run: Run) -> None:
     code, shown = say("dead", "show", run.run_id)
     assert code == 2
-    assert "name the claim as well" in shown
+    assert "name a claim of the run" in shown
 
 
 @pytest.mark.parametrize("verb", ["show", "retry", "drop"])
@@ -110,7 +110,7 @@ def test_claims_that_are_let_go_are_not_listed_any_more(
     say: Say, run: Run, database: Store
 ) -> None:
     code, shown = say("dead", "drop", run.run_id)
-    assert (code, shown) == (0, f"1 claims of {run.run_id} are let go\n")
+    assert (code, shown) == (0, f"1 claims of {run.run_id} are no longer listed\n")
     assert listed(database) == ["o1", "o2"]
     assert say("dead", "drop", run.run_id)[0] == 6
     status = run_status(database, run.run_id)
@@ -144,7 +144,7 @@ def test_where_nothing_is_dead_it_is_said(
     stored: Path, keepwarm: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert keepwarm("dead", "list", "--store", str(stored)) == 0
-    assert capsys.readouterr().out == "no claim is dead\n"
+    assert capsys.readouterr().out == "no dead claims\n"
 
 
 def test_a_run_that_is_cancelled_is_so_at_once_and_keeps_its_verdicts(
@@ -152,7 +152,7 @@ def test_a_run_that_is_cancelled_is_so_at_once_and_keeps_its_verdicts(
 ) -> None:
     code, shown = say("cancel", run.run_id[:10])
     assert code == 0
-    assert shown == f"{run.run_id} is cancelled; workers hear of it from the collector\n"
+    assert shown == f"{run.run_id} is cancelled; the collector notifies the workers\n"
     status = run_status(database, run.run_id)
     assert status is not None
     assert (status.cancelled, status.done) == (True, 2)

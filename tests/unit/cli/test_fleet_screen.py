@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.fleet_screen import heard_tables
-from services.cli.listening import Heard, Listener, broker_heard
+from services.cli.broker_snapshot import BrokerListener, BrokerSnapshot, open_broker_view
+from services.cli.fleet_screen import broker_tables
 from services.cli.screen import Screen
 from services.cli.status import watched
 from services.contracts import (
@@ -38,10 +38,10 @@ LINE = ContextDemand(
 )
 
 
-def shown(heard: Heard, width: int = 200) -> str:
+def shown(snapshot: BrokerSnapshot, width: int = 200) -> str:
     console = Screen(width=width)
     with console.capture() as capture:
-        console.print(heard_tables(heard))
+        console.print(broker_tables(snapshot))
     return capture.get()
 
 
@@ -50,20 +50,20 @@ def row(text: str, first: str) -> list[str]:
     return line.split("  ")
 
 
-def test_a_worker_is_a_line_with_all_that_it_said() -> None:
-    text = shown(Heard([WORKER], [LINE], {"verdicts": 3, "returns": 0}))
+def test_a_worker_is_a_line_with_its_whole_heartbeat() -> None:
+    text = shown(BrokerSnapshot([WORKER], [LINE], {"verdicts": 3, "returns": 0}))
     cells = [cell.strip() for cell in row(text, "node-7-1") if cell.strip()]
     assert cells == [*("node-7-1", "Tesla T4", "serving", "71_3", "1,234.6", "640", "1 h 01 min")]
     cells = [cell.strip() for cell in row(text, "ctx-") if cell.strip()]
     assert cells == [LINE.context.context_id, "small", "64,000", "640", "1"]
-    assert "messages waiting: verdicts 3, returns 0" in text
+    assert "messages: verdicts 3, returns 0" in text
 
 
-def test_workers_of_several_contexts_are_told_apart() -> None:
+def test_workers_of_several_contexts_have_a_context_column() -> None:
     other = WORKER.model_copy(
         update={"worker_id": "node-8-1", "context_id": "ctx-0123456789abcdef"}
     )
-    text = shown(Heard([WORKER, other], (), {}))
+    text = shown(BrokerSnapshot([WORKER, other], (), {}))
     assert "ctx-01234567" in " ".join(row(text, "node-8-1"))
 
 
@@ -71,26 +71,26 @@ def test_the_table_fits_eighty_columns_and_has_no_empty_columns() -> None:
     report = WORKER.model_copy(
         update={"worker_id": "gpu-node-0123.cluster-4567-a1b2", "device": "NVIDIA H200 NVL"}
     )
-    assert max(map(len, shown(Heard([report], [LINE], {}), width=80).splitlines())) <= 80
+    assert max(map(len, shown(BrokerSnapshot([report], [LINE], {}), width=80).splitlines())) <= 80
     nowhere = report.model_copy(update={"job_id": None, "walltime_left_seconds": None})
-    header = shown(Heard([nowhere], (), {})).splitlines()[1].split()
-    assert header == ["worker", "device", "state", "claims/s", "in", "hand"]
+    header = shown(BrokerSnapshot([nowhere], (), {})).splitlines()[1].split()
+    assert header == ["worker", "device", "state", "claims/s", "in", "flight"]
 
 
-def test_where_nobody_is_it_says_so() -> None:
-    text = shown(Heard((), (), {}))
-    assert "no worker is there" in text and "no context is wanted" in text
+def test_empty_tables_say_that_there_is_nothing() -> None:
+    text = shown(BrokerSnapshot((), (), {}))
+    assert "no workers" in text and "no contexts" in text
 
 
 def test_of_many_workers_some_are_listed_and_the_rest_counted() -> None:
     many = [WORKER.model_copy(update={"worker_id": f"node-{n}"}) for n in range(60)]
-    text = shown(Heard(many, (), {}))
+    text = shown(BrokerSnapshot(many, (), {}))
     assert text.count("Tesla T4") == 50 and "and 10 more" in text
 
 
-def test_what_a_worker_says_cannot_command_the_terminal() -> None:
+def test_text_of_a_worker_cannot_control_the_terminal() -> None:
     bad = WORKER.model_copy(update={"host": "x", "device": "\x1b[31mred[bold]\r\x9b2J"})
-    text = shown(Heard([bad], (), {}))
+    text = shown(BrokerSnapshot([bad], (), {}))
     assert "\ufffd[31mred[bold]" in text and not {"\x1b", "\x9b", "\r"} & set(text)
 
 
@@ -105,19 +105,20 @@ def test_what_a_worker_says_cannot_command_the_terminal() -> None:
         ),
     ],
 )
-def test_without_a_broker_there_is_a_line_that_says_why(settings: dict[str, str], why: str) -> None:
-    with broker_heard(load_settings(**settings, broker_connect_timeout_seconds=0.5)) as heard:
-        assert isinstance(heard, Heard)
-        text = shown(heard)
+def test_without_a_broker_a_line_has_the_reason(settings: dict[str, str], why: str) -> None:
+    with open_broker_view(
+        load_settings(**settings, broker_connect_timeout_seconds=0.5)
+    ) as snapshot:
+        text = shown(snapshot())
     assert re.search(f"no workers are shown: {why}", text)
     assert "worker " not in text
 
 
-def test_what_is_no_message_of_ours_is_not_heard() -> None:
-    listener = Listener(load_settings(broker_url="amqp://127.0.0.1:1/v"))
-    for hear in (listener.hear_report, listener.hear_notice):
+def test_messages_that_are_not_keepwarms_are_ignored() -> None:
+    listener = BrokerListener(load_settings(broker_url="amqp://127.0.0.1:1/v"))
+    for hear in (listener.receive_heartbeat, listener.receive_control_update):
         hear(b"nonsense")
-    listener.hear_report(encode(WORKER))
+    listener.receive_heartbeat(encode(WORKER))
     assert listener._fleet.workers() == [WORKER]
 
 

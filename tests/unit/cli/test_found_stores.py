@@ -61,7 +61,7 @@ def test_a_store_that_is_none_is_told_and_hides_no_other(
     assert keepwarm("status", "--json") == 0
     seen = capsys.readouterr()
     assert len(json.loads(seen.out)) == 1
-    assert "left out: " in seen.err and str(bad) in seen.err
+    assert "skipped a store: " in seen.err and str(bad) in seen.err
     assert keepwarm("report", run.run_id) == 0
 
 

@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from services.broker import Delivery
-from services.cli.contexts import _told
+from services.cli.broker_snapshot import BrokerSnapshot
+from services.cli.contexts import _description
 from services.cli.dead import _list_messages
-from services.cli.doctor import _line
-from services.cli.fleet_screen import heard_tables
-from services.cli.listening import Heard
+from services.cli.doctor import _row
+from services.cli.fleet_screen import broker_tables
 from services.cli.live_view import LiveView
 from services.cli.logs import configure_logs
+from services.cli.printable import printable
 from services.cli.screen import Screen, print_report, say, show, status_table
-from services.cli.shown import shown
 from services.contexts.records import ContextRecord
 from services.contracts import (
     Claim,
@@ -156,7 +156,7 @@ def test_what_workers_and_collectors_say_is_text(bad: list[str]) -> None:
         context=ContextSpec(model=model), claims_ready=1, claims_in_flight=0, workers_warm=0
     )
     for screen in screens():
-        show(screen, heard_tables(Heard([worker], [demand], {"verdicts": 1}, fault)))
+        show(screen, broker_tables(BrokerSnapshot([worker], [demand], {"verdicts": 1}, fault)))
         assert_harmless(screen, "node-1")
 
 
@@ -191,9 +191,9 @@ def test_engines_checks_and_progress_are_text(bad: list[str]) -> None:
         since=0.0,
         last_used=0.0,
     )
-    assert not OBEYED.search(shown(_told(record)))
+    assert not OBEYED.search(printable(_description(record)))
     for screen in screens():
-        show(screen, _line("broker", "note", says))
+        show(screen, _row("broker", "warning", says))
         say(screen, says)
         with LiveView(screen, lines=10) as view:
             view.show(STATUS, Progress(1, 1, 0), [Worker(state=state)], waiting_for=says)
@@ -334,10 +334,13 @@ def calls(path: Path) -> Iterator[ast.Call]:
 def _is_harmless(argument: ast.expr) -> bool:
     if isinstance(argument, ast.Constant):
         return True
-    return isinstance(argument, ast.Call) and ast.unparse(argument.func) in ("shown", "json.dumps")
+    return isinstance(argument, ast.Call) and ast.unparse(argument.func) in (
+        "printable",
+        "json.dumps",
+    )
 
 
-def test_commands_print_nothing_that_is_not_shown(repository: Path) -> None:
+def test_commands_print_only_printable_text(repository: Path) -> None:
     for path in sorted((repository / "services" / "cli").glob("*.py")):
         for call in calls(path):
             name: Any = ast.unparse(call.func)

@@ -109,7 +109,7 @@ def test_a_store_that_cannot_be_copied_back_stays_on_the_local_disk(
     out: Path, screen: Screen
 ) -> None:
     with (
-        pytest.raises(StoreError, match="cannot be copied to .*make room"),
+        pytest.raises(StoreError, match="cannot be copied to .*free some space"),
         working_dir(out, screen) as place,
     ):
         stored(place).close()

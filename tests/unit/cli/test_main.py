@@ -140,7 +140,7 @@ def test_a_password_on_the_command_line_is_refused_and_not_repeated(
 ) -> None:
     assert keepwarm(*verb.split(), "--broker", url) == 2
     shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert "can be read by every user of this machine" in shown
+    assert "every user of this machine can read passwords" in shown
     assert "KEEPWARM_BROKER_PASSWORD" in shown
     assert "hunter2" not in shown
 
@@ -217,12 +217,12 @@ def test_a_store_that_is_not_there_ends_with_6(
         assert "there is no store at none.sqlite" in capsys.readouterr().err
 
 
-def test_an_error_is_told_in_one_line_without_a_traceback(
+def test_an_error_is_one_line_without_a_traceback(
     keepwarm: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keepwarm("run", "a", "--seed", "7")
     assert capsys.readouterr().err == (
-        "keepwarm: --seed draws a sample and needs its size: give --limit as well\n"
+        "keepwarm: --seed takes a random sample and needs its size; set --limit as well\n"
     )
 
 

@@ -44,7 +44,7 @@ def test_a_field_has_one_column() -> None:
 
 def test_a_label_is_mapped_to_one_label() -> None:
     assert label_map_from_flags(["X=NEI", "X=NEI"], PromptSpec()) == {"X": "NEI"}
-    with pytest.raises(UsageError, match="'X' was mapped to 'NEI' before"):
+    with pytest.raises(UsageError, match="'X' is mapped to 'NEI' as well"):
         label_map_from_flags(["X=NEI", "X=REFUTES"], PromptSpec())
 
 
@@ -55,7 +55,7 @@ def test_a_seed_may_come_with_a_limit(limit: int | None, seed: int | None) -> No
 
 @pytest.mark.parametrize("seed", [0, 7])
 def test_a_seed_needs_a_limit(seed: int) -> None:
-    with pytest.raises(UsageError, match="give --limit as well"):
+    with pytest.raises(UsageError, match="set --limit as well"):
         check_seed(None, seed)
 
 
@@ -89,7 +89,7 @@ def test_an_adapter_is_part_of_the_context(models: Path, monkeypatch: pytest.Mon
 
 
 def test_an_adapters_revision_needs_an_adapter() -> None:
-    with pytest.raises(UsageError, match="--adapter-revision is an adapter's; name it"):
+    with pytest.raises(UsageError, match="--adapter-revision needs an adapter; name it"):
         context(adapter_revision="main")
 
 
@@ -126,7 +126,7 @@ def test_outside_a_clone_the_default_model_says_that_it_is_one(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "commit", lambda *_: "c0ffee")
     assert context().model == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert "no --model or KEEPWARM_MODEL is given, so the default" in capsys.readouterr().err
+    assert "neither --model nor KEEPWARM_MODEL is set, so this uses" in capsys.readouterr().err
     assert context("HuggingFaceTB/SmolLM2-135M-Instruct").revision == "c0ffee"
     assert capsys.readouterr().err == ""
 
@@ -134,7 +134,7 @@ def test_outside_a_clone_the_default_model_says_that_it_is_one(
         raise ModelError("cannot get the model")
 
     monkeypatch.setattr(hub, "commit", fails)
-    with pytest.raises(ModelError, match="the default is used, the demo model .*: cannot get"):
+    with pytest.raises(ModelError, match="uses the demo model .*: cannot get"):
         context()
 
 

@@ -74,7 +74,7 @@ def test_a_file_becomes_a_run_of_the_prompt_on_the_context(
         "claims.csv: claims (CSV), 1 of 2 records: 1 claims, 0 repeated, 0 rejected"
     )
     assert second == (
-        "left out of the scores, for the prompt does not know them: NEI: 1 (say what they mean "
+        "left out of the scores, because the prompt does not have them: NEI: 1 (map them "
         'with --label-map "NEI=…"); without evidence: 1 (the record has none; ignored: '
         "author; name one with --column evidence=NAME)"
     )
@@ -94,7 +94,7 @@ def test_two_labels_of_one_claim_and_a_map_of_no_label_are_warned_of(
         inspect_claims(screen, submission, tmp_path / "rejected.jsonl")
     assert isinstance(screen.file, io.StringIO)
     shown = screen.file.getvalue()
-    assert "Warning: 1 claims with their evidence come again under other ids" in shown
+    assert "Warning: 1 claims are repeated with the same evidence, another id" in shown
     assert "Warning: no record has the label 'DISPUTD' of --label-map" in shown
 
 
@@ -111,11 +111,11 @@ def test_a_file_that_is_not_there_is_known_before_the_model_is_asked_for(
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ({"seed": 1}, "give --limit as well"),
+        ({"seed": 1}, "set --limit as well"),
         ({"column": ["claim"]}, "write it like claim=text"),
-        ({"format": "fevre"}, "--format fevre: there is no such format; it is one of jsonl, "),
-        ({"encoding": "utf-7.5"}, "--encoding utf-7.5: there is no such encoding of text"),
-        ({"encoding": "hex"}, "--encoding hex: there is no such encoding of text"),
+        ({"format": "fevre"}, "--format fevre: there is no such format; name one of jsonl, "),
+        ({"encoding": "utf-7.5"}, "--encoding utf-7.5: no such text encoding"),
+        ({"encoding": "hex"}, "--encoding hex: no such text encoding"),
         ({"label_map": ["DISPUTED"]}, 'write it like "DISPUTED=NOT ENOUGH INFO"'),
         ({"label_map": ["DISPUTED=MAYBE"]}, "has no label 'MAYBE'; it has SUPPORTS, REFUTES, NOT"),
     ],

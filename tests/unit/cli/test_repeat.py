@@ -101,7 +101,7 @@ def test_a_run_without_such_claims_has_nothing_to_repeat(settings: Settings) -> 
     run = Run(source="f", source_digest="s", context=ContextSpec(model="m"), prompt=PROMPT)
     with Store.open(settings) as store:
         store.write(Incoming(announcements=[RunAnnouncement(run=run, submission_id="sub")]))
-    with pytest.raises(InputError, match="has no dead claims: nothing is to repeat"):
+    with pytest.raises(InputError, match="has no dead claims, so there is nothing to repeat"):
         claims_to_repeat(settings, "dead", run.run_id)
 
 

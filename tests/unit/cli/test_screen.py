@@ -177,7 +177,7 @@ def test_what_is_not_known_yet_is_a_question_mark(screen: Screen, seen: Seen) ->
 
 def test_an_empty_store_is_told(screen: Screen, seen: Seen) -> None:
     show(screen, status_table([]))
-    assert "no run is in this store yet" in seen()
+    assert "no runs in this store yet" in seen()
 
 
 def test_the_report_leads_with_the_result_and_what_went_wrong(screen: Screen, seen: Seen) -> None:
@@ -209,7 +209,7 @@ def test_the_report_says_what_was_wrong_with_the_file(screen: Screen, seen: Seen
     for line in (
         "problem   8 lines were rejected: no claim 6, no JSON 2",
         "problem   40 claims had no evidence: only references 40",
-        "problem   12 claims are not in the scores, for the prompt does not know their labels: "
+        "problem   12 claims are not in the scores, because the prompt does not have their labels: "
         "mixture 9, DISPUTED 3",
     ):
         assert line in seen().splitlines()
@@ -223,7 +223,7 @@ def test_the_full_report_has_the_details_as_well(screen: Screen, seen: Seen) -> 
         "12,017: 12,000 claims, 9 repeated, 8 rejected",
         "1,234 prompt tokens/s",
         "10 verdicts (the first one counts), 11 batches",
-        "13 claims returned unfinished, at most 14 computed again",
+        "returned by preempted workers: 13; recomputed: at most 14",
         "gold (rows) and verdict (columns)",
         "Tesla T4",
         "1,200.5",
@@ -236,7 +236,7 @@ def test_the_full_report_shows_what_starts_took_phase_by_phase(screen: Screen, s
     print_report(screen, REPORT, full=True)
     lines = seen().splitlines()
     assert any("3 workers found the model loaded, in 0.25 s (median)" in line for line in lines)
-    assert any("2 workers waited for a start that was under way" in line for line in lines)
+    assert any("2 workers joined a start in progress" in line for line in lines)
     header = next(line.split() for line in lines if "longest" in line)
     assert header == [
         *("device", "starts", "median", "longest", "load", "compile"),

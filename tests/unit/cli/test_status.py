@@ -44,9 +44,9 @@ def test_claims_that_are_nowhere_are_told_with_their_records_and_what_to_do(
     shown = said()
     assert "claims missing" in shown
     assert (
-        "23 claims are in no queue and with no worker (records 3 to 5, 11, 13, 15, 17, 19, 21, 23, "
-        "25, 27, … of the file). Look for them with `keepwarm dead list --broker URL`, or submit "
-        "the file again with this store: that sends just these"
+        "23 claims are in no queue and at no worker (records 3 to 5, 11, 13, 15, 17, 19, 21, 23, "
+        "25, 27, … of the file). Check `keepwarm dead list --broker URL`, or submit "
+        "the file again with this store to send only these"
     ) in shown
 
 
@@ -54,4 +54,4 @@ def test_outcomes_of_other_claims_are_told(said: Callable[[], str], stored: Path
     announce(stored, run, None, digest=str(ClaimsDigest.of([("other", 0)])))
     shown = said()
     assert "wrong claims" in shown
-    assert f"{run.run_id}: as many outcomes as claims, but not of the same claims." in shown
+    assert f"{run.run_id}: some outcomes belong to claims that are not in the file." in shown

@@ -448,7 +448,7 @@ def test_of_a_directory_of_several_splits_one_must_be_named(tmp_path: Path) -> N
     with pytest.raises(InputError, match="has several splits; name one of them with --split"):
         read(tmp_path)
     with Source.open(str(tmp_path), split="test") as source:
-        assert source.survey().lines == 3
+        assert source.summarize().lines == 3
     with pytest.raises(InputError, match="has no split 'dev'; name one of them"):
         Source.open(str(tmp_path), split="dev")
 

@@ -241,11 +241,11 @@ def test_pieces_are_those_of_the_named_column(tmp_path: Path) -> None:
     assert [(c.claim_id, c.evidence) for c in claims] == [("1#1", "Ev one."), ("1#2", "Ev two.")]
 
 
-def test_a_format_without_pieces_is_told(repository: Path) -> None:
+def test_each_evidence_for_a_format_without_pieces_is_refused(repository: Path) -> None:
     path = repository / "tests" / "published" / "averitec.json"
     with (
         Source.open(str(path)) as source,
-        pytest.raises(InputError, match="--each-evidence is not for AVeriTeC"),
+        pytest.raises(InputError, match="--each-evidence does not apply to AVeriTeC"),
     ):
         ClaimsFile(source, PromptSpec(), Selection(each_evidence=True))
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.contracts import Claim
-from services.producer.ordering import together
+from services.producer.ordering import group_by_evidence
 
 EVIDENCE = st.none() | st.sampled_from(["North.", "South.", "East.", "West.", "0", "1"])
 
@@ -20,7 +20,7 @@ def claims_with(evidence: list[str | None]) -> list[Claim]:
 
 
 def ids(evidence: list[str | None], **bounds: int) -> list[str]:
-    return [claim.claim_id for claim in together(claims_with(evidence), **bounds)]
+    return [claim.claim_id for claim in group_by_evidence(claims_with(evidence), **bounds)]
 
 
 def test_claims_go_beside_the_first_one_with_their_evidence() -> None:
@@ -35,7 +35,7 @@ def test_claims_without_evidence_share_none_and_keep_their_places() -> None:
 @given(st.lists(EVIDENCE), st.integers(1, 12))
 def test_every_claim_is_there_once_and_unchanged(evidence: list[str | None], window: int) -> None:
     claims = claims_with(evidence)
-    ordered = list(together(claims, window_claims=window))
+    ordered = list(group_by_evidence(claims, window_claims=window))
     assert sorted(ordered, key=lambda claim: claim.position) == claims
 
 
@@ -43,7 +43,7 @@ def test_every_claim_is_there_once_and_unchanged(evidence: list[str | None], win
 def test_each_evidence_is_one_group_in_the_order_of_first_appearance(
     evidence: list[str | None],
 ) -> None:
-    ordered = list(together(claims_with(evidence)))
+    ordered = list(group_by_evidence(claims_with(evidence)))
     shared = [claim for claim in ordered if claim.evidence is not None]
     groups = [[claim.position for claim in g] for _, g in groupby(shared, lambda c: c.evidence)]
     assert len(groups) == len({claim.evidence for claim in shared})
@@ -55,7 +55,7 @@ def test_each_evidence_is_one_group_in_the_order_of_first_appearance(
 
 @given(st.lists(EVIDENCE, max_size=40), st.integers(1, 12))
 def test_no_claim_leaves_its_window(evidence: list[str | None], window: int) -> None:
-    ordered = together(claims_with(evidence), window_claims=window)
+    ordered = group_by_evidence(claims_with(evidence), window_claims=window)
     for place, claim in enumerate(ordered):
         assert claim.position // window == place // window
 
@@ -72,7 +72,7 @@ def test_no_more_is_held_than_the_window_has_room_for(
             yield claim
 
     given_on = 0
-    for _ in together(reading(), window_claims=window, window_chars=chars):
+    for _ in group_by_evidence(reading(), window_claims=window, window_chars=chars):
         held = read[given_on:]
         assert len(held) <= window
         # All but the last one fit.

@@ -60,7 +60,7 @@ QUOTES = "put the text in quotes"
 LEAVE_OUT = "give it some text, or leave the line out"
 BLANK = "remove NUL characters, and give it more than white space"
 BAD_LINES: dict[int, tuple[str | None, str, str]] = {
-    2: (None, "Invalid JSON: EOF", "write one JSON object a line, in UTF-8"),
+    2: (None, "Invalid JSON: EOF", "write one JSON object per line, in UTF-8"),
     3: (None, "Input should be an object", "write an object, like {"),
     5: ("claim", "Field required", "every line needs a `claim`"),
     6: ("claim", "it is blank", LEAVE_OUT),
@@ -362,7 +362,7 @@ def test_a_field_that_does_not_exist_is_refused() -> None:
 
 
 def test_two_columns_of_one_name_are_refused() -> None:
-    with pytest.raises(InputError, match="line 1: two columns are called 'claim'; rename one"):
+    with pytest.raises(InputError, match="line 1: two columns have the name 'claim'; rename one"):
         opened(b"id,claim,claim\n1,a,b\n")
 
 
@@ -384,7 +384,7 @@ def test_csv_columns_that_nobody_asked_for_are_told() -> None:
         (b'1," "', "claim", "it is blank", BLANK),
         (b"1,a\0b", "claim", "it contains a NUL character", BLANK),
         (b"1,caf\xe9", "claim", "Input should be a valid string", "save the file as UTF-8"),
-        (b"1", None, "it has 1 fields; the header has 2", "mend the line, or leave it out"),
+        (b"1", None, "it has 1 fields; the header has 2", "correct the line, or leave it out"),
         (b"\xff,x", "id", "Input should be a valid string", "save the file as UTF-8"),
     ],
 )
@@ -424,7 +424,7 @@ def test_a_contradicted_claim_is_rejected_by_its_id() -> None:
     rejection = rejecting.contradicted(line, Seen(Duplicate.OTHER_TEXT, claim, 4))
     assert (rejection.line, rejection.field) == (1, "id")
     assert rejection.reason == "record 5 of the file has the id 'a' for another claim"
-    assert rejection.next_step == "give it an id of its own, or none at all"
+    assert rejection.next_step == "give it another id, or none"
 
 
 def test_a_claim_with_two_labels_is_rejected_by_its_label() -> None:
@@ -438,7 +438,7 @@ def test_a_claim_with_two_labels_is_rejected_by_its_label() -> None:
         rejection.reason
         == "record 1 of the file has the same claim and evidence with another label"
     )
-    assert rejection.next_step == "keep the one whose label is right"
+    assert rejection.next_step == "keep the record with the right label"
 
 
 @given(st.binary(max_size=200))

@@ -200,7 +200,7 @@ def test_what_is_no_corpus_is_refused(
 
 
 def test_a_corpus_for_a_format_without_references_is_refused(published: Path) -> None:
-    with pytest.raises(InputError, match="VitaminC, which refers to no corpus; leave out --corpus"):
+    with pytest.raises(InputError, match="VitaminC, which uses no corpus; leave out --corpus"):
         claims_of(published / "vitaminc.jsonl", corpus=published)
 
 

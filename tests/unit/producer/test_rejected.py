@@ -53,7 +53,7 @@ def test_a_rejection_can_be_read_as_soon_as_it_is_written(tmp_path: Path) -> Non
 def test_a_place_that_cannot_hold_a_file_is_a_store_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     rejected = RejectedFile(tmp_path / "file" / "rejected.jsonl")
-    with pytest.raises(StoreError, match="cannot be written: .*name another place"):
+    with pytest.raises(StoreError, match="cannot be written: .*name another path"):
         rejected.write(REJECTION)
 
 
@@ -71,7 +71,7 @@ def test_a_place_that_cannot_be_cleared_is_a_store_error(name: str, tmp_path: Pa
 def test_a_full_disk_is_a_store_error(tmp_path: Path) -> None:
     path = tmp_path / "rejected.jsonl"
     with (
-        pytest.raises(StoreError, match="No space left on device; make room"),
+        pytest.raises(StoreError, match="No space left on device; free some space"),
         RejectedFile(path) as rejected,
     ):
         path.symlink_to("/dev/full")

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.producer.source import Line, chosen
+from services.producer.source import Line, sample_lines
 
 
 def lines(count: int) -> Iterator[Line]:
@@ -13,7 +13,7 @@ def lines(count: int) -> Iterator[Line]:
 
 
 def positions(total: int, limit: int | None, seed: int | None) -> list[int]:
-    return [line.position for line in chosen(lines(total), total, limit, seed)]
+    return [line.position for line in sample_lines(lines(total), total, limit, seed)]
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_without_a_seed_the_first_lines_are_taken(
 
 def test_lines_after_the_last_wanted_one_are_not_read() -> None:
     source = lines(1_000)
-    assert len(list(chosen(source, 1_000, 3, None))) == 3
+    assert len(list(sample_lines(source, 1_000, 3, None))) == 3
     assert next(source).position <= 4
 
 

@@ -16,7 +16,7 @@ def prompt(repository: Path) -> PromptSpec:
 @pytest.fixture(scope="module")
 def claims(repository: Path, prompt: PromptSpec) -> list[Claim]:
     with Source.open(str(repository / "samples" / "claims.jsonl")) as source:
-        assert source.survey().lines == 240
+        assert source.summarize().lines == 240
         parser = Parser(source.name, prompt)
         readings = [reading for line in source.lines() for reading in parser.parse(line)]
     assert all(isinstance(reading, Reading) for reading in readings)

@@ -16,8 +16,8 @@ def seen() -> Iterator[SeenIds]:
     ids.close()
 
 
-def sightings(ids: SeenIds, claims: list[Claim]) -> list[Duplicate]:
-    return [seen.sighting for seen in ids.check(claims)]
+def results(ids: SeenIds, claims: list[Claim]) -> list[Duplicate]:
+    return [seen.duplicate for seen in ids.check(claims)]
 
 
 def claim(
@@ -27,12 +27,12 @@ def claim(
 
 
 def test_a_claim_is_new_once_and_repeated_ever_after(seen: SeenIds) -> None:
-    assert sightings(seen, [claim(), claim("d"), claim()]) == [
+    assert results(seen, [claim(), claim("d"), claim()]) == [
         Duplicate.NEW,
         Duplicate.NEW,
         Duplicate.REPEATED,
     ]
-    assert sightings(seen, [claim("d"), claim("e")]) == [Duplicate.REPEATED, Duplicate.NEW]
+    assert results(seen, [claim("d"), claim("e")]) == [Duplicate.REPEATED, Duplicate.NEW]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_a_claim_is_new_once_and_repeated_ever_after(seen: SeenIds) -> None:
 )
 def test_the_same_id_with_other_content_is_contradicted(seen: SeenIds, other: Claim) -> None:
     how = Duplicate.OTHER_LABEL if other.gold else Duplicate.OTHER_TEXT
-    assert sightings(seen, [claim(), other, claim(), other]) == [
+    assert results(seen, [claim(), other, claim(), other]) == [
         Duplicate.NEW,
         how,
         Duplicate.REPEATED,
@@ -73,19 +73,19 @@ def test_the_same_claim_with_other_evidence_has_an_id_of_its_own(seen: SeenIds) 
 
 def test_an_id_made_for_other_evidence_stays_within_its_bound(seen: SeenIds) -> None:
     long = "i" * 256
-    (_, first, _), (sighting, second, _) = seen.check([claim(long), claim(long, evidence="e")])
-    assert sighting is Duplicate.OTHER_EVIDENCE
+    (_, first, _), (duplicate, second, _) = seen.check([claim(long), claim(long, evidence="e")])
+    assert duplicate is Duplicate.OTHER_EVIDENCE
     assert len(second.claim_id) == len(first.claim_id) == 256
 
 
 def test_another_label_for_the_same_evidence_is_contradicted(seen: SeenIds) -> None:
     claims = [claim(), claim(evidence="e", gold="A"), claim(evidence="e", gold="B")]
-    assert sightings(seen, claims)[-1] is Duplicate.OTHER_LABEL
+    assert results(seen, claims)[-1] is Duplicate.OTHER_LABEL
 
 
 def test_where_a_claim_stands_is_not_its_content(seen: SeenIds) -> None:
     again = claim().model_copy(update={"position": 9})
-    assert sightings(seen, [claim(), again]) == [Duplicate.NEW, Duplicate.REPEATED]
+    assert results(seen, [claim(), again]) == [Duplicate.NEW, Duplicate.REPEATED]
 
 
 def test_nothing_to_look_at_gives_no_sighting(seen: SeenIds) -> None:
@@ -102,7 +102,7 @@ def test_sightings_are_those_of_a_dictionary(pairs: list[tuple[str, str]]) -> No
         same = Duplicate.REPEATED if known == text else Duplicate.OTHER_TEXT
         expected.append(Duplicate.NEW if new else same)
     ids = SeenIds()
-    assert sightings(ids, [claim(*pair) for pair in pairs]) == expected
+    assert results(ids, [claim(*pair) for pair in pairs]) == expected
     ids.close()
 
 
@@ -110,7 +110,7 @@ def test_a_label_that_the_prompt_does_not_know_is_compared_as_the_file_spells_it
     seen: SeenIds,
 ) -> None:
     found = seen.check([claim()] * 3, ["half-true", "mostly-true", "half-true"])
-    assert [one.sighting for one in found] == [
+    assert [one.duplicate for one in found] == [
         Duplicate.NEW,
         Duplicate.OTHER_LABEL,
         Duplicate.REPEATED,
@@ -119,5 +119,5 @@ def test_a_label_that_the_prompt_does_not_know_is_compared_as_the_file_spells_it
 
 def test_claims_that_are_equal_but_for_their_ids_are_counted(seen: SeenIds) -> None:
     labels = ["A", "B", "A", ""]
-    assert {s.sighting for s in seen.check([claim(i) for i in "abcd"], labels)} == {Duplicate.NEW}
+    assert {s.duplicate for s in seen.check([claim(i) for i in "abcd"], labels)} == {Duplicate.NEW}
     assert seen.same_contents() == (3, 1)

@@ -80,7 +80,7 @@ def test_a_line_over_the_bound_is_skipped_and_the_next_ones_are_read(
     long_line = b"x" * (MAX_LINE_BYTES + extra)
     with Source.open(write(tmp_path, prefix + long_line + b'\n{"a":1}\n{"b":2}')) as source:
         first, *rest = source.lines()
-        assert source.survey().lines == 3
+        assert source.summarize().lines == 3
     assert (first.number, first.position, first.fault) == (1, 0, TOO_LONG)
     assert len(first.content) <= 1_000
     assert [(line.number, line.position, line.content, line.fault) for line in rest] == [
@@ -254,7 +254,7 @@ def test_the_name_decides_where_the_first_bytes_say_nothing(tmp_path: Path) -> N
 
 def test_a_name_that_is_not_utf_8_is_opened_and_shown_as_well_as_can_be(tmp_path: Path) -> None:
     with Source.open(write(tmp_path, b"1\n", "caf\udce9.jsonl")) as source:
-        assert source.survey().lines == 1
+        assert source.summarize().lines == 1
         assert source.name.encode().endswith(b"caf?.jsonl")
 
 
@@ -290,9 +290,9 @@ def test_a_file_that_this_user_may_not_read_is_named(
 def test_a_file_without_records_is_empty(content: bytes, tmp_path: Path) -> None:
     with (
         Source.open(write(tmp_path, content)) as source,
-        pytest.raises(InputError, match=r"claims\.jsonl is empty; it must hold one claim a line"),
+        pytest.raises(InputError, match=r"claims\.jsonl is empty; it must have one claim per line"),
     ):
-        source.survey()
+        source.summarize()
 
 
 @pytest.mark.parametrize("content", [b"", b"id,claim\n", b"id,claim\n\n\n"])
@@ -301,19 +301,19 @@ def test_a_csv_file_without_records_is_empty(content: bytes, tmp_path: Path) -> 
         Source.open(write(tmp_path, content, "claims.csv")) as source,
         pytest.raises(InputError, match="is empty"),
     ):
-        source.survey()
+        source.summarize()
 
 
 # Standard input and pipes: they can be read only once, so they are kept.
 
 
-def test_standard_input_is_surveyed_and_then_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_input_is_summarized_and_then_read(monkeypatch: pytest.MonkeyPatch) -> None:
     content = b'{"a":1}\n{"b":2}\n'
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
     with Source.open("-") as source:
         assert source.name == "standard input"
         assert source.container == "jsonl"
-        assert source.survey().lines == 2
+        assert source.summarize().lines == 2
         assert [line.content for line in source.lines()] == content.splitlines(keepends=True)
 
 
@@ -326,7 +326,7 @@ def test_standard_input_may_be_csv(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_empty_standard_input_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     with Source.open("-") as source, pytest.raises(InputError, match="standard input is empty"):
-        source.survey()
+        source.summarize()
 
 
 def test_a_named_pipe_is_kept_and_closed(tmp_path: Path) -> None:
@@ -335,12 +335,12 @@ def test_a_named_pipe_is_kept_and_closed(tmp_path: Path) -> None:
     writer = threading.Thread(target=lambda: pipe.write_bytes(b"1\n2\n"))
     writer.start()
     with Source.open(str(pipe), "jsonl") as source:
-        assert source.survey().lines == 2
+        assert source.summarize().lines == 2
         assert [line.content for line in source.lines()] == [b"1\n", b"2\n"]
     writer.join()
 
 
-def test_standard_input_that_does_not_fit_the_disk_is_told(
+def test_standard_input_that_does_not_fit_on_the_disk_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class FullDisk(io.BytesIO):
@@ -349,29 +349,29 @@ def test_standard_input_that_does_not_fit_the_disk_is_told(
 
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"1\n")))
     monkeypatch.setattr("tempfile.TemporaryFile", FullDisk)
-    with pytest.raises(InputError, match="No space left on device; make room, or set TMPDIR"):
+    with pytest.raises(InputError, match="No space left on device; free some space, or set TMPDIR"):
         Source.open("-")
 
 
-# The survey.
+# The file_summary.
 
 
-def test_a_survey_counts_the_records_and_digests_every_byte(tmp_path: Path) -> None:
+def test_a_summary_counts_the_records_and_digests_every_byte(tmp_path: Path) -> None:
     content = b'\n{"a":1}\n\n{"b":2}'
     with Source.open(write(tmp_path, content)) as source:
-        survey = source.survey()
-    assert survey.lines == 2
-    assert survey.digest == hashlib.blake2b(content, digest_size=16).hexdigest()
+        file_summary = source.summarize()
+    assert file_summary.lines == 2
+    assert file_summary.digest == hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def test_the_digest_does_not_depend_on_the_files_name(tmp_path: Path) -> None:
     paths = [write(tmp_path, b"1\n", name) for name in ("a.jsonl", "b.jsonl")]
     with Source.open(paths[0]) as one, Source.open(paths[1]) as other:
-        assert one.survey() == other.survey()
+        assert one.summarize() == other.summarize()
 
 
-def test_a_survey_tells_how_far_it_is(tmp_path: Path) -> None:
+def test_a_summary_reports_its_progress(tmp_path: Path) -> None:
     heard: list[int] = []
     with Source.open(write(tmp_path, b"1\n" * 250_000)) as source:
-        source.survey(heard.append)
+        source.summarize(heard.append)
     assert heard == [100_000, 200_000, 250_000]

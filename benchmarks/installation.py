@@ -1,4 +1,4 @@
-"""What several benchmarks need: a node and a collector here, workers and engines as processes."""
+"""An installation for benchmarks: RabbitMQ and a collector here, workers as processes."""
 
 import os
 import signal
@@ -21,8 +21,8 @@ MODEL = REPOSITORY / ".models" / "SmolLM2-135M-Instruct"
 KEEPWARM = (sys.executable, "-m", "services.cli.main")
 
 
-class Desk:
-    """Runs one after the other, and workers that come and go. `variables` are for all commands."""
+class Installation:
+    """A broker, a store, a collector and workers. `variables` are for all commands."""
 
     def __init__(self, directory: Path, **variables: str) -> None:
         self.directory = directory
@@ -57,11 +57,11 @@ class Desk:
         )
         self._collecting.start()
         self._workers: list[subprocess.Popen[Any]] = []
-        # Whoever ends a benchmark half-way finds nothing left of it, as after Ctrl-C.
+        # SIGTERM cleans up as Ctrl-C does.
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
     def worker(self, **variables: str) -> subprocess.Popen[bytes]:
-        """A worker that has just been started. It is gone when the desk is closed."""
+        """Start a worker. It ends when the installation is closed."""
         worker = subprocess.Popen(
             [*KEEPWARM, "worker"],
             env={**self.environment, **variables},
@@ -72,7 +72,7 @@ class Desk:
         return worker
 
     def ready_worker(self, *flags: str, **variables: str) -> tuple[subprocess.Popen[str], str]:
-        """A worker that takes claims, and the log line that says so."""
+        """A worker that takes claims, and the log line of that event."""
         process = subprocess.Popen(
             [*KEEPWARM, "worker", *flags],
             env={**self.environment, **variables},
@@ -86,7 +86,7 @@ class Desk:
                 threading.Thread(target=process.stderr.read, daemon=True).start()
                 self._workers.append(process)
                 return process, line
-        raise SystemExit("a worker ended; run it by hand to see why")
+        raise SystemExit("a worker ended; run `keepwarm worker` to see why")
 
     def publish(
         self,
@@ -96,7 +96,7 @@ class Desk:
         batch_size: int,
         limit: int | None = None,
     ) -> str:
-        """Send a run; its id."""
+        """Publish a run, and return its id."""
         with (
             Publisher(
                 BrokerAddress.from_settings(self.settings),
@@ -115,7 +115,7 @@ class Desk:
     def wait_for(
         self, run_id: str, enough: Callable[[RunStatus], bool] = lambda status: status.complete
     ) -> RunStatus:
-        """Until the store has enough of a run: all of it, unless told otherwise."""
+        """Wait until the store has enough of a run, by default all of it."""
         while True:
             self._committed.clear()
             status = run_status(self.store, run_id)
