@@ -1,24 +1,23 @@
 """Where each Python process of Keepwarm starts: the `keepwarm` command, and
 `python -E -P keepwarm_start.py MODULE ARGUMENT…` for what it starts itself.
 
-A user's directory may hold `services/`, `random.py` or `queue.py`. Such files must never be
-imported in place of ours or of Python's. So the working directory is not searched for modules, and
-what PYTHONPATH names is searched last: a cluster's environment modules can add packages there, and
-nothing is replaced.
+A user's directory may have `services/`, `random.py` or `queue.py`, which must never replace modules
+of Keepwarm or of Python. So the working directory is not on the search path, and the entries of
+PYTHONPATH come last: a cluster's environment modules can add packages, but replace none.
 
-This module stands outside of `services`, which is a name that a user's package may have as well. It
-imports as little as possible before the search path is in order.
+This module is outside of `services`, because a user's package may have that name. It imports as
+little as possible before the search path is set.
 """
 
 import os
 import sys
 
 SEARCHED_LAST = "KEEPWARM_PYTHONPATH"
-"""The variable in which child processes find what PYTHONPATH named."""
+"""The variable that passes the entries of PYTHONPATH to child processes."""
 
 
 def python_command(module: str, *arguments: str) -> list[str]:
-    """The command that runs a module of ours in a child process."""
+    """The command that runs a module of Keepwarm in a child process."""
     last = os.environ.get(SEARCHED_LAST)
     searched = ("-X", f"{SEARCHED_LAST}={last}") if last else ()
     python = (sys.executable, "-E", "-P", "-Xutf8", *searched)
@@ -26,18 +25,18 @@ def python_command(module: str, *arguments: str) -> list[str]:
 
 
 def isolate() -> None:
-    """Put this process's search path in order, and the environment that its children inherit."""
+    """Set the search path of this process, and the environment that its children inherit."""
     here = _working_directory()
-    told = sys._xoptions.get(SEARCHED_LAST)  # where the environment is a command's own
+    option = sys._xoptions.get(SEARCHED_LAST)  # for children with an environment of their own
     paths = [os.environ.pop(name, "") for name in ("PYTHONPATH", SEARCHED_LAST)]
     named = [
         os.path.normpath(os.path.join(here, entry))
-        for path in (*paths, told if isinstance(told, str) else "")
+        for path in (*paths, option if isinstance(option, str) else "")
         if path
         for entry in path.split(os.pathsep)  # an empty entry means the working directory
     ]
     last = [entry for entry in named if entry != here]
-    # Python begins with the directory of the script, or with the working directory.
+    # The first entry is the directory of the script, or the working directory.
     safe = getattr(sys.flags, "safe_path", False)  # an engine's Python may be older than 3.11
     found = sys.path if safe else sys.path[1:]
     ours = os.path.dirname(os.path.abspath(__file__))

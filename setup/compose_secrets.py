@@ -1,10 +1,10 @@
-"""Make what docker-compose.yml needs and no repository may hold: passwords, and .env.
+"""Create the files for docker-compose.yml that are not in the repository: passwords, and .env.
 
     python3 setup/compose_secrets.py
 
-Passwords are random, each in a file of its own below secrets/, for the user alone as whom the
-containers run: the one who calls this, or for root whoever called sudo, or else a number that
-nobody has. What is there is kept, always. Needs nothing but Python.
+Passwords are random, each in its own file below secrets/, readable only by the user that the
+containers run as: the caller, or for root the caller of sudo, or else an unused user id. Existing
+files are never changed. Needs only Python.
 """
 
 import os
@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SECRETS, RESULTS, DOTENV = ROOT / "secrets", ROOT / "results", ROOT / ".env"
 MODELS = ROOT / ".models"
-# What containers read of the repository, and not all as the user who has it.
+# Directories that containers read, some of them as another user.
 READ_BY_ALL = ("grafana", "prometheus", "rabbitmq", "samples")
 ADMIN = "keepwarm-admin"
 ROLES = ("producer", "worker", "collector", "operator")
@@ -39,11 +39,11 @@ def main() -> None:
     (SECRETS / "broker").chmod(0o700)
     made = [name for name in PASSWORDS if make_password(SECRETS / name)]
     write_admin()
-    (SECRETS / "hf.token").touch()  # for who has one to put there
+    (SECRETS / "hf.token").touch()  # for a token, if the user has one
     added = extend_dotenv(known, uid, gid)
     give((SECRETS, *SECRETS.rglob("*"), RESULTS), uid, gid)
     if not MODELS.exists():
-        # Docker would make it, as root, and whoever sets a model up could not write there.
+        # Docker would create it as root, and the user could not write a model to it.
         MODELS.mkdir()
         give((MODELS,), uid, gid)
     for name in READ_BY_ALL:
@@ -146,9 +146,7 @@ def let_all_read(directory: Path) -> None:
         try:
             path.chmod(wanted)
         except PermissionError:
-            sys.exit(
-                f"{path} cannot be read by all, as containers must: its owner has to mend that"
-            )
+            sys.exit(f"{path} cannot be made readable for containers; ask its owner to run chmod")
 
 
 if __name__ == "__main__":

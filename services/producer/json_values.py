@@ -1,4 +1,4 @@
-"""JSON values that are not one a line: an array over many lines, or objects one after the other."""
+"""JSON values that are not one per line: an array over many lines, or consecutive objects."""
 
 import codecs
 import json
@@ -45,12 +45,12 @@ def json_values(file: IO[bytes], name: str) -> Iterator[tuple[int, bytes]]:
 
 
 def _next_value(text: "_Text", decoder: json.JSONDecoder, name: str) -> bytes:
-    """The value at the text's position, as it is written there."""
+    """The value at the current position, as text."""
     wanted = _CHUNK_BYTES
     while True:
         try:
             _, end = decoder.raw_decode(text.buffer, text.position)
-            # A number at the very end of what was read may go on in what follows.
+            # A number at the end of the buffer may continue after it.
             if end < len(text.buffer) or text.ended:
                 value = text.buffer[text.position : end]
                 text.advance(end - text.position)
@@ -61,7 +61,7 @@ def _next_value(text: "_Text", decoder: json.JSONDecoder, name: str) -> bytes:
             at = text.line + text.buffer.count("\n", text.position, error.pos)
         except RecursionError:
             raise _broken(name, text.line, "it is nested too deeply") from None
-        # Either the value is broken, or the rest of it was not read yet.
+        # Either the value is broken, or its rest is not read yet.
         left = len(text.buffer) - text.position
         if text.ended or left > MAX_LINE_BYTES:
             if left > MAX_LINE_BYTES and not text.ended:
@@ -79,12 +79,12 @@ def _broken(name: str, line: int, what: str) -> InputError:
 
 
 class _Text:
-    """A file's text, of which only what is not yet used up is held; `line` counts from 1."""
+    """A file's text; only the unread rest is in memory. `line` counts from 1."""
 
     def __init__(self, file: IO[bytes]) -> None:
         file.seek(0)
         self._file = file
-        # What is not UTF-8 becomes lone surrogates; the parser of claims refuses them.
+        # Bytes that are not UTF-8 become lone surrogates, which the claims parser rejects.
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
         self.buffer = ""
         self.position = 0
@@ -92,7 +92,7 @@ class _Text:
         self.ended = False
 
     def read_until(self, characters: int) -> None:
-        """Have so many characters from the position on, or all that there are."""
+        """Buffer this many characters after the position, or all that are left."""
         self.buffer, self.position = self.buffer[self.position :], 0
         pieces = [self.buffer]
         have = len(self.buffer)
@@ -105,7 +105,7 @@ class _Text:
         self.buffer = "".join(pieces)
 
     def skip(self) -> str:
-        """Go past white space. The next character; empty at the end of the file."""
+        """Skip white space. Returns the next character, "" at the end of the file."""
         while True:
             while self.position < len(self.buffer):
                 character = self.buffer[self.position]

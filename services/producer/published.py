@@ -1,4 +1,4 @@
-"""The formats in which the field publishes its data sets: how each is recognised and read.
+"""The formats of published data sets: how each is recognised and read.
 
 docs/formats.md has the table for people: what is taken as the claim, its evidence and its label.
 """
@@ -19,15 +19,15 @@ from services.producer.fields import (
 )
 
 SAMPLE_RECORDS = 20
-"""By so many of its first records a file is recognised."""
+"""The number of first records by which a file is recognised."""
 
 Fields = Mapping[str, Any]
 Reference = tuple[str, int | None]
-"""A page or document, and the number of a sentence in it; None: all of it."""
+"""A page or document, and the number of a sentence; None: all sentences."""
 
 
 class Found(NamedTuple):
-    """What a record says, before any of it is checked.
+    """The values of a record, before they are checked.
 
     `evidence` is text, or None for the reason `without`; `partly`: some of its text was not used.
     `references` are looked up in a corpus, where one is given.
@@ -60,7 +60,7 @@ class PublishedFormat:
     classes: Sequence[str] = ()
     pieces: Callable[[Fields], Iterator[Found]] | None = None
     merged: bool = False
-    """Records of one claim that follow each other are one, with all of them as its `rows`."""
+    """Adjacent records of one claim are merged into one, with all of them as its `rows`."""
     corpus: str | None = None
 
     def matches(self, fields: Fields) -> bool:
@@ -68,7 +68,7 @@ class PublishedFormat:
 
 
 def read_plain(fields: Fields) -> Found:
-    """By the names that fields usually have."""
+    """Read a record by the usual names of fields."""
     why: WithoutEvidence | None = WithoutEvidence.NONE
     for name in NAMES["evidence"]:
         value = fields.get(name)
@@ -97,7 +97,7 @@ def _label(fields: Fields) -> Any:
 
 
 def _plain_pieces(fields: Fields) -> Iterator[Found]:
-    """A claim for each piece in a list of evidence; a piece's own label counts for it."""
+    """One claim for each piece in a list of evidence, with the piece's label if it has one."""
     found = read_plain(fields)
     pieces = structured(first_of(fields, NAMES["evidence"]))
     if isinstance(pieces, Mapping):  # of lists, as Hugging Face keeps a list of objects
@@ -136,7 +136,7 @@ def _looked_up(fields: Fields, references: Iterator[Reference]) -> Found:
 
 
 def _fever_tuples(value: Any) -> Iterator[Sequence[Any]]:
-    """FEVER's `[annotation, evidence, page, sentence]`, at whatever depth they are."""
+    """FEVER's `[annotation, evidence, page, sentence]`, at any depth."""
     if isinstance(value, list | tuple):
         if len(value) == 4 and not any(isinstance(part, list | tuple) for part in value):
             yield value
@@ -174,7 +174,7 @@ def _rows(fields: Fields) -> list[dict[str, Any]]:
 
 
 def _read_fever_rows(fields: Fields) -> Found:
-    """One row an evidence; rows of one claim were merged into lists of values."""
+    """One row for each evidence; rows of one claim were merged into lists of values."""
 
     def references() -> Iterator[Reference]:
         for row in _rows(fields):
@@ -254,7 +254,7 @@ def _read_feverous(fields: Fields) -> Found:
 
 
 def _from(name: str) -> Callable[[Fields], Found]:
-    """The evidence from one field, all else by the usual names."""
+    """The evidence from one field, the rest by the usual names."""
 
     def read(fields: Fields) -> Found:
         text, why, partly = evidence_text(fields.get(name))
@@ -387,16 +387,16 @@ FORMATS: tuple[PublishedFormat, ...] = (
 )
 
 PLAIN = PublishedFormat("plain", "claims", frozenset(), read_plain, pieces=_plain_pieces)
-"""What is none of the published formats: fields are taken by their names."""
+"""Any other file: fields are found by their names."""
 
 
 def format_named(name: str) -> PublishedFormat:
-    """Raises KeyError when there is none of that name."""
+    """Raises KeyError when no format has this name."""
     return {known.name: known for known in (*FORMATS, PLAIN)}[name]
 
 
 def recognized(records: Sequence[Fields]) -> PublishedFormat:
-    """The format of a file by its first records; PLAIN when they are of none."""
+    """The format of a file by its first records; PLAIN when no format matches."""
     looked_at = [named_fields(record) for record in records[:SAMPLE_RECORDS]]
     for known in FORMATS:
         if looked_at and all(known.matches(fields) for fields in looked_at):
@@ -411,7 +411,7 @@ _LIAR_COLUMNS = (
 
 
 def columns_without_header(fields: Sequence[str]) -> Sequence[str] | None:
-    """The columns of a published file that does not name them, by its first record."""
+    """The columns of a published file without a header, by its first record."""
     if len(fields) == len(_LIAR_COLUMNS) and fields[1] in _LIAR_LABELS:
         return _LIAR_COLUMNS
     if len(fields) == len(_LIAR_COLUMNS) + 2 and fields[2] in _LIAR_LABELS:

@@ -289,7 +289,7 @@ def test_a_run_with_an_outcome_of_another_claim_is_not_complete_and_mended_by_su
     worker = command("worker")
     collecting = command("collect", "--until", run_id)
     assert collecting.wait() == 7, collecting.output
-    assert "has outcomes of claims that its file does not have" in collecting.output
+    assert "has outcomes of claims that are not in its file" in collecting.output
     status = command("status")
     assert status.wait() == 0, status.output
     assert "some outcomes belong to claims that are not in the file" in status.output

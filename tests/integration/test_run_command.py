@@ -282,7 +282,7 @@ def test_a_second_run_in_the_same_directory_is_refused(command: Start, out: Path
     running.said("0 of 240 claims")
     second = command("run", CLAIMS, "--out", str(out))
     assert second.wait() == 6
-    assert "another `keepwarm run` works in" in second.output
+    assert "another `keepwarm run` is using" in second.output
 
 
 @pytest.mark.parametrize(

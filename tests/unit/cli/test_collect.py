@@ -47,23 +47,23 @@ def test_the_most_likely_reason_for_a_stall_has_a_next_step(
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    told = SimpleNamespace(now=1_000.0)
-    monkeypatch.setattr(collect, "time", SimpleNamespace(monotonic=lambda: told.now))
-    yield told
+    fake = SimpleNamespace(now=1_000.0)
+    monkeypatch.setattr(collect, "time", SimpleNamespace(monotonic=lambda: fake.now))
+    yield fake
 
 
 def test_a_run_that_gains_nothing_is_told_of_again_and_again_and_less_and_less_often(
     clock: SimpleNamespace,
 ) -> None:
     watch = RunWatch("run-1")
-    told: list[float] = []
+    warned_at: list[float] = []
     for second in range(0, 400, 2):
         clock.now = 1_000.0 + second
         with capture_logs() as logs:
             done = 1 if second < 100 else 2
             watch.check(status(done=done), lambda _: where(messages=3))
-        told += [second for each in logs if each["event"] == "run.waiting"]
-    assert told == [30, 90, 130, 190, 310]
+        warned_at += [second for each in logs if each["event"] == "run.waiting"]
+    assert warned_at == [30, 90, 130, 190, 310]
 
 
 def test_without_a_run_that_is_waited_for_no_wait_is_told(clock: SimpleNamespace) -> None:

@@ -116,8 +116,8 @@ def test_without_a_broker_a_line_has_the_reason(settings: dict[str, str], why: s
 
 def test_messages_that_are_not_keepwarms_are_ignored() -> None:
     listener = BrokerListener(load_settings(broker_url="amqp://127.0.0.1:1/v"))
-    for hear in (listener.receive_heartbeat, listener.receive_control_update):
-        hear(b"nonsense")
+    for receive in (listener.receive_heartbeat, listener.receive_control_update):
+        receive(b"nonsense")
     listener.receive_heartbeat(encode(WORKER))
     assert listener._fleet.workers() == [WORKER]
 

@@ -1,4 +1,4 @@
-"""Whatever others put into messages, stores and logs is text on a screen, and nothing else."""
+"""Text from messages, stores and logs never controls the terminal."""
 
 import ast
 import csv

@@ -176,10 +176,10 @@ def test_reading_weights_for_long_is_told_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], clock: Clock
 ) -> None:
     monkeypatch.setattr("time.monotonic", clock)
-    told = context_options._ReadingWeights()
+    progress = context_options._ReadingWeights()
     for seconds, done in ((1.9, 1), (2.1, 2), (3.0, 3), (12.2, 4)):
         clock.now = 1_000.0 + seconds
-        told(done * 10**9, 140 * 10**9)
+        progress(done * 10**9, 140 * 10**9)
     assert capsys.readouterr().err.splitlines() == [
         "Reading the weights to identify them: 2.0 of 140.0 GB (once for each file)",
         "Reading the weights to identify them: 4.0 of 140.0 GB (once for each file)",

@@ -16,9 +16,9 @@ def announce(stored: Path, run: Run, positions: list[int] | None, **changes: obj
     """The run of `stored`, in which two claims have a verdict, as one with more claims."""
     text = None
     if positions is not None:
-        told = Positions()
-        told.add(positions)
-        text = told.as_text()
+        sent = Positions()
+        sent.add(positions)
+        text = sent.as_text()
     count = 2 if positions is None else len(positions)
     totals = Totals(lines=count, claims=count, repeated=0, rejected=0)
     fields = {"run": run, "submission_id": "sub-9", "totals": totals, "positions": text, **changes}

@@ -175,7 +175,7 @@ def test_with_leave_a_run_whose_labels_hold_nothing_goes_on(
 def test_a_run_of_no_claims_at_all_is_not_taken_for_done(
     make_run: MakeRun, database: Store, submission: Submission
 ) -> None:
-    # It goes on to the broker, and would be told again what is wrong with its lines.
+    # It continues to the broker, and reports again what is wrong with its lines.
     totals = Totals(lines=2, claims=0, repeated=0, rejected=2)
     database.write(Incoming([announced(submission.run, totals)], [], []))
     with pytest.raises(UsageError, match="the broker's URL is unusable"):

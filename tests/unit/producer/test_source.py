@@ -371,7 +371,7 @@ def test_the_digest_does_not_depend_on_the_files_name(tmp_path: Path) -> None:
 
 
 def test_a_summary_reports_its_progress(tmp_path: Path) -> None:
-    heard: list[int] = []
+    progress: list[int] = []
     with Source.open(write(tmp_path, b"1\n" * 250_000)) as source:
-        source.summarize(heard.append)
-    assert heard == [100_000, 200_000, 250_000]
+        source.summarize(progress.append)
+    assert progress == [100_000, 200_000, 250_000]

@@ -353,11 +353,11 @@ def test_when_all_is_finished_only_the_announcements_are_sent(submitter: Submitt
 
 
 def test_progress_is_told_and_ends_with_the_totals(submitter: Submitter) -> None:
-    heard: list[Progress] = []
-    submitter.submit(submitter.write([*rows(3_000), "nonsense"]), on_progress=heard.append)
-    assert len(heard) > 1
-    assert heard == sorted(heard, key=lambda progress: progress.lines)
-    assert heard[-1] == Progress(lines=3_001, published=3_000, rejected=1)
+    reported: list[Progress] = []
+    submitter.submit(submitter.write([*rows(3_000), "nonsense"]), on_progress=reported.append)
+    assert len(reported) > 1
+    assert reported == sorted(reported, key=lambda progress: progress.lines)
+    assert reported[-1] == Progress(lines=3_001, published=3_000, rejected=1)
 
 
 def test_a_limit_takes_the_first_lines_and_counts_no_others(submitter: Submitter) -> None:
