@@ -56,9 +56,9 @@ class BrokerListener:
                     f"status-{name}",
                     queues=(),
                     prefetch=1,
-                    on_notice=receive,
+                    on_fanout_message=receive,
                     listener=own_name(),
-                    hears=exchange,
+                    fanout_exchange=exchange,
                 )
                 self._links.append(opened.enter_context(link.open(self._timeout_seconds)))
             yield self
@@ -67,8 +67,8 @@ class BrokerListener:
         """The latest state; never waits. Queue lengths are those of the snapshot before."""
         problem = next(filter(None, (link.readiness_error for link in self._links)), None)
         if problem is not None:
-            self._fleet.note_deaf()
-        self._links[0].ask_counts(topology.CORE_QUEUES, self.receive_counts)
+            self._fleet.note_disconnected()
+        self._links[0].request_counts(topology.CORE_QUEUES, self.receive_counts)
         return BrokerSnapshot(self._fleet.workers(), self._control.contexts, self._counts, problem)
 
     # Called on the links' threads. Messages that are not Keepwarm's are ignored.

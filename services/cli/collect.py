@@ -13,13 +13,13 @@ from services.cli.garbage import expect_many_small_objects
 from services.cli.logs import configure_logs
 from services.cli.options import BrokerOption, StoreOption
 from services.collector import Collector
-from services.collector.collector import Whereabouts
+from services.collector.collector import ContextStatus
 from services.contracts import Settings, load_settings
 from services.contracts.errors import RunIncomplete
 from services.doctor.network_store import network_store_warning
 from services.node.signals import on_stop_signal
 from services.store import Incoming, RunStatus, Store, run_status
-from services.store.inspection import refuse_read_only
+from services.store.inspection import require_writable
 from services.telemetry import MetricsServer
 
 _POLICY_SECONDS = 300.0
@@ -53,7 +53,7 @@ def collect(
     if harm := network_store_warning(settings):
         log.warning("store.on_network", harm=harm)
     database = Store.open(settings)
-    refuse_read_only(database)
+    require_writable(database)
     collector = Collector(database, settings)
     on_stop_signal(lambda _: collector.stop())
 
@@ -67,7 +67,7 @@ def collect(
         now = status()
         if now is not None and (now.complete or now.cancelled or now.proven is False):
             return True
-        watch.check(now, collector.whereabouts)
+        watch.check(now, collector.context_status)
         return False
 
     try:
@@ -101,14 +101,14 @@ class RunWatch:
         self._stalled_seconds = _STALLED_SECONDS
 
     def check(
-        self, status: RunStatus | None, whereabouts: Callable[[str | None], Whereabouts]
+        self, status: RunStatus | None, context_status: Callable[[str | None], ContextStatus]
     ) -> None:
-        """May be called at any rate; it checks every two seconds. `whereabouts` takes a context."""
+        """May be called at any rate; it checks every two seconds. `context_status` takes an id."""
         now = time.monotonic()
         if now < self._due:
             return
         self._due = now + _CHECK_SECONDS
-        where = whereabouts(None if status is None else status.context_id)
+        where = context_status(None if status is None else status.context_id)
         if where.dead_messages > self._dead_messages:
             log.warning(
                 "dead_messages",
@@ -136,7 +136,7 @@ class RunWatch:
             )
 
 
-def stall_reason(status: RunStatus | None, where: Whereabouts) -> str:
+def stall_reason(status: RunStatus | None, where: ContextStatus) -> str:
     """The most likely cause, and the next step."""
     if status is None or status.context_id is None:
         return (
@@ -172,7 +172,7 @@ def watch_policies(settings: Settings, stop: threading.Event) -> None:
 
     def check() -> None:
         policies = ask_policies(settings)
-        harms = {str(harm) for harm in policies.harms}
+        harms = {str(harm) for harm in policies.problems}
         for harm in sorted(harms - logged):
             log.warning("broker.policy", harm=harm)
         unknown = {policies.unknown} if policies.unknown else set()

@@ -12,12 +12,12 @@ from rich.text import Text
 from services.broker import BrokerAddress, Declares, Delivery, Outgoing, Publisher
 from services.broker.dead_messages import (
     MAX_SHOWN,
+    Action,
     DeadMessages,
-    Fate,
-    belongs,
     number,
     origin,
     reason,
+    target_queue,
 )
 from services.cli.found_stores import readable_stores, store_of_run
 from services.cli.logs import configure_logs
@@ -255,11 +255,11 @@ def _retry_messages(
     without_queue: set[str] = set()
     announcements = 0
 
-    def fate(message: Delivery) -> Fate:
+    def fate(message: Delivery) -> Action:
         nonlocal announcements
         if not selected(message):
             return "keep"
-        if belongs(message) is None:
+        if target_queue(message) is None:
             without_queue.add(message.kind)
             return "keep"
         if one is None and message.kind == RunAnnouncement.__name__:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from services.contracts import Settings
 from services.doctor.findings import shared_file_system
-from services.store.database import checked_url, shown
+from services.store.database import checked_url, redacted
 
 
 def network_store_warning(settings: Settings) -> str | None:
@@ -14,6 +14,6 @@ def network_store_warning(settings: Settings) -> str | None:
         return None
     kind = shared_file_system(Path(url.database or ""))
     return kind and (
-        f"the store {shown(url)} is on {kind}, where SQLite can lose data; name a file on a "
+        f"the store {redacted(url)} is on {kind}, where SQLite can lose data; name a file on a "
         "local disk with --store, or use PostgreSQL"
     )

@@ -53,14 +53,14 @@ def broker(settings: Settings) -> Finding:
             f"creates them. Messages: {lengths}"
         )
     policies = ask_policies(settings, limits=True)
-    if losing := [str(harm) for harm in policies.harms if harm.loses_messages]:
+    if losing := [str(harm) for harm in policies.problems if harm.loses_messages]:
         raise BrokerError(f"connected to {address}, but it would lose messages: {' '.join(losing)}")
     arguments, fitting, limited = _rights(address)
     message = (
         f"connected to {address}; {arguments}. Messages: {lengths}{_remarks(policies, limited)}"
     )
     if len(fitting) == len(ROLES):
-        remarks = policies.harms or policies.unlimited or limited - policies.delivery_unlimited
+        remarks = policies.problems or policies.unlimited or limited - policies.delivery_unlimited
         return warning(message) if remarks else ok(message)
     others = [role.name for role in ROLES if role not in fitting]
     return warning(
@@ -72,7 +72,7 @@ def broker(settings: Settings) -> Finding:
 
 def _remarks(policies: Policies, limited: Collection[str]) -> str:
     """Further sentences about the queues."""
-    remarks = [str(harm) for harm in policies.harms]
+    remarks = [str(harm) for harm in policies.problems]
     if kept := sorted(set(limited) - policies.delivery_unlimited):
         remarks.append(
             f"{', '.join(kept)}: created before RabbitMQ 4, which drops a message that was "
@@ -109,7 +109,7 @@ def _rights(address: BrokerAddress) -> tuple[str, list[Role], set[str]]:
         if may_declare
         else "this user may not declare its queues, so their arguments were not compared"
     )
-    return arguments, roles_that_fit(writable(address), makes_house=may_declare), limited
+    return arguments, roles_that_fit(writable(address), declares_core=may_declare), limited
 
 
 def _counts(link: Publisher) -> Counts:
@@ -121,7 +121,7 @@ def _counts(link: Publisher) -> Counts:
         counts.update(answer)
         answered.set()
 
-    link.ask_counts(topology.CORE_QUEUES, receive)
+    link.request_counts(topology.CORE_QUEUES, receive)
     if not answered.wait(_ANSWER_SECONDS):
         raise BrokerError(
             "the broker accepted the connection but did not report its queues' lengths; see its log"
@@ -131,11 +131,11 @@ def _counts(link: Publisher) -> Counts:
 
 def store(settings: Settings) -> Finding:
     """Raises StoreError when the store cannot be used."""
-    from services.store.database import checked_url, shown
+    from services.store.database import checked_url, redacted
 
     url = checked_url(settings)
     if url.get_backend_name() != "sqlite":
-        return _schema(shown(url), settings)
+        return _schema(redacted(url), settings)
     file = Path(url.database or "")
     directory = next(parent for parent in file.absolute().parents if parent.exists())
     if not file.exists() and not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):

@@ -285,7 +285,7 @@ class LocalRun:
             self._observer.progress(
                 status, self._published, workers, waiting_for=self._waiting_for(collector)
             )
-            if self._store.wants(self._submission.submission_id) is False:
+            if self._store.is_active(self._submission.submission_id) is False:
                 raise RunIncomplete(f"{self._run_id} was cancelled; rerun the command to resume it")
             if status is not None and not publishing.is_alive():
                 if status.complete:

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from services.broker.policies import Harm, Policies
+from services.broker.policies import Policies, PolicyProblem
 from services.cli import collect
 from services.cli.collect import RunWatch, stall_reason, watch_policies
-from services.collector.collector import Whereabouts
+from services.collector.collector import ContextStatus
 from services.contracts import load_settings
 
 
-def where(**changes: int | None) -> Whereabouts:
-    return Whereabouts(
+def where(**changes: int | None) -> ContextStatus:
+    return ContextStatus(
         **{"messages": 0, "workers": 0, "claims_held": 0, "dead_messages": 0, **changes}
     )
 
@@ -90,7 +90,7 @@ def test_dead_messages_are_told_whenever_there_are_more(clock: SimpleNamespace) 
 def test_a_policy_that_is_set_while_it_collects_is_told_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    harm = Harm("policy site", "message-ttl", 1, ("runs",), True, "given up", "Remove it.")
+    harm = PolicyProblem("policy site", "message-ttl", 1, ("runs",), True, "given up", "Remove it.")
     answers = [Policies(unknown="nobody answers"), Policies(), Policies((harm,)), Policies((harm,))]
     looked = threading.Event()
 

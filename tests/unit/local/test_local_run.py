@@ -144,8 +144,9 @@ def test_a_run_whose_labels_hold_nothing_is_not_begun_again(
     store_outcomes(database, submission, 64, mass=0.0006, of=1_000)
     watch = MassWatch(screen, allowed=False)
     assert make_run(mass=watch).run() is None  # and no broker was started
-    assert "Warning: the labels have 0.06 % of the probability; the model answers 'True'" in printed(
-        screen
+    assert (
+        "Warning: the labels have 0.06 % of the probability; the model answers 'True'"
+        in printed(screen)
     )
     with pytest.raises(LabelsUnlikely, match="The run was stopped.*rerun.*--allow-low-mass"):
         watch.raise_if_low()
