@@ -292,7 +292,7 @@ def test_a_second_run_in_the_same_directory_is_refused(command: Start, out: Path
         ([str(REPOSITORY), "--limit", "1"], 3, "is a directory"),
         ([CLAIMS, "--model", "/no/such/model"], 4, "there is no model at /no/such/model"),
         ([CLAIMS, "--prompt", "/no/such/prompt.yaml"], 3, "prompt file /no/such/prompt.yaml"),
-        ([CLAIMS, "--broker", "amqp://me:secret@host/"], 2, "command line"),
+        ([CLAIMS, "--broker", "amqp://me:secret@host/"], 2, "read passwords in arguments"),
         ([CLAIMS, "--broker", "http://host/"], 2, "URL is unusable"),
         ([CLAIMS, "--broker", "amqp://keepwarm@127.0.0.1:9/"], 5, "127.0.0.1:9"),
         ([CLAIMS, "--store", "mysql://host/db"], 2, "SQLite or PostgreSQL"),
