@@ -251,8 +251,8 @@ def _description(record: ContextRecord) -> str:
         phases = record.phases.model_dump(exclude={"total"}, exclude_none=True)
         parts = ", ".join(f"{name.replace('_', ' ')} {took:.1f}" for name, took in phases.items())
         lines.append(f"  started in {record.phases.total:.1f} s: {parts}")
-    elif record.says:
-        lines.append(f"  {record.says}")
+    elif record.progress:
+        lines.append(f"  {record.progress}")
     return "\n".join(lines)
 
 

@@ -20,32 +20,32 @@ log = structlog.get_logger(__name__)
 class BorrowedBroker:
     """Ours for as long as the connection to the keeper is open."""
 
-    def __init__(self, line: KeeperChannel, broker: KeptBroker) -> None:
-        self._line = line
+    def __init__(self, channel: KeeperChannel, broker: KeptBroker) -> None:
+        self._channel = channel
         self.url = broker.url
         self.password = broker.password.get_secret_value()
 
     @property
-    def gone(self) -> bool:
+    def ended(self) -> bool:
         """Whether the keeper has ended, and the broker with it."""
-        return self._line.gone
+        return self._channel.is_closed
 
     def give_back(self, claims_queue: str | None) -> None:
         """The run is over, and nothing of it is left in its queues; None where it was not used."""
         with contextlib.suppress(KeeperError):  # it may be gone
-            self._line.send(GiveBack(claims_queue=claims_queue))
+            self._channel.send(GiveBack(claims_queue=claims_queue))
 
     def close(self) -> None:
         """Without `give_back` before it, the keeper throws the broker away."""
-        self._line.close()
+        self._channel.close()
 
 
 def warm_broker(settings: Settings, stopped: Callable[[], bool]) -> None:
     """Let this node's keeper, which is started if there is none, have a broker ready for the next
     run; where it cannot, that run starts its own.
     """
-    line = open_keeper(settings, stopped)
-    borrowed = None if line is None else _borrowed(line, stopped)
+    channel = open_keeper(settings, stopped)
+    borrowed = None if channel is None else _borrowed(channel, stopped)
     if borrowed is not None:
         borrowed.give_back(None)
         borrowed.close()
@@ -57,19 +57,19 @@ def borrow_broker(
     """The broker of this node's keeper; None where there is no keeper, or it has none for us, or
     when `stopped` says so while it starts one.
     """
-    line = connected(open_runtime_dir(settings.runtime_dir))
-    return None if line is None else _borrowed(line, stopped)
+    channel = connected(open_runtime_dir(settings.runtime_dir))
+    return None if channel is None else _borrowed(channel, stopped)
 
 
-def _borrowed(line: KeeperChannel, stopped: Callable[[], bool]) -> BorrowedBroker | None:
+def _borrowed(channel: KeeperChannel, stopped: Callable[[], bool]) -> BorrowedBroker | None:
     try:
-        word = line.ask(Borrow(), _START_SECONDS, stopped)
+        reply = channel.ask(Borrow(), _START_SECONDS, stopped)
     except KeeperError as error:
         log.warning("broker.not_borrowed", reason=str(error))
-        word = None
-    if word is None or word.broker is None:
+        reply = None
+    if reply is None or reply.broker is None:
         # A keeper of an older version hangs up.
-        log.info("broker.not_borrowed", reason=word and word.gone)
-        line.close()
+        log.info("broker.not_borrowed", reason=reply and reply.ended_because)
+        channel.close()
         return None
-    return BorrowedBroker(line, word.broker)
+    return BorrowedBroker(channel, reply.broker)

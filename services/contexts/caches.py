@@ -29,10 +29,10 @@ _UNFINISHED = "unfinished"
 _STARTUP = "startup.json"
 _REMOVED = ".removed"
 # Of an engine; and the data of a private RabbitMQ node (`keepwarm keeper`) whose keeper was killed.
-_ENGINES = re.compile(r"ctx-[0-9a-f]+-[0-9a-f]+")
-_NODES = re.compile(r"rabbitmq-[0-9a-f]+")
+_ENGINE_NAME = re.compile(r"ctx-[0-9a-f]+-[0-9a-f]+")
+_BROKER_NAME = re.compile(r"rabbitmq-[0-9a-f]+")
 # A node that is in use has written something by then.
-_NODE_SECONDS = 24 * 3600.0
+_BROKER_UNUSED_SECONDS = 24 * 3600.0
 
 log = structlog.get_logger(__name__)
 
@@ -45,7 +45,7 @@ class PastStart(Value):
     """None where it could not be told."""
 
     @property
-    def seconds_again(self) -> float:
+    def restart_seconds(self) -> float:
         """What it takes to bring it back where a template is: that has the imports done, and the
         weights are on the node by now. The two went on at the same time.
         """
@@ -102,12 +102,12 @@ class EngineCaches:
             directory.mkdir(mode=0o700, exist_ok=True)
             marker = directory / _UNFINISHED
             if marker.exists():
-                _throw_away(directory, since_ns=marker.lstat().st_ctime_ns)
+                _delete_since(directory, since_ns=marker.lstat().st_ctime_ns)
             marker.touch()
             try:
                 yield directory
             except EngineStartError:
-                _throw_away(directory)
+                _delete_since(directory)
                 raise
             # Not in a `finally`: a start that is broken off leaves its marker.
             marker.unlink()
@@ -142,23 +142,23 @@ class EngineCaches:
         for directory in self._directory.iterdir():
             if directory.name.endswith(_REMOVED):  # whoever removed it was killed
                 shutil.rmtree(directory, ignore_errors=True)
-            elif _ENGINES.fullmatch(directory.name) or _NODES.fullmatch(directory.name):
+            elif _ENGINE_NAME.fullmatch(directory.name) or _BROKER_NAME.fullmatch(directory.name):
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                    found.append(_measured(directory))
+                    found.append(_measure(directory))
         return sorted(found, key=lambda cache: -cache.unused_seconds)
 
     def remove(self, cache: Cache) -> bool:
         """False where its engine starts just now, or where it may belong to a node that runs."""
-        if _NODES.fullmatch(cache.name) and cache.unused_seconds < _NODE_SECONDS:
+        if _BROKER_NAME.fullmatch(cache.name) and cache.unused_seconds < _BROKER_UNUSED_SECONDS:
             return False
         with self._locked(cache.name) as ours:
             if not ours:
                 return False
-            going = self._directory / f"{cache.name}{_REMOVED}"
+            renamed = self._directory / f"{cache.name}{_REMOVED}"
             with contextlib.suppress(FileNotFoundError):
                 # At once and whole: an engine never finds half of it.
-                (self._directory / cache.name).rename(going)
-                shutil.rmtree(going, ignore_errors=True)
+                (self._directory / cache.name).rename(renamed)
+                shutil.rmtree(renamed, ignore_errors=True)
             return True
 
     def bound(self, most_bytes: int, in_use: Collection[str]) -> None:
@@ -179,7 +179,7 @@ class EngineCaches:
             return None
 
 
-def _measured(directory: Path) -> Cache:
+def _measure(directory: Path) -> Cache:
     """Raises FileNotFoundError where it is being removed."""
     size, written = 0, directory.stat().st_mtime
     for root, _, files in os.walk(directory):
@@ -190,7 +190,7 @@ def _measured(directory: Path) -> Cache:
     return Cache(directory.name, size, max(0.0, time.time() - written))
 
 
-def _throw_away(directory: Path, since_ns: int = 0) -> None:
+def _delete_since(directory: Path, since_ns: int = 0) -> None:
     """What was written since then, but for our own files, which are written whole.
 
     Goes by when a file last changed, which its writer cannot set, as a copy sets the time of its

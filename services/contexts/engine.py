@@ -22,7 +22,7 @@ from services.node.device import nvml
 from services.node.runtime_dir import log_tail, quoted_tail, socket_path
 
 _POLL_SECONDS = 0.05
-_REPORT_SECONDS = 1.0
+_PROGRESS_SECONDS = 1.0
 _PROBE_SECONDS = 120.0
 # The canary: shorter than a block of the prefix cache, so that it is computed anew each time.
 _CANARY_PROMPT, _CANARY_TOKENS = (1, 2, 3), (1, 2)
@@ -64,12 +64,12 @@ class Engine:
 
     def start(
         self,
-        template: ForkServer,
+        fork_server: ForkServer,
         cache: Path,
         stop: threading.Event,
         timeout_seconds: float,
         loading: Callable[[str], None],
-        begun: float,
+        started_at: float,
     ) -> StartupPhases | None:
         """Fork it and wait until it answers. None when `stop` was set meanwhile; `loading` hears
         the last line of its log every second. The start counts from `begun`, by the monotonic
@@ -78,13 +78,13 @@ class Engine:
         Raises EngineStartError, with the end of the engine's log, when it dies or stays silent.
         """
         started = reported = awake()
-        template.ready(stop, timeout_seconds)
+        fork_server.ready(stop, timeout_seconds)
         self.log_file.unlink(missing_ok=True)
         self.socket.unlink(missing_ok=True)  # of one that was killed
         if stop.is_set():
             return None
         self._oom_kills = oom_kills()
-        self._process = template.fork(
+        self._process = fork_server.fork(
             self.plan.name,
             engine_arguments(self.plan, self.socket),
             engine_environment(self.plan, cache),
@@ -98,21 +98,21 @@ class Engine:
                 self.stop()
                 return None
             if not self.alive:
-                raise self._failed("it ended")
+                raise self._start_failed("it ended")
             if now - started > timeout_seconds:
-                raise self._failed(
+                raise self._start_failed(
                     f"it did not answer within {timeout_seconds:g} s "
                     "(KEEPWARM_ENGINE_START_TIMEOUT_SECONDS)"
                 )
-            if now - reported >= _REPORT_SECONDS:
+            if now - reported >= _PROGRESS_SECONDS:
                 reported = now
                 loading("".join(log_tail(self.log_file, 1))[:200])
         self.socket.chmod(0o600)
         answered = time.monotonic()
         self._probe(client)
         ready = time.monotonic()
-        imports = max(0.0, self._process.imported_at - begun)
-        return self._phases(imports, ready - answered, ready - begun)
+        imports = max(0.0, self._process.imported_at - started_at)
+        return self._phases(imports, ready - answered, ready - started_at)
 
     def stop(self) -> None:
         """Stop it, with every process that it started. May be called from any thread."""
@@ -179,9 +179,9 @@ class Engine:
         try:
             self._canary = self._answer_to_canary(client)
         except EngineRequestError as error:
-            raise self._failed(f"its first answer was no answer: {error}") from error
+            raise self._start_failed(f"its first answer was no answer: {error}") from error
         if self._canary is None:
-            raise self._failed(
+            raise self._start_failed(
                 "it does not score given tokens; vLLM with `logprob_token_ids` is needed (0.32 has)"
             )
 
@@ -190,7 +190,7 @@ class Engine:
         answers = [answer for _, answer in client.score([_CANARY_PROMPT], _CANARY_TOKENS)]
         return answers[0] if answers else None
 
-    def _failed(self, what: str) -> EngineStartError:
+    def _start_failed(self, what: str) -> EngineStartError:
         self.failed = self.ending()
         self.stop()
         code = self.failed.exit_code
@@ -198,13 +198,13 @@ class Engine:
 
     def _phases(self, imports: float, first_token: float, total: float) -> StartupPhases:
         try:
-            said = self.log_file.read_text(encoding="utf-8", errors="replace")
+            log_text = self.log_file.read_text(encoding="utf-8", errors="replace")
         except OSError:
-            said = ""
+            log_text = ""
         return StartupPhases(
             imports=round(imports, 3),
-            load=_seconds(_LOAD, said),
-            compile=_seconds(_COMPILE, said),
+            load=_seconds(_LOAD, log_text),
+            compile=_seconds(_COMPILE, log_text),
             first_token=round(first_token, 3),
             total=round(total, 3),
         )

@@ -20,18 +20,18 @@ from services.contracts.errors import EngineRequestError
 from services.contracts.wire import first_fault
 
 _TOKEN = "token_id:"  # noqa: S105  (how vLLM spells a token id)
-_DATA, _LAST_EVENT = b"data:", b"[DONE]"
+_DATA_PREFIX, _LAST_EVENT = b"data:", b"[DONE]"
 # What comes of an engine that is not there, or breaks off; a time-out is an OSError as well.
 _BROKEN = (OSError, http.client.HTTPException)
 _HEALTH_SECONDS = 5.0
 _SLICE_SECONDS = 0.5
 # What vLLM 0.32 says of an adapter that it has.
 _LOADED = "already been loaded"
-_MOST_ERROR_BYTES = 2_000
+_MAX_ERROR_BYTES = 2_000
 _JSON = {"Content-Type": "application/json"}
 # An engine that is slow to tell of itself must not hold up whoever asks.
 _METRICS_SECONDS = 0.5
-_MOST_METRICS_BYTES, _PIECE_BYTES = 4 * 1024 * 1024, 64 * 1024
+_MAX_METRICS_BYTES, _PIECE_BYTES = 4 * 1024 * 1024, 64 * 1024
 
 
 class EngineRefused(EngineRequestError):
@@ -158,7 +158,7 @@ class CompletionClient:
     def healthy(self) -> bool:
         """Whether the engine answers and has not failed. A hung engine may still say yes."""
         try:
-            with self._asked("GET", "/health", seconds=_HEALTH_SECONDS) as response:
+            with self._request("GET", "/health", seconds=_HEALTH_SECONDS) as response:
                 return response.status == HTTPStatus.OK
         except _BROKEN:
             return False
@@ -171,11 +171,11 @@ class CompletionClient:
         deadline = time.monotonic() + _METRICS_SECONDS
         text = b""
         try:
-            with self._asked("GET", "/metrics", seconds=_METRICS_SECONDS) as response:
+            with self._request("GET", "/metrics", seconds=_METRICS_SECONDS) as response:
                 _raise_unless_success(response)
                 while piece := response.read1(_PIECE_BYTES):
                     text += piece
-                    if len(text) > _MOST_METRICS_BYTES or time.monotonic() > deadline:
+                    if len(text) > _MAX_METRICS_BYTES or time.monotonic() > deadline:
                         raise EngineRequestError("the engine's metrics are too large, or too slow")
                 if response.length:  # which is what is missing, and no error to the library
                     raise EngineRequestError("the engine broke its metrics off")
@@ -188,9 +188,9 @@ class CompletionClient:
         `/v1/models`); None when it does not say.
         """
         try:
-            with self._asked("GET", "/v1/models") as response:
+            with self._request("GET", "/v1/models") as response:
                 _raise_unless_success(response)
-                models = _Models.model_validate_json(response.read(_MOST_METRICS_BYTES))
+                models = _Models.model_validate_json(response.read(_MAX_METRICS_BYTES))
         except (*_BROKEN, EngineRequestError, ValidationError):
             return None
         return min((m.max_model_len for m in models.data if m.max_model_len), default=None)
@@ -219,7 +219,7 @@ class CompletionClient:
 
     def _post(self, path: str, body: dict[str, str] | None = None) -> None:
         try:
-            with self._asked("POST", path, body=body) as response:
+            with self._request("POST", path, body=body) as response:
                 _raise_unless_success(response)
         except _BROKEN as error:
             raise EngineRequestError(f"the engine did not do {path}: {error!r}") from error
@@ -289,7 +289,7 @@ class CompletionClient:
                     self._streams.discard(stream)
 
     @contextlib.contextmanager
-    def _asked(
+    def _request(
         self,
         method: str,
         path: str,
@@ -311,7 +311,7 @@ class CompletionClient:
 def _raise_unless_success(response: http.client.HTTPResponse) -> None:
     if response.status == HTTPStatus.OK:
         return
-    text = response.read(_MOST_ERROR_BYTES).decode(errors="replace")[:500]
+    text = response.read(_MAX_ERROR_BYTES).decode(errors="replace")[:500]
     if response.status == HTTPStatus.NOT_FOUND:
         # Not the prompts' fault: an engine that lost an adapter gets it back with its next start.
         raise EngineRequestError(f"the engine does not have what was asked for: {text}")
@@ -329,8 +329,8 @@ def _events(response: http.client.HTTPResponse) -> Iterator[bytes]:
         for line in response:
             if not line.endswith(b"\n"):  # the library gives what there was of it
                 raise http.client.IncompleteRead(line)
-            if line.startswith(_DATA):
-                yield line.removeprefix(_DATA).strip()
+            if line.startswith(_DATA_PREFIX):
+                yield line.removeprefix(_DATA_PREFIX).strip()
     except ValueError as error:
         raise http.client.HTTPException(f"no chunk of a stream: {error}") from error
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pynvml
 import structlog
 
-from services.contexts.plan import EnginePlan, is_an_engines_own
+from services.contexts.plan import EnginePlan, is_engine_variable
 from services.contracts.bounds import MAX_LABELS
 from services.models.files import MAX_ADAPTER_RANK, is_local, weights_bytes
 from services.node import memory
@@ -90,7 +90,7 @@ def _device_arguments(plan: EnginePlan) -> Sequence[str]:
     )
 
 
-def template_environment(plan: EnginePlan) -> dict[str, str]:
+def fork_server_environment(plan: EnginePlan) -> dict[str, str]:
     """What engines of this plan's kind have in common: our environment without our secrets and
     without what is for the worker to say, the plan's, and what suits the device. What the operator
     has set (`VLLM_…`) wins.
@@ -98,7 +98,7 @@ def template_environment(plan: EnginePlan) -> dict[str, str]:
     ours = {
         name: value
         for name, value in os.environ.items()
-        if not name.upper().startswith("KEEPWARM_") and not is_an_engines_own(name)
+        if not name.upper().startswith("KEEPWARM_") and not is_engine_variable(name)
     }
     chosen = {
         "VLLM_NO_USAGE_STATS": "1",

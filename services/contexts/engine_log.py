@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _READ_BYTES = 1024 * 1024
-_MOST_CAUSE_CHARS = 400
+_MAX_CAUSE_CHARS = 400
 
 _PREFIX = re.compile(
     r"^(?:\((?P<process>[^()]*pid=\d+)\) )?"
@@ -148,7 +148,7 @@ def explanation(log_file: Path, ending: Ending, device: str) -> str:
     cause = root_cause(log)
     remedy = None
     if cause is not None:
-        remedy = next((told for pattern, told in _REMEDIES if pattern.search(cause)), None)
+        remedy = next((text for pattern, text in _REMEDIES if pattern.search(cause)), None)
     killed = ending.exit_code == -9 or _KILLED_CORE.search(log) is not None
     if killed and ending.out_of_memory:
         remedy = OOM
@@ -160,7 +160,7 @@ def explanation(log_file: Path, ending: Ending, device: str) -> str:
     return " ".join(sentences)
 
 
-def tells_of_memory(why: str) -> bool:
+def mentions_memory(why: str) -> bool:
     """Whether an explanation of ours says that memory ran out."""
     return _MEMORY.partition("{")[0] in why or OOM in why
 
@@ -198,7 +198,7 @@ def _exceptions(log: str) -> Iterator[tuple[str, str]]:
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= _MOST_CAUSE_CHARS else f"{text[:_MOST_CAUSE_CHARS]} …"
+    return text if len(text) <= _MAX_CAUSE_CHARS else f"{text[:_MAX_CAUSE_CHARS]} …"
 
 
 def _end_of(path: Path) -> str:

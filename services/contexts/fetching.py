@@ -14,7 +14,7 @@ from services.contracts.errors import ModelError
 from services.models.files import is_local
 from services.node.supervision import SupervisedProcess
 
-_LOOK_SECONDS = 0.1
+_POLL_SECONDS = 0.1
 _GRACE_SECONDS = 1.0
 
 
@@ -41,7 +41,7 @@ def fetch(
             output=output,
         )
         try:
-            while process.wait(_LOOK_SECONDS) is None:
+            while process.wait(_POLL_SECONDS) is None:
                 if stopped():
                     return None
         finally:
@@ -49,12 +49,12 @@ def fetch(
                 process.kill()
             code = process.stop()
         output.seek(0)
-        said = output.read().decode(errors="replace").strip()
+        output_text = output.read().decode(errors="replace").strip()
     try:
-        answer = json.loads(said.rpartition("\n")[2])
+        answer = json.loads(output_text.rpartition("\n")[2])
         if "directory" in answer:
             return Path(answer["directory"])
         why = str(answer["error"])
     except (ValueError, KeyError, TypeError):
-        why = f"the download of {spec.model!r} ended with exit code {code}. It said:\n{said}"
+        why = f"the download of {spec.model!r} ended with exit code {code}. It said:\n{output_text}"
     raise ModelError(why)

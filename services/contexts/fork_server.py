@@ -41,7 +41,7 @@ if __name__ == "__main__":
 
 from services.node.supervision import adopt_orphans, die_with_parent, supervise
 
-_MOST_REQUEST_BYTES = 1024 * 1024
+_MAX_REQUEST_BYTES = 1024 * 1024
 # A unix socket's path may have 107 bytes, and vLLM's sockets have names of 36.
 _LONGEST_TEMPORARY_BYTES = 107 - len("/kw-12345678/") - 36
 # Imported by vLLM's processes only when they begin to work. Missing ones do not matter.
@@ -111,22 +111,22 @@ def _become_engine(
     os.environ.update(request["environment"])
     os.environ["TMPDIR"] = os.environ["VLLM_RPC_BASE_PATH"] = temporary
     tempfile.tempdir = None  # imports may have asked for it
-    _obey_offline_mode()
+    _apply_offline_mode()
     sys.argv = [module, *request["argv"]]
-    _say_what_this_is(f"keepwarm engine {request['name']}")
+    _set_process_title(f"keepwarm engine {request['name']}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # MODULE was imported before: on purpose
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def _obey_offline_mode() -> None:
+def _apply_offline_mode() -> None:
     # The hub's library reads this when it is imported, which was before we knew the model.
     constants = sys.modules.get("huggingface_hub.constants")
     if constants is not None and os.environ.get("HF_HUB_OFFLINE") == "1":
         constants.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
 
 
-def _say_what_this_is(title: str) -> None:
+def _set_process_title(title: str) -> None:
     with contextlib.suppress(ImportError):
         importlib.import_module("setproctitle").setproctitle(title)
 
@@ -148,13 +148,13 @@ def _guard_engine(
 
     def start() -> Forked:
         engine = Forked(lambda: _become_engine(module, request, connection, temporary))
-        _say(connection, {"pid": engine.pid, "imported_at": imported_at})
+        _send(connection, {"pid": engine.pid, "imported_at": imported_at})
         return engine
 
     code = supervise(start, connection.fileno(), request["grace_seconds"])
     if os.getpid() == guard:
         shutil.rmtree(temporary, ignore_errors=True)
-        _say(connection, {"exit_code": code})
+        _send(connection, {"exit_code": code})
     os._exit(code)
 
 
@@ -181,7 +181,7 @@ def _prefer_fork() -> None:
         registry._run_in_subprocess = lambda function: function()
 
 
-def _may_be_forked() -> str | None:
+def _why_not_forkable() -> str | None:
     """None, or why not."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
@@ -190,9 +190,9 @@ def _may_be_forked() -> str | None:
     return None if threads == 1 else f"it has {threads} threads"
 
 
-def _say(connection: socket.socket, word: dict[str, Any]) -> None:
+def _send(connection: socket.socket, message: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):  # a keeper that is gone need not hear it
-        connection.sendall(json.dumps(word).encode() + b"\n")
+        connection.sendall(json.dumps(message).encode() + b"\n")
 
 
 def _read_request(connection: socket.socket) -> dict[str, Any] | None:
@@ -200,7 +200,7 @@ def _read_request(connection: socket.socket) -> dict[str, Any] | None:
     data = b""
     while not data.endswith(b"\n"):
         piece = connection.recv(65536)
-        if not piece or len(data) > _MOST_REQUEST_BYTES:
+        if not piece or len(data) > _MAX_REQUEST_BYTES:
             return None
         data += piece
     connection.settimeout(None)
@@ -221,9 +221,9 @@ def _serve(listener: socket.socket, module: str, imported_at: float) -> None:
                 continue
             if request is None:
                 continue
-            why_not = _may_be_forked()
+            why_not = _why_not_forkable()
             if why_not is not None:
-                _say(connection, {"refused": why_not})
+                _send(connection, {"refused": why_not})
                 continue
             if os.fork() == 0:
                 listener.close()

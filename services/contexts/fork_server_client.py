@@ -23,8 +23,8 @@ from services.node.supervision import SupervisedProcess, from_shell
 _POLL_SECONDS = 0.05
 _ANSWER_SECONDS = 30.0
 # What a leash needs beyond its grace period to end what is on it, and to say so.
-_LEASH_SECONDS = 10.0
-TEMPLATE_NAMES = "template"
+_SUPERVISOR_SECONDS = 10.0
+FORK_SERVER_PREFIX = "template"
 """What the names of all templates begin with."""
 
 
@@ -39,16 +39,16 @@ class EngineProcess:
         self._code: int | None = None
         self._reading = threading.Lock()
         try:
-            word = self._next_word(_ANSWER_SECONDS)
+            message = self._next_message(_ANSWER_SECONDS)
         except TimeoutError:
-            word = {"refused": f"it did not answer within {_ANSWER_SECONDS:g} s"}
-        if word is None or "pid" not in word:
+            message = {"refused": f"it did not answer within {_ANSWER_SECONDS:g} s"}
+        if message is None or "pid" not in message:
             self._connection.close()
             raise EngineStartError(
-                f"the template forked no engine: {(word or {}).get('refused', 'it ended')}"
+                f"the template forked no engine: {(message or {}).get('refused', 'it ended')}"
             )
-        self.pid: int = word["pid"]
-        self.imported_at: float = word["imported_at"]
+        self.pid: int = message["pid"]
+        self.imported_at: float = message["imported_at"]
         """When its template had the imports done, by the monotonic clock."""
 
     def exit_code(self) -> int | None:
@@ -60,7 +60,7 @@ class EngineProcess:
         if self._code is None:
             with contextlib.suppress(OSError):  # its leash may be gone
                 self._connection.shutdown(socket.SHUT_WR)
-            if self._wait(self._grace_seconds + _LEASH_SECONDS) is None:
+            if self._wait(self._grace_seconds + _SUPERVISOR_SECONDS) is None:
                 self._kill()
                 self._code = -9  # whatever is left of it in the kernel, nobody waits for it
         self._connection.close()
@@ -78,35 +78,35 @@ class EngineProcess:
         with self._reading:
             if self._code is None:
                 try:
-                    word = self._next_word(seconds)
+                    message = self._next_message(seconds)
                 except TimeoutError:
                     return None
-                self._code = -9 if word is None else from_shell(word["exit_code"])
+                self._code = -9 if message is None else from_shell(message["exit_code"])
             return self._code
 
-    def _next_word(self, seconds: float) -> dict[str, Any] | None:
+    def _next_message(self, seconds: float) -> dict[str, Any] | None:
         """None when the other side is gone. Raises TimeoutError."""
         line = self._lines.next(seconds)
         if line is None:
             return None
-        word: dict[str, Any] = json.loads(line)
-        return word
+        message: dict[str, Any] = json.loads(line)
+        return message
 
 
-def remove_templates(directory: Path) -> None:
+def remove_fork_server_files(directory: Path) -> None:
     """The files of all templates of this runtime directory, whose keeper is gone."""
-    for path in directory.glob(f"{TEMPLATE_NAMES}-*"):
+    for path in directory.glob(f"{FORK_SERVER_PREFIX}-*"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
 
 
-def is_imported(directory: Path) -> bool:
+def has_fork_server(directory: Path) -> bool:
     """Whether a template of this runtime directory has its imports done: then its socket is there.
     One that was killed leaves it until the next is started.
     """
-    return any(directory.glob(f"{TEMPLATE_NAMES}-*.sock"))
+    return any(directory.glob(f"{FORK_SERVER_PREFIX}-*.sock"))
 
 
 class ForkServer:
@@ -161,12 +161,12 @@ class ForkServer:
                 why = explanation(self.log_file, Ending(code), "this node")
                 raise EngineStartError(
                     f"{self._module} cannot be imported (exit code {code}). "
-                    f"{why}{' ' if why else ''}{self.said()}"
+                    f"{why}{' ' if why else ''}{self.log_excerpt()}"
                 )
             if awake() > deadline:
                 raise EngineStartError(
                     f"the imports took more than {timeout_seconds:g} s "
-                    f"(KEEPWARM_ENGINE_START_TIMEOUT_SECONDS). {self.said()}"
+                    f"(KEEPWARM_ENGINE_START_TIMEOUT_SECONDS). {self.log_excerpt()}"
                 )
             if stop.wait(_POLL_SECONDS):
                 return
@@ -195,10 +195,12 @@ class ForkServer:
             connection.sendall(json.dumps(request).encode() + b"\n")
         except OSError as error:
             connection.close()
-            raise EngineStartError(f"the template is gone: {error}. {self.said()}") from error
+            raise EngineStartError(
+                f"the template is gone: {error}. {self.log_excerpt()}"
+            ) from error
         return EngineProcess(connection, self._grace_seconds)
 
-    def said(self) -> str:
+    def log_excerpt(self) -> str:
         """The end of its log, as part of an error message."""
         return f"The last lines of its log, {self.log_file}:\n{quoted_tail(self.log_file)}"
 

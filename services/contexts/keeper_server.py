@@ -30,11 +30,11 @@ from services.contexts.records import State
 from services.contracts import ContextSpec
 from services.contracts.errors import EngineStartError, KeeperError, KeepwarmError
 from services.node.device import find_device
-from services.node.runtime_dir import is_still_at, keeper_socket
+from services.node.runtime_dir import is_same_file, keeper_socket
 from services.telemetry import Watchdog
 
-_LOOK_SECONDS = 0.05
-_LOOK_AFTER_SECONDS = 0.5
+_LEASE_POLL_SECONDS = 0.05
+_BROKER_CHECK_SECONDS = 0.5
 _REQUEST_SECONDS = 10.0
 # A keeper without engines and without company waits a little for the next worker.
 _LINGER_SECONDS = 15.0
@@ -75,14 +75,14 @@ class KeeperServer:
         self._broker = broker
         self._for_ever = for_ever
         self._stop = threading.Event()
-        self._pulse = Watchdog()
+        self._watchdog = Watchdog()
         self._connections = 0
         self._counting = threading.Lock()
 
     @property
     def liveness_error(self) -> str | None:
         """See `telemetry.server.Service`. A drain takes its time."""
-        return None if self._stop.is_set() else self._pulse.liveness_error
+        return None if self._stop.is_set() else self._watchdog.liveness_error
 
     @property
     def readiness_error(self) -> str | None:
@@ -100,7 +100,7 @@ class KeeperServer:
         """
         try:
             while self._listen() == "removed":
-                self._keeper.renew_directory()
+                self._keeper.recreate_directory()
         finally:
             self._keeper.close()
             if self._broker is not None:
@@ -123,15 +123,15 @@ class KeeperServer:
             try:
                 self._accept(listener, path, own)
             finally:
-                removed = not is_still_at(own, path)
+                removed = not is_same_file(own, path)
                 if not removed:
                     path.unlink()
             return "removed" if removed else "ended"
 
     def _accept(self, listener: socket.socket, path: Path, own: os.stat_result) -> None:
         needed = time.monotonic()
-        while not self._stop.is_set() and is_still_at(own, path):
-            self._pulse.beat()
+        while not self._stop.is_set() and is_same_file(own, path):
+            self._watchdog.beat()
             self._keeper.tidy()
             if self._broker is not None:
                 self._broker.end_if_idle()
@@ -145,133 +145,135 @@ class KeeperServer:
             connection, _ = listener.accept()
             with self._counting:
                 self._connections += 1
-            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+            threading.Thread(target=self._serve_connection, args=(connection,), daemon=True).start()
 
-    def _answer(self, connection: socket.socket) -> None:
+    def _serve_connection(self, connection: socket.socket) -> None:
         try:
-            with contextlib.closing(KeeperChannel(connection)) as line:
-                self._obey(line)
+            with contextlib.closing(KeeperChannel(connection)) as channel:
+                self._handle_request(channel)
         except (OSError, KeepwarmError) as error:
             log.warning("keeper.connection_failed", reason=str(error))
         finally:
             with self._counting:
                 self._connections -= 1
 
-    def _obey(self, line: KeeperChannel) -> None:
-        request = line.request(_REQUEST_SECONDS)
+    def _handle_request(self, channel: KeeperChannel) -> None:
+        request = channel.request(_REQUEST_SECONDS)
         if isinstance(request, Attach):
             served = False
             while not served:
                 try:
-                    slot, found = self._keeper.attach(request.plan, lambda: line.gone)
+                    engine, found = self._keeper.attach(request.plan, lambda: channel.is_closed)
                 except KeepwarmError as error:
-                    line.send(KeeperReply(gone=str(error)))
+                    channel.send(KeeperReply(ended_because=str(error)))
                     return
                 try:
-                    served = self._hold(line, slot, found, request.plan.spec)
+                    served = self._serve_lease(channel, engine, found, request.plan.spec)
                 finally:
-                    slot.detach()
+                    engine.detach()
         elif isinstance(request, Demand):
-            self._keeper.hear_demand(request.claims)
+            self._keeper.update_demand(request.claims)
         elif isinstance(request, DescribeDevice):
             try:
-                line.send(KeeperReply(device=find_device()))
+                channel.send(KeeperReply(device=find_device()))
             except KeepwarmError as error:
-                line.send(KeeperReply(gone=str(error)))
+                channel.send(KeeperReply(ended_because=str(error)))
         elif isinstance(request, Borrow):
-            self._lend(line)
+            self._lend(channel)
         elif isinstance(request, Evict):
-            line.send(KeeperReply(done=self._keeper.evict(request.wanted)))
+            channel.send(KeeperReply(done=self._keeper.evict(request.wanted)))
         elif isinstance(request, Drain):
             try:
                 self._keeper.drain()
             finally:
                 self.stop()  # a keeper that has drained is of no use, whoever is there to hear it
-            line.send(KeeperReply())
+            channel.send(KeeperReply())
 
-    def _lend(self, line: KeeperChannel) -> None:
+    def _lend(self, channel: KeeperChannel) -> None:
         """The broker, until it is given back or the borrower is gone."""
         if self._broker is None:
-            line.send(KeeperReply(gone="this keeper keeps no broker"))
+            channel.send(KeeperReply(ended_because="this keeper keeps no broker"))
             return
         try:
             node = self._broker.acquire()
         except KeepwarmError as error:
-            line.send(KeeperReply(gone=str(error)))
+            channel.send(KeeperReply(ended_because=str(error)))
             return
         if node is None:
-            line.send(KeeperReply(gone="another run has the broker"))
+            channel.send(KeeperReply(ended_because="another run has the broker"))
             return
-        back: GiveBack | None = None
+        give_back: GiveBack | None = None
         try:
             lent = KeptBroker(url=node.url, password=SecretStr(node.password))
-            line.send(KeeperReply(broker=lent))
-            back = self._given_back(line, self._broker)
+            channel.send(KeeperReply(broker=lent))
+            give_back = self._wait_for_give_back(channel, self._broker)
         finally:
-            if back is None:
-                self._broker.discard()
+            if give_back is None:
+                self._broker.throw_away()
             else:
-                self._broker.release(back.claims_queue)
+                self._broker.take_back(give_back.claims_queue)
 
-    def _given_back(self, line: KeeperChannel, broker: Broker) -> GiveBack | None:
+    def _wait_for_give_back(self, channel: KeeperChannel, broker: Broker) -> GiveBack | None:
         """None where the borrower has gone without a word."""
         while True:
             try:
-                request = line.request(_LOOK_AFTER_SECONDS)
+                request = channel.request(_BROKER_CHECK_SECONDS)
             except TimeoutError:
                 broker.restart_if_down()
                 continue
             return request if isinstance(request, GiveBack) else None
 
-    def _hold(
-        self, line: KeeperChannel, slot: ManagedEngine, found: State | None, spec: ContextSpec
+    def _serve_lease(
+        self, channel: KeeperChannel, engine: ManagedEngine, found: State | None, spec: ContextSpec
     ) -> bool:
         """Tell the worker how its engine is, until one of the two is gone. How the start went is
         for the one whom it was for: others would tell of the same start again. It is warm for this
         worker once it has answered as it did at its start, and has the worker's adapter, if there
         is one. False when it answered otherwise: then the worker gets another.
         """
-        told = None
+        sent = None
         checked = found != "warm"
         loaded = spec.adapter is None
         while True:
-            record = slot.record
-            if slot.gone is not None:
-                if slot.wrong and (told is None or told.state != "warm"):
+            record = engine.record
+            if engine.ended_because is not None:
+                if engine.answers_changed and (sent is None or sent.state != "warm"):
                     return False
-                line.send(KeeperReply(gone=slot.gone))
+                channel.send(KeeperReply(ended_because=engine.ended_because))
                 return True
             if not checked and record.state == "warm":
-                checked = slot.check()
+                checked = engine.check()
                 if not checked:
-                    slot.join(_LOOK_AFTER_SECONDS)
+                    engine.join(_BROKER_CHECK_SECONDS)
                     continue
             if not loaded and record.state == "warm":
                 try:
-                    slot.load_adapter(spec, lambda: line.gone)
+                    engine.load_adapter(spec, lambda: channel.is_closed)
                 except EngineStartError as error:
-                    line.send(KeeperReply(gone=str(error)))
+                    channel.send(KeeperReply(ended_because=str(error)))
                     return True
                 loaded = True
-            if told is None or (record.state, record.says) != (told.state, told.says):
-                told = record
-                shown = record if found is None else record.model_copy(update={"phases": None})
-                line.send(KeeperReply(record=shown, warm=found == "warm"))
-            if not self._hear(line):
+            if sent is None or (record.state, record.progress) != (sent.state, sent.progress):
+                sent = record
+                record_sent = (
+                    record if found is None else record.model_copy(update={"phases": None})
+                )
+                channel.send(KeeperReply(record=record_sent, warm=found == "warm"))
+            if not self._read_demand(channel):
                 return True
-            self._keeper.wait_for_change(_LOOK_SECONDS)
+            self._keeper.wait_for_change(_LEASE_POLL_SECONDS)
 
-    def _hear(self, line: KeeperChannel) -> bool:
+    def _read_demand(self, channel: KeeperChannel) -> bool:
         """What a worker has said since; several requests may have come at once. False when it has
         gone.
         """
         while True:
             try:
-                request = line.request(0)
+                request = channel.request(0)
             except TimeoutError:
                 return True
             if request is None:
                 return False
             if not isinstance(request, Demand):
                 raise KeeperError("a lease carries nothing but demand")
-            self._keeper.hear_demand(request.claims)
+            self._keeper.update_demand(request.claims)

@@ -10,7 +10,7 @@ import structlog
 
 from services.contexts.engine import start_error
 from services.contexts.engine_client import CompletionClient
-from services.contexts.engine_log import OOM, oom_kills, tells_of_memory
+from services.contexts.engine_log import OOM, mentions_memory, oom_kills
 from services.contexts.metrics import ATTACHES
 from services.contexts.plan import EnginePlan
 from services.contexts.protocol import (
@@ -36,13 +36,13 @@ from services.node.runtime_dir import (
     socket_path,
 )
 
-_WORD_SECONDS = 0.1
-_LOOK_SECONDS = 3.0
-_REPORT_SECONDS = 5.0
+_POLL_SECONDS = 0.1
+_ENGINE_CHECK_SECONDS = 3.0
+_PROGRESS_LOG_SECONDS = 5.0
 _EVICT_SECONDS = 60.0
 _END_SECONDS = 10.0
 # A keeper says once a second how a start goes, and nothing while that waits for its turn.
-_SILENT_SECONDS, _ANSWER_SECONDS = 60.0, 10.0
+_KEEPER_SILENCE_SECONDS, _ANSWER_SECONDS = 60.0, 10.0
 
 log = structlog.get_logger(__name__)
 
@@ -58,23 +58,23 @@ class EngineLease:
         self,
         plan: EnginePlan,
         settings: Settings,
-        meanwhile: Callable[[], None] = lambda: None,
+        while_waiting: Callable[[], None] = lambda: None,
     ) -> None:
         """`meanwhile` is called several times a second by whoever waits in `start`.
 
         Raises UsageError for a runtime directory that is unusable.
         """
         self.plan = plan
-        self._meanwhile = meanwhile
+        self._while_waiting = while_waiting
         self._settings = settings
         self._directory = open_runtime_dir(settings.runtime_dir)
-        self._line: KeeperChannel | None = None
+        self._channel: KeeperChannel | None = None
         self._record: ContextRecord | None = None
-        self.gone: str | None = None
+        self.ended_because: str | None = None
         """Why there is no engine any more, as its keeper said."""
         self._stopped: Callable[[], bool] = lambda: False
-        self._listening = threading.Lock()
-        self._heard_at = awake()
+        self._lock = threading.Lock()
+        self._last_reply_at = awake()
         self._oom_kills = oom_kills()
         self.starts = 0
         """How often we came to have it."""
@@ -109,22 +109,22 @@ class EngineLease:
     @property
     def ran_out_of_memory(self) -> bool:
         """Whether the engine is gone because memory ran out, as its keeper says."""
-        return self.gone is not None and tells_of_memory(self.gone)
+        return self.ended_because is not None and mentions_memory(self.ended_because)
 
     @property
     def alive(self) -> bool:
         """Whether it is here and warm, by its keeper's latest word. Does not wait for that, nor for
         a start that goes on in another thread.
         """
-        with self._listening:
-            self._hear()
+        with self._lock:
+            self._read_replies()
             return self.state == "warm"
 
-    def look(self) -> None:
+    def check(self) -> None:
         """After a request failed: if the engine is gone, have heard so from the keeper."""
-        deadline = time.monotonic() + _LOOK_SECONDS
+        deadline = time.monotonic() + _ENGINE_CHECK_SECONDS
         while self.alive and not self.client.healthy() and time.monotonic() < deadline:
-            time.sleep(_WORD_SECONDS)
+            time.sleep(_POLL_SECONDS)
 
     def start(self, stop: threading.Event) -> bool:
         """Have the engine, warm; it may be so already. False when `stop` was set meanwhile.
@@ -134,38 +134,38 @@ class EngineLease:
         """
         started = reported = time.monotonic()
         log.info("engine.starting", context=self.plan.spec.context_id, log=str(self.log_file))
-        self._let_go()
-        self.gone, self._stopped = None, stop.is_set
+        self._release()
+        self.ended_because, self._stopped = None, stop.is_set
         self._oom_kills = oom_kills()
-        line = open_keeper(self._settings, stop.is_set)
-        if line is None:
+        channel = open_keeper(self._settings, stop.is_set)
+        if channel is None:
             return False
-        with self._listening:
-            self._line, self._heard_at = line, awake()
-            line.send(Attach(plan=self.plan))
+        with self._lock:
+            self._channel, self._last_reply_at = channel, awake()
+            channel.send(Attach(plan=self.plan))
         while not self.alive:
             if stop.is_set():
                 break
-            if self._line is None:
+            if self._channel is None:
                 ATTACHES.labels("failed").inc()
-                raise EngineStartError(self.gone or "its keeper ended")
-            if awake() - self._heard_at > _SILENT_SECONDS:
-                self._look_at_keeper()
+                raise EngineStartError(self.ended_because or "its keeper ended")
+            if awake() - self._last_reply_at > _KEEPER_SILENCE_SECONDS:
+                self._check_keeper()
             with contextlib.suppress(OSError, ValueError):  # another thread has closed it
-                select.select([line], [], [], _WORD_SECONDS)
-            self._meanwhile()
+                select.select([channel], [], [], _POLL_SECONDS)
+            self._while_waiting()
             now = time.monotonic()
             record = self._record
-            if record is not None and now - reported >= _REPORT_SECONDS:
+            if record is not None and now - reported >= _PROGRESS_LOG_SECONDS:
                 reported = now
                 log.info(
                     "engine.loading",
                     seconds=round(now - started),
                     state=record.state,
-                    says=record.says,
+                    progress=record.progress,
                 )
         if stop.is_set():
-            self._let_go()
+            self._release()
             return False
         self.starts += 1
         started_for_us = self.phases is not None
@@ -195,20 +195,20 @@ class EngineLease:
             evict(self._settings, (self.plan.name,), self._stopped)
         except KeeperError as error:  # whoever starts the engine again finds out how things are
             log.warning("engine.not_evicted", reason=str(error))
-        self._let_go()
+        self._release()
 
     def close(self) -> None:
         """Give the lease back. The engine stays warm for whoever comes next."""
-        self._let_go()
+        self._release()
 
-    def tell_demand(self, claims: dict[str, int]) -> None:
+    def send_demand(self, claims: dict[str, int]) -> None:
         """Let the keeper know what waits for contexts: it decides who makes room for whom."""
-        with self._listening:
-            if self._line is not None:
+        with self._lock:
+            if self._channel is not None:
                 with contextlib.suppress(KeeperError):  # it may be gone, as we shall hear
-                    self._line.send(Demand(claims=claims))
+                    self._channel.send(Demand(claims=claims))
 
-    def last_words(self) -> list[str]:
+    def log_tail(self) -> list[str]:
         """The end of its log, without empty lines."""
         return log_tail(self.log_file)
 
@@ -216,39 +216,39 @@ class EngineLease:
         """What to raise when it cannot be used, with the end of its log."""
         return start_error(self.plan, self.log_file, what)
 
-    def _hear(self) -> None:
+    def _read_replies(self) -> None:
         """With the lock held: the keeper's words that have come."""
-        while self._line is not None:
+        while self._channel is not None:
             try:
-                word = self._line.word(0)
+                reply = self._channel.reply(0)
             except TimeoutError:
                 return
-            self._heard_at = awake()
-            if word is None or word.gone is not None:
-                self.gone = self._keeper_ended() if word is None else word.gone
-                self._line.close()
-                self._line = self._record = None
-            elif word.record is not None:
-                self._record, self.warm = word.record, word.warm
+            self._last_reply_at = awake()
+            if reply is None or reply.ended_because is not None:
+                self.ended_because = self._keeper_ended() if reply is None else reply.ended_because
+                self._channel.close()
+                self._channel = self._record = None
+            elif reply.record is not None:
+                self._record, self.warm = reply.record, reply.warm
 
     def _keeper_ended(self) -> str:
         """Where the kernel lacks memory, it may choose the keeper, and not an engine."""
         return "its keeper ended" if oom_kills() == self._oom_kills else f"its keeper ended. {OOM}"
 
-    def _look_at_keeper(self) -> None:
+    def _check_keeper(self) -> None:
         """It has said nothing for long: does it answer at all? Raises KeeperError."""
         try:
-            _ask(self._settings, DescribeDevice(), _ANSWER_SECONDS, self._stopped)
+            _request(self._settings, DescribeDevice(), _ANSWER_SECONDS, self._stopped)
         except KeeperError:
-            self._let_go()
+            self._release()
             raise
-        self._heard_at = awake()
+        self._last_reply_at = awake()
 
-    def _let_go(self) -> None:
-        with self._listening:
-            if self._line is not None:
-                self._line.close()
-            self._line = self._record = None
+    def _release(self) -> None:
+        with self._lock:
+            if self._channel is not None:
+                self._channel.close()
+            self._channel = self._record = None
 
 
 def evict(
@@ -259,7 +259,7 @@ def evict(
 
     Raises KeeperError when it does not answer.
     """
-    return _ask(settings, Evict(wanted=wanted), _drain_seconds(settings), stopped).done
+    return _request(settings, Evict(wanted=wanted), _drain_seconds(settings), stopped).done
 
 
 def drain(settings: Settings) -> None:
@@ -267,11 +267,11 @@ def drain(settings: Settings) -> None:
 
     Raises KeeperError when it does not answer.
     """
-    _ask(settings, Drain(), _drain_seconds(settings))
+    _request(settings, Drain(), _drain_seconds(settings))
     lock = keeper_lock(open_runtime_dir(settings.runtime_dir))
     deadline = time.monotonic() + _END_SECONDS
     while is_locked(lock) and time.monotonic() < deadline:
-        time.sleep(_WORD_SECONDS)
+        time.sleep(_POLL_SECONDS)
 
 
 def _drain_seconds(settings: Settings) -> float:
@@ -279,14 +279,14 @@ def _drain_seconds(settings: Settings) -> float:
     return 2 * settings.grace_seconds + _EVICT_SECONDS
 
 
-def _ask(
+def _request(
     settings: Settings,
     request: DescribeDevice | Evict | Drain,
     seconds: float,
     stopped: Callable[[], bool] = lambda: False,
 ) -> KeeperReply:
-    line = connected(open_runtime_dir(settings.runtime_dir))
-    if line is None:
+    channel = connected(open_runtime_dir(settings.runtime_dir))
+    if channel is None:
         return KeeperReply()
-    with contextlib.closing(line):
-        return line.ask(request, seconds, stopped) or KeeperReply()
+    with contextlib.closing(channel):
+        return channel.ask(request, seconds, stopped) or KeeperReply()

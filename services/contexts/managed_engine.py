@@ -17,9 +17,9 @@ from services.contexts.engine_log import explanation
 from services.contexts.eviction import Candidate
 from services.contexts.fetching import fetch
 from services.contexts.fork_server_client import ForkServer
-from services.contexts.metrics import WRONG
+from services.contexts.metrics import WRONG_ENGINES
 from services.contexts.plan import EnginePlan
-from services.contexts.records import ContextRecord, OwnRecord, State
+from services.contexts.records import ContextRecord, RecordFile, State
 from services.contracts import ContextSpec, Settings
 from services.contracts.clock import awake
 from services.contracts.errors import (
@@ -32,20 +32,20 @@ from services.contracts.startup import StartupPhases
 from services.models.files import adapter_as_model, is_local, weights_bytes
 from services.node.memory import available_bytes
 
-_LOOK_SECONDS = 0.1
+_POLL_SECONDS = 0.1
 # To fall asleep takes at most as long as a request may, and to end not even that.
 _END_SECONDS = 180.0
 SOCKET_REMOVED = "its socket was removed"
 
 # An engine on processors may be busy with the last requests of a worker that has gone, and its node
 # with the start of another engine: that takes seconds, and this two minutes, at 5 s for an answer.
-_EVERY_SECONDS = 20.0
-_TIMES = 5
+_HANG_CHECK_SECONDS = 20.0
+_HANG_FAILURES = 5
 
 log = structlog.get_logger(__name__)
 
 
-class _BrokenOff(Exception):
+class _StartCancelled(Exception):
     """It was told to stop while it started."""
 
 
@@ -56,8 +56,8 @@ class EngineOwner(Protocol):
     directory: Path
     caches: EngineCaches
 
-    def template_for(self, plan: EnginePlan) -> ForkServer: ...
-    def room_for(self, slot: "ManagedEngine") -> AbstractContextManager[bool]: ...
+    def fork_server_for(self, plan: EnginePlan) -> ForkServer: ...
+    def reserve_memory(self, managed: "ManagedEngine") -> AbstractContextManager[bool]: ...
     def changed(self) -> None: ...
     def bound_caches(self) -> None: ...
 
@@ -69,27 +69,27 @@ class ManagedEngine:
     States: waiting (for room), starting, warm, asleep, stopping; then it is `finished`.
     """
 
-    def __init__(self, plan: EnginePlan, house: EngineOwner, demand: int) -> None:
+    def __init__(self, plan: EnginePlan, owner: EngineOwner, demand: int) -> None:
         """Raises UsageError when its socket's path would be too long."""
         self.plan = plan
-        self._house = house
-        self._engine = Engine(plan, house.directory)
+        self._owner = owner
+        self._engine = Engine(plan, owner.directory)
         self._stop = threading.Event()
-        self._why = "it was stopped"
-        self._awake = threading.Event()
+        self._stop_reason = "it was stopped"
+        self._wake_up = threading.Event()
         self._lock = threading.Lock()
         self._loading = threading.Lock()
-        self._used_at = awake()
+        self._last_used = awake()
         self.contexts = frozenset({plan.spec.context_id})
         """What it is asked for: its own context, or one for each of its adapters."""
-        self._own: OwnRecord | None = None
-        self.gone: str | None = None
+        self._record_file: RecordFile | None = None
+        self.ended_because: str | None = None
         """Why the engine is no more; None while it is, or may yet be."""
-        self.wrong = False
+        self.answers_changed = False
         """Whether it was found not to answer as it did when it was started."""
-        past = house.caches.recall(plan.name)
+        past = owner.caches.recall(plan.name)
         self.known_bytes = past.memory_bytes if past else None
-        self._start_seconds = past.seconds_again if past else 0.0
+        self._start_seconds = past.restart_seconds if past else 0.0
         now = time.monotonic()
         self.record = ContextRecord(
             name=plan.name,
@@ -102,14 +102,14 @@ class ManagedEngine:
             last_used=now,
             demand=demand,
         )
-        self._thread = threading.Thread(target=self._live, name=plan.name, daemon=True)
+        self._thread = threading.Thread(target=self._run, name=plan.name, daemon=True)
 
-    def begin(self) -> None:
+    def start(self) -> None:
         self._thread.start()
 
     @property
     def finished(self) -> bool:
-        return self.gone is not None
+        return self.ended_because is not None
 
     @property
     def abandoned(self) -> bool:
@@ -124,17 +124,17 @@ class ManagedEngine:
         with self._lock:
             if self.record.state == "stopping" or self.finished:
                 return False
-            self._note(attached=self.record.attached + 1, used=self.record.used + 1)
-        self._awake.set()
+            self._update_holding_lock(attached=self.record.attached + 1, used=self.record.used + 1)
+        self._wake_up.set()
         return True
 
     def detach(self) -> None:
         """One less. A start that nobody waits for any more is given up: others want the room."""
         with self._lock:
-            self._note(attached=self.record.attached - 1)
+            self._update_holding_lock(attached=self.record.attached - 1)
             if not self.record.attached and self.record.state in ("waiting", "starting"):
                 # At once, so that nobody attaches to a start that is being given up.
-                self._begin_to_stop("nobody waits for it any more")
+                self._request_stop("nobody waits for it any more")
 
     def load_adapter(self, spec: ContextSpec, stopped: Callable[[], bool] = lambda: False) -> None:
         """Have the adapter of this context in the engine, which is warm; nothing for one without,
@@ -161,7 +161,7 @@ class ManagedEngine:
         with self._lock:
             self.contexts |= {spec.context_id}
             if spec.adapter not in self.record.adapters:
-                self._note(adapters=(*self.record.adapters, spec.adapter))
+                self._update_holding_lock(adapters=(*self.record.adapters, spec.adapter))
 
     def check(self) -> bool:
         """Whether the engine, which is warm, answers as it did when it was started. If not, it is
@@ -170,33 +170,33 @@ class ManagedEngine:
         if self._engine.answers_as_at_start():
             return True
         if not self._stop.is_set():
-            self.wrong = True
-            WRONG.inc()
+            self.answers_changed = True
+            WRONG_ENGINES.inc()
             log.error("context.wrong", context=self.plan.name, log=str(self._engine.log_file))
             self.stop("it does not answer as it did when it was started")
         return False
 
-    def hear_demand(self, claims: int) -> None:
+    def update_demand(self, claims: int) -> None:
         with self._lock:
             if claims != self.record.demand:
-                self._note(demand=claims)
+                self._update_holding_lock(demand=claims)
 
     # Its end, and its sleep.
 
     def stop(self, why: str) -> None:
         """Begin to stop it, whoever uses it. Safe from any thread, more than once."""
         with self._lock:
-            self._begin_to_stop(why)
+            self._request_stop(why)
 
-    def _begin_to_stop(self, why: str) -> None:
+    def _request_stop(self, why: str) -> None:
         """With the lock held."""
         if not self._stop.is_set():
             log.info("context.stopping", context=self.plan.name, why=why)
-            self._why = why
+            self._stop_reason = why
             self._stop.set()
             if not self.finished:
-                self._note(state="stopping")
-        self._awake.set()
+                self._update_holding_lock(state="stopping")
+        self._wake_up.set()
 
     def join(self, timeout_seconds: float | None = None) -> None:
         self._thread.join(timeout_seconds)
@@ -216,7 +216,7 @@ class ManagedEngine:
                 asleep=record.state == "asleep",
             )
 
-    def give_way(self) -> None:
+    def free_memory(self) -> None:
         """Free its memory, unless somebody has attached meanwhile: by sleep where the device can
         and the host has room for the weights, by its end otherwise, or where it sleeps already.
         """
@@ -224,7 +224,7 @@ class ManagedEngine:
             if self.record.attached or self.record.state not in ("warm", "asleep"):
                 return
             asleep = self.record.state == "asleep"
-            self._note(state="stopping")
+            self._update_holding_lock(state="stopping")
         if not asleep and self._can_sleep():
             try:
                 self._engine.sleep()
@@ -235,7 +235,7 @@ class ManagedEngine:
                 with self._lock:
                     if self._stop.is_set():
                         return  # it was told to stop while it fell asleep
-                    self._note(state="asleep", memory_bytes=left)
+                    self._update_holding_lock(state="asleep", memory_bytes=left)
                 log.info("context.asleep", context=self.plan.name)
                 return
         self.stop("its room is needed for another context")
@@ -252,14 +252,14 @@ class ManagedEngine:
 
     # Its own thread.
 
-    def _live(self) -> None:
+    def _run(self) -> None:
         why = "it was stopped"
         try:
-            self._own = OwnRecord(self._house.directory, self.plan.name)
+            self._record_file = RecordFile(self._owner.directory, self.plan.name)
             self._start()
             why = self._watch()
-        except _BrokenOff:
-            why = self._why
+        except _StartCancelled:
+            why = self._stop_reason
         except EngineStartError as error:
             engine = self._engine
             why = str(start_error(self.plan, engine.log_file, str(error), engine.failed))
@@ -272,39 +272,39 @@ class ManagedEngine:
                 self._engine.stop()
             finally:  # others wait for it to be gone, whatever its end was like
                 with self._lock:
-                    self.gone = why
-                if self._own is not None:
-                    self._own.close()
-                self._house.changed()
+                    self.ended_because = why
+                if self._record_file is not None:
+                    self._record_file.close()
+                self._owner.changed()
                 log.info("context.gone", context=self.plan.name, why=why.partition("\n")[0])
 
     def _start(self) -> None:
         # What an earlier engine of this name has left there explains nothing of this start.
         self._engine.log_file.unlink(missing_ok=True)
-        begun = time.monotonic()
+        started_at = time.monotonic()
         if not is_local(self.plan.spec.model):
-            self._house.template_for(self.plan)  # imports while we fetch
+            self._owner.fork_server_for(self.plan)  # imports while we fetch
         fetch_seconds = self._fetch()
         # Whoever has the room keeps others from it: nothing is fetched or waited for in there.
         waiting_since = time.monotonic()
-        deadline = awake() + self._house.settings.engine_start_timeout_seconds
+        deadline = awake() + self._owner.settings.engine_start_timeout_seconds
         while True:
             self._wait_for_other_keepers(deadline)
-            with self._room(), self._house.caches.starting(self.plan.name) as cache:
+            with self._reserve_memory(), self._owner.caches.starting(self.plan.name) as cache:
                 if cache is not None:
                     # Its turn is no part of what a start takes.
-                    begun += time.monotonic() - waiting_since
-                    phases = self._start_engine(cache, begun, fetch_seconds)
+                    started_at += time.monotonic() - waiting_since
+                    phases = self._start_engine(cache, started_at, fetch_seconds)
                     break
         memory = self._engine.memory_bytes()
         past = PastStart(phases=phases, memory_bytes=memory)
-        self._start_seconds = past.seconds_again
-        self._house.caches.remember(self.plan.name, past)
-        pid, held = self._engine.pid, memory or self._likely_bytes()
+        self._start_seconds = past.restart_seconds
+        self._owner.caches.remember(self.plan.name, past)
+        pid, held = self._engine.pid, memory or self._estimated_bytes()
         with self._lock:
-            self._note(
+            self._update_holding_lock(
                 state="stopping" if self._stop.is_set() else "warm",
-                says="",
+                progress="",
                 pid=pid,
                 pid_started=psutil.Process(pid).create_time() if pid else None,
                 memory_bytes=held,
@@ -312,38 +312,38 @@ class ManagedEngine:
             )
         log.info("context.warm", context=self.plan.name, **phases.model_dump())
         try:
-            self._house.bound_caches()
+            self._owner.bound_caches()
         except OSError as error:  # another node may be at it, where they share a home directory
             log.warning("caches.not_bounded", reason=str(error))
 
     def _start_engine(
-        self, cache: Path, begun: float, fetch_seconds: float | None
+        self, cache: Path, started_at: float, fetch_seconds: float | None
     ) -> StartupPhases:
-        self._note_state("starting", says="")
+        self._set_state("starting", progress="")
         log.info("context.starting", context=self.plan.name, log=str(self._engine.log_file))
         phases = self._engine.start(
-            self._house.template_for(self.plan),
+            self._owner.fork_server_for(self.plan),
             cache,
             self._stop,
-            self._house.settings.engine_start_timeout_seconds,
-            loading=lambda says: self._note_locked(says=says),
-            begun=begun,
+            self._owner.settings.engine_start_timeout_seconds,
+            loading=lambda progress: self._update(progress=progress),
+            started_at=started_at,
         )
         if phases is None:
-            raise _BrokenOff  # and leave the mark of what is half-written
+            raise _StartCancelled  # and leave the mark of what is half-written
         return phases.model_copy(update={"fetch": fetch_seconds})
 
-    def _likely_bytes(self) -> int:
+    def _estimated_bytes(self) -> int:
         """What it holds where that cannot be measured: in a container, say, NVML may not know our
         processes. Nobody would be asked to make room that seems to hold nothing.
         """
         return needed_bytes(self.plan, self.known_bytes)
 
     @contextmanager
-    def _room(self) -> Iterator[None]:
-        with self._house.room_for(self) as room:
-            if not room or self._stop.is_set():
-                raise _BrokenOff  # nothing to start, and nothing to fetch
+    def _reserve_memory(self) -> Iterator[None]:
+        with self._owner.reserve_memory(self) as reserved:
+            if not reserved or self._stop.is_set():
+                raise _StartCancelled  # nothing to start, and nothing to fetch
             yield
 
     def _wait_for_other_keepers(self, deadline: float) -> None:
@@ -352,13 +352,13 @@ class ManagedEngine:
 
         Raises EngineStartError when that takes too long.
         """
-        caches, name = self._house.caches, self.plan.name
+        caches, name = self._owner.caches, self.plan.name
         while caches.busy(name):
-            self.note_waiting("waiting for another keeper that starts the same engine")
-            if self._stop.wait(_LOOK_SECONDS):
-                raise _BrokenOff
+            self.report_progress("waiting for another keeper that starts the same engine")
+            if self._stop.wait(_POLL_SECONDS):
+                raise _StartCancelled
             if awake() > deadline:
-                limit = self._house.settings.engine_start_timeout_seconds
+                limit = self._owner.settings.engine_start_timeout_seconds
                 raise EngineStartError(
                     f"another keeper of this user starts the same engine, and has held "
                     f"{caches.lock_path(name)} for {limit:g} s "
@@ -371,49 +371,49 @@ class ManagedEngine:
         if is_local(self.plan.spec.model):
             return None
         started = time.monotonic()
-        self.note_waiting("fetching weights")
+        self.report_progress("fetching weights")
         if fetch(self.plan.spec, self.plan.environment, self._stop.is_set) is None:
-            raise _BrokenOff
-        self.note_waiting("")
+            raise _StartCancelled
+        self.report_progress("")
         return round(time.monotonic() - started, 3)
 
     def _watch(self) -> str:
         """Until it ends, or has to. Why."""
-        idle_seconds = self._house.settings.context_idle_seconds
-        silence = HangDetector(self._engine.answers)
+        idle_seconds = self._owner.settings.context_idle_seconds
+        hang_detector = HangDetector(self._engine.answers)
         while not self._stop.is_set():
             if not self._engine.alive:
                 return self._how_it_ended()
             if not self._engine.socket.exists():
-                return self._why if self._stop.is_set() else SOCKET_REMOVED
+                return self._stop_reason if self._stop.is_set() else SOCKET_REMOVED
             record = self.record
             if record.attached and record.state == "asleep":
                 self._wake()
-            elif not record.attached and awake() - self._used_at > idle_seconds:
+            elif not record.attached and awake() - self._last_used > idle_seconds:
                 self._stop_unused(f"no worker used it for {idle_seconds:g} s")
                 continue
             if record.attached or record.state != "warm":
-                silence.forget()
-            elif silence.is_hung:
+                hang_detector.reset()
+            elif hang_detector.is_hung:
                 self._stop_unused("it hangs: it does not answer any more")
-            self._awake.wait(_LOOK_SECONDS)
-            self._awake.clear()
-        return self._why
+            self._wake_up.wait(_POLL_SECONDS)
+            self._wake_up.clear()
+        return self._stop_reason
 
     def _how_it_ended(self) -> str:
         ending = self._engine.ending()
-        said = explanation(self._engine.log_file, ending, self.plan.device.name)
-        return f"it ended (exit code {ending.exit_code})" + (f". {said}" if said else "")
+        cause = explanation(self._engine.log_file, ending, self.plan.device.name)
+        return f"it ended (exit code {ending.exit_code})" + (f". {cause}" if cause else "")
 
     def _stop_unused(self, why: str) -> None:
         with self._lock:
             if not self.record.attached:
-                self._begin_to_stop(why)
+                self._request_stop(why)
 
     def _wake(self) -> None:
-        with self._house.room_for(self) as room:
-            if not room:
-                self._note_locked(says="")  # it sleeps on, and waits for nothing
+        with self._owner.reserve_memory(self) as reserved:
+            if not reserved:
+                self._update(progress="")  # it sleeps on, and waits for nothing
                 return
             try:
                 self._engine.wake()
@@ -421,34 +421,34 @@ class ManagedEngine:
                 raise EngineStartError(f"it did not wake up: {error}") from error
             if not self.check():
                 return
-            memory = self._engine.memory_bytes() or self._likely_bytes()
-            self._note_state("warm", memory_bytes=memory)
+            memory = self._engine.memory_bytes() or self._estimated_bytes()
+            self._set_state("warm", memory_bytes=memory)
         log.info("context.awake", context=self.plan.name)
 
     # What others see.
 
-    def _note_state(self, state: State, **more: object) -> None:
+    def _set_state(self, state: State, **more: object) -> None:
         with self._lock:
             if self.record.state != "stopping":
-                self._note(state=state, **more)
+                self._update_holding_lock(state=state, **more)
 
-    def note_waiting(self, says: str) -> None:
+    def report_progress(self, progress: str) -> None:
         """Tell those who wait for it what it waits for."""
-        if says != self.record.says:
-            self._note_locked(says=says)
+        if progress != self.record.progress:
+            self._update(progress=progress)
 
-    def _note_locked(self, **changes: object) -> None:
+    def _update(self, **changes: object) -> None:
         with self._lock:
-            self._note(**changes)
+            self._update_holding_lock(**changes)
 
-    def _note(self, **changes: object) -> None:
+    def _update_holding_lock(self, **changes: object) -> None:
         """With the lock held. Whoever touches the leases uses the context."""
         if "attached" in changes:
-            changes["last_used"], self._used_at = time.monotonic(), awake()
+            changes["last_used"], self._last_used = time.monotonic(), awake()
         self.record = self.record.model_copy(update=changes)
-        if self._own is not None and not self.finished:
-            self._own.write(self.record)
-        self._house.changed()
+        if self._record_file is not None and not self.finished:
+            self._record_file.write(self.record)
+        self._owner.changed()
 
 
 class HangDetector:
@@ -460,17 +460,17 @@ class HangDetector:
     def __init__(self, answers: Callable[[], bool], clock: Callable[[], float] = awake) -> None:
         self._answers = answers
         self._clock = clock
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Nothing is known of it: it is used, or asleep."""
         self._unanswered = 0
-        self._again_at = self._clock() + _EVERY_SECONDS
+        self._again_at = self._clock() + _HANG_CHECK_SECONDS
 
     @property
     def is_hung(self) -> bool:
         """Whether it hangs, by all that one can tell. Now and then this asks it, and waits."""
         if self._clock() >= self._again_at:
             self._unanswered = 0 if self._answers() else self._unanswered + 1
-            self._again_at = self._clock() + _EVERY_SECONDS
-        return self._unanswered >= _TIMES
+            self._again_at = self._clock() + _HANG_CHECK_SECONDS
+        return self._unanswered >= _HANG_FAILURES

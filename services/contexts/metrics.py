@@ -15,7 +15,7 @@ from services.contexts.records import State
 from services.contracts.errors import EngineRequestError
 
 # What else an engine tells (Python, its process) has the names of what we tell of ourselves.
-_ENGINES_OWN = "vllm:"
+_ENGINE_PREFIX = "vllm:"
 
 ATTACHES = Counter(
     "keepwarm_context_attaches_total",
@@ -25,7 +25,7 @@ ATTACHES = Counter(
 )
 
 
-WRONG = Counter(
+WRONG_ENGINES = Counter(
     "keepwarm_contexts_wrong_total",
     "Engines that did not answer as they did when they were started, after a sleep or as a worker "
     "came, and were ended.",
@@ -66,7 +66,7 @@ class EngineMetrics(Collector):
         self._client = client
 
     def describe(self) -> Iterable[Metric]:
-        return [_told(False)]
+        return [_engine_metrics_up(False)]
 
     def collect(self) -> Iterator[Metric]:
         client = self._client()
@@ -76,17 +76,17 @@ class EngineMetrics(Collector):
                 families = list(text_string_to_metric_families(client.metrics()))
             except (EngineRequestError, ValueError):
                 families = []
-        yield _told(bool(families))
+        yield _engine_metrics_up(bool(families))
         seen: set[str] = set()
         for family in families:
-            if family.name.startswith(_ENGINES_OWN) and family.name not in seen:
+            if family.name.startswith(_ENGINE_PREFIX) and family.name not in seen:
                 seen.add(family.name)
                 yield family
 
 
-def _told(told: bool) -> Metric:
+def _engine_metrics_up(up: bool) -> Metric:
     return GaugeMetricFamily(
         "keepwarm_engine_metrics_up",
         "Whether the engine told its own metrics (vllm:…) in time (1) or not (0).",
-        value=float(told),
+        value=float(up),
     )

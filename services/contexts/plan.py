@@ -17,7 +17,7 @@ from services.node.device import Device, visible_gpus
 # Left by a launcher of distributed jobs, in which an engine would take a place.
 _LAUNCHERS = r"(LOCAL_|GROUP_|NODE_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)"
 # What vLLM and the libraries under it read. The rest of an engine's environment is the keeper's.
-_ENGINES_OWN = re.compile(
+_ENGINE_VARIABLES = re.compile(
     r"(VLLM|CUDA|NVIDIA|NCCL|TORCH|PYTORCH|TRITON|HF|HUGGING_?FACE|TRANSFORMERS|TOKENIZERS"
     r"|OMP|GOMP|KMP|MKL|OPENBLAS|LD|PYTHON)\w*"
     rf"|{_LAUNCHERS}|{SEARCHED_LAST}",
@@ -25,7 +25,7 @@ _ENGINES_OWN = re.compile(
 )
 # Of these, what is meant for another server of the user's, or would make the engine answer for
 # another model, refuse our requests, hide what its log must tell, or not start (vLLM 0.32).
-_NEVER = re.compile(
+_REFUSED_VARIABLES = re.compile(
     r"VLLM_(API_KEY|USE_MODELSCOPE|MODEL_REDIRECT_PATH|PLUGINS|PORT|SERVER_DEV_MODE"
     r"|SKIP_MODEL_NAME_VALIDATION|TEST_FORCE_LOAD_FORMAT|MOE_ROUTING_SIMULATION_STRATEGY"
     r"|MAX_COMPLETION_PROMPTS|MAX_N_SEQUENCES|KEEP_ALIVE_ON_ENGINE_DEATH"
@@ -39,13 +39,13 @@ _NEVER = re.compile(
 )
 
 
-def is_an_engines_own(variable: str) -> bool:
+def is_engine_variable(variable: str) -> bool:
     """Whether an engine reads this environment variable, so that its worker decides it."""
-    return _ENGINES_OWN.fullmatch(variable) is not None
+    return _ENGINE_VARIABLES.fullmatch(variable) is not None
 
 
-def _reaches_an_engine(variable: str) -> bool:
-    return is_an_engines_own(variable) and _NEVER.fullmatch(variable) is None
+def _is_passed_on(variable: str) -> bool:
+    return is_engine_variable(variable) and _REFUSED_VARIABLES.fullmatch(variable) is None
 
 
 def _gpus(device: Device) -> dict[str, str]:
@@ -88,7 +88,7 @@ class EnginePlan(Value):
             arguments=tuple(arguments),
             trust_remote_code=settings.engine_trust_remote_code,
             environment={
-                **{name: value for name, value in os.environ.items() if _reaches_an_engine(name)},
+                **{name: value for name, value in os.environ.items() if _is_passed_on(name)},
                 **_gpus(device),
             },
         )

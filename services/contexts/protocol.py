@@ -27,9 +27,9 @@ from services.contracts.errors import KeeperError
 from services.contracts.values import Value
 from services.node.device import Device
 
-_MOST_LINE_BYTES = 1024 * 1024
+_MAX_LINE_BYTES = 1024 * 1024
 _SEND_SECONDS = 5.0
-_LOOK_SECONDS = 0.2
+_ANSWER_POLL_SECONDS = 0.2
 
 
 class LineReader:
@@ -58,8 +58,8 @@ class LineReader:
             if not piece:
                 return None
             self._unread += piece
-            if len(self._unread) > _MOST_LINE_BYTES:
-                raise KeeperError(f"a line of more than {_MOST_LINE_BYTES:,} bytes")
+            if len(self._unread) > _MAX_LINE_BYTES:
+                raise KeeperError(f"a line of more than {_MAX_LINE_BYTES:,} bytes")
         line, _, self._unread = self._unread.partition(b"\n")
         return line
 
@@ -121,7 +121,7 @@ class KeptBroker(Value):
     password: SecretStr
 
     @field_serializer("password")
-    def _told(self, password: SecretStr) -> str:
+    def _revealed(self, password: SecretStr) -> str:
         return password.get_secret_value()
 
 
@@ -134,10 +134,10 @@ class KeeperReply(Value):
     heard: its engines serve workers of the version before.
     """
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", validate_by_name=True, serialize_by_alias=True)
 
     record: ContextRecord | None = None
-    gone: str | None = None
+    ended_because: str | None = Field(default=None, alias="gone")
     """Why the engine is no more, or never was; or why there is no device."""
     warm: bool = False
     """Whether it was warm when we came."""
@@ -170,7 +170,7 @@ class KeeperChannel:
         self._connection.close()
 
     @property
-    def gone(self) -> bool:
+    def is_closed(self) -> bool:
         """Whether the other side has hung up, and all that it said was read. Never waits."""
         try:
             self._connection.settimeout(0)
@@ -196,7 +196,7 @@ class KeeperChannel:
         except ValidationError as error:
             raise KeeperError(f"not a request: {error.error_count()} faults") from error
 
-    def word(self, timeout_seconds: float) -> KeeperReply | None:
+    def reply(self, timeout_seconds: float) -> KeeperReply | None:
         """The next answer; None when the keeper is gone. Raises TimeoutError, KeeperError."""
         line = self._lines.next(timeout_seconds)
         try:
@@ -221,9 +221,9 @@ class KeeperChannel:
         while not stopped():
             left = max(0.0, deadline - awake())
             try:
-                return self.word(min(left, _LOOK_SECONDS))
+                return self.reply(min(left, _ANSWER_POLL_SECONDS))
             except TimeoutError as error:
-                if left > _LOOK_SECONDS:
+                if left > _ANSWER_POLL_SECONDS:
                     continue
                 raise KeeperError(
                     f"this node's keeper did not answer within {timeout_seconds:g} s; its log "

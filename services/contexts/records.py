@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import structlog
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from services.contracts import ContextSpec
 from services.contracts.startup import StartupPhases
@@ -20,7 +20,7 @@ from services.node.runtime_dir import take_lock
 State = Literal["waiting", "starting", "warm", "asleep", "stopping"]
 
 _LOCK_TRIES, _LOCK_PAUSE_SECONDS = 20, 0.05
-_MOST_RECORD_BYTES = 1024 * 1024
+_MAX_RECORD_BYTES = 1024 * 1024
 
 log = structlog.get_logger(__name__)
 
@@ -31,13 +31,13 @@ class ContextRecord(Value):
     know more of it.
     """
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", validate_by_name=True, serialize_by_alias=True)
 
     name: str
     context: ContextSpec
     device: str
     state: State
-    says: str = ""
+    progress: str = Field(default="", alias="says")
     """The last line of its log, while it starts."""
     pid: int | None = None
     pid_started: float | None = None
@@ -65,7 +65,7 @@ class ContextRecord(Value):
         return max(0.0, time.monotonic() - self.since)
 
 
-class OwnRecord:
+class RecordFile:
     """The record of an engine that we keep. Nobody else has it while this object is open."""
 
     def __init__(self, directory: Path, name: str) -> None:
@@ -129,7 +129,7 @@ def _live(directory: Path) -> Iterator[ContextRecord]:
             if _remove_if_stale(path):
                 log.info("record.stale", path=str(path))
                 continue
-            yield ContextRecord.model_validate_json(path.read_bytes()[:_MOST_RECORD_BYTES])
+            yield ContextRecord.model_validate_json(path.read_bytes()[:_MAX_RECORD_BYTES])
         except FileNotFoundError:
             continue  # it has just ended
         except (OSError, ValidationError):

@@ -30,10 +30,10 @@ _POLL_SECONDS = 0.02
 _CONNECT_SECONDS = 2.0
 _ANSWER_SECONDS = 20.0
 # On a slow machine the imports alone may take long. A keeper that is there, or coming, has this.
-_SLOW_SECONDS = 60.0
-_AGAIN_SECONDS = 2.0
+_SLOW_START_SECONDS = 60.0
+_RETRY_SECONDS = 2.0
 # What a keeper reads; flags and callers may have chosen them, and not the environment.
-_KEEPERS_SETTINGS = {
+_KEEPER_SETTINGS = {
     *("runtime_dir", "cache_dir", "cache_gib", "context_idle_seconds", "context_memory_gib"),
     *("engine_start_timeout_seconds", "grace_seconds", "walltime_seconds"),
     *("log_level", "log_format"),
@@ -66,28 +66,28 @@ def open_keeper(
     """
     directory = open_runtime_dir(settings.runtime_dir)
     log_file = directory / "keeper.log"
-    again_at = 0.0
-    ours: IO[bytes] | None = None
+    retry_at = 0.0
+    keeper_pipe: IO[bytes] | None = None
 
-    def coming() -> bool:
+    def is_starting() -> bool:
         # It never writes: readable means that it has ended.
-        lives = ours is not None and not select.select([ours], [], [], 0)[0]
+        lives = keeper_pipe is not None and not select.select([keeper_pipe], [], [], 0)[0]
         return lives or is_locked(keeper_lock(directory))
 
-    def go_on() -> bool:
+    def keep_waiting() -> bool:
         # One that finds another, or one that is about to end, ends at once: there is a lock.
-        nonlocal again_at, ours
-        if settings.start_keeper and time.monotonic() >= again_at and not coming():
-            again_at = time.monotonic() + _AGAIN_SECONDS
-            ours = started.enter_context(_start(settings, log_file))
+        nonlocal retry_at, keeper_pipe
+        if settings.start_keeper and time.monotonic() >= retry_at and not is_starting():
+            retry_at = time.monotonic() + _RETRY_SECONDS
+            keeper_pipe = started.enter_context(_start(settings, log_file))
         return not stopped()
 
     with contextlib.ExitStack() as started:
-        return _wait(directory, log_file, go_on, coming)
+        return _wait(directory, log_file, keep_waiting, is_starting)
 
 
 @contextlib.contextmanager
-def kept_meanwhile(
+def temporary_keeper(
     settings: Settings, log_file: Path, stopped: Callable[[], bool] = lambda: False
 ) -> Iterator[None]:
     """Where this node has no keeper, one that ends with the block, and its engines with it. One
@@ -95,9 +95,9 @@ def kept_meanwhile(
     says so.
     """
     directory = open_runtime_dir(settings.runtime_dir)
-    line = connected(directory)
-    if line is not None:
-        line.close()
+    channel = connected(directory)
+    if channel is not None:
+        channel.close()
         yield
         return
     with open_log(log_file) as output:
@@ -109,9 +109,11 @@ def kept_meanwhile(
             output=output,
         )
     try:
-        line = _wait(directory, log_file, lambda: not stopped(), lambda: keeper.exit_code() is None)
-        if line is not None:
-            line.close()
+        channel = _wait(
+            directory, log_file, lambda: not stopped(), lambda: keeper.exit_code() is None
+        )
+        if channel is not None:
+            channel.close()
         yield
     finally:
         keeper.stop()
@@ -125,39 +127,44 @@ def node_device(settings: Settings) -> Device:
     """
     if settings.start_keeper:
         return find_device()
-    line = open_keeper(settings)
-    assert line is not None
-    with contextlib.closing(line):
-        word = line.ask(DescribeDevice(), _ANSWER_SECONDS)
-    if word is None or word.device is None:
-        raise EngineStartError((word and word.gone) or "the keeper ended before it told its device")
-    return word.device
+    channel = open_keeper(settings)
+    assert channel is not None
+    with contextlib.closing(channel):
+        reply = channel.ask(DescribeDevice(), _ANSWER_SECONDS)
+    if reply is None or reply.device is None:
+        raise EngineStartError(
+            (reply and reply.ended_because) or "the keeper ended before it told its device"
+        )
+    return reply.device
 
 
 def _wait(
-    directory: Path, log_file: Path, go_on: Callable[[], bool], coming: Callable[[], bool]
+    directory: Path,
+    log_file: Path,
+    keep_waiting: Callable[[], bool],
+    is_starting: Callable[[], bool],
 ) -> KeeperChannel | None:
     begun = time.monotonic()
-    while (line := connected(directory)) is None:
-        if not go_on():
+    while (channel := connected(directory)) is None:
+        if not keep_waiting():
             return None
         waited = time.monotonic() - begun
-        if waited > _SLOW_SECONDS or (waited > _ANSWER_SECONDS and not coming()):
+        if waited > _SLOW_START_SECONDS or (waited > _ANSWER_SECONDS and not is_starting()):
             raise KeeperError(
                 f"no keeper answers in {directory}. One that is a service of its own "
                 "(KEEPWARM_START_KEEPER=false) must run, as the same user and with the same "
                 f"KEEPWARM_RUNTIME_DIR; the log of any other ended with:\n{quoted_tail(log_file)}"
             )
         time.sleep(_POLL_SECONDS)
-    return line
+    return channel
 
 
 def _start(settings: Settings, log_file: Path) -> IO[bytes]:
     """In a session of its own and as no child of ours: it is to outlive us (setsid(1)). What it
     holds the other end of as long as it lives.
     """
-    ours, its = os.pipe()
-    with open_log(log_file) as output, os.fdopen(its, "wb"):
+    keeper_pipe, keeper_end = os.pipe()
+    with open_log(log_file) as output, os.fdopen(keeper_end, "wb"):
         subprocess.run(
             ["setsid", "--fork", *_COMMAND, "--until-idle"],  # noqa: S607
             stdin=subprocess.DEVNULL,
@@ -165,10 +172,10 @@ def _start(settings: Settings, log_file: Path) -> IO[bytes]:
             stderr=output,
             env=_environment(settings),
             cwd="/",  # it outlives the directory that we are in
-            pass_fds=(its,),
+            pass_fds=(keeper_end,),
             check=False,  # whether it came up is seen at its socket
         )
-    return os.fdopen(ours, "rb")
+    return os.fdopen(keeper_pipe, "rb")
 
 
 def without_secrets() -> dict[str, str]:
@@ -180,7 +187,7 @@ def _environment(settings: Settings) -> dict[str, str]:
     """Ours without secrets, which a keeper has no use for, and with the settings as they are. Our
     address for metrics is ours: whoever wants a keeper's runs one as a service.
     """
-    chosen = settings.model_dump(mode="json", include=_KEEPERS_SETTINGS, exclude_none=True)
+    chosen = settings.model_dump(mode="json", include=_KEEPER_SETTINGS, exclude_none=True)
     chosen["metrics_address"] = METRICS_OFF
     return {
         **without_secrets(),

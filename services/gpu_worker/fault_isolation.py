@@ -83,7 +83,7 @@ class FaultIsolation:
             hand.note([place], outcome)
             if place not in hand.open or outcome.declined:
                 continue
-            last_words = "\n".join(self._engine.last_words())
+            last_words = "\n".join(self._engine.log_tail())
             self.note_failure(outcome.failure)
             out_of_memory = self._engine.ran_out_of_memory
             if not self._recover(prompt):
@@ -156,7 +156,7 @@ class FaultIsolation:
             log.error("engine.silent", reason=str(failure))
             self._engine.stop()
         elif failure is not None and not isinstance(failure, WorkerFailure):
-            self._engine.look()
+            self._engine.check()
 
     def start_engine(self, attempts: int) -> bool:
         """Start it, again with growing pauses if need be. False when told to stop meanwhile.

@@ -10,7 +10,7 @@ from math import inf
 from sys import float_info
 
 from services.contexts.caches import EngineCaches
-from services.contexts.fork_server_client import is_imported
+from services.contexts.fork_server_client import has_fork_server
 from services.contexts.plan import EnginePlan
 from services.contexts.records import live_records
 from services.contracts import ContextDemand, ContextSpec, Settings
@@ -291,11 +291,11 @@ class StartupEstimates:
         live = {record.name: record for record in live_records(self._directory)}
         starts = self._caches.recall_all()
         imports = max((start.phases.imports or 0.0 for start in starts.values()), default=0.0)
-        if is_imported(self._directory):
+        if has_fork_server(self._directory):
             imports = 0.0
         slowest = max(
             (
-                start.seconds_again + max(imports, start.phases.fetch or 0.0)
+                start.restart_seconds + max(imports, start.phases.fetch or 0.0)
                 for start in starts.values()
             ),
             default=None,
@@ -307,7 +307,7 @@ class StartupEstimates:
             if record is not None and record.state in ("warm", "asleep"):
                 known[spec.context_id] = 0.0 if record.state == "warm" else _WAKE_SECONDS
             elif past is not None:
-                known[spec.context_id] = past.seconds_again + imports
+                known[spec.context_id] = past.restart_seconds + imports
             elif slowest is not None:
                 known[spec.context_id] = slowest
         return known

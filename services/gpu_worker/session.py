@@ -444,7 +444,7 @@ class ContextSession:
 
     def tell_demand(self) -> None:
         """Let the keeper know what waits: it may have to choose which engine goes."""
-        self._engine.tell_demand(
+        self._engine.send_demand(
             {line.context.context_id: line.claims_ready for line in self._news.contexts}
         )
 
@@ -539,7 +539,7 @@ class ContextSession:
     def _engine_is_well(self) -> bool:
         if self._engine.alive:
             return True
-        log.error("engine.died", reason=self._engine.gone, log=str(self._engine.log_file))
+        log.error("engine.died", reason=self._engine.ended_because, log=str(self._engine.log_file))
         started = self._examination.start_engine(self._settings.engine_start_attempts)
         # Nobody was idle meanwhile, and what the start has cost is not thrown away at once.
         self._ready_at = self._had_work_at = time.monotonic()

@@ -43,11 +43,11 @@ class CompiledPrompt:
         text = preamble + lead
         self._before, self._after = before, after
         self._template = _escaped(text) + template
-        self._whole = frame is not None and not self._frame_cuts_cleanly()
+        self._encode_whole = frame is not None and not self._frame_cuts_cleanly()
         # A frame from a chat template already holds the begin-of-text token, where there is one.
         self._head = tokenizer.encode_trusted(before, begin=frame is None)
         self._tail = tokenizer.encode_trusted(after)
-        if not self._whole:
+        if not self._encode_whole:
             self._encode_constant(text, template)
         (shortest,) = self.encode([_SHORTEST])
         self.least_tokens = len(shortest)
@@ -67,7 +67,7 @@ class CompiledPrompt:
     def encode(self, claims: Sequence[Claim]) -> list[list[int]]:
         """One list of token ids per claim, in order."""
         texts = [self._fill(self._template, claim.text, claim.evidence) for claim in claims]
-        if self._whole:
+        if self._encode_whole:
             return self._tokenizer.encode_between(self._before, texts, self._after)
         return [self._head + middle + self._tail for middle in self._tokenizer.encode_plain(texts)]
 

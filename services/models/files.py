@@ -8,7 +8,7 @@ import structlog
 
 from services.contracts import ContextSpec
 from services.contracts.errors import ModelError, UsageError
-from services.models.fingerprint import Watch, fingerprint, sampled_fingerprint
+from services.models.fingerprint import ProgressCallback, fingerprint, sampled_fingerprint
 
 _ADAPTER_CONFIG = "adapter_config.json"
 MAX_ADAPTER_RANK = 64
@@ -27,7 +27,7 @@ def is_local(model: str) -> bool:
 def pin_model(
     spec: ContextSpec,
     cache_dir: Path | None = None,
-    watch: Watch = lambda done, total: None,
+    on_progress: ProgressCallback = lambda done, total: None,
 ) -> ContextSpec:
     """`spec` with an absolute path or a hub name, and the revision that it stands for now.
 
@@ -37,7 +37,7 @@ def pin_model(
     that is. Raises ModelError, and UsageError for engine arguments that would not be obeyed.
     """
     refuse_adapter_arguments("--engine-argument", spec.engine_arguments)
-    return _pin_adapter(_pin_base(spec, cache_dir, watch), cache_dir, watch)
+    return _pin_adapter(_pin_base(spec, cache_dir, on_progress), cache_dir, on_progress)
 
 
 def refuse_adapter_arguments(where: str, arguments: tuple[str, ...]) -> None:
@@ -53,7 +53,9 @@ def refuse_adapter_arguments(where: str, arguments: tuple[str, ...]) -> None:
             )
 
 
-def _pin_base(spec: ContextSpec, cache_dir: Path | None, watch: Watch) -> ContextSpec:
+def _pin_base(
+    spec: ContextSpec, cache_dir: Path | None, on_progress: ProgressCallback
+) -> ContextSpec:
     if not is_local(spec.model):
         from services.models import hub  # a quarter of a second, which local models need not pay
 
@@ -69,7 +71,7 @@ def _pin_base(spec: ContextSpec, cache_dir: Path | None, watch: Watch) -> Contex
             "HuggingFaceTB/SmolLM2-135M-Instruct is fetched from the hub"
         )
     try:
-        found = _fingerprint(directory, spec.revision, cache_dir, watch)
+        found = _fingerprint(directory, spec.revision, cache_dir, on_progress)
     except OSError as error:
         raise ModelError(
             f"the model at {directory} cannot be read: {error.filename}: {error.strerror}; mend "
@@ -84,11 +86,13 @@ def _pin_base(spec: ContextSpec, cache_dir: Path | None, watch: Watch) -> Contex
     return spec.model_copy(update={"model": str(directory), "revision": found})
 
 
-def _pin_adapter(spec: ContextSpec, cache_dir: Path | None, watch: Watch) -> ContextSpec:
+def _pin_adapter(
+    spec: ContextSpec, cache_dir: Path | None, on_progress: ProgressCallback
+) -> ContextSpec:
     if spec.adapter is None:
         return spec
     if is_local(spec.adapter):
-        pinned = _pin_adapter_directory(spec, spec.adapter, cache_dir, watch)
+        pinned = _pin_adapter_directory(spec, spec.adapter, cache_dir, on_progress)
     else:
         from services.models import hub
 
@@ -99,7 +103,7 @@ def _pin_adapter(spec: ContextSpec, cache_dir: Path | None, watch: Watch) -> Con
 
 
 def _pin_adapter_directory(
-    spec: ContextSpec, adapter: str, cache_dir: Path | None, watch: Watch
+    spec: ContextSpec, adapter: str, cache_dir: Path | None, on_progress: ProgressCallback
 ) -> ContextSpec:
     try:
         directory = Path(adapter).expanduser().resolve()
@@ -112,7 +116,7 @@ def _pin_adapter_directory(
             "from the hub"
         )
     try:
-        found = _fingerprint(directory, spec.adapter_revision, cache_dir, watch)
+        found = _fingerprint(directory, spec.adapter_revision, cache_dir, on_progress)
     except OSError as error:
         raise ModelError(
             f"the adapter at {directory} cannot be read: {error.filename}: {error.strerror}; "
@@ -127,9 +131,11 @@ def _pin_adapter_directory(
     return spec.model_copy(update={"adapter": str(directory), "adapter_revision": found})
 
 
-def _fingerprint(directory: Path, wanted: str | None, cache_dir: Path | None, watch: Watch) -> str:
+def _fingerprint(
+    directory: Path, wanted: str | None, cache_dir: Path | None, on_progress: ProgressCallback
+) -> str:
     """The fingerprint of a directory's files; the one that is wanted where they have that too."""
-    found = fingerprint(directory, cache_dir, watch)
+    found = fingerprint(directory, cache_dir, on_progress)
     if wanted not in (None, found) and wanted == sampled_fingerprint(directory):
         # Of a run that was submitted before whole files were read: it can be completed.
         log.warning("model.pinned_by_a_sample", directory=str(directory), revision=wanted)

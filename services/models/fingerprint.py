@@ -21,25 +21,25 @@ _WHOLE_FILE_BYTES = 4 * 1024 * 1024
 _SAMPLE_BYTES = 1024 * 1024
 _READ_BYTES = 8 * 1024 * 1024
 _READERS = 4
-_WATCH_SECONDS = 0.5
+_PROGRESS_SECONDS = 0.5
 # A file that changed so lately may change again within the resolution of its times.
 _SETTLED_SECONDS = 3.0
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
-Watch = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 """Called several times a second with the bytes read and the bytes to read. What it raises ends the
 reading.
 """
 
 
-def fingerprint(directory: Path, cache_dir: Path | None, watch: Watch) -> str:
+def fingerprint(directory: Path, cache_dir: Path | None, on_progress: ProgressCallback) -> str:
     """Names, sizes and contents of a directory's files; hidden ones do not count. Raises OSError.
 
     Digests of files over 4 MiB are kept in `cache_dir`, where one is named.
     """
     files = _files(directory)
     large = [path for path in files if files[path] > _WHOLE_FILE_BYTES]
-    digests = _digests(large, cache_dir, watch)
+    digests = _digests(large, cache_dir, on_progress)
     return _combined(directory, files, lambda path: [bytes.fromhex(digests[path])])
 
 
@@ -80,7 +80,9 @@ def _combined(
     return f"files-{combined.hexdigest()}"
 
 
-def _digests(files: list[Path], cache_dir: Path | None, watch: Watch) -> dict[Path, str]:
+def _digests(
+    files: list[Path], cache_dir: Path | None, on_progress: ProgressCallback
+) -> dict[Path, str]:
     """The BLAKE2b digest of each file."""
     kept = _kept(cache_dir) if files else None
     recalled = {path: _recall(kept, path) for path in files}
@@ -108,8 +110,8 @@ def _digests(files: list[Path], cache_dir: Path | None, watch: Watch) -> dict[Pa
     with ThreadPoolExecutor(_READERS, thread_name_prefix="weights") as pool:
         futures = {path: pool.submit(digest, path) for path in unknown}
         try:
-            while wait(futures.values(), timeout=_WATCH_SECONDS).not_done:
-                watch(sum(read.values()), total)
+            while wait(futures.values(), timeout=_PROGRESS_SECONDS).not_done:
+                on_progress(sum(read.values()), total)
         finally:
             stop.set()
     return known | {path: future.result() for path, future in futures.items()}

@@ -34,7 +34,7 @@ from services.contracts.errors import ModelError
 
 # A hub that says nothing is given up after seconds; this is for transfers that stand still.
 _STALLED_SECONDS = 600.0
-_LOOK_SECONDS = 1.0
+_PROGRESS_CHECK_SECONDS = 1.0
 # What an engine reads; other formats of the same weights would be fetched in vain.
 _WEIGHTS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
@@ -168,7 +168,7 @@ def _end_if_stalled(spec: ContextSpec) -> None:
     files = Path(constants.HF_HUB_CACHE) / f"models--{spec.model.replace('/', '--')}" / "blobs"
     size, since = -1, awake()
     while awake() - since < _STALLED_SECONDS:
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_PROGRESS_CHECK_SECONDS)
         now = _size(files)
         if now != size:
             size, since = now, awake()

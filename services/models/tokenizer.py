@@ -19,7 +19,7 @@ from services.models.files import model_file
 
 _SENTENCEPIECE_SPACE = "\u2581"
 _CONTENT = "KEEPWARM CONTENT GOES HERE"
-_GIVEN = {
+_STANDARD_VARIABLES = {
     *("messages", "add_generation_prompt", "bos_token", "eos_token"),
     *("raise_exception", "strftime_now", "tools", "documents"),
 }
@@ -111,8 +111,8 @@ class ModelTokenizer:
         """What stands for all that the model does not know: by name, or by place."""
         if not isinstance(self._tokenizer.model, models.Unigram):
             return getattr(self._tokenizer.model, "unk_token", None)
-        place = _Definition.model_validate_json(definition).model.unk_id
-        return None if place is None else self._tokenizer.id_to_token(place)
+        index = _Definition.model_validate_json(definition).model.unk_id
+        return None if index is None else self._tokenizer.id_to_token(index)
 
     def encode_trusted(self, text: str, *, begin: bool = False) -> list[int]:
         """Our own text; special tokens act. `begin` adds what the model wants at a text's start."""
@@ -230,7 +230,7 @@ class ModelTokenizer:
         """What the template asks for and does not set, without what every template is given."""
         assert self._chat_template is not None
         asked = meta.find_undeclared_variables(_environment().parse(self._chat_template))
-        return asked - _GIVEN
+        return asked - _STANDARD_VARIABLES
 
     def _render(
         self,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from services.contracts.heartbeats import JOB_ID
 
-_MOST_AD_BYTES = 1024 * 1024
+_MAX_AD_BYTES = 1024 * 1024
 
 
 def job_id(environment: Mapping[str, str] = os.environ) -> str | None:
@@ -30,7 +30,7 @@ def job_id(environment: Mapping[str, str] = os.environ) -> str | None:
 def _condor_job(advertisement: Path) -> str:
     try:
         with advertisement.open("rb") as file:
-            text = file.read(_MOST_AD_BYTES).decode(errors="replace")
+            text = file.read(_MAX_AD_BYTES).decode(errors="replace")
     except OSError:
         return ""
     numbers = [

@@ -62,7 +62,7 @@ def visible_gpus() -> list[str]:
         if names:
             with suppress(pynvml.NVMLError):  # whoever uses one is told
                 gpus, instances = _uuids()
-        return [_whole_name(name, gpus, instances) for name in names]
+        return [_full_uuid(name, gpus, instances) for name in names]
     try:
         return _uuids()[0]
     except pynvml.NVMLError as error:
@@ -92,7 +92,7 @@ def _instances(gpu: Any) -> Iterator[str]:
             yield str(pynvml.nvmlDeviceGetUUID(instance))
 
 
-def _whole_name(name: str, gpus: list[str], instances: list[str]) -> str:
+def _full_uuid(name: str, gpus: list[str], instances: list[str]) -> str:
     """The UUID of this index, or that begins so; the name itself where none does, or several do."""
     if name.isdecimal():
         return gpus[int(name)] if int(name) < len(gpus) else name

@@ -13,12 +13,12 @@ from services.contracts.errors import UsageError
 
 _TAIL_BYTES = 64 * 1024
 # The directory may be in memory. A log that grows over the first is cut down to the second.
-MOST_LOG_BYTES, _KEPT_LOG_BYTES = 16 * 1024 * 1024, 1024 * 1024
-_MOST_OLD_LOGS = 32
+MAX_LOG_BYTES, _KEPT_LOG_BYTES = 16 * 1024 * 1024, 1024 * 1024
+_MAX_OLD_LOGS = 32
 _SHOWN_LOG_LINES = 25
 _ENGINE_LOG = re.compile(r"ctx-[0-9a-f]+-[0-9a-f]+\.log")
 # sockaddr_un holds 108 bytes, with the NUL at the end.
-_LONGEST_SOCKET_PATH = 107
+_MAX_SOCKET_PATH_BYTES = 107
 
 
 def open_runtime_dir(directory: Path) -> Path:
@@ -79,12 +79,12 @@ def bound_logs(directory: Path, in_use: Collection[str]) -> None:
         if path.stem not in in_use:
             with contextlib.suppress(FileNotFoundError):
                 old.append((path.lstat().st_mtime, path))
-    for _, path in sorted(old, reverse=True)[_MOST_OLD_LOGS:]:
+    for _, path in sorted(old, reverse=True)[_MAX_OLD_LOGS:]:
         path.unlink(missing_ok=True)
     for path in directory.glob("*.log"):
         with contextlib.suppress(OSError):
             status = path.lstat()
-            if stat.S_ISREG(status.st_mode) and status.st_size > MOST_LOG_BYTES:
+            if stat.S_ISREG(status.st_mode) and status.st_size > MAX_LOG_BYTES:
                 _cut(path)
 
 
@@ -131,7 +131,7 @@ def take_lock(path: Path) -> int | None:
             if not locks.take(lock, path, "KEEPWARM_RUNTIME_DIR"):
                 os.close(lock)
                 return None
-            if is_still_at(os.fstat(lock), path):
+            if is_same_file(os.fstat(lock), path):
                 return lock
         except UsageError:
             os.close(lock)
@@ -139,7 +139,7 @@ def take_lock(path: Path) -> int | None:
         os.close(lock)  # removed between the two steps: there is, or will be, another file
 
 
-def is_still_at(status: os.stat_result, path: Path) -> bool:
+def is_same_file(status: os.stat_result, path: Path) -> bool:
     """Whether a file is the one that others find at `path`."""
     try:
         return os.path.samestat(status, path.lstat())
@@ -160,9 +160,9 @@ def keeper_socket(directory: Path) -> Path:
 def socket_path(directory: Path, name: str) -> Path:
     """A path for a unix socket. Raises UsageError when it is longer than one may be."""
     path = directory / f"{name}.sock"
-    if len(os.fsencode(path)) > _LONGEST_SOCKET_PATH:
+    if len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:
         raise UsageError(
-            f"KEEPWARM_RUNTIME_DIR: {path} is longer than the {_LONGEST_SOCKET_PATH} bytes that a "
+            f"KEEPWARM_RUNTIME_DIR: {path} is longer than the {_MAX_SOCKET_PATH_BYTES} bytes that a "
             "unix socket's path may have; name a shorter directory"
         )
     return path

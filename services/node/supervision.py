@@ -86,8 +86,8 @@ class SupervisedProcess:
     def command(self) -> psutil.Process | None:
         """The process that is held, while it lives."""
         with contextlib.suppress(psutil.NoSuchProcess, IndexError):
-            holder = psutil.Process(self._process.pid).children()[0]
-            return holder.children()[0]
+            supervisor = psutil.Process(self._process.pid).children()[0]
+            return supervisor.children()[0]
         return None
 
     def exit_code(self) -> int | None:
@@ -174,22 +174,22 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, number)
 
 
-def _guard(holder: int) -> int:
+def _guard(supervisor: int) -> int:
     """Wait for the holder, pass signals on to it, and end what it could not end."""
     for number in _STOP_SIGNALS:
-        signal.signal(number, lambda received, _: os.kill(holder, received))
+        signal.signal(number, lambda received, _: os.kill(supervisor, received))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
     # Not reaped yet: until signals are ignored, the holder's number is nobody else's.
-    os.waitid(os.P_PID, holder, os.WEXITED | os.WNOWAIT)
+    os.waitid(os.P_PID, supervisor, os.WEXITED | os.WNOWAIT)
     _ignore_stop_signals()
-    _, status = os.waitpid(holder, 0)
+    _, status = os.waitpid(supervisor, 0)
     # Killed, it left its orphans to the next subreaper: that is us.
     _kill_all(psutil.Process())
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
 
 
-class Held(Protocol):
+class ChildProcess(Protocol):
     """A child process; `subprocess.Popen` is one."""
 
     pid: int
@@ -199,7 +199,7 @@ class Held(Protocol):
     def kill(self) -> None: ...
 
 
-def supervise(start: Callable[[], Held], owner: int, grace_seconds: float) -> int:
+def supervise(start: Callable[[], ChildProcess], owner: int, grace_seconds: float) -> int:
     """Hold what `start` starts until it ends, or until `owner`, a descriptor, becomes readable:
     then it has SIGTERM, so many seconds, and SIGKILL. Its exit code; 128 + N after signal N.
 
@@ -210,9 +210,9 @@ def supervise(start: Callable[[], Held], owner: int, grace_seconds: float) -> in
     # A signal that comes before its handler is there would end the guard, and it would seem that
     # all is over while the holder is still at it.
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    holder = os.fork()
-    if holder:
-        return _guard(holder)
+    supervisor = os.fork()
+    if supervisor:
+        return _guard(supervisor)
     adopt_orphans()
     die_with_parent(signal.SIGTERM)
     stop_signals: list[int] = [] if os.getppid() == guard else [signal.SIGTERM]
@@ -266,7 +266,7 @@ def main() -> int:
     for number in _WARNINGS:
         signal.signal(number, signal.SIG_IGN)
 
-    def start() -> Held:
+    def start() -> ChildProcess:
         return subprocess.Popen(
             arguments.command,
             stdin=subprocess.DEVNULL,

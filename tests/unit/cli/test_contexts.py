@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from services.contexts.records import ContextRecord, OwnRecord
+from services.contexts.records import ContextRecord, RecordFile
 from services.contracts import ContextSpec, Settings, load_settings
 from services.node.runtime_dir import open_runtime_dir
 
@@ -26,7 +26,7 @@ def warm(directory: Path) -> Iterator[None]:
     for name, model in CONTEXTS.items():
         log = directory / f"{name}.log"
         log.write_text(f"the log of {name}\n")
-        own = OwnRecord(directory, name)
+        own = RecordFile(directory, name)
         own.write(
             ContextRecord(
                 name=name,

@@ -97,7 +97,7 @@ def test_a_broker_is_borrowed_and_given_back(serve: Serve, settings: Settings) -
     recorder = Recorder()
     serve(recorder)
     borrowed = borrow_broker(settings)
-    assert borrowed is not None and not borrowed.gone
+    assert borrowed is not None and not borrowed.ended
     assert (borrowed.url, borrowed.password) == (Node().url, Node().password)
     wait_for(recorder, "looked after")
     borrowed.give_back("claims.ctx-1")

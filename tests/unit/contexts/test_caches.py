@@ -150,7 +150,7 @@ def test_bringing_an_engine_back_takes_neither_its_imports_nor_its_fetch(
     imports: float | None, fetch: float | None, seconds: float
 ) -> None:
     phases = StartupPhases(imports=imports, fetch=fetch, total=400.0)
-    assert PastStart(phases=phases, memory_bytes=1).seconds_again == seconds
+    assert PastStart(phases=phases, memory_bytes=1).restart_seconds == seconds
 
 
 @pytest.mark.parametrize("nonsense", [b"", b"{", b"\xff\xfe", b'{"memory_bytes": "much"}', b"[]"])

@@ -16,7 +16,7 @@ import pytest
 
 from services.contexts.engine import Engine, start_error
 from services.contexts.engine_client import CompletionClient
-from services.contexts.engine_command import ENGINE_MODULE, template_environment
+from services.contexts.engine_command import ENGINE_MODULE, fork_server_environment
 from services.contexts.fork_server_client import ForkServer
 from services.contexts.plan import EnginePlan
 from services.contracts import ContextSpec, load_settings
@@ -40,7 +40,7 @@ class Forge:
         self._directory = directory
         self._context = context
         self._made: list[Engine] = []
-        self.template: ForkServer | None = None
+        self.fork_server: ForkServer | None = None
 
     def engine(self) -> Engine:
         self._made.append(Engine(self.plan(), self._directory))
@@ -57,30 +57,30 @@ class Forge:
         stop: threading.Event = NEVER,
         seconds: float = GENEROUS_SECONDS,
         loading: Callable[[str], None] = lambda _: None,
-        begun: float | None = None,
+        started_at: float | None = None,
     ) -> StartupPhases | None:
-        begun = time.monotonic() if begun is None else begun
+        started_at = time.monotonic() if started_at is None else started_at
         return engine.start(
-            self.template_of(engine), self._directory / "cache", stop, seconds, loading, begun
+            self.template_of(engine), self._directory / "cache", stop, seconds, loading, started_at
         )
 
     def template_of(self, engine: Engine) -> ForkServer:
-        if self.template is None:
-            self.template = ForkServer(
+        if self.fork_server is None:
+            self.fork_server = ForkServer(
                 engine.plan.python,
                 ENGINE_MODULE,
-                template_environment(engine.plan),
+                fork_server_environment(engine.plan),
                 self._directory,
                 "template",
                 grace_seconds=5,
             )
-        return self.template
+        return self.fork_server
 
     def close(self) -> None:
         for engine in self._made:
             engine.stop()
-        if self.template is not None:
-            self.template.stop()
+        if self.fork_server is not None:
+            self.fork_server.stop()
 
 
 @pytest.fixture
@@ -153,20 +153,20 @@ def test_the_imports_are_paid_once_for_all_engines_of_a_template(forge: Forge) -
 
 def test_the_imports_take_what_they_took_whenever_somebody_looks(forge: Forge) -> None:
     engine = forge.engine()
-    template = forge.template_of(engine)
-    begun = time.monotonic()
-    template.ready(NEVER, GENEROUS_SECONDS)
-    took = time.monotonic() - begun
+    fork_server = forge.template_of(engine)
+    started_at = time.monotonic()
+    fork_server.ready(NEVER, GENEROUS_SECONDS)
+    took = time.monotonic() - started_at
     time.sleep(1)  # weights are fetched, say
-    fetched = forge.start(engine, begun=begun)
+    fetched = forge.start(engine, started_at=started_at)
     assert fetched is not None and fetched.imports and fetched.total
     assert fetched.imports <= took + 0.001 and fetched.total >= took + 1
 
 
 def test_a_start_has_no_part_in_imports_that_were_done_before_it(forge: Forge) -> None:
     engine = forge.engine()
-    template = forge.template_of(engine)  # for a start that was given up
-    template.ready(NEVER, GENEROUS_SECONDS)
+    fork_server = forge.template_of(engine)  # for a start that was given up
+    fork_server.ready(NEVER, GENEROUS_SECONDS)
     later = forge.start(engine)
     assert later is not None and later.imports == 0
 
@@ -178,13 +178,13 @@ def test_an_engine_that_was_stopped_leaves_no_process_and_no_socket(
     forge.start(running)
     assert running.pid is not None
     process = psutil.Process(running.pid)
-    holder, guard, template = process.parents()[:3]
+    holder, guard, fork_server = process.parents()[:3]
     running.stop()
     assert not running.alive and running.exit_code() is not None
     assert not process.is_running()
     psutil.wait_procs([holder, guard], timeout=GENEROUS_SECONDS)
     assert not holder.is_running() and not guard.is_running()
-    assert template.is_running()  # for the next engine
+    assert fork_server.is_running()  # for the next engine
     assert not running.socket.exists()
 
 
@@ -207,7 +207,7 @@ def test_whichever_process_of_an_engine_is_killed_the_others_go_as_well(
 def test_engines_end_when_their_keeper_closes_their_connections_by_dying(forge: Forge) -> None:
     running = forge.engine()
     forge.start(running)
-    assert running.pid is not None and forge.template is not None
+    assert running.pid is not None and forge.fork_server is not None
     engine = psutil.Process(running.pid)
     # What the kernel does when the keeper dies.
     running._process._connection.shutdown(socket.SHUT_RDWR)  # type: ignore[union-attr]

@@ -8,7 +8,7 @@ from services.contexts.engine_command import (
     cores_of,
     engine_arguments,
     engine_environment,
-    template_environment,
+    fork_server_environment,
 )
 from services.contexts.plan import EnginePlan
 from services.contracts import ContextSpec, load_settings
@@ -36,7 +36,7 @@ def command(spec: ContextSpec = SPEC, device: Device = CPU, **settings: object) 
 def environment_of(spec: ContextSpec = SPEC, device: Device = CPU) -> dict[str, str]:
     """All that the engine has in the end."""
     wanted = plan(spec, device)
-    return {**template_environment(wanted), **engine_environment(wanted, CACHE)}
+    return {**fork_server_environment(wanted), **engine_environment(wanted, CACHE)}
 
 
 def value_of(arguments: list[str], flag: str) -> str | None:
@@ -330,7 +330,7 @@ def test_a_keepers_own_variables_for_engines_do_not_reach_those_of_others(
 ) -> None:
     wanted = plan()  # by a worker without it
     monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "TRITON_ATTN")  # the keeper was started with it
-    assert "VLLM_ATTENTION_BACKEND" not in template_environment(wanted)
+    assert "VLLM_ATTENTION_BACKEND" not in fork_server_environment(wanted)
 
 
 def test_an_engine_on_processors_needs_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

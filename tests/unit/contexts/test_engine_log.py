@@ -7,9 +7,9 @@ import pytest
 from services.contexts.engine_log import (
     Ending,
     explanation,
+    mentions_memory,
     oom_kills,
     root_cause,
-    tells_of_memory,
 )
 
 CORE = "(EngineCore pid=812) ERROR 11-29 20:20:05 [core.py:1142] "
@@ -252,4 +252,4 @@ def test_an_explanation_tells_of_memory_where_that_ran_out(
 ) -> None:
     file = tmp_path / "engine.log"
     file.write_text(log)
-    assert tells_of_memory(f"it ended. {explanation(file, ending, 'Tesla T4')}") is memory
+    assert mentions_memory(f"it ended. {explanation(file, ending, 'Tesla T4')}") is memory

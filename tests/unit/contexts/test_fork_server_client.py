@@ -13,7 +13,7 @@ from services.contexts.fork_server_client import EngineProcess
 def test_an_engine_whose_leash_says_nothing_is_killed_once_and_for_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fork_server_client, "_LEASH_SECONDS", 0.1)
+    monkeypatch.setattr(fork_server_client, "_SUPERVISOR_SECONDS", 0.1)
     ours, leash = socket.socketpair()
     sleeping = [sys.executable, "-c", "import time; time.sleep(600)"]
     with leash, subprocess.Popen(sleeping, start_new_session=True) as engine:

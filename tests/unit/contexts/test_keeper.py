@@ -16,11 +16,11 @@ import pytest
 from services.contexts import start_keeper
 from services.contexts.caches import EngineCaches
 from services.contexts.engine import Engine
-from services.contexts.fork_server_client import is_imported
+from services.contexts.fork_server_client import has_fork_server
 from services.contexts.keeper import Keeper
 from services.contexts.keeper_server import KeeperServer
 from services.contexts.managed_engine import ManagedEngine
-from services.contexts.metrics import WRONG
+from services.contexts.metrics import WRONG_ENGINES
 from services.contexts.plan import EnginePlan
 from services.contexts.protocol import Attach, Demand, Drain, KeeperChannel, KeeperReply
 from services.contexts.records import ContextRecord, State, live_records
@@ -56,8 +56,8 @@ class Node:
         """Engines in these states take the whole of the node's memory."""
 
     def free_bytes(self, _: Device) -> int:
-        slots = self.keeper._slots.values()
-        taken = any(not s.finished and s.record.state in self.holds for s in slots)
+        engines = self.keeper._engines.values()
+        taken = any(not s.finished and s.record.state in self.holds for s in engines)
         return 0 if taken else ALL_BYTES
 
     def plan(self, context: str) -> EnginePlan:
@@ -66,28 +66,31 @@ class Node:
         return EnginePlan.of(spec, device, load_settings())
 
     def attach(self, context: str) -> ManagedEngine:
-        slot, _ = self.keeper.attach(self.plan(context))
-        return slot
+        managed, _ = self.keeper.attach(self.plan(context))
+        return managed
 
     def warm(self, context: str) -> ManagedEngine:
         """With a lease on it."""
-        slot = self.attach(context)
-        self.comes(slot, "warm")
-        return slot
+        managed = self.attach(context)
+        self.comes(managed, "warm")
+        return managed
 
     def idle(self, context: str) -> ManagedEngine:
-        slot = self.warm(context)
-        slot.detach()
-        return slot
+        managed = self.warm(context)
+        managed.detach()
+        return managed
 
-    def comes(self, slot: ManagedEngine, state: State) -> None:
-        wait_until(lambda: slot.record.state == state or slot.gone, f"{state}: {slot.record}")
-        assert slot.gone is None, slot.gone
+    def comes(self, managed: ManagedEngine, state: State) -> None:
+        wait_until(
+            lambda: managed.record.state == state or managed.ended_because,
+            f"{state}: {managed.record}",
+        )
+        assert managed.ended_because is None, managed.ended_because
 
-    def goes(self, slot: ManagedEngine) -> str:
-        slot.join(GENEROUS_SECONDS)
-        assert slot.gone is not None
-        return slot.gone
+    def goes(self, managed: ManagedEngine) -> str:
+        managed.join(GENEROUS_SECONDS)
+        assert managed.ended_because is not None
+        return managed.ended_because
 
     def records(self) -> list[ContextRecord]:
         return live_records(self.keeper.directory)
@@ -117,9 +120,9 @@ def start(
 
     yield start
     for node in nodes:
-        for slot in node.keeper._slots.values():
-            slot.stop("the test is over")
-            slot.join(GENEROUS_SECONDS)
+        for managed in node.keeper._engines.values():
+            managed.stop("the test is over")
+            managed.join(GENEROUS_SECONDS)
         node.keeper.close()
     gc.collect()  # here, and not in the midst of another file's tests
 
@@ -134,9 +137,9 @@ def journal(directory: Path) -> list[str]:
     return (directory / "journal").read_text().split()
 
 
-def process_of(slot: ManagedEngine) -> psutil.Process:
-    assert slot.record.pid is not None
-    return psutil.Process(slot.record.pid)
+def process_of(managed: ManagedEngine) -> psutil.Process:
+    assert managed.record.pid is not None
+    return psutil.Process(managed.record.pid)
 
 
 # One engine for all who want it.
@@ -154,17 +157,22 @@ def lease(node: Node, plan: EnginePlan) -> tuple[ManagedEngine, KeeperReply]:
     """What a worker that attaches with this plan hears in the end."""
     ours, theirs = map(KeeperChannel, socket.socketpair())
     server = KeeperServer(node.keeper, for_ever=True)
-    holding = threading.Thread(target=server._obey, args=(theirs,))
+    holding = threading.Thread(target=server._handle_request, args=(theirs,))
     holding.start()
     ours.send(Attach(plan=plan))
-    word = ours.word(GENEROUS_SECONDS)
-    while word is not None and word.gone is None and word.record and word.record.state != "warm":
-        word = ours.word(GENEROUS_SECONDS)
+    reply = ours.reply(GENEROUS_SECONDS)
+    while (
+        reply is not None
+        and reply.ended_because is None
+        and reply.record
+        and reply.record.state != "warm"
+    ):
+        reply = ours.reply(GENEROUS_SECONDS)
     ours.close()
     holding.join(GENEROUS_SECONDS)
     theirs.close()
-    assert word is not None
-    return node.keeper._slots[plan.name], word
+    assert reply is not None
+    return node.keeper._engines[plan.name], reply
 
 
 def test_adapters_of_one_model_share_an_engine_that_is_not_the_models_own(
@@ -175,16 +183,16 @@ def test_adapters_of_one_model_share_an_engine_that_is_not_the_models_own(
     plans = [adapter_plan(node, tmp_path, name) for name in ("one", "other", "one")]
     for plan in plans:
         Path(plan.spec.adapter or "", "adapter_model.safetensors").touch()
-    slots = [lease(node, plan)[0] for plan in plans]
-    assert slots[0] is slots[1] is slots[2]
-    assert node.warm("a") is not slots[0]
-    (record,) = (r for r in node.records() if r.name == slots[0].plan.name)
+    engines = [lease(node, plan)[0] for plan in plans]
+    assert engines[0] is engines[1] is engines[2]
+    assert node.warm("a") is not engines[0]
+    (record,) = (r for r in node.records() if r.name == engines[0].plan.name)
     assert record.adapters == tuple(str(tmp_path / name) for name in ("one", "other"))
     assert record.context == node.plan("a").spec
     assert journal(tmp_path) == ["adapter:one", "adapter:other"]  # each loaded once
-    node.keeper.hear_demand({plan.spec.context_id: 3 for plan in plans})
-    assert slots[0].record.demand == 6
-    assert node.keeper.evict((plans[1].spec.context_id,)) == (slots[0].plan.name,)
+    node.keeper.update_demand({plan.spec.context_id: 3 for plan in plans})
+    assert engines[0].record.demand == 6
+    assert node.keeper.evict((plans[1].spec.context_id,)) == (engines[0].plan.name,)
 
 
 def test_an_adapter_that_the_engine_does_not_take_is_told_and_its_engine_stays(
@@ -192,10 +200,13 @@ def test_an_adapter_that_the_engine_does_not_take_is_told_and_its_engine_stays(
 ) -> None:
     node = start()
     plan = adapter_plan(node, tmp_path, "empty")
-    slot, word = lease(node, plan)
-    assert f"the adapter {plan.spec.adapter} cannot be used with {plan.spec.model}" in word.gone
-    assert "No adapter found" in word.gone
-    assert slot.record.state == "warm"
+    managed, reply = lease(node, plan)
+    assert (
+        f"the adapter {plan.spec.adapter} cannot be used with {plan.spec.model}"
+        in reply.ended_because
+    )
+    assert "No adapter found" in reply.ended_because
+    assert managed.record.state == "warm"
 
 
 def test_a_second_keeper_of_the_same_directory_is_refused(start: Callable[..., Node]) -> None:
@@ -221,11 +232,11 @@ def test_equal_plans_have_one_engine_and_it_stays_when_all_let_go(
 
 def test_a_start_that_nobody_waits_for_any_more_is_given_up(start: Callable[..., Node]) -> None:
     node = start(VLLM_TEST_START_SECONDS="600")
-    slot = node.attach("a")
-    node.comes(slot, "starting")
-    slot.detach()
-    assert not slot.attach()  # from the very moment on
-    assert node.goes(slot) == "nobody waits for it any more"
+    managed = node.attach("a")
+    node.comes(managed, "starting")
+    managed.detach()
+    assert not managed.attach()  # from the very moment on
+    assert node.goes(managed) == "nobody waits for it any more"
     assert node.records() == []
 
 
@@ -233,11 +244,11 @@ def test_a_broken_off_start_leaves_its_cache_marked_as_half_written(
     start: Callable[..., Node], tmp_path: Path
 ) -> None:
     node = start(VLLM_TEST_START_SECONDS="600")
-    slot = node.attach("a")
-    wait_until(lambda: slot.record.says, "a word of the engine's")
-    slot.stop("the test wants it")
-    assert node.goes(slot) == "the test wants it"
-    assert (tmp_path / "cache" / slot.plan.name / "unfinished").exists()
+    managed = node.attach("a")
+    wait_until(lambda: managed.record.progress, "a word of the engine's")
+    managed.stop("the test wants it")
+    assert node.goes(managed) == "the test wants it"
+    assert (tmp_path / "cache" / managed.plan.name / "unfinished").exists()
 
 
 def test_a_full_disk_ends_no_engine_and_pins_none(
@@ -249,24 +260,24 @@ def test_a_full_disk_ends_no_engine_and_pins_none(
     node = start(KEEPWARM_CONTEXT_IDLE_SECONDS="0.5")
     with monkeypatch.context() as disk:
         disk.setattr(Path, "replace", full)  # of records, and of what is remembered of the start
-        slot = node.warm("a")
-        node.keeper.hear_demand({slot.plan.spec.context_id: 7})
-        assert (slot.record.attached, slot.record.demand) == (1, 7)
+        managed = node.warm("a")
+        node.keeper.update_demand({managed.plan.spec.context_id: 7})
+        assert (managed.record.attached, managed.record.demand) == (1, 7)
         assert node.records() == []
-    slot.hear_demand(8)
+    managed.update_demand(8)
     assert [record.demand for record in node.records()] == [8]
-    slot.detach()
-    assert node.goes(slot) == "no worker used it for 0.5 s"
+    managed.detach()
+    assert node.goes(managed) == "no worker used it for 0.5 s"
 
 
 def test_an_engine_that_dies_is_said_to_and_the_next_one_is_new(
     start: Callable[..., Node],
 ) -> None:
     node = start()
-    slot = node.warm("a")
-    process_of(slot).kill()
-    assert node.goes(slot).startswith("it ended (exit code -9). It was killed (SIGKILL)")
-    assert node.warm("a") is not slot
+    managed = node.warm("a")
+    process_of(managed).kill()
+    assert node.goes(managed).startswith("it ended (exit code -9). It was killed (SIGKILL)")
+    assert node.warm("a") is not managed
 
 
 def test_one_that_does_not_start_says_why_with_its_log(start: Callable[..., Node]) -> None:
@@ -282,10 +293,10 @@ def test_an_engine_that_could_not_be_measured_counts_as_what_it_needs_and_that_i
     node = start()
     monkeypatch.setattr(Engine, "memory_bytes", lambda _: None)
     monkeypatch.setattr("services.contexts.managed_engine.needed_bytes", lambda *_: 7)
-    slot = node.idle("a")
-    candidate = slot.candidate()
+    managed = node.idle("a")
+    candidate = managed.candidate()
     assert candidate is not None and candidate.memory_bytes == 7
-    past = node.keeper.caches.recall(slot.plan.name)
+    past = node.keeper.caches.recall(managed.plan.name)
     assert past is not None and past.memory_bytes is None and past.phases.total
 
 
@@ -312,12 +323,12 @@ def test_old_caches_make_way_after_a_start_and_old_logs_are_bounded(
         (tmp_path / "run").mkdir(exist_ok=True)
         (tmp_path / "run" / f"ctx-{number:02x}-11.log").touch()
     node = start(KEEPWARM_CACHE_GIB="0.000005")  # some 5,000 bytes
-    slot = node.warm("a")
+    managed = node.warm("a")
     wait_until(lambda: not old.exists(), "room for its cache")
-    assert node.keeper.caches.recall(slot.plan.name) is not None
+    assert node.keeper.caches.recall(managed.plan.name) is not None
     node.keeper.tidy()
     logs = list((tmp_path / "run").glob("ctx-*.log"))
-    assert len(logs) == 33 and tmp_path / "run" / f"{slot.plan.name}.log" in logs
+    assert len(logs) == 33 and tmp_path / "run" / f"{managed.plan.name}.log" in logs
 
 
 # Room.
@@ -340,10 +351,10 @@ def test_one_in_use_stays_and_who_waits_for_its_room_says_so_and_goes_on_when_it
     used = node.warm("a")
     process = process_of(used)
     waiting = node.attach("b")
-    wait_until(lambda: waiting.record.says, "a word of what it waits for")
+    wait_until(lambda: waiting.record.progress, "a word of what it waits for")
     shown = {record.name: record for record in node.records()}[waiting.plan.name]
     assert shown.state == "waiting"
-    assert shown.says == "waiting for memory that engines in use hold"
+    assert shown.progress == "waiting for memory that engines in use hold"
     assert process.is_running() and used.record.state == "warm"
     used.detach()
     node.comes(waiting, "warm")
@@ -367,7 +378,7 @@ def test_who_waits_for_room_and_is_let_go_starts_nothing(
     node = start()
     used = node.warm("a")
     waiting = node.attach("b")
-    wait_until(lambda: waiting.record.says, "that it waits")
+    wait_until(lambda: waiting.record.progress, "that it waits")
     waiting.detach()
     assert node.goes(waiting) == "nobody waits for it any more"
     assert not (tmp_path / "cache" / waiting.plan.name).exists()
@@ -393,7 +404,7 @@ def test_one_that_has_started_and_is_being_measured_holds_memory_already(
     first = node.attach("a")
     node.comes(first, "starting")  # it has its turn
     second = node.attach("b")
-    wait_until(lambda: second.record.says, "a word of what it waits for")
+    wait_until(lambda: second.record.progress, "a word of what it waits for")
     assert (first.record.state, second.record.state) == ("starting", "waiting")
     measured.set()
     node.comes(first, "warm")
@@ -431,14 +442,14 @@ def test_the_context_that_claims_wait_for_stays_and_the_other_goes(
     with monkeypatch.context() as roomy:
         roomy.setattr("services.contexts.keeper.free_bytes", lambda _: ALL_BYTES)
         engines = {name: node.idle(name) for name in ("a", "b")}
-    for slot in engines.values():
-        slot._start_seconds = 20.0  # equally dear but for the demand
-    node.keeper.hear_demand({node.plan(wanted).spec.context_id: 5})
+    for managed in engines.values():
+        managed._start_seconds = 20.0  # equally dear but for the demand
+    node.keeper.update_demand({node.plan(wanted).spec.context_id: 5})
     assert engines[wanted].record.demand == 5
     # The third has room once one of the two has gone.
     monkeypatch.setattr(
         "services.contexts.keeper.free_bytes",
-        lambda _: ALL_BYTES - (not any(slot.finished for slot in engines.values())),
+        lambda _: ALL_BYTES - (not any(managed.finished for managed in engines.values())),
     )
     third = node.warm("c")
     (other,) = {"a", "b"} - {wanted}
@@ -448,9 +459,9 @@ def test_the_context_that_claims_wait_for_stays_and_the_other_goes(
 
 def test_demand_is_known_to_engines_that_come_after_it(start: Callable[..., Node]) -> None:
     node = start()
-    node.keeper.hear_demand({node.plan("a").spec.context_id: 3})
+    node.keeper.update_demand({node.plan("a").spec.context_id: 3})
     assert node.attach("a").record.demand == 3
-    node.keeper.hear_demand({})
+    node.keeper.update_demand({})
     assert node.attach("a").record.demand == 0
 
 
@@ -462,7 +473,7 @@ def test_an_engine_that_nobody_uses_for_long_is_stopped(start: Callable[..., Nod
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines that nobody uses are asked all the time how they are."""
-    monkeypatch.setattr("services.contexts.managed_engine._EVERY_SECONDS", 0.0)
+    monkeypatch.setattr("services.contexts.managed_engine._HANG_CHECK_SECONDS", 0.0)
 
 
 @pytest.mark.usefixtures("hasty")
@@ -472,22 +483,22 @@ def test_an_engine_that_hangs_unused_is_ended_and_the_next_one_is_new(
     node = start()
     with monkeypatch.context() as silent:
         silent.setattr(Engine, "answers", lambda _: False)
-        slot = node.warm("a")
-        process = process_of(slot)
+        managed = node.warm("a")
+        process = process_of(managed)
         time.sleep(1)
-        assert slot.record.state == "warm"  # its worker has a time-out of its own
-        slot.detach()
-        assert node.goes(slot) == "it hangs: it does not answer any more"
+        assert managed.record.state == "warm"  # its worker has a time-out of its own
+        managed.detach()
+        assert node.goes(managed) == "it hangs: it does not answer any more"
     assert not process.is_running()
-    assert node.warm("a") is not slot
+    assert node.warm("a") is not managed
 
 
 @pytest.mark.usefixtures("hasty")
 def test_an_engine_that_answers_stays(start: Callable[..., Node]) -> None:
-    slot = start().idle("a")
-    assert slot._engine.answers()
+    managed = start().idle("a")
+    assert managed._engine.answers()
     time.sleep(1)
-    assert slot.record.state == "warm"
+    assert managed.record.state == "warm"
 
 
 def test_imports_that_need_not_be_done_again_make_no_engine_dear(
@@ -504,13 +515,13 @@ def test_imports_that_need_not_be_done_again_make_no_engine_dear(
 def test_weights_that_need_not_be_fetched_again_make_no_engine_dear(
     start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fetch(slot: ManagedEngine) -> float:
+    def fetch(managed: ManagedEngine) -> float:
         time.sleep(2)
         return 2.0
 
     node = start()
     node.idle("a")
-    assert is_imported(node.keeper.directory)
+    assert has_fork_server(node.keeper.directory)
     monkeypatch.setattr(ManagedEngine, "_fetch", fetch)
     candidate = node.idle("b").candidate()
     phases = {record.context.model[-1]: record.phases for record in node.records()}["b"]
@@ -525,7 +536,7 @@ def test_a_start_that_waits_for_another_keepers_holds_nobody_up_and_can_be_stopp
     node = start()
     with EngineCaches(tmp_path / "cache").starting(node.plan("a").name):
         behind = node.attach("a")
-        wait_until(lambda: "another keeper" in behind.record.says, "that it waits")
+        wait_until(lambda: "another keeper" in behind.record.progress, "that it waits")
         node.warm("b")  # on the same device
         behind.stop("the test wants it")
         assert node.goes(behind) == "the test wants it"
@@ -537,7 +548,7 @@ def test_a_start_goes_on_when_another_keepers_is_over(
     node = start()
     with EngineCaches(tmp_path / "cache").starting(node.plan("a").name):
         behind = node.attach("a")
-        wait_until(lambda: "another keeper" in behind.record.says, "that it waits")
+        wait_until(lambda: "another keeper" in behind.record.progress, "that it waits")
     node.comes(behind, "warm")
 
 
@@ -562,12 +573,12 @@ def test_weights_are_fetched_before_the_room_is_taken_and_a_fetch_can_be_stopped
     node = start()
     monkeypatch.setattr("services.contexts.managed_engine.fetch", fetch)
     plan = node.plan("a").model_copy(update={"spec": ContextSpec(model="org/large")})
-    slot, _ = node.keeper.attach(plan)
-    wait_until(lambda: slot.record.says == "fetching weights", "that it fetches")
-    assert slot.record.state == "waiting"
+    managed, _ = node.keeper.attach(plan)
+    wait_until(lambda: managed.record.progress == "fetching weights", "that it fetches")
+    assert managed.record.state == "waiting"
     node.warm("b")  # on the same device
-    slot.detach()
-    assert node.goes(slot) == "nobody waits for it any more"
+    managed.detach()
+    assert node.goes(managed) == "nobody waits for it any more"
 
 
 def test_who_waits_for_its_turn_too_long_is_told_what_it_waits_for(
@@ -601,7 +612,7 @@ def test_an_engine_that_can_sleep_gives_its_room_up_and_lives(
     node = start()
     idle = node.idle("a")
     node.warm("b")
-    assert idle.record.state == "asleep" and idle.gone is None
+    assert idle.record.state == "asleep" and idle.ended_because is None
     assert process_of(idle).is_running()
     assert journal(tmp_path) == ["/sleep?level=1"]
 
@@ -615,7 +626,7 @@ def test_one_that_is_asleep_is_woken_by_the_next_who_attaches_once_there_is_room
     other = node.warm("b")
     again, found = node.keeper.attach(node.plan("a"))
     assert again is sleeper and found == "asleep"
-    wait_until(lambda: sleeper.record.says, "that it waits for room")
+    wait_until(lambda: sleeper.record.progress, "that it waits for room")
     assert sleeper.record.state == "asleep"
     other.detach()
     node.comes(sleeper, "warm")
@@ -631,14 +642,14 @@ def test_one_that_nobody_waits_for_any_more_sleeps_on_and_is_in_nobodys_way(
     sleeper = node.idle("a")
     used = node.warm("b")
     assert node.attach("a") is sleeper
-    wait_until(lambda: sleeper.record.says, "that it waits for room")
+    wait_until(lambda: sleeper.record.progress, "that it waits for room")
     sleeper.detach()  # its worker dies
-    wait_until(lambda: not sleeper.record.says, "that it waits no more")
+    wait_until(lambda: not sleeper.record.progress, "that it waits no more")
     next_one = node.attach("c")
-    wait_until(lambda: next_one.record.says, "that its turn has come")
+    wait_until(lambda: next_one.record.progress, "that its turn has come")
     used.detach()
     node.comes(next_one, "warm")
-    assert sleeper.record.state == "asleep" and sleeper.gone is None
+    assert sleeper.record.state == "asleep" and sleeper.ended_because is None
     assert "/wake_up" not in journal(tmp_path)
 
 
@@ -674,7 +685,7 @@ def test_one_that_does_not_wake_is_gone_and_the_next_is_new(
 
 
 def wrong_engines() -> float:
-    (metric,) = WRONG.collect()
+    (metric,) = WRONG_ENGINES.collect()
     return metric.samples[0].value
 
 
@@ -686,11 +697,11 @@ def test_one_that_wakes_wrong_is_ended_and_its_worker_has_a_new_one(
     node.idle("b")
     assert sleeper.record.state == "asleep"
     before = wrong_engines()
-    slot, word = lease(node, node.plan("a"))
+    managed, reply = lease(node, node.plan("a"))
     assert node.goes(sleeper) == "it does not answer as it did when it was started"
-    assert slot is not sleeper and word.gone is None and word.record is not None
-    assert word.record.state == "warm" and word.record.pid != sleeper.record.pid
-    assert not word.warm and word.record.phases is not None  # a start of the worker's own
+    assert managed is not sleeper and reply.ended_because is None and reply.record is not None
+    assert reply.record.state == "warm" and reply.record.pid != sleeper.record.pid
+    assert not reply.warm and reply.record.phases is not None  # a start of the worker's own
     assert wrong_engines() == before + 1
 
 
@@ -700,10 +711,10 @@ def test_one_that_answers_otherwise_when_a_worker_comes_is_ended_and_the_worker_
     node = start(VLLM_TEST_FAULT="drifts")
     first = node.warm("a")
     before = wrong_engines()
-    _, word = lease(node, node.plan("a"))
+    _, reply = lease(node, node.plan("a"))
     assert node.goes(first) == "it does not answer as it did when it was started"
-    assert word.gone is None and word.record is not None
-    assert word.record.state == "warm" and word.record.pid != first.record.pid
+    assert reply.ended_because is None and reply.record is not None
+    assert reply.record.state == "warm" and reply.record.pid != first.record.pid
     assert wrong_engines() == before + 1
 
 
@@ -715,8 +726,8 @@ def test_one_that_does_not_answer_when_a_worker_comes_is_ended_too(
     monkeypatch.setattr("services.contexts.engine._PROBE_SECONDS", 1.0)
     engine = process_of(first)
     engine.suspend()
-    _, word = lease(node, node.plan("a"))
-    assert word.record is not None and word.record.pid != engine.pid
+    _, reply = lease(node, node.plan("a"))
+    assert reply.record is not None and reply.record.pid != engine.pid
     assert node.goes(first) == "it does not answer as it did when it was started"
 
 
@@ -725,11 +736,11 @@ def test_one_that_answers_as_it_did_is_shared_and_its_worker_is_told_that_it_is_
 ) -> None:
     node = start()
     first = node.idle("a")
-    slot, word = lease(node, node.plan("a"))
-    assert slot is first and word.warm
+    managed, reply = lease(node, node.plan("a"))
+    assert managed is first and reply.warm
     node.idle("b")
-    slot, word = lease(node, node.plan("a"))
-    assert slot is first and word.record is not None and word.record.state == "warm"
+    managed, reply = lease(node, node.plan("a"))
+    assert managed is first and reply.record is not None and reply.record.state == "warm"
 
 
 def test_what_sleepers_keep_is_given_up_where_it_is_missing(
@@ -749,13 +760,13 @@ def test_of_sleepers_the_cheapest_to_lose_goes_and_no_more_than_are_needed(
     node = start()
     sleepers = {name: node.idle(name) for name in ("a", "b")}
     node.idle("c").stop("the test wants it")  # only now the second one sleeps
-    for slot in sleepers.values():
-        assert slot.record.state == "asleep"
-        slot._start_seconds = 20.0
-    node.keeper.hear_demand({node.plan("a").spec.context_id: 5})
+    for managed in sleepers.values():
+        assert managed.record.state == "asleep"
+        managed._start_seconds = 20.0
+    node.keeper.update_demand({node.plan("a").spec.context_id: 5})
     monkeypatch.setattr(
         "services.contexts.keeper.free_bytes",
-        lambda _: ALL_BYTES - (not any(slot.finished for slot in sleepers.values())),
+        lambda _: ALL_BYTES - (not any(managed.finished for managed in sleepers.values())),
     )
     node.warm("d")
     assert node.goes(sleepers["b"]) == "its room is needed for another context"
@@ -789,10 +800,10 @@ def test_one_sleeps_where_the_host_has_memory_for_its_weights_whatever_else_it_h
         with (tmp_path / "a" / "model.safetensors").open("wb") as file:
             file.truncate(weights * 2**30)
     gpu = Device("cuda", "H100", 80 * 2**30, (0,), gpu="0")
-    slot = ManagedEngine(node.plan("a").model_copy(update={"device": gpu}), node.keeper, 0)
-    slot.record = slot.record.model_copy(update={"memory_bytes": 70 * 2**30})
+    managed = ManagedEngine(node.plan("a").model_copy(update={"device": gpu}), node.keeper, 0)
+    managed.record = managed.record.model_copy(update={"memory_bytes": 70 * 2**30})
     monkeypatch.setattr("services.contexts.managed_engine.available_bytes", lambda: 3 * 2**30)
-    assert slot._can_sleep() is sleeps
+    assert managed._can_sleep() is sleeps
 
 
 class Dozing:
@@ -814,9 +825,9 @@ def test_who_attaches_while_it_falls_asleep_has_it_woken(
     start: Callable[..., Node], sleepy: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = start()
-    slot = node.idle("a")
+    managed = node.idle("a")
     dozing = Dozing(monkeypatch)
-    giving = threading.Thread(target=slot.give_way)
+    giving = threading.Thread(target=managed.free_memory)
     giving.start()
     assert dozing.begun.wait(GENEROUS_SECONDS)
     got: list[ManagedEngine] = []
@@ -826,8 +837,8 @@ def test_who_attaches_while_it_falls_asleep_has_it_woken(
     assert not got  # nobody knows yet whether it stays
     dozing.goes_on.set()
     attaching.join(GENEROUS_SECONDS)
-    assert got == [slot]
-    node.comes(slot, "warm")
+    assert got == [managed]
+    node.comes(managed, "warm")
     giving.join()
 
 
@@ -835,7 +846,7 @@ def test_one_that_is_stopped_while_it_falls_asleep_is_never_called_asleep(
     start: Callable[..., Node], sleepy: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = start()
-    slot = node.idle("a")
+    managed = node.idle("a")
     dozing = Dozing(monkeypatch)
     stopping, stopped = Engine.stop, threading.Event()
 
@@ -844,24 +855,24 @@ def test_one_that_is_stopped_while_it_falls_asleep_is_never_called_asleep(
         stopping(engine)
 
     monkeypatch.setattr(Engine, "stop", hold_back)
-    giving = threading.Thread(target=slot.give_way)
+    giving = threading.Thread(target=managed.free_memory)
     giving.start()
     assert dozing.begun.wait(GENEROUS_SECONDS)
-    slot.stop("it was evicted")
+    managed.stop("it was evicted")
     dozing.goes_on.set()
     giving.join(GENEROUS_SECONDS)
-    assert slot.record.state == "stopping" and not slot.attach()
+    assert managed.record.state == "stopping" and not managed.attach()
     stopped.set()
-    assert node.goes(slot) == "it was evicted"
+    assert node.goes(managed) == "it was evicted"
 
 
 def test_one_that_somebody_uses_again_does_not_give_way(
     start: Callable[..., Node], sleepy: None
 ) -> None:
     node = start()
-    slot = node.warm("a")
-    slot.give_way()  # chosen while it was idle
-    assert slot.record.state == "warm"
+    managed = node.warm("a")
+    managed.free_memory()  # chosen while it was idle
+    assert managed.record.state == "warm"
 
 
 # The end.
@@ -903,11 +914,13 @@ def test_a_lease_that_nobody_waits_for_any_more_is_not_waited_for(
     start: Callable[..., Node], endless: Endless
 ) -> None:
     node = start()
-    slot = node.warm("a")
-    slot.stop("the test wants it")
+    managed = node.warm("a")
+    managed.stop("the test wants it")
     ours, theirs = map(KeeperChannel, socket.socketpair())
     attaching = threading.Thread(
-        target=lambda: KeeperServer(node.keeper, for_ever=True)._answer(theirs._connection)
+        target=lambda: KeeperServer(node.keeper, for_ever=True)._serve_connection(
+            theirs._connection
+        )
     )
     ours.send(Attach(plan=node.plan("a")))
     attaching.start()
@@ -922,11 +935,11 @@ def test_evicting_ends_what_is_named_by_itself_or_by_its_context_and_no_other(
 ) -> None:
     node = start()
     monkeypatch.setattr("services.contexts.keeper.free_bytes", lambda _: ALL_BYTES)
-    slots = {name: node.warm(name) for name in ("a", "b", "c")}
-    named = (slots["a"].plan.name, slots["b"].plan.spec.context_id)
-    assert sorted(node.keeper.evict(named)) == sorted(slots[x].plan.name for x in ("a", "b"))
-    assert node.goes(slots["a"]) == node.goes(slots["b"]) == "it was evicted"
-    assert slots["c"].record.state == "warm"
+    engines = {name: node.warm(name) for name in ("a", "b", "c")}
+    named = (engines["a"].plan.name, engines["b"].plan.spec.context_id)
+    assert sorted(node.keeper.evict(named)) == sorted(engines[x].plan.name for x in ("a", "b"))
+    assert node.goes(engines["a"]) == node.goes(engines["b"]) == "it was evicted"
+    assert engines["c"].record.state == "warm"
 
 
 def test_what_does_not_end_in_time_is_not_said_to_be_gone(
@@ -934,19 +947,19 @@ def test_what_does_not_end_in_time_is_not_said_to_be_gone(
 ) -> None:
     node = start(KEEPWARM_GRACE_SECONDS="1")
     monkeypatch.setattr("services.contexts.keeper.free_bytes", lambda _: ALL_BYTES)
-    slots = {name: node.warm(name) for name in ("a", "b", "c")}
+    engines = {name: node.warm(name) for name in ("a", "b", "c")}
     stop, over = Engine.stop, threading.Event()
 
     def slowly(engine: Engine) -> None:
-        assert engine.plan is slots["b"].plan or over.wait(GENEROUS_SECONDS)
+        assert engine.plan is engines["b"].plan or over.wait(GENEROUS_SECONDS)
         stop(engine)
 
     monkeypatch.setattr(Engine, "stop", slowly)
     started = time.monotonic()
-    assert node.keeper.evict(None) == (slots["b"].plan.name,)
+    assert node.keeper.evict(None) == (engines["b"].plan.name,)
     assert time.monotonic() - started < 2  # the grace period is for all of them together
     over.set()
-    assert node.goes(slots["a"]) == "it was evicted"
+    assert node.goes(engines["a"]) == "it was evicted"
 
 
 def test_a_node_that_drains_starts_no_engine_and_gives_no_lease(
@@ -967,14 +980,14 @@ def test_a_drain_waits_for_those_in_use_and_gives_up_who_waits_for_room(
     node = start(KEEPWARM_GRACE_SECONDS="60")
     used = node.warm("a")
     waiting = node.attach("b")
-    wait_until(lambda: waiting.record.says, "that it waits")
+    wait_until(lambda: waiting.record.progress, "that it waits")
     draining = threading.Thread(target=node.keeper.drain)
     draining.start()
     assert node.goes(waiting) == "the node is draining"
     assert used.record.state == "warm" and draining.is_alive()
     used.detach()
     draining.join(GENEROUS_SECONDS)
-    assert used.gone == "the node is draining"
+    assert used.ended_because == "the node is draining"
 
 
 def test_a_drain_wakes_nobody_up(start: Callable[..., Node], sleepy: None) -> None:
@@ -1003,67 +1016,73 @@ def test_a_drain_does_not_wait_for_ever(start: Callable[..., Node]) -> None:
 
 def test_requests_that_come_at_once_are_all_heard(start: Callable[..., Node]) -> None:
     node = start()
-    slot = node.warm("a")
+    managed = node.warm("a")
     bare, theirs = socket.socketpair()
     server = KeeperServer(node.keeper, for_ever=True)
     holding = threading.Thread(
-        target=server._hold, args=(KeeperChannel(theirs), slot, "warm", slot.plan.spec)
+        target=server._serve_lease, args=(KeeperChannel(theirs), managed, "warm", managed.plan.spec)
     )
     holding.start()
-    context_id = slot.plan.spec.context_id
+    context_id = managed.plan.spec.context_id
     said = [Demand(claims={context_id: claims}).model_dump_json() for claims in (3, 4, 5)]
-    bare.sendall("".join(f"{line}\n" for line in said).encode())
-    wait_until(lambda: slot.record.demand == 5, "the last of what was said")
+    bare.sendall("".join(f"{channel}\n" for channel in said).encode())
+    wait_until(lambda: managed.record.demand == 5, "the last of what was said")
     bare.close()
     holding.join(GENEROUS_SECONDS)
     theirs.close()
 
 
-def told(node: Node, slot: ManagedEngine, found: State | None) -> KeeperReply:
+def told(node: Node, managed: ManagedEngine, found: State | None) -> KeeperReply:
     """What a worker hears that came to the engine so."""
     ours, theirs = map(KeeperChannel, socket.socketpair())
     server = KeeperServer(node.keeper, for_ever=True)
-    holding = threading.Thread(target=server._hold, args=(theirs, slot, found, slot.plan.spec))
+    holding = threading.Thread(
+        target=server._serve_lease, args=(theirs, managed, found, managed.plan.spec)
+    )
     holding.start()
-    word = ours.word(GENEROUS_SECONDS)
+    reply = ours.reply(GENEROUS_SECONDS)
     ours.close()
     holding.join(GENEROUS_SECONDS)
     theirs.close()
-    assert word is not None and word.record is not None
-    return word
+    assert reply is not None and reply.record is not None
+    return reply
 
 
 def test_how_a_start_went_is_told_to_the_one_whom_it_was_for_and_to_no_other(
     start: Callable[..., Node],
 ) -> None:
     node = start(VLLM_TEST_START_SECONDS="1")
-    slot, at_first = node.keeper.attach(node.plan("a"))
-    node.comes(slot, "starting")
+    managed, at_first = node.keeper.attach(node.plan("a"))
+    node.comes(managed, "starting")
     _, meanwhile = node.keeper.attach(node.plan("a"))
-    node.comes(slot, "warm")
+    node.comes(managed, "warm")
     _, later = node.keeper.attach(node.plan("a"))
-    words = [told(node, slot, found) for found in (at_first, meanwhile, later)]
-    assert [word.record.phases is not None for word in words if word.record] == [True, False, False]
-    assert [word.warm for word in words] == [False, False, True]
+    replies = [told(node, managed, found) for found in (at_first, meanwhile, later)]
+    assert [reply.record.phases is not None for reply in replies if reply.record] == [
+        True,
+        False,
+        False,
+    ]
+    assert [reply.warm for reply in replies] == [False, False, True]
 
 
 def test_a_wake_is_told_as_no_start(start: Callable[..., Node], sleepy: None) -> None:
     node = start()
     sleeper = node.idle("a")
     node.idle("b")
-    slot, found = node.keeper.attach(node.plan("a"))
-    node.comes(slot, "warm")
-    word = told(node, sleeper, found)
-    assert word.record is not None and word.record.phases is None and not word.warm
+    managed, found = node.keeper.attach(node.plan("a"))
+    node.comes(managed, "warm")
+    reply = told(node, sleeper, found)
+    assert reply.record is not None and reply.record.phases is None and not reply.warm
 
 
 def test_a_keeper_tells_its_contexts_by_state(start: Callable[..., Node]) -> None:
     node = start()
     assert node.keeper.states() == []
-    slot = node.idle("a")
+    managed = node.idle("a")
     assert node.keeper.states() == ["warm"]
-    slot.stop("it was evicted")
-    node.goes(slot)
+    managed.stop("it was evicted")
+    node.goes(managed)
     assert node.keeper.states() == []
 
 
@@ -1095,10 +1114,10 @@ def test_a_keeper_that_was_told_to_drain_ends_though_nobody_waits_for_its_answer
 ) -> None:
     left = threading.Event()
     monkeypatch.setattr(service._keeper, "drain", lambda: left.wait(GENEROUS_SECONDS))
-    line = start_keeper.open_keeper(load_settings())
-    assert line is not None
-    line.send(Drain())
-    line.close()
+    channel = start_keeper.open_keeper(load_settings())
+    assert channel is not None
+    channel.send(Drain())
+    channel.close()
     left.set()
     wait_until(lambda: service.readiness_error, "its end")
 
@@ -1111,7 +1130,7 @@ def listening(start: Callable[..., Node]) -> Iterator[Node]:
 
     def serve() -> None:
         while server._listen() == "removed":
-            node.keeper.renew_directory()
+            node.keeper.recreate_directory()
 
     serving = threading.Thread(target=serve)
     serving.start()
@@ -1160,7 +1179,7 @@ def test_a_directory_that_another_keeper_has_by_now_is_left_to_it(
     remove_at_once(node.keeper.directory)
     other = Keeper(load_settings())
     with pytest.raises(KeeperError, match="has another keeper now"):
-        node.keeper.renew_directory()
+        node.keeper.recreate_directory()
     other.close()
 
 

@@ -150,7 +150,7 @@ def test_who_asks_whether_it_is_alive_does_not_wait_for_its_start(
 def test_a_keeper_that_hangs_is_not_waited_for(
     lease: EngineLease, mute: Mute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_SILENT_SECONDS", 0.2)
+    monkeypatch.setattr(module, "_KEEPER_SILENCE_SECONDS", 0.2)
     monkeypatch.setattr(module, "_ANSWER_SECONDS", 0.2)
     with pytest.raises(KeeperError, match="did not answer within 0.2 s"):
         lease.start(threading.Event())
@@ -160,7 +160,7 @@ def test_a_keeper_that_hangs_is_not_waited_for(
 def test_a_keeper_that_has_nothing_to_say_and_answers_is_waited_for(
     lease: EngineLease, mute: Mute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_SILENT_SECONDS", 0.2)
+    monkeypatch.setattr(module, "_KEEPER_SILENCE_SECONDS", 0.2)
     answered: list[object] = []
 
     def ask(_: KeeperChannel, request: object, *__: object) -> KeeperReply:

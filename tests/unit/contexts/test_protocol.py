@@ -32,7 +32,7 @@ class Ends:
 
     def __init__(self) -> None:
         self.bare, other = socket.socketpair(socket.AF_UNIX)
-        self.line = KeeperChannel(other)
+        self.channel = KeeperChannel(other)
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def ends() -> Iterator[Ends]:
     both = Ends()
     yield both
     both.bare.close()
-    both.line.close()
+    both.channel.close()
 
 
 def plan(context: ContextSpec) -> EnginePlan:
@@ -58,14 +58,14 @@ def test_every_request_survives_the_way(ends: Ends, context: ContextSpec) -> Non
     ]
     keeper = KeeperChannel(ends.bare)
     for request in said:
-        ends.line.send(request)
+        ends.channel.send(request)
     assert [keeper.request(GENEROUS_SECONDS) for _ in said] == said
 
 
 def test_a_plan_that_came_over_the_socket_is_the_same_engine(
     ends: Ends, context: ContextSpec
 ) -> None:
-    ends.line.send(Attach(plan=plan(context)))
+    ends.channel.send(Attach(plan=plan(context)))
     heard = KeeperChannel(ends.bare).request(GENEROUS_SECONDS)
     assert isinstance(heard, Attach) and heard.plan.name == plan(context).name
 
@@ -76,7 +76,7 @@ def test_a_word_survives_the_way(ends: Ends, context: ContextSpec) -> None:
         context=context,
         device="Xeon",
         state="starting",
-        says="Loading weights: 50 %",
+        progress="Loading weights: 50 %",
         socket="/run/e.sock",
         log="/run/e.log",
         since=1.5,
@@ -84,14 +84,14 @@ def test_a_word_survives_the_way(ends: Ends, context: ContextSpec) -> None:
     )
     said = [
         KeeperReply(record=record, warm=True),
-        KeeperReply(gone="it ended\nwith a log"),
+        KeeperReply(ended_because="it ended\nwith a log"),
         KeeperReply(done=("a", "b")),
         KeeperReply(device=Device("cuda", "H100", 2**36, (0, 1), gpu="0")),
     ]
-    for word in said:
-        ends.line.send(word)
+    for reply in said:
+        ends.channel.send(reply)
     keeper = KeeperChannel(ends.bare)
-    assert [keeper.word(GENEROUS_SECONDS) for _ in said] == said
+    assert [keeper.reply(GENEROUS_SECONDS) for _ in said] == said
 
 
 @pytest.mark.parametrize(
@@ -110,18 +110,18 @@ def test_a_word_survives_the_way(ends: Ends, context: ContextSpec) -> None:
 def test_what_is_no_request_is_refused(ends: Ends, nonsense: bytes) -> None:
     ends.bare.sendall(nonsense + b"\n")
     with pytest.raises(KeeperError, match="not a request"):
-        ends.line.request(GENEROUS_SECONDS)
+        ends.channel.request(GENEROUS_SECONDS)
 
 
 def test_what_a_newer_keeper_says_besides_is_not_heard(ends: Ends) -> None:
     ends.bare.sendall(b'{"done": ["ctx-1"], "mood": "good"}\n')
-    assert ends.line.word(GENEROUS_SECONDS) == KeeperReply(done=("ctx-1",))
+    assert ends.channel.reply(GENEROUS_SECONDS) == KeeperReply(done=("ctx-1",))
 
 
 def test_a_word_of_another_version_tells_how_to_be_rid_of_that_keeper(ends: Ends) -> None:
     ends.bare.sendall(b'{"warm": "very"}\n')
     with pytest.raises(KeeperError, match="another version of Keepwarm; .*evict --all"):
-        ends.line.word(GENEROUS_SECONDS)
+        ends.channel.reply(GENEROUS_SECONDS)
 
 
 def test_a_line_without_end_is_broken_off(ends: Ends) -> None:
@@ -132,7 +132,7 @@ def test_a_line_without_end_is_broken_off(ends: Ends) -> None:
                 ends.bare.send(b"x" * 65_536)
             except BlockingIOError:
                 try:
-                    ends.line.request(0)
+                    ends.channel.request(0)
                 except TimeoutError:
                     continue
 
@@ -140,23 +140,23 @@ def test_a_line_without_end_is_broken_off(ends: Ends) -> None:
 def test_a_side_that_is_gone_is_no_error(ends: Ends) -> None:
     ends.bare.sendall(b'{"verb": "dr')  # in the midst of a word
     ends.bare.close()
-    assert ends.line.request(GENEROUS_SECONDS) is None
-    assert ends.line.word(GENEROUS_SECONDS) is None
+    assert ends.channel.request(GENEROUS_SECONDS) is None
+    assert ends.channel.reply(GENEROUS_SECONDS) is None
 
 
 def test_a_side_that_was_reset_is_no_error(ends: Ends) -> None:
-    ends.line.send(Drain())
+    ends.channel.send(Drain())
     ends.bare.close()  # with something unread: the kernel resets the connection
-    assert ends.line.request(GENEROUS_SECONDS) is None
+    assert ends.channel.request(GENEROUS_SECONDS) is None
 
 
 @pytest.mark.parametrize("seconds", [0, 0.05])
 def test_silence_is_a_timeout_and_what_has_come_is_kept(ends: Ends, seconds: float) -> None:
     ends.bare.sendall(b'{"verb": ')
     with pytest.raises(TimeoutError):
-        ends.line.request(seconds)
+        ends.channel.request(seconds)
     ends.bare.sendall(b'"drain"}\n')
-    assert ends.line.request(GENEROUS_SECONDS) == Drain()
+    assert ends.channel.request(GENEROUS_SECONDS) == Drain()
 
 
 def test_another_users_end_is_refused(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +183,7 @@ def test_a_plan_shows_no_environment(context: ContextSpec, monkeypatch: pytest.M
 def test_who_talks_to_a_side_that_is_gone_is_told_so(ends: Ends) -> None:
     ends.bare.close()
     with pytest.raises(KeeperError, match="other end of the keeper's socket is gone"):
-        ends.line.send(Drain())
+        ends.channel.send(Drain())
 
 
 def test_who_talks_to_a_side_that_does_not_listen_is_told_so(
@@ -192,24 +192,24 @@ def test_who_talks_to_a_side_that_does_not_listen_is_told_so(
     monkeypatch.setattr(protocol, "_SEND_SECONDS", 0.1)
     with pytest.raises(KeeperError, match="timed out"):
         for _ in range(100):
-            ends.line.send(Evict(wanted=("ctx-1",) * 10_000))
+            ends.channel.send(Evict(wanted=("ctx-1",) * 10_000))
 
 
 def test_who_asks_has_the_answer_or_is_told_that_there_is_none(ends: Ends) -> None:
     ends.bare.sendall(b'{"done": ["a"]}\n')
-    assert ends.line.ask(Drain(), GENEROUS_SECONDS) == KeeperReply(done=("a",))
+    assert ends.channel.ask(Drain(), GENEROUS_SECONDS) == KeeperReply(done=("a",))
     with pytest.raises(KeeperError, match="did not answer within 0.1 s"):
-        ends.line.ask(Drain(), 0.1)
+        ends.channel.ask(Drain(), 0.1)
 
 
 def test_who_asks_and_is_told_to_stop_waits_no_more(ends: Ends) -> None:
-    assert ends.line.ask(Drain(), GENEROUS_SECONDS, lambda: True) is None
+    assert ends.channel.ask(Drain(), GENEROUS_SECONDS, lambda: True) is None
 
 
 def test_it_is_known_when_the_other_side_has_hung_up(ends: Ends) -> None:
-    assert not ends.line.gone
+    assert not ends.channel.is_closed
     ends.bare.sendall(b'{"verb": "drain"}\n')
     ends.bare.close()
-    assert not ends.line.gone  # it has said something before
-    assert ends.line.request(GENEROUS_SECONDS) == Drain()
-    assert ends.line.gone
+    assert not ends.channel.is_closed  # it has said something before
+    assert ends.channel.request(GENEROUS_SECONDS) == Drain()
+    assert ends.channel.is_closed

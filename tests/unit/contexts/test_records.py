@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from services.contexts.records import ContextRecord, OwnRecord, live_records
+from services.contexts.records import ContextRecord, RecordFile, live_records
 from services.contracts import ContextSpec
 
 NAME = "ctx-0011-2233"
@@ -33,8 +33,8 @@ def record(
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> Iterator[OwnRecord]:
-    kept = OwnRecord(tmp_path, NAME)
+def own(tmp_path: Path) -> Iterator[RecordFile]:
+    kept = RecordFile(tmp_path, NAME)
     yield kept
     kept.close()
 
@@ -43,7 +43,7 @@ def leave_behind(directory: Path, context: ContextSpec) -> None:
     """As a keeper does that is killed."""
     pid = os.fork()
     if pid == 0:
-        OwnRecord(directory, NAME).write(record(context, directory))
+        RecordFile(directory, NAME).write(record(context, directory))
         os._exit(0)
     os.waitpid(pid, 0)
     (directory / f"{NAME}.sock").touch()
@@ -51,7 +51,7 @@ def leave_behind(directory: Path, context: ContextSpec) -> None:
 
 
 def test_a_record_whose_keeper_lives_is_believed(
-    tmp_path: Path, context: ContextSpec, own: OwnRecord
+    tmp_path: Path, context: ContextSpec, own: RecordFile
 ) -> None:
     own.write(record(context, tmp_path))
     assert live_records(tmp_path) == [record(context, tmp_path)]
@@ -59,7 +59,7 @@ def test_a_record_whose_keeper_lives_is_believed(
 
 
 def test_a_record_of_a_newer_keeper_is_believed_as_far_as_it_is_understood(
-    tmp_path: Path, context: ContextSpec, own: OwnRecord
+    tmp_path: Path, context: ContextSpec, own: RecordFile
 ) -> None:
     own.write(record(context, tmp_path))
     path = tmp_path / f"{NAME}.json"
@@ -85,7 +85,7 @@ def test_a_record_without_any_lock_is_stale(tmp_path: Path, context: ContextSpec
 
 
 def test_an_engine_that_ended_well_leaves_no_record(tmp_path: Path, context: ContextSpec) -> None:
-    kept = OwnRecord(tmp_path, NAME)
+    kept = RecordFile(tmp_path, NAME)
     kept.write(record(context, tmp_path))
     kept.close()
     assert not list(tmp_path.iterdir())
@@ -94,7 +94,7 @@ def test_an_engine_that_ended_well_leaves_no_record(tmp_path: Path, context: Con
 def test_records_come_in_the_order_in_which_engines_were_first_wanted(
     tmp_path: Path, context: ContextSpec
 ) -> None:
-    kept = [OwnRecord(tmp_path, f"ctx-{n}") for n in range(3)]
+    kept = [RecordFile(tmp_path, f"ctx-{n}") for n in range(3)]
     for number, since in enumerate((30.0, 10.0, 20.0)):
         kept[number].write(record(context, tmp_path, f"ctx-{number}", since))
     assert [found.name for found in live_records(tmp_path)] == ["ctx-1", "ctx-2", "ctx-0"]
@@ -102,9 +102,9 @@ def test_records_come_in_the_order_in_which_engines_were_first_wanted(
         one.close()
 
 
-def test_two_keepers_never_have_one_record(tmp_path: Path, own: OwnRecord) -> None:
+def test_two_keepers_never_have_one_record(tmp_path: Path, own: RecordFile) -> None:
     with pytest.raises(BlockingIOError, match="held by another keeper"):
-        OwnRecord(tmp_path, NAME)
+        RecordFile(tmp_path, NAME)
 
 
 def test_a_lock_that_is_removed_while_it_is_being_taken_is_taken_again(
@@ -119,7 +119,7 @@ def test_a_lock_that_is_removed_while_it_is_being_taken_is_taken_again(
         flock(descriptor, how)
 
     monkeypatch.setattr("services.contracts.locks.fcntl.flock", late)
-    kept = OwnRecord(tmp_path, NAME)
+    kept = RecordFile(tmp_path, NAME)
     kept.write(record(context, tmp_path))
     assert removed and live_records(tmp_path) == [record(context, tmp_path)]
     kept.close()
@@ -131,7 +131,7 @@ def test_a_symlink_is_not_believed_and_what_it_leads_to_stays(
     elsewhere = tmp_path / "elsewhere"
     elsewhere.write_text(record(context, tmp_path).model_dump_json())
     (tmp_path / f"{NAME}.json").symlink_to(elsewhere)
-    lock = OwnRecord(tmp_path, NAME)
+    lock = RecordFile(tmp_path, NAME)
     assert live_records(tmp_path) == []
     assert elsewhere.exists()
     lock.close()
@@ -146,7 +146,7 @@ def test_a_lock_that_is_a_symlink_is_not_followed(tmp_path: Path, context: Conte
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's file")
 def test_another_users_record_is_not_believed(
-    tmp_path: Path, context: ContextSpec, own: OwnRecord
+    tmp_path: Path, context: ContextSpec, own: RecordFile
 ) -> None:
     own.write(record(context, tmp_path))
     os.chown(tmp_path / f"{NAME}.json", 65534, 65534)
@@ -156,9 +156,9 @@ def test_another_users_record_is_not_believed(
 
 @pytest.mark.parametrize("nonsense", [b"", b"{", b"\xff", b'{"name": "ctx-1"}', b"[]"])
 def test_a_record_that_cannot_be_read_hides_no_other(
-    tmp_path: Path, context: ContextSpec, own: OwnRecord, nonsense: bytes
+    tmp_path: Path, context: ContextSpec, own: RecordFile, nonsense: bytes
 ) -> None:
-    other = OwnRecord(tmp_path, "ctx-other")
+    other = RecordFile(tmp_path, "ctx-other")
     other.write(record(context, tmp_path, "ctx-other"))
     (tmp_path / f"{NAME}.json").write_bytes(nonsense)
     assert [found.name for found in live_records(tmp_path)] == ["ctx-other"]
@@ -166,7 +166,7 @@ def test_a_record_that_cannot_be_read_hides_no_other(
 
 
 def test_a_reader_never_sees_half_a_record(
-    tmp_path: Path, context: ContextSpec, own: OwnRecord
+    tmp_path: Path, context: ContextSpec, own: RecordFile
 ) -> None:
     own.write(record(context, tmp_path))
     over = threading.Event()
@@ -185,7 +185,7 @@ def test_a_reader_never_sees_half_a_record(
 
 
 def test_records_are_for_their_owner_alone(
-    tmp_path: Path, context: ContextSpec, own: OwnRecord
+    tmp_path: Path, context: ContextSpec, own: RecordFile
 ) -> None:
     own.write(record(context, tmp_path))
     for suffix in ("json", "lock"):
@@ -193,7 +193,7 @@ def test_records_are_for_their_owner_alone(
 
 
 def test_a_record_that_cannot_be_written_is_said_once_and_is_written_when_it_can_be(
-    tmp_path: Path, context: ContextSpec, own: OwnRecord
+    tmp_path: Path, context: ContextSpec, own: RecordFile
 ) -> None:
     new = tmp_path / f"{NAME}.new"
     for _ in range(2):

@@ -27,7 +27,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     place.mkdir()
     monkeypatch.setenv("KEEPWARM_RUNTIME_DIR", str(place))
     monkeypatch.setattr(start_keeper, "_ANSWER_SECONDS", 0.0)
-    monkeypatch.setattr(start_keeper, "_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(start_keeper, "_RETRY_SECONDS", 0.0)
     return place
 
 
@@ -75,7 +75,7 @@ def test_a_keeper_that_is_slow_to_come_is_waited_for_and_no_other_is_started(
 def test_one_that_never_answers_is_not_waited_for_without_end(
     keepers: Keepers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start_keeper, "_SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(start_keeper, "_SLOW_START_SECONDS", 0.0)
     keepers("exec sleep 600")
     with pytest.raises(KeeperError, match="no keeper answers"):
         start_keeper.open_keeper(load_settings())
@@ -92,7 +92,7 @@ def test_one_that_ended_is_started_again(
 def test_one_that_cannot_start_is_told_of_with_its_last_words(
     keepers: Keepers, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start_keeper, "_AGAIN_SECONDS", 60.0)
+    monkeypatch.setattr(start_keeper, "_RETRY_SECONDS", 60.0)
     keepers("echo no room >&2; exit 1")
     with pytest.raises(KeeperError, match="no room"):
         start_keeper.open_keeper(load_settings())

@@ -72,10 +72,10 @@ class Engine:
     def stop(self) -> None:
         self.alive = False
 
-    def look(self) -> None:
+    def check(self) -> None:
         """What happened is known here at once."""
 
-    def last_words(self) -> list[str]:
+    def log_tail(self) -> list[str]:
         return ["INFO loading", "Segmentation fault"]
 
     def start_error(self, what: str) -> EngineStartError:

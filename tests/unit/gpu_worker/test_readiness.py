@@ -6,7 +6,7 @@ import pytest
 
 from services.contexts.caches import EngineCaches, PastStart
 from services.contexts.plan import EnginePlan
-from services.contexts.records import ContextRecord, OwnRecord, State
+from services.contexts.records import ContextRecord, RecordFile, State
 from services.contracts import ContextSpec, StartupPhases, load_settings
 from services.contracts.errors import EngineStartError, KeeperError, ModelError
 from services.gpu_worker.scheduling import StartupEstimates
@@ -105,7 +105,7 @@ def test_one_that_is_here_is_ready_as_soon_as_its_state_allows(
     state: State, seconds: float, readiness: StartupEstimates, tmp_path: Path
 ) -> None:
     started(tmp_path, A, imports=0, total=20)
-    own = OwnRecord(tmp_path / "run", name_of(A))
+    own = RecordFile(tmp_path / "run", name_of(A))
     own.write(
         ContextRecord(
             name=name_of(A),

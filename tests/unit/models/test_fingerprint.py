@@ -119,16 +119,16 @@ def test_without_a_place_for_the_cache_it_is_read_each_time(
 def test_whoever_waits_is_told_how_far_it_is_and_can_end_it(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_WATCH_SECONDS", 0.0)
+    monkeypatch.setattr(module, "_PROGRESS_SECONDS", 0.0)
     told: list[tuple[int, int]] = []
     with pytest.raises(KeyboardInterrupt):
 
-        def watch(done: int, total: int) -> None:
+        def on_progress(done: int, total: int) -> None:
             told.append((done, total))
             raise KeyboardInterrupt
 
         for _ in range(1_000):  # a fast disk may be done before anybody looks
-            fingerprint(directory, tmp_path / "cache", watch)
+            fingerprint(directory, tmp_path / "cache", on_progress)
             (directory / "model.safetensors").touch()
     assert told[0][1] == LAYERS and 0 <= told[0][0] <= LAYERS
     assert not threading.active_count() > 1 or all(

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pynvml
 import pytest
 
-from services.contexts.engine_command import template_environment
+from services.contexts.engine_command import fork_server_environment
 from services.contexts.plan import EnginePlan
 from services.contracts import ContextSpec, load_settings
 from services.contracts.errors import EngineStartError
@@ -126,7 +126,7 @@ def test_gpus_have_the_same_order_for_an_engine_as_for_us(
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
     plan = EnginePlan.of(ContextSpec(model="org/model"), find_device(), load_settings())
     assert plan.environment["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
-    assert template_environment(plan)["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    assert fork_server_environment(plan)["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
 
 
 def no_driver() -> None:

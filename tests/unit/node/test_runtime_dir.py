@@ -8,7 +8,7 @@ import pytest
 
 from services.contracts.errors import UsageError
 from services.node.runtime_dir import (
-    MOST_LOG_BYTES,
+    MAX_LOG_BYTES,
     bound_logs,
     engine_logs,
     open_log,
@@ -94,17 +94,17 @@ def test_only_plain_files_of_this_user_are_an_engines_logs(tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["ctx-0a-11.log", "keeper.log", "rabbitmq.log", "template-1.log"])
 def test_a_log_that_grows_too_large_is_cut_while_it_is_written(tmp_path: Path, name: str) -> None:
     with open_log(tmp_path / name) as log:
-        for number in range(MOST_LOG_BYTES // 1_000 + 100):
+        for number in range(MAX_LOG_BYTES // 1_000 + 100):
             log.write(b"%-999d\n" % number)
         log.flush()
         bound_logs(tmp_path, {"ctx-0a-11"})
         log.write(b"and on\n")
         log.flush()
         lines = (tmp_path / name).read_bytes().splitlines()
-        assert (tmp_path / name).stat().st_size < MOST_LOG_BYTES / 10
+        assert (tmp_path / name).stat().st_size < MAX_LOG_BYTES / 10
         assert b"bytes before this line were dropped" in lines[0]
         whole = [int(line) for line in lines[1:-1]]  # no line was cut in two
-        assert whole == [*range(whole[0], MOST_LOG_BYTES // 1_000 + 100)]
+        assert whole == [*range(whole[0], MAX_LOG_BYTES // 1_000 + 100)]
         assert lines[-1] == b"and on"
         bound_logs(tmp_path, {"ctx-0a-11"})
         assert (tmp_path / name).read_bytes().splitlines() == lines
@@ -122,7 +122,7 @@ def test_of_engines_that_are_gone_the_latest_logs_stay(tmp_path: Path) -> None:
 
 def test_a_link_among_logs_is_left_alone(tmp_path: Path) -> None:
     theirs = tmp_path / "large"
-    theirs.write_bytes(b"x\n" * MOST_LOG_BYTES)
+    theirs.write_bytes(b"x\n" * MAX_LOG_BYTES)
     (tmp_path / "keeper.log").symlink_to(theirs)
     bound_logs(tmp_path, set())
-    assert theirs.stat().st_size == 2 * MOST_LOG_BYTES
+    assert theirs.stat().st_size == 2 * MAX_LOG_BYTES

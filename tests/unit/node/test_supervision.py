@@ -379,11 +379,11 @@ def test_whichever_is_killed_the_command_and_its_daemons_are_gone(
     try:
         pids = [pid_in(path) for path in paths]
         (guard,) = psutil.Process(owner.pid).children()
-        (holder,) = guard.children()
-        for name, process in (("owner", owner), ("guard", guard), ("holder", holder)):
+        (supervisor,) = guard.children()
+        for name, process in (("owner", owner), ("guard", guard), ("holder", supervisor)):
             if name in killed:
                 process.kill()
-        for pid in (*pids, guard.pid, holder.pid):
+        for pid in (*pids, guard.pid, supervisor.pid):
             wait_for(lambda pid=pid: gone(pid))
     finally:
         owner.kill()

@@ -14,9 +14,9 @@ class Asked:
         return self.answers
 
 
-def seconds_until_it_lasts(silence: HangDetector, clock: Clock) -> float:
+def seconds_until_it_lasts(hang_detector: HangDetector, clock: Clock) -> float:
     begun = clock.now
-    while not silence.is_hung:
+    while not hang_detector.is_hung:
         clock.now += 0.1
         assert clock.now < begun + 1_000
     return clock.now - begun
@@ -24,27 +24,27 @@ def seconds_until_it_lasts(silence: HangDetector, clock: Clock) -> float:
 
 def test_it_is_asked_now_and_then_and_silence_counts_after_several_times(clock: Clock) -> None:
     engine = Asked()
-    silence = HangDetector(engine, clock)
-    assert not silence.is_hung and engine.times == 0
+    hang_detector = HangDetector(engine, clock)
+    assert not hang_detector.is_hung and engine.times == 0
     engine.answers = False
-    assert 60 <= seconds_until_it_lasts(silence, clock) <= 150
+    assert 60 <= seconds_until_it_lasts(hang_detector, clock) <= 150
     assert 4 <= engine.times <= 10
 
 
 def test_one_answer_is_enough_to_begin_anew(clock: Clock) -> None:
     engine = Asked()
-    silence = HangDetector(engine, clock)
+    hang_detector = HangDetector(engine, clock)
     for number in range(100):
         engine.answers = number % 4 == 0
         clock.now += 20
-        assert not silence.is_hung
+        assert not hang_detector.is_hung
 
 
 def test_what_was_before_it_was_used_does_not_count(clock: Clock) -> None:
     engine = Asked()
     engine.answers = False
-    silence = HangDetector(engine, clock)
-    seconds_until_it_lasts(silence, clock)
-    silence.forget()
-    assert not silence.is_hung
-    assert seconds_until_it_lasts(silence, clock) >= 60
+    hang_detector = HangDetector(engine, clock)
+    seconds_until_it_lasts(hang_detector, clock)
+    hang_detector.reset()
+    assert not hang_detector.is_hung
+    assert seconds_until_it_lasts(hang_detector, clock) >= 60
