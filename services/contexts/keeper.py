@@ -1,4 +1,4 @@
-"""The keeper of a node: owns its engines' lives, whoever comes and goes."""
+"""The keeper of a node: it owns the node's engines, which outlive workers and runs."""
 
 import os
 import threading
@@ -41,23 +41,23 @@ from services.node.runtime_dir import (
 
 _GIB = 1024**3
 _POLL_SECONDS = 0.2
-# What ends is gone in less, unless it hangs in the kernel.
+# An engine takes less time to stop, unless it hangs in the kernel.
 _STOPPING_SECONDS = 300.0
 _LOCK_TRIES, _LOCK_PAUSE_SECONDS = 20, 0.05
 _TIDY_SECONDS = 10.0
-# Of the grace period. Workers drain in about as long; what is left is for the engines' own end.
+# The part of the grace period in which workers may finish; engines stop in the rest of it.
 _DRAIN_FRACTION = 0.6
 
 log = structlog.get_logger(__name__)
 
 
 class Keeper:
-    """One a node and user: a lock on the runtime directory sees to that. It survives workers; its
-    engines do not survive it.
+    """Owns the engines of one user on one node. A lock on the runtime directory ensures that there
+    is only one keeper. It outlives workers; its engines never outlive it.
     """
 
     def __init__(self, settings: Settings) -> None:
-        """Raises UsageError for a directory that is not ours, KeeperError where a keeper is."""
+        """Raises UsageError for a directory of another user, KeeperError if a keeper has it."""
         self.settings = settings
         self.directory: Path = open_runtime_dir(settings.runtime_dir)
         lock = take_lock(keeper_lock(self.directory))
@@ -65,7 +65,7 @@ class Keeper:
             raise KeeperError(f"this node has a keeper already, in {self.directory}")
         self._lock = lock
         self.caches = EngineCaches(settings.cache_dir)
-        # What a keeper that was killed has left.
+        # Remove the files of a keeper that was killed.
         live_records(self.directory)
         remove_fork_server_files(self.directory)
         self._tidy_at = 0.0
@@ -74,25 +74,24 @@ class Keeper:
         self._fork_servers_lock = threading.Lock()
         self._demand: dict[str, int] = {}
         self._changed = threading.Condition()
-        # By device, one engine starts or wakes at a time: two would wait for each other, and count
-        # the same memory as free.
-        self._start_locks: defaultdict[tuple[str, str], threading.Lock] = defaultdict(
-            threading.Lock
-        )
+        # One engine starts or wakes at a time on each device: two would count the same memory as
+        # free, and wait for each other.
+        self._start_locks: defaultdict[tuple[str, str], threading.Lock]
+        self._start_locks = defaultdict(threading.Lock)
         self._draining = False
 
     def close(self) -> None:
-        """Stop every engine, then the templates."""
+        """Stop every engine, then the fork servers."""
         self.drain()
         for fork_server in self._fork_servers.values():
             fork_server.stop()
         os.close(self._lock)
 
     def recreate_directory(self) -> None:
-        """Make a runtime directory again that was removed. Engines whose sockets were in it cannot
-        be reached any more, and are stopped; whoever uses one asks for it again.
+        """Make the runtime directory again after it was removed. Stops every engine, because their
+        sockets are gone; workers then attach again.
 
-        Raises UsageError where it cannot be made, KeeperError where another keeper has it now.
+        Raises UsageError if it cannot be made, KeeperError if another keeper has it now.
         """
         if is_same_file(os.fstat(self._lock), keeper_lock(self.directory)):
             return  # only a socket was removed
@@ -102,7 +101,7 @@ class Keeper:
             lock = take_lock(keeper_lock(self.directory))
             if lock is not None:
                 break
-            time.sleep(_LOCK_PAUSE_SECONDS)  # somebody looks whether there is a keeper
+            time.sleep(_LOCK_PAUSE_SECONDS)  # `is_locked` in another process holds it for a moment
         else:
             raise KeeperError(f"{self.directory} was removed, and has another keeper now")
         os.close(self._lock)
@@ -111,14 +110,15 @@ class Keeper:
             engines = [engine for engine in self._engines.values() if not engine.finished]
         for engine in engines:
             engine.stop(SOCKET_REMOVED)
-        with self._fork_servers_lock:  # while its last templates end, nobody gets a new one
+        with self._fork_servers_lock:  # no engine gets a new fork server while these stop
             for fork_server in self._fork_servers.values():
                 fork_server.stop()
             self._fork_servers.clear()
 
     def drain(self) -> None:
-        """The node is going: start no engine any more, let workers finish with those that there
-        are, and stop them.
+        """Start no more engines, let workers finish with the warm ones, then stop all engines.
+
+        Takes up to the grace period.
         """
         log.info("keeper.draining")
         deadline = time.monotonic() + _DRAIN_FRACTION * self.settings.grace_seconds
@@ -126,15 +126,15 @@ class Keeper:
             self._draining = True
             engines = list(self._engines.values())
         for engine in engines:
-            # One that sleeps is of use to nobody, or is waited for, and will not be woken.
+            # A sleeping engine has no worker, or one that waits for it; it is not woken any more.
             if engine.record.state in ("waiting", "starting", "asleep"):
                 engine.stop("the node is draining")
         with self._changed:
-            while time.monotonic() < deadline and self._in_use():
+            while time.monotonic() < deadline and self._any_in_use():
                 self._changed.wait(_POLL_SECONDS)
         self.evict(None)
 
-    def _in_use(self) -> bool:
+    def _any_in_use(self) -> bool:
         return any(
             engine.record.attached and engine.record.state == "warm"
             for engine in self._engines.values()
@@ -147,18 +147,19 @@ class Keeper:
             return all(engine.finished for engine in self._engines.values())
 
     def states(self) -> list[State]:
-        """Of every engine that is there, or on its way."""
+        """The state of every engine that has not ended."""
         with self._changed:
             return [engine.record.state for engine in self._engines.values() if not engine.finished]
 
     def attach(
         self, plan: EnginePlan, cancelled: Callable[[], bool] = lambda: False
     ) -> tuple[ManagedEngine, State | None]:
-        """A lease on the engine of this plan, and how it was found: None where there was none, and
-        it is started for this lease. An engine that is on its way out is waited for.
+        """Lease the engine of this plan, and start it if there is none. If one is stopping, wait
+        for it to end. Give the lease back with `detach`.
 
-        Give it back with `detach`. Raises KeeperError on a node that is draining, when `cancelled`
-        says that nobody wants the lease any more, and for an engine that does not end.
+        Returns the engine and the state in which it was found, None if it was started for this
+        lease. Raises KeeperError on a node that is draining, when `cancelled` becomes true, and
+        when an engine that is stopping does not end.
         """
         deadline = awake() + _STOPPING_SECONDS
         while not cancelled():
@@ -175,7 +176,7 @@ class Keeper:
                     engine.start()
             if engine.attach():
                 return engine, found
-            engine.join(_POLL_SECONDS)  # on its way out, then a new one; or falling asleep
+            engine.join(_POLL_SECONDS)  # it is stopping, or is being put to sleep
             if awake() > deadline:
                 raise KeeperError(
                     f"the engine {plan.name} has been ending for {_STOPPING_SECONDS:g} s, and no "
@@ -183,14 +184,15 @@ class Keeper:
                     "node's keeper with `keepwarm contexts evict --all`; if a process of the "
                     "engine stays in the kernel (`ps` shows D), restart the node"
                 )
-        raise KeeperError("nobody waits for the lease any more")
+        raise KeeperError("the worker that asked for the lease is gone")
 
     def evict(self, wanted: tuple[str, ...] | None) -> tuple[str, ...]:
-        """Stop the engines of these names or contexts, or all. The names of those that went within
-        the grace period; the others are on their way.
+        """Stop the engines of these names or context ids; None stops all.
+
+        Returns the names of those that ended within the grace period. The others are stopping.
         """
         with self._changed:
-            going = [
+            stopping = [
                 engine
                 for engine in self._engines.values()
                 if not engine.finished
@@ -201,15 +203,15 @@ class Keeper:
                     or not engine.contexts.isdisjoint(wanted)
                 )
             ]
-        for engine in going:
+        for engine in stopping:
             engine.stop("the node is draining" if self._draining else "it was evicted")
         deadline = time.monotonic() + self.settings.grace_seconds
-        for engine in going:
+        for engine in stopping:
             engine.join(max(0.0, deadline - time.monotonic()))
-        return tuple(engine.plan.name for engine in going if engine.finished)
+        return tuple(engine.plan.name for engine in stopping if engine.finished)
 
     def update_demand(self, claims: Mapping[str, int]) -> None:
-        """The latest word on how many claims wait for each context."""
+        """Replace what is known of demand: how many claims wait for each context."""
         with self._changed:
             self._demand = dict(claims)
             engines = list(self._engines.values())
@@ -217,34 +219,34 @@ class Keeper:
             engine.update_demand(sum(claims.get(context_id, 0) for context_id in engine.contexts))
 
     def tidy(self) -> None:
-        """Bound the logs in the runtime directory, now and then."""
+        """Limit the size of the logs in the runtime directory, at most every ten seconds."""
         if time.monotonic() >= self._tidy_at:
             self._tidy_at = time.monotonic() + _TIDY_SECONDS
-            with suppress(FileNotFoundError):  # it was removed, and will be made again
-                bound_logs(self.directory, self._engine_names())
+            with suppress(FileNotFoundError):  # the directory was removed; it is made again soon
+                bound_logs(self.directory, self._live_names())
 
     def bound_caches(self) -> None:
-        """Remove old compile caches where all of them are larger than they may be."""
-        self.caches.bound(int(self.settings.cache_gib * _GIB), self._engine_names())
+        """Remove the oldest compile caches when all of them together exceed their limit."""
+        self.caches.bound(int(self.settings.cache_gib * _GIB), self._live_names())
 
-    def _engine_names(self) -> set[str]:
-        """Of the engines that are here."""
+    def _live_names(self) -> set[str]:
         with self._changed:
             return {name for name, engine in self._engines.items() if not engine.finished}
 
     def wait_for_change(self, seconds: float) -> None:
+        """Wait until an engine's record changes, or for this time."""
         with self._changed:
             self._changed.wait(seconds)
 
-    # What slots need of us.
+    # What a `ManagedEngine` uses (`EngineOwner`).
 
     def changed(self) -> None:
-        """Something about a slot is new."""
+        """Wake those who wait for a change of an engine's record."""
         with self._changed:
             self._changed.notify_all()
 
     def fork_server_for(self, plan: EnginePlan) -> ForkServer:
-        """A process with this plan's imports done, or doing them."""
+        """The fork server for this plan's interpreter and environment; started if there is none."""
         environment = fork_server_environment(plan)
         name = content_id(FORK_SERVER_PREFIX, [plan.python, environment], hex_digits=8)
         with self._fork_servers_lock:
@@ -265,10 +267,11 @@ class Keeper:
 
     @contextmanager
     def reserve_memory(self, engine: ManagedEngine) -> Iterator[bool]:
-        """Hold the right to start or wake an engine, once there is memory for it. False, without
-        that right, when nobody waits for the engine any more.
+        """Wait for the engine's turn to start or wake on its device, and for enough free memory.
+        Until the block ends no other engine starts there. Yields False, with nothing reserved, when
+        no worker waits for the engine any more.
 
-        Raises EngineStartError when others hold the memory and do not let go in time.
+        Raises EngineStartError when the memory does not become free in time.
         """
         limit = self.settings.engine_start_timeout_seconds
         deadline = awake() + limit
@@ -290,23 +293,25 @@ class Keeper:
             start_lock.release()
 
     def _wait_for_memory(self, engine: ManagedEngine, deadline: float) -> bool:
-        """False when nobody waits for it any more: others want the room."""
+        """Free memory of idle engines until there is enough. False when no worker waits any more:
+        then the memory is left to others.
+        """
         needed = needed_bytes(engine.plan, engine.known_bytes)
         while not engine.abandoned:
             missing = needed - self._available_bytes(engine)
             if missing <= 0:
                 return True
-            others = self._others_on(engine)
-            awake_ones = any(other.record.state != "asleep" for other in others)
-            going = _choose_to_free(others, missing, only_if_enough=awake_ones)
-            for candidate in going:
-                log.info("context.gives_way", context=candidate.name, to=engine.plan.name)
+            others = self._others_on_device(engine)
+            any_awake = any(other.record.state != "asleep" for other in others)
+            to_free = _choose_to_free(others, missing, only_if_enough=any_awake)
+            for candidate in to_free:
+                log.info("context.freed", context=candidate.name, needed_by=engine.plan.name)
                 self._engines[candidate.name].free_memory()
-            if not going and not awake_ones:
-                # Our estimate may be wrong, and the engine says best what it lacks.
+            if not to_free and not any_awake:
+                # Our estimate may be wrong, and the engine's own error message is more precise.
                 log.warning("memory.short", context=engine.plan.name, missing_bytes=missing)
                 return True
-            if not going:
+            if not to_free:
                 if awake() > deadline:
                     raise EngineStartError(
                         f"it needs {needed / _GIB:.1f} GiB, and engines that are in use hold them; "
@@ -317,18 +322,18 @@ class Keeper:
         return False
 
     def _available_bytes(self, engine: ManagedEngine) -> int:
-        """What the slot could have of its device, within the budget. One that sleeps has a part of
-        it already.
+        """How much of its device the engine could have, within the budget, including what it holds
+        while it is asleep.
         """
         free = free_bytes(engine.plan.device) + (engine.record.memory_bytes or 0)
         budget = self.settings.context_memory_gib
         if budget is None:
             return free
-        held = sum(other.record.memory_bytes or 0 for other in self._others_on(engine))
+        held = sum(other.record.memory_bytes or 0 for other in self._others_on_device(engine))
         return min(free, int(budget * _GIB) - held)
 
-    def _others_on(self, engine: ManagedEngine) -> list[ManagedEngine]:
-        """Engines that hold memory of the same device."""
+    def _others_on_device(self, engine: ManagedEngine) -> list[ManagedEngine]:
+        """Other engines that hold memory of the same device."""
         with self._changed:
             return [
                 other
@@ -343,28 +348,30 @@ class Keeper:
 def _choose_to_free(
     others: Iterable[ManagedEngine], missing_bytes: int, *, only_if_enough: bool
 ) -> Sequence[Candidate]:
-    """Those that nobody uses, as many as are needed. First those that are awake, most of which will
-    sleep. One that sleeps keeps little of its device (CUDA's own share, captured graphs), which may
-    be what is missing; where that is not enough it sleeps on, if `only_if_enough`. They go one at a
-    time, for that little cannot be measured everywhere.
+    """The idle engines whose memory is to be freed.
+
+    Warm engines come first, as many as are needed; most of them are put to sleep. If all idle
+    engines are asleep, at most one is chosen: a sleeping engine still holds a little of its device
+    (CUDA's own memory, captured graphs), which cannot be measured everywhere. With `only_if_enough`
+    none is chosen unless all of them together free enough.
     """
     idle = [candidate for other in others if (candidate := other.candidate()) is not None]
-    awake = [candidate for candidate in idle if not candidate.asleep]
-    if awake:
-        return cheapest_to_lose(awake, missing_bytes)
+    warm = [candidate for candidate in idle if not candidate.asleep]
+    if warm:
+        return cheapest_to_lose(warm, missing_bytes)
     if only_if_enough and sum(candidate.memory_bytes for candidate in idle) < missing_bytes:
         return ()
     return cheapest_to_lose(idle, missing_bytes)[:1]
 
 
 def _memory_of(engine: ManagedEngine) -> tuple[str, str]:
-    """Engines of one place share their memory."""
+    """Which memory the engine uses: engines with equal values share it."""
     return engine.plan.device.kind, engine.plan.device.gpu
 
 
 def _with_keepers_memory(plan: EnginePlan) -> EnginePlan:
-    """Engines are the keeper's processes: on processors its memory counts, of which its worker may
-    see more, in a container or a job of another size.
+    """On processors, limit the plan's memory to what the keeper sees. Engines are the keeper's
+    processes, and a worker in another container or job may see more.
     """
     device = plan.device
     if device.kind == "cuda":

@@ -1,4 +1,4 @@
-"""One engine in its keeper's hands, from the first wish for it until it is gone."""
+"""One engine as its keeper manages it, from the first request for it until it has ended."""
 
 import threading
 import time
@@ -33,12 +33,12 @@ from services.models.files import adapter_as_model, is_local, weights_bytes
 from services.node.memory import available_bytes
 
 _POLL_SECONDS = 0.1
-# To fall asleep takes at most as long as a request may, and to end not even that.
+# Putting an engine to sleep takes at most as long as a request may; stopping it takes less.
 _END_SECONDS = 180.0
 SOCKET_REMOVED = "its socket was removed"
 
-# An engine on processors may be busy with the last requests of a worker that has gone, and its node
-# with the start of another engine: that takes seconds, and this two minutes, at 5 s for an answer.
+# An engine on processors may be busy for seconds with the last requests of a worker that is gone,
+# or while another engine starts on its node. These values allow two minutes (5 s for each answer).
 _HANG_CHECK_SECONDS = 20.0
 _HANG_FAILURES = 5
 
@@ -46,31 +46,32 @@ log = structlog.get_logger(__name__)
 
 
 class _StartCancelled(Exception):
-    """It was told to stop while it started."""
+    """The engine was told to stop while it started."""
 
 
 class EngineOwner(Protocol):
-    """What a slot needs of its keeper."""
+    """What a `ManagedEngine` needs of its keeper."""
 
     settings: Settings
     directory: Path
     caches: EngineCaches
 
     def fork_server_for(self, plan: EnginePlan) -> ForkServer: ...
-    def reserve_memory(self, managed: "ManagedEngine") -> AbstractContextManager[bool]: ...
+    def reserve_memory(self, engine: "ManagedEngine") -> AbstractContextManager[bool]: ...
     def changed(self) -> None: ...
     def bound_caches(self) -> None: ...
 
 
 class ManagedEngine:
-    """Starts its engine on a thread of its own, watches it, and stops it when it is told to, when
-    nobody has used it for long, or when its room is needed.
+    """Starts its engine on a thread of its own, watches it, and stops it on request, when it was
+    idle for too long, or when its memory is needed.
 
-    States: waiting (for room), starting, warm, asleep, stopping; then it is `finished`.
+    States: waiting (for its turn or for memory), starting, warm, asleep, stopping. After that it is
+    `finished`.
     """
 
     def __init__(self, plan: EnginePlan, owner: EngineOwner, demand: int) -> None:
-        """Raises UsageError when its socket's path would be too long."""
+        """Raises UsageError when the path of its socket would be too long."""
         self.plan = plan
         self._owner = owner
         self._engine = Engine(plan, owner.directory)
@@ -81,12 +82,12 @@ class ManagedEngine:
         self._loading = threading.Lock()
         self._last_used = awake()
         self.contexts = frozenset({plan.spec.context_id})
-        """What it is asked for: its own context, or one for each of its adapters."""
+        """The contexts that workers asked for: the plan's own, or one for each adapter."""
         self._record_file: RecordFile | None = None
         self.ended_because: str | None = None
-        """Why the engine is no more; None while it is, or may yet be."""
+        """Why the engine ended, or did not start; None until then."""
         self.answers_changed = False
-        """Whether it was found not to answer as it did when it was started."""
+        """Whether its answers were found to differ from those at its start."""
         past = owner.caches.recall(plan.name)
         self.known_bytes = past.memory_bytes if past else None
         self._start_seconds = past.restart_seconds if past else 0.0
@@ -105,6 +106,7 @@ class ManagedEngine:
         self._thread = threading.Thread(target=self._run, name=plan.name, daemon=True)
 
     def start(self) -> None:
+        """Start the thread that starts the engine."""
         self._thread.start()
 
     @property
@@ -113,32 +115,32 @@ class ManagedEngine:
 
     @property
     def abandoned(self) -> bool:
-        """Nobody waits for it. A start ends with its last lease; what sleeps then sleeps on."""
+        """Whether no worker waits for it: it is stopping, or asleep without a lease."""
         record = self.record
         return self._stop.is_set() or (record.state == "asleep" and not record.attached)
 
-    # Leases. Each is a connection of a worker's.
+    # Leases. Each is a worker's connection.
 
     def attach(self) -> bool:
-        """One more uses it. False when it is on its way out: the next one may be asked for."""
+        """Count one more lease. False when the engine is stopping: then ask for a new one."""
         with self._lock:
             if self.record.state == "stopping" or self.finished:
                 return False
-            self._update_holding_lock(attached=self.record.attached + 1, used=self.record.used + 1)
+            self._update_locked(attached=self.record.attached + 1, used=self.record.used + 1)
         self._wake_up.set()
         return True
 
     def detach(self) -> None:
-        """One less. A start that nobody waits for any more is given up: others want the room."""
+        """Count one lease less. A start that lost its last lease is cancelled."""
         with self._lock:
-            self._update_holding_lock(attached=self.record.attached - 1)
+            self._update_locked(attached=self.record.attached - 1)
             if not self.record.attached and self.record.state in ("waiting", "starting"):
-                # At once, so that nobody attaches to a start that is being given up.
-                self._request_stop("nobody waits for it any more")
+                # Under the same lock, so that no worker attaches to a start that is cancelled.
+                self._request_stop_locked("no worker waits for it any more")
 
     def load_adapter(self, spec: ContextSpec, stopped: Callable[[], bool] = lambda: False) -> None:
-        """Have the adapter of this context in the engine, which is warm; nothing for one without,
-        or when `stopped` says so while it is fetched.
+        """Load the adapter of this context, if it has one, into the warm engine. Returns without it
+        when `stopped` becomes true while it is fetched.
 
         Raises EngineStartError when it cannot be fetched, or does not fit the model.
         """
@@ -161,11 +163,11 @@ class ManagedEngine:
         with self._lock:
             self.contexts |= {spec.context_id}
             if spec.adapter not in self.record.adapters:
-                self._update_holding_lock(adapters=(*self.record.adapters, spec.adapter))
+                self._update_locked(adapters=(*self.record.adapters, spec.adapter))
 
     def check(self) -> bool:
-        """Whether the engine, which is warm, answers as it did when it was started. If not, it is
-        stopped, whoever uses it.
+        """Whether the warm engine answers as it did when it was started. If not, it is stopped, for
+        all workers that use it.
         """
         if self._engine.answers_as_at_start():
             return True
@@ -177,32 +179,36 @@ class ManagedEngine:
         return False
 
     def update_demand(self, claims: int) -> None:
+        """Replace what is known of demand: how many claims wait for its contexts."""
         with self._lock:
             if claims != self.record.demand:
-                self._update_holding_lock(demand=claims)
+                self._update_locked(demand=claims)
 
     # Its end, and its sleep.
 
     def stop(self, why: str) -> None:
-        """Begin to stop it, whoever uses it. Safe from any thread, more than once."""
+        """Begin to stop it, in use or not. Safe from any thread, and more than once."""
         with self._lock:
-            self._request_stop(why)
+            self._request_stop_locked(why)
 
-    def _request_stop(self, why: str) -> None:
-        """With the lock held."""
+    def _request_stop_locked(self, why: str) -> None:
+        """The caller holds the lock."""
         if not self._stop.is_set():
             log.info("context.stopping", context=self.plan.name, why=why)
             self._stop_reason = why
             self._stop.set()
             if not self.finished:
-                self._update_holding_lock(state="stopping")
+                self._update_locked(state="stopping")
         self._wake_up.set()
 
     def join(self, timeout_seconds: float | None = None) -> None:
+        """Wait until the engine has ended."""
         self._thread.join(timeout_seconds)
 
     def candidate(self) -> Candidate | None:
-        """For the choice who makes room; None when it cannot: in use, or on its way."""
+        """What freeing its memory would cost and yield; None when it is in use, starting or
+        stopping.
+        """
         with self._lock:
             record = self.record
             if record.attached or record.state not in ("warm", "asleep"):
@@ -217,46 +223,46 @@ class ManagedEngine:
             )
 
     def free_memory(self) -> None:
-        """Free its memory, unless somebody has attached meanwhile: by sleep where the device can
-        and the host has room for the weights, by its end otherwise, or where it sleeps already.
+        """Free its memory, unless a worker has attached meanwhile. A warm engine is put to sleep if
+        its device and the host's memory allow it; otherwise it is stopped.
         """
         with self._lock:
             if self.record.attached or self.record.state not in ("warm", "asleep"):
                 return
             asleep = self.record.state == "asleep"
-            self._update_holding_lock(state="stopping")
+            self._update_locked(state="stopping")
         if not asleep and self._can_sleep():
             try:
                 self._engine.sleep()
             except EngineRequestError as error:
-                log.warning("context.sleepless", context=self.plan.name, reason=str(error))
+                log.warning("context.sleep_failed", context=self.plan.name, reason=str(error))
             else:
                 left = self._engine.memory_bytes()
                 with self._lock:
                     if self._stop.is_set():
-                        return  # it was told to stop while it fell asleep
-                    self._update_holding_lock(state="asleep", memory_bytes=left)
+                        return  # it was told to stop meanwhile
+                    self._update_locked(state="asleep", memory_bytes=left)
                 log.info("context.asleep", context=self.plan.name)
                 return
-        self.stop("its room is needed for another context")
+        self.stop("its memory is needed for another context")
         self.join(_END_SECONDS)
 
     def _can_sleep(self) -> bool:
-        """On CUDA, where the host has memory for what moves there: the weights, or all that it
-        holds where their size is not known.
+        """Whether it is on CUDA, and the host has memory for what moves there: the weights, or all
+        that the engine holds if their size is not known.
         """
         if self.plan.device.kind != "cuda" or self.plan.takes_adapters:
             return False
-        moves = weights_bytes(self.plan.spec) or self.record.memory_bytes or 0
-        return available_bytes() > moves
+        moved_bytes = weights_bytes(self.plan.spec) or self.record.memory_bytes or 0
+        return available_bytes() > moved_bytes
 
-    # Its own thread.
+    # The engine's thread.
 
     def _run(self) -> None:
         why = "it was stopped"
         try:
             self._record_file = RecordFile(self._owner.directory, self.plan.name)
-            self._start()
+            self._fetch_and_start()
             why = self._watch()
         except _StartCancelled:
             why = self._stop_reason
@@ -270,7 +276,7 @@ class ManagedEngine:
         finally:
             try:
                 self._engine.stop()
-            finally:  # others wait for it to be gone, whatever its end was like
+            finally:  # others wait for its end, even if stopping it failed
                 with self._lock:
                     self.ended_because = why
                 if self._record_file is not None:
@@ -278,21 +284,21 @@ class ManagedEngine:
                 self._owner.changed()
                 log.info("context.gone", context=self.plan.name, why=why.partition("\n")[0])
 
-    def _start(self) -> None:
-        # What an earlier engine of this name has left there explains nothing of this start.
+    def _fetch_and_start(self) -> None:
+        # The log of an earlier engine of this name explains nothing of this start.
         self._engine.log_file.unlink(missing_ok=True)
         started_at = time.monotonic()
         if not is_local(self.plan.spec.model):
-            self._owner.fork_server_for(self.plan)  # imports while we fetch
+            self._owner.fork_server_for(self.plan)  # its imports go on while the weights come
         fetch_seconds = self._fetch()
-        # Whoever has the room keeps others from it: nothing is fetched or waited for in there.
+        # While memory is reserved nothing is fetched or waited for: it keeps others from starting.
         waiting_since = time.monotonic()
         deadline = awake() + self._owner.settings.engine_start_timeout_seconds
         while True:
             self._wait_for_other_keepers(deadline)
             with self._reserve_memory(), self._owner.caches.starting(self.plan.name) as cache:
                 if cache is not None:
-                    # Its turn is no part of what a start takes.
+                    # The wait for its turn is not part of a start's duration.
                     started_at += time.monotonic() - waiting_since
                     phases = self._start_engine(cache, started_at, fetch_seconds)
                     break
@@ -302,7 +308,7 @@ class ManagedEngine:
         self._owner.caches.remember(self.plan.name, past)
         pid, held = self._engine.pid, memory or self._estimated_bytes()
         with self._lock:
-            self._update_holding_lock(
+            self._update_locked(
                 state="stopping" if self._stop.is_set() else "warm",
                 progress="",
                 pid=pid,
@@ -313,7 +319,7 @@ class ManagedEngine:
         log.info("context.warm", context=self.plan.name, **phases.model_dump())
         try:
             self._owner.bound_caches()
-        except OSError as error:  # another node may be at it, where they share a home directory
+        except OSError as error:  # another node with the same home directory may do it now
             log.warning("caches.not_bounded", reason=str(error))
 
     def _start_engine(
@@ -330,12 +336,12 @@ class ManagedEngine:
             started_at=started_at,
         )
         if phases is None:
-            raise _StartCancelled  # and leave the mark of what is half-written
+            raise _StartCancelled  # the cache keeps its mark: what is in it may be incomplete
         return phases.model_copy(update={"fetch": fetch_seconds})
 
     def _estimated_bytes(self) -> int:
-        """What it holds where that cannot be measured: in a container, say, NVML may not know our
-        processes. Nobody would be asked to make room that seems to hold nothing.
+        """What it holds where that cannot be measured (in a container NVML may not know our
+        processes). An engine that seemed to hold nothing would never be chosen to free memory.
         """
         return needed_bytes(self.plan, self.known_bytes)
 
@@ -343,12 +349,12 @@ class ManagedEngine:
     def _reserve_memory(self) -> Iterator[None]:
         with self._owner.reserve_memory(self) as reserved:
             if not reserved or self._stop.is_set():
-                raise _StartCancelled  # nothing to start, and nothing to fetch
+                raise _StartCancelled
             yield
 
     def _wait_for_other_keepers(self, deadline: float) -> None:
-        """Of this user, which share the caches and start the same engine: on this node in another
-        runtime directory, or on another node where the caches are on a shared file system.
+        """Wait while another keeper of this user starts the same engine with the same caches: one
+        on this node with another runtime directory, or on another node with a shared file system.
 
         Raises EngineStartError when that takes too long.
         """
@@ -367,7 +373,10 @@ class ManagedEngine:
                 )
 
     def _fetch(self) -> float | None:
-        """Weights to the node. Seconds; None where the model is a directory. Raises ModelError."""
+        """Fetch the weights to the node. Returns seconds, None where the model is a directory.
+
+        Raises ModelError.
+        """
         if is_local(self.plan.spec.model):
             return None
         started = time.monotonic()
@@ -378,12 +387,12 @@ class ManagedEngine:
         return round(time.monotonic() - started, 3)
 
     def _watch(self) -> str:
-        """Until it ends, or has to. Why."""
+        """Watch the warm engine until it has ended or has to stop. Returns why."""
         idle_seconds = self._owner.settings.context_idle_seconds
         hang_detector = HangDetector(self._engine.answers)
         while not self._stop.is_set():
             if not self._engine.alive:
-                return self._how_it_ended()
+                return self._describe_end()
             if not self._engine.socket.exists():
                 return self._stop_reason if self._stop.is_set() else SOCKET_REMOVED
             record = self.record
@@ -400,7 +409,7 @@ class ManagedEngine:
             self._wake_up.clear()
         return self._stop_reason
 
-    def _how_it_ended(self) -> str:
+    def _describe_end(self) -> str:
         ending = self._engine.ending()
         cause = explanation(self._engine.log_file, ending, self.plan.device.name)
         return f"it ended (exit code {ending.exit_code})" + (f". {cause}" if cause else "")
@@ -408,12 +417,12 @@ class ManagedEngine:
     def _stop_unused(self, why: str) -> None:
         with self._lock:
             if not self.record.attached:
-                self._request_stop(why)
+                self._request_stop_locked(why)
 
     def _wake(self) -> None:
         with self._owner.reserve_memory(self) as reserved:
             if not reserved:
-                self._update(progress="")  # it sleeps on, and waits for nothing
+                self._update(progress="")  # it stays asleep
                 return
             try:
                 self._engine.wake()
@@ -425,24 +434,26 @@ class ManagedEngine:
             self._set_state("warm", memory_bytes=memory)
         log.info("context.awake", context=self.plan.name)
 
-    # What others see.
+    # Its record, which others read.
 
     def _set_state(self, state: State, **more: object) -> None:
         with self._lock:
             if self.record.state != "stopping":
-                self._update_holding_lock(state=state, **more)
+                self._update_locked(state=state, **more)
 
     def report_progress(self, progress: str) -> None:
-        """Tell those who wait for it what it waits for."""
+        """Show the workers that wait for it what it waits for."""
         if progress != self.record.progress:
             self._update(progress=progress)
 
     def _update(self, **changes: object) -> None:
         with self._lock:
-            self._update_holding_lock(**changes)
+            self._update_locked(**changes)
 
-    def _update_holding_lock(self, **changes: object) -> None:
-        """With the lock held. Whoever touches the leases uses the context."""
+    def _update_locked(self, **changes: object) -> None:
+        """Change the record. The caller holds the lock. A changed number of leases counts as use of
+        the context.
+        """
         if "attached" in changes:
             changes["last_used"], self._last_used = time.monotonic(), awake()
         self.record = self.record.model_copy(update=changes)
@@ -452,9 +463,10 @@ class ManagedEngine:
 
 
 class HangDetector:
-    """How often in a row an engine did not answer, asked by its keeper while no worker uses it:
-    workers have a time-out of their own, and an engine that hangs would be given to the next one as
-    warm.
+    """Asks an idle engine from time to time whether it answers, and counts failures in a row.
+
+    Workers have a time-out of their own for an engine that they use. Without this check an engine
+    that hangs while it is idle would be leased to the next worker as warm.
     """
 
     def __init__(self, answers: Callable[[], bool], clock: Callable[[], float] = awake) -> None:
@@ -463,13 +475,15 @@ class HangDetector:
         self.reset()
 
     def reset(self) -> None:
-        """Nothing is known of it: it is used, or asleep."""
+        """Forget earlier failures, because the engine is in use or asleep."""
         self._unanswered = 0
         self._again_at = self._clock() + _HANG_CHECK_SECONDS
 
     @property
     def is_hung(self) -> bool:
-        """Whether it hangs, by all that one can tell. Now and then this asks it, and waits."""
+        """Whether the engine failed to answer several times in a row. When the next check is due
+        this asks the engine, and waits for its answer.
+        """
         if self._clock() >= self._again_at:
             self._unanswered = 0 if self._answers() else self._unanswered + 1
             self._again_at = self._clock() + _HANG_CHECK_SECONDS

@@ -236,7 +236,7 @@ def test_a_start_that_nobody_waits_for_any_more_is_given_up(start: Callable[...,
     node.comes(managed, "starting")
     managed.detach()
     assert not managed.attach()  # from the very moment on
-    assert node.goes(managed) == "nobody waits for it any more"
+    assert node.goes(managed) == "no worker waits for it any more"
     assert node.records() == []
 
 
@@ -339,7 +339,7 @@ def test_an_idle_engine_makes_room_for_one_that_is_wanted(start: Callable[..., N
     idle = node.idle("a")
     process = process_of(idle)
     wanted = node.warm("b")
-    assert node.goes(idle) == "its room is needed for another context"
+    assert node.goes(idle) == "its memory is needed for another context"
     assert not process.is_running()
     assert [record.name for record in node.records()] == [wanted.plan.name]
 
@@ -380,7 +380,7 @@ def test_who_waits_for_room_and_is_let_go_starts_nothing(
     waiting = node.attach("b")
     wait_until(lambda: waiting.record.progress, "that it waits")
     waiting.detach()
-    assert node.goes(waiting) == "nobody waits for it any more"
+    assert node.goes(waiting) == "no worker waits for it any more"
     assert not (tmp_path / "cache" / waiting.plan.name).exists()
     assert used.record.state == "warm"
 
@@ -392,7 +392,7 @@ def test_who_waits_behind_anothers_start_and_is_let_go_does_not_wait_for_its_end
     node.comes(node.attach("a"), "starting")
     behind = node.attach("b")
     behind.detach()
-    assert node.goes(behind) == "nobody waits for it any more"
+    assert node.goes(behind) == "no worker waits for it any more"
 
 
 def test_one_that_has_started_and_is_being_measured_holds_memory_already(
@@ -421,7 +421,7 @@ def test_the_budget_counts_and_not_what_is_free(
     idle = node.idle("a")
     assert (idle.record.memory_bytes or 0) > 2**20
     node.warm("b")
-    assert node.goes(idle) == "its room is needed for another context"
+    assert node.goes(idle) == "its memory is needed for another context"
 
 
 def test_without_a_budget_what_is_free_counts(
@@ -453,7 +453,7 @@ def test_the_context_that_claims_wait_for_stays_and_the_other_goes(
     )
     third = node.warm("c")
     (other,) = {"a", "b"} - {wanted}
-    assert node.goes(engines[other]) == "its room is needed for another context"
+    assert node.goes(engines[other]) == "its memory is needed for another context"
     assert engines[wanted].record.state == third.record.state == "warm"
 
 
@@ -578,7 +578,7 @@ def test_weights_are_fetched_before_the_room_is_taken_and_a_fetch_can_be_stopped
     assert managed.record.state == "waiting"
     node.warm("b")  # on the same device
     managed.detach()
-    assert node.goes(managed) == "nobody waits for it any more"
+    assert node.goes(managed) == "no worker waits for it any more"
 
 
 def test_who_waits_for_its_turn_too_long_is_told_what_it_waits_for(
@@ -663,7 +663,7 @@ def test_one_that_will_not_sleep_is_stopped(
     idle = node.idle("a")
     monkeypatch.setattr(Engine, "sleep", sleepless)
     node.warm("b")
-    assert node.goes(idle) == "its room is needed for another context"
+    assert node.goes(idle) == "its memory is needed for another context"
 
 
 def test_one_that_does_not_wake_is_gone_and_the_next_is_new(
@@ -751,7 +751,7 @@ def test_what_sleepers_keep_is_given_up_where_it_is_missing(
     node.holds = ("starting", "warm", "asleep", "stopping")
     node.warm("b")
     assert journal(tmp_path) == ["/sleep?level=1"]
-    assert node.goes(idle) == "its room is needed for another context"
+    assert node.goes(idle) == "its memory is needed for another context"
 
 
 def test_of_sleepers_the_cheapest_to_lose_goes_and_no_more_than_are_needed(
@@ -769,7 +769,7 @@ def test_of_sleepers_the_cheapest_to_lose_goes_and_no_more_than_are_needed(
         lambda _: ALL_BYTES - (not any(managed.finished for managed in sleepers.values())),
     )
     node.warm("d")
-    assert node.goes(sleepers["b"]) == "its room is needed for another context"
+    assert node.goes(sleepers["b"]) == "its memory is needed for another context"
     assert sleepers["a"].record.state == "asleep"
 
 
