@@ -1,4 +1,4 @@
-"""The broker that this node's keeper keeps warm, for the time of a run."""
+"""The use of the broker that this node's keeper keeps warm, for the duration of a run."""
 
 import contextlib
 from collections.abc import Callable
@@ -11,14 +11,14 @@ from services.contracts import Settings
 from services.contracts.errors import KeeperError
 from services.node.runtime_dir import open_runtime_dir
 
-# To start a node takes seconds, on a slow machine a minute.
+# Starting a RabbitMQ node takes seconds, on a slow machine a minute.
 _START_SECONDS = 150.0
 
 log = structlog.get_logger(__name__)
 
 
 class BorrowedBroker:
-    """Ours for as long as the connection to the keeper is open."""
+    """The keeper's broker, lent while the connection to the keeper is open."""
 
     def __init__(self, channel: KeeperChannel, broker: KeptBroker) -> None:
         self._channel = channel
@@ -31,18 +31,18 @@ class BorrowedBroker:
         return self._channel.is_closed
 
     def give_back(self, claims_queue: str | None) -> None:
-        """The run is over, and nothing of it is left in its queues; None where it was not used."""
-        with contextlib.suppress(KeeperError):  # it may be gone
+        """Give it back with nothing of the run left in its queues; None if it was not used."""
+        with contextlib.suppress(KeeperError):  # the keeper may have ended
             self._channel.send(GiveBack(claims_queue=claims_queue))
 
     def close(self) -> None:
-        """Without `give_back` before it, the keeper throws the broker away."""
+        """End the loan. Without `give_back` before it, the keeper discards the broker."""
         self._channel.close()
 
 
 def warm_broker(settings: Settings, stopped: Callable[[], bool]) -> None:
-    """Let this node's keeper, which is started if there is none, have a broker ready for the next
-    run; where it cannot, that run starts its own.
+    """Have this node's keeper, started if need be, prepare a broker for the next run. If it cannot,
+    that run starts its own broker.
     """
     channel = open_keeper(settings, stopped)
     borrowed = None if channel is None else _borrowed(channel, stopped)
@@ -54,8 +54,8 @@ def warm_broker(settings: Settings, stopped: Callable[[], bool]) -> None:
 def borrow_broker(
     settings: Settings, stopped: Callable[[], bool] = lambda: False
 ) -> BorrowedBroker | None:
-    """The broker of this node's keeper; None where there is no keeper, or it has none for us, or
-    when `stopped` says so while it starts one.
+    """The broker of this node's keeper; None if there is no keeper, if it lends none, or if
+    `stopped` becomes true while it starts one.
     """
     channel = connected(open_runtime_dir(settings.runtime_dir))
     return None if channel is None else _borrowed(channel, stopped)
@@ -68,8 +68,8 @@ def _borrowed(channel: KeeperChannel, stopped: Callable[[], bool]) -> BorrowedBr
         log.warning("broker.not_borrowed", reason=str(error))
         reply = None
     if reply is None or reply.broker is None:
-        # A keeper of an older version hangs up.
-        log.info("broker.not_borrowed", reason=reply and reply.ended_because)
+        # A keeper of an older version closes the connection.
+        log.info("broker.not_borrowed", reason=reply and reply.error)
         channel.close()
         return None
     return BorrowedBroker(channel, reply.broker)

@@ -1,9 +1,9 @@
-"""Which engine goes when there is no room for another: the one that is cheapest to lose."""
+"""Which engine's memory to free for another engine: the one that is cheapest to lose."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-# A context that nobody waits for is half as likely to be wanted again every so many seconds.
+# The chance that an idle context without claims is needed again halves in this time.
 _HALF_LIFE_SECONDS = 600.0
 
 
@@ -13,26 +13,26 @@ class Candidate:
 
     name: str
     memory_bytes: int
-    """What its end would free."""
+    """How much it holds, and freeing it would yield."""
     demand: int
     """Claims that wait for its context."""
     start_seconds: float
-    """What it takes to bring it back."""
+    """How long its next start would take."""
     idle_seconds: float
     """Since its last use."""
     asleep: bool = False
-    """It holds little, and can only end."""
+    """It holds little, and can only be stopped."""
 
     @property
     def loss_seconds(self) -> float:
-        """What losing it is expected to cost: the time of a start, as likely as one is."""
+        """The expected cost of losing it: the time of a start, times the chance that one is needed."""
         wanted = 1.0 if self.demand else 0.5 ** (self.idle_seconds / _HALF_LIFE_SECONDS)
         return wanted * self.start_seconds
 
 
 def cheapest_to_lose(candidates: Iterable[Candidate], missing_bytes: int) -> Sequence[Candidate]:
-    """Candidates whose end frees at least `missing_bytes`, the cheapest first; all of them where
-    that is not enough. None goes that need not: what a larger one frees anyway spares a smaller.
+    """Candidates that together free at least `missing_bytes`, the cheapest first; all of them if
+    that is not enough. A candidate is left out again if the others free enough without it.
     """
     chosen: list[Candidate] = []
     freed = 0
@@ -41,7 +41,7 @@ def cheapest_to_lose(candidates: Iterable[Candidate], missing_bytes: int) -> Seq
             break
         chosen.append(candidate)
         freed += candidate.memory_bytes
-    for candidate in reversed(chosen[:-1]):  # the dearest first
+    for candidate in reversed(chosen[:-1]):  # the most expensive first
         if freed - candidate.memory_bytes >= missing_bytes:
             chosen.remove(candidate)
             freed -= candidate.memory_bytes

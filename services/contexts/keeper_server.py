@@ -1,4 +1,4 @@
-"""The keeper's socket: leases, evictions, the end."""
+"""Serves the keeper's socket: leases, evictions, the broker, and the keeper's end."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ from services.contexts.protocol import (
     KeeperReply,
     KeptBroker,
 )
-from services.contexts.records import State
+from services.contexts.records import ContextRecord, State
 from services.contracts import ContextSpec
 from services.contracts.errors import EngineStartError, KeeperError, KeepwarmError
 from services.node.device import find_device
@@ -35,15 +35,16 @@ from services.telemetry import Watchdog
 
 _LEASE_POLL_SECONDS = 0.05
 _BROKER_CHECK_SECONDS = 0.5
+_STOPPING_POLL_SECONDS = 0.5
 _REQUEST_SECONDS = 10.0
-# A keeper without engines and without company waits a little for the next worker.
+# A keeper without engines, connections and broker waits this long for the next worker.
 _LINGER_SECONDS = 15.0
 
 log = structlog.get_logger(__name__)
 
 
 class LentNode(Protocol):
-    """A broker that somebody has; `PrivateNode` is one."""
+    """A broker in use by a run; `PrivateNode` is one."""
 
     @property
     def url(self) -> str: ...
@@ -52,7 +53,7 @@ class LentNode(Protocol):
 
 
 class Broker(Protocol):
-    """A broker that is kept as engines are; `KeptNode` is one."""
+    """A broker that outlives runs, as engines do; `KeptNode` is one."""
 
     @property
     def exists(self) -> bool: ...
@@ -65,11 +66,11 @@ class Broker(Protocol):
 
 
 class KeeperServer:
-    """Serves until told to stop, or until nobody has needed it for a while."""
+    """Serves until told to stop, or until it was of no use for 15 seconds."""
 
     def __init__(self, keeper: Keeper, *, for_ever: bool, broker: Broker | None = None) -> None:
-        """`for_ever`: stay when there is nothing to keep, for whoever runs it as a service. Without
-        a `broker` none is lent.
+        """With `for_ever` it never ends by itself, as a service should not. Without a `broker` it
+        lends none.
         """
         self._keeper = keeper
         self._broker = broker
@@ -81,22 +82,22 @@ class KeeperServer:
 
     @property
     def liveness_error(self) -> str | None:
-        """See `telemetry.server.Service`. A drain takes its time."""
+        """See `telemetry.server.Service`. A drain is not an error, however long it takes."""
         return None if self._stop.is_set() else self._watchdog.liveness_error
 
     @property
     def readiness_error(self) -> str | None:
-        return "it drains" if self._stop.is_set() else None
+        return "it is draining" if self._stop.is_set() else None
 
     def stop(self) -> None:
-        """Begin to end. Any thread may call it."""
+        """Begin to stop. Any thread may call it."""
         self._stop.set()
 
     def serve(self) -> None:
-        """Take connections; at the end stop every engine. A runtime directory that is removed
-        meanwhile, as clean-ups of /tmp do, is made again.
+        """Accept connections until the end, then stop every engine. A runtime directory that is
+        removed, as clean-ups of /tmp do, is made again.
 
-        Raises UsageError or KeeperError where it cannot be had again.
+        Raises UsageError or KeeperError if that is not possible.
         """
         try:
             while self._listen() == "removed":
@@ -108,10 +109,10 @@ class KeeperServer:
             log.info("keeper.stopped")
 
     def _listen(self) -> Literal["removed", "ended"]:
-        """Until our socket is removed, or our time is over."""
+        """Accept connections until the socket is removed, or the keeper is to end."""
         path = keeper_socket(self._keeper.directory)
         with socket.socket(socket.AF_UNIX) as listener:
-            # Under its name once it listens: who finds the socket can connect to it.
+            # It gets its name once it listens, so that every client that finds it can connect.
             new = path.with_suffix(".new")
             new.unlink(missing_ok=True)
             listener.bind(str(new))
@@ -165,7 +166,7 @@ class KeeperServer:
                 try:
                     engine, found = self._keeper.attach(request.plan, lambda: channel.is_closed)
                 except KeepwarmError as error:
-                    channel.send(KeeperReply(ended_because=str(error)))
+                    channel.send(KeeperReply(error=str(error)))
                     return
                 try:
                     served = self._serve_lease(channel, engine, found, request.plan.spec)
@@ -177,7 +178,7 @@ class KeeperServer:
             try:
                 channel.send(KeeperReply(device=find_device()))
             except KeepwarmError as error:
-                channel.send(KeeperReply(ended_because=str(error)))
+                channel.send(KeeperReply(error=str(error)))
         elif isinstance(request, Borrow):
             self._lend(channel)
         elif isinstance(request, Evict):
@@ -186,21 +187,21 @@ class KeeperServer:
             try:
                 self._keeper.drain()
             finally:
-                self.stop()  # a keeper that has drained is of no use, whoever is there to hear it
+                self.stop()  # even if the client is gone: a drained keeper is of no use
             channel.send(KeeperReply())
 
     def _lend(self, channel: KeeperChannel) -> None:
-        """The broker, until it is given back or the borrower is gone."""
+        """Lend the broker until it is given back, or until the borrower is gone."""
         if self._broker is None:
-            channel.send(KeeperReply(ended_because="this keeper keeps no broker"))
+            channel.send(KeeperReply(error="this keeper keeps no broker"))
             return
         try:
             node = self._broker.acquire()
         except KeepwarmError as error:
-            channel.send(KeeperReply(ended_because=str(error)))
+            channel.send(KeeperReply(error=str(error)))
             return
         if node is None:
-            channel.send(KeeperReply(ended_because="another run has the broker"))
+            channel.send(KeeperReply(error="another run has the broker"))
             return
         give_back: GiveBack | None = None
         try:
@@ -214,7 +215,7 @@ class KeeperServer:
                 self._broker.take_back(give_back.claims_queue)
 
     def _wait_for_give_back(self, channel: KeeperChannel, broker: Broker) -> GiveBack | None:
-        """None where the borrower has gone without a word."""
+        """None when the borrower closed the connection without giving the broker back."""
         while True:
             try:
                 request = channel.request(_BROKER_CHECK_SECONDS)
@@ -226,12 +227,14 @@ class KeeperServer:
     def _serve_lease(
         self, channel: KeeperChannel, engine: ManagedEngine, found: State | None, spec: ContextSpec
     ) -> bool:
-        """Tell the worker how its engine is, until one of the two is gone. How the start went is
-        for the one whom it was for: others would tell of the same start again. It is warm for this
-        worker once it has answered as it did at its start, and has the worker's adapter, if there
-        is one. False when it answered otherwise: then the worker gets another.
+        """Report the engine's state to its worker until one of the two is gone.
+
+        Only the worker for which the engine was started gets the start's phases: others would
+        report the same start again. The engine is reported warm once it has answered as it did at
+        its start, and has the worker's adapter. False when its answers have changed: then the
+        worker needs another engine.
         """
-        sent = None
+        sent: ContextRecord | None = None
         checked = found != "warm"
         loaded = spec.adapter is None
         while True:
@@ -239,34 +242,31 @@ class KeeperServer:
             if engine.ended_because is not None:
                 if engine.answers_changed and (sent is None or sent.state != "warm"):
                     return False
-                channel.send(KeeperReply(ended_because=engine.ended_because))
+                channel.send(KeeperReply(error=engine.ended_because))
                 return True
             if not checked and record.state == "warm":
                 checked = engine.check()
                 if not checked:
-                    engine.join(_BROKER_CHECK_SECONDS)
+                    engine.join(_STOPPING_POLL_SECONDS)
                     continue
             if not loaded and record.state == "warm":
                 try:
                     engine.load_adapter(spec, lambda: channel.is_closed)
                 except EngineStartError as error:
-                    channel.send(KeeperReply(ended_because=str(error)))
+                    channel.send(KeeperReply(error=str(error)))
                     return True
                 loaded = True
             if sent is None or (record.state, record.progress) != (sent.state, sent.progress):
                 sent = record
-                record_sent = (
-                    record if found is None else record.model_copy(update={"phases": None})
-                )
-                channel.send(KeeperReply(record=record_sent, warm=found == "warm"))
+                if found is not None:
+                    record = record.model_copy(update={"phases": None})
+                channel.send(KeeperReply(record=record, warm=found == "warm"))
             if not self._read_demand(channel):
                 return True
             self._keeper.wait_for_change(_LEASE_POLL_SECONDS)
 
     def _read_demand(self, channel: KeeperChannel) -> bool:
-        """What a worker has said since; several requests may have come at once. False when it has
-        gone.
-        """
+        """Read the demand that a worker has sent, perhaps several times. False when it is gone."""
         while True:
             try:
                 request = channel.request(0)
@@ -275,5 +275,5 @@ class KeeperServer:
             if request is None:
                 return False
             if not isinstance(request, Demand):
-                raise KeeperError("a lease carries nothing but demand")
+                raise KeeperError("a connection that holds a lease may send only demand")
             self._keeper.update_demand(request.claims)

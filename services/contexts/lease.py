@@ -1,4 +1,4 @@
-"""A worker's lease on an engine of its node: found or started, watched, given back."""
+"""A worker's lease on an engine of its node, and requests to the node's keeper."""
 
 import contextlib
 import select
@@ -41,17 +41,17 @@ _ENGINE_CHECK_SECONDS = 3.0
 _PROGRESS_LOG_SECONDS = 5.0
 _EVICT_SECONDS = 60.0
 _END_SECONDS = 10.0
-# A keeper says once a second how a start goes, and nothing while that waits for its turn.
+# A keeper reports once a second how a start proceeds, and nothing while the start waits its turn.
 _KEEPER_SILENCE_SECONDS, _ANSWER_SECONDS = 60.0, 10.0
 
 log = structlog.get_logger(__name__)
 
 
 class EngineLease:
-    """What a worker knows of its engine. The keeper starts and stops it; while this object holds a
-    lease it is not put away. A worker that dies lets go by dying.
+    """A worker's lease on its engine. The keeper starts and stops the engine, and keeps it while the
+    lease lasts. The lease is a connection, so it ends when the worker dies.
 
-    After the engine has died, `start` asks for a new one. `stop` may be called from any thread.
+    After the engine has ended, `start` asks for a new one. `stop` may be called from any thread.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class EngineLease:
         settings: Settings,
         while_waiting: Callable[[], None] = lambda: None,
     ) -> None:
-        """`meanwhile` is called several times a second by whoever waits in `start`.
+        """`start` calls `while_waiting` several times a second while it waits.
 
         Raises UsageError for a runtime directory that is unusable.
         """
@@ -71,20 +71,20 @@ class EngineLease:
         self._channel: KeeperChannel | None = None
         self._record: ContextRecord | None = None
         self.ended_because: str | None = None
-        """Why there is no engine any more, as its keeper said."""
+        """Why the engine ended, as reported by its keeper; None before that."""
         self._stopped: Callable[[], bool] = lambda: False
         self._lock = threading.Lock()
         self._last_reply_at = awake()
         self._oom_kills = oom_kills()
         self.starts = 0
-        """How often we came to have it."""
+        """How often `start` has succeeded."""
         self.warm = False
-        """Whether the engine was warm when we came."""
+        """Whether the engine was warm already when the worker attached."""
         self.seconds = 0.0
-        """From our wish to its warmth."""
+        """The duration of the last `start`, until the engine was warm."""
         self.max_model_tokens: int | None = None
-        """The most tokens that the engine takes, as it says itself. Fewer than its context has,
-        where the operator's arguments say so.
+        """The most tokens that the engine takes, as it reports. Fewer than its context has if the
+        operator's arguments set a smaller limit.
         """
         self.log_file = self._directory / f"{plan.name}.log"
         self.client = CompletionClient(
@@ -95,41 +95,41 @@ class EngineLease:
 
     @property
     def phases(self) -> StartupPhases | None:
-        """Of the engine's start, where it was started for us; None where it was here, or was
-        started for somebody else.
-        """
+        """The phases of the engine's start; None unless it was started for this lease."""
         return None if self._record is None else self._record.phases
 
     @property
     def state(self) -> State | None:
-        """As last heard; None where there is no engine. Unlike `alive` it does not listen."""
+        """The state last reported; None without an engine. Unlike `alive` this reads no replies."""
         record = self._record
         return None if record is None else record.state
 
     @property
     def ran_out_of_memory(self) -> bool:
-        """Whether the engine is gone because memory ran out, as its keeper says."""
+        """Whether the engine ended because memory ran out, as reported by its keeper."""
         return self.ended_because is not None and mentions_memory(self.ended_because)
 
     @property
     def alive(self) -> bool:
-        """Whether it is here and warm, by its keeper's latest word. Does not wait for that, nor for
-        a start that goes on in another thread.
+        """Whether the engine is warm, by its keeper's latest reply. Waits neither for a reply nor
+        for a start in another thread.
         """
         with self._lock:
             self._read_replies()
             return self.state == "warm"
 
     def check(self) -> None:
-        """After a request failed: if the engine is gone, have heard so from the keeper."""
+        """After a failed request: wait up to three seconds for the keeper to report the engine's
+        end, unless the engine answers.
+        """
         deadline = time.monotonic() + _ENGINE_CHECK_SECONDS
         while self.alive and not self.client.healthy() and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
 
     def start(self, stop: threading.Event) -> bool:
-        """Have the engine, warm; it may be so already. False when `stop` was set meanwhile.
+        """Lease the engine and wait until it is warm. False when `stop` was set meanwhile.
 
-        Raises EngineStartError, with the end of the engine's log, when there can be none;
+        Raises EngineStartError, with the end of the engine's log, when it does not start;
         KeeperError when there is no keeper and none can be started.
         """
         started = reported = time.monotonic()
@@ -190,53 +190,55 @@ class EngineLease:
         return True
 
     def stop(self) -> None:
-        """End the engine, for it hangs; others that use it will find it so as well."""
+        """Stop the engine because it hangs, for all workers that use it."""
         try:
             evict(self._settings, (self.plan.name,), self._stopped)
-        except KeeperError as error:  # whoever starts the engine again finds out how things are
+        except KeeperError as error:  # the next `start` reports what is wrong with the keeper
             log.warning("engine.not_evicted", reason=str(error))
         self._release()
 
     def close(self) -> None:
-        """Give the lease back. The engine stays warm for whoever comes next."""
+        """Give the lease back. The engine stays warm for the next worker."""
         self._release()
 
     def send_demand(self, claims: dict[str, int]) -> None:
-        """Let the keeper know what waits for contexts: it decides who makes room for whom."""
+        """Report how many claims wait for each context: the keeper uses it to choose whose memory
+        to free.
+        """
         with self._lock:
             if self._channel is not None:
-                with contextlib.suppress(KeeperError):  # it may be gone, as we shall hear
+                with contextlib.suppress(KeeperError):  # if it is gone, `alive` finds out
                     self._channel.send(Demand(claims=claims))
 
     def log_tail(self) -> list[str]:
-        """The end of its log, without empty lines."""
+        """The end of the engine's log, without empty lines."""
         return log_tail(self.log_file)
 
     def start_error(self, what: str) -> EngineStartError:
-        """What to raise when it cannot be used, with the end of its log."""
+        """The error to raise when the engine cannot be used, with the end of its log."""
         return start_error(self.plan, self.log_file, what)
 
     def _read_replies(self) -> None:
-        """With the lock held: the keeper's words that have come."""
+        """Read the keeper's replies that have arrived. The caller holds the lock."""
         while self._channel is not None:
             try:
                 reply = self._channel.reply(0)
             except TimeoutError:
                 return
             self._last_reply_at = awake()
-            if reply is None or reply.ended_because is not None:
-                self.ended_because = self._keeper_ended() if reply is None else reply.ended_because
+            if reply is None or reply.error is not None:
+                self.ended_because = self._keeper_ended() if reply is None else reply.error
                 self._channel.close()
                 self._channel = self._record = None
             elif reply.record is not None:
                 self._record, self.warm = reply.record, reply.warm
 
     def _keeper_ended(self) -> str:
-        """Where the kernel lacks memory, it may choose the keeper, and not an engine."""
+        """When memory runs out the kernel may kill the keeper instead of an engine."""
         return "its keeper ended" if oom_kills() == self._oom_kills else f"its keeper ended. {OOM}"
 
     def _check_keeper(self) -> None:
-        """It has said nothing for long: does it answer at all? Raises KeeperError."""
+        """After a long silence, check that the keeper still answers. Raises KeeperError."""
         try:
             _request(self._settings, DescribeDevice(), _ANSWER_SECONDS, self._stopped)
         except KeeperError:
@@ -254,8 +256,8 @@ class EngineLease:
 def evict(
     settings: Settings, wanted: tuple[str, ...], stopped: Callable[[], bool] = lambda: False
 ) -> tuple[str, ...]:
-    """Stop engines, by name or context. The names of those that went; none where no keeper is, or
-    when `stopped` says so before it has answered.
+    """Stop engines, given by name or context id. Returns the names of those that ended; none if
+    there is no keeper, or if `stopped` becomes true before it has answered.
 
     Raises KeeperError when it does not answer.
     """
@@ -263,7 +265,7 @@ def evict(
 
 
 def drain(settings: Settings) -> None:
-    """Stop every engine of this node, and its keeper. Returns when it is gone.
+    """Stop every engine of this node, and then its keeper. Returns when the keeper has ended.
 
     Raises KeeperError when it does not answer.
     """
@@ -275,7 +277,7 @@ def drain(settings: Settings) -> None:
 
 
 def _drain_seconds(settings: Settings) -> float:
-    """Up to 60 % of the grace period for workers to finish, and once more for the engines' end."""
+    """Workers have up to 60 % of the grace period to finish, and engines then all of it to end."""
     return 2 * settings.grace_seconds + _EVICT_SECONDS
 
 

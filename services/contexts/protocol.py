@@ -1,7 +1,8 @@
-"""What workers and people say to the keeper of their node: a line of JSON each way at a time.
+"""The keeper's protocol: requests and replies as lines of JSON over a unix socket.
 
-A connection that attaches is a lease: the engine is in use for as long as it is open, and a worker
-that dies lets go by dying.
+A connection that sends `Attach` is a lease: the engine is in use while the connection is open, so
+the lease ends when its worker dies. Names in JSON stay as they are: workers and keepers of two
+successive versions talk to each other.
 """
 
 import os
@@ -33,14 +34,14 @@ _ANSWER_POLL_SECONDS = 0.2
 
 
 class LineReader:
-    """The lines that come on a connection. What has come of one that is late is kept."""
+    """Reads lines from a connection. A part of a line is kept until the rest of it arrives."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._unread = b""
 
     def next(self, timeout_seconds: float) -> bytes | None:
-        """The next one, without its end; None when the other side is gone.
+        """The next line, without its newline; None when the other side has closed the connection.
 
         Raises TimeoutError, and KeeperError for a line that is too long.
         """
@@ -50,7 +51,7 @@ class LineReader:
             try:
                 piece = self._connection.recv(65536)
             except (BlockingIOError, TimeoutError) as error:
-                if awake() < deadline:  # we were stopped meanwhile, and so was the other side
+                if awake() < deadline:  # both sides were suspended meanwhile (SIGSTOP)
                     continue
                 raise TimeoutError from error
             except ConnectionError:
@@ -65,28 +66,28 @@ class LineReader:
 
 
 class Attach(Value):
-    """Have this engine ready, and keep it while we are connected."""
+    """Start this engine if need be, and keep it while the connection is open."""
 
     verb: Literal["attach"] = "attach"
     plan: EnginePlan
 
 
 class Demand(Value):
-    """How many claims wait for contexts, as far as we have heard. Has no answer."""
+    """How many claims wait for each context, as far as the worker knows. Has no reply."""
 
     verb: Literal["demand"] = "demand"
     claims: Annotated[dict[Identity, Annotated[int, Field(ge=0)]], Field(max_length=10_000)]
 
 
 class DescribeDevice(Value):
-    """What do engines here compute on? For workers that do not see it themselves."""
+    """Ask which device the keeper's engines use, for workers that do not see it themselves."""
 
     verb: Literal["look"] = "look"
 
 
 class Evict(Value):
-    """Stop these engines, named by themselves or by their contexts, in use or not. The answer names
-    those that are gone, and comes when all are, or the grace period is over.
+    """Stop these engines, given by name or context id, in use or not. The reply names those that
+    ended. It comes when all of them have, or when the grace period is over.
     """
 
     verb: Literal["evict"] = "evict"
@@ -94,20 +95,20 @@ class Evict(Value):
 
 
 class Drain(Value):
-    """Stop all engines, take no more, and end."""
+    """Stop all engines, start no more, and end."""
 
     verb: Literal["drain"] = "drain"
 
 
 class Borrow(Value):
-    """Lend us the broker that you keep, for as long as we are connected."""
+    """Ask for the use of the keeper's broker while the connection is open."""
 
     verb: Literal["borrow"] = "borrow"
 
 
 class GiveBack(Value):
-    """We are done with the broker, and have left nothing in our queues: those that every run has,
-    and this one. None: we did not use it. Has no answer.
+    """End the use of the broker. The borrower has left nothing in the queues that every run has,
+    nor in `claims_queue`; None if it did not use the broker. Has no reply.
     """
 
     verb: Literal["give-back"] = "give-back"
@@ -115,7 +116,7 @@ class GiveBack(Value):
 
 
 class KeptBroker(Value):
-    """A broker on this node. Only processes of the same user can ask for it."""
+    """The keeper's broker. Only processes of the same user can ask for it."""
 
     url: str
     password: SecretStr
@@ -130,26 +131,27 @@ _REQUEST: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discrimina
 
 
 class KeeperReply(Value):
-    """An answer: how the engine is now, or what was done. What a newer keeper says besides is not
-    heard: its engines serve workers of the version before.
+    """A reply: the engine's record, or the result of a request. Unknown fields are ignored, because
+    a newer keeper serves workers of the version before.
     """
 
     model_config = ConfigDict(extra="ignore", validate_by_name=True, serialize_by_alias=True)
 
     record: ContextRecord | None = None
-    ended_because: str | None = Field(default=None, alias="gone")
-    """Why the engine is no more, or never was; or why there is no device."""
+    error: str | None = Field(default=None, alias="gone")
+    """Why there is no engine any more, no device, or no broker."""
     warm: bool = False
-    """Whether it was warm when we came."""
+    """Whether the engine was warm when the worker attached."""
     done: tuple[str, ...] = ()
+    """The names of the engines that ended, in reply to `Evict`."""
     device: Device | None = None
-    """What engines here compute on, for whoever looked."""
+    """What the engines compute on, in reply to `DescribeDevice`."""
     broker: KeptBroker | None = None
-    """The broker that is lent."""
+    """The broker, in reply to `Borrow`."""
 
 
 class KeeperChannel:
-    """One end of a connection between a keeper and someone of the same user."""
+    """One end of a connection between a keeper and another process of the same user."""
 
     def __init__(self, connection: socket.socket) -> None:
         """Raises KeeperError when the other end belongs to another user."""
@@ -171,7 +173,7 @@ class KeeperChannel:
 
     @property
     def is_closed(self) -> bool:
-        """Whether the other side has hung up, and all that it said was read. Never waits."""
+        """Whether the other side has closed the connection and all it sent was read. Never waits."""
         try:
             self._connection.settimeout(0)
             return self._connection.recv(1, socket.MSG_PEEK) == b""
@@ -181,7 +183,7 @@ class KeeperChannel:
             return True
 
     def send(self, value: Value) -> None:
-        """Raises KeeperError when the other side is gone, or does not listen."""
+        """Raises KeeperError when the other side is gone, or does not read."""
         try:
             self._connection.settimeout(_SEND_SECONDS)
             self._connection.sendall(value.model_dump_json().encode() + b"\n")
@@ -194,10 +196,12 @@ class KeeperChannel:
         try:
             return None if line is None else _REQUEST.validate_json(line)
         except ValidationError as error:
-            raise KeeperError(f"not a request: {error.error_count()} faults") from error
+            raise KeeperError(
+                f"not a request of this version of Keepwarm: {error.error_count()} errors"
+            ) from error
 
     def reply(self, timeout_seconds: float) -> KeeperReply | None:
-        """The next answer; None when the keeper is gone. Raises TimeoutError, KeeperError."""
+        """The next reply; None when the keeper is gone. Raises TimeoutError, KeeperError."""
         line = self._lines.next(timeout_seconds)
         try:
             return None if line is None else KeeperReply.model_validate_json(line)
@@ -213,8 +217,9 @@ class KeeperChannel:
         timeout_seconds: float,
         stopped: Callable[[], bool] = lambda: False,
     ) -> KeeperReply | None:
-        """The answer to a request; None when the keeper ended first, or `stopped` said so
-        meanwhile. Raises KeeperError.
+        """The reply to a request; None when the keeper ended first, or when `stopped` became true.
+
+        Raises KeeperError when there is no reply in time.
         """
         self.send(request)
         deadline = awake() + timeout_seconds
@@ -226,7 +231,7 @@ class KeeperChannel:
                 if left > _ANSWER_POLL_SECONDS:
                     continue
                 raise KeeperError(
-                    f"this node's keeper did not answer within {timeout_seconds:g} s; its log "
-                    "says more"
+                    f"this node's keeper did not answer within {timeout_seconds:g} s; see "
+                    "keeper.log in KEEPWARM_RUNTIME_DIR"
                 ) from error
         return None

@@ -1,5 +1,5 @@
-"""What is warm on this node, written down: a record for each engine, with a lock that its keeper
-holds for as long as the engine lives.
+"""A record file for each engine of this node, with a lock that its keeper holds until the engine
+has ended.
 """
 
 import os
@@ -26,9 +26,9 @@ log = structlog.get_logger(__name__)
 
 
 class ContextRecord(Value):
-    """An engine as everybody on its node may know it. Times are the kernel's monotonic
-    clock, which all processes of a node share: it does not jump. A keeper of a newer version may
-    know more of it.
+    """The public state of an engine. Times are those of the kernel's monotonic clock, which never
+    jumps and is the same for all processes of a node. Unknown fields are ignored: a newer keeper
+    may write more of them.
     """
 
     model_config = ConfigDict(extra="ignore", validate_by_name=True, serialize_by_alias=True)
@@ -38,35 +38,35 @@ class ContextRecord(Value):
     device: str
     state: State
     progress: str = Field(default="", alias="says")
-    """The last line of its log, while it starts."""
+    """While it starts: the last line of its log, or what it waits for."""
     pid: int | None = None
     pid_started: float | None = None
-    """When the process started: with its number, this names it for good."""
+    """When the process started, since a pid alone may be used again."""
     socket: str
     log: str
     since: float
-    """When it was first asked for."""
+    """When a worker first asked for it."""
     last_used: float
-    """When a worker last came or went; one that is attached uses it now."""
+    """When a worker last attached or detached."""
     attached: int = 0
-    """Workers that use it now."""
+    """How many workers hold a lease now."""
     used: int = 0
-    """Workers that ever attached."""
+    """How many leases there were in all."""
     memory_bytes: int | None = None
     demand: int = 0
-    """Claims that wait for it, as far as the workers here have heard."""
+    """How many claims wait for it, as far as this node's workers know."""
     phases: StartupPhases | None = None
     adapters: tuple[str, ...] = ()
-    """The adapters that workers asked it for."""
+    """The adapters that it has loaded."""
 
     @property
     def seconds(self) -> float:
-        """How long it has been here."""
+        """The time since a worker first asked for it."""
         return max(0.0, time.monotonic() - self.since)
 
 
 class RecordFile:
-    """The record of an engine that we keep. Nobody else has it while this object is open."""
+    """The record file of one of the keeper's engines, locked until `close`."""
 
     def __init__(self, directory: Path, name: str) -> None:
         """Raises BlockingIOError when another keeper has it."""
@@ -78,14 +78,14 @@ class RecordFile:
             if lock is not None:
                 self._lock = lock
                 return
-            time.sleep(_LOCK_PAUSE_SECONDS)  # somebody looks whether we live, which takes no time
+            time.sleep(_LOCK_PAUSE_SECONDS)  # `live_records` of another process tries it briefly
         raise BlockingIOError(f"{self._lock_path} is held by another keeper")
 
     def write(self, record: ContextRecord) -> None:
-        """At once and whole: a reader sees the old one or the new one.
+        """Replace the file atomically: a reader sees the old record or the new one.
 
-        Where it cannot be written, as on a full disk, readers have the old one, and the log says so
-        once: the engine is none the worse for it, and its keeper goes on.
+        If it cannot be written, as on a full disk, the old record stays and one error is logged.
+        The engine does not depend on it.
         """
         try:
             self._replace(record)
@@ -104,17 +104,17 @@ class RecordFile:
         new.replace(self._path)
 
     def close(self) -> None:
-        """The engine is gone."""
+        """Remove the file: the engine has ended."""
         self._path.unlink(missing_ok=True)
         self._lock_path.unlink(missing_ok=True)
         os.close(self._lock)
 
 
 def live_records(directory: Path) -> list[ContextRecord]:
-    """The engines that live on this node, the longest-lived first. `directory` is ours alone.
+    """The engines of this node, the oldest first. `directory` must be private to this user.
 
-    A record without its keeper's lock is stale, and removed with what belonged to it; one that is
-    not a plain file of this user's is not looked at.
+    A record that no keeper has locked is stale: it is removed, with the engine's socket. A record
+    that is not a plain file of this user is ignored.
     """
     return sorted(_live(directory), key=lambda record: record.since)
 

@@ -133,7 +133,7 @@ def node_device(settings: Settings) -> Device:
         reply = channel.ask(DescribeDevice(), _ANSWER_SECONDS)
     if reply is None or reply.device is None:
         raise EngineStartError(
-            (reply and reply.ended_because) or "the keeper ended before it told its device"
+            (reply and reply.error) or "the keeper ended before it told its device"
         )
     return reply.device
 

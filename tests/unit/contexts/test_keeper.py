@@ -162,10 +162,7 @@ def lease(node: Node, plan: EnginePlan) -> tuple[ManagedEngine, KeeperReply]:
     ours.send(Attach(plan=plan))
     reply = ours.reply(GENEROUS_SECONDS)
     while (
-        reply is not None
-        and reply.ended_because is None
-        and reply.record
-        and reply.record.state != "warm"
+        reply is not None and reply.error is None and reply.record and reply.record.state != "warm"
     ):
         reply = ours.reply(GENEROUS_SECONDS)
     ours.close()
@@ -201,11 +198,8 @@ def test_an_adapter_that_the_engine_does_not_take_is_told_and_its_engine_stays(
     node = start()
     plan = adapter_plan(node, tmp_path, "empty")
     managed, reply = lease(node, plan)
-    assert (
-        f"the adapter {plan.spec.adapter} cannot be used with {plan.spec.model}"
-        in reply.ended_because
-    )
-    assert "No adapter found" in reply.ended_because
+    assert f"the adapter {plan.spec.adapter} cannot be used with {plan.spec.model}" in reply.error
+    assert "No adapter found" in reply.error
     assert managed.record.state == "warm"
 
 
@@ -699,7 +693,7 @@ def test_one_that_wakes_wrong_is_ended_and_its_worker_has_a_new_one(
     before = wrong_engines()
     managed, reply = lease(node, node.plan("a"))
     assert node.goes(sleeper) == "it does not answer as it did when it was started"
-    assert managed is not sleeper and reply.ended_because is None and reply.record is not None
+    assert managed is not sleeper and reply.error is None and reply.record is not None
     assert reply.record.state == "warm" and reply.record.pid != sleeper.record.pid
     assert not reply.warm and reply.record.phases is not None  # a start of the worker's own
     assert wrong_engines() == before + 1
@@ -713,7 +707,7 @@ def test_one_that_answers_otherwise_when_a_worker_comes_is_ended_and_the_worker_
     before = wrong_engines()
     _, reply = lease(node, node.plan("a"))
     assert node.goes(first) == "it does not answer as it did when it was started"
-    assert reply.ended_because is None and reply.record is not None
+    assert reply.error is None and reply.record is not None
     assert reply.record.state == "warm" and reply.record.pid != first.record.pid
     assert wrong_engines() == before + 1
 

@@ -84,7 +84,7 @@ def test_a_word_survives_the_way(ends: Ends, context: ContextSpec) -> None:
     )
     said = [
         KeeperReply(record=record, warm=True),
-        KeeperReply(ended_because="it ended\nwith a log"),
+        KeeperReply(error="it ended\nwith a log"),
         KeeperReply(done=("a", "b")),
         KeeperReply(device=Device("cuda", "H100", 2**36, (0, 1), gpu="0")),
     ]
