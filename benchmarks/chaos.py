@@ -100,14 +100,14 @@ class Service:
         return None
 
     def keepers(self) -> list[psutil.Process]:
-        """All that holds its engine: holder, guard, template, its leash, and the keeper."""
+        """The processes above its engine: supervisor, guard, fork server, its supervisor, keeper."""
         with suppress(psutil.Error):
             if (engine := self.engine()) is not None:
                 return [
                     process
                     for process in engine.parents()
                     if ("services.cli.main" in process.cmdline() and "keeper" in process.cmdline())
-                    or "template.py" in " ".join(process.cmdline())
+                    or "fork_server.py" in " ".join(process.cmdline())
                 ]
         return []
 

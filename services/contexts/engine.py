@@ -1,4 +1,4 @@
-"""The life of one engine: forked, waited for with its log at hand, put to sleep, stopped whole."""
+"""One engine process: start it, check its answers, put it to sleep, stop it."""
 
 import re
 import threading
@@ -24,13 +24,13 @@ from services.node.runtime_dir import log_tail, quoted_tail, socket_path
 _POLL_SECONDS = 0.05
 _PROGRESS_SECONDS = 1.0
 _PROBE_SECONDS = 120.0
-# The canary: shorter than a block of the prefix cache, so that it is computed anew each time.
+# The canary prompt: shorter than a block of the prefix cache, so that it is never served from it.
 _CANARY_PROMPT, _CANARY_TOKENS = (1, 2, 3), (1, 2)
-# Between two answers to it, in log probability. What else is computed in the same step changes
-# bfloat16's rounding a little; weights that are not the model's change it by several.
+# The largest difference between two answers to it, in log probability. Other prompts in the same
+# step change bfloat16's rounding a little; wrong weights change the answer by several.
 _CANARY_TOLERANCE = 1.0
 _CANARY_TIMES = 3
-# What vLLM 0.32 says of its own phases; the GPU's runner and the CPU's differ in the first.
+# What vLLM 0.32 logs of its own phases; the GPU's runner and the CPU's differ in the first.
 _LOAD = re.compile(r"(?:Model loading took .* and|Loading weights took) ([\d.]+) sec")
 _COMPILE = re.compile(r"init engine \(.*\) took ([\d.]+) s")
 
@@ -38,19 +38,19 @@ log = structlog.get_logger(__name__)
 
 
 class Engine:
-    """vLLM's server, in a session of its own, holding one context behind a socket of ours alone."""
+    """vLLM's server in its own session. It holds one context and listens on a private socket."""
 
     def __init__(self, plan: EnginePlan, directory: Path) -> None:
-        """`directory` is the runtime directory. Raises UsageError when its name is too long."""
+        """`directory` is the runtime directory. Raises UsageError when its path is too long."""
         self.plan = plan
         self.socket = socket_path(directory, plan.name)
         self.log_file = directory / f"{plan.name}.log"
         self._process: EngineProcess | None = None
         self._oom_kills = 0
         self._canary: Answer | None = None
-        """What it answered to the canary when it was started."""
+        """Its answer to the canary prompt at its start."""
         self.failed: Ending | None = None
-        """How it was when its start failed."""
+        """How it had ended when its start failed."""
         self._stopping = threading.Lock()
 
     @property
@@ -71,16 +71,16 @@ class Engine:
         loading: Callable[[str], None],
         started_at: float,
     ) -> StartupPhases | None:
-        """Fork it and wait until it answers. None when `stop` was set meanwhile; `loading` hears
-        the last line of its log every second. The start counts from `begun`, by the monotonic
-        clock: weights were fetched since then, and imports went on.
+        """Fork it and wait until it answers. None when `stop` was set meanwhile. `loading` is
+        called with the last line of its log every second. The start's phases count from
+        `started_at` (monotonic clock), because weights were fetched and modules imported since.
 
-        Raises EngineStartError, with the end of the engine's log, when it dies or stays silent.
+        Raises EngineStartError when it ends, or does not answer in time.
         """
         started = reported = awake()
         fork_server.ready(stop, timeout_seconds)
         self.log_file.unlink(missing_ok=True)
-        self.socket.unlink(missing_ok=True)  # of one that was killed
+        self.socket.unlink(missing_ok=True)  # left by an engine that was killed
         if stop.is_set():
             return None
         self._oom_kills = oom_kills()
@@ -115,18 +115,18 @@ class Engine:
         return self._phases(imports, ready - answered, ready - started_at)
 
     def stop(self) -> None:
-        """Stop it, with every process that it started. May be called from any thread."""
+        """Stop it and every process that it started. May be called from any thread."""
         with self._stopping:
             if self._process is not None:
                 self._process.stop()
             self.socket.unlink(missing_ok=True)
 
     def answers(self) -> bool:
-        """Whether it says that it is well, within seconds."""
+        """Whether it reports within seconds that it is healthy."""
         return self._client().healthy()
 
     def answers_as_at_start(self) -> bool:
-        """Whether it answers the canary as it did when it was started: once in three times, for
+        """Whether it answers the canary prompt as it did at its start, in one of three attempts:
         rounding depends on what else is in the same step. Waits for the engine's answers.
         """
         answers: list[Answer | None] = []
@@ -141,22 +141,22 @@ class Engine:
         return False
 
     def sleep(self) -> None:
-        """Give the GPU up, and keep the weights in host memory. Raises EngineRequestError."""
+        """Free the GPU, and keep the weights in host memory. Raises EngineRequestError."""
         self._client().sleep()
 
     def wake(self) -> None:
-        """Raises EngineRequestError."""
+        """Move the weights back to the GPU. Raises EngineRequestError."""
         self._client().wake()
 
     def load_adapter(self, name: str, directory: Path) -> None:
-        """Have requests that name it answered with this adapter. Raises EngineRequestError."""
+        """Load an adapter for requests with this model name. Raises EngineRequestError."""
         self._client().load_adapter(name, directory)
 
     def _client(self) -> CompletionClient:
         return CompletionClient(self.socket, self.plan.spec.base.context_id, _PROBE_SECONDS)
 
     def memory_bytes(self) -> int | None:
-        """What it holds now: of its GPU, or of the node. None when it cannot be told."""
+        """How much it holds now of its GPU or of the node; None when that cannot be measured."""
         try:
             process = psutil.Process(self.pid)
             pids = [process.pid, *(child.pid for child in process.children(recursive=True))]
@@ -171,22 +171,22 @@ class Engine:
         return None if process is None else process.exit_code()
 
     def ending(self) -> Ending:
-        """How it ended, if it did."""
+        """How it ended; the exit code is None while it runs."""
         return Ending(self.exit_code(), oom_kills() > self._oom_kills)
 
     def _probe(self, client: CompletionClient) -> None:
-        """Ask something small: the engine must score the very tokens that it is asked to."""
+        """Send the canary prompt: the engine must score exactly the tokens that it is asked for."""
         try:
             self._canary = self._answer_to_canary(client)
         except EngineRequestError as error:
-            raise self._start_failed(f"its first answer was no answer: {error}") from error
+            raise self._start_failed(f"its first request failed: {error}") from error
         if self._canary is None:
             raise self._start_failed(
-                "it does not score given tokens; vLLM with `logprob_token_ids` is needed (0.32 has)"
+                "it does not score given tokens; install a vLLM with `logprob_token_ids` (0.32)"
             )
 
     def _answer_to_canary(self, client: CompletionClient) -> Answer | None:
-        """None where it is no answer. Raises EngineRequestError."""
+        """None when the engine returned no usable answer. Raises EngineRequestError."""
         answers = [answer for _, answer in client.score([_CANARY_PROMPT], _CANARY_TOKENS)]
         return answers[0] if answers else None
 
@@ -211,7 +211,7 @@ class Engine:
 
 
 def _alike(answer: Answer | None, earlier: Answer | None) -> bool:
-    """Whether the two give the canary's tokens about the same probabilities."""
+    """Whether both give the canary's tokens about the same probabilities."""
     return (
         answer is not None
         and earlier is not None
@@ -225,8 +225,8 @@ def _alike(answer: Answer | None, earlier: Answer | None) -> bool:
 def start_error(
     plan: EnginePlan, log_file: Path, what: str, ending: Ending | None = None
 ) -> EngineStartError:
-    """What to tell a person when an engine cannot be used: the cause and the next step, where they
-    are known, and the end of its log.
+    """The error for a user when an engine cannot be used: the cause and the next step, if they are
+    known, and the end of its log.
     """
     sentences = [f"no engine for {plan.spec.model} on {plan.device.name}: {what.rstrip('.')}."]
     sentences += filter(None, [explanation(log_file, ending or Ending(), plan.device.name)])

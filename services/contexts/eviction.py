@@ -25,7 +25,7 @@ class Candidate:
 
     @property
     def loss_seconds(self) -> float:
-        """The expected cost of losing it: the time of a start, times the chance that one is needed."""
+        """The expected cost of losing it: a start's time, times the chance that one is needed."""
         wanted = 1.0 if self.demand else 0.5 ** (self.idle_seconds / _HALF_LIFE_SECONDS)
         return wanted * self.start_seconds
 

@@ -1,5 +1,5 @@
-"""Weights from the hub to this node, in a process that can be ended: the hub's client cannot be
-told to stop.
+"""Fetches weights from the hub to this node. A process of its own does it, because the hub's client
+cannot be told to stop, and a process can.
 """
 
 import json
@@ -21,9 +21,9 @@ _GRACE_SECONDS = 1.0
 def fetch(
     spec: ContextSpec, environment: Mapping[str, str], stopped: Callable[[], bool]
 ) -> Path | None:
-    """Where the files of a model, or of an adapter that is given as one, are on this node; fetched
-    if need be. None when `stopped` said so meanwhile. `environment` wins over ours: whoever asks
-    may have a token, or a cache of their own.
+    """The directory with the files of a model (or of an adapter given as one) on this node; fetched
+    if need be. None when `stopped` became true meanwhile. HF_ variables of `environment` win over
+    this process's: a worker may have its own token or cache.
 
     Raises ModelError.
     """
@@ -56,5 +56,5 @@ def fetch(
             return Path(answer["directory"])
         why = str(answer["error"])
     except (ValueError, KeyError, TypeError):
-        why = f"the download of {spec.model!r} ended with exit code {code}. It said:\n{output_text}"
+        why = f"the download of {spec.model!r} ended with exit code {code}:\n{output_text}"
     raise ModelError(why)

@@ -1,16 +1,16 @@
-"""A process that has an engine's imports done, from which engines are forked.
+"""The fork server: a process that has done an engine's imports, and forks engines.
 
-Importing vLLM takes longer than loading a small model, and as it comes each of its processes pays
-for that anew. The template pays once a node: `PYTHON template.py SOCKET MODULE` imports MODULE,
-listens, and forks an engine for every connection. A connection is the engine's leash: it carries
-one line of JSON from the keeper ({name, argv, environment, cores, log, grace_seconds}), then the
-engine's pid and when the imports were done, and at the end its exit code; when the keeper closes
-its side, or dies, the engine ends.
+Importing vLLM takes longer than loading a small model, and without a fork server every process of
+vLLM does it again. `PYTHON fork_server.py SOCKET MODULE` imports MODULE once, listens, and forks an
+engine for every connection. The keeper sends one line of JSON ({name, argv, environment, cores,
+log, grace_seconds}). The fork server replies with the engine's pid and the time at which the
+imports were done, and at the end with its exit code. When the keeper closes its side, or dies, the
+engine ends.
 
-This file is run by the engine's own interpreter, which need not have Keepwarm's libraries: it
-imports the standard library, psutil (vLLM needs it too) and the leash. An engine that was forked is
-`python -m MODULE` in all other respects. Nothing here initialises CUDA, and a template that has
-more threads than one is not forked from, for neither survives a fork.
+The engine's own interpreter runs this file, and need not have Keepwarm's libraries: it imports the
+standard library, psutil (which vLLM needs too) and node/supervision.py. In all other respects a
+forked engine is `python -m MODULE`. Neither CUDA nor threads survive a fork: nothing here
+initialises CUDA, and a fork server that has more than one thread refuses to fork.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ from services.node.supervision import adopt_orphans, die_with_parent, supervise
 _MAX_REQUEST_BYTES = 1024 * 1024
 # A unix socket's path may have 107 bytes, and vLLM's sockets have names of 36.
 _LONGEST_TEMPORARY_BYTES = 107 - len("/kw-12345678/") - 36
-# Imported by vLLM's processes only when they begin to work. Missing ones do not matter.
+# vLLM's processes import these only when they begin to work. Missing ones do not matter.
 _LATER_IMPORTS = (
     "vllm.v1.engine.async_llm",
     "vllm.v1.engine.core",
@@ -55,7 +55,7 @@ _LATER_IMPORTS = (
 
 
 class Forked:
-    """A forked child as `subprocess.Popen` would show it."""
+    """A forked child with the interface of `subprocess.Popen` (`supervision.ChildProcess`)."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         self._status: int | None = None
@@ -85,7 +85,7 @@ class Forked:
         return self._status
 
     def wait(self, timeout: float | None = None) -> int:
-        """Raises subprocess.TimeoutExpired, as `Popen.wait` does: who holds it knows no other."""
+        """Raises subprocess.TimeoutExpired, as `Popen.wait` does."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while (code := self.poll()) is None:
             if deadline is not None and time.monotonic() > deadline:
@@ -101,7 +101,7 @@ class Forked:
 def _become_engine(
     module: str, request: dict[str, Any], connection: socket.socket, temporary: str
 ) -> None:
-    """In the engine's process, which is a fresh `python -m MODULE` as far as MODULE can tell."""
+    """Run MODULE in the engine's process as `python -m MODULE` would."""
     connection.close()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
@@ -110,17 +110,17 @@ def _become_engine(
     os.sched_setaffinity(0, request["cores"])
     os.environ.update(request["environment"])
     os.environ["TMPDIR"] = os.environ["VLLM_RPC_BASE_PATH"] = temporary
-    tempfile.tempdir = None  # imports may have asked for it
+    tempfile.tempdir = None  # an import may have set it
     _apply_offline_mode()
     sys.argv = [module, *request["argv"]]
     _set_process_title(f"keepwarm engine {request['name']}")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # MODULE was imported before: on purpose
+        warnings.simplefilter("ignore", RuntimeWarning)  # MODULE was imported before, on purpose
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def _apply_offline_mode() -> None:
-    # The hub's library reads this when it is imported, which was before we knew the model.
+    # The hub's library read this when it was imported, before the model was known.
     constants = sys.modules.get("huggingface_hub.constants")
     if constants is not None and os.environ.get("HF_HUB_OFFLINE") == "1":
         constants.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
@@ -134,14 +134,14 @@ def _set_process_title(title: str) -> None:
 def _guard_engine(
     module: str, request: dict[str, Any], connection: socket.socket, imported_at: float
 ) -> None:
-    """In the engine's guard: hold it on the connection, and report how it ended."""
+    """Supervise the engine in its guard process, and report how it ended."""
     os.setsid()
     guard = os.getpid()
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-    # vLLM leaves sockets and directories behind where temporary files go.
+    # vLLM leaves sockets and directories behind in the temporary directory.
     base = tempfile.gettempdir()
     short = base if len(os.fsencode(base)) <= _LONGEST_TEMPORARY_BYTES else "/tmp"  # noqa: S108
     temporary = tempfile.mkdtemp(prefix="kw-", dir=short)
@@ -159,8 +159,8 @@ def _guard_engine(
 
 
 def _prefer_fork() -> None:
-    """On processors vLLM insists on starting its processes anew, and on one of them to ask what a
-    model can do. Where nothing has begun to compute, a fork does the same without the imports.
+    """On processors vLLM spawns its processes, and one more to inspect the model. As long as
+    nothing has been computed, a fork does the same without the imports.
     """
     try:
         registry: Any = importlib.import_module("vllm.model_executor.models.registry")
@@ -170,7 +170,7 @@ def _prefer_fork() -> None:
         platform = type(current)
         check = platform.check_and_update_config
     except (ImportError, AttributeError):
-        return  # another vLLM: it starts as it comes
+        return  # another version of vLLM: leave its ways of starting processes
 
     def check_and_fork(config: Any) -> None:
         check(config)
@@ -182,7 +182,7 @@ def _prefer_fork() -> None:
 
 
 def _why_not_forkable() -> str | None:
-    """None, or why not."""
+    """The reason why this process must not be forked; None if it may."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return "CUDA is initialised"
@@ -191,7 +191,7 @@ def _why_not_forkable() -> str | None:
 
 
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # a keeper that is gone need not hear it
+    with contextlib.suppress(OSError):  # the keeper may be gone
         connection.sendall(json.dumps(message).encode() + b"\n")
 
 
@@ -209,7 +209,7 @@ def _read_request(connection: socket.socket) -> dict[str, Any] | None:
 
 
 def _serve(listener: socket.socket, module: str, imported_at: float) -> None:
-    # Guards report through their connections; the kernel reaps them, and what a killed one leaves.
+    # Guards report through their connections. The kernel reaps them, and orphans of a killed guard.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     adopt_orphans()
     while True:
@@ -245,15 +245,15 @@ def main() -> None:
             importlib.import_module(later)
     _prefer_fork()
     gc.collect()
-    gc.freeze()  # a collection in a child would touch, and so copy, all of it
+    gc.freeze()  # otherwise a collection in a child would touch all pages, and so copy them
     listener = socket.socket(socket.AF_UNIX)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)  # noqa: PTH108
-    # Complete before anybody can see it: who finds the socket finds the listener.
+    # It gets its name once it listens, so that every client that finds it can connect.
     listener.bind(f"{path}.new")
     os.chmod(f"{path}.new", 0o600)  # noqa: PTH101
     listener.listen(16)
-    imported_at = time.monotonic()  # this clock is the same in all processes of a node
+    imported_at = time.monotonic()  # the same clock in all processes of a node
     sys.stdout.write(f"imported {module} in {imported_at - started:.2f} s\n")
     sys.stdout.flush()
     os.rename(f"{path}.new", path)  # noqa: PTH104

@@ -1,4 +1,4 @@
-"""The keeper's side of templates: started once a node, asked for engines, held on a leash."""
+"""The keeper's side of a fork server: starts and supervises it, and asks it for engines."""
 
 import contextlib
 import json
@@ -22,17 +22,17 @@ from services.node.supervision import SupervisedProcess, from_shell
 
 _POLL_SECONDS = 0.05
 _ANSWER_SECONDS = 30.0
-# What a leash needs beyond its grace period to end what is on it, and to say so.
+# What a supervisor needs beyond the grace period to kill its processes and to report it.
 _SUPERVISOR_SECONDS = 10.0
-FORK_SERVER_PREFIX = "template"
-"""What the names of all templates begin with."""
+FORK_SERVER_PREFIX = "fork-server"
+"""The names of a fork server's files in the runtime directory begin with this."""
 
 
 class EngineProcess:
-    """An engine that a template forked, on the leash that our end of its connection is."""
+    """An engine that a fork server forked. It ends when this end of its connection is closed."""
 
     def __init__(self, connection: socket.socket, grace_seconds: float) -> None:
-        """Raises EngineStartError when the template forks nothing, and says why."""
+        """Raises EngineStartError, with the reason, when the fork server forks no engine."""
         self._connection = connection
         self._grace_seconds = grace_seconds
         self._lines = LineReader(connection)
@@ -45,28 +45,28 @@ class EngineProcess:
         if message is None or "pid" not in message:
             self._connection.close()
             raise EngineStartError(
-                f"the template forked no engine: {(message or {}).get('refused', 'it ended')}"
+                f"the fork server forked no engine: {(message or {}).get('refused', 'it ended')}"
             )
         self.pid: int = message["pid"]
         self.imported_at: float = message["imported_at"]
-        """When its template had the imports done, by the monotonic clock."""
+        """When its fork server had done the imports, by the monotonic clock."""
 
     def exit_code(self) -> int | None:
-        """None while it runs; negative when a signal ended it, or its leash."""
+        """None while it runs; negative when a signal ended it or its supervisor."""
         return self._wait(0)
 
     def stop(self) -> None:
-        """SIGTERM, the grace period, SIGKILL. Returns when all of it is gone."""
+        """SIGTERM, the grace period, SIGKILL. Returns when all its processes have ended."""
         if self._code is None:
-            with contextlib.suppress(OSError):  # its leash may be gone
+            with contextlib.suppress(OSError):  # its supervisor may be gone
                 self._connection.shutdown(socket.SHUT_WR)
             if self._wait(self._grace_seconds + _SUPERVISOR_SECONDS) is None:
                 self._kill()
-                self._code = -9  # whatever is left of it in the kernel, nobody waits for it
+                self._code = -9  # do not wait for a process that hangs in the kernel
         self._connection.close()
 
     def _kill(self) -> None:
-        # The leash itself hangs: end the session that the engine leads.
+        # The supervisor itself hangs: kill the session that the engine leads.
         for process in psutil.process_iter():
             try:
                 if os.getsid(process.pid) == self.pid:
@@ -85,7 +85,7 @@ class EngineProcess:
             return self._code
 
     def _next_message(self, seconds: float) -> dict[str, Any] | None:
-        """None when the other side is gone. Raises TimeoutError."""
+        """The next message; None when the other side is gone. Raises TimeoutError."""
         line = self._lines.next(seconds)
         if line is None:
             return None
@@ -94,7 +94,7 @@ class EngineProcess:
 
 
 def remove_fork_server_files(directory: Path) -> None:
-    """The files of all templates of this runtime directory, whose keeper is gone."""
+    """Remove the files of this runtime directory's fork servers, after its keeper has ended."""
     for path in directory.glob(f"{FORK_SERVER_PREFIX}-*"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -103,14 +103,14 @@ def remove_fork_server_files(directory: Path) -> None:
 
 
 def has_fork_server(directory: Path) -> bool:
-    """Whether a template of this runtime directory has its imports done: then its socket is there.
-    One that was killed leaves it until the next is started.
+    """Whether a fork server of this runtime directory has done its imports, as its socket shows.
+    The socket of a fork server that was killed stays until the next one is started.
     """
     return any(directory.glob(f"{FORK_SERVER_PREFIX}-*.sock"))
 
 
 class ForkServer:
-    """The process of services/contexts/fork_server.py for one interpreter and one environment."""
+    """A process of services/contexts/fork_server.py for one interpreter and one environment."""
 
     def __init__(
         self,
@@ -122,29 +122,29 @@ class ForkServer:
         grace_seconds: float,
     ) -> None:
         self._socket = socket_path(directory, name)
-        self._socket.unlink(missing_ok=True)  # of one that was killed
+        self._socket.unlink(missing_ok=True)  # left by one that was killed
         self._module = module
         self.log_file = directory / f"{name}.log"
         self._grace_seconds = grace_seconds
         self.log_file.unlink(missing_ok=True)
         self._was_ready = False
-        # Imports leave files where temporary ones go, and so do the engines (template.py).
+        # Imports and engines leave files in the temporary directory.
         self._temporary = directory / f"{name}.tmp"
-        shutil.rmtree(self._temporary, ignore_errors=True)  # of one that was killed
+        shutil.rmtree(self._temporary, ignore_errors=True)  # left by one that was killed
         self._temporary.mkdir(mode=0o700)
         self._started = awake()
         with open_log(self.log_file) as output:
             self._process = SupervisedProcess(
                 [python, str(Path(fork_server.__file__)), str(self._socket), module],
                 environment={**environment, "TMPDIR": str(self._temporary)},
-                # Engines in it get their own grace period when its end is theirs.
+                # When it is stopped, its engines have this grace period too.
                 grace_seconds=grace_seconds,
                 output=output,
             )
 
     @property
     def alive(self) -> bool:
-        """Whether it runs, and its socket was not removed."""
+        """Whether it runs, and its socket is still there once it was ready."""
         if self._was_ready and not self._socket.exists():
             return False
         return self._process.exit_code() is None
@@ -152,7 +152,7 @@ class ForkServer:
     def ready(self, stop: threading.Event, timeout_seconds: float) -> None:
         """Wait until engines can be forked, or `stop` is set.
 
-        Raises EngineStartError with what it said last.
+        Raises EngineStartError, with the end of its log, when it ends or is not ready in time.
         """
         deadline = self._started + timeout_seconds
         while not self._socket.exists():
@@ -180,7 +180,7 @@ class ForkServer:
         log_file: Path,
         cores: Sequence[int],
     ) -> EngineProcess:
-        """Raises EngineStartError when it cannot."""
+        """Fork an engine on these `cores`. Raises EngineStartError when that fails."""
         connection = socket.socket(socket.AF_UNIX)
         request = {
             "name": name,
@@ -196,12 +196,12 @@ class ForkServer:
         except OSError as error:
             connection.close()
             raise EngineStartError(
-                f"the template is gone: {error}. {self.log_excerpt()}"
+                f"the fork server is gone: {error}. {self.log_excerpt()}"
             ) from error
         return EngineProcess(connection, self._grace_seconds)
 
     def log_excerpt(self) -> str:
-        """The end of its log, as part of an error message."""
+        """The end of its log, for an error message."""
         return f"The last lines of its log, {self.log_file}:\n{quoted_tail(self.log_file)}"
 
     def stop(self) -> None:

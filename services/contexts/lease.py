@@ -48,8 +48,8 @@ log = structlog.get_logger(__name__)
 
 
 class EngineLease:
-    """A worker's lease on its engine. The keeper starts and stops the engine, and keeps it while the
-    lease lasts. The lease is a connection, so it ends when the worker dies.
+    """A worker's lease on its engine. The keeper starts and stops the engine, and keeps it during
+    the lease. The lease is a connection, so it ends when the worker dies.
 
     After the engine has ended, `start` asks for a new one. `stop` may be called from any thread.
     """

@@ -173,7 +173,7 @@ class KeeperChannel:
 
     @property
     def is_closed(self) -> bool:
-        """Whether the other side has closed the connection and all it sent was read. Never waits."""
+        """Whether the other side closed the connection and all it sent was read. Never waits."""
         try:
             self._connection.settimeout(0)
             return self._connection.recv(1, socket.MSG_PEEK) == b""

@@ -1,4 +1,4 @@
-"""Finding this node's keeper, or starting one."""
+"""Connects to this node's keeper, and starts one if there is none."""
 
 import contextlib
 import os
@@ -29,10 +29,10 @@ from services.node.supervision import SupervisedProcess
 _POLL_SECONDS = 0.02
 _CONNECT_SECONDS = 2.0
 _ANSWER_SECONDS = 20.0
-# On a slow machine the imports alone may take long. A keeper that is there, or coming, has this.
+# For a keeper that is starting: on a slow machine the imports alone may take long.
 _SLOW_START_SECONDS = 60.0
 _RETRY_SECONDS = 2.0
-# What a keeper reads; flags and callers may have chosen them, and not the environment.
+# The settings that a keeper reads. They are passed on, because flags may have set them.
 _KEEPER_SETTINGS = {
     *("runtime_dir", "cache_dir", "cache_gib", "context_idle_seconds", "context_memory_gib"),
     *("engine_start_timeout_seconds", "grace_seconds", "walltime_seconds"),
@@ -42,8 +42,8 @@ _COMMAND = python_command("services.cli.main", "keeper")
 
 
 def connected(directory: Path) -> KeeperChannel | None:
-    """A connection to the keeper of this runtime directory; None where there is none, or one that
-    takes no connections: so many wait that the kernel lets us wait, too.
+    """A connection to the keeper of this runtime directory; None if there is no keeper, or if it
+    does not accept connections within two seconds.
     """
     path = keeper_socket(directory)
     connection = socket.socket(socket.AF_UNIX)
@@ -59,10 +59,11 @@ def connected(directory: Path) -> KeeperChannel | None:
 def open_keeper(
     settings: Settings, stopped: Callable[[], bool] = lambda: False
 ) -> KeeperChannel | None:
-    """A connection to this node's keeper, which is started if there is none, and then outlives us;
-    where that is not for us to do, it is waited for. None when `stopped` said so meanwhile.
+    """A connection to this node's keeper. If there is none, one is started that outlives this
+    process; with KEEPWARM_START_KEEPER=false it is waited for instead. None when `stopped` became
+    true meanwhile.
 
-    Raises KeeperError when it does not come up.
+    Raises KeeperError when no keeper answers.
     """
     directory = open_runtime_dir(settings.runtime_dir)
     log_file = directory / "keeper.log"
@@ -70,12 +71,13 @@ def open_keeper(
     keeper_pipe: IO[bytes] | None = None
 
     def is_starting() -> bool:
-        # It never writes: readable means that it has ended.
-        lives = keeper_pipe is not None and not select.select([keeper_pipe], [], [], 0)[0]
-        return lives or is_locked(keeper_lock(directory))
+        # The keeper never writes to the pipe: readable means that it has ended.
+        running = keeper_pipe is not None and not select.select([keeper_pipe], [], [], 0)[0]
+        return running or is_locked(keeper_lock(directory))
 
     def keep_waiting() -> bool:
-        # One that finds another, or one that is about to end, ends at once: there is a lock.
+        # A keeper that finds the directory locked, by another or by one that is ending, ends at
+        # once; so try again.
         nonlocal retry_at, keeper_pipe
         if settings.start_keeper and time.monotonic() >= retry_at and not is_starting():
             retry_at = time.monotonic() + _RETRY_SECONDS
@@ -90,9 +92,9 @@ def open_keeper(
 def temporary_keeper(
     settings: Settings, log_file: Path, stopped: Callable[[], bool] = lambda: False
 ) -> Iterator[None]:
-    """Where this node has no keeper, one that ends with the block, and its engines with it. One
-    that is there already is left alone, and its engines stay. It is not waited for once `stopped`
-    says so.
+    """If this node has no keeper, start one that ends with the block, and its engines with it. A
+    keeper that is there already is used, and stays. Stops waiting for it when `stopped` becomes
+    true.
     """
     directory = open_runtime_dir(settings.runtime_dir)
     channel = connected(directory)
@@ -104,7 +106,7 @@ def temporary_keeper(
         keeper = SupervisedProcess(
             _COMMAND,
             environment=_environment(settings),
-            # It drains within its grace period; the leash comes after it.
+            # The keeper drains within its own grace period; the supervisor's ends later.
             grace_seconds=settings.grace_seconds + 10,
             output=output,
         )
@@ -120,10 +122,10 @@ def temporary_keeper(
 
 
 def node_device(settings: Settings) -> Device:
-    """What engines of this node compute on. A keeper that is a service of its own may see a GPU
-    that we do not see, so it is asked; otherwise we look ourselves.
+    """The device that engines of this node compute on. A keeper that runs as a service may see a
+    GPU that this process does not see, so then the keeper is asked.
 
-    Raises EngineStartError where a GPU that is named is not there, KeeperError without a keeper.
+    Raises EngineStartError if a GPU that is named does not exist, KeeperError without a keeper.
     """
     if settings.start_keeper:
         return find_device()
@@ -160,8 +162,8 @@ def _wait(
 
 
 def _start(settings: Settings, log_file: Path) -> IO[bytes]:
-    """In a session of its own and as no child of ours: it is to outlive us (setsid(1)). What it
-    holds the other end of as long as it lives.
+    """Start a keeper in a session of its own that outlives this process (setsid(1)). Returns a pipe
+    whose other end the keeper holds until it ends.
     """
     keeper_pipe, keeper_end = os.pipe()
     with open_log(log_file) as output, os.fdopen(keeper_end, "wb"):
@@ -171,21 +173,21 @@ def _start(settings: Settings, log_file: Path) -> IO[bytes]:
             stdout=output,
             stderr=output,
             env=_environment(settings),
-            cwd="/",  # it outlives the directory that we are in
+            cwd="/",  # it may outlive the current directory
             pass_fds=(keeper_end,),
-            check=False,  # whether it came up is seen at its socket
+            check=False,  # its socket shows whether it has started
         )
     return os.fdopen(keeper_pipe, "rb")
 
 
 def without_secrets() -> dict[str, str]:
-    """Our environment, for processes that have no use for passwords."""
+    """This process's environment without passwords, for processes that need none."""
     return {name: value for name, value in os.environ.items() if "PASSWORD" not in name.upper()}
 
 
 def _environment(settings: Settings) -> dict[str, str]:
-    """Ours without secrets, which a keeper has no use for, and with the settings as they are. Our
-    address for metrics is ours: whoever wants a keeper's runs one as a service.
+    """A keeper's environment: this one without passwords, with the settings in force, and without
+    this process's metrics port. Run a keeper as a service to get its metrics.
     """
     chosen = settings.model_dump(mode="json", include=_KEEPER_SETTINGS, exclude_none=True)
     chosen["metrics_address"] = METRICS_OFF

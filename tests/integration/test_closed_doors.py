@@ -104,7 +104,7 @@ def test_another_user_can_neither_ask_the_engine_nor_see_that_there_is_one(
     worker = command("worker", KEEPWARM_RUNTIME_DIR=str(runtime))
     worker.said("worker.taking")
     sockets, logs = sorted(runtime.glob("*.sock")), sorted(runtime.glob("*.log"))
-    assert len(sockets) == len(logs) == 3  # the engine's, its template's, its keeper's
+    assert len(sockets) == len(logs) == 3  # the engine's, its fork server's, its keeper's
     for socket, log in zip(sockets, logs, strict=True):
         runtime.chmod(0o700)
         said = as_nobody(TRY, str(runtime), str(socket), str(log))

@@ -101,15 +101,21 @@ def test_a_worker_whose_keeper_and_engine_are_killed_has_others_and_loses_nothin
     assert the_engine(environment) != engine
 
 
-@pytest.mark.parametrize("victim", ["keeper", "guard", "holder", "template"])
+@pytest.mark.parametrize("victim", ["keeper", "guard", "supervisor", "fork server"])
 def test_no_engine_stays_when_a_process_that_holds_it_is_killed(
     command: Start, environment: dict[str, str], victim: str
 ) -> None:
     assert command("contexts", "warm").wait() == 0
     engine, keeper = the_engine(environment), the_keeper(environment)
-    template, holder, guard = engine.parents()[2:5]
-    family = [engine, template, holder, guard]
-    end({"keeper": keeper, "guard": guard, "holder": holder, "template": template}[victim], 9)
+    fork_server, supervisor, guard = engine.parents()[2:5]
+    family = [engine, fork_server, supervisor, guard]
+    victims = {
+        "keeper": keeper,
+        "guard": guard,
+        "supervisor": supervisor,
+        "fork server": fork_server,
+    }
+    end(victims[victim], 9)
     wait_until(lambda: not any(alive(process) for process in family), "all of them gone")
     wait_until(lambda: not warm_here(environment), "no record")
     worker = command("worker")  # what is left is no obstacle

@@ -106,10 +106,10 @@ def test_the_engines_socket_and_log_are_closed_to_other_users(
     runtime = Path(environment["KEEPWARM_RUNTIME_DIR"])
     assert stat.S_IMODE(runtime.stat().st_mode) == 0o700
     files = list(runtime.iterdir())
-    # Of the engine, its template and its keeper.
+    # Of the engine, its fork server and its keeper.
     assert len(list(runtime.glob("*.sock"))) == len(list(runtime.glob("*.log"))) == 3
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in files}
-    # Directories are for temporary files of the engine and its template.
+    # Directories are for temporary files of the engine and its fork server.
     assert modes == {path.name: 0o700 if path.is_dir() else 0o600 for path in files}
 
 

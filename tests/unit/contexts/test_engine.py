@@ -34,7 +34,7 @@ GENEROUS_SECONDS = 60.0
 
 
 class Forge:
-    """Makes engines from one template, and takes them down."""
+    """Makes engines from one fork server, and takes them down."""
 
     def __init__(self, directory: Path, context: ContextSpec) -> None:
         self._directory = directory
@@ -61,17 +61,17 @@ class Forge:
     ) -> StartupPhases | None:
         started_at = time.monotonic() if started_at is None else started_at
         return engine.start(
-            self.template_of(engine), self._directory / "cache", stop, seconds, loading, started_at
+            self.fork_server_of(engine), self._directory / "cache", stop, seconds, loading, started_at
         )
 
-    def template_of(self, engine: Engine) -> ForkServer:
+    def fork_server_of(self, engine: Engine) -> ForkServer:
         if self.fork_server is None:
             self.fork_server = ForkServer(
                 engine.plan.python,
                 ENGINE_MODULE,
                 fork_server_environment(engine.plan),
                 self._directory,
-                "template",
+                "fork-server",
                 grace_seconds=5,
             )
         return self.fork_server
@@ -124,7 +124,7 @@ def test_an_engine_that_started_answers_behind_a_socket_of_its_owners(
 def test_nothing_is_left_where_temporary_files_go(
     ended: str, forge: Forge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    temporary = tmp_path / "template.tmp"
+    temporary = tmp_path / "fork-server.tmp"
     monkeypatch.setenv("VLLM_TEST_LITTER", "1")
     running = forge.engine()
     forge.start(running)
@@ -144,7 +144,7 @@ def test_nothing_is_left_where_temporary_files_go(
     assert not temporary.exists()
 
 
-def test_the_imports_are_paid_once_for_all_engines_of_a_template(forge: Forge) -> None:
+def test_the_imports_are_paid_once_for_all_engines_of_a_fork_server(forge: Forge) -> None:
     first = forge.start(forge.engine())
     second = forge.start(forge.engine())
     assert first is not None and second is not None
@@ -153,7 +153,7 @@ def test_the_imports_are_paid_once_for_all_engines_of_a_template(forge: Forge) -
 
 def test_the_imports_take_what_they_took_whenever_somebody_looks(forge: Forge) -> None:
     engine = forge.engine()
-    fork_server = forge.template_of(engine)
+    fork_server = forge.fork_server_of(engine)
     started_at = time.monotonic()
     fork_server.ready(NEVER, GENEROUS_SECONDS)
     took = time.monotonic() - started_at
@@ -165,7 +165,7 @@ def test_the_imports_take_what_they_took_whenever_somebody_looks(forge: Forge) -
 
 def test_a_start_has_no_part_in_imports_that_were_done_before_it(forge: Forge) -> None:
     engine = forge.engine()
-    fork_server = forge.template_of(engine)  # for a start that was given up
+    fork_server = forge.fork_server_of(engine)  # for a start that was given up
     fork_server.ready(NEVER, GENEROUS_SECONDS)
     later = forge.start(engine)
     assert later is not None and later.imports == 0
@@ -231,7 +231,7 @@ def test_an_engine_that_dies_is_told_with_its_exit_code_and_the_end_of_its_log(
     assert "  | RuntimeError: out of memory, says the test engine" in message
 
 
-def test_a_template_that_cannot_import_the_engine_says_so_in_its_own_words(
+def test_a_fork_server_that_cannot_import_the_engine_says_so_in_its_own_words(
     forge: Forge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server_of(tmp_path, "raise ImportError('libcudart.so.13 is missing')", monkeypatch)
@@ -241,12 +241,14 @@ def test_a_template_that_cannot_import_the_engine_says_so_in_its_own_words(
     assert "  | ImportError: libcudart.so.13 is missing" in str(failed.value)
 
 
-def test_a_template_that_has_several_threads_forks_nothing_and_says_why(
+def test_a_fork_server_that_has_several_threads_forks_nothing_and_says_why(
     forge: Forge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = "import threading, time\nthreading.Thread(target=time.sleep, args=(600,)).start()\n"
     server_of(tmp_path, source, monkeypatch)
-    with pytest.raises(EngineStartError, match="the template forked no engine: it has 2 threads"):
+    with pytest.raises(
+        EngineStartError, match="the fork server forked no engine: it has 2 threads"
+    ):
         forge.start(forge.engine())
 
 
@@ -285,7 +287,7 @@ def test_an_engine_that_stays_silent_is_stopped(
         # A server of the right protocol that knows nothing of `logprob_token_ids`.
         ("text/event-stream", "it does not score given tokens; vLLM with"),
         # It says that it is well and speaks another protocol.
-        ("application/json", "its first answer was no answer: the engine broke"),
+        ("application/json", "its first request failed: the engine broke"),
     ],
 )
 def test_an_engine_that_does_not_score_the_tokens_that_it_is_asked_to_is_not_used(

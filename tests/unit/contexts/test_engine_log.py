@@ -100,7 +100,7 @@ def test_the_cause_is_what_the_core_failed_with_and_memory_has_the_hint(
 @pytest.mark.parametrize(
     ("error", "advice"),
     [
-        (TOO_LONG, "takes no prompts as long as --max-model-tokens"),
+        (TOO_LONG, "--max-model-tokens is larger than the model's context"),
         (NO_LSCPU, "lscpu is missing on this node: install util-linux"),
         ("FileNotFoundError: [Errno 2] No such file or directory: 'lscpu'", "install util-linux"),
         (
@@ -122,11 +122,11 @@ def test_the_cause_is_what_the_core_failed_with_and_memory_has_the_hint(
         ),
         (
             "RuntimeError: The NVIDIA driver on your system is too old (found version 12020).",
-            "driver is older than this vLLM needs",
+            "driver is too old for this vLLM",
         ),
         (
             "ValueError: Model architectures ['NewForCausalLM'] are not supported for now.",
-            "cannot serve models of this kind",
+            "does not support this model architecture",
         ),
         (
             "ValueError: The repository /m contains custom code which must be executed to load "

@@ -92,7 +92,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(hub, "_answer", lambda kind, value: said.append(f"{kind}: {value}"))
     monkeypatch.setattr(hub.os, "_exit", end)
-    monkeypatch.setattr(hub, "_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(hub, "_PROGRESS_CHECK_SECONDS", 0.05)
     monkeypatch.setattr(hub, "_STALLED_SECONDS", 1.0)
     return said
 

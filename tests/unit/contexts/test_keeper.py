@@ -297,14 +297,14 @@ def test_an_engine_that_could_not_be_measured_counts_as_what_it_needs_and_that_i
 # What it leaves on the node.
 
 
-def test_what_the_templates_of_a_killed_keeper_left_is_removed(
+def test_what_the_fork_servers_of_a_killed_keeper_left_is_removed(
     start: Callable[..., Node], tmp_path: Path
 ) -> None:
-    left = tmp_path / "run" / "template-00112233.tmp"
+    left = tmp_path / "run" / "fork-server-00112233.tmp"
     (left / "kw-1").mkdir(parents=True)
-    (tmp_path / "run" / "template-00112233.log").write_text("imported")
+    (tmp_path / "run" / "fork-server-00112233.log").write_text("imported")
     start()
-    assert list((tmp_path / "run").glob("template-*")) == []
+    assert list((tmp_path / "run").glob("fork-server-*")) == []
 
 
 def test_old_caches_make_way_after_a_start_and_old_logs_are_bounded(
@@ -1149,7 +1149,7 @@ def test_when_its_directory_is_removed_no_engine_stays_that_cannot_be_reached(
     assert listening.warm("a").record.pid != process.pid
 
 
-@pytest.mark.parametrize("pattern", ["keeper.sock", "ctx-*.sock", "template-*.sock"])
+@pytest.mark.parametrize("pattern", ["keeper.sock", "ctx-*.sock", "fork-server-*.sock"])
 def test_a_socket_that_is_removed_is_made_again(listening: Node, pattern: str) -> None:
     directory = listening.keeper.directory
     engine = listening.warm("a")
@@ -1157,7 +1157,7 @@ def test_a_socket_that_is_removed_is_made_again(listening: Node, pattern: str) -
     socket_file.unlink()
     if pattern == "ctx-*.sock":
         assert listening.goes(engine) == "its socket was removed"
-    if pattern == "template-*.sock":
+    if pattern == "fork-server-*.sock":
         engine.stop("the test wants another")
         listening.goes(engine)
     wait_until(lambda: start_keeper.connected(directory), "an answer").close()

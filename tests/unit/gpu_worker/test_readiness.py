@@ -88,7 +88,7 @@ def test_one_that_was_here_before_needs_no_fetch_and_a_stranger_does(
 ) -> None:
     started(tmp_path, A, imports=30, fetch=300, total=320)
     started(tmp_path, B, imports=0, total=50)
-    (tmp_path / "run" / "template-0011.sock").touch()
+    (tmp_path / "run" / "fork-server-0011.sock").touch()
     assert seconds_of(readiness) == [20, 50, 320]
 
 

@@ -81,7 +81,7 @@ def test_a_sockets_path_is_bounded_in_bytes(character: str, size: int) -> None:
 
 def test_only_plain_files_of_this_user_are_an_engines_logs(tmp_path: Path) -> None:
     (tmp_path / "ctx-0011-2233.log").write_text("RuntimeError: out of memory")
-    for name in ("keeper.log", "template-00.log", "ctx-0011-2233.json", "ctx-0011-x.log"):
+    for name in ("keeper.log", "fork-server-00.log", "ctx-0011-2233.json", "ctx-0011-x.log"):
         (tmp_path / name).touch()
     (tmp_path / "ctx-0022-2233.log").symlink_to(tmp_path / "keeper.log")
     (tmp_path / "ctx-0033-2233.log").mkdir()
@@ -91,7 +91,7 @@ def test_only_plain_files_of_this_user_are_an_engines_logs(tmp_path: Path) -> No
     assert engine_logs(tmp_path) == [tmp_path / "ctx-0011-2233.log"]
 
 
-@pytest.mark.parametrize("name", ["ctx-0a-11.log", "keeper.log", "rabbitmq.log", "template-1.log"])
+@pytest.mark.parametrize("name", ["ctx-0a-11.log", "keeper.log", "rabbitmq.log", "fork-server-1.log"])
 def test_a_log_that_grows_too_large_is_cut_while_it_is_written(tmp_path: Path, name: str) -> None:
     with open_log(tmp_path / name) as log:
         for number in range(MAX_LOG_BYTES // 1_000 + 100):
