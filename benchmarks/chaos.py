@@ -100,7 +100,7 @@ class Service:
         return None
 
     def keepers(self) -> list[psutil.Process]:
-        """The processes above its engine: supervisor, guard, fork server, its supervisor, keeper."""
+        """The processes above its engine: supervisor, guard, fork server and its own, keeper."""
         with suppress(psutil.Error):
             if (engine := self.engine()) is not None:
                 return [

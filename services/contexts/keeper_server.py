@@ -210,9 +210,9 @@ class KeeperServer:
             give_back = self._wait_for_give_back(channel, self._broker)
         finally:
             if give_back is None:
-                self._broker.throw_away()
+                self._broker.discard()
             else:
-                self._broker.take_back(give_back.claims_queue)
+                self._broker.release(give_back.claims_queue)
 
     def _wait_for_give_back(self, channel: KeeperChannel, broker: Broker) -> GiveBack | None:
         """None when the borrower closed the connection without giving the broker back."""

@@ -181,7 +181,7 @@ def _start(settings: Settings, log_file: Path) -> IO[bytes]:
 
 
 def without_secrets() -> dict[str, str]:
-    """This process's environment without passwords, for processes that need none."""
+    """Return the environment of this process without passwords, for processes that need none."""
     return {name: value for name, value in os.environ.items() if "PASSWORD" not in name.upper()}
 
 

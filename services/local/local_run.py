@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from services.broker import BrokerAddress, Declares, PrivateNode, Publisher
 from services.collector import Collector
 from services.contexts.borrowed_broker import BorrowedBroker, borrow_broker
-from services.contexts.start_keeper import kept_meanwhile
+from services.contexts.start_keeper import temporary_keeper
 from services.contracts import Settings, topology
 from services.contracts.errors import BrokerError, RunIncomplete
 from services.local.worker_processes import WorkerProcess, device_shares, worker_processes
@@ -228,7 +228,7 @@ class LocalRun:
     def _start_keeper(self, services: ExitStack) -> None:
         """Start a keeper for this run's engine, unless the node has one."""
         log_file = self._logs / "keeper.log"
-        services.enter_context(kept_meanwhile(self._settings, log_file, self._is_stopped))
+        services.enter_context(temporary_keeper(self._settings, log_file, self._is_stopped))
 
     def _start_thread(self, name: str, work: Callable[[], None]) -> threading.Thread:
         def guarded() -> None:
@@ -305,7 +305,7 @@ class LocalRun:
             ):
                 self._observer.message("RabbitMQ lost claims; sending them again.")
                 publishing = self._start_thread("producer", lambda: self._publish(settings))
-            if self._borrowed is not None and self._borrowed.gone:
+            if self._borrowed is not None and self._borrowed.ended:
                 raise BrokerError(
                     "this node's keeper ended, and with it the RabbitMQ node that this run used; "
                     "rerun the command to resume the run"

@@ -162,7 +162,7 @@ def socket_path(directory: Path, name: str) -> Path:
     path = directory / f"{name}.sock"
     if len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:
         raise UsageError(
-            f"KEEPWARM_RUNTIME_DIR: {path} is longer than the {_MAX_SOCKET_PATH_BYTES} bytes that a "
-            "unix socket's path may have; name a shorter directory"
+            f"KEEPWARM_RUNTIME_DIR: {path} is longer than the {_MAX_SOCKET_PATH_BYTES} bytes that "
+            "a unix socket's path may have; name a shorter directory"
         )
     return path

@@ -60,9 +60,9 @@ class Forge:
         started_at: float | None = None,
     ) -> StartupPhases | None:
         started_at = time.monotonic() if started_at is None else started_at
-        return engine.start(
-            self.fork_server_of(engine), self._directory / "cache", stop, seconds, loading, started_at
-        )
+        cache = self._directory / "cache"
+        fork_server = self.fork_server_of(engine)
+        return engine.start(fork_server, cache, stop, seconds, loading, started_at)
 
     def fork_server_of(self, engine: Engine) -> ForkServer:
         if self.fork_server is None:

@@ -91,7 +91,10 @@ def test_only_plain_files_of_this_user_are_an_engines_logs(tmp_path: Path) -> No
     assert engine_logs(tmp_path) == [tmp_path / "ctx-0011-2233.log"]
 
 
-@pytest.mark.parametrize("name", ["ctx-0a-11.log", "keeper.log", "rabbitmq.log", "fork-server-1.log"])
+LOGS = ("ctx-0a-11.log", "keeper.log", "rabbitmq.log", "fork-server-1.log")
+
+
+@pytest.mark.parametrize("name", LOGS)
 def test_a_log_that_grows_too_large_is_cut_while_it_is_written(tmp_path: Path, name: str) -> None:
     with open_log(tmp_path / name) as log:
         for number in range(MAX_LOG_BYTES // 1_000 + 100):
