@@ -161,7 +161,7 @@ def send_reports(
             body = bodies[number % workers]
             publisher.publish(
                 Outgoing(
-                    topology.PRESENCE_EXCHANGE,
+                    topology.HEARTBEATS_EXCHANGE,
                     "",
                     body,
                     kind=WorkerHeartbeat.__name__,

@@ -59,7 +59,7 @@ class Consumer(Link):
         declares: Declares = Declares(),  # noqa: B008  (frozen)
         on_fanout_message: Callable[[bytes], None] | None = None,
         listener: str = "",
-        fanout_exchange: str = topology.NOTICES_EXCHANGE,
+        fanout_exchange: str = topology.CONTROL_EXCHANGE,
     ) -> None:
         super().__init__(address, name, declares)
         self._queues = tuple(queues)

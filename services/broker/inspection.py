@@ -22,7 +22,7 @@ def missing_exchanges(address: BrokerAddress) -> list[str]:
     with _asking(address) as may:
         return [
             name
-            for name in names.HOUSE_EXCHANGES
+            for name in names.CORE_EXCHANGES
             if not may(methodcaller("exchange_declare", name, passive=True))
         ]
 

@@ -28,7 +28,7 @@ from services.broker.metrics import BLOCKED, CONNECTED, RECONNECTS
 from services.broker.queue_counts import Counts, count_queues
 from services.broker.tls import tls_fault
 from services.broker.topology import Declares, declare, queue_made_before_4
-from services.contracts.backoff import growing_pause
+from services.contracts.backoff import backoff_seconds
 from services.contracts.clock import awake
 from services.contracts.errors import (
     BrokerError,
@@ -355,7 +355,7 @@ class Link:
             if isinstance(self._error, BrokerUnreachable):
                 self._error = error
         self._failures += 1
-        delay = growing_pause(
+        delay = backoff_seconds(
             self._failures,
             first_seconds=_FIRST_DELAY_SECONDS,
             longest_seconds=_LONGEST_DELAY_SECONDS,

@@ -99,7 +99,7 @@ class _Policy:
             )
 
     def covers(self, name: str) -> bool:
-        kinds = _OF_EXCHANGES if name in names.HOUSE_EXCHANGES else _OF_QUORUM_QUEUES
+        kinds = _OF_EXCHANGES if name in names.CORE_EXCHANGES else _OF_QUORUM_QUEUES
         if self.apply_to not in kinds:
             return False
         try:
@@ -231,7 +231,7 @@ def _in_effect(policies: Sequence[_Policy], queue: str) -> list[_Policy]:
 
 def _effect(queue: str, key: str, value: Any, definition: Mapping[str, Any]) -> tuple[str, bool]:
     """The effect of a key on a queue or exchange, and whether it loses messages; "" if harmless."""
-    if queue in names.HOUSE_EXCHANGES:
+    if queue in names.CORE_EXCHANGES:
         return (_BYPASSES_QUEUE, True) if key == _ALTERNATE else ("", False)
     if key in _DROPS:
         return ("", False) if key == "delivery-limit" and value < 0 else (_DROPS[key], True)

@@ -23,8 +23,8 @@ _NOTHING = "^$"
 # of the virtual hosts that it may log in to, and gains no permission on queues.
 _SEES_POLICIES = ("management",)
 _ANY_CLAIMS_QUEUE = names.claims_queue("*")
-_ANY_NOTICES_QUEUE = names.listener_queue(names.NOTICES_EXCHANGE, "*")
-_ANY_PRESENCE_QUEUE = names.listener_queue(names.PRESENCE_EXCHANGE, "*")
+_ANY_NOTICES_QUEUE = names.listener_queue(names.CONTROL_EXCHANGE, "*")
+_ANY_PRESENCE_QUEUE = names.listener_queue(names.HEARTBEATS_EXCHANGE, "*")
 _COLLECTED_QUEUES = (
     names.RETURNS_QUEUE,
     names.VERDICTS_QUEUE,
@@ -32,7 +32,7 @@ _COLLECTED_QUEUES = (
     names.DEAD_CLAIMS_QUEUE,
 )
 _EVERYTHING = (
-    *(*names.HOUSE_EXCHANGES, *names.CORE_QUEUES),
+    *(*names.CORE_EXCHANGES, *names.CORE_QUEUES),
     *(_ANY_CLAIMS_QUEUE, _ANY_NOTICES_QUEUE, _ANY_PRESENCE_QUEUE),
 )
 
@@ -93,10 +93,10 @@ ROLES = (
                 names.VERDICTS_EXCHANGE,
                 names.DEAD_EXCHANGE,
                 names.RETURNS_EXCHANGE,
-                names.PRESENCE_EXCHANGE,
+                names.HEARTBEATS_EXCHANGE,
                 _ANY_NOTICES_QUEUE,
             ),
-            read=_only(_ANY_CLAIMS_QUEUE, names.NOTICES_EXCHANGE, _ANY_NOTICES_QUEUE),
+            read=_only(_ANY_CLAIMS_QUEUE, names.CONTROL_EXCHANGE, _ANY_NOTICES_QUEUE),
         ),
     ),
     Role(
@@ -105,12 +105,12 @@ ROLES = (
         "claims, refused messages and control updates",
         Permissions(
             configure=_only(
-                *names.HOUSE_EXCHANGES, *names.CORE_QUEUES, _ANY_CLAIMS_QUEUE, _ANY_PRESENCE_QUEUE
+                *names.CORE_EXCHANGES, *names.CORE_QUEUES, _ANY_CLAIMS_QUEUE, _ANY_PRESENCE_QUEUE
             ),
             write=_only(
                 names.CLAIMS_EXCHANGE,
                 names.DEAD_EXCHANGE,
-                names.NOTICES_EXCHANGE,
+                names.CONTROL_EXCHANGE,
                 *names.CORE_QUEUES,
                 _ANY_CLAIMS_QUEUE,
                 _ANY_PRESENCE_QUEUE,
@@ -122,7 +122,7 @@ ROLES = (
                 names.VERDICTS_EXCHANGE,
                 names.RUNS_EXCHANGE,
                 names.DEAD_EXCHANGE,
-                names.PRESENCE_EXCHANGE,
+                names.HEARTBEATS_EXCHANGE,
                 *_COLLECTED_QUEUES,
                 _ANY_CLAIMS_QUEUE,
                 _ANY_PRESENCE_QUEUE,
@@ -166,8 +166,8 @@ def virtual_host_limits(workers: int) -> dict[str, int]:
 
 
 LISTENER_POLICIES = {
-    "keepwarm-notices": (names.listener_queue(names.NOTICES_EXCHANGE, ""), 100),
-    "keepwarm-presence": (names.listener_queue(names.PRESENCE_EXCHANGE, ""), 100_000),
+    "keepwarm-notices": (names.listener_queue(names.CONTROL_EXCHANGE, ""), 100),
+    "keepwarm-presence": (names.listener_queue(names.HEARTBEATS_EXCHANGE, ""), 100_000),
 }
 """By policy: the prefix of its queues' names, and the most messages in one of them."""
 

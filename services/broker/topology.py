@@ -107,9 +107,9 @@ def _core(version: str, made_before_4: Collection[str], *, bind: bool = True) ->
             made_before_4=queue in made_before_4,
             bind=bind,
         )
-    yield _exchange(names.PRESENCE_EXCHANGE, "fanout")
+    yield _exchange(names.HEARTBEATS_EXCHANGE, "fanout")
     # Declared last: if it exists, all the others do.
-    yield _exchange(names.NOTICES_EXCHANGE, "fanout")
+    yield _exchange(names.CONTROL_EXCHANGE, "fanout")
 
 
 def _steps(
@@ -125,7 +125,7 @@ def _steps(
     elif declares.core == "if-missing":
         # If it is missing, the broker closes the channel with 404.
         yield lambda channel, done: channel.exchange_declare(
-            names.NOTICES_EXCHANGE, passive=True, callback=done
+            names.CONTROL_EXCHANGE, passive=True, callback=done
         )
     for context_id in declares.context_ids:
         queue = names.claims_queue(context_id)

@@ -16,7 +16,7 @@ from services.contracts import (
     topology,
 )
 from services.contracts.errors import BrokerError, MessageInvalid, MessageTooNew, UsageError
-from services.contracts.heartbeats import own_name
+from services.contracts.heartbeats import unique_process_name
 
 _CONNECT_SECONDS = 5.0
 
@@ -48,8 +48,8 @@ class BrokerListener:
         """Raises BrokerError when the broker cannot be reached, or refuses the user."""
         with ExitStack() as opened:
             for name, exchange, receive in (
-                ("presence", topology.PRESENCE_EXCHANGE, self.receive_heartbeat),
-                ("notices", topology.NOTICES_EXCHANGE, self.receive_control_update),
+                ("presence", topology.HEARTBEATS_EXCHANGE, self.receive_heartbeat),
+                ("notices", topology.CONTROL_EXCHANGE, self.receive_control_update),
             ):
                 link = Consumer(
                     self._address,
@@ -57,7 +57,7 @@ class BrokerListener:
                     queues=(),
                     prefetch=1,
                     on_fanout_message=receive,
-                    listener=own_name(),
+                    listener=unique_process_name(),
                     fanout_exchange=exchange,
                 )
                 self._links.append(opened.enter_context(link.open(self._timeout_seconds)))

@@ -42,7 +42,7 @@ from services.contracts import (
     decode,
     topology,
 )
-from services.contracts.backoff import growing_pause
+from services.contracts.backoff import backoff_seconds
 from services.contracts.clock import awake
 from services.contracts.control import CONTROL_UPDATE_SECONDS
 from services.contracts.errors import (
@@ -53,7 +53,7 @@ from services.contracts.errors import (
     StoreError,
     StoreRefused,
 )
-from services.contracts.heartbeats import own_name
+from services.contracts.heartbeats import unique_process_name
 from services.contracts.wire import Message
 from services.store.store import Incoming, Store
 from services.telemetry import Watchdog
@@ -216,8 +216,8 @@ class Collector:
                 max_bytes=_MAX_BYTES,
                 declares=declares,
                 on_fanout_message=self._on_heartbeat,
-                listener=own_name(),
-                fanout_exchange=topology.PRESENCE_EXCHANGE,
+                listener=unique_process_name(),
+                fanout_exchange=topology.HEARTBEATS_EXCHANGE,
             ).open(timeout, self._stop.is_set) as consumer,
             self._serving_metrics(publisher, consumer),
         ):
@@ -400,7 +400,7 @@ class Collector:
                 raise
             except StoreError as error:
                 COMMIT_FAILURES.inc()
-                pause = growing_pause(
+                pause = backoff_seconds(
                     failures,
                     first_seconds=_FIRST_PAUSE_SECONDS,
                     longest_seconds=_LONGEST_PAUSE_SECONDS,
@@ -436,7 +436,7 @@ class Collector:
         has_content = bool(update.cancelled or update.contexts)
         # After the last update with content an empty one is sent, which replaces it.
         if has_content or self._last_update_had_content:
-            message = Outgoing.of(update, topology.NOTICES_EXCHANGE, "", transient=True)
+            message = Outgoing.of(update, topology.CONTROL_EXCHANGE, "", transient=True)
             publisher.publish(message)
             sent_bytes = len(message.body) * len(self._fleet.workers())
             self._control_update_due = now + max(

@@ -8,11 +8,11 @@ from math import inf
 
 from services.collector.metrics import PREEMPTIONS
 from services.contracts import WorkerHeartbeat
-from services.contracts.heartbeats import FORGOTTEN_SECONDS, HEARTBEAT_SECONDS
+from services.contracts.heartbeats import HEARTBEAT_SECONDS, HEARTBEAT_TIMEOUT_SECONDS
 
 MAX_WORKERS = 100_000
 """Beyond this number, the workers with the oldest heartbeats are forgotten."""
-_PAUSE_SECONDS = FORGOTTEN_SECONDS - HEARTBEAT_SECONDS
+_PAUSE_SECONDS = HEARTBEAT_TIMEOUT_SECONDS - HEARTBEAT_SECONDS
 
 
 class Fleet:
@@ -88,7 +88,7 @@ class Fleet:
         return now
 
     def _forget_silent(self, now: float) -> None:
-        oldest_valid = now - FORGOTTEN_SECONDS
+        oldest_valid = now - HEARTBEAT_TIMEOUT_SECONDS
         if self._disconnected_at > oldest_valid:
             return
         while self._workers:

@@ -3,7 +3,7 @@
 import random
 
 
-def growing_pause(failures: int, *, first_seconds: float, longest_seconds: float) -> float:
+def backoff_seconds(failures: int, *, first_seconds: float, longest_seconds: float) -> float:
     """Seconds to wait after this many failures in a row (1 is the first).
 
     The bound doubles with each failure. Half of it is kept and half is drawn: those who failed

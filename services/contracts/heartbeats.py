@@ -14,11 +14,11 @@ from services.contracts.wire import Message
 
 HEARTBEAT_SECONDS = 5.0
 """From one report of a worker to its next; a change is reported at once."""
-FORGOTTEN_SECONDS = 20.0
+HEARTBEAT_TIMEOUT_SECONDS = 20.0
 """A worker that was silent for so long is gone: three of its reports may be lost or late."""
 
 
-def own_name() -> str:
+def unique_process_name() -> str:
     """A name for this process that no other has, here or elsewhere."""
     # Whatever the machine's administrator has named it.
     host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname()).lstrip("-.") or "host"

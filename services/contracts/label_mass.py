@@ -12,7 +12,7 @@ templates that open a thought, or words that no model says, 0.04 and less.
 """
 
 
-def said_instead(answers: Collection[tuple[float, str]]) -> tuple[float, str] | None:
+def find_low_mass(answers: Collection[tuple[float, str]]) -> tuple[float, str] | None:
     """The median mass of these answers (mass, raw text), and the text that is the most frequent,
     where the label words hold less than `LOW_MASS`; None where they hold more. One answer at least.
     """

@@ -10,9 +10,9 @@ RETURNS_EXCHANGE = "keepwarm.returns"
 VERDICTS_EXCHANGE = "keepwarm.verdicts"
 RUNS_EXCHANGE = "keepwarm.runs"
 DEAD_EXCHANGE = "keepwarm.dead"
-NOTICES_EXCHANGE = "keepwarm.notices"
+CONTROL_EXCHANGE = "keepwarm.notices"
 """To every worker that listens: what the collector wants all of them to know."""
-PRESENCE_EXCHANGE = "keepwarm.presence"
+HEARTBEATS_EXCHANGE = "keepwarm.presence"
 """To every collector that listens: which workers there are. What nobody hears is gone."""
 DIRECT_EXCHANGES = (
     CLAIMS_EXCHANGE,
@@ -21,7 +21,7 @@ DIRECT_EXCHANGES = (
     RUNS_EXCHANGE,
     DEAD_EXCHANGE,
 )
-HOUSE_EXCHANGES = (*DIRECT_EXCHANGES, NOTICES_EXCHANGE, PRESENCE_EXCHANGE)
+CORE_EXCHANGES = (*DIRECT_EXCHANGES, CONTROL_EXCHANGE, HEARTBEATS_EXCHANGE)
 
 RETURNS_QUEUE = "returns"
 VERDICTS_QUEUE = "verdicts"

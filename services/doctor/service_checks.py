@@ -44,7 +44,7 @@ def broker(settings: Settings) -> Finding:
         counts = _counts(link)
     missing = missing_exchanges(address)
     missing += [queue for queue in topology.CORE_QUEUES if queue not in counts]
-    if len(missing) == len(topology.HOUSE_EXCHANGES + topology.CORE_QUEUES):
+    if len(missing) == len(topology.CORE_EXCHANGES + topology.CORE_QUEUES):
         return warning(f"connected to {address}, which has no queues yet: a collector creates them")
     lengths = ", ".join(f"{queue} {count:,}" for queue, count in counts.items())
     if missing:

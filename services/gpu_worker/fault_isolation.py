@@ -13,7 +13,7 @@ import structlog
 from services.contexts.engine_client import EngineSilent, Interrupted
 from services.contexts.lease import EngineLease
 from services.contracts import DeadReason, PromptSpec, Settings
-from services.contracts.backoff import growing_pause
+from services.contracts.backoff import backoff_seconds
 from services.contracts.errors import EngineRequestError, EngineStartError, KeeperError
 from services.gpu_worker.crashes import Crash, Crashes, Key
 from services.gpu_worker.in_flight import InFlightBatch
@@ -204,7 +204,7 @@ class FaultIsolation:
         raise AssertionError("count() never ends")
 
     def _pause(self, failures: int, why: str) -> bool:
-        pause = growing_pause(
+        pause = backoff_seconds(
             failures, first_seconds=_FIRST_PAUSE_SECONDS, longest_seconds=_LONGEST_PAUSE_SECONDS
         )
         log.error("engine.start_failed", error=why, again_in_seconds=round(pause, 1))

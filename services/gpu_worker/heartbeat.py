@@ -86,7 +86,9 @@ class HeartbeatSender:
             if same or gone:
                 return
             report = self._report(state, doing)
-            if publisher.offer(Outgoing.of(report, topology.PRESENCE_EXCHANGE, "", transient=True)):
+            if publisher.offer(
+                Outgoing.of(report, topology.HEARTBEATS_EXCHANGE, "", transient=True)
+            ):
                 self._said, self._due = (state, doing.context_id), now + HEARTBEAT_SECONDS
 
     def _report(self, state: WorkerState, doing: WorkerStatus) -> WorkerHeartbeat:

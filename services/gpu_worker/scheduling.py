@@ -14,7 +14,7 @@ from services.contexts.fork_server_client import has_fork_server
 from services.contexts.plan import EnginePlan
 from services.contexts.records import live_records
 from services.contracts import ContextDemand, ContextSpec, Settings
-from services.contracts.backoff import growing_pause
+from services.contracts.backoff import backoff_seconds
 from services.contracts.control import CONTROL_UPDATE_SECONDS
 from services.contracts.errors import KeeperError, KeepwarmError
 from services.node.device import Device
@@ -267,7 +267,7 @@ class StartupEstimates:
         failures = 1
         if not isinstance(error, KeeperError):
             failures = self._failures[context_id] = self._failures.get(context_id, 0) + 1
-        pause = growing_pause(
+        pause = backoff_seconds(
             failures,
             first_seconds=_FIRST_PAUSE_SECONDS,
             longest_seconds=_LONGEST_PAUSE_SECONDS,

@@ -29,7 +29,7 @@ from services.contracts.errors import (
     MessageTooNew,
 )
 from services.contracts.heartbeats import WorkerState
-from services.contracts.label_mass import said_instead
+from services.contracts.label_mass import find_low_mass
 from services.gpu_worker.answer_count import AnswerCount
 from services.gpu_worker.concurrency import AdaptiveConcurrency
 from services.gpu_worker.crashes import Crashes
@@ -277,7 +277,7 @@ class Answering:
         answers = [(verdict.mass, verdict.raw_text) for verdict in outcome.verdicts.values()]
         if not answers or run_id in self.warned:
             return
-        if found := said_instead(answers):
+        if found := find_low_mass(answers):
             self.warned.add(run_id)
             log.warning("labels.unlikely", run=run_id, median_mass=found[0], model_says=found[1])
 

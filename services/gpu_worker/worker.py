@@ -16,7 +16,7 @@ from services.contexts.metrics import ContextStates, EngineMetrics
 from services.contexts.records import State
 from services.contracts import ContextDemand, ContextSpec, Settings
 from services.contracts.errors import BrokerUnreachable, EngineError, ModelError, UsageError
-from services.contracts.heartbeats import Ending, own_name
+from services.contracts.heartbeats import Ending, unique_process_name
 from services.gpu_worker.heartbeat import Post, WorkerStatus
 from services.gpu_worker.in_flight import WorkerIdentity
 from services.gpu_worker.scheduling import Situation, StartupEstimates, Switch, next_context
@@ -50,7 +50,7 @@ class Worker:
         """
         self._device = device
         self._settings = settings
-        self._signature = WorkerIdentity(own_name(), device.name)
+        self._signature = WorkerIdentity(unique_process_name(), device.name)
         self._shift = Shift.begin(
             self._signature,
             Post.of(settings, metrics_address),

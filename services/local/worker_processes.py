@@ -17,7 +17,7 @@ from keepwarm_start import python_command
 from services.contexts.engine_log import OOM
 from services.contracts import ContextSpec, Settings
 from services.contracts.addresses import any_port, is_host, split_address
-from services.contracts.backoff import growing_pause
+from services.contracts.backoff import backoff_seconds
 from services.contracts.errors import EngineError, MessageTooNew, RunIncomplete, UsageError
 from services.contracts.settings import METRICS_OFF
 from services.gpu_worker.answer_count import PROGRESS_EVENT
@@ -129,7 +129,7 @@ class WorkerProcess:
                 f"code {code}). Fix the cause and rerun the command; the log is {self._log_file}, "
                 f"and the last lines are:\n{output}"
             )
-        pause = growing_pause(
+        pause = backoff_seconds(
             self._losses_in_a_row, first_seconds=1.0, longest_seconds=_LONGEST_PAUSE_SECONDS
         )
         log.warning(

@@ -13,7 +13,7 @@ from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import NullPool
 
 from services.contracts import Settings
-from services.contracts.backoff import growing_pause
+from services.contracts.backoff import backoff_seconds
 from services.contracts.errors import StoreError, UsageError
 
 _SQLITE_CACHE_KIB = 16_384
@@ -250,6 +250,6 @@ def _write_ahead(connection: Any) -> None:
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise
-            time.sleep(growing_pause(failures, first_seconds=0.01, longest_seconds=0.5))
+            time.sleep(backoff_seconds(failures, first_seconds=0.01, longest_seconds=0.5))
         else:
             return

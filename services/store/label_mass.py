@@ -3,7 +3,7 @@
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection, select
 
-from services.contracts.label_mass import said_instead
+from services.contracts.label_mass import find_low_mass
 from services.store.schema import outcomes
 
 ENOUGH_VERDICTS = 64
@@ -43,5 +43,5 @@ def low_mass(connection: Connection, run_key: int, *, complete: bool) -> LowMass
     ).all()
     if not rows or (len(rows) < _FEWEST_VERDICTS and not complete):
         return None
-    found = said_instead([(row.mass, row.raw_text) for row in rows])
+    found = find_low_mass([(row.mass, row.raw_text) for row in rows])
     return found and LowMass(claims=len(rows), median=found[0], says=found[1])

@@ -192,7 +192,7 @@ def report(address: BrokerAddress, context: ContextSpec, state: str = "serving")
         claims_per_second=None,
     )
     with Publisher(address, "test", window=1).open(PATIENCE) as publisher:
-        publisher.publish(Outgoing.of(word, topology.PRESENCE_EXCHANGE, "", transient=True))
+        publisher.publish(Outgoing.of(word, topology.HEARTBEATS_EXCHANGE, "", transient=True))
         publisher.flush(PATIENCE)
 
 
@@ -232,7 +232,7 @@ def test_a_worker_says_itself_that_it_is_there(
         prefetch=1,
         on_fanout_message=lambda body: said.append(decode(WorkerHeartbeat, body)),
         listener="test",
-        fanout_exchange=topology.PRESENCE_EXCHANGE,
+        fanout_exchange=topology.HEARTBEATS_EXCHANGE,
     ).open(PATIENCE):
         worker = command("worker")
         begun = [("starting", None), ("serving", None)]
@@ -281,7 +281,7 @@ def test_a_report_puts_a_worker_into_the_next_notice_and_its_silence_takes_it_aw
         report(address, waiting.context, state="starting")
         report(address, waiting.context)
         listener.hears(ready=240, warm=1)
-        monkeypatch.setattr("services.collector.fleet.FORGOTTEN_SECONDS", 1.0)
+        monkeypatch.setattr("services.collector.fleet.HEARTBEAT_TIMEOUT_SECONDS", 1.0)
         listener.hears(ready=240, warm=0)
 
 

@@ -35,7 +35,7 @@ def test_a_broker_without_problems_is_ok(command: Start) -> None:
 def test_missing_queues_and_exchanges_are_named_and_not_created(
     command: Start, node: PrivateNode
 ) -> None:
-    queue, exchange = topology.VERDICTS_QUEUE, topology.PRESENCE_EXCHANGE
+    queue, exchange = topology.VERDICTS_QUEUE, topology.HEARTBEATS_EXCHANGE
     delete_queues(node, queue)
     connection = plain_connection(node)
     connection.channel().exchange_delete(exchange)
@@ -51,7 +51,7 @@ def test_missing_queues_and_exchanges_are_named_and_not_created(
 def test_nothing_is_created_on_an_empty_broker(command: Start, node: PrivateNode) -> None:
     delete_queues(node, *topology.CORE_QUEUES)
     connection = plain_connection(node)
-    for exchange in topology.HOUSE_EXCHANGES:
+    for exchange in topology.CORE_EXCHANGES:
         connection.channel().exchange_delete(exchange)
     code, finding = diagnosis(command)
     assert code == 0

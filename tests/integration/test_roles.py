@@ -171,7 +171,7 @@ def declare_everything(channel: BlockingChannel) -> None:
     """As an administrator, or as whoever has the right to."""
     for exchange in set(BOUND.values()):
         channel.exchange_declare(exchange, "direct", durable=True)
-    channel.exchange_declare(names.NOTICES_EXCHANGE, "fanout", durable=True)
+    channel.exchange_declare(names.CONTROL_EXCHANGE, "fanout", durable=True)
     for queue in BOUND:
         declare_queue(queue)(channel)
 
@@ -196,16 +196,16 @@ def consume(queue: str) -> Act:
 
 
 def own_notices(channel: BlockingChannel) -> None:
-    queue = names.listener_queue(names.NOTICES_EXCHANGE, "node-1")
+    queue = names.listener_queue(names.CONTROL_EXCHANGE, "node-1")
     channel.queue_declare(queue, exclusive=True, auto_delete=True)
-    channel.queue_bind(queue, names.NOTICES_EXCHANGE)
+    channel.queue_bind(queue, names.CONTROL_EXCHANGE)
     channel.basic_consume(queue, lambda *_: None)
 
 
 def own_presence(channel: BlockingChannel) -> None:
-    queue = names.listener_queue(names.PRESENCE_EXCHANGE, "collector-1")
+    queue = names.listener_queue(names.HEARTBEATS_EXCHANGE, "collector-1")
     channel.queue_declare(queue, exclusive=True, auto_delete=True)
-    channel.queue_bind(queue, names.PRESENCE_EXCHANGE)
+    channel.queue_bind(queue, names.HEARTBEATS_EXCHANGE)
     channel.basic_consume(queue, lambda *_: None)
 
 
@@ -215,8 +215,8 @@ ACTS: dict[str, Act] = {
     "publish verdicts": publish(names.VERDICTS_EXCHANGE, names.VERDICTS_QUEUE),
     "publish returns": publish(names.RETURNS_EXCHANGE, names.RETURNS_QUEUE),
     "publish dead claims": publish(names.DEAD_EXCHANGE, names.DEAD_CLAIMS_QUEUE),
-    "publish notices": publish(names.NOTICES_EXCHANGE),
-    "report presence": publish(names.PRESENCE_EXCHANGE),
+    "publish notices": publish(names.CONTROL_EXCHANGE),
+    "report presence": publish(names.HEARTBEATS_EXCHANGE),
     "publish by the default exchange": publish("", CLAIMS),
     "publish by amq.direct": publish("amq.direct", CLAIMS),
     "consume claims": consume(CLAIMS),
@@ -228,7 +228,7 @@ ACTS: dict[str, Act] = {
     "hear notices": own_notices,
     "hear who is present": own_presence,
     "see whether there are notices": lambda channel: channel.exchange_declare(
-        names.NOTICES_EXCHANGE, passive=True
+        names.CONTROL_EXCHANGE, passive=True
     ),
     "see a claims queue": lambda channel: channel.queue_declare(CLAIMS, passive=True),
     "make a claims queue": declare_queue("claims.ctx-new", names.CLAIMS_EXCHANGE),
@@ -461,7 +461,7 @@ def test_a_password_cannot_use_up_the_broker(broker: Broker) -> None:
             BrokerRefused, match=r"connection limit \(6\).*broker setup --workers N"
         ):
             Publisher(BrokerAddress.from_settings(settings), "test", window=1).open(10)
-        queue = names.listener_queue(names.NOTICES_EXCHANGE, "stolen")
+        queue = names.listener_queue(names.CONTROL_EXCHANGE, "stolen")
         held[0].channel().queue_declare(queue, exclusive=True)
         policy = broker.rabbitmqctl("list_queues", "-p", VHOST, "name", "policy", "type")
         assert f"{queue}\tkeepwarm-notices\tclassic" in policy

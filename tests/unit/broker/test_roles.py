@@ -14,8 +14,8 @@ EXPRESSIONS = [
 EVERY_NAME = {
     *(value for name, value in vars(names).items() if name.endswith(("_EXCHANGE", "_QUEUE"))),
     names.claims_queue("ctx-0011223344556677"),
-    names.listener_queue(names.NOTICES_EXCHANGE, "node-1-2-3"),
-    names.listener_queue(names.PRESENCE_EXCHANGE, "node-1-2-3"),
+    names.listener_queue(names.CONTROL_EXCHANGE, "node-1-2-3"),
+    names.listener_queue(names.HEARTBEATS_EXCHANGE, "node-1-2-3"),
 }
 
 

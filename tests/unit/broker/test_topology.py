@@ -183,7 +183,7 @@ def test_a_worker_declares_nothing_at_all(missing: bool) -> None:
 
 
 def test_the_exchange_that_others_check_for_is_declared_last() -> None:
-    assert declared(Declares("always"), missing=True).order[-1] == names.NOTICES_EXCHANGE
+    assert declared(Declares("always"), missing=True).order[-1] == names.CONTROL_EXCHANGE
 
 
 def test_every_queue_but_that_of_dead_messages_sends_its_dead_letters_there() -> None:

@@ -566,7 +566,7 @@ def give_notice(collector: Collector, publisher: RecordingPublisher) -> list[tup
     collector._control_update_due = 0.0
     collector._send_control_update(publisher)  # type: ignore[arg-type]
     for message in publisher.messages:
-        assert (message.exchange, message.transient) == (topology.NOTICES_EXCHANGE, True)
+        assert (message.exchange, message.transient) == (topology.CONTROL_EXCHANGE, True)
     return [decode(ControlUpdate, message.body).cancelled for message in publisher.messages]
 
 

@@ -11,7 +11,7 @@ from services.collector.demand import DemandEstimator
 from services.collector.fleet import Fleet
 from services.contracts import ContextDemand, ContextSpec, Run, load_settings, topology
 from services.contracts.control import MAX_CONTEXTS, MAX_CONTEXTS_BYTES, ControlUpdate
-from services.contracts.heartbeats import FORGOTTEN_SECONDS, HEARTBEAT_SECONDS
+from services.contracts.heartbeats import HEARTBEAT_SECONDS, HEARTBEAT_TIMEOUT_SECONDS
 from services.contracts.wire import encode
 from services.store import Store, dead_claims, find_run, reopen_dead
 
@@ -259,7 +259,7 @@ def test_a_context_whose_runs_are_done_or_cancelled_is_listed_while_workers_hold
     assert {line.claims_ready + line.claims_in_flight for line in found.values()} == {0}
     assert found[cancelled.context].workers_warm == 1
     assert found[done.context].workers_warm == 20
-    clock.now += FORGOTTEN_SECONDS
+    clock.now += HEARTBEAT_TIMEOUT_SECONDS
     assert looked(demand, broker) == ()
 
 
@@ -276,7 +276,7 @@ def test_a_wanted_context_stays_when_its_workers_fall_silent(
     broker.has[run.context] = 2
     serve(run, 3)
     assert [line.workers_warm for line in looked(demand, broker)] == [3]
-    clock.now += FORGOTTEN_SECONDS - HEARTBEAT_SECONDS
+    clock.now += HEARTBEAT_TIMEOUT_SECONDS - HEARTBEAT_SECONDS
     assert [line.workers_warm for line in demand.update()] == [3]
     clock.now += HEARTBEAT_SECONDS
     assert [(line.claims_ready, line.workers_warm) for line in demand.update()] == [(20, 0)]

@@ -7,7 +7,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from services.collector.fleet import Fleet
-from services.contracts.heartbeats import FORGOTTEN_SECONDS, HEARTBEAT_SECONDS
+from services.contracts.heartbeats import HEARTBEAT_SECONDS, HEARTBEAT_TIMEOUT_SECONDS
 from tests.unit.clock import Clock
 
 
@@ -49,15 +49,15 @@ def test_who_was_silent_for_too_long_is_gone_and_who_reports_again_is_back(
     report_a, report_b = make.report("a", context_id="ctx-1"), make.report("b", context_id="ctx-1")
     fleet.note(report_a)
     fleet.note(report_b)
-    clock.now += FORGOTTEN_SECONDS / 2
+    clock.now += HEARTBEAT_TIMEOUT_SECONDS / 2
     fleet.note(report_a)
-    clock.now += FORGOTTEN_SECONDS / 2 - 0.1
+    clock.now += HEARTBEAT_TIMEOUT_SECONDS / 2 - 0.1
     assert fleet.workers_on("ctx-1") == 2
     clock.now += 0.1
     assert fleet.workers_on("ctx-1") == 1
     fleet.note(report_b)
     assert fleet.workers_on("ctx-1") == 2
-    clock.now += FORGOTTEN_SECONDS
+    clock.now += HEARTBEAT_TIMEOUT_SECONDS
     assert fleet.workers_on("ctx-1") == 0
 
 
@@ -90,9 +90,11 @@ def test_a_new_listener_has_heard_from_all_after_one_heartbeat_interval(
 
 def test_who_did_not_listen_for_a_while_begins_anew(fleet: Fleet, clock: Clock) -> None:
     fleet.heard_from_all()
-    clock.now += FORGOTTEN_SECONDS - HEARTBEAT_SECONDS  # in so short a time nobody is forgotten
+    clock.now += (
+        HEARTBEAT_TIMEOUT_SECONDS - HEARTBEAT_SECONDS
+    )  # nobody is forgotten
     assert fleet.heard_from_all()
-    clock.now += FORGOTTEN_SECONDS
+    clock.now += HEARTBEAT_TIMEOUT_SECONDS
     assert not fleet.heard_from_all()
     clock.now += HEARTBEAT_SECONDS
     assert fleet.heard_from_all()
@@ -173,6 +175,6 @@ def test_a_silence_while_nobody_listened_is_nobodys(
     preemptions: Callable[[], dict[str, float]],
 ) -> None:
     fleet.note(make.report("a"))
-    clock.now += 10 * FORGOTTEN_SECONDS
+    clock.now += 10 * HEARTBEAT_TIMEOUT_SECONDS
     fleet.heard_from_all()
     assert (fleet.workers(), preemptions()) == ([], {})

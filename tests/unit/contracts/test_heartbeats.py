@@ -4,7 +4,7 @@ import pytest
 
 from services.contracts import WorkerHeartbeat, decode, encode
 from services.contracts.errors import MessageInvalid
-from services.contracts.heartbeats import FORGOTTEN_SECONDS, HEARTBEAT_SECONDS
+from services.contracts.heartbeats import HEARTBEAT_SECONDS, HEARTBEAT_TIMEOUT_SECONDS
 from services.contracts.wire import Message
 
 
@@ -31,7 +31,7 @@ def test_a_state_that_nobody_knows_is_refused(messages: dict[str, Message]) -> N
 
 
 def test_a_worker_is_not_forgotten_when_some_reports_are_late() -> None:
-    assert FORGOTTEN_SECONDS >= 3 * HEARTBEAT_SECONDS
+    assert HEARTBEAT_TIMEOUT_SECONDS >= 3 * HEARTBEAT_SECONDS
 
 
 def test_a_report_of_an_older_worker_is_understood(messages: dict[str, Message]) -> None:
