@@ -1,4 +1,6 @@
-"""How much work a worker keeps in hand: what it finishes within its horizon, by its own speed."""
+"""How many claims and batches a worker keeps in flight: what it finishes in
+`KEEPWARM_PREFETCH_SECONDS`, by its measured speed.
+"""
 
 import math
 import threading
@@ -8,29 +10,33 @@ from dataclasses import dataclass
 
 from services.contracts.clock import awake
 
-# How far back the rate remembers, in seconds of the engine's work.
-_MEMORY_SECONDS = 30.0
-# Of so many answers the fastest says what the engine can do.
-_LATEST_ANSWERS = 8
-# Before the rate is known: enough to learn it from, and little enough for a slow engine to finish.
-_FIRST_CLAIMS = 64
-# Fewer would leave an engine that batches by itself half empty, and make crumbs of a batch.
-_LEAST_CLAIMS = 8
-# A batch that is a little too large is not worth a message.
-_TRIM_FROM = 1.5
-# Where every batch had been delivered before, so much of the horizon stays empty: its work would be
-# lost as well. About so many of the latest batches say how it is.
-_MOST_CAUTION = 7 / 8
-_LATEST_BATCHES = 16
-# Small batches go to the engine together, about so many claims in a request, for that costs it as
-# much for one claim as for many. And so many requests there are at least, that it is never without.
-_TOGETHER_CLAIMS = 32
-_REQUESTS = 4
+# The time constant of the rate's exponential average, in seconds of the engine's work.
+_RATE_AVERAGE_SECONDS = 30.0
+# The engine's speed is the highest of this many latest measurements.
+_SPEED_SAMPLES = 8
+# The claim limit before the speed is known: enough claims to measure it, and few enough for a slow
+# engine to finish.
+_INITIAL_CLAIM_LIMIT = 64
+# Fewer claims would leave an engine with continuous batching half empty, and split a batch into
+# many small messages.
+_MIN_TRIMMED_CLAIMS = 8
+# A batch is trimmed only if it exceeds the limit by this factor: returning a few claims is not
+# worth a message.
+_TRIM_FACTOR = 1.5
+# If every recent batch had been delivered before, the limit is reduced by this part: work in flight
+# is likely to be lost as well. The average is over about this many batches.
+_MAX_REDELIVERY_REDUCTION = 7 / 8
+_REDELIVERY_AVERAGE_BATCHES = 16
+# Small batches share a request of about this many claims, because a request costs the engine nearly
+# the same for one claim as for many. At least this many requests are kept at the engine, so that it
+# always has work.
+_REQUEST_CLAIMS = 32
+_MIN_REQUESTS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
-    """How things stood when a batch went to the engine."""
+class RequestStart:
+    """The measurements when a request was sent to the engine."""
 
     share: float
     answered: int
@@ -38,41 +44,42 @@ class Begun:
 
 
 class AdaptiveConcurrency:
-    """Measures claims/s while the engine works, and says how many claims and batches that allows.
+    """Measures claims/s while the engine works, and derives the limits of claims and batches.
 
-    Several batches are at the engine at once, so a batch's own seconds say little. Each is charged
-    its share instead: a second with n batches at the engine costs each a nth of it. Shares add up
-    to the time in which the engine had work, and idle time is nobody's.
+    Several requests are at the engine at once, so the time of one request says little. Each is
+    charged a share instead: one second with n requests at the engine costs each of them 1/n. The
+    shares add up to the time in which the engine had work; idle time is charged to none. `rate`
+    divides answered claims by these shares.
 
-    That is the rate. What is allowed goes by the engine's speed: the most claims/s that were
-    answered while one of the latest batches was there. The engine may have been busy with what
-    another worker had asked, who drains before us or shares it for a while, and that makes answers
-    slower and never faster. (BBR measures a path's bandwidth so: Cardwell et al., 2016.)
+    The limits use the engine's speed: the most claims/s that were answered during one of the latest
+    requests. Another worker's requests to the same engine, for instance one that drains, make
+    answers slower and never faster, so the maximum is the engine's own speed. (BBR measures a
+    path's bandwidth in this way: Cardwell et al., 2016.)
 
-    What is in hand when a connection, a worker or the broker goes is computed again by whoever gets
-    it then. So where many batches come that had been delivered before, to anybody, fewer are taken.
-    Any thread may ask.
+    When a connection, a worker or the broker is lost, another worker computes the work in flight
+    again. So the limit is reduced when many batches had been delivered before, to any worker.
+    Any thread may call any method.
     """
 
     def __init__(
         self,
         prefetch_seconds: float,
-        most_batches: int,
+        max_batches: int,
         clock: Callable[[], float] = awake,
     ) -> None:
         self._prefetch_seconds = prefetch_seconds
-        self._most_batches = most_batches
+        self._max_batches = max_batches
         self._clock = clock
         self._lock = threading.Lock()
         self._at_engine = 0
-        self._share = 0.0  # what a batch would have been charged that is there since the beginning
-        self._looked = clock()
-        self._claims = self._seconds = 0.0  # both fade, so that their ratio follows the engine
+        self._share = 0.0  # the integral of 1/n over time, in seconds
+        self._updated_at = clock()
+        self._claims = self._seconds = 0.0  # both decay; their ratio is the rate
         self._answered = 0
-        self._answered_at = self._looked  # or since when there is something to answer
-        self._speeds: deque[float] = deque(maxlen=_LATEST_ANSWERS)
+        self._answered_at = self._updated_at  # or when the engine got work after it was idle
+        self._speeds: deque[float] = deque(maxlen=_SPEED_SAMPLES)
         self._mean_batch: float | None = None
-        self._lost = 0.0  # of the latest batches, the part that had been delivered before
+        self._redelivered = 0.0  # the part of the latest batches that had been delivered before
 
     @property
     def rate(self) -> float | None:
@@ -80,69 +87,68 @@ class AdaptiveConcurrency:
         return self._claims / self._seconds if self._seconds else None
 
     @property
-    def limit(self) -> int:
-        """How many claims the worker may have in hand."""
+    def claim_limit(self) -> int:
+        """How many claims the worker may have in flight."""
         with self._lock:
             if not self._speeds:
-                return _FIRST_CLAIMS
+                return _INITIAL_CLAIM_LIMIT
             return max(1, math.floor(self._prefetch_seconds * max(self._speeds)))
 
     @property
-    def batches(self) -> int:
-        """How many batches of the size that came lately to take: as make the allowance, or fewer
-        where work is lost.
-        """
+    def batch_limit(self) -> int:
+        """How many batches of the recent mean size the worker may have in flight."""
         if self._mean_batch is None:
             return 1
-        worth = self.limit * (1 - _MOST_CAUTION * self._lost)
-        return max(1, min(self._most_batches, math.floor(worth / self._mean_batch)))
+        claims = self.claim_limit * (1 - _MAX_REDELIVERY_REDUCTION * self._redelivered)
+        return max(1, min(self._max_batches, math.floor(claims / self._mean_batch)))
 
     @property
-    def together(self) -> int:
-        """How many batches of the size that came lately make one request."""
+    def batches_per_request(self) -> int:
+        """How many batches of the recent mean size share one request."""
         if self._mean_batch is None:
             return 1
-        return max(1, min(self.batches // _REQUESTS, round(_TOGETHER_CLAIMS / self._mean_batch)))
+        fitting = round(_REQUEST_CLAIMS / self._mean_batch)
+        return max(1, min(self.batch_limit // _MIN_REQUESTS, fitting))
 
-    def take(self, claims: int, *, redelivered: bool = False) -> int:
-        """A batch came with so many claims: how many of them to keep."""
+    def accept(self, claims: int, *, redelivered: bool = False) -> int:
+        """Record the size of a delivered batch, and return how many of its claims to keep."""
         with self._lock:
-            self._lost += (redelivered - self._lost) / _LATEST_BATCHES
+            self._redelivered += (redelivered - self._redelivered) / _REDELIVERY_AVERAGE_BATCHES
             mean = self._mean_batch
             self._mean_batch = claims if mean is None else mean + (claims - mean) / 4
-        limit = max(self.limit, _LEAST_CLAIMS)
-        return limit if claims >= _TRIM_FROM * limit else claims
+        limit = max(self.claim_limit, _MIN_TRIMMED_CLAIMS)
+        return limit if claims >= _TRIM_FACTOR * limit else claims
 
-    def begin(self) -> Begun:
-        """A batch goes to the engine. Give what this returns to `end`."""
+    def begin(self) -> RequestStart:
+        """A request is sent to the engine. Pass the result to `end`."""
         with self._lock:
-            self._look()
+            self._update_share()
             if self._at_engine == 0:
-                self._answered_at = self._looked
+                self._answered_at = self._updated_at
             self._at_engine += 1
-            return Begun(self._share, self._answered, self._answered_at)
+            return RequestStart(self._share, self._answered, self._answered_at)
 
-    def end(self, begun: Begun, claims: int) -> float:
-        """It is back, with `claims` answered; 0 where the engine failed, which is no measure. Its
-        share of the engine's seconds.
+    def end(self, start: RequestStart, claims: int) -> float:
+        """The request has ended with `claims` answers; 0 if the engine failed, which is not a
+        measurement. Returns the request's share of the engine's time in seconds.
         """
         with self._lock:
-            self._look()
+            self._update_share()
             self._at_engine -= 1
             self._answered += claims
-            self._answered_at = self._looked
-            seconds = self._share - begun.share
+            self._answered_at = self._updated_at
+            seconds = self._share - start.share
             if claims and seconds > 0:
-                # Since the answer before it went, for an engine answers many at once.
-                answered = self._answered - begun.answered
-                self._speeds.append(answered / (self._looked - begun.answered_at))
-                left = math.exp(-seconds / _MEMORY_SECONDS)
-                self._claims = self._claims * left + claims
-                self._seconds = self._seconds * left + seconds
+                # From the last answer before it was sent: an engine answers many claims at once.
+                answered = self._answered - start.answered
+                self._speeds.append(answered / (self._updated_at - start.answered_at))
+                decay = math.exp(-seconds / _RATE_AVERAGE_SECONDS)
+                self._claims = self._claims * decay + claims
+                self._seconds = self._seconds * decay + seconds
             return seconds
 
-    def _look(self) -> None:
+    def _update_share(self) -> None:
         now = self._clock()
         if self._at_engine:
-            self._share += (now - self._looked) / self._at_engine
-        self._looked = now
+            self._share += (now - self._updated_at) / self._at_engine
+        self._updated_at = now

@@ -1,14 +1,15 @@
-"""What a worker asks its engine about, on disk, so that the next worker knows what one died of.
+"""Records on disk of the claims that a worker asks about, so that the next worker on the node knows
+which claims a crashed one was working on.
 
-A worker that dies with claims in hand says nothing any more, and its batch goes to the next one. A
-preemption (SIGKILL by a scheduler) must not make claims suspects, however often it happens. So a
-death counts only with evidence that it came from inside:
+A crashed worker cannot report anything, and the broker delivers its batches to other workers. A
+preemption (SIGKILL from a scheduler) must never quarantine claims, however often it happens. So a
+crash counts only with evidence that its cause was inside the worker:
 
-- Python's faulthandler wrote down a fatal signal: SIGSEGV, SIGABRT, SIGBUS, SIGFPE or SIGILL;
-- since the claims were asked, the kernel killed a process for lack of memory: one of the worker's
-  memory cgroup, or, where that is gone with the worker, of the next one up, or of the machine.
+- Python's faulthandler recorded a fatal signal: SIGSEGV, SIGABRT, SIGBUS, SIGFPE or SIGILL;
+- since the request began, the kernel killed a process for lack of memory: in the worker's memory
+  cgroup; if that is gone, in the next one up that still exists; else on the machine.
 
-Any other record of a dead worker is removed unread.
+Without evidence, a dead worker's records are removed and count for nothing.
 """
 
 import contextlib
@@ -31,112 +32,113 @@ from services.node.memory import cgroup_directories
 from services.node.runtime_dir import open_log, open_private_dir, take_lock
 
 _KEPT_SECONDS = 7 * 24 * 3600.0
-_MOST_EVIDENCE_CHARS = 8_000
-# Reading what the kernel counts takes as long as all else that is done for a request.
-_COUNTED_SECONDS = 1.0
+_MAX_EVIDENCE_CHARS = 8_000
+# Reading the kernel's counters costs as much as all other work for a request, so their values are
+# reused for this long.
+_KILL_COUNT_MAX_AGE_SECONDS = 1.0
 _KILLED = "the kernel killed it (SIGKILL) because memory ran out"
-_MACHINE = Path("/proc/vmstat")
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
+_MACHINE_COUNTERS = Path("/proc/vmstat")
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 Key = tuple[str, str]
-"""A run and one of its claims."""
+"""A run id and a claim id."""
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Crash:
-    """What is known of a claim that workers of this node died with."""
+    """What is known of a claim that workers of this node were asking about when they crashed."""
 
     alone: int
-    """How many of them were asking about nothing else."""
+    """How many of these workers were asking about this claim alone."""
     evidence: str
     memory: bool
     """Whether the kernel killed them for lack of memory."""
 
 
-class Crashes:
-    """One worker's record of what it is asking, and what all workers of its node died of.
+class CrashRecords:
+    """One worker's records of its requests, and the crashes of all workers of its node.
 
-    Records are no promise: where one cannot be written, as on a full disk, a crash leaves no
-    evidence, and that is all. Any thread may call any method.
+    Records are best effort: if one cannot be written, for example on a full disk, a crash leaves no
+    evidence. Any thread may call any method.
     """
 
     def __init__(self, runtime_dir: Path, worker_id: str) -> None:
-        """Raises UsageError where the runtime directory is not ours, or has no file locks."""
-        self._workers = open_private_dir(runtime_dir / "workers", "KEEPWARM_RUNTIME_DIR")
-        self._crashed = open_private_dir(runtime_dir / "crashed", "KEEPWARM_RUNTIME_DIR")
-        self._numbers = count()
-        self._complained = self._caught_before = False
+        """Raises UsageError if the runtime directory is another user's, or has no file locks."""
+        self._workers_dir = open_private_dir(runtime_dir / "workers", "KEEPWARM_RUNTIME_DIR")
+        self._crashed_dir = open_private_dir(runtime_dir / "crashed", "KEEPWARM_RUNTIME_DIR")
+        self._request_numbers = count()
+        self._warned = self._faulthandler_was_enabled = False
         self._kills: list[list[Any]] = []
-        self._count_kills_at = 0.0
+        self._next_kill_count_at = 0.0
         self._fatal_log: IO[bytes] | None = None
-        # Locked before anybody can see it: one without its lock is a dead worker's.
-        new = open_private_dir(self._workers / f".{worker_id}", "KEEPWARM_RUNTIME_DIR")
+        # Locked before it gets its final name: an unlocked directory counts as a dead worker's.
+        new = open_private_dir(self._workers_dir / f".{worker_id}", "KEEPWARM_RUNTIME_DIR")
         self._lock = take_lock(new / "lock")
-        self._own = new.rename(self._workers / worker_id)
-        self._known: frozenset[str] = frozenset()
-        self.look()
+        self._own_dir = new.rename(self._workers_dir / worker_id)
+        self._crashed_names: frozenset[str] = frozenset()
+        self.collect()
 
     def catch_fatal_signals(self) -> None:
-        """Have faulthandler write down what this process dies of. For the whole process."""
-        self._caught_before = faulthandler.is_enabled()
-        self._fatal_log = open_log(self._own / "fatal.log")
+        """Let faulthandler record a fatal signal of this process."""
+        self._faulthandler_was_enabled = faulthandler.is_enabled()
+        self._fatal_log = open_log(self._own_dir / "fatal.log")
         faulthandler.enable(self._fatal_log)
 
     def close(self) -> None:
-        """Remove the record: the worker ends in order."""
+        """Remove the worker's records: it ends normally."""
         if self._fatal_log is not None:
             faulthandler.disable()
-            if self._caught_before:
+            if self._faulthandler_was_enabled:
                 faulthandler.enable()
             self._fatal_log.close()
-        shutil.rmtree(self._own, ignore_errors=True)
+        shutil.rmtree(self._own_dir, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     @contextlib.contextmanager
-    def asking(self, keys: Iterable[Key], *, alone: bool = False) -> Iterator[None]:
-        """Have it on disk that these claims are being asked about, until the block ends."""
-        path = self._own / f"{next(self._numbers)}.json"
-        if time.monotonic() >= self._count_kills_at:
-            self._count_kills_at = time.monotonic() + _COUNTED_SECONDS
+    def recorded(self, keys: Iterable[Key], *, alone: bool = False) -> Iterator[None]:
+        """Keep a record of a request about these claims on disk until the block ends."""
+        path = self._own_dir / f"{next(self._request_numbers)}.json"
+        if time.monotonic() >= self._next_kill_count_at:
+            self._next_kill_count_at = time.monotonic() + _KILL_COUNT_MAX_AGE_SECONDS
             self._kills = _memory_kills()
         record = {"keys": list(keys), "alone": alone, "kills": self._kills}
         try:
             path.write_text(json.dumps(record), encoding="utf-8")
         except OSError as error:
-            if not self._complained:
+            if not self._warned:
                 log.warning("crash_record.unwritable", path=str(path), reason=str(error))
-            self._complained = True
+            self._warned = True
         try:
             yield
         finally:
             with contextlib.suppress(OSError):
                 path.unlink()
 
-    def look(self) -> None:
-        """Take in what workers have died of since the last time."""
+    def collect(self) -> None:
+        """Collect the crashes of workers that died since the last call."""
         with contextlib.suppress(OSError):
-            for directory in self._workers.iterdir():
-                if directory != self._own and not directory.name.startswith("."):
-                    self._take_in(directory)
+            for directory in self._workers_dir.iterdir():
+                if directory != self._own_dir and not directory.name.startswith("."):
+                    self._collect_from(directory)
             oldest = time.time() - _KEPT_SECONDS
-            for path in self._crashed.iterdir():
+            for path in self._crashed_dir.iterdir():
                 if path.stat().st_mtime < oldest:
                     path.unlink(missing_ok=True)
-            self._known = frozenset(path.name for path in self._crashed.iterdir())
+            self._crashed_names = frozenset(path.name for path in self._crashed_dir.iterdir())
 
     @property
     def any(self) -> bool:
-        """Whether workers of this node died with claims that have no outcome yet."""
-        return bool(self._known)
+        """Whether there are crashes with claims that have no outcome yet."""
+        return bool(self._crashed_names)
 
-    def of(self, key: Key) -> Crash | None:
-        """What is known of a claim; None where no worker of this node died with it."""
+    def get(self, key: Key) -> Crash | None:
+        """The crashes with a claim; None if no worker of this node crashed with it."""
         path = self._path(key)
-        if path.name not in self._known:
+        if path.name not in self._crashed_names:
             return None
         try:
             return Crash(**json.loads(path.read_text(encoding="utf-8")))
@@ -144,28 +146,28 @@ class Crashes:
             return None
 
     def forget(self, keys: Iterable[Key]) -> None:
-        """They have an outcome, or what is known of them travels with them from now on."""
+        """Remove the crashes with claims that have an outcome, or whose message counts them."""
         for path in map(self._path, keys):
-            if path.name in self._known:
+            if path.name in self._crashed_names:
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
 
     def _path(self, key: Key) -> Path:
         digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
-        return self._crashed / f"{digest}.json"
+        return self._crashed_dir / f"{digest}.json"
 
-    def _take_in(self, directory: Path) -> None:
-        """What a worker left, if it is dead."""
+    def _collect_from(self, directory: Path) -> None:
+        """Collect a worker's crash, and remove its records, if it is dead."""
         lock = take_lock(directory / "lock")
         if lock is None:
             return
         try:
-            records = [record for path in directory.glob("*.json") if (record := _read(path))]
-            evidence = _end_of(directory / "fatal.log")
+            records = [record for path in directory.glob("*.json") if (record := _read_json(path))]
+            evidence = _read_end(directory / "fatal.log")
             for record in records:
-                memory = not evidence and _grew(record["kills"])
+                memory = not evidence and _has_killed_since(record["kills"])
                 if evidence or memory:
-                    self._note(record, evidence or _KILLED, memory=memory)
+                    self._save(record, evidence or _KILLED, memory=memory)
             if evidence or records:
                 log.warning(
                     "worker.died_before",
@@ -177,13 +179,13 @@ class Crashes:
         finally:
             os.close(lock)
 
-    def _note(self, record: dict[str, Any], evidence: str, *, memory: bool) -> None:
+    def _save(self, record: dict[str, Any], evidence: str, *, memory: bool) -> None:
         for run_id, claim_id in record["keys"]:
             path = self._path((run_id, claim_id))
-            earlier = _read(path) or {"alone": 0}
+            earlier = _read_json(path) or {"alone": 0}
             crash = {
                 "alone": earlier["alone"] + bool(record["alone"]),
-                "evidence": evidence[-_MOST_EVIDENCE_CHARS:],
+                "evidence": evidence[-_MAX_EVIDENCE_CHARS:],
                 "memory": memory,
             }
             new = path.with_suffix(".new")
@@ -191,7 +193,7 @@ class Crashes:
             new.replace(path)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -199,41 +201,43 @@ def _read(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def _end_of(path: Path) -> str:
+def _read_end(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")[-_MOST_EVIDENCE_CHARS:].strip()
+        return path.read_text(encoding="utf-8", errors="replace")[-_MAX_EVIDENCE_CHARS:].strip()
     except OSError:
         return ""
 
 
-# How many processes the kernel has killed for lack of memory: by file, its inode, and the boot.
+# A kill count: which counter (file, inode and boot id), and how many processes the kernel killed.
 
 
 def _memory_kills() -> list[list[Any]]:
-    return [counted for path in (*_cgroup_counters(), _MACHINE) if (counted := _counted(path))]
+    return [
+        kills for path in (*_cgroup_counters(), _MACHINE_COUNTERS) if (kills := _kill_count(path))
+    ]
 
 
 def _cgroup_counters() -> list[Path]:
-    """Of our memory cgroup, of version 1 or 2, then of those that contain it."""
+    """Counters of our memory cgroup (version 1 or 2), then of those that contain it."""
     names = ("memory.oom_control", "memory.events")
     return [directory / name for directory in cgroup_directories() for name in names]
 
 
-def _counted(path: Path) -> list[Any] | None:
+def _kill_count(path: Path) -> list[Any] | None:
     try:
         found = re.search(r"^oom_kill (\d+)$", path.read_text(encoding="ascii"), re.MULTILINE)
-        place = f"{path}:{path.stat().st_ino}:{_BOOT.read_text(encoding='ascii').strip()}"
+        counter = f"{path}:{path.stat().st_ino}:{_BOOT_ID.read_text(encoding='ascii').strip()}"
     except OSError:
         return None
-    return [place, int(found[1])] if found else None
+    return [counter, int(found[1])] if found else None
 
 
-def _grew(kills: Sequence[Sequence[Any]]) -> bool:
-    """Whether a process was killed since these were counted: in the dead worker's cgroup; where
-    that is gone, in the next that contains it, or on the machine.
+def _has_killed_since(kills: Sequence[Sequence[Any]]) -> bool:
+    """Whether the kernel killed a process after these counts: in the dead worker's cgroup; if that
+    is gone, in the next one up that still exists; else on the machine.
     """
-    for place, before in kills:
-        now = _counted(Path(str(place).rsplit(":", 2)[0]))
-        if now is not None and now[0] == place:
+    for counter, before in kills:
+        now = _kill_count(Path(str(counter).rsplit(":", 2)[0]))
+        if now is not None and now[0] == counter:
             return bool(now[1] > before)
     return False

@@ -1,4 +1,4 @@
-"""Where the device's time goes: each second of it to one use."""
+"""What the device's time is used for: each second counts for one use."""
 
 import threading
 from collections.abc import Callable
@@ -11,8 +11,10 @@ Use = Literal["loading", "idle", "batches"]
 
 
 class DeviceTime:
-    """Cuts time into laps. Batches tell their own, by the shares that `AdaptiveConcurrency` gives
-    them, for only at its end is it known whether a batch was of any use. Any thread.
+    """Cuts time into laps, each with one use. Any thread may call it.
+
+    The time of batches is counted by `record_batch` instead, with the shares that
+    `AdaptiveConcurrency` measures: whether a batch's time was lost is known only at its end.
     """
 
     def __init__(self, device: str, clock: Callable[[], float] = awake) -> None:
@@ -22,15 +24,15 @@ class DeviceTime:
         self._lap_began = clock()
 
     def lap(self, use: Use) -> None:
-        """The time since the last lap had this use."""
+        """Count the time since the last lap for this use."""
         with self._lock:
             now = self._clock()
             seconds, self._lap_began = now - self._lap_began, now
         if use != "batches":
             DEVICE_SECONDS.labels(self._device, use).inc(seconds)
 
-    def computed(self, seconds: float, *, answered: int, asked: int) -> None:
-        """A batch took so long, and so many of its claims have an answer: the rest was in vain."""
-        kept = answered / asked if asked else 1.0
+    def record_batch(self, seconds: float, *, answered: int, requested: int) -> None:
+        """Count a batch's time as inferring, and as lost for the claims without an answer."""
+        kept = answered / requested if requested else 1.0
         DEVICE_SECONDS.labels(self._device, "inferring").inc(seconds * kept)
         DEVICE_SECONDS.labels(self._device, "lost").inc(seconds * (1 - kept))

@@ -1,7 +1,7 @@
-"""Which claim does the engine fail with? Each claim of a suspect batch is asked alone.
+"""Find the claims of a quarantined batch that the engine fails with, by asking about each alone.
 
-Halving the batch would take an engine's start for each halving; asking one by one takes one for the
-claim at fault, and costs a batch's time without batching (docs/decisions/0013).
+Halving the batch would need a start of the engine for each halving. Asking one by one needs one for
+each faulty claim, and loses the benefit of batching for one batch (docs/decisions/0013).
 """
 
 import threading
@@ -15,10 +15,10 @@ from services.contexts.lease import EngineLease
 from services.contracts import DeadReason, PromptSpec, Settings
 from services.contracts.backoff import backoff_seconds
 from services.contracts.errors import EngineRequestError, EngineStartError, KeeperError
-from services.gpu_worker.crashes import Crash, Crashes, Key
+from services.gpu_worker.crashes import Crash, CrashRecords, Key
 from services.gpu_worker.in_flight import InFlightBatch
 from services.gpu_worker.inference import (
-    HARMLESS,
+    CANARY,
     Declined,
     Inference,
     Outcome,
@@ -27,15 +27,15 @@ from services.gpu_worker.inference import (
 )
 
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 2.0, 30.0
-_NONSENSE = "it gave no usable answer: aborted, or scores that are missing or not numbers"
+_UNUSABLE_ANSWER = "it gave no usable answer: aborted, or scores that are missing or not numbers"
 
 log = structlog.get_logger(__name__)
 
 
 class FaultIsolation:
-    """Minds the engine's health, and tells a claim's fault from the engine's own.
+    """Keeps the engine healthy, and tells a claim's fault from the engine's own.
 
-    Nobody else may be asking the engine while one of its methods runs.
+    Nothing else may use the engine while `isolate` runs.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class FaultIsolation:
         inference: Inference,
         settings: Settings,
         stop: threading.Event,
-        crashes: Crashes,
+        crashes: CrashRecords,
     ) -> None:
         self._engine = engine
         self._inference = inference
@@ -52,84 +52,90 @@ class FaultIsolation:
         self._stop = stop
         self._crashes = crashes
 
-    def examine(self, hand: InFlightBatch) -> None:
-        """Give every claim of a suspect batch an outcome. Claims stay open when told to stop, when
-        another engine may be able to answer them, or when they have to be asked with no others in
-        their batch.
+    def isolate(self, batch: InFlightBatch) -> None:
+        """Give every claim of a quarantined batch an outcome. Claims stay unresolved when told to
+        stop, when another engine may be able to answer them, or when they must first be returned in
+        a batch of their own.
 
-        A claim is given up on when the engine or the worker failed with it
-        `KEEPWARM_CLAIM_FAILURES` times, all but the first alone, and each time a harmless claim was
-        answered afterwards. Raises EngineStartError when there is no engine that does; then it is
-        the node that is at fault. Raises WorkerFailure when this process cannot.
+        A claim is given up when the engine or the worker failed with it `KEEPWARM_CLAIM_FAILURES`
+        times, all but the first alone, and answered a canary after each failure. Raises
+        EngineStartError when no engine answers a canary: then the node is at fault. Raises
+        WorkerFailure when this process fails with the canary.
         """
-        prompt = hand.batch.run.prompt
-        log.warning("batch.suspect", batch=hand.batch.batch_id, claims=len(hand.open))
-        if not self._is_usable(prompt, hand):
+        prompt = batch.message.run.prompt
+        log.warning("batch.quarantined", batch=batch.message.batch_id, claims=len(batch.unresolved))
+        if not self._prompt_is_usable(prompt, batch):
             return
-        if not self._ask_all(hand):
+        if not self._ask_all(batch):
             return
-        waiting = deque(hand.open)
+        waiting = deque(batch.unresolved)
         while waiting and not self._stop.is_set():
-            place = waiting.popleft()
-            crash = hand.crashes.get(place)
+            index = waiting.popleft()
+            crash = batch.crashes.get(index)
             if crash is not None and crash.alone:
-                if hand.open[place] >= self._settings.claim_failures:
-                    self._give_up(hand, place, _died_of(crash, hand.open[place]), crash.memory)
-                # Else it may end this process again: first the others' outcomes are published.
-                if len(hand.batch.claims) > 1 or place not in hand.open:
+                if batch.unresolved[index] >= self._settings.claim_failures:
+                    self._give_up(
+                        batch, index, _crash_reason(crash, batch.unresolved[index]), crash.memory
+                    )
+                # Else it may crash this process again: publish the other claims' outcomes first.
+                if len(batch.message.claims) > 1 or index not in batch.unresolved:
                     continue
-            with self._crashes.asking(hand.keys([place]), alone=True):
-                outcome = self._inference.infer(prompt, hand.claims([place]))
-            hand.note([place], outcome)
-            if place not in hand.open or outcome.declined:
+            with self._crashes.recorded(batch.keys([index]), alone=True):
+                outcome = self._inference.infer(prompt, batch.claims([index]))
+            batch.record([index], outcome)
+            if index not in batch.unresolved or outcome.declined:
                 continue
-            last_words = "\n".join(self._engine.log_tail())
-            self.note_failure(outcome.failure)
+            log_end = "\n".join(self._engine.log_tail())
+            self.handle_failure(outcome.failure)
             out_of_memory = self._engine.ran_out_of_memory
             if not self._recover(prompt):
                 return
-            hand.record_failure([place], alone=True)
-            failures = hand.open[place]
-            log.warning("claim.failed", batch=hand.batch.batch_id, place=place, failures=failures)
+            batch.record_failure([index], alone=True)
+            failures = batch.unresolved[index]
+            log.warning(
+                "claim.failed", batch=batch.message.batch_id, index=index, failures=failures
+            )
             if failures < self._settings.claim_failures:
-                waiting.append(place)
+                waiting.append(index)
             else:
-                self._give_up(hand, place, _failed(outcome, failures, last_words), out_of_memory)
+                self._give_up(
+                    batch, index, _failure_reason(outcome, failures, log_end), out_of_memory
+                )
 
-    def _ask_all(self, hand: InFlightBatch) -> bool:
-        """Ask the whole batch once more, with no other beside it: of all batches that were at an
-        engine when it failed one at most is at fault, and often none. False when told to stop
-        meanwhile.
+    def _ask_all(self, batch: InFlightBatch) -> bool:
+        """Ask about the whole batch once more, with nothing else at the engine: of all batches that
+        were at an engine when it failed, at most one is at fault, and often none. False when told
+        to stop meanwhile.
         """
-        places = list(hand.open)
-        known = hand.crashes or any(failures > 1 for failures in hand.open.values())
-        if known or len(places) < 2:
+        indexes = list(batch.unresolved)
+        known = batch.crashes or any(failures > 1 for failures in batch.unresolved.values())
+        if known or len(indexes) < 2:
             return True
-        with self._crashes.asking(hand.keys(places)):
-            outcome = self._inference.infer(hand.batch.run.prompt, hand.claims(places))
-        hand.note(places, outcome)
-        if outcome.failure is None and all(place not in hand.open for place in places):
+        with self._crashes.recorded(batch.keys(indexes)):
+            outcome = self._inference.infer(batch.message.run.prompt, batch.claims(indexes))
+        batch.record(indexes, outcome)
+        if outcome.failure is None and all(index not in batch.unresolved for index in indexes):
             return True
-        self.note_failure(outcome.failure)
-        if not self._recover(hand.batch.run.prompt):
+        self.handle_failure(outcome.failure)
+        if not self._recover(batch.message.run.prompt):
             return False
-        hand.record_failure(places)
+        batch.record_failure(indexes)
         return True
 
     def _give_up(
-        self, hand: InFlightBatch, place: int, refusal: Refusal, out_of_memory: bool
+        self, batch: InFlightBatch, index: int, refusal: Refusal, out_of_memory: bool
     ) -> None:
-        """The claim is dead; or, where memory ran out, another node may have more of it."""
+        """Mark the claim dead, or decline it if memory ran out: another node may have more."""
         if out_of_memory:
-            hand.decline(place, Declined(refusal, counts=True))
+            batch.decline(index, Declined(refusal, counts_against_claim=True))
         else:
-            hand.mark_dead(place, refusal)
+            batch.mark_dead(index, refusal)
 
-    def _is_usable(self, prompt: PromptSpec, hand: InFlightBatch) -> bool:
-        """Whether a harmless claim is answered with this prompt. Where only another prompt's is,
-        all claims of the batch are dead; False then, or when told to stop.
+    def _prompt_is_usable(self, prompt: PromptSpec, batch: InFlightBatch) -> bool:
+        """Whether a canary is answered with this prompt. If it is answered with another prompt
+        only, all claims of the batch are marked dead. False then, or when told to stop.
         """
-        crash = self._crashes.of(prompt_key(prompt))
+        crash = self._crashes.get(prompt_key(prompt))
         if crash is not None and crash.alone >= self._settings.claim_failures:
             why = crash.evidence
         else:
@@ -137,20 +143,20 @@ class FaultIsolation:
                 return self._recover(prompt)
             except WorkerFailure as failure:
                 why = failure.trace
-        # Raises, or ends this process, where the prompt is not at fault.
+        # Raises, or crashes this process, if the prompt is not at fault.
         if self._recover(PromptSpec()):
             refusal = Refusal(
                 DeadReason.PROMPT_UNUSABLE,
-                f"the worker fails with this prompt, whatever the claim, and not with another. "
-                f"What it said:\n{why}",
+                "the worker fails with this prompt for any claim, and not with another prompt. Its "
+                f"error:\n{why}",
             )
-            for place in list(hand.open):
-                hand.mark_dead(place, refusal)
+            for index in list(batch.unresolved):
+                batch.mark_dead(index, refusal)
         return False
 
-    def note_failure(self, failure: EngineRequestError | WorkerFailure | None) -> None:
-        """An engine that hangs is ended: it would hang for whoever asks next. One that broke off
-        may be gone, which its keeper is about to say. Where we failed ourselves it did nothing.
+    def handle_failure(self, failure: EngineRequestError | WorkerFailure | None) -> None:
+        """Stop an engine that hangs: it would hang for the next request, too. After another error
+        of the engine, check with its keeper whether it is gone. A WorkerFailure is not its own.
         """
         if isinstance(failure, EngineSilent):
             log.error("engine.silent", reason=str(failure))
@@ -159,10 +165,10 @@ class FaultIsolation:
             self._engine.check()
 
     def start_engine(self, attempts: int) -> bool:
-        """Start it, again with growing pauses if need be. False when told to stop meanwhile.
+        """Start the engine, with a backoff between attempts. False when told to stop meanwhile.
 
-        Raises EngineStartError or KeeperError after so many failed starts in a row: a keeper that
-        is a service of its own may be away for a while, too.
+        Raises EngineStartError or KeeperError after `attempts` failed starts in a row. KeeperErrors
+        are retried, because a keeper that runs as a service may restart.
         """
         for failures in count(1):
             try:
@@ -170,23 +176,23 @@ class FaultIsolation:
             except (EngineStartError, KeeperError) as error:
                 if failures >= attempts:
                     raise
-                if not self._pause(failures, str(error)):
+                if not self._back_off(failures, str(error)):
                     return False
         raise AssertionError("count() never ends")
 
     def _recover(self, prompt: PromptSpec) -> bool:
-        """Have an engine that answers a harmless claim. False when told to stop meanwhile.
+        """Start the engine until it answers a canary. False when told to stop meanwhile.
 
-        Raises EngineStartError where there is none, WorkerFailure where we cannot ask it.
+        Raises EngineStartError if it never does, WorkerFailure if this process cannot ask it.
         """
         key = prompt_key(prompt)
         attempts = self._settings.engine_start_attempts
         for failures in count(1):
             if not self._engine.alive and not self.start_engine(attempts):
                 return False
-            with self._crashes.asking([key], alone=True):
-                outcome = self._inference.infer(prompt, [HARMLESS])
-            # A prompt that no claim fits into is not the engine's fault.
+            with self._crashes.recorded([key], alone=True):
+                outcome = self._inference.infer(prompt, [CANARY])
+            # If the prompt leaves no space for any claim, the engine is not at fault.
             if outcome.verdicts or outcome.refused or outcome.declined:
                 self._crashes.forget([key])
                 return True
@@ -196,14 +202,16 @@ class FaultIsolation:
             if isinstance(outcome.failure, Interrupted) or self._stop.is_set():
                 return False
             self._engine.stop()
-            why = f"it starts, and fails with a harmless claim: {outcome.failure or _NONSENSE}"
+            why = (
+                f"it starts, but fails with a harmless claim: {outcome.failure or _UNUSABLE_ANSWER}"
+            )
             if failures >= attempts:
                 raise self._engine.start_error(why)
-            if not self._pause(failures, why):
+            if not self._back_off(failures, why):
                 return False
         raise AssertionError("count() never ends")
 
-    def _pause(self, failures: int, why: str) -> bool:
+    def _back_off(self, failures: int, why: str) -> bool:
         pause = backoff_seconds(
             failures, first_seconds=_FIRST_PAUSE_SECONDS, longest_seconds=_LONGEST_PAUSE_SECONDS
         )
@@ -212,11 +220,11 @@ class FaultIsolation:
 
 
 def prompt_key(prompt: PromptSpec) -> Key:
-    """What a harmless claim with this prompt is called where crashes are recorded."""
-    return (prompt.prompt_id, HARMLESS.claim_id)
+    """The key of the canary with this prompt in the crash records."""
+    return (prompt.prompt_id, CANARY.claim_id)
 
 
-def _failed(outcome: Outcome, failures: int, last_words: str) -> Refusal:
+def _failure_reason(outcome: Outcome, failures: int, log_end: str) -> Refusal:
     if isinstance(outcome.failure, WorkerFailure):
         return Refusal(
             DeadReason.WORKER_FAILED,
@@ -226,13 +234,13 @@ def _failed(outcome: Outcome, failures: int, last_words: str) -> Refusal:
     return Refusal(
         DeadReason.ENGINE_FAILED,
         f"an engine failed {failures} times with this claim, {failures - 1} of them alone, and not "
-        f"with a harmless one: {outcome.failure or _NONSENSE}. Its log ended with:\n{last_words}",
+        f"with a harmless one: {outcome.failure or _UNUSABLE_ANSWER}. Its log's end:\n{log_end}",
     )
 
 
-def _died_of(crash: Crash, failures: int) -> Refusal:
+def _crash_reason(crash: Crash, failures: int) -> Refusal:
     return Refusal(
         DeadReason.WORKER_FAILED,
-        f"the worker's process died with this claim, {failures} times in all, {failures - 1} of "
-        f"them alone, and not with a harmless one. What it left:\n{crash.evidence}",
+        f"the worker's process crashed {failures} times with this claim, {failures - 1} of them "
+        f"alone, and not with a harmless one. Evidence:\n{crash.evidence}",
     )

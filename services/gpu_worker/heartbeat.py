@@ -1,4 +1,4 @@
-"""What a worker says of itself: that it is there, where, what it serves, how fast."""
+"""A worker's heartbeats to the collectors, and the control updates that it receives from them."""
 
 import socket
 import threading
@@ -27,18 +27,18 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Post:
-    """Where a worker stands, as those know it who put it there."""
+class WorkerPlacement:
+    """Where a worker runs and until when."""
 
     host: str
     job_id: str | None = None
     metrics_address: str | None = None
     ends_at: float | None = None
-    """When its node is taken away, by the monotonic clock."""
+    """When its walltime is over, on the monotonic clock."""
 
     @classmethod
-    def of(cls, settings: Settings, metrics_address: str | None) -> Self:
-        """Raises UsageError when the scheduler's end of the job is no time."""
+    def detect(cls, settings: Settings, metrics_address: str | None) -> Self:
+        """Raises UsageError when the scheduler's end time of the job cannot be read."""
         left = seconds_left(settings)
         return cls(
             host=socket.gethostname(),
@@ -52,84 +52,83 @@ class Post:
         return None if self.ends_at is None else max(0.0, self.ends_at - time.monotonic())
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerStatus:
-    """What a worker is at."""
-
-    context_id: str | None = None
-    claims_per_second: float | None = None
-    batches_in_hand: int = 0
-    claims_in_hand: int = 0
-
-
 class HeartbeatSender:
-    """Sends one every `HEARTBEAT_SECONDS`, and one at each change; never waits for the broker."""
+    """Sends a heartbeat every `HEARTBEAT_SECONDS` and at each change. Never waits for the broker.
+    Any thread may call it.
+    """
 
-    def __init__(self, signature: WorkerIdentity, post: Post) -> None:
-        self._signature = signature
-        self._post = post
+    def __init__(self, identity: WorkerIdentity, placement: WorkerPlacement) -> None:
+        self._identity = identity
+        self._placement = placement
         self._lock = threading.Lock()
-        self._said: tuple[WorkerState, str | None] | None = None
+        self._last_sent: tuple[WorkerState, str | None] | None = None
         self._due = 0.0
         self.ending: Ending | None = None
-        """Why the worker is going, once it is."""
+        """Why the worker ends, once it does."""
 
-    def say(self, state: WorkerState, doing: WorkerStatus, publisher: Publisher) -> None:
-        """Tell the collectors that listen, if it is time. Any thread.
+    def send_if_due(
+        self,
+        state: WorkerState,
+        publisher: Publisher,
+        *,
+        context_id: str | None = None,
+        claims_per_second: float | None = None,
+        batches_in_flight: int = 0,
+        claims_in_flight: int = 0,
+    ) -> None:
+        """Send a heartbeat if the last one is old, or had another state or context. Nothing is sent
+        after `stopped`.
 
-        While the broker takes nothing, or no more, it is not: a report is only worth something now.
+        A heartbeat that the broker does not accept now is not queued: the next call makes a new
+        one.
         """
         with self._lock:
             now = time.monotonic()
-            same = (state, doing.context_id) == self._said and now < self._due
-            gone = self._said is not None and self._said[0] == "stopped"
-            if same or gone:
+            unchanged = (state, context_id) == self._last_sent and now < self._due
+            stopped = self._last_sent is not None and self._last_sent[0] == "stopped"
+            if unchanged or stopped:
                 return
-            report = self._report(state, doing)
-            if publisher.offer(
-                Outgoing.of(report, topology.HEARTBEATS_EXCHANGE, "", transient=True)
-            ):
-                self._said, self._due = (state, doing.context_id), now + HEARTBEAT_SECONDS
-
-    def _report(self, state: WorkerState, doing: WorkerStatus) -> WorkerHeartbeat:
-        return WorkerHeartbeat(
-            worker_id=self._signature.worker_id,
-            device=self._signature.device,
-            state=state,
-            context_id=doing.context_id,
-            claims_per_second=doing.claims_per_second,
-            batches_in_hand=doing.batches_in_hand,
-            claims_in_hand=doing.claims_in_hand,
-            host=self._post.host,
-            job_id=self._post.job_id,
-            metrics_address=self._post.metrics_address,
-            walltime_left_seconds=self._post.seconds_left,
-            ending=self.ending,
-        )
+            heartbeat = WorkerHeartbeat(
+                worker_id=self._identity.worker_id,
+                device=self._identity.device,
+                state=state,
+                context_id=context_id,
+                claims_per_second=claims_per_second,
+                batches_in_hand=batches_in_flight,
+                claims_in_hand=claims_in_flight,
+                host=self._placement.host,
+                job_id=self._placement.job_id,
+                metrics_address=self._placement.metrics_address,
+                walltime_left_seconds=self._placement.seconds_left,
+                ending=self.ending,
+            )
+            message = Outgoing.of(heartbeat, topology.HEARTBEATS_EXCHANGE, "", transient=True)
+            if publisher.offer(message):
+                self._last_sent, self._due = (state, context_id), now + HEARTBEAT_SECONDS
 
 
 class ControlState:
-    """The latest notice. Heard on a link's thread, read on any."""
+    """The latest control update. A link's thread writes it; any thread may read it."""
 
     def __init__(self) -> None:
-        self._notice = ControlUpdate()
-        self.number = 0
-        """Of the notices that came, so that one can tell whether there was another."""
+        self._update = ControlUpdate()
+        self.update_count = 0
+        """How many updates were received, so that a reader can tell whether there is a new one."""
 
     @property
     def cancelled(self) -> tuple[str, ...]:
-        """Submissions whose claims nobody wants any more."""
-        return self._notice.cancelled
+        """Ids of cancelled submissions."""
+        return self._update.cancelled
 
     @property
-    def contexts(self) -> tuple[ContextDemand, ...]:
-        """The directory: contexts with claims waiting, and who is there."""
-        return self._notice.contexts
+    def demand(self) -> tuple[ContextDemand, ...]:
+        """The contexts with claims waiting or workers serving, those with most demand first."""
+        return self._update.contexts
 
-    def hear(self, body: bytes) -> None:
-        """A notice came; it replaces what was said before. What is none is left alone."""
+    def receive(self, body: bytes) -> None:
+        """Replace the state with this update. A body that cannot be decoded changes nothing."""
         try:
-            self._notice = decode(ControlUpdate, body)
-            self.number += 1
+            self._update = decode(ControlUpdate, body)
+            self.update_count += 1
         except (MessageInvalid, MessageTooNew) as error:
-            log.warning("notice.refused", reason=str(error))
+            log.warning("control_update.refused", reason=str(error))

@@ -1,4 +1,4 @@
-"""A batch in a worker's hands, from its delivery until every claim of it is accounted for."""
+"""A batch in flight, from its delivery until each of its claims is settled."""
 
 import threading
 import time
@@ -36,7 +36,7 @@ from services.telemetry import BoundedLabels
 
 T = TypeVar("T")
 
-# What is said of a claim that an engine cannot answer through no fault of the claim's.
+# In the `keepwarm-declined` header: the engine cannot answer the claim, which is not at fault.
 _UNABLE = "unable"
 
 _label = BoundedLabels()
@@ -44,36 +44,38 @@ _label = BoundedLabels()
 
 @dataclass(frozen=True, slots=True)
 class WorkerIdentity:
-    """Who answers."""
+    """Who answers, as verdicts and heartbeats name it."""
 
     worker_id: str
     device: str
 
 
 class InFlightBatch:
-    """Remembers what became of each claim; at the end tells the broker all of it at once.
+    """Collects the outcome of each claim, and settles them together at the end.
 
-    `open` maps the places of claims without an outcome to the failures of an engine that they were
-    part of.
+    `unresolved` maps the index of each claim without an outcome to the number of engine failures
+    that it was part of.
     """
 
-    def __init__(self, delivery: Delivery, engine: str = "", patience_seconds: float = 0) -> None:
-        """`engine` is the name of ours. Claims that it cannot answer are dead once they have waited
-        `patience_seconds` for another one.
+    def __init__(
+        self, delivery: Delivery, engine: str = "", other_engine_seconds: float = 0
+    ) -> None:
+        """`engine` is the name of this worker's engine. Claims that it cannot answer become dead
+        claims once they have waited `other_engine_seconds` for another engine.
 
         Raises MessageInvalid when the delivery is not a batch of claims.
         """
         self.delivery = delivery
-        self.batch = delivery.message(ClaimBatch)
-        self.open = dict.fromkeys(range(len(self.batch.claims)), delivery.failures)
+        self.message = delivery.message(ClaimBatch)
+        self.unresolved = dict.fromkeys(range(len(self.message.claims)), delivery.failures)
         self.waited_seconds = delivery.waited_seconds
         self._declined_before = delivery.declined
         self._engine = engine
-        self._patience_seconds = patience_seconds
+        self._other_engine_seconds = other_engine_seconds
         self._declined: dict[int, str] = {}
         self.crashes: dict[int, Crash] = {}
-        """What workers of this node died with, by place."""
-        # Each with the place of its claim:
+        """Crashes of this node's workers, by the index of the claim that they were asking about."""
+        # Each with the index of its claim:
         self._verdicts: list[tuple[int, Verdict]] = []
         self._dead: list[tuple[int, Refusal, int]] = []
         self._engine_seconds = 0.0
@@ -81,110 +83,115 @@ class InFlightBatch:
         self._settled = False
         self._lock = threading.Lock()
         if delivery.redelivered:
-            REDELIVERED.inc(len(self.batch.claims))
+            REDELIVERED.inc(len(self.message.claims))
 
     @property
-    def suspect(self) -> bool:
+    def failed_before(self) -> bool:
         """Whether an engine has failed with these claims before."""
-        return any(self.open.values())
+        return any(self.unresolved.values())
 
-    def claims(self, places: Sequence[int]) -> list[Claim]:
-        return [self.batch.claims[place] for place in places]
+    def claims(self, indexes: Sequence[int]) -> list[Claim]:
+        return [self.message.claims[index] for index in indexes]
 
-    def keys(self, places: Iterable[int]) -> list[Key]:
-        """What the claims are called where crashes are recorded."""
-        return [(self.batch.run.run_id, self.batch.claims[place].claim_id) for place in places]
+    def keys(self, indexes: Iterable[int]) -> list[Key]:
+        """The keys of the claims in the crash records."""
+        return [(self.message.run.run_id, self.message.claims[index].claim_id) for index in indexes]
 
     @property
     def engine_seconds(self) -> float:
-        """How long the engine was asked about its claims."""
+        """How long the requests to the engine took."""
         return self._engine_seconds
 
-    def note(self, places: Sequence[int], outcome: Outcome) -> None:
-        """Take in what became of the claims at `places`, in the order they were asked in."""
+    def record(self, indexes: Sequence[int], outcome: Outcome) -> None:
+        """Record the outcome of a request about the claims at `indexes`, in that order."""
         self._engine_seconds += outcome.engine_seconds
-        for index, verdict in outcome.verdicts.items():
-            del self.open[places[index]]
-            self._verdicts.append((places[index], verdict))
-        for index, refusal in outcome.refused.items():
-            self.mark_dead(places[index], refusal)
-        for index, declined in outcome.declined.items():
-            self.decline(places[index], declined)
+        for position, verdict in outcome.verdicts.items():
+            del self.unresolved[indexes[position]]
+            self._verdicts.append((indexes[position], verdict))
+        for position, refusal in outcome.refused.items():
+            self.mark_dead(indexes[position], refusal)
+        for position, declined in outcome.declined.items():
+            self.decline(indexes[position], declined)
 
-    def record_failure(self, places: Sequence[int], *, alone: bool = False) -> None:
-        """An engine failed with those of the claims that are open still, but for those that it did
-        not take. In company that makes them suspects, however often it happens; only what they do
-        `alone` counts against them.
+    def record_failure(self, indexes: Sequence[int], *, alone: bool = False) -> None:
+        """An engine failed with these claims. Counts for the unresolved ones that it accepted.
+
+        Failures together with other claims count once, however many there are, which quarantines
+        the claims. Each failure `alone` counts.
         """
-        for place in places:
-            if place in self.open and place not in self._declined:
-                self.open[place] = self.open[place] + 1 if alone else max(1, self.open[place])
+        for index in indexes:
+            if index in self.unresolved and index not in self._declined:
+                failures = self.unresolved[index]
+                self.unresolved[index] = failures + 1 if alone else max(1, failures)
 
     @property
-    def came_back(self) -> bool:
-        """Whether our engine could not answer these claims before, and they may wait longer for
-        another one.
+    def declined_here_before(self) -> bool:
+        """Whether this worker's engine has declined these claims before, and they may still wait
+        for another engine.
         """
         engines = {_engine_of(entry) for entry in self._declined_before}
-        return self._engine in engines and self.waited_seconds < self._patience_seconds
+        return self._engine in engines and self.waited_seconds < self._other_engine_seconds
 
-    def decline(self, place: int, declined: Declined) -> None:
-        """Our engine cannot answer the claim. Another one may, so it is returned; it is dead when a
-        second engine says the same and that counts, or when none took it in time.
+    def decline(self, index: int, declined: Declined) -> None:
+        """Our engine cannot answer the claim. It is returned for another engine. It is
+        dead when a second engine declines it for the same reason and `counts_against_claim` is set,
+        or when no other engine has answered it in time.
         """
-        kind = declined.refusal.reason.value if declined.counts else _UNABLE
+        kind = declined.refusal.reason.value if declined.counts_against_claim else _UNABLE
         agreeing = [
             engine
             for entry in self._declined_before
             if entry.startswith(f"{kind} ") and (engine := _engine_of(entry)) != self._engine
         ]
-        if declined.counts and agreeing:
-            self._bury_with(place, declined, f"The engine {agreeing[-1]} said so as well")
-        elif self.waited_seconds >= self._patience_seconds:
+        if declined.counts_against_claim and agreeing:
+            also = f"The engine {agreeing[-1]} declined it as well"
+            self._mark_declined_dead(index, declined, also)
+        elif self.waited_seconds >= self._other_engine_seconds:
             tried = sorted({*map(_engine_of, self._declined_before), self._engine} - {""})
-            self._bury_with(
-                place,
+            self._mark_declined_dead(
+                index,
                 declined,
-                f"No other engine took the claim, which waited {self.waited_seconds} s for one "
+                f"No other engine answered the claim, which waited {self.waited_seconds} s for one "
                 f"(KEEPWARM_OTHER_ENGINE_SECONDS). Tried: {', '.join(tried) or 'this one'}",
             )
         else:
-            self._declined[place] = f"{kind} {self._engine}"
+            self._declined[index] = f"{kind} {self._engine}"
 
-    def _bury_with(self, place: int, declined: Declined, more: str) -> None:
+    def _mark_declined_dead(self, index: int, declined: Declined, more: str) -> None:
         refusal = declined.refusal
-        self.mark_dead(place, Refusal(refusal.reason, f"{refusal.detail}\n{more}."))
+        self.mark_dead(index, Refusal(refusal.reason, f"{refusal.detail}\n{more}."))
 
     @property
     def declined(self) -> int:
-        """How many claims our engine could not answer that are to be returned for others."""
-        return len(self._declined.keys() & self.open.keys())
+        """How many claims this worker's engine has declined that will be returned for others."""
+        return len(self._declined.keys() & self.unresolved.keys())
 
-    def note_crash(self, place: int, crash: Crash) -> None:
-        """Workers of this node died with the claim."""
-        self.crashes[place] = crash
-        self.open[place] = max(1, self.open[place]) + crash.alone
+    def record_crash(self, index: int, crash: Crash) -> None:
+        """Workers of this node crashed while they asked about the claim."""
+        self.crashes[index] = crash
+        self.unresolved[index] = max(1, self.unresolved[index]) + crash.alone
 
-    def mark_dead(self, place: int, refusal: Refusal) -> None:
-        self._dead.append((place, refusal, self.open.pop(place)))
+    def mark_dead(self, index: int, refusal: Refusal) -> None:
+        self._dead.append((index, refusal, self.unresolved.pop(index)))
 
     def trim(self, keep: int, consumer: Consumer, publisher: Publisher) -> None:
-        """Keep the first `keep` of the open claims, and return the others now, unharmed. They are
-        part of what has to be confirmed before the batch is acknowledged.
+        """Keep the first `keep` unresolved claims, and return the others now. The returned ones
+        must be confirmed, too, before the batch is acknowledged.
         """
-        places = list(self.open)[keep:]
-        RETURNED.labels("trimmed").inc(len(places))
-        rest = list(self._returned(places))
-        for place in places:
-            del self.open[place]
+        indexes = list(self.unresolved)[keep:]
+        RETURNED.labels("trimmed").inc(len(indexes))
+        rest = list(self._returned(indexes))
+        for index in indexes:
+            del self.unresolved[index]
         self._publish(rest, consumer, publisher, last=False)
 
-    def settle(self, consumer: Consumer, publisher: Publisher, signature: WorkerIdentity) -> None:
-        """Publish verdicts and dead claims, return the rest as a smaller batch, and acknowledge
-        once the broker has confirmed all of them. A batch that nothing happened to goes back whole.
+    def settle(self, consumer: Consumer, publisher: Publisher, identity: WorkerIdentity) -> None:
+        """Publish verdicts and dead claims, return the other claims as a smaller batch, and
+        acknowledge the message once the broker has confirmed all of them. A batch without any
+        outcome or failure is returned as it came.
         """
         self._count()
-        messages = list(self._messages(signature))
+        messages = list(self._messages(identity))
         if not messages:
             consumer.give_back([self.delivery])
             return
@@ -198,7 +205,7 @@ class InFlightBatch:
         for _, refusal, _ in self._dead:
             DEAD.labels(refusal.reason.value).inc()
         RETURNED.labels("declined").inc(self.declined)
-        RETURNED.labels("unfinished").inc(len(self.open) - self.declined)
+        RETURNED.labels("unfinished").inc(len(self.unresolved) - self.declined)
 
     def _publish(
         self, messages: Sequence[Outgoing], consumer: Consumer, publisher: Publisher, *, last: bool
@@ -217,77 +224,83 @@ class InFlightBatch:
             first = self._published
             self._published += len(messages)
             self._settled = last
-        batch = f"{self.batch.run.run_id}/{self.batch.batch_id}/{self.delivery.attempt}"
+        prefix = f"{self.message.run.run_id}/{self.message.batch_id}/{self.delivery.attempt}"
         for number, message in enumerate(messages, first):
             publisher.publish(
-                replace(message, message_id=f"{batch}/{number}", on_confirmed=confirmed)
+                replace(message, message_id=f"{prefix}/{number}", on_confirmed=confirmed)
             )
 
-    def _messages(self, signature: WorkerIdentity) -> Iterator[Outgoing]:
-        for place, refusal, failures in self._dead:
-            yield self._dead_claim(place, refusal, failures, signature)
-        yield from _fitting(self._verdicts, lambda some: self._verdict_batch(some, signature))
-        untouched = dict.fromkeys(range(len(self.batch.claims)), self.delivery.failures)
+    def _messages(self, identity: WorkerIdentity) -> Iterator[Outgoing]:
+        for index, refusal, failures in self._dead:
+            yield self._dead_claim(index, refusal, failures, identity)
+        yield from _fitting_messages(
+            self._verdicts, lambda verdicts: self._verdict_batch(verdicts, identity)
+        )
+        untouched = dict.fromkeys(range(len(self.message.claims)), self.delivery.failures)
         waited = self.waited_seconds != self.delivery.waited_seconds
-        if self.open == untouched and not self.declined and not waited:
+        if self.unresolved == untouched and not self.declined and not waited:
             return
-        yield from self._returned(list(self.open))
+        yield from self._returned(list(self.unresolved))
 
-    def _returned(self, places: Sequence[int]) -> Iterator[Outgoing]:
-        """A message for those that have the same history."""
-        histories = {place: (self.open[place], self._declined.get(place, "")) for place in places}
+    def _returned(self, indexes: Sequence[int]) -> Iterator[Outgoing]:
+        """One message for all claims with the same history."""
+        histories = {
+            index: (self.unresolved[index], self._declined.get(index, "")) for index in indexes
+        }
         for history in sorted(set(histories.values())):
-            alike = [place for place in places if histories[place] == history]
-            yield from _fitting(alike, partial(self._rest, history=history))
+            same_history = [index for index in indexes if histories[index] == history]
+            yield from _fitting_messages(
+                same_history, partial(self._returned_batch, history=history)
+            )
 
     def _dead_claim(
-        self, place: int, refusal: Refusal, failures: int, signature: WorkerIdentity
+        self, index: int, refusal: Refusal, failures: int, identity: WorkerIdentity
     ) -> Outgoing:
-        proofs = self.batch.proofs
+        proofs = self.message.proofs
         dead = DeadClaim(
-            schema_version=self.batch.schema_version,
-            run_id=self.batch.run.run_id,
-            claim=self.batch.claims[place],
+            schema_version=self.message.schema_version,
+            run_id=self.message.run.run_id,
+            claim=self.message.claims[index],
             reason=refusal.reason,
             detail=refusal.detail[:MAX_DETAIL_CHARS].replace("\0", ""),
-            worker_id=signature.worker_id,
+            worker_id=identity.worker_id,
             attempt=self.delivery.attempt,
             failures=failures,
-            submission_id=self.batch.submission_id if proofs else None,
-            proof=proofs[place] if proofs else None,
+            submission_id=self.message.submission_id if proofs else None,
+            proof=proofs[index] if proofs else None,
         )
         return Outgoing.of(dead, topology.DEAD_EXCHANGE, topology.DEAD_CLAIMS_QUEUE)
 
     def _verdict_batch(
-        self, verdicts: Sequence[tuple[int, Verdict]], signature: WorkerIdentity
+        self, verdicts: Sequence[tuple[int, Verdict]], identity: WorkerIdentity
     ) -> Outgoing:
-        proofs = self.batch.proofs
-        batch = VerdictBatch(
-            # Whoever reads about claims has to know what these claims' own reader had to.
-            schema_version=self.batch.schema_version,
-            run_id=self.batch.run.run_id,
-            batch_id=self.batch.batch_id,
-            labels=self.batch.run.prompt.label_names,
+        proofs = self.message.proofs
+        verdict_batch = VerdictBatch(
+            # A reader of the verdicts needs the version that a reader of the claims needs.
+            schema_version=self.message.schema_version,
+            run_id=self.message.run.run_id,
+            batch_id=self.message.batch_id,
+            labels=self.message.run.prompt.label_names,
             verdicts=tuple(verdict for _, verdict in verdicts),
-            worker_id=signature.worker_id,
-            device=signature.device,
+            worker_id=identity.worker_id,
+            device=identity.device,
             attempt=self.delivery.attempt,
             engine_seconds=self._engine_seconds * len(verdicts) / len(self._verdicts),
-            submission_id=self.batch.submission_id if proofs else None,
+            submission_id=self.message.submission_id if proofs else None,
             proofs=tuple(
-                verdict_proof(proofs[place], self.batch.claims[place].evidence)
-                for place, _ in verdicts
+                verdict_proof(proofs[index], self.message.claims[index].evidence)
+                for index, _ in verdicts
             )
             if proofs
             else (),
         )
-        return Outgoing.of(batch, topology.VERDICTS_EXCHANGE, topology.VERDICTS_QUEUE)
+        return Outgoing.of(verdict_batch, topology.VERDICTS_EXCHANGE, topology.VERDICTS_QUEUE)
 
-    def _rest(self, places: Sequence[int], history: tuple[int, str]) -> Outgoing:
+    def _returned_batch(self, indexes: Sequence[int], history: tuple[int, str]) -> Outgoing:
         failures, entry = history
         earlier = [old for old in self._declined_before if old != entry]
         return Outgoing.of(
-            self.batch.only(places),
+            self.message.only(indexes),
             topology.RETURNS_EXCHANGE,
             topology.RETURNS_QUEUE,
             headers=history_headers(
@@ -300,8 +313,10 @@ def _engine_of(entry: str) -> str:
     return entry.partition(" ")[2]
 
 
-def _fitting(items: Sequence[T], build: Callable[[Sequence[T]], Outgoing]) -> Iterator[Outgoing]:
-    """As few messages as can carry the items: one, unless that is over the bound of a message."""
+def _fitting_messages(
+    items: Sequence[T], build: Callable[[Sequence[T]], Outgoing]
+) -> Iterator[Outgoing]:
+    """As few messages as can carry the items: one, unless it would exceed the size limit."""
     if not items:
         return
     try:
@@ -310,5 +325,5 @@ def _fitting(items: Sequence[T], build: Callable[[Sequence[T]], Outgoing]) -> It
         if len(items) == 1:
             raise
         middle = len(items) // 2
-        yield from _fitting(items[:middle], build)
-        yield from _fitting(items[middle:], build)
+        yield from _fitting_messages(items[:middle], build)
+        yield from _fitting_messages(items[middle:], build)

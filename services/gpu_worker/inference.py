@@ -1,4 +1,4 @@
-"""Claims through an engine: each gets a verdict, dies with a reason, or stays without an answer."""
+"""Ask an engine about claims: each gets a verdict, a reason why it has none, or no answer."""
 
 import math
 import time
@@ -14,31 +14,31 @@ from services.contracts.errors import EngineRequestError, KeepwarmError, ModelEr
 from services.models.compiled_prompt import CompiledPrompt
 from services.models.tokenizer import ModelTokenizer
 
-HARMLESS = Claim(claim_id="harmless", position=0, text="Water is wet.")
-"""The canary: a claim that no engine fails with, if the engine is well."""
+CANARY = Claim(claim_id="harmless", position=0, text="Water is wet.")
+"""A claim that a healthy engine never fails with."""
 
-_MOST_PROMPTS = 64
-_MOST_TRACE_CHARS = 4_000
+_MAX_CACHED_PROMPTS = 64
+_MAX_TRACE_CHARS = 4_000
 
 T = TypeVar("T")
-_DIGITS = 6
+_DECIMALS = 6
 
 
 class WorkerFailure(KeepwarmError):
-    """Our own code failed with the claims; the engine did nothing wrong. `trace` says where."""
+    """The worker's own code failed with the claims, not the engine. `trace` is the traceback."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__(
             f"the worker's own code failed ({type(error).__name__}); its log says where. Restart "
             "the worker, and report it if it fails again"
         )
-        # It may quote a claim, so it is for a dead claim's detail and not for the log.
-        self.trace = "".join(traceback.format_exception(error))[-_MOST_TRACE_CHARS:]
+        # It may quote a claim: it goes into a dead claim's detail, never into the log.
+        self.trace = "".join(traceback.format_exception(error))[-_MAX_TRACE_CHARS:]
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a claim can have no verdict on this context, whoever asks."""
+    """Why a claim cannot have a verdict on this context, from any engine."""
 
     reason: DeadReason
     detail: str
@@ -46,20 +46,21 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Declined:
-    """Why this engine cannot answer a claim that another one may answer."""
+    """Why this engine cannot answer a claim that another engine may answer."""
 
     refusal: Refusal
-    """What the claim dies of, if no other engine can answer it."""
-    counts: bool
-    """Whether the claim is at fault once a second engine says the same. If not, the engine is."""
+    """The reason of the dead claim, if no other engine can answer it."""
+    counts_against_claim: bool
+    """Whether the claim is at fault once a second engine declines it for the same reason. If false,
+    the engine is at fault."""
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of the claims, by their place in the list that was asked about.
+    """The results of a request, by the claim's index in the request.
 
-    A claim that is in none of the three has no answer: `failure` says why where the engine or the
-    worker failed, and is None where the engine merely answered nonsense.
+    A claim that is not in `verdicts`, `refused` or `declined` has no answer. `failure` is the error
+    of the engine or the worker; it is None if the engine only gave an unusable answer.
     """
 
     verdicts: dict[int, Verdict] = field(default_factory=dict)
@@ -69,7 +70,7 @@ class Outcome:
     declined: dict[int, Declined] = field(default_factory=dict)
 
     def split(self, sizes: Sequence[int]) -> Iterator["Outcome"]:
-        """The same for each of the lists, of these sizes, that were asked about as one."""
+        """One outcome for each of the lists, of these sizes, that were joined into the request."""
         share = self.engine_seconds / max(1, sum(sizes))
         first = 0
         for size in sizes:
@@ -88,7 +89,7 @@ def _part(whole: Mapping[int, T], first: int, size: int) -> dict[int, T]:
 
 
 class Inference:
-    """Puts claims to an engine. Safe to use from several threads at once."""
+    """Asks an engine about claims. Safe to use from several threads at once."""
 
     def __init__(
         self,
@@ -96,15 +97,15 @@ class Inference:
         client: CompletionClient,
         *,
         max_model_tokens: int,
-        engine_takes: Callable[[], int | None] = lambda: None,
+        engine_max_tokens: Callable[[], int | None] = lambda: None,
     ) -> None:
-        """`max_model_tokens` is the context's. `engine_takes` says how many tokens the engine of
-        the moment takes, which may be fewer; None where that is not known.
+        """`max_model_tokens` is the context's limit. `engine_max_tokens` returns the limit of the
+        running engine, which may be lower; None if it is not known.
         """
         self._tokenizer = tokenizer
         self._client = client
-        self._max_prompt_tokens = max_model_tokens - 1  # one is for the answer
-        self._engine_takes = engine_takes
+        self._max_prompt_tokens = max_model_tokens - 1  # one token is for the answer
+        self._engine_max_tokens = engine_max_tokens
         self._prompts: dict[str, CompiledPrompt] = {}
 
     def infer(
@@ -114,14 +115,15 @@ class Inference:
         *,
         on_answer: Callable[[], None] = lambda: None,
     ) -> Outcome:
-        """Ask about all claims at once. A failure of the engine or of our own code is part of the
-        outcome, not raised: what was answered before it is good. `on_answer` is called at each
-        answer.
+        """Ask about all claims at once. `on_answer` is called at each answer.
+
+        A failure of the engine or of our own code is part of the outcome and is not raised: answers
+        before it are valid.
         """
         outcome = Outcome()
         try:
             self._infer(spec, claims, outcome, on_answer)
-        except BaseException as error:  # a panic of the tokenizer's is no Exception
+        except BaseException as error:  # a panic in the tokenizer is not an Exception
             outcome.failure = WorkerFailure(error)
         return outcome
 
@@ -139,17 +141,17 @@ class Inference:
             outcome.refused = dict.fromkeys(range(len(claims)), refusal)
             return
         if prompt.least_tokens > 2 * self._max_prompt_tokens:
-            # Not copied for each of the claims, to be refused then: it may be megabytes.
+            # Refused before it is encoded for each claim: the prompt may have megabytes.
             refusal = self._too_long(prompt.least_tokens)
             outcome.refused = dict.fromkeys(range(len(claims)), refusal)
             return
         prompts = prompt.encode(claims)
-        engine_takes = self._engine_takes()
+        engine_max_tokens = self._engine_max_tokens()
         for index, tokens in enumerate(prompts):
             if len(tokens) > self._max_prompt_tokens:
                 outcome.refused[index] = self._too_long(len(tokens))
-            elif engine_takes is not None and len(tokens) > engine_takes - 1:
-                outcome.declined[index] = _too_long_here(len(tokens), engine_takes - 1)
+            elif engine_max_tokens is not None and len(tokens) > engine_max_tokens - 1:
+                outcome.declined[index] = _declined_too_long(len(tokens), engine_max_tokens - 1)
         answers: dict[int, Answer] = {}
         started = time.monotonic()
         try:
@@ -175,7 +177,7 @@ class Inference:
     def _too_long(self, tokens: int) -> Refusal:
         return Refusal(
             DeadReason.TOO_LONG,
-            f"the prompt has {tokens:,} tokens; this context takes {self._max_prompt_tokens:,}. "
+            f"the prompt has {tokens:,} tokens; this context accepts {self._max_prompt_tokens:,}. "
             "Shorten the evidence, or use --max-model-tokens",
         )
 
@@ -188,32 +190,32 @@ class Inference:
         declined: dict[int, Declined],
         on_answer: Callable[[], None],
     ) -> None:
-        """Put the prompts at `indexes` to the engine. A request that it refuses is halved, until
-        the prompt is found that it refuses; that one goes to `declined` and harms no other.
+        """Ask the engine about the prompts at `indexes`. A refused request is halved until the
+        refused prompt is found, which goes to `declined`; the other prompts are answered.
         """
         if not indexes:
             return
         try:
-            asked = [prompts[index] for index in indexes]
-            for place, answer in self._client.score(asked, prompt.label_tokens):
-                if indexes[place] not in answers:
-                    answers[indexes[place]] = answer
+            request = [prompts[index] for index in indexes]
+            for position, answer in self._client.score(request, prompt.label_tokens):
+                if indexes[position] not in answers:
+                    answers[indexes[position]] = answer
                     on_answer()
         except EngineRefused as error:
             if len(indexes) == 1:
                 tokens = len(prompts[indexes[0]])
-                declined[indexes[0]] = _refused_here(
-                    error, tokens, canary_is_taken=self._takes_a_canary(prompt, tokens)
+                declined[indexes[0]] = _declined_refused(
+                    error, tokens, canary_accepted=self._accepts_canary(prompt, tokens)
                 )
                 return
             middle = len(indexes) // 2
             for half in (indexes[:middle], indexes[middle:]):
                 self._ask(half, prompts, prompt, answers, declined, on_answer)
 
-    def _takes_a_canary(self, prompt: CompiledPrompt, tokens: int) -> bool:
-        """Whether the engine takes a harmless prompt of so many tokens, with the same labels."""
-        (harmless,) = prompt.encode([HARMLESS])
-        canary = (harmless * (tokens // len(harmless) + 1))[:tokens]
+    def _accepts_canary(self, prompt: CompiledPrompt, tokens: int) -> bool:
+        """Whether the engine accepts a canary prompt of this many tokens, with the same labels."""
+        (encoded,) = prompt.encode([CANARY])
+        canary = (encoded * (tokens // len(encoded) + 1))[:tokens]
         try:
             for _ in self._client.score([canary], prompt.label_tokens):
                 pass
@@ -224,42 +226,42 @@ class Inference:
     def _compiled(self, spec: PromptSpec) -> CompiledPrompt:
         prompt = self._prompts.get(spec.prompt_id)
         if prompt is None:
-            if len(self._prompts) >= _MOST_PROMPTS:
+            if len(self._prompts) >= _MAX_CACHED_PROMPTS:
                 self._prompts.clear()
             prompt = self._prompts[spec.prompt_id] = CompiledPrompt(spec, self._tokenizer)
         return prompt
 
 
-def _too_long_here(tokens: int, takes: int) -> Declined:
+def _declined_too_long(tokens: int, max_tokens: int) -> Declined:
     return Declined(
         Refusal(
             DeadReason.TOO_LONG,
-            f"the prompt has {tokens:,} tokens, which this context takes, but this engine takes "
-            f"only {takes:,}: its node sets a smaller --max-model-len. Correct "
+            f"the prompt has {tokens:,} tokens. The context accepts them, but this engine accepts "
+            f"only {max_tokens:,}: its node sets a smaller --max-model-len. Correct "
             "KEEPWARM_ENGINE_ARGUMENTS there, then `keepwarm dead retry`",
         ),
-        counts=False,
+        counts_against_claim=False,
     )
 
 
-def _refused_here(error: EngineRefused, tokens: int, *, canary_is_taken: bool) -> Declined:
-    judged = (
-        "It takes harmless text of the same length."
-        if canary_is_taken
+def _declined_refused(error: EngineRefused, tokens: int, *, canary_accepted: bool) -> Declined:
+    conclusion = (
+        "It accepts harmless text of the same length."
+        if canary_accepted
         else f"It refuses harmless text of the same length ({tokens:,} tokens) too, so its own "
         "settings are at fault: correct KEEPWARM_ENGINE_ARGUMENTS on its node, then `keepwarm dead "
         "retry`."
     )
-    refusal = Refusal(DeadReason.ENGINE_REFUSED, f"{error}. {judged}")
-    return Declined(refusal, counts=canary_is_taken)
+    refusal = Refusal(DeadReason.ENGINE_REFUSED, f"{error}. {conclusion}")
+    return Declined(refusal, counts_against_claim=canary_accepted)
 
 
 def read_verdict(claim: Claim, answer: Answer, prompt: PromptSpec, prompt_tokens: int) -> Verdict:
-    """The verdict on `claim`: the likeliest label, unless the labels were hardly likely at all.
+    """The verdict on `claim`: the likeliest label, or INVALID.
 
     `probabilities` are the softmax over the label tokens' log probabilities; `mass` is the sum of
-    their probabilities over the whole vocabulary. INVALID when a label has no score, or when the
-    mass is under the prompt's `minimum_mass`.
+    their probabilities over the whole vocabulary. The label is INVALID when a label has no score,
+    or when the mass is less than the prompt's `minimum_mass`.
     """
     scores = [score for score in answer.logprobs if score is not None]
     label, mass = INVALID, 0.0
@@ -268,7 +270,7 @@ def read_verdict(claim: Claim, answer: Answer, prompt: PromptSpec, prompt_tokens
         highest = max(scores)
         weights = [math.exp(score - highest) for score in scores]
         total = sum(weights)
-        probabilities = tuple(round(weight / total, _DIGITS) for weight in weights)
+        probabilities = tuple(round(weight / total, _DECIMALS) for weight in weights)
         mass = min(1.0, total * math.exp(min(highest, 0.0)))
         if mass >= prompt.minimum_mass:
             label = prompt.label_names[scores.index(highest)]
@@ -279,7 +281,7 @@ def read_verdict(claim: Claim, answer: Answer, prompt: PromptSpec, prompt_tokens
         gold=claim.gold,
         label=label,
         probabilities=probabilities,
-        mass=round(mass, _DIGITS),
+        mass=round(mass, _DECIMALS),
         raw_text=answer.text.replace("\0", "")[:MAX_RAW_TEXT_CHARS],
         prompt_tokens=prompt_tokens,
     )

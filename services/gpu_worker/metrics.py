@@ -1,4 +1,4 @@
-"""What is counted of a worker's batches, and of its device's time."""
+"""Metrics of a worker's batches and of its device's time."""
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -9,7 +9,7 @@ VERDICTS = Counter(
 )
 INVALID_VERDICTS = Counter(
     "keepwarm_verdicts_invalid_total",
-    "Verdicts whose answer could not be read (they are among keepwarm_verdicts_total as INVALID).",
+    "Verdicts whose answer could not be read (also in keepwarm_verdicts_total, as INVALID).",
 )
 DEAD = Counter(
     "keepwarm_claims_dead_total",
@@ -18,35 +18,35 @@ DEAD = Counter(
 )
 RETURNED = Counter(
     "keepwarm_claims_returned_total",
-    "Claims given back unharmed: beyond the horizon (trimmed), not answerable by this engine "
-    "(declined), or not finished (unfinished).",
+    "Claims returned unharmed: more than can be finished in KEEPWARM_PREFETCH_SECONDS (trimmed), "
+    "not answerable by this engine (declined), or not finished (unfinished).",
     ["why"],
 )
 REDELIVERED = Counter(
     "keepwarm_claims_redelivered_total",
-    "Claims that came after somebody else had them and did not settle them.",
+    "Claims delivered again, after an earlier delivery was not settled.",
 )
 CANCELLED = Counter(
     "keepwarm_claims_cancelled_total",
-    "Claims dropped because nobody wants their submission any more.",
+    "Claims dropped because their submission was cancelled.",
 )
-SUSPECTS = Counter(
+QUARANTINED_BATCHES = Counter(
     "keepwarm_batches_suspect_total",
-    "Batches that the engine failed with, here or elsewhere before.",
+    "Batches quarantined because an engine failed with them, here or elsewhere.",
 )
-IN_HAND = Gauge(
+BATCHES_IN_FLIGHT = Gauge(
     "keepwarm_batches_in_hand",
-    "Batches taken and not settled yet.",
+    "Batches in flight: taken and not settled yet.",
 )
 BATCH_SECONDS = Histogram(
     "keepwarm_batch_seconds",
-    "How long a batch was in a phase: waiting for a thread, inferring, confirming.",
+    "Seconds of a batch in each phase: waiting for a thread, inferring, confirming.",
     ["phase"],
     buckets=(0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120),
 )
 DEVICE_SECONDS = Counter(
     "keepwarm_device_seconds_total",
-    "Seconds of the device by use: inferring, loading a context, idle, or lost, that is computed "
-    "without an answer that counts.",
+    "Seconds of the device by use: inferring, loading a context, idle, or lost (computed without "
+    "a usable answer).",
     ["device", "use"],
 )

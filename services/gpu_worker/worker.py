@@ -1,10 +1,10 @@
-"""The worker: who it is, which context it serves, and when it takes another."""
+"""The worker: its identity, the context that it serves, and when it switches to another."""
 
 import random
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from functools import partial
 
 import structlog
 from prometheus_client import REGISTRY
@@ -17,21 +17,26 @@ from services.contexts.records import State
 from services.contracts import ContextDemand, ContextSpec, Settings
 from services.contracts.errors import BrokerUnreachable, EngineError, ModelError, UsageError
 from services.contracts.heartbeats import Ending, unique_process_name
-from services.gpu_worker.heartbeat import Post, WorkerStatus
+from services.gpu_worker.answer_count import AnswerCount
+from services.gpu_worker.crashes import CrashRecords
+from services.gpu_worker.device_time import DeviceTime
+from services.gpu_worker.heartbeat import ControlState, HeartbeatSender, WorkerPlacement
 from services.gpu_worker.in_flight import WorkerIdentity
 from services.gpu_worker.scheduling import Situation, StartupEstimates, Switch, next_context
-from services.gpu_worker.session import ContextSession, Shift
+from services.gpu_worker.session import ContextSession
 from services.models.files import pin_model
 from services.node.device import Device
+from services.node.runtime_dir import open_runtime_dir
+from services.telemetry import Watchdog
 
-_LOOK_SECONDS = 0.2
-_REPORT_SECONDS = 10.0
+_IDLE_CHECK_SECONDS = 0.2
+_PROGRESS_LOG_SECONDS = 10.0
 
 log = structlog.get_logger(__name__)
 
 
 class Worker:
-    """Serves one context on one device, or whatever is wanted most, until it is told to stop."""
+    """Serves one context on one device, or that with most demand, until it is told to stop."""
 
     def __init__(
         self,
@@ -42,72 +47,75 @@ class Worker:
         *,
         log_progress: bool = False,
     ) -> None:
-        """Without a `spec` it goes by the directory, and changes its context when that pays.
-        `metrics_address` is where others find its metrics. `log_progress`: log how many claims are
-        answered, several times a second.
+        """Without a `spec` it follows the demand, and switches contexts when that pays.
+        `metrics_address` is where Prometheus finds its metrics. `log_progress`: log the number of
+        answered claims several times a second.
 
         Raises ModelError or UsageError before anything is started.
         """
         self._device = device
         self._settings = settings
-        self._signature = WorkerIdentity(unique_process_name(), device.name)
-        self._shift = Shift.begin(
-            self._signature,
-            Post.of(settings, metrics_address),
-            settings.runtime_dir,
-            log_progress=log_progress,
+        self._identity = WorkerIdentity(unique_process_name(), device.name)
+        self._stop = threading.Event()
+        self._control = ControlState()
+        self._heartbeats = HeartbeatSender(
+            self._identity, WorkerPlacement.detect(settings, metrics_address)
         )
-        self._stop, self._news = self._shift.stop, self._shift.news
+        self._watchdog = Watchdog()
+        self._device_time = DeviceTime(device.name)
+        self._answers = AnswerCount(logged=log_progress)
+        self._crashes = CrashRecords(
+            open_runtime_dir(settings.runtime_dir), self._identity.worker_id
+        )
         self._publisher: Publisher | None = None
-        self._serving_now: ContextSession | None = None
-        self._heard = 0
-        self._next: ContextSpec | None = None
+        self._session: ContextSession | None = None
+        self._updates_seen = 0
         self._refused: set[str] = set()
-        self._reported = 0.0
-        self._readiness: StartupEstimates | None = None
-        self._only: ContextSession | None = None
+        self._progress_logged_at = 0.0
+        self._estimates: StartupEstimates | None = None
+        self._fixed_session: ContextSession | None = None
         if spec is None:
-            self._readiness = StartupEstimates(device, settings)
+            self._estimates = StartupEstimates(device, settings)
         else:
-            self._only = self._serving(spec)
+            self._fixed_session = self._open_session(spec)
 
     def stop(self, why: Ending = "SIGTERM") -> None:
         """Begin to drain. Any thread may call it."""
-        self._shift.reports.ending = self._shift.reports.ending or why
+        self._heartbeats.ending = self._heartbeats.ending or why
         self._stop.set()
 
     @property
     def liveness_error(self) -> str | None:
-        """See `telemetry.server.Service`. To wait for a broker at the start, and to drain, may
-        take long, and ends.
+        """See `telemetry.server.Service`. Waiting for a broker at the start and draining may take
+        long, and have deadlines of their own.
         """
-        waits = self._publisher is None or self._stop.is_set()
-        return None if waits else self._shift.pulse.liveness_error
+        bounded = self._publisher is None or self._stop.is_set()
+        return None if bounded else self._watchdog.liveness_error
 
     @property
     def readiness_error(self) -> str | None:
         if self._stop.is_set():
-            return "it drains"
+            return "it is draining"
         if self._publisher is None:
             return "no connection to the broker"
-        serving = self._serving_now
+        session = self._session
         return self._publisher.readiness_error or (
-            "it waits for a context that is wanted" if serving is None else serving.readiness_error
+            "it waits for a context that is wanted" if session is None else session.readiness_error
         )
 
     def run(self) -> None:
         """Serve until `stop`, then drain within the grace period.
 
         Raises BrokerError when the broker cannot be used at the start, EngineStartError when the
-        engine of its only context failed to start several times in a row; claims in hand are given
-        back before.
+        engine of its only context failed to start several times in a row; claims in flight are
+        returned before.
         """
-        only = self._only
-        self._shift.crashes.catch_fatal_signals()
+        session = self._fixed_session
+        self._crashes.catch_fatal_signals()
         log.info(
             "worker.starting",
-            worker=self._signature.worker_id,
-            context=None if only is None else only.spec.context_id,
+            worker=self._identity.worker_id,
+            context=None if session is None else session.spec.context_id,
         )
         try:
             with (
@@ -118,96 +126,110 @@ class Worker:
                 ).open(
                     self._settings.broker_connect_timeout_seconds, self._stop.is_set
                 ) as publisher,
-                self._present(publisher),
+                self._registered(publisher),
             ):
-                if only is not None:
-                    self._serve(only, publisher)
-                elif self._readiness is not None:
-                    self._serve_what_is_wanted(self._readiness, publisher)
+                if session is not None:
+                    self._serve(session, publisher)
+                elif self._estimates is not None:
+                    self._serve_by_demand(self._estimates, publisher)
         except BrokerUnreachable:
-            if not self._stop.is_set():  # else nothing was begun, and it is well so
+            if not self._stop.is_set():  # else it was stopped before it began
                 raise
         finally:
-            if only is not None:
-                only.close()
-            self._shift.crashes.close()
-            log.info("worker.stopped", worker=self._signature.worker_id)
+            if session is not None:
+                session.close()
+            self._crashes.close()
+            log.info("worker.stopped", worker=self._identity.worker_id)
 
     @contextmanager
-    def _present(self, publisher: Publisher) -> Iterator[None]:
-        """Seen by others: in its metrics, and in its last report as one that is gone."""
-        self._shift.pulse.beat()
+    def _registered(self, publisher: Publisher) -> Iterator[None]:
+        """Register its metrics; at the end, send the last heartbeat."""
+        self._watchdog.beat()
         self._publisher = publisher
-        told = (ContextStates(self._states), EngineMetrics(self._client))
-        for collector in told:
+        collectors = (ContextStates(self._states), EngineMetrics(self._client))
+        for collector in collectors:
             REGISTRY.register(collector)
         try:
             yield
         finally:
-            reports = self._shift.reports
-            reports.ending = reports.ending or "failure"
-            reports.say("stopped", WorkerStatus(), publisher)
-            for collector in told:
+            self._heartbeats.ending = self._heartbeats.ending or "failure"
+            self._heartbeats.send_if_due("stopped", publisher)
+            for collector in collectors:
                 REGISTRY.unregister(collector)
 
     def _states(self) -> Sequence[State]:
-        serving = self._serving_now
-        state = None if serving is None else serving.engine_state
+        session = self._session
+        state = None if session is None else session.engine_state
         return () if state is None else (state,)
 
     def _client(self) -> CompletionClient | None:
-        serving = self._serving_now
-        return None if serving is None or serving.engine_state != "warm" else serving.client
+        session = self._session
+        return None if session is None or session.engine_state != "warm" else session.client
 
-    def _serve(self, serving: ContextSession, publisher: Publisher) -> None:
-        self._serving_now = serving
+    def _open_session(self, spec: ContextSpec) -> ContextSession:
+        return ContextSession(
+            spec,
+            self._device,
+            self._settings,
+            identity=self._identity,
+            stop=self._stop,
+            control=self._control,
+            heartbeats=self._heartbeats,
+            watchdog=self._watchdog,
+            device_time=self._device_time,
+            answers=self._answers,
+            crashes=self._crashes,
+        )
+
+    def _serve(self, session: ContextSession, publisher: Publisher) -> ContextSpec | None:
+        """Serve a context; the one to serve next, None after `stop`."""
+        self._session = session
         try:
-            serving.run(publisher, partial(self._should_switch, serving))
+            return session.run(publisher, lambda: self._choose_next(session))
         finally:
-            self._serving_now = None
+            self._session = None
 
-    def _serving(self, spec: ContextSpec) -> ContextSession:
-        return ContextSession(spec, self._device, self._settings, self._shift)
+    def _choose_next(self, session: ContextSession) -> ContextSpec | None:
+        """The context to switch to; None to stay. Decides once for each control update."""
+        if self._control.update_count == self._updates_seen:
+            return None
+        self._updates_seen = self._control.update_count
+        session.pass_demand_to_keeper()
+        if self._estimates is None:
+            return None
+        if session.claims_per_second is not None:
+            self._estimates.answered(session.spec.context_id)
+        idle_seconds = session.idle_seconds
+        return self._choose(
+            self._estimates,
+            Situation(
+                here=session.spec.context_id,
+                queue_empty=idle_seconds > _IDLE_CHECK_SECONDS,
+                idle_seconds=idle_seconds,
+                since_ready_seconds=session.ready_seconds,
+                claims_per_second=session.claims_per_second,
+                warm=self._estimates.seconds(self._contexts()),
+                draw=random.random(),
+            ),
+        )
 
-    def _should_switch(self, serving: ContextSession) -> bool:
-        """Thinks anew with every notice."""
-        if self._news.number != self._heard:
-            self._heard = self._news.number
-            serving.tell_demand()
-            if self._readiness is not None:
-                if serving.claims_per_second is not None:
-                    self._readiness.answered(serving.spec.context_id)
-                idle_seconds = serving.idle_seconds
-                self._next = self._choose(
-                    self._readiness,
-                    Situation(
-                        here=serving.spec.context_id,
-                        queue_empty=idle_seconds > _LOOK_SECONDS,
-                        idle_seconds=idle_seconds,
-                        since_ready_seconds=serving.ready_seconds,
-                        claims_per_second=serving.claims_per_second,
-                        warm=self._readiness.seconds(self._contexts()),
-                        draw=random.random(),
-                    ),
-                )
-        return self._next is not None
-
-    def _serve_what_is_wanted(self, readiness: StartupEstimates, publisher: Publisher) -> None:
+    def _serve_by_demand(self, estimates: StartupEstimates, publisher: Publisher) -> None:
+        next_spec: ContextSpec | None = None
         while not self._stop.is_set():
-            spec = self._next or self._first_context(readiness, publisher)
-            self._next = None
+            spec = next_spec or self._first_context(estimates, publisher)
+            next_spec = None
             if spec is None:
                 continue
             try:
-                # A path that the producer knows must hold the same weights here.
-                pinned = pin_model(spec, self._settings.cache_dir, self._watch_reading)
-                with closing(self._serving(pinned)) as serving:
-                    self._serve(serving, publisher)
+                # A path from a message must hold the same weights on this node.
+                pinned = pin_model(spec, self._settings.cache_dir, self._on_reading)
+                with closing(self._open_session(pinned)) as session:
+                    next_spec = self._serve(session, publisher)
             except (EngineError, UsageError) as error:
                 if self._stop.is_set():
                     return
-                # Another node may have what this one lacks; other contexts may work here.
-                pause = readiness.failed(spec.context_id, error)
+                # Another node may be able to serve it, and this node may serve other contexts.
+                pause = estimates.failed(spec.context_id, error)
                 log.error(
                     "context.unusable",
                     context=spec.context_id,
@@ -216,80 +238,80 @@ class Worker:
                 )
 
     def _first_context(
-        self, readiness: StartupEstimates, publisher: Publisher
+        self, estimates: StartupEstimates, publisher: Publisher
     ) -> ContextSpec | None:
-        """Listen until there is one that is worth a start; None when told to stop."""
-        log.info("worker.idle", worker=self._signature.worker_id)
+        """Wait for a context that is worth a start; None when told to stop."""
+        log.info("worker.idle", worker=self._identity.worker_id)
         idle_since = time.monotonic()
         with Consumer(
             BrokerAddress.from_settings(self._settings),
             "worker-notices",
             queues=(),
             prefetch=1,
-            on_fanout_message=self._news.hear,
-            listener=self._signature.worker_id,
-        ) as notices:
-            notices.open_until_stopped(self._stop, self._idle)
-            while not self._stop.wait(_LOOK_SECONDS):
+            on_fanout_message=self._control.receive,
+            listener=self._identity.worker_id,
+        ) as updates:
+            updates.open_until_stopped(self._stop, self._idle)
+            while not self._stop.wait(_IDLE_CHECK_SECONDS):
                 publisher.raise_if_dead()
-                notices.raise_if_dead()
+                updates.raise_if_dead()
                 self._idle()
-                self._shift.reports.say("idle", WorkerStatus(), publisher)
-                if self._news.number == self._heard:
+                self._heartbeats.send_if_due("idle", publisher)
+                if self._control.update_count == self._updates_seen:
                     continue
-                self._heard = self._news.number
+                self._updates_seen = self._control.update_count
                 situation = Situation(
                     here=None,
                     queue_empty=True,
                     idle_seconds=time.monotonic() - idle_since,
                     since_ready_seconds=0.0,
                     claims_per_second=None,
-                    warm=readiness.seconds(self._contexts()),
+                    warm=estimates.seconds(self._contexts()),
                     draw=random.random(),
                 )
-                chosen = self._choose(readiness, situation)
+                chosen = self._choose(estimates, situation)
                 if chosen is not None:
                     return chosen
         return None
 
     def _idle(self) -> None:
-        self._shift.pulse.beat()
-        self._shift.device_time.lap("idle")
+        self._watchdog.beat()
+        self._device_time.lap("idle")
 
-    def _watch_reading(self, done_bytes: int, total_bytes: int) -> None:
-        """While weights are read to identify them. Raises ModelError when told to stop."""
+    def _on_reading(self, done_bytes: int, total_bytes: int) -> None:
+        """Called while weights are read to identify them. Raises ModelError when told to stop."""
         if self._stop.is_set():
             raise ModelError("stopped while reading weights")
-        self._shift.pulse.beat()
-        self._shift.device_time.lap("loading")
-        if time.monotonic() - self._reported >= _REPORT_SECONDS:
-            self._reported = time.monotonic()
+        self._watchdog.beat()
+        self._device_time.lap("loading")
+        if time.monotonic() - self._progress_logged_at >= _PROGRESS_LOG_SECONDS:
+            self._progress_logged_at = time.monotonic()
             log.info("model.reading", done_bytes=done_bytes, total_bytes=total_bytes)
 
     def _contexts(self) -> Sequence[ContextSpec]:
-        return [line.context for line in self._accepted()]
+        return [entry.context for entry in self._accepted()]
 
     def _accepted(self) -> Sequence[ContextDemand]:
-        """What the directory has for this worker. What it has of its contexts comes from whoever
-        may publish runs, who is not trusted with what runs on this node.
+        """The demand for contexts that may run on this node. Their specs come from producers, which
+        are not trusted with what runs here.
         """
-        lines: list[ContextDemand] = []
+        accepted: list[ContextDemand] = []
         refused: set[str] = set()
-        for line in self._news.contexts:
-            reason = refusal(line.context, self._settings)
+        for entry in self._control.demand:
+            reason = refusal(entry.context, self._settings)
             if reason is None:
-                lines.append(line)
+                accepted.append(entry)
                 continue
-            context_id = line.context.context_id
+            context_id = entry.context.context_id
             refused.add(context_id)
             if context_id not in self._refused:
                 log.warning("context.refused", context=context_id, reason=reason)
         self._refused = refused
-        return lines
+        return accepted
 
-    def _choose(self, readiness: StartupEstimates, situation: Situation) -> ContextSpec | None:
+    def _choose(self, estimates: StartupEstimates, situation: Situation) -> ContextSpec | None:
         usable: Sequence[ContextDemand] = [
-            line for line in self._accepted() if readiness.may_try(line.context.context_id)
+            entry for entry in self._accepted() if estimates.may_try(entry.context.context_id)
         ]
         decision = next_context(usable, situation)
         log.debug("context.considered", reason=decision.reason)

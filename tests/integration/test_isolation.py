@@ -91,7 +91,7 @@ def test_a_claim_that_ends_the_workers_process_ends_few_and_is_dead_with_what_th
     assert set(codes) == {-number} and 3 <= len(codes) <= 4
     shown = command("dead", "show", *dead_of(environment))
     assert shown.wait() == 0, shown.output
-    assert "the worker's process died with this claim" in shown.output
+    assert "the worker's process crashed" in shown.output
     assert f"Fatal Python error: {says}" in shown.output
     end_well(*running)
 
@@ -129,8 +129,8 @@ def test_a_run_whose_engines_are_all_too_short_ends_and_says_so(
     shown = command("dead", "show", *dead_of(environment))
     assert shown.wait() == 0, shown.output
     told = " ".join(shown.output.split())
-    assert "which this context takes, but this engine takes only 199" in told
-    assert "No other engine took the claim, which waited 5 s for one" in told
+    assert "The context accepts them, but this engine accepts only 199" in told
+    assert "No other engine answered the claim, which waited 5 s for one" in told
     end_well(worker)
 
 
@@ -170,5 +170,5 @@ def test_a_claim_that_two_engines_refuse_that_take_others_of_its_length_is_dead(
     told = " ".join(shown.output.split())
     assert "a prompt repeats itself" in told
     assert "It takes harmless text of the same length." in told
-    assert "said so as well." in told
+    assert "declined it as well." in told
     end_well(*workers)

@@ -336,7 +336,7 @@ def test_a_claim_that_the_engine_refuses_is_found_and_harms_no_other(
     shown = command("dead", "show", *dead_of(environment))
     assert shown.wait() == 0, shown.output
     assert "a prompt is too long" in shown.output
-    assert "No other engine took the claim" in " ".join(shown.output.split())
+    assert "No other engine answered the claim" in " ".join(shown.output.split())
 
 
 def test_a_claim_that_is_too_long_for_the_context_dies_with_the_reason(

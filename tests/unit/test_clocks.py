@@ -15,13 +15,13 @@ ALLOWED = {
     ("store/store.py", "Store.__init__"): (
         "`received_at` is a date: one look when the store is opened, monotonic from there"
     ),
-    ("contexts/caches.py", "_measured"): (
+    ("contexts/caches.py", "_measure"): (
         "when a file was written is a date: after a jump a cache goes sooner, or stays longer"
     ),
     ("models/fingerprint.py", "_remember"): (
         "when a file changed is a date: one look, and after a jump a file is read once more"
     ),
-    ("gpu_worker/crashes.py", "Crashes.look"): (
+    ("gpu_worker/crashes.py", "CrashRecords.collect"): (
         "when a record was written is a date: after a jump it goes sooner, or stays longer"
     ),
     ("node/walltime.py", "seconds_left"): (

@@ -90,9 +90,7 @@ def test_a_new_listener_has_heard_from_all_after_one_heartbeat_interval(
 
 def test_who_did_not_listen_for_a_while_begins_anew(fleet: Fleet, clock: Clock) -> None:
     fleet.heard_from_all()
-    clock.now += (
-        HEARTBEAT_TIMEOUT_SECONDS - HEARTBEAT_SECONDS
-    )  # nobody is forgotten
+    clock.now += HEARTBEAT_TIMEOUT_SECONDS - HEARTBEAT_SECONDS  # nobody is forgotten
     assert fleet.heard_from_all()
     clock.now += HEARTBEAT_TIMEOUT_SECONDS
     assert not fleet.heard_from_all()

@@ -10,7 +10,7 @@ import pytest
 from services.broker import Delivery, Outgoing
 from services.contracts import Claim, ClaimBatch, Run, Verdict, encode, topology
 from services.contracts.wire import PROVEN
-from services.gpu_worker.crashes import Crashes, Key
+from services.gpu_worker.crashes import CrashRecords, Key
 from services.node.device import Device
 
 PROOF_KEY = bytes(range(16))
@@ -34,10 +34,10 @@ def batch(run: Run) -> ClaimBatch:
 
 
 @pytest.fixture
-def crashes(tmp_path: Path) -> Iterator[Crashes]:
+def crashes(tmp_path: Path) -> Iterator[CrashRecords]:
     directory = tmp_path / "node"
     directory.mkdir(mode=0o700)
-    record = Crashes(directory, "worker-1")
+    record = CrashRecords(directory, "worker-1")
     yield record
     record.close()
 
@@ -46,14 +46,14 @@ def died_asking(runtime_dir: Path, name: str, keys: Iterable[Key], *, alone: boo
     """A worker that was killed while it asked about these claims, but for the time that a process
     takes: what it left, and nobody holds the lock.
     """
-    dead = Crashes(runtime_dir, name)
-    left = dead._own / "0.json"
-    with dead.asking(keys, alone=alone):
+    dead = CrashRecords(runtime_dir, name)
+    left = dead._own_dir / "0.json"
+    with dead.recorded(keys, alone=alone):
         record = left.read_text()
     left.write_text(record)
     assert dead._lock is not None
     os.close(dead._lock)
-    return dead._own
+    return dead._own_dir
 
 
 class RecordingBroker:

@@ -132,7 +132,7 @@ def test_a_worker_may_have_in_hand_what_it_finishes_within_the_horizon(
     pace: AdaptiveConcurrency, clock: Clock
 ) -> None:
     answer(pace, clock, 100, 2)
-    assert pace.limit == 200
+    assert pace.claim_limit == 200
 
 
 def test_after_another_workers_claims_are_out_of_the_engine_the_first_batch_of_ours_counts(
@@ -144,9 +144,9 @@ def test_after_another_workers_claims_are_out_of_the_engine_the_first_batch_of_o
     pace.end(first, 32)
     clock.now += 0.9
     pace.end(second, 32)
-    assert pace.limit < 4 * 64 / 6
+    assert pace.claim_limit < 4 * 64 / 6
     answer(pace, clock, 32, 0.8)
-    assert pace.limit == 160
+    assert pace.claim_limit == 160
     assert pace.rate < 20  # type: ignore[operator]
 
 
@@ -161,7 +161,7 @@ def test_what_an_engine_answers_at_once_was_not_computed_at_once(
         pace.end(one, 1)
     clock.now += 0.1
     pace.end(late, 1)
-    assert pace.limit == 40
+    assert pace.claim_limit == 40
 
 
 def test_an_engine_that_became_slow_is_known_after_some_answers(
@@ -170,27 +170,27 @@ def test_an_engine_that_became_slow_is_known_after_some_answers(
     for _ in range(20):
         answer(pace, clock, 100, 1)
     answer(pace, clock, 10, 1)
-    assert pace.limit == 400
+    assert pace.claim_limit == 400
     for _ in range(8):
         answer(pace, clock, 10, 1)
-    assert pace.limit == 40
+    assert pace.claim_limit == 40
 
 
 def test_a_worker_may_always_have_one_claim(pace: AdaptiveConcurrency, clock: Clock) -> None:
     answer(pace, clock, 1, 600)
-    assert (pace.limit, pace.batches) == (1, 1)
+    assert (pace.claim_limit, pace.batch_limit) == (1, 1)
 
 
 def test_before_anything_is_known_one_batch_is_taken(pace: AdaptiveConcurrency) -> None:
-    assert pace.batches == 1
+    assert pace.batch_limit == 1
 
 
 @pytest.mark.parametrize(("size", "batches"), [(1, 3), (16, 3), (32, 2), (33, 1), (1_024, 1)])
 def test_before_the_rate_is_known_few_claims_are_taken_whatever_the_batches(
     size: int, batches: int, pace: AdaptiveConcurrency
 ) -> None:
-    pace.take(size)
-    assert pace.batches == batches
+    pace.accept(size)
+    assert pace.batch_limit == batches
 
 
 @pytest.mark.parametrize(
@@ -201,8 +201,8 @@ def test_as_many_batches_are_taken_as_the_horizon_has_room_for(
 ) -> None:
     answer(pace, clock, 1_000, 1_000 / rate)
     for _ in range(5):
-        pace.take(64)
-    assert pace.batches == batches
+        pace.accept(64)
+    assert pace.batch_limit == batches
 
 
 def test_the_size_of_a_batch_is_a_mean_of_those_that_came_lately(
@@ -210,28 +210,28 @@ def test_the_size_of_a_batch_is_a_mean_of_those_that_came_lately(
 ) -> None:
     answer(pace, clock, 100, 1)  # 400 claims
     for _ in range(40):
-        pace.take(300)
-    assert pace.batches == 1
-    pace.take(1)  # a crumb does not change that
-    assert pace.batches == 1
+        pace.accept(300)
+    assert pace.batch_limit == 1
+    pace.accept(1)  # a crumb does not change that
+    assert pace.batch_limit == 1
     for _ in range(40):
-        pace.take(100)
-    assert pace.batches == 3
+        pace.accept(100)
+    assert pace.batch_limit == 3
 
 
 def test_where_work_is_lost_less_is_taken_until_it_is_not_lost_any_more(clock: Clock) -> None:
     pace = AdaptiveConcurrency(4.0, 64, clock)
     answer(pace, clock, 1_000, 1)
     for _ in range(40):
-        pace.take(64)
-    assert pace.batches == 62
+        pace.accept(64)
+    assert pace.batch_limit == 62
     for _ in range(62):  # all that was in hand comes again
-        pace.take(64, redelivered=True)
-    assert pace.batches == 8
-    assert pace.take(1_000, redelivered=True) == 1_000  # no batch is cut for it
+        pace.accept(64, redelivered=True)
+    assert pace.batch_limit == 8
+    assert pace.accept(1_000, redelivered=True) == 1_000  # no batch is cut for it
     for _ in range(100):
-        pace.take(64)
-    assert pace.batches >= 61
+        pace.accept(64)
+    assert pace.batch_limit >= 61
 
 
 # What goes to the engine together.
@@ -246,23 +246,23 @@ def test_batches_go_to_the_engine_together_up_to_a_request_that_is_worth_it(
     pace = AdaptiveConcurrency(4.0, 64, clock)
     answer(pace, clock, 10_000, 1)
     for _ in range(40):
-        pace.take(size)
-    assert pace.together == together
+        pace.accept(size)
+    assert pace.batches_per_request == together
 
 
 def test_there_are_several_requests_at_the_engine_however_few_claims_it_may_have(
     clock: Clock,
 ) -> None:
     pace = AdaptiveConcurrency(4.0, 64, clock)
-    assert pace.together == 1
+    assert pace.batches_per_request == 1
     answer(pace, clock, 10, 1)  # 40 claims in hand
     for _ in range(40):
-        pace.take(2)
-    assert (pace.batches, pace.together) == (20, 5)
+        pace.accept(2)
+    assert (pace.batch_limit, pace.batches_per_request) == (20, 5)
     slow = AdaptiveConcurrency(4.0, 64, clock)
     answer(slow, clock, 1, 600)
-    slow.take(1)
-    assert slow.together == 1
+    slow.accept(1)
+    assert slow.batches_per_request == 1
 
 
 # What is kept of a batch.
@@ -273,7 +273,7 @@ def test_a_batch_is_cut_only_when_it_is_much_larger_than_what_is_allowed(
     came: int, kept: int, pace: AdaptiveConcurrency, clock: Clock
 ) -> None:
     answer(pace, clock, 10, 1)
-    assert pace.take(came) == kept
+    assert pace.accept(came) == kept
 
 
 @pytest.mark.parametrize(("came", "kept"), [(8, 8), (11, 11), (12, 8), (64, 8)])
@@ -281,11 +281,11 @@ def test_no_batch_is_cut_to_crumbs_however_slow_the_engine(
     came: int, kept: int, pace: AdaptiveConcurrency, clock: Clock
 ) -> None:
     answer(pace, clock, 1, 60)
-    assert pace.take(came) == kept
+    assert pace.accept(came) == kept
 
 
 def test_with_a_horizon_without_end_nothing_is_cut(clock: Clock) -> None:
     pace = AdaptiveConcurrency(7 * 24 * 3600.0, 3, clock)
     answer(pace, clock, 1, 60)
-    assert pace.take(1_024) == 1_024
-    assert pace.batches == 3
+    assert pace.accept(1_024) == 1_024
+    assert pace.batch_limit == 3

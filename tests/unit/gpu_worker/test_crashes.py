@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from services.gpu_worker import crashes as module
-from services.gpu_worker.crashes import Crash, Crashes
+from services.gpu_worker.crashes import Crash, CrashRecords
 from tests.conftest import REPOSITORY
 from tests.unit.gpu_worker.conftest import died_asking
 
@@ -21,10 +21,10 @@ DIES = """
 import ctypes, os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from services.gpu_worker.crashes import Crashes
-crashes = Crashes(Path(sys.argv[2]), f"worker-{os.getpid()}")
+from services.gpu_worker.crashes import CrashRecords
+crashes = CrashRecords(Path(sys.argv[2]), f"worker-{os.getpid()}")
 crashes.catch_fatal_signals()
-with crashes.asking([("run-1", "c1")], alone=sys.argv[4] == "alone"):
+with crashes.recorded([("run-1", "c1")], alone=sys.argv[4] == "alone"):
     exec(sys.argv[3])
 """
 SEGFAULT = "ctypes.string_at(0)"
@@ -41,12 +41,12 @@ def node(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def worker(node: Path) -> Iterator[Callable[[str], Crashes]]:
+def worker(node: Path) -> Iterator[Callable[[str], CrashRecords]]:
     """Start a worker of this node, in this process."""
-    started: list[Crashes] = []
+    started: list[CrashRecords] = []
 
-    def start(name: str) -> Crashes:
-        started.append(Crashes(node, name))
+    def start(name: str) -> CrashRecords:
+        started.append(CrashRecords(node, name))
         return started[-1]
 
     yield start
@@ -68,52 +68,52 @@ def dies(node: Path, how: str, *, alone: bool = False) -> int:
     [(SEGFAULT, signal.SIGSEGV, "Segmentation fault"), (ABORT, signal.SIGABRT, "Aborted")],
 )
 def test_a_worker_that_dies_of_a_fatal_signal_leaves_the_claims_and_a_traceback(
-    how: str, number: int, says: str, node: Path, worker: Callable[[str], Crashes]
+    how: str, number: int, says: str, node: Path, worker: Callable[[str], CrashRecords]
 ) -> None:
     assert dies(node, how) == -number
-    crash = worker("next").of(KEY)
+    crash = worker("next").get(KEY)
     assert crash is not None and (crash.alone, crash.memory) == (0, False)
     assert f"Fatal Python error: {says}" in crash.evidence
-    assert worker("third").of(KEY) == crash  # for every worker of the node
+    assert worker("third").get(KEY) == crash  # for every worker of the node
     assert not any("worker-" in path.name for path in (node / "workers").iterdir())
 
 
 def test_a_hundred_workers_that_are_killed_from_outside_make_no_claim_a_suspect(
-    node: Path, worker: Callable[[str], Crashes]
+    node: Path, worker: Callable[[str], CrashRecords]
 ) -> None:
     for _ in range(3):
         assert dies(node, KILLED, alone=True) == -signal.SIGKILL
     for number in range(97):  # the same on disk, without the time that a process takes
         died_asking(node, f"killed-{number}", [KEY], alone=True)
     following = worker("next")
-    assert not following.any and following.of(KEY) is None
+    assert not following.any and following.get(KEY) is None
     assert [path.name for path in (node / "workers").iterdir()] == ["next"]
 
 
 def test_deaths_alone_are_counted_and_those_in_company_are_not(
-    node: Path, worker: Callable[[str], Crashes]
+    node: Path, worker: Callable[[str], CrashRecords]
 ) -> None:
     for alone in (False, True, True):
         dies(node, SEGFAULT, alone=alone)
-    crash = worker("next").of(KEY)
+    crash = worker("next").get(KEY)
     assert crash is not None and crash.alone == 2
 
 
 def test_a_claim_that_has_an_outcome_is_forgotten(
-    node: Path, worker: Callable[[str], Crashes]
+    node: Path, worker: Callable[[str], CrashRecords]
 ) -> None:
     dies(node, SEGFAULT)
     following = worker("next")
     following.forget([KEY, OTHER])
-    assert following.of(KEY) is None
+    assert following.get(KEY) is None
     assert not worker("third").any
 
 
 def test_a_worker_that_lives_or_ended_in_order_leaves_nothing(
-    node: Path, worker: Callable[[str], Crashes]
+    node: Path, worker: Callable[[str], CrashRecords]
 ) -> None:
     living, ending = worker("living"), worker("ending")
-    with living.asking([KEY]), ending.asking([KEY]):
+    with living.recorded([KEY]), ending.recorded([KEY]):
         ending.close()
         other = worker("other")
         assert not other.any
@@ -121,16 +121,16 @@ def test_a_worker_that_lives_or_ended_in_order_leaves_nothing(
 
 
 def test_what_died_meanwhile_is_seen_at_the_next_look(
-    node: Path, worker: Callable[[str], Crashes]
+    node: Path, worker: Callable[[str], CrashRecords]
 ) -> None:
     following = worker("next")
     dies(node, SEGFAULT)
-    assert following.of(KEY) is None
-    following.look()
-    assert following.of(KEY) is not None
+    assert following.get(KEY) is None
+    following.collect()
+    assert following.get(KEY) is not None
 
 
-def test_what_is_old_is_forgotten(node: Path, worker: Callable[[str], Crashes]) -> None:
+def test_what_is_old_is_forgotten(node: Path, worker: Callable[[str], CrashRecords]) -> None:
     dies(node, SEGFAULT)
     worker("next")
     for path in (node / "crashed").iterdir():
@@ -139,7 +139,7 @@ def test_what_is_old_is_forgotten(node: Path, worker: Callable[[str], Crashes]) 
 
 
 def test_a_record_that_cannot_be_written_or_read_harms_nobody(
-    node: Path, worker: Callable[[str], Crashes], monkeypatch: pytest.MonkeyPatch
+    node: Path, worker: Callable[[str], CrashRecords], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     following = worker("next")
 
@@ -148,13 +148,13 @@ def test_a_record_that_cannot_be_written_or_read_harms_nobody(
 
     with monkeypatch.context() as disk:
         disk.setattr(Path, "write_text", full)
-        with following.asking([KEY]):
+        with following.recorded([KEY]):
             pass
     dies(node, SEGFAULT)
-    following.look()
+    following.collect()
     for path in (node / "crashed").iterdir():
         path.write_text("{")
-    assert following.of(KEY) is None
+    assert following.get(KEY) is None
 
 
 # Killed for lack of memory.
@@ -176,7 +176,7 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int | N
 
     counts(0, 4)
     monkeypatch.setattr(module, "_cgroup_counters", lambda: [cgroup])
-    monkeypatch.setattr(module, "_MACHINE", machine)
+    monkeypatch.setattr(module, "_MACHINE_COUNTERS", machine)
     return counts
 
 
@@ -195,19 +195,19 @@ def test_a_kill_counts_where_the_kernel_says_that_memory_ran_out(
     on_machine: int,
     suspect: bool,
     node: Path,
-    worker: Callable[[str], Crashes],
+    worker: Callable[[str], CrashRecords],
     kernel: Callable[[int | None, int], None],
 ) -> None:
     died_asking(node, "dead", [KEY], alone=True)
     kernel(in_cgroup, on_machine)
-    crash = worker("next").of(KEY)
+    crash = worker("next").get(KEY)
     why = "the kernel killed it (SIGKILL) because memory ran out"
     assert crash == (Crash(1, why, memory=True) if suspect else None)
 
 
 def test_an_earlier_shortage_of_memory_is_no_evidence_of_a_later_death(
     node: Path,
-    worker: Callable[[str], Crashes],
+    worker: Callable[[str], CrashRecords],
     kernel: Callable[[int | None, int], None],
 ) -> None:
     kernel(1, 5)
@@ -235,17 +235,17 @@ def small_cgroup() -> Iterator[Path]:
 
 HUNGRY = """
 Path(sys.argv[5], "cgroup.procs").write_text(str(os.getpid()))
-with crashes.asking([("run-1", "c1")], alone=True):
+with crashes.recorded([("run-1", "c1")], alone=True):
     hoard = [bytearray(1024**2) for _ in range(1024)]
 """
 
 
 def test_a_worker_that_the_kernel_kills_for_memory_leaves_evidence(
-    node: Path, worker: Callable[[str], Crashes], small_cgroup: Path
+    node: Path, worker: Callable[[str], CrashRecords], small_cgroup: Path
 ) -> None:
     code = DIES.partition("with crashes")[0] + HUNGRY
     arguments = ["-c", code, str(REPOSITORY), str(node), "", "", str(small_cgroup)]
     ended = subprocess.run([sys.executable, *arguments], check=False, capture_output=True)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
-    crash = worker("next").of(KEY)
+    crash = worker("next").get(KEY)
     assert crash is not None and crash.memory and crash.alone == 1

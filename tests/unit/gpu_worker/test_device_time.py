@@ -15,7 +15,7 @@ def test_each_second_has_one_use(clock: Clock) -> None:
     for length, use in ((30, "loading"), (2, "idle"), (10, "batches"), (1, "idle")):
         clock.now += length
         time.lap(use)  # type: ignore[arg-type]
-    time.computed(10.0, answered=3, asked=4)
+    time.record_batch(10.0, answered=3, requested=4)
     uses = ("loading", "idle", "inferring", "lost")
     assert [seconds("laps", use) for use in uses] == [30, 3, 7.5, 2.5]
 
@@ -23,5 +23,5 @@ def test_each_second_has_one_use(clock: Clock) -> None:
 @pytest.mark.parametrize(("answered", "asked", "lost"), [(0, 4, 8.0), (4, 4, 0.0), (0, 0, 0.0)])
 def test_what_has_no_answer_was_in_vain(answered: int, asked: int, lost: float) -> None:
     device = f"{answered} of {asked}"
-    DeviceTime(device).computed(8.0, answered=answered, asked=asked)
+    DeviceTime(device).record_batch(8.0, answered=answered, requested=asked)
     assert (seconds(device, "inferring"), seconds(device, "lost")) == (8.0 - lost, lost)

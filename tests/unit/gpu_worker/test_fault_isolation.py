@@ -29,7 +29,7 @@ from services.contracts.errors import (
     EngineStartError,
     KeeperError,
 )
-from services.gpu_worker.crashes import Crash, Crashes
+from services.gpu_worker.crashes import Crash, CrashRecords
 from services.gpu_worker.fault_isolation import FaultIsolation, prompt_key
 from services.gpu_worker.in_flight import InFlightBatch, WorkerIdentity
 from services.gpu_worker.inference import Declined, Outcome, Refusal, WorkerFailure, read_verdict
@@ -112,7 +112,7 @@ class Engine:
                     break
                 case "declined":
                     outcome.declined[index] = Declined(
-                        Refusal(DeadReason.ENGINE_REFUSED, "never"), counts=True
+                        Refusal(DeadReason.ENGINE_REFUSED, "never"), counts_against_claim=True
                     )
                 case "refused":
                     outcome.refused[index] = Refusal(DeadReason.TOO_LONG, "long")
@@ -129,7 +129,7 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 def examination(
     engine: Engine,
     stop: threading.Event | None = None,
-    crashes: Crashes | None = None,
+    crashes: CrashRecords | None = None,
     **how: object,
 ) -> FaultIsolation:
     return FaultIsolation(
@@ -144,10 +144,10 @@ def examination(
 class NoCrashes:
     """Nobody died here."""
 
-    def asking(self, *_: object, **__: object) -> AbstractContextManager[None]:
+    def recorded(self, *_: object, **__: object) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def of(self, _: object) -> None:
+    def get(self, _: object) -> None:
         return None
 
     def forget(self, _: object) -> None:
@@ -169,7 +169,7 @@ def became(hand: InFlightBatch) -> SimpleNamespace:
     return SimpleNamespace(
         answered={v.claim_id for each in verdicts for v in each.verdicts},
         dead={each.claim.claim_id: each for each in dead},
-        open=dict(hand.open),
+        unresolved=dict(hand.unresolved),
     )
 
 
@@ -187,9 +187,9 @@ def test_the_claim_that_the_engine_fails_with_is_given_up_on_and_the_others_are_
 ) -> None:
     engine = Engine(only("c3", fault))
     hand = suspect(batch)
-    examination(engine, claim_failures=claim_failures).examine(hand)
+    examination(engine, claim_failures=claim_failures).isolate(hand)
     found = became(hand)
-    assert found.open == {}
+    assert found.unresolved == {}
     assert found.answered == EVERYBODY - {"c3"}
     (dead,) = found.dead.values()
     assert (dead.claim.claim_id, dead.reason) == ("c3", DeadReason.ENGINE_FAILED)
@@ -205,7 +205,7 @@ def test_a_batch_that_was_only_there_when_the_engine_failed_is_asked_as_a_whole(
 ) -> None:
     engine = Engine()
     hand = suspect(batch)
-    examination(engine).examine(hand)
+    examination(engine).isolate(hand)
     assert became(hand).answered == EVERYBODY
     assert engine.asked == [["harmless"], sorted(EVERYBODY)]
 
@@ -214,7 +214,7 @@ def test_a_death_tells_how_often_the_engine_failed_and_the_end_of_its_log(
     batch: ClaimBatch,
 ) -> None:
     hand = suspect(batch)
-    examination(Engine(only("c3", "crash"))).examine(hand)
+    examination(Engine(only("c3", "crash"))).isolate(hand)
     detail = became(hand).dead["c3"].detail
     assert "failed 3 times with this claim, 2 of them alone, and not with a harmless one" in detail
     assert "the engine broke off" in detail
@@ -223,7 +223,7 @@ def test_a_death_tells_how_often_the_engine_failed_and_the_end_of_its_log(
 
 def test_nonsense_is_told_as_such(batch: ClaimBatch) -> None:
     hand = suspect(batch)
-    examination(Engine(only("c3", "nonsense"))).examine(hand)
+    examination(Engine(only("c3", "nonsense"))).isolate(hand)
     assert "it gave no usable answer: aborted, or scores" in became(hand).dead["c3"].detail
 
 
@@ -239,9 +239,9 @@ def test_whatever_is_wrong_with_which_claims_each_gets_the_outcome_that_it_deser
     by_id = {f"c{number}": fault for number, fault in enumerate(faults)}
     hand = suspect(batch)
     engine = Engine(lambda claim_id: by_id.get(claim_id, ""))
-    examination(engine, claim_failures=claim_failures).examine(hand)
+    examination(engine, claim_failures=claim_failures).isolate(hand)
     found = became(hand)
-    assert found.open == {}
+    assert found.unresolved == {}
     assert found.answered == {claim_id for claim_id, fault in by_id.items() if not fault}
     reasons = {claim_id: dead.reason for claim_id, dead in found.dead.items()}
     assert reasons == {
@@ -257,21 +257,21 @@ def test_a_claim_that_fails_now_and_then_is_answered_when_it_succeeds(batch: Cla
         lambda claim_id: faults.get(claim_id, [""]).pop(0) if claim_id in faults else ""
     )
     hand = suspect(batch)
-    examination(engine).examine(hand)
+    examination(engine).isolate(hand)
     assert became(hand).answered == EVERYBODY
 
 
 def test_the_failures_that_a_claim_came_with_count(batch: ClaimBatch) -> None:
     hand = InFlightBatch(delivered(batch, failures=2))
     engine = Engine(only("c3", "crash"))
-    examination(engine, claim_failures=3).examine(hand)
+    examination(engine, claim_failures=3).isolate(hand)
     assert list(became(hand).dead) == ["c3"]
     assert engine.asked.count(["c3"]) == 1
 
 
 def test_claims_without_a_fault_are_all_answered_and_nobody_is_blamed(batch: ClaimBatch) -> None:
     hand = suspect(batch)
-    examination(Engine()).examine(hand)
+    examination(Engine()).isolate(hand)
     assert became(hand).answered == EVERYBODY
 
 
@@ -281,7 +281,7 @@ def test_a_claim_in_bad_company_a_hundred_times_is_not_given_up_on_for_it(
     hand = InFlightBatch(delivered(batch))
     for _ in range(100):
         hand.record_failure(range(7))
-    examination(Engine(), claim_failures=2).examine(hand)
+    examination(Engine(), claim_failures=2).isolate(hand)
     assert became(hand).answered == EVERYBODY
 
 
@@ -296,10 +296,10 @@ def test_an_engine_that_fails_with_a_harmless_claim_too_is_at_fault_and_buries_n
     engine = Engine(lambda _: fault)
     hand = suspect(batch)
     with pytest.raises(EngineStartError, match="fails with a harmless claim"):
-        examination(engine, engine_start_attempts=attempts).examine(hand)
+        examination(engine, engine_start_attempts=attempts).isolate(hand)
     found = became(hand)
     assert (found.answered, found.dead) == (set(), {})
-    assert found.open == dict.fromkeys(range(7), 1)
+    assert found.unresolved == dict.fromkeys(range(7), 1)
     assert engine.asked == [["harmless"]] * attempts
     assert not engine.alive
 
@@ -315,17 +315,17 @@ def test_an_engine_that_begins_to_fail_half_way_takes_no_claim_with_it(batch: Cl
     engine.fault = fault
     hand = suspect(batch)
     with pytest.raises(EngineStartError):
-        examination(engine).examine(hand)
+        examination(engine).isolate(hand)
     found = became(hand)
     assert (found.answered, found.dead) == ({"c0", "c1"}, {})
-    assert found.open == dict.fromkeys(range(2, 7), 1)
+    assert found.unresolved == dict.fromkeys(range(2, 7), 1)
 
 
 def test_an_engine_that_recovers_in_time_is_used_again(batch: ClaimBatch) -> None:
     engine = Engine()
     engine.fault = lambda _: "crash" if len(engine.asked) < 3 else ""
     hand = suspect(batch)
-    examination(engine, engine_start_attempts=3).examine(hand)
+    examination(engine, engine_start_attempts=3).isolate(hand)
     assert became(hand).answered == EVERYBODY
     assert engine.starts == 2
 
@@ -334,18 +334,18 @@ def test_a_prompt_that_not_even_a_harmless_claim_fits_into_is_not_the_engines_fa
     batch: ClaimBatch,
 ) -> None:
     hand = suspect(batch)
-    examination(Engine(lambda _: "refused")).examine(hand)
+    examination(Engine(lambda _: "refused")).isolate(hand)
     assert set(became(hand).dead) == EVERYBODY
 
 
 def test_an_engine_that_hangs_is_ended_and_one_that_fails_otherwise_is_left_alone() -> None:
     engine = Engine()
     minder = examination(engine)
-    minder.note_failure(None)
-    minder.note_failure(EngineRequestError("no"))
-    minder.note_failure(Interrupted("interrupted"))
+    minder.handle_failure(None)
+    minder.handle_failure(EngineRequestError("no"))
+    minder.handle_failure(Interrupted("interrupted"))
     assert engine.alive
-    minder.note_failure(EngineSilent("it said nothing"))
+    minder.handle_failure(EngineSilent("it said nothing"))
     assert not engine.alive
 
 
@@ -401,13 +401,13 @@ def test_told_to_stop_it_leaves_claims_open_and_blames_nobody_further(
 
     engine.before_asking = count_down
     hand = suspect(batch)
-    examination(engine, stop, claim_failures=100).examine(hand)
+    examination(engine, stop, claim_failures=100).isolate(hand)
     found = became(hand)
     assert found.dead == {}
-    assert {f"c{place}" for place in found.open} == EVERYBODY - found.answered
+    assert {f"c{place}" for place in found.unresolved} == EVERYBODY - found.answered
     # c1 is blamed for each failure after which the engine answered a harmless claim.
     proven = engine.asked.count(["c1"]) if fault else 0
-    for place, failures in found.open.items():
+    for place, failures in found.unresolved.items():
         assert 1 <= failures <= 1 + (proven if place == 1 else 0)
 
 
@@ -418,8 +418,8 @@ def test_told_to_stop_while_it_looks_whose_fault_it_was_it_blames_nobody(
     engine = Engine(only("c0", "crash"))
     engine.before_asking = lambda: stop.set() if engine.asked[-1:] == [["harmless"]] else None
     hand = suspect(batch)
-    examination(engine, stop).examine(hand)
-    assert became(hand).open == dict.fromkeys(range(7), 1)
+    examination(engine, stop).isolate(hand)
+    assert became(hand).unresolved == dict.fromkeys(range(7), 1)
 
 
 def test_a_failure_that_we_made_ourselves_is_nobodys_fault(
@@ -428,9 +428,9 @@ def test_a_failure_that_we_made_ourselves_is_nobodys_fault(
     engine = Engine()
     monkeypatch.setattr(engine, "infer", lambda *_: Outcome(failure=Interrupted("interrupted")))
     hand = suspect(batch)
-    examination(engine).examine(hand)
+    examination(engine).isolate(hand)
     found = became(hand)
-    assert (found.dead, found.open) == ({}, dict.fromkeys(range(7), 1))
+    assert (found.dead, found.unresolved) == ({}, dict.fromkeys(range(7), 1))
 
 
 # The worker's own fault.
@@ -441,7 +441,7 @@ def test_a_claim_that_the_worker_itself_fails_with_is_dead_with_the_trace(
 ) -> None:
     engine = Engine(only("c3", "worker fails"))
     hand = suspect(batch)
-    examination(engine).examine(hand)
+    examination(engine).isolate(hand)
     found = became(hand)
     assert found.answered == EVERYBODY - {"c3"}
     (dead,) = found.dead.values()
@@ -456,8 +456,8 @@ def test_a_worker_that_fails_with_a_harmless_claim_too_ends_and_buries_nobody(
 ) -> None:
     hand = suspect(batch)
     with pytest.raises(WorkerFailure, match="Restart the worker"):
-        examination(Engine(lambda _: "worker fails")).examine(hand)
-    assert became(hand).open == dict.fromkeys(range(7), 1)
+        examination(Engine(lambda _: "worker fails")).isolate(hand)
+    assert became(hand).unresolved == dict.fromkeys(range(7), 1)
 
 
 def with_prompt(batch: ClaimBatch, prompt: PromptSpec) -> ClaimBatch:
@@ -473,11 +473,11 @@ def test_a_prompt_that_the_worker_fails_with_whatever_the_claim_buries_its_batch
             return super().infer(prompt, claims)
 
     hand = suspect(with_prompt(batch, PromptSpec(name="cursed")))
-    examination(FailsWithThePrompt()).examine(hand)
+    examination(FailsWithThePrompt()).isolate(hand)
     dead = became(hand).dead
     assert set(dead) == EVERYBODY
     assert {each.reason for each in dead.values()} == {DeadReason.PROMPT_UNUSABLE}
-    assert "the worker fails with this prompt, whatever the claim" in dead["c0"].detail
+    assert "the worker fails with this prompt for any claim" in dead["c0"].detail
 
 
 # Workers that died.
@@ -492,18 +492,18 @@ def test_a_claim_that_workers_died_of_alone_goes_back_by_itself_after_the_others
 ) -> None:
     engine = Engine()
     hand = suspect(batch)
-    hand.note_crash(3, died(1))
-    examination(engine).examine(hand)
+    hand.record_crash(3, died(1))
+    examination(engine).isolate(hand)
     assert ["c3"] not in engine.asked
     found = became(hand)
-    assert (found.answered, found.open) == (EVERYBODY - {"c3"}, {3: 2})
+    assert (found.answered, found.unresolved) == (EVERYBODY - {"c3"}, {3: 2})
 
 
 def test_in_a_batch_of_its_own_it_is_asked_once_more(batch: ClaimBatch) -> None:
     engine = Engine()
     hand = suspect(batch.only([3]))
-    hand.note_crash(0, died(1))
-    examination(engine).examine(hand)
+    hand.record_crash(0, died(1))
+    examination(engine).isolate(hand)
     assert became(hand).answered == {"c3"}
 
 
@@ -512,13 +512,13 @@ def test_a_claim_that_workers_died_of_often_enough_is_dead_with_what_they_left(
 ) -> None:
     engine = Engine()
     hand = suspect(batch)
-    hand.note_crash(3, died(2))
-    examination(engine).examine(hand)
+    hand.record_crash(3, died(2))
+    examination(engine).isolate(hand)
     assert ["c3"] not in engine.asked
     (dead,) = became(hand).dead.values()
     assert (dead.claim.claim_id, dead.reason) == ("c3", DeadReason.WORKER_FAILED)
     assert dead.failures == 3
-    assert "the worker's process died with this claim, 3 times in all, 2 of them" in dead.detail
+    assert "the worker's process crashed 3 times with this claim, 2 of them alone" in dead.detail
     assert dead.detail.endswith("Fatal Python error: Segmentation fault")
 
 
@@ -527,27 +527,27 @@ def test_claims_that_a_worker_died_with_in_company_are_asked_alone_and_answered(
 ) -> None:
     hand = InFlightBatch(delivered(batch))
     for place in range(7):
-        hand.note_crash(place, died(0))
+        hand.record_crash(place, died(0))
     engine = Engine()
-    examination(engine).examine(hand)
+    examination(engine).isolate(hand)
     assert became(hand).answered == EVERYBODY
     assert all(len(asked) == 1 for asked in engine.asked)
 
 
 def test_while_a_claim_is_asked_alone_that_is_on_disk_and_so_is_the_harmless_one_before_it(
-    batch: ClaimBatch, crashes: Crashes
+    batch: ClaimBatch, crashes: CrashRecords
 ) -> None:
     hand = suspect(batch)
     hand.record_failure(range(7), alone=True)  # else the whole batch is asked first
     seen: list[list[object]] = []
     engine = Engine()
-    workers = crashes._own
+    workers = crashes._own_dir
 
     def on_disk() -> None:
         seen.append([json.loads(path.read_text()) for path in workers.glob("*.json")])
 
     engine.before_asking = on_disk
-    examination(engine, crashes=crashes).examine(hand)
+    examination(engine, crashes=crashes).isolate(hand)
     prompt, run_id = batch.run.prompt, batch.run.run_id
     keys = [[list(prompt_key(prompt))]] + [[[run_id, f"c{n}"]] for n in range(7)]
     assert [[record["keys"] for record in each] for each in seen] == [[key] for key in keys]  # type: ignore[index]
@@ -555,14 +555,14 @@ def test_while_a_claim_is_asked_alone_that_is_on_disk_and_so_is_the_harmless_one
 
 
 def test_a_prompt_that_workers_died_of_buries_its_batches_where_another_prompt_is_answered(
-    batch: ClaimBatch, crashes: Crashes, monkeypatch: pytest.MonkeyPatch
+    batch: ClaimBatch, crashes: CrashRecords, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cursed = PromptSpec(name="cursed")
     of = {prompt_key(cursed): died(3)}
-    monkeypatch.setattr(crashes, "of", of.get)
+    monkeypatch.setattr(crashes, "get", of.get)
     engine = Engine()
     hand = suspect(with_prompt(batch, cursed))
-    examination(engine, crashes=crashes).examine(hand)
+    examination(engine, crashes=crashes).isolate(hand)
     dead = became(hand).dead
     assert set(dead) == EVERYBODY
     assert {each.reason for each in dead.values()} == {DeadReason.PROMPT_UNUSABLE}
@@ -594,7 +594,7 @@ def test_a_claim_that_an_engine_has_no_memory_for_or_refuses_is_left_to_another(
     fault: str, failures: int, said: str, batch: ClaimBatch
 ) -> None:
     hand = suspect_at("n1/small", batch)
-    examination(Engine(only("c3", fault))).examine(hand)
+    examination(Engine(only("c3", fault))).isolate(hand)
     ((ids, headers),) = returned(hand)
     assert ids == ["c3"]
     assert headers == {
@@ -608,17 +608,17 @@ def test_a_claim_that_an_engine_has_no_memory_for_or_refuses_is_left_to_another(
 def test_a_claim_is_dead_when_a_second_engine_says_the_same(fault: str, batch: ClaimBatch) -> None:
     said = "engine-failed" if fault == "out of memory" else "engine-refused"
     hand = suspect_at("n2/small", batch, **{topology.DECLINED_HEADER: [f"{said} n1/small"]})
-    examination(Engine(only("c3", fault))).examine(hand)
+    examination(Engine(only("c3", fault))).isolate(hand)
     (dead,) = became(hand).dead.values()
     assert (dead.claim.claim_id, dead.reason) == ("c3", said)
-    assert "The engine n1/small said so as well." in dead.detail
+    assert "The engine n1/small declined it as well." in dead.detail
 
 
 def test_a_claim_that_workers_died_of_for_lack_of_memory_is_left_to_another_node(
     batch: ClaimBatch,
 ) -> None:
     hand = suspect_at("n1/small", batch)
-    hand.note_crash(3, died(2, memory=True))
-    examination(Engine()).examine(hand)
+    hand.record_crash(3, died(2, memory=True))
+    examination(Engine()).isolate(hand)
     ((ids, headers),) = returned(hand)
     assert (ids, headers[topology.DECLINED_HEADER]) == (["c3"], ["worker-failed n1/small"])

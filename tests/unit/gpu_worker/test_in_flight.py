@@ -38,7 +38,7 @@ REFUSAL = Refusal(DeadReason.ENGINE_REFUSED, "never")
 
 def answered(hand: InFlightBatch, places: Sequence[int], seconds: float = 0.0) -> None:
     claims = hand.claims(places)
-    hand.note(
+    hand.record(
         places,
         Outcome({n: verdict(claim) for n, claim in enumerate(claims)}, engine_seconds=seconds),
     )
@@ -120,12 +120,12 @@ def test_every_claim_is_once_among_verdicts_dead_and_returned_whatever_happened(
     hand = InFlightBatch(delivered(batch, failures=earlier_failures))
     expected = dict.fromkeys(range(7), ("returned", earlier_failures))
     for happening, chosen, others in steps:
-        places = [place for place in sorted(chosen) if place in hand.open]
+        places = [place for place in sorted(chosen) if place in hand.unresolved]
         if happening == "note":
             claims = hand.claims(places)
             answers = {n: verdict(claim) for n, claim in enumerate(claims) if places[n] in others}
             refused = {n: REFUSAL for n in range(len(places)) if n not in answers and places[n] % 2}
-            hand.note(places, Outcome(answers, refused, EngineRequestError("gone")))
+            hand.record(places, Outcome(answers, refused, EngineRequestError("gone")))
             expected |= {places[n]: ("verdict", 0) for n in answers}
             expected |= {places[n]: ("dead", 0) for n in refused}
         elif happening == "bury":
@@ -296,7 +296,7 @@ def test_what_is_trimmed_goes_back_at_once_and_unharmed_and_the_first_claims_sta
     batch: ClaimBatch, broker: RecordingBroker
 ) -> None:
     hand = trimmed(batch, 3, broker)
-    assert list(hand.open) == [0, 1, 2]
+    assert list(hand.unresolved) == [0, 1, 2]
     (message,) = broker.messages
     assert Account.of([message]).returned == {f"c{n}": 0 for n in range(3, 7)}
     assert broker.settled == []
@@ -350,7 +350,7 @@ def test_verdicts_that_do_not_fit_into_one_message_go_in_several(
     claims = tuple(Claim(claim_id=f"c{n}", position=n, text=text) for n in range(160))
     batch = ClaimBatch(run=run, submission_id="s", batch_id="b", claims=claims)
     hand = InFlightBatch(delivered(batch))
-    hand.note(
+    hand.record(
         range(160),
         Outcome(
             {
@@ -388,12 +388,12 @@ def test_a_returned_batch_is_never_too_large_for_it_came_in_one_message(
 
 def test_a_batch_is_no_suspect_until_an_engine_failed_with_it(batch: ClaimBatch) -> None:
     hand = InFlightBatch(delivered(batch))
-    assert not hand.suspect
+    assert not hand.failed_before
     hand.record_failure([])
-    assert not hand.suspect
+    assert not hand.failed_before
     hand.record_failure([3])
-    assert hand.suspect
-    assert InFlightBatch(delivered(batch, failures=1)).suspect
+    assert hand.failed_before
+    assert InFlightBatch(delivered(batch, failures=1)).failed_before
 
 
 def test_a_batch_whose_blamed_claims_have_an_outcome_is_no_suspect_any_more(
@@ -402,24 +402,24 @@ def test_a_batch_whose_blamed_claims_have_an_outcome_is_no_suspect_any_more(
     hand = InFlightBatch(delivered(batch))
     hand.record_failure([3], alone=True)
     hand.mark_dead(3, REFUSAL)
-    assert not hand.suspect
+    assert not hand.failed_before
 
 
 def test_failures_in_company_make_suspects_and_count_no_further(batch: ClaimBatch) -> None:
     hand = InFlightBatch(delivered(batch))
     for _ in range(100):
         hand.record_failure(range(7))
-    assert set(hand.open.values()) == {1}
+    assert set(hand.unresolved.values()) == {1}
     hand.record_failure([2], alone=True)
     hand.record_failure(range(7))
-    assert hand.open == {**dict.fromkeys(range(7), 1), 2: 2}
+    assert hand.unresolved == {**dict.fromkeys(range(7), 1), 2: 2}
 
 
 def test_who_has_an_outcome_is_blamed_no_more(batch: ClaimBatch) -> None:
     hand = InFlightBatch(delivered(batch))
     answered(hand, [0, 1])
     hand.record_failure(range(7), alone=True)
-    assert hand.open == dict.fromkeys(range(2, 7), 1)
+    assert hand.unresolved == dict.fromkeys(range(2, 7), 1)
 
 
 @pytest.mark.parametrize(
@@ -445,8 +445,8 @@ def test_what_is_no_batch_of_claims_is_not_taken_in_hand(
 
 # What our engine cannot answer.
 
-REFUSED = Declined(REFUSAL, counts=True)
-TOO_LONG = Declined(Refusal(DeadReason.TOO_LONG, "long"), counts=False)
+REFUSED = Declined(REFUSAL, counts_against_claim=True)
+TOO_LONG = Declined(Refusal(DeadReason.TOO_LONG, "long"), counts_against_claim=False)
 
 
 def at(
@@ -470,7 +470,7 @@ def test_claims_that_our_engine_cannot_answer_go_back_with_its_name_and_others_w
 ) -> None:
     hand = at("n1/a", batch)
     answered(hand, [0, 1])
-    hand.note([2, 3], Outcome(declined={0: REFUSED, 1: TOO_LONG}))
+    hand.record([2, 3], Outcome(declined={0: REFUSED, 1: TOO_LONG}))
     assert hand.declined == 2
     settle(hand, broker)
     assert returned(broker) == {
@@ -485,7 +485,7 @@ def test_claims_that_only_our_engine_has_seen_wait_and_their_engines_are_told_on
 ) -> None:
     for number in range(100):
         hand = at("n1/a", batch, declined=["unable n2/b", "unable n1/a"], waited=number % 60)
-        assert hand.came_back
+        assert hand.declined_here_before
         hand.decline(0, TOO_LONG)
         assert hand.declined == 1
         settle(hand, broker)
@@ -532,14 +532,14 @@ def test_a_claim_that_no_other_engine_took_in_time_is_dead_and_says_so(
     declined: Declined, batch: ClaimBatch, broker: RecordingBroker
 ) -> None:
     hand = at("n1/a", batch, declined=["unable n2/b", "unable n1/a"], waited=60)
-    assert not hand.came_back  # it is asked once more
+    assert not hand.declined_here_before  # it is asked once more
     hand.decline(0, declined)
     settle(hand, broker)
     (message,) = broker.to(topology.DEAD_CLAIMS_QUEUE)
     dead = decode(DeadClaim, message.body)
     assert dead.reason is declined.refusal.reason
     assert dead.detail == (
-        f"{declined.refusal.detail}\nNo other engine took the claim, which waited 60 s for one "
+        f"{declined.refusal.detail}\nNo other engine answered the claim, which waited 60 s for one "
         "(KEEPWARM_OTHER_ENGINE_SECONDS). Tried: n1/a, n2/b."
     )
 
@@ -562,11 +562,11 @@ def test_claims_that_a_worker_died_with_are_suspects_with_its_deaths_on_top(
     batch: ClaimBatch,
 ) -> None:
     hand = InFlightBatch(delivered(batch, failures=2))
-    hand.note_crash(1, Crash(1, "why", memory=False))
-    assert hand.suspect and hand.open[1] == 3
+    hand.record_crash(1, Crash(1, "why", memory=False))
+    assert hand.failed_before and hand.unresolved[1] == 3
     fresh = InFlightBatch(delivered(batch))
-    fresh.note_crash(1, Crash(0, "why", memory=False))
-    assert fresh.suspect and fresh.open[1] == 1
+    fresh.record_crash(1, Crash(0, "why", memory=False))
+    assert fresh.failed_before and fresh.unresolved[1] == 1
 
 
 def test_what_becomes_of_claims_carries_their_proofs_and_without_any_is_as_older_readers_know_it(

@@ -109,7 +109,7 @@ def test_a_claim_that_is_too_long_is_refused_and_harms_no_other(tokenizer: Model
     refusal = outcome.refused[1]
     length = len(encoded(mixed, tokenizer)[1])
     assert refusal.reason is DeadReason.TOO_LONG
-    assert f"the prompt has {length:,} tokens; this context takes 1,023" in refusal.detail
+    assert f"the prompt has {length:,} tokens; this context accepts 1,023" in refusal.detail
     assert "--max-model-tokens" in refusal.detail
     assert all(len(prompt) < 1_024 for request in engine.requests for prompt in request)
 
@@ -143,9 +143,11 @@ def test_a_refused_request_is_halved_down_to_the_claims_that_poison_it(
     # No death yet: another engine may take them. This one takes others of the same length.
     assert sorted(outcome.declined) == sorted(poison)
     for declined in outcome.declined.values():
-        assert declined.counts and declined.refusal.reason is DeadReason.ENGINE_REFUSED
+        assert (
+            declined.counts_against_claim and declined.refusal.reason is DeadReason.ENGINE_REFUSED
+        )
         assert "the engine refused the request: never" in declined.refusal.detail
-        assert "It takes harmless text of the same length." in declined.refusal.detail
+        assert "It accepts harmless text of the same length." in declined.refusal.detail
     assert [verdict.claim_id for verdict in outcome.verdicts.values()] == [
         f"c{n}" for n in range(7) if n not in poison
     ]
@@ -161,14 +163,14 @@ def test_a_refusal_by_an_engine_that_refuses_harmless_text_too_does_not_count(
     outcome = infer(mixed, tokenizer, Engine(lambda prompt: len(prompt) >= length))
     assert places(outcome) == ([0, 2], [])
     (declined,) = outcome.declined.values()
-    assert not declined.counts
+    assert not declined.counts_against_claim
     assert "refuses harmless text of the same length" in declined.refusal.detail
     assert "KEEPWARM_ENGINE_ARGUMENTS" in declined.refusal.detail
 
 
-@pytest.mark.parametrize("engine_takes", [None, 100, 1024])
+@pytest.mark.parametrize("engine_max_tokens", [None, 100, 1024])
 def test_what_is_too_long_for_the_engine_alone_is_left_to_another_and_not_asked(
-    engine_takes: int | None, tokenizer: ModelTokenizer
+    engine_max_tokens: int | None, tokenizer: ModelTokenizer
 ) -> None:
     mixed = claims_of("Short.", "long " * 100, "long " * 1_500)
     engine = Engine()
@@ -176,17 +178,17 @@ def test_what_is_too_long_for_the_engine_alone_is_left_to_another_and_not_asked(
         tokenizer,
         engine,  # type: ignore[arg-type]
         max_model_tokens=1024,
-        engine_takes=lambda: engine_takes,
+        engine_max_tokens=lambda: engine_max_tokens,
     )
     outcome = asked.infer(PROMPT, mixed)
-    if engine_takes != 100:
+    if engine_max_tokens != 100:
         assert (places(outcome), outcome.declined) == (([0, 1], [2]), {})
         return
     assert places(outcome) == ([0], [2])
     (declined,) = outcome.declined.values()
     length = len(encoded(mixed, tokenizer)[1])
-    assert not declined.counts and declined.refusal.reason is DeadReason.TOO_LONG
-    assert f"{length:,} tokens, which this context takes, but this engine takes only 99" in (
+    assert not declined.counts_against_claim and declined.refusal.reason is DeadReason.TOO_LONG
+    assert f"{length:,} tokens. The context accepts them, but this engine accepts only 99" in (
         declined.refusal.detail
     )
     assert all(len(prompt) < 100 for request in engine.requests for prompt in request)
@@ -202,7 +204,7 @@ def test_the_longest_prompt_that_the_engine_takes_leaves_room_for_the_answer(
             tokenizer,
             Engine(),  # type: ignore[arg-type]
             max_model_tokens=1024,
-            engine_takes=lambda takes=length + room: takes,  # type: ignore[misc]
+            engine_max_tokens=lambda takes=length + room: takes,  # type: ignore[misc]
         )
         assert list(asked.infer(PROMPT, one).declined) == declined
 
@@ -402,7 +404,7 @@ def test_an_outcome_is_split_as_the_claims_were_put_together(fates: list[list[st
         EngineSilent("hangs"),
         8.0,
         {
-            n: Declined(Refusal(DeadReason.TOO_LONG, claim.claim_id), counts=False)
+            n: Declined(Refusal(DeadReason.TOO_LONG, claim.claim_id), counts_against_claim=False)
             for n, (claim, fate) in enumerate(asked)
             if fate == "declined"
         },

@@ -26,10 +26,10 @@ def test_a_model_that_cannot_be_used_is_told_before_anything_is_started(
 def test_two_workers_have_two_names(spec: ContextSpec, tmp_path: Path) -> None:
     settings = load_settings(runtime_dir=tmp_path / "run")
     workers = [Worker(spec, DEVICE, settings) for _ in range(2)]
-    assert workers[0]._signature.worker_id != workers[1]._signature.worker_id
-    assert workers[0]._signature.device == "Xeon"
+    assert workers[0]._identity.worker_id != workers[1]._identity.worker_id
+    assert workers[0]._identity.device == "Xeon"
     for worker in workers:
-        worker._only.close()  # type: ignore[union-attr]
+        worker._fixed_session.close()  # type: ignore[union-attr]
 
 
 def test_a_context_that_failed_once_is_served_when_it_can_be_had_again(
@@ -39,7 +39,7 @@ def test_a_context_that_failed_once_is_served_when_it_can_be_had_again(
     worker = Worker(None, DEVICE, settings)
     readiness = StartupEstimates(DEVICE, settings, clock)
     line = ContextDemand(context=spec, claims_ready=10**6, claims_in_flight=0, workers_warm=0)
-    worker._news.hear(encode(ControlUpdate(contexts=(line,))))
+    worker._control.receive(encode(ControlUpdate(contexts=(line,))))
     wanted = Situation(None, True, 600.0, 0.0, None, {}, 0.0)
     served: list[str] = []
     hub = iter([ModelError("the hub has a hiccup")])
@@ -65,7 +65,7 @@ def test_a_context_that_failed_once_is_served_when_it_can_be_had_again(
     monkeypatch.setattr("services.gpu_worker.worker.pin_model", pin)
     monkeypatch.setattr(worker, "_serve", serve)
     monkeypatch.setattr(worker, "_first_context", listen)
-    worker._serve_what_is_wanted(readiness, None)  # type: ignore[arg-type]
+    worker._serve_by_demand(readiness, None)  # type: ignore[arg-type]
     assert served == [spec.context_id]
     assert 5 <= waited <= 10  # and not at once
 
@@ -84,7 +84,7 @@ def test_a_context_that_is_not_accepted_from_runs_is_never_chosen(
             ContextDemand(context=each, claims_ready=10**6, claims_in_flight=0, workers_warm=0)
             for each in contexts
         )
-        worker._news.hear(encode(ControlUpdate(contexts=lines)))
+        worker._control.receive(encode(ControlUpdate(contexts=lines)))
 
     readiness = StartupEstimates(DEVICE, settings)
     heard(hostile)
@@ -114,5 +114,5 @@ def test_a_worker_that_is_told_to_stop_reads_no_more_weights(
     monkeypatch.setattr("services.gpu_worker.worker.pin_model", pin)
     monkeypatch.setattr(worker, "_first_context", lambda *_: spec)
     with capture_logs() as events:
-        worker._serve_what_is_wanted(StartupEstimates(DEVICE, settings), None)  # type: ignore[arg-type]
+        worker._serve_by_demand(StartupEstimates(DEVICE, settings), None)  # type: ignore[arg-type]
     assert [event["event"] for event in events] == ["model.reading"]

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,12 +37,15 @@ from services.contracts.errors import (
     EngineStartError,
     MessageTooNew,
 )
+from services.gpu_worker.answer_count import AnswerCount
 from services.gpu_worker.concurrency import AdaptiveConcurrency
+from services.gpu_worker.crashes import CrashRecords
+from services.gpu_worker.device_time import DeviceTime
 from services.gpu_worker.fault_isolation import FaultIsolation, prompt_key
-from services.gpu_worker.heartbeat import Post
+from services.gpu_worker.heartbeat import ControlState
 from services.gpu_worker.in_flight import InFlightBatch, WorkerIdentity
 from services.gpu_worker.inference import Inference
-from services.gpu_worker.session import Answering, Shift
+from services.gpu_worker.session import BatchProcessor
 from services.models.compiled_prompt import CompiledPrompt
 from services.models.tokenizer import ModelTokenizer
 from tests.unit.gpu_worker.conftest import DEVICE, RecordingBroker, delivered, died_asking
@@ -60,33 +64,34 @@ def engine(spec: ContextSpec, settings: Settings) -> EngineLease:
 
 
 @pytest.fixture
-def answering(
+def processor(
     spec: ContextSpec,
     settings: Settings,
     engine: EngineLease,
     broker: RecordingBroker,
-    tmp_path: Path,
-) -> Answering:
-    shift = Shift.begin(
-        WorkerIdentity("worker-1", DEVICE.name), Post(host="node-1"), tmp_path / "run"
-    )
+    crashes: CrashRecords,
+) -> BatchProcessor:
     tokenizer = ModelTokenizer.load(spec)
     inference = Inference(
         tokenizer,
         engine.client,
         max_model_tokens=spec.max_model_tokens,
-        engine_takes=lambda: engine.max_model_tokens,
+        engine_max_tokens=lambda: engine.max_model_tokens,
     )
-    return Answering(
-        spec.context_id,
-        inference,
-        FaultIsolation(engine, inference, settings, shift.stop, shift.crashes),
-        AdaptiveConcurrency(settings.prefetch_seconds, settings.batches_in_flight),
-        shift,
-        broker,  # type: ignore[arg-type]
-        broker,  # type: ignore[arg-type]
-        "node-1/engine-1",
-        300,
+    return BatchProcessor(
+        context_id=spec.context_id,
+        inference=inference,
+        fault_isolation=FaultIsolation(engine, inference, settings, threading.Event(), crashes),
+        concurrency=AdaptiveConcurrency(settings.prefetch_seconds, settings.batches_in_flight),
+        consumer=broker,  # type: ignore[arg-type]
+        publisher=broker,  # type: ignore[arg-type]
+        identity=WorkerIdentity("worker-1", DEVICE.name),
+        control=ControlState(),
+        crashes=crashes,
+        device_time=DeviceTime(DEVICE.name),
+        answers=AnswerCount(),
+        engine_name="node-1/engine-1",
+        other_engine_seconds=300,
     )
 
 
@@ -135,7 +140,7 @@ def returned_in(broker: RecordingBroker) -> list[str]:
 
 
 def test_each_answer_counts_as_it_comes(
-    answering: Answering,
+    processor: BatchProcessor,
     spec: ContextSpec,
     engine: EngineLease,
     monkeypatch: pytest.MonkeyPatch,
@@ -145,10 +150,10 @@ def test_each_answer_counts_as_it_comes(
     def score(prompts: list[list[int]], tokens: list[int]) -> Iterator[tuple[int, Answer]]:
         for index in range(len(prompts)):
             yield index, answer(tokens)
-            seen.append(answering.shift.answers.answered)
+            seen.append(processor.answers.answered)
 
     monkeypatch.setattr(engine.client, "score", score)
-    answering.see_through([delivered(batch_of(spec))])
+    processor.process([delivered(batch_of(spec))])
     assert seen == [1, 2, 3]
 
 
@@ -156,7 +161,7 @@ def test_each_answer_counts_as_it_comes(
 
 
 def test_a_worker_warns_once_a_run_that_the_model_hardly_ever_says_a_label_word(
-    answering: Answering,
+    processor: BatchProcessor,
     spec: ContextSpec,
     engine: EngineLease,
     monkeypatch: pytest.MonkeyPatch,
@@ -168,7 +173,7 @@ def test_a_worker_warns_once_a_run_that_the_model_hardly_ever_says_a_label_word(
     monkeypatch.setattr(engine.client, "score", score)
     with structlog.testing.capture_logs() as logs:
         for _ in range(3):
-            answering.see_through([delivered(batch_of(spec))])
+            processor.process([delivered(batch_of(spec))])
     warned = [entry for entry in logs if entry["event"] == "labels.unlikely"]
     assert [entry["model_says"] for entry in warned] == ["<think>"]
     assert warned[0]["median_mass"] < 0.01
@@ -191,12 +196,12 @@ def test_a_worker_warns_once_a_run_that_the_model_hardly_ever_says_a_label_word(
 def test_what_is_no_batch_is_set_aside_with_the_reason_and_then_acknowledged(
     changes: dict[str, object],
     why: str,
-    answering: Answering,
+    processor: BatchProcessor,
     spec: ContextSpec,
     broker: RecordingBroker,
 ) -> None:
     delivery = delivered(batch_of(spec), **changes)
-    answering.see_through([delivery])
+    processor.process([delivery])
     (message,) = broker.messages
     assert message.routing_key == topology.DEAD_MESSAGES_QUEUE
     assert (message.body, message.message_id) == (delivery.body, "m-1")
@@ -208,23 +213,23 @@ def test_what_is_no_batch_is_set_aside_with_the_reason_and_then_acknowledged(
 
 
 def test_a_batch_for_another_context_is_set_aside(
-    answering: Answering, broker: RecordingBroker
+    processor: BatchProcessor, broker: RecordingBroker
 ) -> None:
     other = batch_of(ContextSpec(model="org/other"))
-    answering.see_through([delivered(other)])
+    processor.process([delivered(other)])
     (message,) = broker.messages
     assert message.routing_key == topology.DEAD_MESSAGES_QUEUE
-    assert "another context than its queue's" in message.headers[topology.REASON_HEADER]
+    assert "the batch's context is not its queue's" in message.headers[topology.REASON_HEADER]
 
 
 # A batch that is answered.
 
 
 def test_a_batch_is_answered_and_acknowledged_once_its_verdicts_are_confirmed(
-    answering: Answering, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+    processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
 ) -> None:
     engine_answers(3)
-    answering.see_through([delivered(batch_of(spec), earlier=2)])
+    processor.process([delivered(batch_of(spec), earlier=2)])
     (message,) = broker.messages
     batch = decode(VerdictBatch, message.body)
     assert verdicts_in(broker) == ["c0", "c1", "c2"]
@@ -232,14 +237,14 @@ def test_a_batch_is_answered_and_acknowledged_once_its_verdicts_are_confirmed(
     assert broker.settled == []
     broker.confirm(message)
     assert broker.settled == [("acknowledged", 7)]
-    assert answering.quarantined == []
+    assert processor.quarantined == []
 
 
 def test_dead_claims_go_to_their_queue_and_the_batch_is_acknowledged_after_the_last(
-    answering: Answering, spec: ContextSpec, broker: RecordingBroker
+    processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker
 ) -> None:
     batch = batch_of(spec, UNUSABLE)
-    answering.see_through([delivered(batch, earlier=4)])
+    processor.process([delivered(batch, earlier=4)])
     dead = [decode(DeadClaim, m.body) for m in broker.to(topology.DEAD_CLAIMS_QUEUE)]
     assert [each.claim for each in dead] == list(batch.claims)
     assert {each.reason for each in dead} == {DeadReason.PROMPT_UNUSABLE}
@@ -293,10 +298,10 @@ def tagged(*batches: ClaimBatch) -> list[Delivery]:
 
 
 def test_small_batches_are_one_request_and_each_is_settled_by_itself(
-    answering: Answering, spec: ContextSpec, broker: RecordingBroker, requests: Requests
+    processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker, requests: Requests
 ) -> None:
     sizes = [batch_of(spec, claims=claims) for claims in (2, 1, 3)]
-    answering.see_through(tagged(*sizes))
+    processor.process(tagged(*sizes))
     assert requests == [6]
     assert verdicts_in(broker) == ["0-c0", "0-c1", "1-c0", "2-c0", "2-c1", "2-c2"]
     for message, tag in zip(broker.messages, range(3), strict=True):
@@ -305,40 +310,40 @@ def test_small_batches_are_one_request_and_each_is_settled_by_itself(
 
 
 def test_of_batches_that_have_become_larger_those_over_the_allowance_go_back(
-    answering: Answering, spec: ContextSpec, broker: RecordingBroker, requests: Requests
+    processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker, requests: Requests
 ) -> None:
-    assert answering.pace.limit == 64  # until the speed is known
+    assert processor.concurrency.claim_limit == 64  # until the speed is known
     sizes = [batch_of(spec, claims=claims) for claims in (1, 60, 60, 60)]
-    answering.see_through(tagged(*sizes))
+    processor.process(tagged(*sizes))
     assert requests == [61]
     assert broker.settled == [("given back", 2), ("given back", 3)]
-    assert {hand.delivery.tag for hand in answering.in_flight} <= {0, 1}
+    assert {hand.delivery.tag for hand in processor.in_flight} <= {0, 1}
 
 
 def test_batches_with_different_prompts_are_requests_of_their_own(
-    answering: Answering, spec: ContextSpec, broker: RecordingBroker, requests: Requests
+    processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker, requests: Requests
 ) -> None:
     other = PromptSpec(name="other", instructions="Judge.")
-    answering.see_through(tagged(batch_of(spec), batch_of(spec), batch_of(spec, other)))
+    processor.process(tagged(batch_of(spec), batch_of(spec), batch_of(spec, other)))
     assert requests == [6, 3]
     assert len(verdicts_in(broker)) == 9
 
 
 def test_of_batches_asked_about_together_only_those_without_an_answer_are_suspects(
-    answering: Answering, spec: ContextSpec, broker: RecordingBroker, requests: Requests
+    processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker, requests: Requests
 ) -> None:
     requests.unanswered = frozenset({4})
-    answering.see_through(tagged(*[batch_of(spec)] * 3))
-    (hand,) = answering.quarantined
-    assert (hand.delivery.tag, hand.open) == (1, {1: 1})
+    processor.process(tagged(*[batch_of(spec)] * 3))
+    (hand,) = processor.quarantined
+    assert (hand.delivery.tag, hand.unresolved) == (1, {1: 1})
     assert [name[0] for name in verdicts_in(broker)] == ["0"] * 3 + ["2"] * 3
 
 
 def test_what_is_no_batch_does_not_hold_up_those_that_came_with_it(
-    answering: Answering, spec: ContextSpec, broker: RecordingBroker, requests: Requests
+    processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker, requests: Requests
 ) -> None:
     first, second, third = tagged(*[batch_of(spec)] * 3)
-    answering.see_through([first, replace(second, body=b"nonsense"), third])
+    processor.process([first, replace(second, body=b"nonsense"), third])
     assert requests == [6]
     assert len(broker.to(topology.DEAD_MESSAGES_QUEUE)) == 1
 
@@ -355,27 +360,27 @@ class Inbox:
         return self._deliveries.pop(0) if self._deliveries else None
 
 
-def take(answering: Answering, inbox: Inbox, *, linger: bool) -> list[int]:
-    answering = replace(answering, consumer=inbox)  # type: ignore[arg-type]
-    return [one.tag for one in answering.take(0.2, linger=linger)]
+def take(processor: BatchProcessor, inbox: Inbox, *, linger: bool) -> list[int]:
+    processor = replace(processor, consumer=inbox)  # type: ignore[arg-type]
+    return [one.tag for one in processor.take(0.2, linger=linger)]
 
 
 def test_as_many_small_batches_are_taken_as_make_a_request(
-    answering: Answering, spec: ContextSpec
+    processor: BatchProcessor, spec: ContextSpec
 ) -> None:
     inbox = Inbox(tagged(*[batch_of(spec, claims=8)] * 7))
-    assert take(answering, inbox, linger=True) == [0]  # their size is not known yet
-    answering.pace.take(8)
-    assert take(answering, inbox, linger=True) == [1, 2]  # of the 8 that may be in hand
-    assert take(answering, Inbox([]), linger=True) == []
+    assert take(processor, inbox, linger=True) == [0]  # their size is not known yet
+    processor.concurrency.accept(8)
+    assert take(processor, inbox, linger=True) == [1, 2]  # of the 8 that may be in hand
+    assert take(processor, Inbox([]), linger=True) == []
 
 
 def test_small_batches_wait_for_others_only_while_the_engine_has_work(
-    answering: Answering, spec: ContextSpec
+    processor: BatchProcessor, spec: ContextSpec
 ) -> None:
-    answering.pace.take(1)
+    processor.concurrency.accept(1)
     busy, idle = Inbox(tagged(batch_of(spec))), Inbox(tagged(batch_of(spec)))
-    assert take(answering, busy, linger=True) == take(answering, idle, linger=False) == [0]
+    assert take(processor, busy, linger=True) == take(processor, idle, linger=False) == [0]
     assert busy.waits[1] > 0 and idle.waits[1] == 0
 
 
@@ -383,10 +388,10 @@ def test_small_batches_wait_for_others_only_while_the_engine_has_work(
 
 
 def test_the_first_batch_is_cut_to_what_any_engine_can_finish_and_the_rest_goes_back(
-    answering: Answering, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+    processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
 ) -> None:
     engine_answers(200)
-    answering.see_through([delivered(batch_of(spec, claims=200))])
+    processor.process([delivered(batch_of(spec, claims=200))])
     ids = [f"c{n}" for n in range(200)]
     assert (verdicts_in(broker), returned_in(broker)) == (ids[:64], ids[64:])
     for message in broker.messages:
@@ -396,7 +401,7 @@ def test_the_first_batch_is_cut_to_what_any_engine_can_finish_and_the_rest_goes_
 
 
 def test_an_engine_that_turns_out_fast_gets_as_many_batches_as_it_may_have(
-    answering: Answering,
+    processor: BatchProcessor,
     settings: Settings,
     spec: ContextSpec,
     broker: RecordingBroker,
@@ -406,19 +411,19 @@ def test_an_engine_that_turns_out_fast_gets_as_many_batches_as_it_may_have(
     pace = AdaptiveConcurrency(
         settings.prefetch_seconds, settings.batches_in_flight, clock=lambda: next(tick) / 1000
     )
-    answering = replace(answering, pace=pace)
+    processor = replace(processor, concurrency=pace)
     engine_answers(64)
-    answering.see_through([delivered(batch_of(spec, claims=64))])
+    processor.process([delivered(batch_of(spec, claims=64))])
     assert broker.prefetch == settings.batches_in_flight
-    answering.see_through([delivered(batch_of(spec, claims=200))])
+    processor.process([delivered(batch_of(spec, claims=200))])
     assert returned_in(broker) == []
 
 
 def test_a_batch_that_an_engine_failed_with_elsewhere_is_not_cut(
-    answering: Answering, spec: ContextSpec, broker: RecordingBroker
+    processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker
 ) -> None:
-    answering.see_through([delivered(batch_of(spec, claims=200), failures=1)])
-    assert broker.messages == [] and len(answering.quarantined[0].open) == 200
+    processor.process([delivered(batch_of(spec, claims=200), failures=1)])
+    assert broker.messages == [] and len(processor.quarantined[0].unresolved) == 200
 
 
 # A batch that the engine fails with.
@@ -429,31 +434,31 @@ def test_a_batch_that_an_engine_failed_with_elsewhere_is_not_cut(
 def test_a_batch_that_the_engine_fails_with_is_a_suspect_and_not_settled_yet(
     failure: Exception | None,
     answers: int,
-    answering: Answering,
+    processor: BatchProcessor,
     spec: ContextSpec,
     broker: RecordingBroker,
     engine_answers: Answers,
 ) -> None:
     engine_answers(answers, failure)
-    answering.see_through([delivered(batch_of(spec))])
+    processor.process([delivered(batch_of(spec))])
     assert (broker.messages, broker.settled) == ([], [])
-    (hand,) = answering.quarantined
-    assert hand.open == dict.fromkeys(range(answers, 3), 1)
+    (hand,) = processor.quarantined
+    assert hand.unresolved == dict.fromkeys(range(answers, 3), 1)
 
 
 def test_a_batch_for_an_engine_that_is_not_there_is_a_suspect(
-    answering: Answering, spec: ContextSpec, broker: RecordingBroker
+    processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker
 ) -> None:
-    answering.see_through([delivered(batch_of(spec))])
-    assert (broker.messages, broker.settled, len(answering.quarantined)) == ([], [], 1)
+    processor.process([delivered(batch_of(spec))])
+    assert (broker.messages, broker.settled, len(processor.quarantined)) == ([], [], 1)
 
 
 def test_a_batch_that_an_engine_failed_with_elsewhere_is_examined_before_it_is_asked_in_company(
-    answering: Answering, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+    processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
 ) -> None:
     engine_answers(3)
-    answering.see_through([delivered(batch_of(spec), failures=1)])
-    assert (broker.messages, broker.settled, len(answering.quarantined)) == ([], [], 1)
+    processor.process([delivered(batch_of(spec), failures=1)])
+    assert (broker.messages, broker.settled, len(processor.quarantined)) == ([], [], 1)
 
 
 # A batch that our own code fails with.
@@ -472,7 +477,7 @@ def failing_with(claim_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_batch_that_our_code_fails_with_is_a_suspect_and_the_worker_goes_on(
-    answering: Answering,
+    processor: BatchProcessor,
     spec: ContextSpec,
     broker: RecordingBroker,
     engine_answers: Answers,
@@ -480,11 +485,11 @@ def test_a_batch_that_our_code_fails_with_is_a_suspect_and_the_worker_goes_on(
 ) -> None:
     engine_answers(3)
     failing_with("c1", monkeypatch)
-    answering.see_through([delivered(batch_of(spec))])
-    (hand,) = answering.quarantined
-    assert (broker.messages, hand.open) == ([], dict.fromkeys(range(3), 1))
+    processor.process([delivered(batch_of(spec))])
+    (hand,) = processor.quarantined
+    assert (broker.messages, hand.unresolved) == ([], dict.fromkeys(range(3), 1))
     monkeypatch.setattr(EngineLease, "alive", True)
-    answering.examine()
+    processor.isolate_next()
     assert verdicts_in(broker) == ["c0", "c2"]
     (dead,) = broker.to(topology.DEAD_CLAIMS_QUEUE)
     assert decode(DeadClaim, dead.body).reason is DeadReason.WORKER_FAILED
@@ -498,7 +503,7 @@ def let_settlements_fail(monkeypatch: pytest.MonkeyPatch, error: Exception) -> N
 
 
 def test_a_batch_whose_settlement_fails_is_set_aside_with_the_reason_and_no_claim_is_logged(
-    answering: Answering,
+    processor: BatchProcessor,
     spec: ContextSpec,
     broker: RecordingBroker,
     engine_answers: Answers,
@@ -507,20 +512,20 @@ def test_a_batch_whose_settlement_fails_is_set_aside_with_the_reason_and_no_clai
     engine_answers(3)
     let_settlements_fail(monkeypatch, RuntimeError("Claim 1."))
     with structlog.testing.capture_logs() as logs:
-        answering.see_through([delivered(batch_of(spec))])
+        processor.process([delivered(batch_of(spec))])
     (message,) = broker.messages
     assert message.routing_key == topology.DEAD_MESSAGES_QUEUE
     assert "the worker failed with it: RuntimeError" in message.headers[topology.REASON_HEADER]
     assert "Claim 1." not in str(logs) and "RuntimeError in" in str(logs)
     broker.confirm(message)
     assert broker.settled == [("acknowledged", 7)]
-    assert not answering.in_flight
+    assert not processor.in_flight
 
 
 @pytest.mark.parametrize("error", [BrokerRefused, EngineStartError])
 def test_what_ends_a_worker_is_no_fault_of_a_batch(
     error: type[Exception],
-    answering: Answering,
+    processor: BatchProcessor,
     spec: ContextSpec,
     engine_answers: Answers,
     monkeypatch: pytest.MonkeyPatch,
@@ -528,17 +533,17 @@ def test_what_ends_a_worker_is_no_fault_of_a_batch(
     engine_answers(3)
     let_settlements_fail(monkeypatch, error("no"))
     with pytest.raises(error):
-        answering.see_through([delivered(batch_of(spec))])
+        processor.process([delivered(batch_of(spec))])
 
 
 def test_while_a_batch_is_asked_about_its_claims_are_on_disk(
-    answering: Answering,
+    processor: BatchProcessor,
     spec: ContextSpec,
     engine: EngineLease,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[list[object]] = []
-    records = answering.shift.crashes._own
+    records = processor.crashes._own_dir
 
     def score(prompts: list[list[int]], tokens: list[int]) -> Iterator[tuple[int, Answer]]:
         seen.append([json.loads(path.read_text())["keys"] for path in records.glob("*.json")])
@@ -547,13 +552,13 @@ def test_while_a_batch_is_asked_about_its_claims_are_on_disk(
 
     monkeypatch.setattr(engine.client, "score", score)
     batch = batch_of(spec)
-    answering.see_through([delivered(batch)])
+    processor.process([delivered(batch)])
     assert seen == [[[[batch.run.run_id, f"c{n}"] for n in range(3)]]]
     assert not list(records.glob("*.json"))
 
 
 def test_a_batch_that_a_worker_of_this_node_died_with_is_a_suspect_until_it_is_settled(
-    answering: Answering,
+    processor: BatchProcessor,
     spec: ContextSpec,
     broker: RecordingBroker,
     engine_answers: Answers,
@@ -563,26 +568,26 @@ def test_a_batch_that_a_worker_of_this_node_died_with_is_a_suspect_until_it_is_s
     engine_answers(3)
     batch = batch_of(spec)
     keys = [(batch.run.run_id, f"c{n}") for n in range(3)]
-    left = died_asking(tmp_path / "run", "dead", keys)
+    left = died_asking(tmp_path / "node", "dead", keys)
     (left / "fatal.log").write_text("Fatal Python error: Segmentation fault")
-    answering.see_through([delivered(batch, earlier=1)])
-    (hand,) = answering.quarantined
-    assert hand.open == dict.fromkeys(range(3), 1)
+    processor.process([delivered(batch, earlier=1)])
+    (hand,) = processor.quarantined
+    assert hand.unresolved == dict.fromkeys(range(3), 1)
     monkeypatch.setattr(EngineLease, "alive", True)
-    answering.examine()
+    processor.isolate_next()
     assert verdicts_in(broker) == ["c0", "c1", "c2"]
-    assert not list((tmp_path / "run" / "crashed").iterdir())
+    assert not list((tmp_path / "node" / "crashed").iterdir())
 
 
 def test_every_batch_with_a_prompt_that_workers_of_this_node_died_of_is_a_suspect(
-    answering: Answering, spec: ContextSpec, broker: RecordingBroker, tmp_path: Path
+    processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker, tmp_path: Path
 ) -> None:
     batch = batch_of(spec)
-    left = died_asking(tmp_path / "run", "dead", [prompt_key(batch.run.prompt)], alone=True)
+    left = died_asking(tmp_path / "node", "dead", [prompt_key(batch.run.prompt)], alone=True)
     (left / "fatal.log").write_text("Fatal Python error: Segmentation fault")
-    answering.shift.crashes.look()
-    answering.see_through([delivered(batch)])
-    assert len(answering.quarantined) == 1 and broker.messages == []
+    processor.crashes.collect()
+    processor.process([delivered(batch)])
+    assert len(processor.quarantined) == 1 and broker.messages == []
 
 
 # A batch that our engine cannot answer.
@@ -601,44 +606,44 @@ def declined_by(engine: str, batch: ClaimBatch, waited: int = 0) -> Delivery:
 
 @pytest.mark.usefixtures("short")
 def test_what_is_too_long_for_our_engine_alone_goes_back_at_once_and_is_told_once_a_run(
-    answering: Answering, spec: ContextSpec, broker: RecordingBroker
+    processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker
 ) -> None:
     with structlog.testing.capture_logs() as logs:
         for _ in range(3):
-            answering.see_through([delivered(batch_of(spec))])
-    assert answering.quarantined == [] and broker.to(topology.DEAD_CLAIMS_QUEUE) == []
+            processor.process([delivered(batch_of(spec))])
+    assert processor.quarantined == [] and broker.to(topology.DEAD_CLAIMS_QUEUE) == []
     returned = broker.to(topology.RETURNS_QUEUE)
     assert returned_in(broker) == ["c0", "c1", "c2"] * 3
     assert returned[0].headers[topology.DECLINED_HEADER] == ["unable node-1/engine-1"]
     (told,) = [entry for entry in logs if entry["event"] == "claims.declined"]
     assert (told["claims"], told["reason"]) == (3, "too-long")
-    assert "this engine takes only 15" in told["detail"] and "within 300 s" in told["next_step"]
+    assert "this engine accepts only 15" in told["detail"] and "within 300 s" in told["next_step"]
 
 
 @pytest.mark.usefixtures("short")
 def test_what_comes_back_to_our_engine_is_held_and_given_to_others_later(
-    answering: Answering,
+    processor: BatchProcessor,
     spec: ContextSpec,
     broker: RecordingBroker,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 1000.0
     monkeypatch.setattr("services.gpu_worker.session.time.monotonic", lambda: now)
-    answering.see_through([declined_by("node-1/engine-1", batch_of(spec), waited=290)])
-    answering.return_held()
-    assert (broker.messages, broker.settled, len(answering.held)) == ([], [], 1)
+    processor.process([declined_by("node-1/engine-1", batch_of(spec), waited=290)])
+    processor.return_delayed()
+    assert (broker.messages, broker.settled, len(processor.delayed)) == ([], [], 1)
     now += 5
-    answering.return_held()
+    processor.return_delayed()
     (message,) = broker.to(topology.RETURNS_QUEUE)
     assert message.headers[topology.WAITED_HEADER] == 295
-    assert not answering.held and not answering.in_flight
+    assert not processor.delayed and not processor.in_flight
 
 
 @pytest.mark.usefixtures("short")
 def test_what_no_other_engine_took_in_time_is_dead_and_so_the_run_ends(
-    answering: Answering, spec: ContextSpec, broker: RecordingBroker
+    processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker
 ) -> None:
-    answering.see_through([declined_by("node-1/engine-1", batch_of(spec), waited=300)])
+    processor.process([declined_by("node-1/engine-1", batch_of(spec), waited=300)])
     dead = [decode(DeadClaim, m.body) for m in broker.to(topology.DEAD_CLAIMS_QUEUE)]
     assert [each.claim.claim_id for each in dead] == ["c0", "c1", "c2"]
     assert {each.reason for each in dead} == {DeadReason.TOO_LONG}
@@ -646,10 +651,10 @@ def test_what_no_other_engine_took_in_time_is_dead_and_so_the_run_ends(
 
 
 def test_what_another_engine_could_not_answer_is_answered_here_at_once(
-    answering: Answering, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+    processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
 ) -> None:
     engine_answers(3)
-    answering.see_through([declined_by("node-2/engine-2", batch_of(spec))])
+    processor.process([declined_by("node-2/engine-2", batch_of(spec))])
     assert verdicts_in(broker) == ["c0", "c1", "c2"]
 
 
@@ -659,25 +664,25 @@ def test_what_another_engine_could_not_answer_is_answered_here_at_once(
 @pytest.mark.parametrize("answers", [1, 2])
 def test_a_batch_that_is_broken_off_has_its_verdicts_and_the_rest_goes_back_unblamed(
     answers: int,
-    answering: Answering,
+    processor: BatchProcessor,
     spec: ContextSpec,
     broker: RecordingBroker,
     engine_answers: Answers,
 ) -> None:
     engine_answers(answers, Interrupted("interrupted"))
-    answering.see_through([delivered(batch_of(spec))])
+    processor.process([delivered(batch_of(spec))])
     ids = ["c0", "c1", "c2"]
     assert (verdicts_in(broker), returned_in(broker)) == (ids[:answers], ids[answers:])
     (rest,) = broker.to(topology.RETURNS_QUEUE)
     assert rest.headers == {topology.FAILURES_HEADER: 0}
-    assert answering.quarantined == []
+    assert processor.quarantined == []
 
 
 def test_a_batch_that_is_broken_off_before_the_first_answer_is_given_back_whole(
-    answering: Answering, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+    processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
 ) -> None:
     engine_answers(0, Interrupted("interrupted"))
-    answering.see_through([delivered(batch_of(spec))])
+    processor.process([delivered(batch_of(spec))])
     assert (broker.messages, broker.settled) == ([], [("given back", 7)])
 
 
@@ -685,47 +690,47 @@ def test_a_batch_that_is_broken_off_before_the_first_answer_is_given_back_whole(
 
 
 def test_a_cancelled_batch_is_dropped_unanswered_and_others_are_not(
-    answering: Answering, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+    processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
 ) -> None:
     engine_answers(3)
-    answering.shift.news.hear(encode(ControlUpdate(cancelled=("sub-0", "sub-1"))))
-    answering.see_through([delivered(batch_of(spec))])
+    processor.control.receive(encode(ControlUpdate(cancelled=("sub-0", "sub-1"))))
+    processor.process([delivered(batch_of(spec))])
     assert (broker.messages, broker.settled) == ([], [("acknowledged", 7)])
     wanted = batch_of(spec).model_copy(update={"submission_id": "sub-2"})
-    answering.see_through([delivered(wanted)])
+    processor.process([delivered(wanted)])
     assert verdicts_in(broker) == ["c0", "c1", "c2"]
 
 
 def test_a_cancelled_suspect_is_dropped_as_well(
-    answering: Answering, spec: ContextSpec, broker: RecordingBroker
+    processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker
 ) -> None:
-    answering.shift.news.hear(encode(ControlUpdate(cancelled=("sub-1",))))
-    answering.see_through([delivered(batch_of(spec), failures=2)])
-    assert (broker.settled, answering.quarantined) == ([("acknowledged", 7)], [])
+    processor.control.receive(encode(ControlUpdate(cancelled=("sub-1",))))
+    processor.process([delivered(batch_of(spec), failures=2)])
+    assert (broker.settled, processor.quarantined) == ([("acknowledged", 7)], [])
 
 
 def test_the_latest_notice_replaces_what_was_said_before(
-    answering: Answering, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+    processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
 ) -> None:
     engine_answers(3)
-    answering.shift.news.hear(encode(ControlUpdate(cancelled=("sub-1",))))
-    answering.shift.news.hear(encode(ControlUpdate()))
-    answering.see_through([delivered(batch_of(spec))])
+    processor.control.receive(encode(ControlUpdate(cancelled=("sub-1",))))
+    processor.control.receive(encode(ControlUpdate()))
+    processor.process([delivered(batch_of(spec))])
     assert verdicts_in(broker) == ["c0", "c1", "c2"]
 
 
 @pytest.mark.parametrize("body", [b"", b"{}x", b'{"cancelled": [""]}', b'{"schema_version": 99}'])
 def test_a_notice_that_is_none_changes_nothing(
-    body: bytes, answering: Answering, spec: ContextSpec, broker: RecordingBroker
+    body: bytes, processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker
 ) -> None:
-    answering.shift.news.hear(encode(ControlUpdate(cancelled=("sub-1",))))
-    answering.shift.news.hear(body)
-    answering.see_through([delivered(batch_of(spec))])
+    processor.control.receive(encode(ControlUpdate(cancelled=("sub-1",))))
+    processor.control.receive(body)
+    processor.process([delivered(batch_of(spec))])
     assert broker.settled == [("acknowledged", 7)]
 
 
 def test_a_batch_that_is_newer_is_given_back_once_the_others_are_settled_and_nothing_more_comes(
-    answering: Answering, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
+    processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
 ) -> None:
     engine_answers(3)
     newer = delivered(batch_of(spec))
@@ -733,7 +738,7 @@ def test_a_batch_that_is_newer_is_given_back_once_the_others_are_settled_and_not
         newer, tag=8, body=newer.body.replace(b'"schema_version":1', b'"schema_version":99')
     )
     with pytest.raises(MessageTooNew, match="a ClaimBatch of version 99 came"):
-        answering.see_through([newer, delivered(batch_of(spec))])
+        processor.process([newer, delivered(batch_of(spec))])
     assert verdicts_in(broker) == ["c0", "c1", "c2"]
     assert broker.settled == [("stopped taking", 0), ("given back", 8)]
     assert broker.to(topology.DEAD_MESSAGES_QUEUE) == []
