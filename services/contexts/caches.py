@@ -46,8 +46,8 @@ class PastStart(Value):
 
     @property
     def restart_seconds(self) -> float:
-        """What it takes to bring it back where a template is: that has the imports done, and the
-        weights are on the node by now. The two went on at the same time.
+        """Seconds to restart it from a fork server, which has done the imports, with the weights
+        already on the node. Imports and fetch ran at the same time.
         """
         phases = self.phases
         return max(0.0, (phases.total or 0.0) - max(phases.imports or 0.0, phases.fetch or 0.0))

@@ -120,7 +120,7 @@ class Settings(BaseSettings):
     broker_connect_timeout_seconds: Seconds = 30
     """How long a command waits for a broker that is not there before it gives up."""
     broker_heartbeat_seconds: Annotated[int, Field(ge=5, le=600)] = 30
-    """From one sign of life to the next, on every connection."""
+    """Seconds between AMQP heartbeats on every connection."""
     publish_window: Annotated[int, Field(ge=1, le=10_000)] = 128
     """Messages that may await the broker's confirmation before a publisher has to wait."""
 
@@ -147,21 +147,21 @@ class Settings(BaseSettings):
     other before they are sent, so that an engine reads it once. Results keep the file's order."""
 
     batches_in_flight: Annotated[int, Field(ge=1, le=256)] = 64
-    """The most batches that a worker has in hand; all of them are at its engine. Fewer, where
-    `KEEPWARM_PREFETCH_SECONDS` says so."""
+    """The maximum number of batches in flight in a worker; all of them are sent to its engine.
+    `KEEPWARM_PREFETCH_SECONDS` may lower it."""
     prefetch_seconds: Seconds = 4
-    """A worker measures its claims/s, and keeps no more in hand than it finishes in so long: fewer
-    batches, and of one that is too large only a part. The rest goes back for others."""
+    """A worker measures its claims/s, and keeps no more claims in flight than it can finish in this
+    time: it takes fewer batches, and returns a part of one that is too large."""
     grace_seconds: Seconds = 20
-    """From SIGTERM to the worker's end: 50 % for the batches in hand, up to 30 % for confirmations,
-    the rest in reserve. From SIGTERM to the keeper's: 60 % for workers to finish, 20 % for the
-    engines' end."""
+    """From SIGTERM to the worker's end: 50 % for the batches in flight, up to 30 % for
+    confirmations, the rest in reserve. From SIGTERM to the keeper's: 60 % for workers to finish,
+    20 % for the engines' end."""
     walltime_seconds: Seconds | None = None
     """The worker's or keeper's time on its node, from its start. It drains by itself 5 s before the
     grace period would no longer fit in. Where it is not set, `SLURM_JOB_END_TIME` counts."""
     engine_python: Path = Path(sys.executable)
-    """The interpreter that has vLLM: a path, or a name that is found in `PATH`; the worker's own
-    otherwise. What `PYTHONPATH` names is searched for modules last."""
+    """The interpreter that has vLLM: a path, or a name that is found in `PATH`; by default the
+    worker's own. Directories in `PYTHONPATH` are searched last for modules."""
     engine_arguments: str = ""
     """Further arguments for the engine, as in a shell. They win over the worker's choice and the
     context's, and are not part of the context."""
@@ -174,10 +174,10 @@ class Settings(BaseSettings):
     serves: `HuggingFaceTB/* /data/models/*`; all otherwise. Directories are compared by their real
     path."""
     engine_start_timeout_seconds: Seconds = 1_800
-    """How long an engine may load before it is given up."""
+    """How long an engine may take to start before the start counts as failed."""
     engine_request_timeout_seconds: Seconds = 120
-    """How long the engine may be silent, with claims in its hands, before it counts as hung and is
-    started again."""
+    """How long the engine may take without an answer, while it has requests, before it counts as
+    hung and is restarted."""
     engine_start_attempts: Annotated[int, Field(ge=1, le=100)] = 3
     """Failed starts in a row before a worker returns its claims and exits with 4. The first start
     of a worker is tried once only."""
@@ -189,7 +189,7 @@ class Settings(BaseSettings):
     refused, or more than their memory holds. Then it is a dead claim. The workers of `keepwarm run`
     have 30 unless this is set."""
     engine_trust_remote_code: bool = False
-    """Lets a model repository's own Python code run. It is code from strangers."""
+    """Lets a model repository's own Python code run. This is untrusted code."""
 
     start_keeper: bool = True
     """Whether a worker that finds no keeper on its node starts one. False where the keeper is a

@@ -1,4 +1,4 @@
-"""Which context a worker should serve next: a pure function of the directory and of the worker.
+"""Which context a worker serves next: a pure function of the demand and of the worker's state.
 
 docs/taking.md has the formulas, the constants with their reasons, and a worked example.
 """
@@ -21,53 +21,53 @@ from services.node.device import Device
 from services.node.runtime_dir import open_runtime_dir
 
 COLD_SECONDS = 60.0
-"""Until a context is ready, on a node where none was ever started."""
+"""Assumed start time of a context on a node that has never started one."""
 CLAIMS_PER_SECOND = 100.0
-"""A worker's speed before it was measured. Too high a guess makes it slower to move."""
+"""Assumed speed of a worker before it is measured. Too high a value delays switches."""
 PATIENCE_SECONDS = CONTROL_UPDATE_SECONDS
-"""An empty queue is believed after this long: the directory is a notice old."""
+"""How long the queue must be empty before a switch: demand is up to one update old."""
 SHORTEST_STAY_SECONDS = 10.0
 STAY_COSTS = 3.0
-"""A worker with work stays this many times what the switch costs: at most a quarter of its time
-goes into getting ready."""
+"""A worker with work stays for this many times the cost of the switch, so at most a quarter of its
+time is spent on starts."""
 BETTER_BY = 2.0
-"""So many times more work than here must wait elsewhere, for each worker, to leave work."""
-FIRST_NOTICES = 5
-"""Where nobody is, somebody goes after so many notices on average, however far it is."""
+"""A worker with work leaves only for this many times more work per worker."""
+FIRST_UPDATES = 5
+"""A context without workers gets one after this many updates on average, whatever its cost."""
 
-_OTHER_DIGITS = 1_009
-# From host memory back to the GPU: a second for each few GiB of weights.
+_SECOND_DRAW_FACTOR = 1_009
+# From host memory back to the GPU: about a second for every few GiB of weights.
 _WAKE_SECONDS = 5.0
-# A context that failed here is tried again after about as long as the fault has lasted: a hiccup
-# costs seconds, and a model that is missing for good a try each quarter or half of an hour.
+# A context that failed here is retried after about as long as the failure has lasted: a brief fault
+# costs seconds, and a missing model one attempt every 15 to 30 minutes.
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 10.0, 1800.0
 
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What a worker knows of itself.
+    """The state of a worker.
 
-    `here` is the context that it serves, None where it serves none yet. `warm` maps context ids to
-    the seconds until they are ready on this node: about 0 for a warm one, the time to wake one that
-    sleeps, what it takes to bring back one that was here before. `draw`, in [0, 1), is this
-    worker's lot for this notice: drawn anew for each.
+    `here` is the context that it serves, None before the first. `warm` maps context ids to the
+    seconds until they are ready on this node: about 0 if warm, the time to wake one that sleeps, or
+    the time to restart one that was here before. `random_draw`, in [0, 1), is drawn anew for each
+    control update.
     """
 
     here: str | None
     queue_empty: bool
     idle_seconds: float
-    """How long its own queue gave nothing, or how long it has had no context."""
+    """How long its queue has been empty, or how long it has had no context."""
     since_ready_seconds: float
-    """How long the present context has been ready."""
+    """How long its context has been ready."""
     claims_per_second: float | None
-    """As measured on the present context."""
+    """As measured on its context."""
     warm: Mapping[str, float]
-    draw: float
+    random_draw: float
 
 
 @dataclass(frozen=True, slots=True)
 class Stay:
-    """Go on with the present context, or with none. `reason` is for the log."""
+    """Keep the context, or stay without one. `reason` is for the log."""
 
     reason: str
 
@@ -81,172 +81,181 @@ class Switch:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """A context with claims ready, as this worker sees it."""
+class _Candidate:
+    """A context with claims ready, and what it would cost and give this worker."""
 
     context: ContextSpec
     ready: int
     workers: int
     cost_seconds: float
     work_seconds: float
-    """How long the claims would last, if this worker joined those that are there."""
+    """How long the claims would last if this worker joined its workers."""
     share: float
-    """Of the fleet, by ready claims."""
+    """Its share of the fleet's workers, in proportion to its ready claims."""
     useful: float
-    """How many workers have work there for longer than it costs to come."""
+    """How many workers have work there for longer than the start takes."""
 
     @property
     def deficit(self) -> float:
-        """How many workers it should get. One, where nobody is: every run has to end."""
+        """How many more workers it should get; at least one if it has none, for every run has
+        to end.
+        """
         wanted = min(self.share, self.useful)
         return max(wanted, 1.0) if self.workers == 0 else max(wanted - self.workers, 0.0)
 
     @property
-    def notices(self) -> float:
+    def spread_updates(self) -> float:
         """Over how many notices those who move are spread; see `_is_needed_elsewhere`."""
         spread = 2 * self.cost_seconds / CONTROL_UPDATE_SECONDS
         if self.workers == 0:
-            spread = min(spread, FIRST_NOTICES * self.deficit)
+            spread = min(spread, FIRST_UPDATES * self.deficit)
         return max(1.0, spread)
 
 
-def next_context(directory: Sequence[ContextDemand], worker: Situation) -> Stay | Switch:
-    """Stay, or switch to the context where this worker is wanted most."""
+def next_context(demand: Sequence[ContextDemand], worker: Situation) -> Stay | Switch:
+    """Stay, or switch to the context that needs this worker most."""
     rate = worker.claims_per_second or CLAIMS_PER_SECOND
-    ready = {line.context.context_id: line.claims_ready for line in directory}
-    workers = {line.context.context_id: line.workers_warm for line in directory}
-    if worker.here is not None:  # whoever decides is here, whatever the last notice says
+    ready = {entry.context.context_id: entry.claims_ready for entry in demand}
+    workers = {entry.context.context_id: entry.workers_warm for entry in demand}
+    if worker.here is not None:  # at least this one, whatever the last update says
         workers[worker.here] = max(1, workers.get(worker.here, 0))
     per_claim = sum(workers.values()) / max(1, sum(ready.values()))
-    places = [
-        _place(line, worker, rate, share=per_claim * line.claims_ready)
-        for line in directory
-        if line.claims_ready > 0 and line.context.context_id != worker.here
+    candidates = [
+        _candidate(entry, worker, rate, share=per_claim * entry.claims_ready)
+        for entry in demand
+        if entry.claims_ready > 0 and entry.context.context_id != worker.here
     ]
-    if not places:
+    if not candidates:
         return Stay("no claims wait elsewhere")
     if worker.here is None:
-        # Where to is drawn by other digits of the lot than whether.
-        where = worker.draw * _OTHER_DIGITS % 1.0
-        return _join([place for place in places if _pays(place, worker)], where)
+        # Where to go uses other digits of the draw than whether to go.
+        where = worker.random_draw * _SECOND_DRAW_FACTOR % 1.0
+        return _join([candidate for candidate in candidates if _pays(candidate, worker)], where)
     if not worker.queue_empty:
         work_here = ready.get(worker.here, 0) / (rate * workers[worker.here])
-        places = [place for place in places if _is_better(place, work_here)]
+        candidates = [candidate for candidate in candidates if _is_better(candidate, work_here)]
     elif worker.idle_seconds < PATIENCE_SECONDS:
         return Stay("the queue has only just become empty")
     else:
-        places = [place for place in places if _pays(place, worker)]
-    if not places:
+        candidates = [candidate for candidate in candidates if _pays(candidate, worker)]
+    if not candidates:
         return Stay("no work elsewhere is worth the switch")
-    places = [place for place in places if _stayed_long_enough(place, worker)]
-    if not places:
+    candidates = [candidate for candidate in candidates if _stayed_long_enough(candidate, worker)]
+    if not candidates:
         return Stay("this context has not been here for long")
     surplus = {
         context_id: max(0.0, count - per_claim * ready.get(context_id, 0))
         for context_id, count in workers.items()
     }
-    leaving = surplus[worker.here] / workers[worker.here]
-    return _move(places, leaving, sum(surplus.values()), worker.draw)
+    leave_chance = surplus[worker.here] / workers[worker.here]
+    return _move(candidates, leave_chance, sum(surplus.values()), worker.random_draw)
 
 
-def _place(line: ContextDemand, worker: Situation, rate: float, *, share: float) -> _Place:
-    cost = worker.warm.get(line.context.context_id, COLD_SECONDS)
-    return _Place(
-        context=line.context,
-        ready=line.claims_ready,
-        workers=line.workers_warm,
+def _candidate(entry: ContextDemand, worker: Situation, rate: float, *, share: float) -> _Candidate:
+    cost = worker.warm.get(entry.context.context_id, COLD_SECONDS)
+    return _Candidate(
+        context=entry.context,
+        ready=entry.claims_ready,
+        workers=entry.workers_warm,
         cost_seconds=cost,
-        work_seconds=line.claims_ready / (rate * (line.workers_warm + 1)),
+        work_seconds=entry.claims_ready / (rate * (entry.workers_warm + 1)),
         share=share,
-        useful=line.claims_ready / rate / cost if cost > 0 else inf,
+        useful=entry.claims_ready / rate / cost if cost > 0 else inf,
     )
 
 
-def _pays(place: _Place, worker: Situation) -> bool:
-    """For a worker with nothing to do. Where nobody is, it pays once as much time was lost idle as
-    the switch costs: rent, then buy. One that has no context at all loses nothing by going but the
-    start, so it buys after a part of that time, drawn anew: of many that wait, one is soon there.
+def _pays(candidate: _Candidate, worker: Situation) -> bool:
+    """For an idle worker. A context without workers pays once the worker has been idle for as long
+    as the switch costs (the ski-rental rule). A worker without any context loses only the start, so
+    it goes after a random part of that time: of many that wait, one goes soon.
     """
-    if place.work_seconds > place.cost_seconds:
+    if candidate.work_seconds > candidate.cost_seconds:
         return True
-    patience = place.cost_seconds * (worker.draw if worker.here is None else 1.0)
-    return place.workers == 0 and worker.idle_seconds >= patience
+    patience = candidate.cost_seconds * (worker.random_draw if worker.here is None else 1.0)
+    return candidate.workers == 0 and worker.idle_seconds >= patience
 
 
-def _is_better(place: _Place, work_here_seconds: float) -> bool:
-    """For a worker with work: enough to come for, and much more than here."""
-    return place.work_seconds > BETTER_BY * work_here_seconds + place.cost_seconds
+def _is_better(candidate: _Candidate, work_here_seconds: float) -> bool:
+    """For a worker with work: worth the switch, and much more work than here."""
+    return candidate.work_seconds > BETTER_BY * work_here_seconds + candidate.cost_seconds
 
 
-def _stayed_long_enough(place: _Place, worker: Situation) -> bool:
+def _stayed_long_enough(candidate: _Candidate, worker: Situation) -> bool:
     least = SHORTEST_STAY_SECONDS
     if not worker.queue_empty:
-        least = max(least, STAY_COSTS * place.cost_seconds)
+        least = max(least, STAY_COSTS * candidate.cost_seconds)
     return worker.since_ready_seconds >= least
 
 
-def _join(places: Sequence[_Place], draw: float) -> Stay | Switch:
-    """A worker without a context draws one: by ready claims, for each second until it is ready."""
-    if not places:
+def _join(candidates: Sequence[_Candidate], random_draw: float) -> Stay | Switch:
+    """A worker without a context picks one at random, by ready claims per second of start time."""
+    if not candidates:
         return Stay("no work is worth a start")
     weighted = [
-        (place, place.ready / (CONTROL_UPDATE_SECONDS + place.cost_seconds)) for place in places
+        (candidate, candidate.ready / (CONTROL_UPDATE_SECONDS + candidate.cost_seconds))
+        for candidate in candidates
     ]
-    place, _ = _drawn(weighted, draw)
-    return _switch(place)
+    candidate, _ = _pick(weighted, random_draw)
+    return _switch(candidate)
 
 
-def _move(places: Iterable[_Place], leaving: float, surplus: float, draw: float) -> Stay | Switch:
-    """The fleet's surplus is dealt to what others lack, the soonest ready first; this worker draws
-    whether it is one of those who go, and where.
+def _move(
+    candidates: Iterable[_Candidate], leave_chance: float, surplus: float, random_draw: float
+) -> Stay | Switch:
+    """Assign the fleet's surplus to the contexts with a deficit, the soonest ready first. This
+    worker draws whether it moves, and where to.
     """
-    dealt: list[tuple[_Place, float]] = []
+    assigned: list[tuple[_Candidate, float]] = []
     left = surplus
-    for place in sorted(places, key=lambda place: (place.cost_seconds, -place.ready)):
-        given = min(place.deficit, left)
-        if given > 0:
-            dealt.append((place, given))
-            left -= given
-    if leaving <= 0 or not dealt:
+    for candidate in sorted(
+        candidates, key=lambda candidate: (candidate.cost_seconds, -candidate.ready)
+    ):
+        assigned_workers = min(candidate.deficit, left)
+        if assigned_workers > 0:
+            assigned.append((candidate, assigned_workers))
+            left -= assigned_workers
+    if leave_chance <= 0 or not assigned:
         return Stay("the workers are where the claims are")
-    chance = min(1.0, leaving * (surplus - left) / surplus)
-    place, lot = _drawn(dealt, draw)
-    if not _is_needed_elsewhere(place, chance, lot):
-        return Stay(f"others go, at a chance of {chance:.2f}")
-    return _switch(place)
+    chance = min(1.0, leave_chance * (surplus - left) / surplus)
+    candidate, remaining_draw = _pick(assigned, random_draw)
+    if not _goes_now(candidate, chance, remaining_draw):
+        return Stay(f"not drawn to move, at a chance of {chance:.2f}")
+    return _switch(candidate)
 
 
-def _is_needed_elsewhere(place: _Place, chance: float, lot: float) -> bool:
-    """Whether a worker that goes with this chance goes now.
+def _goes_now(candidate: _Candidate, chance: float, remaining_draw: float) -> bool:
+    """Whether a worker that moves with this chance moves at this update.
 
-    Those who move are out of sight until they are ready, and as many more would be called at each
-    notice meanwhile. So the chance is that of going within twice the time that it takes.
+    Workers that move are not counted until they are ready, and each update meanwhile would send as
+    many again. So the chance is that of moving within twice the time that the start takes.
     """
-    staying: float = (1 - chance) ** (1 / place.notices)
-    return lot < 1 - staying
+    staying: float = (1 - chance) ** (1 / candidate.spread_updates)
+    return remaining_draw < 1 - staying
 
 
-def _drawn(weighted: Sequence[tuple[_Place, float]], draw: float) -> tuple[_Place, float]:
-    """The place on which the draw falls, by weight, and how far into it: another draw in [0, 1)."""
-    position = draw * sum(weight for _, weight in weighted)
-    for place, weight in weighted[:-1]:
+def _pick(
+    weighted: Sequence[tuple[_Candidate, float]], random_draw: float
+) -> tuple[_Candidate, float]:
+    """The candidate that the draw picks, by weight, and the rest of the draw, again in [0, 1)."""
+    position = random_draw * sum(weight for _, weight in weighted)
+    for candidate, weight in weighted[:-1]:
         if position < weight:
-            return place, position / weight
+            return candidate, position / weight
         position -= weight
-    place, weight = weighted[-1]
-    return place, min(position / weight, 1 - float_info.epsilon)
+    candidate, weight = weighted[-1]
+    return candidate, min(position / weight, 1 - float_info.epsilon)
 
 
-def _switch(place: _Place) -> Switch:
+def _switch(candidate: _Candidate) -> Switch:
     return Switch(
-        place.context,
-        f"{place.work_seconds:,.0f} s of work wait there, {place.workers} workers are there, and "
-        f"it is ready in {place.cost_seconds:,.1f} s",
+        candidate.context,
+        f"{candidate.work_seconds:,.0f} s of work wait there, {candidate.workers} workers are "
+        f"there, and it is ready in {candidate.cost_seconds:,.1f} s",
     )
 
 
 class StartupEstimates:
-    """What is warm here, what starts took before, and what could not be had here of late."""
+    """Start times of contexts on this node, and contexts that failed here recently."""
 
     def __init__(
         self, device: Device, settings: Settings, clock: Callable[[], float] = time.monotonic
@@ -260,9 +269,9 @@ class StartupEstimates:
         self._not_before: dict[str, float] = {}
 
     def failed(self, context_id: str, error: KeepwarmError) -> float:
-        """It could not be had, or not be kept. The seconds for which it is left to other nodes.
+        """Record that the context could not be started or kept; return the seconds until a retry.
 
-        A keeper that cannot be used is no fault of the context's: its pause does not grow.
+        A keeper that cannot be used is not the context's fault: that pause does not grow.
         """
         failures = 1
         if not isinstance(error, KeeperError):
@@ -276,17 +285,17 @@ class StartupEstimates:
         return pause
 
     def answered(self, context_id: str) -> None:
-        """It works here: whatever failed before is forgotten."""
+        """Forget its failures: it works here."""
         self._failures.pop(context_id, None)
 
     def may_try(self, context_id: str) -> bool:
-        """False for a while after it has failed here."""
+        """False until its retry is due."""
         return self._clock() >= self._not_before.get(context_id, 0.0)
 
     def seconds(self, contexts: Iterable[ContextSpec]) -> dict[str, float]:
-        """By context id. One that was never here is taken to start like the slowest of those that
-        were, and to be fetched first; on a node without any, nothing is known of it, and it is left
-        out. Where no template is, imports come on top.
+        """Seconds until each context is ready, by context id. A context that was never here is
+        assumed to start like the slowest of those that were, and to be fetched first; on a node
+        without any it is left out. Without a fork server, imports are added.
         """
         live = {record.name: record for record in live_records(self._directory)}
         starts = self._caches.recall_all()

@@ -209,7 +209,7 @@ class Worker:
                 since_ready_seconds=session.ready_seconds,
                 claims_per_second=session.claims_per_second,
                 warm=self._estimates.seconds(self._contexts()),
-                draw=random.random(),
+                random_draw=random.random(),
             ),
         )
 
@@ -267,7 +267,7 @@ class Worker:
                     since_ready_seconds=0.0,
                     claims_per_second=None,
                     warm=estimates.seconds(self._contexts()),
-                    draw=random.random(),
+                    random_draw=random.random(),
                 )
                 chosen = self._choose(estimates, situation)
                 if chosen is not None:

@@ -1,8 +1,8 @@
-"""How much of the node's memory is ours: all of it, or less by a limit of a cgroup or of Slurm.
+"""How much of the node's memory this process may use: limits of cgroups and of Slurm apply.
 
-A container, a batch job or a service of systemd may have less than the machine, and the kernel
-kills what takes more. A limit may be set on any cgroup that contains ours: the least one counts,
-and the least of what is left of each.
+A container, a batch job or a systemd service may have less than the machine, and the kernel kills
+processes that exceed the limit. Any cgroup that contains this process may set one. The lowest limit
+counts, and the smallest remainder.
 """
 
 import os
@@ -35,7 +35,7 @@ class _Limit:
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """What the kernel calls it, in one version of cgroups."""
+    """The kernel's file names in one version of cgroups."""
 
     limits: Sequence[str]
     used: str
@@ -43,8 +43,8 @@ class _Files:
     """Entries of memory.stat."""
 
 
-# https://docs.kernel.org/admin-guide/cgroup-v2.html: over `high` a cgroup is slowed down until it
-# is of no use. https://docs.kernel.org/admin-guide/cgroup-v1/memory.html
+# https://docs.kernel.org/admin-guide/cgroup-v2.html: over `high` a cgroup is slowed down so much
+# that it is useless. https://docs.kernel.org/admin-guide/cgroup-v1/memory.html
 _V2 = _Files(("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file"))
 _V1 = _Files(
     ("memory.limit_in_bytes",),
@@ -54,17 +54,17 @@ _V1 = _Files(
 
 
 def available_bytes() -> int:
-    """What could be allocated now without swapping, and without more than any limit allows."""
+    """How much could be allocated now without swapping and within every limit."""
     return min([psutil.virtual_memory().available, *(limit.free_bytes for limit in _limits())])
 
 
 def total_bytes() -> int:
-    """All that there is for us and whoever shares our limits."""
+    """The whole memory within every limit, used or not."""
     return min([psutil.virtual_memory().total, *(limit.limit_bytes for limit in _limits())])
 
 
 def cgroup_directories() -> list[Path]:
-    """Our memory cgroup's, and those of the cgroups that contain it, ours first."""
+    """The directories of this process's memory cgroup and of those that contain it, inside out."""
     return [directory for directory, _ in _cgroups()]
 
 
@@ -75,14 +75,14 @@ def _limits() -> list[_Limit]:
         if (limit := _limit_of(directory, files)) is not None
     ]
     slurm = _slurm_bytes()
-    # Where Slurm limits a job by a cgroup, that knows better what is used.
+    # If Slurm limits the job by a cgroup, the cgroup's count of used memory is more precise.
     if slurm is not None and all(limit.limit_bytes > slurm for limit in limits):
         limits.append(_Limit(slurm, _used_by_our_processes()))
     return limits
 
 
 def _cgroups() -> Iterator[tuple[Path, _Files]]:
-    """Ours, and each that contains it, as far as they are to be seen from here; cgroups(7)."""
+    """The cgroup of this process, and each visible cgroup that contains it; cgroups(7)."""
     try:
         ours = (_PROC / "cgroup").read_text(encoding="utf-8").splitlines()
         mounts = (_PROC / "mountinfo").read_text(encoding="utf-8").splitlines()
@@ -106,11 +106,12 @@ def _cgroups() -> Iterator[tuple[Path, _Files]]:
 
 
 def _upwards(mounted_at: Path, path: str, root: str) -> Iterator[Path]:
-    """The directory of the cgroup `path`, and those that contain it. `root` is the one that is
-    mounted: in a container it may be its own, and `path` the host's name for it.
+    """The directory of the cgroup `path`, and those that contain it. `root` is the cgroup that is
+    mounted at `mounted_at`. In a container that may be the container's own, and `path` a path of
+    the host.
     """
     beneath = path.removeprefix(root.rstrip("/")).strip("/") if path.startswith(root) else ""
-    if ".." in Path(beneath).parts:  # outside of what we may see
+    if ".." in Path(beneath).parts:  # outside of the mounted part
         beneath = ""
     directory = mounted_at / beneath
     yield directory
@@ -120,27 +121,27 @@ def _upwards(mounted_at: Path, path: str, root: str) -> Iterator[Path]:
 
 
 def _unescaped(field: str) -> str:
-    """A space or a backslash of a path is an octal number in mountinfo; proc_pid_mountinfo(5)."""
+    """Mountinfo writes a space or backslash as an octal number; proc_pid_mountinfo(5)."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field)
 
 
 def _limit_of(directory: Path, files: _Files) -> _Limit | None:
     limits = [_number(directory / name) for name in files.limits]
     stat = _stat(directory / "memory.stat")
-    # In version 1 it tells the least limit of those above, too, which may be out of our sight.
+    # In version 1 it has the lowest limit of the cgroups above too, which may not be visible.
     known = [
         limit for limit in (*limits, stat.get("hierarchical_memory_limit")) if limit is not None
     ]
     used = _number(directory / files.used)
     if not known or used is None:
         return None
-    # Files that were read or written are given up before anything is killed: the kernel's own
-    # MemAvailable counts so.
+    # The page cache of files is freed before any process is killed, so it counts as available, as
+    # in the kernel's MemAvailable.
     return _Limit(min(known), max(0, used - sum(stat.get(name, 0) for name in files.cache)))
 
 
 def _number(path: Path) -> int | None:
-    """None where there is no such file, or it says `max`."""
+    """None if there is no such file, or if it contains `max`."""
     try:
         return int(path.read_text(encoding="ascii"))
     except (OSError, ValueError):
@@ -156,8 +157,8 @@ def _stat(path: Path) -> dict[str, int]:
 
 
 def _slurm_bytes() -> int | None:
-    """What `--mem` and its like say: where Slurm has no cgroups, it ends a job whose processes hold
-    more (sbatch(1)). 0 means all of the node's.
+    """The job's limit by `--mem` and similar options: without cgroups, Slurm ends a job whose
+    processes hold more (sbatch(1)). 0 means the whole node's memory.
     """
     for name, factor in _SLURM_LIMITS:
         with suppress(KeyError, ValueError):
@@ -168,7 +169,9 @@ def _slurm_bytes() -> int | None:
 
 
 def _used_by_our_processes() -> int:
-    """As Slurm adds them up, by their resident pages: of a keeper, the engines are part of them."""
+    """The resident memory of this process and its descendants, as Slurm counts it. A keeper's
+    engines are among them.
+    """
     ours = psutil.Process()
     used = 0
     for process in (ours, *ours.children(recursive=True)):

@@ -23,7 +23,7 @@ _MAX_SOCKET_PATH_BYTES = 107
 
 def open_runtime_dir(directory: Path) -> Path:
     """Make it, or check that it is ours alone. Raises UsageError: a stranger's directory could
-    hand us a stranger's engine.
+    give us another user's engine.
     """
     return open_private_dir(directory, "KEEPWARM_RUNTIME_DIR")
 

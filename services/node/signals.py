@@ -1,4 +1,4 @@
-"""The first signal asks for an orderly end; a second SIGTERM or Ctrl-C ends at once."""
+"""Signals: the first one asks for an orderly end, a second SIGTERM or Ctrl-C ends at once."""
 
 import os
 import queue
@@ -10,16 +10,16 @@ from types import FrameType
 import structlog
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Slurm's and others' early warning (`--signal=B:USR1@60`). SIGTERM comes after it in any case, and
-# is then the first of its kind. SIGHUP comes once from the kernel and once from the shell when a
-# terminal is lost, so a second one must not end anything.
+# Early warnings of Slurm and other batch systems (`--signal=B:USR1@60`). SIGTERM follows, and must
+# not count as a second signal. SIGHUP comes twice when a terminal is lost, from the kernel and from
+# the shell, so a second one must not end the process.
 _WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 log = structlog.get_logger(__name__)
 
 
 def before_the_walltime_ends(stop: Callable[[], None], seconds: float | None) -> None:
-    """Call `stop` in so many seconds; never where the time is not known."""
+    """Call `stop` after this time; never if it is None."""
     if seconds is None:
         return
 
@@ -34,11 +34,11 @@ def before_the_walltime_ends(stop: Callable[[], None], seconds: float | None) ->
 
 
 def on_stop_signal(stop: Callable[[int], None]) -> None:
-    """Call `stop` with the signal's number at the first one, on a thread of its own: a handler
-    interrupts the main thread anywhere, also while it holds a lock that `stop` needs.
+    """Call `stop` with the number of the first signal, on a thread of its own: a handler may
+    interrupt the main thread while it holds a lock that `stop` needs.
 
-    Engines and nodes are on leashes, so that nothing stays behind when a second SIGTERM or Ctrl-C
-    ends this process on the spot.
+    A second SIGTERM or Ctrl-C ends this process at once. Engines and RabbitMQ nodes are supervised
+    processes, so they end with it.
     """
     came: list[int] = []
     first: queue.SimpleQueue[int] = queue.SimpleQueue()  # its `put` is safe in a handler
@@ -54,4 +54,4 @@ def on_stop_signal(stop: Callable[[int], None]) -> None:
     for number in (*_STOP_SIGNALS, *_WARNINGS):
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup(1)
             signal.signal(number, handle)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _WARNINGS)  # main.py holds back what comes earlier
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _WARNINGS)  # main.py blocks them until here

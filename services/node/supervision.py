@@ -1,19 +1,18 @@
 """A child process that cannot outlive its owner, and leaves no process of its own behind.
 
 `python keepwarm_start.py services.node.supervision --grace 10 -- COMMAND…` runs COMMAND in a
-session of its own and holds the other end of a pipe. When the owner ends, even by SIGKILL, the pipe
-closes; then, or on SIGTERM, the command gets SIGTERM, `--grace` seconds, and SIGKILL. When the
-command has ended, everything it ever started is killed, daemons that left its session included: the
-leash is their subreaper (prctl(2)). A leash is two processes, a guard and its holder, of which each
-ends the command when the other is killed: whichever process dies first, and even if its owner dies
-at the same moment, nothing stays.
+session of its own and holds one end of a pipe. When the owner ends, even by SIGKILL, the pipe
+closes. Then, or on SIGTERM, the command gets SIGTERM, and SIGKILL after `--grace` seconds. When the
+command has ended, every process that it ever started is killed, daemons that left its session
+included: the supervisor is their subreaper (prctl(2)). There are two processes, a guard and the
+supervisor. Each ends the command if the other is killed, so nothing remains whichever process dies
+first, even if its owner dies at the same moment.
 
-`hold` does the same for whatever is held by this very process: an engine that was forked and not
-called by its name (services/contexts/fork_server.py).
+`supervise` does the same for a child of the calling process: an engine that was forked, not
+executed (services/contexts/fork_server.py).
 
-A broker node brings a port mapper that makes itself a daemon; an engine brings processes that hold
-GPU memory. Neither may stay. The leash imports the standard library and psutil only, and owns
-nothing that could fail.
+A RabbitMQ node starts a port mapper as a daemon; an engine starts processes that hold GPU memory.
+This module imports the standard library and psutil only, and owns nothing that could fail.
 """
 
 import argparse
@@ -43,7 +42,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class SupervisedProcess:
-    """A command on a leash, as its owner sees it."""
+    """A supervised command, as its owner sees it."""
 
     def __init__(
         self,
@@ -84,7 +83,7 @@ class SupervisedProcess:
         return self._process.stdout
 
     def command(self) -> psutil.Process | None:
-        """The process that is held, while it lives."""
+        """The supervised command's process, while it lives."""
         with contextlib.suppress(psutil.NoSuchProcess, IndexError):
             supervisor = psutil.Process(self._process.pid).children()[0]
             return supervisor.children()[0]
@@ -135,7 +134,7 @@ class SupervisedProcess:
 
 
 def from_shell(code: int) -> int:
-    """The leash reports a command's death by signal N as 128 + N, as shells do."""
+    """The supervisor reports death by signal N as 128 + N, as shells do."""
     return 128 - code if code - 128 in signal.valid_signals() else code
 
 
@@ -175,15 +174,15 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
 
 
 def _guard(supervisor: int) -> int:
-    """Wait for the holder, pass signals on to it, and end what it could not end."""
+    """Wait for the supervisor, forward signals to it, and kill what it left."""
     for number in _STOP_SIGNALS:
         signal.signal(number, lambda received, _: os.kill(supervisor, received))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
-    # Not reaped yet: until signals are ignored, the holder's number is nobody else's.
+    # Not reaped yet: until signals are ignored, no other process can get its pid.
     os.waitid(os.P_PID, supervisor, os.WEXITED | os.WNOWAIT)
     _ignore_stop_signals()
     _, status = os.waitpid(supervisor, 0)
-    # Killed, it left its orphans to the next subreaper: that is us.
+    # If it was killed, its orphans were reparented to the next subreaper, this process.
     _kill_all(psutil.Process())
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
@@ -200,15 +199,16 @@ class ChildProcess(Protocol):
 
 
 def supervise(start: Callable[[], ChildProcess], owner: int, grace_seconds: float) -> int:
-    """Hold what `start` starts until it ends, or until `owner`, a descriptor, becomes readable:
-    then it has SIGTERM, so many seconds, and SIGKILL. Its exit code; 128 + N after signal N.
+    """Supervise the process that `start` returns until it ends, or until `owner`, a descriptor,
+    becomes readable: then send SIGTERM, and SIGKILL after the grace period. Returns the exit code;
+    128 + N after signal N.
 
-    What is started must lead a session of its own, and call `die_with_parent`.
+    The process must lead a session of its own, and call `die_with_parent`.
     """
     adopt_orphans()
     guard = os.getpid()
-    # A signal that comes before its handler is there would end the guard, and it would seem that
-    # all is over while the holder is still at it.
+    # A signal that comes before its handler is installed would end the guard, and its owner would
+    # believe the command to be gone while the supervisor still ends it.
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     supervisor = os.fork()
     if supervisor:
@@ -249,8 +249,8 @@ def supervise(start: Callable[[], ChildProcess], owner: int, grace_seconds: floa
 
 
 def _ignore_stop_signals() -> None:
-    """It is over. Python gives signals back to their defaults when it ends: one that comes now
-    would take the exit code's place.
+    """Python resets signals to their defaults when it ends: a signal that comes then would replace
+    the exit code.
     """
     for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""How long this node is ours: what the scheduler, or a setting, says."""
+"""The time until the scheduler takes the node away, or a setting's limit ends."""
 
 import os
 import time
@@ -7,15 +7,15 @@ from services.contracts import Settings
 from services.contracts.errors import UsageError
 
 _SLURM_END = "SLURM_JOB_END_TIME"
-# Between the drain's end and the scheduler's: its clock is not ours.
+# Between the end of the drain and the scheduler's limit, because clocks differ.
 _MARGIN_SECONDS = 5.0
 
 
 def seconds_left(settings: Settings) -> float | None:
-    """From now to the moment when the node is taken away; None where nobody set an end.
+    """Seconds until the node is taken away; None if nothing sets a limit.
 
-    The scheduler's wall-clock time is looked at once: later jumps of the clock do not matter.
-    Raises UsageError when SLURM_JOB_END_TIME is no time.
+    The wall clock is read once, so later jumps of it have no effect.
+    Raises UsageError when SLURM_JOB_END_TIME is not a time.
     """
     if settings.walltime_seconds is not None:
         return settings.walltime_seconds
@@ -26,15 +26,12 @@ def seconds_left(settings: Settings) -> float | None:
         return max(0.0, float(int(end)) - time.time())
     except (ValueError, OverflowError) as error:
         raise UsageError(
-            f"{_SLURM_END} is {end!r}, no number of seconds since 1970; unset it, or set "
-            "KEEPWARM_WALLTIME_SECONDS"
+            f"{_SLURM_END} is {end!r}, which is not a number of seconds since 1970; unset it, or "
+            "set KEEPWARM_WALLTIME_SECONDS"
         ) from error
 
 
 def seconds_until_drain(settings: Settings) -> float | None:
-    """From now to the moment when a drain has to begin; None where nobody set an end.
-
-    Raises UsageError, as `seconds_left` does.
-    """
+    """Seconds until a drain must begin; None without a limit. Raises UsageError."""
     left = seconds_left(settings)
     return None if left is None else max(0.0, left - settings.grace_seconds - _MARGIN_SECONDS)

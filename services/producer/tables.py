@@ -1,5 +1,6 @@
 """Parquet files, Arrow files, and directories of them as Hugging Face's libraries write them."""
 
+import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,13 +14,14 @@ _SUFFIXES = (".parquet", ".arrow")
 # Where `datasets` and the hub put the files of splits; they use no deeper directories.
 _PATTERNS = ("*", "*/*", "data/*/*")
 # `train-00000-of-00002.parquet` and `data-00000-of-00001.arrow` are parts of one table.
-_SHARD = re.compile(r"(.*)-\d{5}-of-\d{5}")
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})")
 
 
 def table_files(directory: Path, split: str | None) -> list[Path]:
     """The files of one split of a dataset's directory, in order.
 
-    Raises InputError when there is none, or when there are several splits and none is named.
+    Raises InputError when there is none, when there are several splits and none is named, or when
+    a part of the split is missing.
     """
     found = sorted(
         path
@@ -38,11 +40,12 @@ def table_files(directory: Path, split: str | None) -> list[Path]:
     for path in found:
         splits.setdefault(_split_of(path, directory), []).append(path)
     if split is None and len(splits) == 1:
-        return found
+        (split,) = splits
     if split not in splits:
         listed = ", ".join(sorted(splits))
         what = "has several splits" if split is None else f"has no split {split!r}"
         raise InputError(f"{directory} {what}; name one of them with --split: {listed}")
+    _require_all_parts(splits[split], directory)
     return splits[split]
 
 
@@ -52,6 +55,21 @@ def _split_of(path: Path, directory: Path) -> str:
     name = shard[1] if shard else path.stem
     folders = path.relative_to(directory).parent.parts
     return "/".join(part for part in (*folders, name) if part != "data") or name
+
+
+def _require_all_parts(files: Sequence[Path], directory: Path) -> None:
+    """Raises InputError where the names say that there are more parts than files."""
+    parts: dict[tuple[Path, str, int], set[int]] = {}
+    for path in files:
+        if shard := _SHARD.fullmatch(path.stem):
+            table = (path.parent, shard[1], int(shard[3]))
+            parts.setdefault(table, set()).add(int(shard[2]))
+    for (folder, name, total), found in parts.items():
+        if missing := sorted(set(range(total)) - found):
+            raise InputError(
+                f"{directory}: of the {total:,} parts of {folder.name}/{name} {len(missing):,} are "
+                f"missing, the first is number {missing[0]:05d}; download the directory again"
+            )
 
 
 def rows(file: IO[bytes], name: str, kind: str) -> Iterator[dict[str, Any]]:
@@ -76,7 +94,7 @@ def rows(file: IO[bytes], name: str, kind: str) -> Iterator[dict[str, Any]]:
         else:
             file.seek(0)
             reader = pa.ipc.open_stream(file)
-            schema, batches = reader.schema, iter(reader)
+            schema, batches = reader.schema, _all_streams(pa, file, reader)
         features = _features(schema.metadata)
         for batch in batches:
             for start in range(0, batch.num_rows, _BATCH_ROWS):
@@ -84,6 +102,14 @@ def rows(file: IO[bytes], name: str, kind: str) -> Iterator[dict[str, Any]]:
                     yield {key: _named(value, features.get(key)) for key, value in row.items()}
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{name} is a damaged {kind} file ({error}); fetch it again") from error
+
+
+def _all_streams(pa: Any, file: IO[bytes], reader: Any) -> Iterator[Any]:
+    """The batches of every stream in the file: `cat` of two streams is a file with two."""
+    yield from reader
+    while file.read(1):
+        file.seek(-1, io.SEEK_CUR)
+        yield from pa.ipc.open_stream(file)
 
 
 def _pyarrow(name: str):  # type: ignore[no-untyped-def]  # noqa: ANN202  (a module)

@@ -41,7 +41,7 @@ def idle(here: ContextSpec | None = A, **changes: object) -> Situation:
         "since_ready_seconds": 1_000.0,
         "claims_per_second": 10.0,
         "warm": {context.context_id: 0.0 for context in CONTEXTS},
-        "draw": 0.0,
+        "random_draw": 0.0,
     }
     return Situation(**{**fields, **changes})  # type: ignore[arg-type]
 
@@ -107,14 +107,16 @@ def test_a_context_of_which_nothing_is_known_is_taken_to_be_cold() -> None:
 def test_what_is_warm_here_comes_first() -> None:
     directory = [line(A, 0, 1), line(B, 50_000), line(C, 10_000)]
     for warm, first in ((ready_in(B=60, C=0), C), (ready_in(B=0, C=60), B)):
-        draws = {goes_to(next_context(directory, idle(warm=warm, draw=n / 10))) for n in range(10)}
+        draws = {
+            goes_to(next_context(directory, idle(warm=warm, random_draw=n / 10))) for n in range(10)
+        }
         assert draws == {first}
 
 
 def test_a_new_worker_prefers_what_its_node_holds_warm() -> None:
     directory = [line(B, 50_000), line(C, 10_000)]
     drawn = [
-        goes_to(next_context(directory, idle(None, warm=ready_in(C=0), draw=n / 100)))
+        goes_to(next_context(directory, idle(None, warm=ready_in(C=0), random_draw=n / 100)))
         for n in range(100)
     ]
     assert drawn.count(C) > 80
@@ -127,10 +129,11 @@ def test_of_many_new_workers_one_soon_goes_where_nobody_is_and_the_others_do_not
         drawn = [
             goes_to(
                 next_context(
-                    directory, idle(None, warm=ready_in(B=60), idle_seconds=seconds, draw=draw)
+                    directory,
+                    idle(None, warm=ready_in(B=60), idle_seconds=seconds, random_draw=random_draw),
                 )
             )
-            for draw in lots
+            for random_draw in lots
         ]
         assert drawn.count(B) == pytest.approx(goers, abs=2)
 
@@ -138,7 +141,8 @@ def test_of_many_new_workers_one_soon_goes_where_nobody_is_and_the_others_do_not
 def test_new_workers_spread_in_proportion_to_the_work() -> None:
     directory = [line(B, 30_000), line(C, 60_000), line(D, 0, 3)]
     drawn = [
-        goes_to(next_context(directory, idle(None, warm={}, draw=n / 300))) for n in range(300)
+        goes_to(next_context(directory, idle(None, warm={}, random_draw=n / 300)))
+        for n in range(300)
     ]
     assert drawn.count(B) == pytest.approx(100, abs=1)
     assert drawn.count(C) == pytest.approx(200, abs=1)
@@ -197,7 +201,7 @@ SITUATIONS = st.builds(
     since_ready_seconds=SECONDS,
     claims_per_second=st.none() | st.floats(min_value=0, max_value=10_000),
     warm=st.dictionaries(st.sampled_from(IDS), SECONDS),
-    draw=st.floats(min_value=0, max_value=1, exclude_max=True),
+    random_draw=st.floats(min_value=0, max_value=1, exclude_max=True),
 )
 
 
@@ -295,7 +299,7 @@ class Fleet:
                 since_ready_seconds=self.now - since,
                 claims_per_second=self.claims_per_second,
                 warm=dict.fromkeys(IDS, self.cost),
-                draw=self.lots.random(),
+                random_draw=self.lots.random(),
             )
             target = goes_to(next_context(directory, worker))
             if target is not None:

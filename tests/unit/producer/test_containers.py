@@ -438,6 +438,26 @@ def test_a_directory_of_one_split_is_read_in_the_order_of_its_parts(tmp_path: Pa
     assert texts(tmp_path) == ["Part 0.", "Part 1."]
 
 
+def test_a_directory_with_a_missing_part_is_refused_and_names_it(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for number in (0, 2):
+        pq.write_table(
+            pa.table({"claim": [f"Part {number}."]}),
+            tmp_path / "data" / f"train-0000{number}-of-00004.parquet",
+        )
+    with pytest.raises(InputError, match="of the 4 parts of data/train 2 are missing, .* 00001"):
+        texts(tmp_path)
+
+
+def test_arrow_streams_that_were_put_together_are_all_read(tmp_path: Path) -> None:
+    with (tmp_path / "claims.arrow").open("wb") as file:
+        for _ in range(3):
+            with pa.ipc.new_stream(file, TABLE.schema) as writer:
+                writer.write_table(TABLE)
+    with Source.open(str(tmp_path / "claims.arrow")) as source:
+        assert source.summarize().lines == 9
+
+
 def test_of_a_directory_of_several_splits_one_must_be_named(tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
