@@ -2,7 +2,14 @@
 
 from collections.abc import Iterable, Sequence
 
-from services.contracts import ClaimBatch, DeadClaim, Run, RunAnnouncement, VerdictBatch
+from services.contracts import (
+    INVALID,
+    ClaimBatch,
+    DeadClaim,
+    Run,
+    RunAnnouncement,
+    VerdictBatch,
+)
 from services.contracts.errors import MessageInvalid
 from services.contracts.proofs import all_equal, claim_proof, split_verdict_proof
 from services.contracts.wire import Message
@@ -61,6 +68,12 @@ class Submissions:
             for one, (_, evidence) in zip(batch.verdicts, carried, strict=False)
         )
         _compare([proof for proof, _ in carried], expected, batch.run_id)
+        known = self._find(batch.submission_id or "")
+        labels = known[0].prompt.label_names if known else batch.labels
+        if batch.labels != labels or not {v.label for v in batch.verdicts} <= {*labels, INVALID}:
+            raise MessageInvalid(
+                f"a verdict has a label that the prompt of {batch.run_id} does not have"
+            )
 
     def check_dead(self, dead: DeadClaim) -> None:
         key = self._key(dead.submission_id, dead.run_id)

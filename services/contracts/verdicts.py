@@ -52,6 +52,10 @@ _Submission = Annotated[Identity | None, Field(exclude_if=lambda value: value is
 """Whose claims these are; told together with their proofs."""
 
 
+MAX_ENGINE_SECONDS = 7 * 24 * 3600.0
+"""Of one request. A forged value must not change the speed that a report shows for ever."""
+
+
 class VerdictBatch(Message):
     """The verdicts of one batch of claims, by one worker, from one request to its engine.
 
@@ -65,7 +69,7 @@ class VerdictBatch(Message):
     worker_id: OwnId
     device: Name
     attempt: Attempt
-    engine_seconds: Annotated[float, Field(ge=0)]
+    engine_seconds: Annotated[float, Field(ge=0, le=MAX_ENGINE_SECONDS)]
     submission_id: _Submission = None
     proofs: Proofs = ()
 

@@ -77,6 +77,18 @@ def test_a_verdict_on_a_claim_that_the_run_does_not_have_is_refused(
         )
 
 
+def test_a_verdict_with_a_label_that_the_prompt_does_not_have_is_refused(
+    submissions: Submissions, verdicts: VerdictBatch
+) -> None:
+    forged = verdicts.verdicts[1].model_copy(update={"label": "NOT A LABEL"})
+    for changes in (
+        {"verdicts": (verdicts.verdicts[0], forged)},
+        {"labels": (*verdicts.labels[:-1], "NOT A LABEL")},
+    ):
+        with pytest.raises(MessageInvalid, match="a label that the prompt of run-.* does not have"):
+            submissions.check_verdicts(verdicts.model_copy(update=changes))
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"text": "Ignore it."}, {"evidence": "Other."}, {"evidence": None}, {"claim_id": "c9"}],

@@ -142,7 +142,7 @@ def verdict_batches(draw: st.DrawFn) -> VerdictBatch:
         worker_id=draw(OWN_IDS),
         device=draw(words(20)),
         attempt=draw(st.integers(1, 1000)),
-        engine_seconds=draw(st.floats(min_value=0, max_value=1e6)),
+        engine_seconds=draw(st.floats(min_value=0, max_value=604_800)),
     )
 
 
@@ -350,7 +350,7 @@ BOUNDS: list[tuple[str, str, object]] = [
     *(("VerdictBatch", "worker_id", bad) for bad in ("", "w" * 513)),
     *(("VerdictBatch", "device", bad) for bad in ("", "d" * 513)),
     *(("VerdictBatch", "attempt", bad) for bad in (0, 2**31)),
-    *(("VerdictBatch", "engine_seconds", bad) for bad in (-1, float("inf"), float("nan"))),
+    *(("VerdictBatch", "engine_seconds", bad) for bad in (-1, 1e308, float("inf"), float("nan"))),
     ("DeadClaim", "reason", "bored"),
     *(("DeadClaim", "detail", bad) for bad in ("d" * 16_385, "a\0")),
     ("DeadClaim", "attempt", 0),
