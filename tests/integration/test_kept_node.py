@@ -203,7 +203,7 @@ def test_a_keeper_that_is_killed_ends_the_run_that_has_its_broker(
     wait_for_the_first_of(out)
     keeper.signal(signal.SIGKILL)
     assert running.wait() == 5
-    assert "rerun the same command to resume" in running.output
+    assert "rerun the command to resume" in running.output
     again = command("run", CLAIMS, "--out", str(out), "--batch-size", "8")
     assert again.wait() == 0, again.output
     assert_one_row_a_claim(out)

@@ -201,5 +201,5 @@ def test_status_shows_who_works_on_what_while_it_lasts(
     for heard in (f"-{under_way.worker.process.pid}-", "serving", "messages waiting: runs 0"):
         watching.said(heard)
     end_well(under_way.worker)
-    watching.said("no worker is there")
+    watching.said("no workers")
     watching.end()

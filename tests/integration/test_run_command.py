@@ -113,8 +113,8 @@ def test_a_run_whose_labels_the_model_does_not_say_stops_and_goes_on_with_leave(
     slow_thinker = {"VLLM_TEST_FAULT": "thinks", "VLLM_TEST_CLAIM_SECONDS": "0.03"}
     running = command(*arguments, **slow_thinker)
     assert running.wait() == 8, running.output
-    assert "Warning: the labels hold 0.21 % of the probability" in running.output
-    assert "the model says '<think>'" in running.output
+    assert "Warning: the labels have 0.21 % of the probability" in running.output
+    assert "the model answers '<think>'" in running.output
     assert "rerun the command with --allow-low-mass" in running.output
     answered = len(rows(out / "verdicts.jsonl"))
     assert 64 <= answered < 240
@@ -122,7 +122,7 @@ def test_a_run_whose_labels_the_model_does_not_say_stops_and_goes_on_with_leave(
     assert report["mean_mass"] == pytest.approx(0.002, rel=0.2)
     assert report["status"]["low_mass"]["says"] == "<think>"
     told = command("status", "--store", str(out / "keepwarm.sqlite"))
-    assert told.wait() == 0 and "the labels hold 0.21 % of" in told.output
+    assert told.wait() == 0 and "the labels have 0.21 % of" in told.output
     assert not strangers(out)
     again = command(*arguments, "--allow-low-mass", VLLM_TEST_FAULT="thinks")
     assert again.wait() == 0, again.output
@@ -135,7 +135,7 @@ def test_a_run_of_one_batch_whose_labels_the_model_does_not_say_fails(
 ) -> None:
     running = command("run", CLAIMS, "--limit", limit, "--out", str(out), VLLM_TEST_FAULT="thinks")
     assert running.wait() == 8, running.output
-    assert "Warning: the labels hold 0.21 % of the probability" in running.output
+    assert "Warning: the labels have 0.21 % of the probability" in running.output
     assert "To accept these results" in running.output
     assert "The run was stopped" not in running.output
     assert len(rows(out / "verdicts.jsonl")) == int(limit)
