@@ -33,7 +33,9 @@ _TEXT_KEYS = (
 )
 # Keys of names and numbers of a text, in objects whose text has an unknown key.
 _NO_TEXT_KEYS = re.compile(
-    r".*_?(id|ids|title|url|uri|link|label|labels|page|article|source|key|name|date|type|line)"
+    # Whole words: a headline, an outline and an update are texts.
+    r"(.*_)?(id|ids|title|url|uri|link|label|labels|page|article|source|key|name|date|type|line)"
+    r"|(doc|document|page|sent|sentence|wiki|wikipedia|article|evidence)(id|ids|title|url|line)"
 )
 _OPENING = ("[", "{")
 _NOTHING = frozenset(("[]", "{}", "nan", "none", "null"))

@@ -390,3 +390,9 @@ def test_of_columns_that_differ_in_case_the_one_that_says_something_counts(
 ) -> None:
     _, _, claims, _ = read(f"{header}\n1,A.,,SUPPORTS\n2,,B.,REFUTES\n", tmp_path)
     assert [c.text for c in claims] == ["A.", "B."]
+
+
+@pytest.mark.parametrize("key", ["headline", "outline", "update", "resource", "pipeline"])
+def test_a_text_whose_key_only_ends_like_a_names_is_evidence(key: str) -> None:
+    text = evidence_text([{key: LIT, "doc_id": "Lighthouses", "pageid": "Harbour"}])
+    assert LIT in str(text) and "Lighthouses" not in str(text) and "Harbour" not in str(text)
