@@ -158,7 +158,7 @@ def own_server(postgresql: PostgreSQL) -> Iterator[PostgreSQL]:
 @pytest.mark.parametrize(
     ("host", "years", "says"),
     [
-        ("DNS:elsewhere.example", None, "Use a name that the certificate is for"),
+        ("DNS:elsewhere.example", None, "Use a name that the certificate contains"),
         ("DNS:localhost", (2001, 2002), "Its certificate has expired, or is not signed"),
     ],
 )

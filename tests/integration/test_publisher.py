@@ -93,7 +93,7 @@ def test_a_connection_that_is_reset_before_its_first_use_is_opened_again(
         cut(publisher)
         publisher.publish(outgoing(1, confirmed))
         publisher.flush(PATIENCE)
-        assert "reset as soon as it was there" in lost
+        assert "reset right after it was opened" in lost
         connection, before = publisher._connection, next(opened)
         time.sleep(17)  # pika's time-out for what it began is over, and it begins nothing more
         assert (publisher._connection, next(opened)) == (connection, before + 1)
