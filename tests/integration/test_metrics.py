@@ -198,7 +198,7 @@ def test_status_shows_who_works_on_what_while_it_lasts(
     under_way = begin(command, environment)
     watching = command("status", "--watch", "--every", "0.3", COLUMNS="240")
     watching.said(under_way.run_id)
-    for heard in (f"-{under_way.worker.process.pid}-", "serving", "messages waiting: runs 0"):
+    for heard in (f"-{under_way.worker.process.pid}-", "serving", "messages: runs 0"):
         watching.said(heard)
     end_well(under_way.worker)
     watching.said("no workers")

@@ -141,7 +141,7 @@ def test_claims_that_a_policy_gave_up_are_dead_messages_that_say_so(
     with DeadMessages(address, PATIENCE) as messages:
         found = messages.all().values()
         assert {reason(message) for message in found} == {
-            "the broker removed it: it waited for longer than a policy's message-ttl"
+            "the broker removed it: it waited longer than a policy's message-ttl"
         }
     with DeadMessages(address, PATIENCE) as messages:
         assert messages.settle(lambda _: "drop") == {"drop": 15}

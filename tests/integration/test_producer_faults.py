@@ -196,7 +196,7 @@ def test_a_file_without_a_single_claim_is_refused_and_harms_nobody(
     collecting = command("collect")
     refused = command("submit", str(file), "--rejected", str(tmp_path / "rejected.jsonl"))
     assert refused.wait() == 3
-    assert "none of its 3 records is a claim" in refused.output
+    assert "none of its 3 lines is a claim" in refused.output
     run_id = submit(command, CLAIMS)
     worker = command("worker")
     wait_until(lambda: _complete(environment, run_id), "the run's end")

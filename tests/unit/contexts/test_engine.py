@@ -285,7 +285,7 @@ def test_an_engine_that_stays_silent_is_stopped(
     ("content_type", "reason"),
     [
         # A server of the right protocol that knows nothing of `logprob_token_ids`.
-        ("text/event-stream", "it does not score given tokens; vLLM with"),
+        ("text/event-stream", "it does not score given tokens; install a vLLM with"),
         # It says that it is well and speaks another protocol.
         ("application/json", "its first request failed: the engine broke"),
     ],
