@@ -342,5 +342,7 @@ def test_a_claims_queue_of_another_kind_is_refused_with_the_remedy(
     submitting = command("submit", CLAIMS)
     assert submitting.wait() == 5
     assert claims_queue in submitting.output
-    assert "Drain and delete that queue, or use a virtual host of Keepwarm's own" in submitting.output
+    assert (
+        "Drain and delete that queue, or use a virtual host of Keepwarm's own" in submitting.output
+    )
     delete_queues(node, claims_queue)
