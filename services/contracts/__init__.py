@@ -1,4 +1,4 @@
-"""What services say to each other: messages, identities, names on the broker, settings, errors."""
+"""What services share: messages, identities, names on the broker, settings, errors."""
 
 from services.contracts.claims import Claim, ClaimBatch
 from services.contracts.contexts import ContextSpec

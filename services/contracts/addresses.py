@@ -1,4 +1,4 @@
-"""Addresses of HTTP servers, `host:port`, as settings and messages have them."""
+"""Addresses of HTTP servers, `host:port`, in settings and messages."""
 
 import ipaddress
 import re
@@ -13,9 +13,9 @@ _LAST_PORT = 65_535
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host and port. An IPv6 host is written in brackets, and comes without them.
+    """Host and port. An IPv6 host has brackets in the address and none in the result.
 
-    Raises ValueError for what is no `host:port`.
+    Raises ValueError if this is not a `host:port`.
     """
     found = _HOST_AND_PORT.fullmatch(address)
     if found is None or int(found[2]) > _LAST_PORT:
@@ -29,17 +29,17 @@ def join_address(host: str, port: int) -> str:
 
 
 def any_port(address: str) -> str:
-    """The same host, at a port that is free."""
+    """The same host with port 0: the system chooses a free port."""
     return join_address(split_address(address)[0], 0)
 
 
 def is_host(text: str) -> bool:
-    """Whether it is a name or an address alone, without a port."""
+    """Whether this is a host name or IP address without a port."""
     return _HOST_ALONE.fullmatch(text) is not None
 
 
 def is_loopback(host: str) -> bool:
-    """Whether this names the machine itself, as far as its name tells."""
+    """Whether this is a loopback address or `localhost`. Names are not resolved."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -48,9 +48,9 @@ def is_loopback(host: str) -> bool:
 
 def _reachable(address: str) -> str:
     if split_address(address)[1] == 0:
-        raise ValueError("nobody can be reached at port 0")
+        raise ValueError("port 0 cannot be connected to; name the server's own port")
     return address
 
 
 ReachableAddress = Annotated[str, StringConstraints(max_length=300), AfterValidator(_reachable)]
-"""A `host:port` at which others can be."""
+"""A `host:port` that others can connect to."""

@@ -1,4 +1,4 @@
-"""Claims on their way to a worker."""
+"""Claims, and the message that carries them to a worker."""
 
 from collections.abc import Sequence
 from typing import Annotated, Self
@@ -22,7 +22,7 @@ from services.contracts.wire import Message
 
 
 class Claim(Value):
-    """A statement to verify. `position` is its place in the input, from 0: results keep it."""
+    """A statement to verify. `position` is its index in the input, from 0; results keep it."""
 
     claim_id: Identity
     position: Int63
@@ -31,7 +31,7 @@ class Claim(Value):
     gold: LabelName | None = None
 
     def proof(self, key: bytes) -> str:
-        """What shows to whoever has the key that its producer made this claim as it is."""
+        """Proves to the owner of the key that the producer made this claim unchanged."""
         return claim_proof(
             key,
             self.claim_id,
@@ -43,7 +43,7 @@ class Claim(Value):
 
 
 class ClaimBatch(Message):
-    """The claims in one message, with all that a worker needs: it has no memory to lose."""
+    """The claims in one message, with everything that a worker needs: a worker keeps no state."""
 
     run: Run
     submission_id: OwnId
@@ -57,11 +57,11 @@ class ClaimBatch(Message):
             raise ValueError("there must be a proof for each claim, or none at all")
         return self
 
-    def only(self, places: Sequence[int]) -> Self:
-        """The same batch with the claims at these places alone."""
+    def only(self, indexes: Sequence[int]) -> Self:
+        """The same batch with only the claims at these indexes."""
         return self.model_copy(
             update={
-                "claims": tuple(self.claims[place] for place in places),
-                "proofs": tuple(self.proofs[place] for place in places) if self.proofs else (),
+                "claims": tuple(self.claims[index] for index in indexes),
+                "proofs": tuple(self.proofs[index] for index in indexes) if self.proofs else (),
             }
         )

@@ -1,34 +1,34 @@
-"""Time in which this process could run: what deadlines for others and idle times are counted in."""
+"""A clock that does not count the time in which this process was stopped."""
 
 import os
 import threading
 import time
 
 _TICK_SECONDS = 0.5
-# A thread that only sleeps is never this late, however busy the machine is.
-_STOPPED_SECONDS = 5.0
+# The clock's thread only sleeps: even on a busy machine it is never this late.
+_MAX_LATE_SECONDS = 5.0
 
 
 class _AwakeClock:
-    """Looks at the monotonic clock twice a second. Where far more than that has passed since the
-    last look, the process was stopped: by SIGSTOP (Slurm's suspend), or in a frozen cgroup.
+    """Reads the monotonic clock twice a second. If far more time has passed since the last reading,
+    the process was stopped in between: by SIGSTOP (Slurm's suspend) or in a frozen cgroup.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._ticking = False
-        self._looked = time.monotonic()
+        self._last_read = time.monotonic()
         self._stopped = 0.0
 
     def __call__(self) -> float:
         with self._lock:
             if not self._ticking:
-                self._ticking, self._looked = True, time.monotonic()
+                self._ticking, self._last_read = True, time.monotonic()
                 threading.Thread(target=self._tick, name="awake", daemon=True).start()
             now = time.monotonic()
-            if now - self._looked > _STOPPED_SECONDS:
-                self._stopped += now - self._looked - _TICK_SECONDS
-            self._looked = now
+            if now - self._last_read > _MAX_LATE_SECONDS:
+                self._stopped += now - self._last_read - _TICK_SECONDS
+            self._last_read = now
             return now - self._stopped
 
     def _tick(self) -> None:
@@ -41,17 +41,18 @@ _clock = _AwakeClock()
 
 
 def awake() -> float:
-    """Seconds on a monotonic clock that stands still while this process is stopped.
+    """Seconds on a monotonic clock that does not advance while this process is stopped.
 
-    A worker and its engine that were suspended for an hour have not kept each other waiting.
+    For deadlines and idle times: a worker and its engine that were suspended together for an hour
+    have not timed out.
     """
     return _clock()
 
 
-def _begin_anew() -> None:
-    """A child of fork(2) has no thread that looks."""
+def _reset_after_fork() -> None:
+    """fork(2) does not copy the clock's thread into the child."""
     global _clock
     _clock = _AwakeClock()
 
 
-os.register_at_fork(after_in_child=_begin_anew)
+os.register_at_fork(after_in_child=_reset_after_fork)

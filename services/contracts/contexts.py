@@ -12,12 +12,12 @@ DType = Literal["auto", "bfloat16", "float16", "float32"]
 
 
 class ContextSpec(Value):
-    """A model as an engine must hold it. Equal specs are one context, on whatever device.
+    """A model and how an engine loads it. Equal specs are one context, on any device.
 
     `revision` pins the weights: a hub commit, or the fingerprint of a local directory, so that a
-    model changed in place is another context. `engine_arguments` are command-line arguments of the
-    engine that change what it computes; what merely suits a device is chosen by the worker and is
-    not part of the identity.
+    model that is changed in place becomes another context. `engine_arguments` are command-line
+    arguments of the engine that change its results. Arguments that only tune it for a device are
+    chosen by the worker and are not part of the identity.
     """
 
     model: Name
@@ -25,7 +25,7 @@ class ContextSpec(Value):
     dtype: DType = "bfloat16"
     max_model_tokens: Annotated[int, Field(ge=16, le=10_000_000)] = 1024
     engine_arguments: Annotated[tuple[Name, ...], Field(max_length=MAX_ENGINE_ARGUMENTS)] = ()
-    # Left out where there is none: ids and messages are what they were before there were adapters.
+    # Excluded if None, so that ids and messages without an adapter do not change.
     adapter: Annotated[Name | None, Field(exclude_if=lambda adapter: adapter is None)] = None
     """A LoRA adapter of the model: a directory, or a name on the hub."""
     adapter_revision: Annotated[Name | None, Field(exclude_if=lambda pin: pin is None)] = None
@@ -33,7 +33,7 @@ class ContextSpec(Value):
 
     @cached_property
     def base(self) -> "ContextSpec":
-        """The same without an adapter: what engines that serve several adapters have in common."""
+        """The same without an adapter. One engine serves all adapters of the same base."""
         if self.adapter is None:
             return self
         return self.model_copy(update={"adapter": None, "adapter_revision": None})

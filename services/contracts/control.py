@@ -1,4 +1,4 @@
-"""What every worker should know: soft state, sent again and again by the collector."""
+"""Control updates: soft state that the collector sends to every worker at intervals."""
 
 from typing import Annotated, ClassVar
 
@@ -10,21 +10,21 @@ from services.contracts.values import Value
 from services.contracts.wire import Message
 
 CONTROL_UPDATE_SECONDS = 2.0
-"""From one notice to the next, while there is something to say."""
+"""The interval between control updates, while there is any state to send."""
 
 MAX_CANCELLED = 1_000
 MAX_CONTEXTS = 256
-# Every worker gets every notice. A directory of ordinary contexts has some 60 KiB; one of contexts
-# with very long arguments is cut here, well under the bound of a message.
+# Every worker receives every update. With ordinary contexts it has about 60 KiB. With very long
+# engine arguments it is cut at this size, far below the limit of a message.
 MAX_CONTEXTS_BYTES = 1024 * 1024
 
 
 class ContextDemand(Value):
-    """A context's line in the directory: how much is to be done there, and by how many.
+    """How much work a context has, and how many workers serve it.
 
-    `claims_ready` wait in its queue, `claims_in_flight` are wanted and wait no more: a worker, or
-    a message on its way, has them. Both are estimates, of different moments. `workers_warm` say
-    that they serve it.
+    `claims_ready` wait in its queue. `claims_in_flight` are unfinished and not in the queue: in a
+    worker, or in a message on its way. Both are estimates, from different moments. `workers_warm`
+    counts the workers whose heartbeats report that they serve it.
     """
 
     context: ContextSpec
@@ -34,10 +34,10 @@ class ContextDemand(Value):
 
 
 class ControlUpdate(Message):
-    """The latest word; it replaces what was said before.
+    """The current state; it replaces the previous update.
 
-    `contexts` is the directory: the contexts that unfinished runs want, and those that workers hold
-    warm; the most wanted come first.
+    `cancelled` are submissions whose claims workers drop. `contexts` is the demand for each context
+    that unfinished runs need or that workers hold warm, the highest first.
     """
 
     wire_type: ClassVar[str] = "Notice"

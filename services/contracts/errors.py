@@ -1,4 +1,4 @@
-"""The one exception tree. Every message says what is wrong and what to do next.
+"""All exceptions. Every message says what is wrong and what to do next.
 
 KeepwarmError (1)
 ├── UsageError (2)          a flag, a setting or an environment variable is unusable
@@ -6,19 +6,19 @@ KeepwarmError (1)
 ├── EngineError (4)         an engine cannot hold this context, or stopped holding it
 │   ├── ModelError          the model or its tokenizer is missing or does not fit the prompt
 │   ├── KeeperError         the keeper of this node's engines cannot be used
-│   ├── EngineStartError    the engine died or stayed silent before it was ready
-│   └── EngineRequestError  one request failed; the engine may still be well
+│   ├── EngineStartError    the engine ended or timed out before it was ready
+│   └── EngineRequestError  one request failed; the engine may still be healthy
 ├── BrokerError (5)         the broker cannot be used
-│   ├── BrokerUnreachable   nobody answers at the address
-│   ├── BrokerRefused       it answers and says no: password, virtual host, permission
-│   ├── BrokerUntrusted     no TLS connection with it can be made: certificate, name, plain port
-│   └── TopologyMismatch    a queue exists with other arguments
+│   ├── BrokerUnreachable   nothing answers at the address
+│   ├── BrokerRefused       it refuses the password, virtual host or permission
+│   ├── BrokerUntrusted     TLS fails: certificate, host name, or a port without TLS
+│   └── TopologyMismatch    a queue exists with different arguments
 ├── StoreError (6)          the store or an output file cannot be read or written
-│   └── StoreRefused        the database refuses a value for what it is: a retry fails again
+│   └── StoreRefused        the database refuses a value; a retry would fail again
 ├── RunIncomplete (7)       the command ended before every claim had an outcome
-├── LabelsUnlikely (8)      the model hardly ever says a label word; its verdicts mean little
-├── MessageTooNew (9)       a message is of a newer Keepwarm than this one; it was given back
-└── MessageInvalid (1)      a message is not ours, or breaks the contract
+├── LabelsUnlikely (8)      the model rarely answers with a label word
+├── MessageTooNew (9)       a message needs a newer Keepwarm; it was returned to its queue
+└── MessageInvalid (1)      a message is not Keepwarm's, or is malformed
 
 The number is the exit code of a command that ends with the error.
 """
@@ -27,7 +27,7 @@ from typing import ClassVar
 
 
 class KeepwarmError(Exception):
-    """Something went wrong that a person can mend."""
+    """An error that the user can fix."""
 
     exit_code: ClassVar[int] = 1
 

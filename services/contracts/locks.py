@@ -9,8 +9,8 @@ from services.contracts.errors import UsageError
 def take(descriptor: int, path: Path, setting: str) -> bool:
     """Lock the open file at `path`, until it is closed. False while another process has the lock.
 
-    Raises UsageError, with the name of the setting that chose the place, where the file system has
-    no locks: NFS without a lock service and Lustre without `-o flock` are like that.
+    Raises UsageError that names the setting of the path, if the file system has no locks: NFS
+    without a lock service, Lustre without `-o flock`.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -31,8 +31,8 @@ INVALID = "INVALID"
 
 
 def _label_as_text(value: object) -> object:
-    """Numbers are taken as text. What YAML has made true or false is refused: its spelling is lost,
-    and a label word is what the model says.
+    """Numbers are accepted as text. YAML's true and false are refused: their spelling is lost, and
+    a label word must be spelled as the model writes it.
     """
     if isinstance(value, bool):
         raise ValueError(
@@ -63,7 +63,7 @@ def _sorted_pairs(variables: object) -> object:
     return tuple(sorted(variables.items()))
 
 
-# A mapping in files and messages; a value of its own has to be hashable.
+# A mapping in files and messages, and a tuple in memory: values must be hashable.
 TemplateVariables = Annotated[
     tuple[tuple[_VariableName, _VariableValue], ...],
     BeforeValidator(_sorted_pairs),
@@ -81,7 +81,7 @@ def whole_number(text: str) -> str | None:
 
 
 def _key(spelling: str) -> str:
-    # The hyphen of a number is its sign.
+    # Numbers first: their hyphen is a sign.
     number = whole_number(spelling)
     return number or " ".join(spelling.replace("_", " ").replace("-", " ").upper().split())
 
@@ -90,7 +90,7 @@ _WrittenLabel = Annotated[LabelName, BeforeValidator(_label_as_text)]
 
 
 class Label(Value):
-    """One answer: its name in results, the word the model says for it, other spellings in files."""
+    """One answer: its name in results, the word that the model writes, other spellings in files."""
 
     name: _WrittenLabel
     word: _WrittenLabel
@@ -98,7 +98,7 @@ class Label(Value):
 
 
 class Example(Value):
-    """A solved claim shown to the model before the one it is asked about."""
+    """A labelled claim that the model sees before the one to verify."""
 
     claim: ClaimText
     evidence: EvidenceText | None = None
@@ -117,15 +117,15 @@ FEVER_LABELS = (
 
 
 class PromptSpec(Value):
-    """How a claim is put to the model and how the answer is read.
+    """How a claim is presented to the model and how its answer is read.
 
     The constant part (instructions, examples) comes first, so that an engine's prefix cache holds
-    it once. `template` is filled per claim; it knows `{claim}` and `{evidence}` only. With `chat`
-    the text becomes a user's turn in the model's own chat template, where it has one.
+    it once. `template` is filled for each claim; its only fields are `{claim}` and `{evidence}`.
+    With `chat` the text becomes a user's turn in the model's chat template, if it has one.
 
-    The verdict is the label whose word's first token is the likeliest of all label words; it is
-    INVALID when the label words together hold less than `minimum_mass` of the probability, for
-    then the model did not answer the question.
+    The verdict is the label whose word's first token is the likeliest of all label words. It is
+    INVALID when all label words together have less than `minimum_mass` of the probability: then the
+    model did not answer the question.
     """
 
     name: Name = "fever"
@@ -139,11 +139,11 @@ class PromptSpec(Value):
     labels: Annotated[tuple[Label, ...], Field(min_length=2, max_length=MAX_LABELS)] = FEVER_LABELS
     chat: bool = True
     minimum_mass: Annotated[float, Field(ge=0, le=1)] = 0.01
-    # Left out where there are none: ids and messages are what they were before there were any.
+    # Excluded if empty, so that ids and messages without variables do not change.
     chat_template_kwargs: Annotated[
         TemplateVariables, Field(max_length=32, exclude_if=lambda variables: not variables)
     ] = ()
-    """Variables for the model's chat template, as vLLM and transformers call them."""
+    """Variables for the model's chat template, named as in vLLM and transformers."""
 
     @field_validator("template")
     @classmethod
@@ -157,7 +157,7 @@ class PromptSpec(Value):
             raise ValueError("fields are written {claim} and {evidence}, without `!` or `:`")
         unknown = sorted({str(field) for field in fields} - {"claim", "evidence"})
         if unknown:
-            raise ValueError(f"unknown fields {unknown}; only {{claim}} and {{evidence}} are known")
+            raise ValueError(f"unknown fields {unknown}; use only {{claim}} and {{evidence}}")
         if "claim" not in fields:
             raise ValueError("it must contain {claim}")
         for field in ("claim", "evidence"):
@@ -180,7 +180,7 @@ class PromptSpec(Value):
         if chars > MAX_CONSTANT_CHARS:
             raise ValueError(
                 f"instructions and examples have {chars:,} characters in this template; at most "
-                f"{MAX_CONSTANT_CHARS:,} are taken: use fewer or shorter examples"
+                f"{MAX_CONSTANT_CHARS:,} are allowed: use fewer or shorter examples"
             )
         return self
 
@@ -189,7 +189,7 @@ class PromptSpec(Value):
         spellings: dict[str, str] = {}
         for label in self.labels:
             if _key(label.name) == INVALID:
-                raise ValueError(f"{INVALID} is kept for answers that cannot be read")
+                raise ValueError(f"{INVALID} is reserved for answers that cannot be read")
             for spelling in {_key(text) for text in (label.name, *label.aliases)}:
                 if spelling in spellings:
                     raise ValueError(
@@ -219,7 +219,7 @@ class PromptSpec(Value):
         }
 
     def label_of(self, spelling: str) -> str | None:
-        """The label that a file means by `spelling` (case, `_` and `-` do not matter), or None."""
+        """The name of the label with this spelling (ignoring case, `_` and `-`), or None."""
         return self._names_by_spelling.get(_key(spelling))
 
     @cached_property

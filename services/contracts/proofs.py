@@ -1,6 +1,6 @@
-"""Proofs of claims: that a producer sent this one, and that a run has all of its outcomes.
+"""Proofs that a producer sent a claim, and that a run has the outcomes of all its claims.
 
-docs/decisions/0032-proofs.md says what they are for, and what they do not prove.
+docs/decisions/0032-proofs.md describes what they prove and what they do not.
 """
 
 import base64
@@ -21,7 +21,7 @@ _KEY_BYTES = 16
 _PROOF_BYTES = 12
 _EVIDENCE_BYTES = 8
 _PROOF_CHARS = 2 * _PROOF_BYTES
-# Two such numbers, added, fit the 64 bits with a sign that a store's column has.
+# The sum of two such numbers fits a store's column: a signed 64-bit integer.
 MODULUS = 2**62
 _MAX_POSITIONS_CHARS = 6 * 1024 * 1024
 _MAX_POSITIONS_BYTES = 128 * 1024 * 1024
@@ -32,7 +32,7 @@ Proofs = Annotated[
     tuple[Proof, ...],
     Field(max_length=MAX_BATCH_CLAIMS, exclude_if=lambda proofs: not proofs),
 ]
-"""One for each claim of a message, or none at all: an older producer made none."""
+"""One for each claim of a message, or none at all: older producers make none."""
 DigestText = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 PositionsText = Annotated[str, StringConstraints(max_length=_MAX_POSITIONS_CHARS)]
 
@@ -42,7 +42,7 @@ def new_key() -> str:
 
 
 def evidence_digest(evidence: str | None) -> str:
-    """What a verdict says of the evidence, which it does not carry: "" for none."""
+    """The digest of the evidence, which verdicts do not carry; "" for no evidence."""
     if evidence is None:
         return ""
     return hashlib.blake2b(evidence.encode(), digest_size=_EVIDENCE_BYTES).hexdigest()
@@ -53,14 +53,14 @@ def claim_proof(
 ) -> str:
     """The keyed digest (BLAKE2b, RFC 7693) of a claim; `evidence` is its `evidence_digest`.
 
-    The key is the producer's and the store's. No text holds NUL, so NUL keeps the parts apart.
+    Producer and store have the key. No text may contain NUL, so NUL separates the parts.
     """
     content = f"{position}\0{evidence}\0{gold or ''}\0{claim_id}\0{text}"
     return hashlib.blake2b(content.encode(), digest_size=_PROOF_BYTES, key=key).hexdigest()
 
 
 def verdict_proof(proof: str, evidence: str | None) -> str:
-    """What a verdict carries: its claim's proof, and which evidence that is for."""
+    """The proof in a verdict: its claim's proof and the digest of the evidence."""
     return proof + evidence_digest(evidence)
 
 
@@ -70,7 +70,7 @@ def split_verdict_proof(proof: str) -> tuple[str, str]:
 
 
 def all_equal(proofs: Iterable[str], expected: Iterable[str]) -> bool:
-    """Takes as long wherever the two differ."""
+    """Compares in constant time, wherever the two differ."""
     return hmac.compare_digest("\n".join(proofs).encode(), "\n".join(expected).encode())
 
 
@@ -79,8 +79,8 @@ class ClaimsDigest:
     """A digest of a set of (claim id, position) that does not depend on their order: the sums,
     modulo 2**62, of the two halves of each one's BLAKE2b.
 
-    It finds what is missing, doubled or foreign by mistake. Whoever may choose many ids could make
-    a sum come out (Wagner, A Generalized Birthday Problem, 2002): proofs keep those out.
+    It detects claims that are missing, doubled or foreign by mistake. An attacker who can choose
+    many ids could forge a sum (Wagner, A Generalized Birthday Problem, 2002); proofs prevent that.
     """
 
     high: int = 0
@@ -106,7 +106,7 @@ class ClaimsDigest:
 
 
 class Positions:
-    """At which positions of the input there is a claim; a bit for each."""
+    """The positions of the input that have a claim; a bit for each position."""
 
     def __init__(self, bits: bytes = b"") -> None:
         self._bits = bytearray(bits)
@@ -114,26 +114,26 @@ class Positions:
     def add(self, positions: Iterable[int]) -> None:
         bits = self._bits
         for position in positions:
-            place = position >> 3
-            if place >= len(bits):
-                bits.extend(bytes(place + 1 - len(bits)))
-            bits[place] |= 1 << (position & 7)
+            byte_index = position >> 3
+            if byte_index >= len(bits):
+                bits.extend(bytes(byte_index + 1 - len(bits)))
+            bits[byte_index] |= 1 << (position & 7)
 
     def discard(self, positions: Iterable[int]) -> None:
         bits = self._bits
         for position in positions:
-            place = position >> 3
-            if place < len(bits):
-                bits[place] &= ~(1 << (position & 7))
+            byte_index = position >> 3
+            if byte_index < len(bits):
+                bits[byte_index] &= ~(1 << (position & 7))
 
     def ranges(self, most: int) -> Sequence[tuple[int, int]]:
-        """The first and the last position of each of the first `most` runs of positions."""
+        """The first and last position of each of the first `most` consecutive ranges."""
         found: list[tuple[int, int]] = []
-        for place, byte in enumerate(self._bits):
+        for byte_index, byte in enumerate(self._bits):
             if not byte:
                 continue
             for bit in range(8):
-                position = 8 * place + bit
+                position = 8 * byte_index + bit
                 if not byte >> bit & 1:
                     continue
                 if found and found[-1][1] == position - 1:
@@ -145,15 +145,15 @@ class Positions:
         return found
 
     def as_text(self) -> str | None:
-        """For a message; None where there are too many to be told in one."""
+        """Text for a message; None if it is too long for one."""
         text = base64.b64encode(zlib.compress(bytes(self._bits))).decode("ascii")
         return text if len(text) <= _MAX_POSITIONS_CHARS else None
 
     @classmethod
     def of_text(cls, text: str) -> Self:
-        """Raises ValueError when it is none."""
+        """The inverse of `as_text`. Raises ValueError for any other text."""
         unpacking = zlib.decompressobj()
         try:
             return cls(unpacking.decompress(base64.b64decode(text), _MAX_POSITIONS_BYTES))
         except zlib.error as error:
-            raise ValueError("these are no positions") from error
+            raise ValueError("the text does not encode positions") from error

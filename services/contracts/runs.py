@@ -1,4 +1,4 @@
-"""The run: claims x prompt x context, and what is known of its size."""
+"""The run: claims x prompt x context, its totals, and the summary of its input."""
 
 from functools import cached_property
 from typing import Annotated, Any, Self
@@ -21,16 +21,16 @@ from services.contracts.wire import Message
 
 _LEFT_OUT = Field(exclude_if=lambda value: value is None)
 Counts = Annotated[tuple[tuple[Name, Int63], ...], Field(max_length=MAX_COUNTED)]
-"""Kinds and how many there are of each, the most frequent first."""
+"""Kinds and their counts, the most frequent first."""
 
 
 class Run(Value):
-    """One file of claims, put to one prompt on one context.
+    """One file of claims with one prompt on one context.
 
-    `run_id` is made of content alone: the same lines, read in the same way, with the same prompt
-    and context are the same run, wherever the file lies and however often it is submitted. (A
-    local model's directory is part of its context: workers look for it there.)
-    `source` (the file's name) is for people and not part of the identity.
+    `run_id` depends on content only: the same lines, read in the same way, with the same prompt and
+    context are the same run, wherever the file is and however often it is submitted. (A local
+    model's directory is part of its context, because workers load it from there.) `source`, the
+    file's name, is for display and not part of the identity.
     """
 
     source: Name
@@ -55,9 +55,9 @@ class Run(Value):
 
 
 class Totals(Value):
-    """What the producer made of the lines it read: `lines = claims + repeated + rejected`.
+    """How many lines the producer read, and their results: `lines = claims + repeated + rejected`.
 
-    A repeated line has the id and the content of an earlier one; it is counted once, as a claim.
+    A repeated line has the id and the content of an earlier one, which is the claim.
     """
 
     lines: Int63
@@ -73,12 +73,12 @@ class Totals(Value):
 
 
 class InputSummary(Value):
-    """What the producer found in a file: counts, each by a few words.
+    """What the producer found in a file, as counts.
 
-    `records` are those of the whole file, before `--limit`. `gold` counts the claims by label of
-    the prompt, `unknown_labels` those whose label the prompt does not know, by the file's spelling:
-    they are verified, and left out of the scores. `without_evidence` says why claims have none. Ids
-    that are all whole numbers are exported as numbers.
+    `records` counts the whole file, before `--limit`. `gold` counts the claims by the prompt's
+    labels. `unknown_labels` counts claims whose label is not in the prompt, by the file's spelling:
+    they are verified, and excluded from the scores. `without_evidence` counts the reasons why
+    claims have no evidence. With `numeric_ids` all ids are whole numbers, exported as numbers.
     """
 
     format: Name
@@ -90,26 +90,26 @@ class InputSummary(Value):
     without_evidence: Counts
     gold: Counts
     unlabelled: Int63
-    """Claims without a label; -1 says that there is one, which is kept back."""
+    """Claims without a label. -1 means that the label is withheld, see `kept_back`."""
     kept_back: Int63
     unknown_labels: Counts
     own_ids: Int63
-    """Claims with an id made for them, because another has the same id with other evidence."""
+    """Claims that got a new id, because another claim has their id with other evidence."""
     numeric_ids: bool
     evidence_partly_used: Annotated[Int63, Field(exclude_if=lambda count: not count)] = 0
-    """Claims whose evidence has text that was not used."""
+    """Claims of whose evidence only a part was used."""
     same_content: Annotated[Int63, Field(exclude_if=lambda count: not count)] = 0
-    """Claims whose text and evidence an earlier claim has under another id."""
+    """Claims with the text and evidence of an earlier claim that has another id."""
     other_label: Annotated[Int63, Field(exclude_if=lambda count: not count)] = 0
-    """Texts with evidence that have several labels by that."""
+    """How many such pairs of text and evidence have more than one label."""
     left_out: Annotated[
         tuple[tuple[Int63, Identity], ...],
         Field(max_length=MAX_LEFT_OUT, exclude_if=lambda records: not records),
     ] = ()
-    """Positions and ids of the first rejected and repeated records, for those that have an id."""
+    """Positions and ids of the first rejected and repeated records that have an id."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The counts for JSON, those by kind as objects."""
+        """The counts for JSON; counts by kind become objects."""
         return {
             name: dict(value) if isinstance(value, tuple) else value
             for name, value in self
@@ -118,10 +118,10 @@ class InputSummary(Value):
 
 
 class RunAnnouncement(Message):
-    """The producer's word on a run: that it begins (no totals yet), or that all of it is sent.
+    """The producer announces that a run begins (without totals), or that all of it is sent.
 
-    `submission_id` tells one sending of the run from another: what is cancelled are sendings, so a
-    cancelled run can be sent again. Older producers tell nothing of the last three.
+    `submission_id` identifies one submission of the run. Submissions are cancelled, not runs, so a
+    cancelled run can be submitted again. Older producers do not send the last three fields.
     """
 
     run: Run
@@ -129,8 +129,8 @@ class RunAnnouncement(Message):
     totals: Totals | None = None
     input: InputSummary | None = None
     proof_key: Annotated[ProofKey | None, _LEFT_OUT] = None
-    """With it the proofs of this submission's claims are made. Workers do not have it."""
+    """The key of the proofs of this submission's claims. Workers do not have it."""
     digest: Annotated[DigestText | None, _LEFT_OUT] = None
-    """The `ClaimsDigest` of all claims of the run, with the totals."""
+    """The `ClaimsDigest` of all claims of the run; sent with the totals."""
     positions: Annotated[PositionsText | None, _LEFT_OUT] = None
-    """The `Positions` of all claims of the run, with the totals."""
+    """The `Positions` of all claims of the run; sent with the totals."""

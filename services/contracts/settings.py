@@ -1,8 +1,8 @@
-"""Every setting, once: a field here, `KEEPWARM_<FIELD>` outside. The tables of docs/settings.md are
-made from what stands here (`make docs`).
+"""All settings: each field is the environment variable `KEEPWARM_<FIELD>`. `make docs` generates
+the tables of docs/settings.md from the fields and their docstrings.
 
-Secrets are given as `KEEPWARM_BROKER_PASSWORD` and its like, or as files named by
-`…_PASSWORD_FILE`; never on a command line, where every user of the machine can read them.
+Passwords are read from variables such as `KEEPWARM_BROKER_PASSWORD`, or from files named by
+`…_PASSWORD_FILE`. They are never passed as arguments, which every user of the machine can read.
 """
 
 import os
@@ -31,14 +31,14 @@ from services.contracts.errors import UsageError
 from services.contracts.wire import first_fault
 
 METRICS_OFF = "off"
-"""In place of an address: serve no metrics."""
+"""Used instead of an address: serve no metrics."""
 
 Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
 
 
 def private_tmp() -> Path:
-    """A directory for temporary files of this user's. Its name is short, for a unix socket's path
-    may have 107 bytes.
+    """The user's directory for temporary files. Its name is short, because the path of a unix
+    socket may have at most 107 bytes.
     """
     return Path(tempfile.gettempdir()) / f"keepwarm-{os.geteuid()}"
 
@@ -74,7 +74,7 @@ def _cache_directory() -> Path:
 
 
 def _home() -> Path | None:
-    """None where neither HOME nor passwd names one, or HOME is what we put in its place."""
+    """None if neither HOME nor passwd names one, or HOME is the directory that we set instead."""
     try:
         home = Path.home()
     except RuntimeError:
@@ -83,68 +83,68 @@ def _home() -> Path | None:
 
 
 class Settings(BaseSettings):
-    """What an operator may set. Defaults suit the demo and are safe in production."""
+    """The settings of all services. The defaults suit the demo and are safe in production."""
 
     model_config = SettingsConfigDict(
         env_prefix="KEEPWARM_", frozen=True, extra="ignore", env_ignore_empty=True
     )
 
     broker_url: Annotated[str | None, Field(repr=False)] = None
-    """`amqp[s]://user@host[:port]/vhost`. Without it `keepwarm run` starts a private node; the
-    other verbs need it."""
+    """The broker: `amqp[s]://user@host[:port]/vhost`. Without it, `keepwarm run` starts a private
+    node; all other commands need it."""
     broker_password: SecretStr | None = None
-    """The user's password. A password in the URL is used where this one is not set."""
+    """The user's password. If it is not set, a password in the URL is used."""
     broker_password_file: Path | None = None
-    """A file with the password instead; a line end after it is dropped. Set only one of the two."""
+    """A file with the password; a newline at its end is ignored. Set only one of the two."""
     broker_admin_password: SecretStr | None = None
-    """The password of the administrator that `--admin` names; that of the user guest is `guest`
-    unless told otherwise."""
+    """The password of the administrator that `--admin` names. For the user guest the default is
+    `guest`."""
     broker_admin_password_file: Path | None = None
-    """A file with the password instead. Set only one of the two."""
+    """A file with the password. Set only one of the two."""
     broker_ca_file: Path | None = None
-    """PEM bundle that signs the broker's certificate, with `amqps://` only; the system's
-    otherwise."""
+    """PEM file with the CA certificates that verify the broker, with `amqps://` only. The default
+    is the system's."""
     broker_management_url: str | None = None
-    """RabbitMQ's management API, which is asked as the broker's user for policies that would lose
-    claims; `http://HOST:15672` otherwise, or with `amqps://` `https://HOST:15671`."""
+    """RabbitMQ's management API, where policies that could lose claims are checked with the
+    broker's user. The default is `http://HOST:15672`, or `https://HOST:15671` with `amqps://`."""
     broker_cert_file: Path | None = None
-    """PEM file with a certificate of ours, for a broker that wants one, with `amqps://` only.
-    Without a password it is the login as well (SASL EXTERNAL)."""
+    """PEM file with the client certificate, if the broker requires one, with `amqps://` only.
+    Without a password it is also used to log in (SASL EXTERNAL)."""
     broker_key_file: Path | None = None
-    """PEM file with the certificate's key, without a passphrase, where that is in a file of its
-    own."""
+    """PEM file with the client certificate's key, without a passphrase, if it is in a separate
+    file."""
     plaintext_hosts: str = ""
-    """Hosts, or patterns of them, separated by spaces, to which passwords and claims may travel in
-    the clear: brokers by `amqp://`, PostgreSQL without `sslmode=verify-full`. Connections within
-    this machine always may."""
+    """Hosts or patterns, separated by spaces, to which passwords and claims may be sent
+    unencrypted: brokers by `amqp://`, PostgreSQL without `sslmode=verify-full`. Connections within
+    this machine are always allowed."""
     broker_connect_timeout_seconds: Seconds = 30
-    """How long a command waits for a broker that is not there before it gives up."""
+    """How long a command waits for an unreachable broker before it fails."""
     broker_heartbeat_seconds: Annotated[int, Field(ge=5, le=600)] = 30
     """Seconds between AMQP heartbeats on every connection."""
     publish_window: Annotated[int, Field(ge=1, le=10_000)] = 128
-    """Messages that may await the broker's confirmation before a publisher has to wait."""
+    """The maximum number of unconfirmed messages; then the publisher waits."""
 
     store_url: Annotated[str | None, Field(repr=False)] = None
-    """An SQLite file, `sqlite:///FILE`, or `postgresql://user@host/database`; see below
-    otherwise."""
+    """An SQLite file, `sqlite:///FILE`, or `postgresql://user@host/database`. The default is
+    described below."""
     store_password: SecretStr | None = None
     """The PostgreSQL user's password."""
     store_password_file: Path | None = None
-    """A file with the password instead. Set only one of the two."""
+    """A file with the password. Set only one of the two."""
     store_commit_verdicts: Annotated[int, Field(ge=1, le=1_000_000)] = 20_000
-    """The collector commits at so many claims …"""
+    """The collector commits after this number of claims, …"""
     store_commit_seconds: Seconds = 0.5
-    """… or so long after the first message, whichever comes first; also at 256 messages."""
+    """… or this time after the first message, or after 256 messages, whichever comes first."""
 
     model: str | None = None
-    """A directory or a name on the hub; the demo model otherwise, which is
-    `.models/SmolLM2-135M-Instruct` where that exists, else `HuggingFaceTB/SmolLM2-135M-Instruct`. A
-    worker without a model serves what claims wait for ([taking.md](taking.md))."""
+    """A directory or a name on the hub. The default is the demo model:
+    `.models/SmolLM2-135M-Instruct` if it exists, else `HuggingFaceTB/SmolLM2-135M-Instruct`. A
+    worker without a model serves the contexts that have claims waiting ([taking.md](taking.md))."""
     batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH_CLAIMS)] = 64
-    """Claims a message."""
+    """Claims per message."""
     order_by_evidence: bool = True
-    """Among 16,384 claims or about 64 MiB of text, put those with the same evidence beside each
-    other before they are sent, so that an engine reads it once. Results keep the file's order."""
+    """Send claims with the same evidence one after another, within 16,384 claims or about 64 MiB of
+    text, so that an engine reads the evidence once. Results keep the file's order."""
 
     batches_in_flight: Annotated[int, Field(ge=1, le=256)] = 64
     """The maximum number of batches in flight in a worker; all of them are sent to its engine.
@@ -157,71 +157,72 @@ class Settings(BaseSettings):
     confirmations, the rest in reserve. From SIGTERM to the keeper's: 60 % for workers to finish,
     20 % for the engines' end."""
     walltime_seconds: Seconds | None = None
-    """The worker's or keeper's time on its node, from its start. It drains by itself 5 s before the
-    grace period would no longer fit in. Where it is not set, `SLURM_JOB_END_TIME` counts."""
+    """How long the worker or keeper may run. It drains by itself 5 s before the latest moment at
+    which the grace period fits in. If it is not set, `SLURM_JOB_END_TIME` is used."""
     engine_python: Path = Path(sys.executable)
     """The interpreter that has vLLM: a path, or a name that is found in `PATH`; by default the
     worker's own. Directories in `PYTHONPATH` are searched last for modules."""
     engine_arguments: str = ""
-    """Further arguments for the engine, as in a shell. They win over the worker's choice and the
-    context's, and are not part of the context."""
+    """Further arguments for the engine, quoted as in a shell. They override the worker's defaults
+    and the context's arguments, and are not part of the context."""
     accepted_engine_arguments: str = ""
     """Further engine arguments that a worker without a model accepts from runs, separated by
-    spaces: `--attention-backend --quantization-config`. Many of vLLM's arguments load code; see
-    below for those that are always accepted."""
+    spaces, for example `--attention-backend --quantization-config`. Many of vLLM's arguments load
+    code. Those that are always accepted are listed below."""
     accepted_models: str = ""
     """Patterns, separated by spaces, of the models and adapters that a worker without a model
-    serves: `HuggingFaceTB/* /data/models/*`; all otherwise. Directories are compared by their real
-    path."""
+    serves, for example `HuggingFaceTB/* /data/models/*`. The default is all. Directories are
+    compared by their real path."""
     engine_start_timeout_seconds: Seconds = 1_800
     """How long an engine may take to start before the start counts as failed."""
     engine_request_timeout_seconds: Seconds = 120
     """How long the engine may take without an answer, while it has requests, before it counts as
     hung and is restarted."""
     engine_start_attempts: Annotated[int, Field(ge=1, le=100)] = 3
-    """Failed starts in a row before a worker returns its claims and exits with 4. The first start
-    of a worker is tried once only."""
+    """Failed starts in a row before a worker returns its claims and exits with 4. A worker's first
+    start is not retried."""
     claim_failures: Annotated[int, Field(ge=2, le=100)] = 3
-    """Failures of an engine that a claim may be part of, all but the first alone; then it is a dead
-    claim."""
+    """After this many engine failures, all but the first while it was asked alone, a claim becomes
+    a dead claim."""
     other_engine_seconds: Annotated[float, Field(ge=0, le=7 * 24 * 3600)] = 300
-    """How long a claim waits for another engine, at engines that cannot answer it: too long there,
-    refused, or more than their memory holds. Then it is a dead claim. The workers of `keepwarm run`
-    have 30 unless this is set."""
+    """How long a claim that an engine cannot answer (too long for it, refused, or out of memory)
+    waits for another engine. Then it becomes a dead claim. The default for the workers of `keepwarm
+    run` is 30."""
     engine_trust_remote_code: bool = False
     """Lets a model repository's own Python code run. This is untrusted code."""
 
     start_keeper: bool = True
-    """Whether a worker that finds no keeper on its node starts one. False where the keeper is a
-    service of its own, like a container: the worker then waits 20 s for it, and asks it for the
-    device."""
+    """Whether a worker starts a keeper if its node has none. Set it to false if the keeper runs as
+    a separate service, for example in a container: the worker then waits 20 s for it, and asks it
+    for the device."""
     context_idle_seconds: Seconds = 600
-    """How long an engine stays that no worker uses, and a keeper's RabbitMQ node that no run uses
+    """How long the keeper keeps an engine that no worker uses, and a RabbitMQ node that no run uses
     ([contexts.md](contexts.md))."""
     context_memory_gib: Annotated[float, Field(gt=0)] | None = None
-    """How much memory engines may hold together on one device, of each GPU or of the node; all that
-    is free otherwise."""
+    """The maximum memory of all engines together on one device: of each GPU, or of the node. The
+    default is all free memory."""
 
-    # Not in XDG_RUNTIME_DIR: that is removed at logout, and engines outlive it.
+    # Not in XDG_RUNTIME_DIR, which is removed at logout while engines continue.
     runtime_dir: Path = Field(default_factory=private_tmp)
-    """Sockets, records and logs of keeper and engines, for the owner alone. Short: a socket's path
-    may have 107 bytes."""
+    """Sockets, records and logs of keeper and engines, readable by the owner only. The path must be
+    short: a socket's path may have at most 107 bytes."""
     cache_dir: Path = Field(default_factory=_cache_directory)
-    """What engines compile, what their starts took, and digests of weights, for the owner alone."""
+    """Compiled code of engines, durations of their starts, and digests of weights, readable by the
+    owner only."""
     cache_gib: Annotated[float, Field(gt=0)] = 20
-    """How large it may be. After each start of an engine the caches that were unused for longest
-    are removed until the rest fits; `keepwarm contexts prune` removes old ones."""
+    """The maximum size of the cache directory. After each start of an engine, the least recently
+    used caches are removed until the rest fits. `keepwarm contexts prune` removes old ones."""
     metrics_address: str = "127.0.0.1:0"
     """Where a service serves `/metrics`, `/healthz` and `/readyz`: `host:port`, with an IPv6 host
-    in brackets. Port 0 is one that is free; the event `metrics.serving` says which. `off`: nowhere.
-    A port that is taken ends the command with exit code 2."""
+    in brackets. Port 0 selects a free port, which the event `metrics.serving` reports. `off`
+    disables it. If the port is in use, the command ends with exit code 2."""
     metrics_advertise: str | None = None
-    """`host` or `host:port` at which others reach it; workers tell it with their reports. See below
-    otherwise."""
+    """The `host` or `host:port` at which others reach it; workers send it with their heartbeats.
+    The default is described below."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    """DEBUG, INFO, WARNING or ERROR."""
+    """The lowest level that is logged: DEBUG, INFO, WARNING or ERROR."""
     log_format: Literal["console", "json"] = "console"
-    """`console` for people, `json` for machines."""
+    """`console` for reading, `json` for processing."""
 
     @field_validator("store_url")
     @classmethod
@@ -240,7 +241,7 @@ class Settings(BaseSettings):
     )
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
-        # Processes that inherit the environment start in other directories.
+        # Child processes inherit the environment, and may run in other directories.
         return None if path is None else _expanded(path).absolute()
 
     @field_validator("metrics_address")
@@ -284,7 +285,7 @@ class Settings(BaseSettings):
         return self
 
     def may_be_plaintext(self, host: str) -> bool:
-        """Whether a connection to this host may do without verified TLS."""
+        """Whether a connection to this host may be made without verified TLS."""
         patterns = self.plaintext_hosts.split()
         return is_loopback(host) or any(fnmatchcase(host, pattern) for pattern in patterns)
 
@@ -313,9 +314,9 @@ class Settings(BaseSettings):
 
 
 def load_settings(**overrides: object) -> Settings:
-    """The settings from the environment, with `overrides` (flags) on top where they are not None.
+    """The settings from the environment. `overrides` (flags) that are not None take precedence.
 
-    Raises UsageError that names the variable at fault.
+    Raises UsageError that names the invalid variable.
     """
     try:
         return Settings(**{key: value for key, value in overrides.items() if value is not None})  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""How long a context took to be ready, phase by phase, as a worker tells it."""
+"""How long a context took to become ready, by phase, as a worker reports it."""
 
 from typing import Annotated
 
@@ -14,12 +14,12 @@ StartupSeconds = Annotated[float, Field(ge=0, le=MAX_STARTUP_SECONDS)]
 
 
 class StartupPhases(Value):
-    """Seconds of each phase of a start; None where it was not measured.
+    """Seconds of each phase of a start; None if it was not measured.
 
-    `imports` is the engine's Python, as much of it as fell into this start: it may have been done,
-    or begun, before. `fetch` brings the weights to the node, `load` into memory, `compile` compiles
-    kernels, captures graphs and warms up, `first_token` is the first answer.
-    `total` is the whole of it; phases may overlap, and there may be time between them.
+    `imports` is the import of the engine's Python modules, as far as it was part of this start: the
+    fork server may have done it before. `fetch` brings the weights to the node, `load` into memory.
+    `compile` compiles kernels, captures graphs and warms up. `first_token` is the first answer.
+    `total` is the whole start; phases may overlap, and there may be time between them.
     """
 
     imports: StartupSeconds | None = None
@@ -31,11 +31,11 @@ class StartupPhases(Value):
 
 
 class ContextReady(Message):
-    """A worker has its context: `seconds` from asking for it to having it.
+    """A worker's context is ready, `seconds` after the worker requested it.
 
-    `warm`: the engine was there already. `startup_id` is drawn for each start, so that a message
-    that comes twice counts once. `phases` are of a start that was for this worker; without any,
-    and not warm, it joined one that was for another, or waited until an engine awoke.
+    `warm`: the engine was warm already. `startup_id` is random for each start, so that a message
+    that is delivered twice counts once. `phases` describes a start for this worker. If it is empty
+    and `warm` is false, the worker joined another worker's start, or waited for an engine to wake.
     """
 
     startup_id: OwnId

@@ -1,8 +1,8 @@
-"""The names on the broker. What is declared there, and how, is `services.broker.topology`.
+"""Names of exchanges, queues and headers. `services.broker.topology` declares them.
 
-An exchange per direction, so that a user's right to write can be given for one of them alone.
-Workers give claims back through `keepwarm.returns` to the collector, which alone puts them on a
-claims queue again: a worker's password is not enough to make others work.
+There is an exchange for each direction, so that a user can be permitted to write to one of them
+only. Workers return claims through `keepwarm.returns`, and only the collector publishes them to a
+claims queue again: a worker's password does not permit anyone to create work for other workers.
 """
 
 CLAIMS_EXCHANGE = "keepwarm.claims"
@@ -11,9 +11,9 @@ VERDICTS_EXCHANGE = "keepwarm.verdicts"
 RUNS_EXCHANGE = "keepwarm.runs"
 DEAD_EXCHANGE = "keepwarm.dead"
 CONTROL_EXCHANGE = "keepwarm.notices"
-"""To every worker that listens: what the collector wants all of them to know."""
+"""A fanout from the collector to every worker: control updates."""
 HEARTBEATS_EXCHANGE = "keepwarm.presence"
-"""To every collector that listens: which workers there are. What nobody hears is gone."""
+"""A fanout from workers to every collector: heartbeats. Without a listener they are dropped."""
 DIRECT_EXCHANGES = (
     CLAIMS_EXCHANGE,
     RETURNS_EXCHANGE,
@@ -29,25 +29,25 @@ RUNS_QUEUE = "runs"
 DEAD_CLAIMS_QUEUE = "dead-claims"
 DEAD_MESSAGES_QUEUE = "dead-messages"
 CORE_QUEUES = (RUNS_QUEUE, VERDICTS_QUEUE, RETURNS_QUEUE, DEAD_CLAIMS_QUEUE, DEAD_MESSAGES_QUEUE)
-"""Those that are there whatever is verified."""
+"""The queues that exist for any run; claims queues come in addition."""
 
 FAILURES_HEADER = "keepwarm-failures"
-"""How many failures of an engine a returned batch's claims were part of."""
+"""How many engine failures the claims of a returned batch were part of."""
 DECLINED_HEADER = "keepwarm-declined"
-"""The engines that could not answer a returned batch's claims, each with what it said of them."""
+"""The engines that could not answer the claims of a returned batch, each after its reason."""
 WAITED_HEADER = "keepwarm-waited-seconds"
-"""How long these claims have waited at those engines for another one to take them."""
+"""How long these claims have waited at those engines for another engine."""
 REASON_HEADER = "keepwarm-reason"
-"""Why a message could not be used; on those in `dead-messages`."""
+"""Why a message in `dead-messages` could not be used."""
 ORIGIN_HEADER = "keepwarm-origin"
-"""The queue that a message in `dead-messages` was taken from."""
+"""The queue from which a message in `dead-messages` came."""
 
 
 def claims_queue(context_id: str) -> str:
-    """The queue of the claims that want one context; also their routing key."""
+    """The queue of one context's claims; also their routing key."""
     return f"claims.{context_id}"
 
 
 def listener_queue(exchange: str, listener: str) -> str:
-    """A listener's own queue for what a fanout says: `notices.…`, `presence.…`."""
+    """A listener's own queue at a fanout exchange: `notices.…`, `presence.…`."""
     return f"{exchange.removeprefix('keepwarm.')}.{listener}"

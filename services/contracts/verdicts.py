@@ -1,4 +1,4 @@
-"""Verdicts, and claims given up on, on their way to the store."""
+"""Verdicts and dead claims, and the messages that carry them to the collector."""
 
 from enum import StrEnum
 from typing import Annotated, Self
@@ -29,12 +29,12 @@ Attempt = Annotated[Int31, Field(ge=1)]
 
 
 class Verdict(Value):
-    """What the model says of one claim.
+    """The model's answer to one claim.
 
-    `probabilities` are over the label words alone (they sum to 1), in the order of the batch's
-    `labels`; empty where no answer could be read. `mass` is the share of the model's whole
-    next-token probability that the label words held. `raw_text` is what the model would have said.
-    The claim's text, position and gold label come along, so that the store needs no other source.
+    `probabilities` are over the label words only (they sum to 1), in the order of the batch's
+    `labels`; empty if no answer could be read. `mass` is the share of the whole next-token
+    probability that the label words have. `raw_text` is the text that the model would generate.
+    The claim's text, position and gold label are included, so that the store needs no other source.
     """
 
     claim_id: Identity
@@ -88,15 +88,15 @@ class VerdictBatch(Message):
 
 
 class DeadReason(StrEnum):
-    """Why a claim was given up on."""
+    """Why a claim is dead."""
 
     TOO_LONG = "too-long"
     PROMPT_UNUSABLE = "prompt-unusable"
     ENGINE_REFUSED = "engine-refused"
     ENGINE_FAILED = "engine-failed"
-    """The engine failed with this claim again and again, alone, and not with another."""
+    """The engine failed with this claim repeatedly, alone, and not with a canary."""
     WORKER_FAILED = "worker-failed"
-    """The worker itself failed with it, or died of it, again and again, and not with another."""
+    """The worker's own code failed or crashed with it repeatedly, and not with a canary."""
 
 
 class DeadClaim(Message):
@@ -109,6 +109,6 @@ class DeadClaim(Message):
     worker_id: OwnId
     attempt: Attempt
     failures: Int31 = 0
-    """Failures of an engine that the claim was part of."""
+    """Engine failures that the claim was part of."""
     submission_id: _Submission = None
     proof: Annotated[Proof | None, Field(exclude_if=lambda proof: proof is None)] = None

@@ -1,6 +1,6 @@
-"""The wire form: JSON with a schema version, bounded in size, checked on both sides.
+"""Encode and decode messages: JSON with a schema version and a size limit.
 
-docs/decisions/0031-message-versions.md says when the version changes.
+docs/decisions/0031-message-versions.md describes when the version changes.
 """
 
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -18,23 +18,23 @@ VERSION = PROVEN
 """The newest version of messages that this Keepwarm reads."""
 
 _SHOWN_CHARS = 120
-# Fields of messages whose values make identities: who ignored a part of them would make another.
+# Identities are computed from these fields: a reader that ignored a part would get another id.
 _IDENTIFIED = {"run", "context"}
 
 CONTENT_TYPE = "application/json"
 
 
 class Message(Value):
-    """A value that travels through the broker as a whole.
+    """A value that is sent through the broker.
 
-    `schema_version` is the least version that a reader has to know to do right with this message.
+    `schema_version` is the lowest version with which a reader handles this message correctly.
     """
 
     schema_version: Annotated[int, Field(ge=1, le=VERSION)] = 1
 
     wire_type: ClassVar[str]
-    """The `type` property of the messages that carry it: the class's name unless it says another,
-    since a class may be renamed and what is on the wire may not.
+    """The AMQP `type` property: the class's name by default. A renamed class keeps its old name
+    here.
     """
 
     @classmethod
@@ -49,26 +49,24 @@ M = TypeVar("M", bound=Message)
 def encode(message: Message) -> bytes:
     """The message as UTF-8 JSON.
 
-    Raises MessageInvalid when it is over `MAX_MESSAGE_BYTES`: nobody would take it.
+    Raises MessageInvalid when it is larger than `MAX_MESSAGE_BYTES`.
     """
     body = message.__pydantic_serializer__.to_json(message)
     if len(body) > MAX_MESSAGE_BYTES:
         raise MessageInvalid(
-            f"a {message.wire_type} of {len(body):,} bytes is over the bound of "
+            f"a {message.wire_type} of {len(body):,} bytes is over the limit of "
             f"{MAX_MESSAGE_BYTES:,}; use a smaller --batch-size"
         )
     return body
 
 
 def decode(kind: type[M], body: bytes) -> M:
-    """The `kind` of message that `body` holds. Unknown fields are ignored, except in what makes an
-    identity.
+    """The message in `body`. Unknown fields are ignored, except in fields that make an identity.
 
-    Raises MessageInvalid, naming the first fault; MessageTooNew when the message says that one has
-    to know more than this Keepwarm does.
+    Raises MessageInvalid with the first fault, MessageTooNew when the message needs a newer reader.
     """
     if len(body) > MAX_MESSAGE_BYTES:
-        raise MessageInvalid(f"{len(body):,} bytes are over the bound of {MAX_MESSAGE_BYTES:,}")
+        raise MessageInvalid(f"{len(body):,} bytes are over the limit of {MAX_MESSAGE_BYTES:,}")
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
@@ -90,7 +88,7 @@ def _raise_if_newer(kind: type[Message], body: bytes) -> None:
     if isinstance(version, int) and version > VERSION:
         raise MessageTooNew(
             f"a {kind.wire_type} of version {version} came, and this Keepwarm reads up to "
-            f"{VERSION}; it stays in its queue. Install the version that its sender has "
+            f"{VERSION}; it stays in its queue. Install the sender's version of Keepwarm "
             "(docs/operations.md, Upgrade)"
         )
 
@@ -104,7 +102,7 @@ def _has_only_unknown_fields(error: ValidationError) -> bool:
 
 
 def first_fault(error: ValidationError) -> str:
-    """One line for the first of a model's faults: where, and what; never the value itself."""
+    """One line for the first fault of a model: field and problem, never the value."""
     fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
     where = ".".join(str(part) for part in fault["loc"])[:_SHOWN_CHARS]
     return f"{where}: {fault['msg']}" if where else str(fault["msg"])

@@ -251,7 +251,7 @@ def properties(message: Message, **changes: object) -> pika.BasicProperties:
 def broken(message: Message) -> Iterator[tuple[bytes, pika.BasicProperties, str]]:
     """Ways to break a message: body, properties, and what the reason says."""
     body = encode(message)
-    yield b" " * (MAX_MESSAGE_BYTES + 1), properties(message), "over the bound"
+    yield b" " * (MAX_MESSAGE_BYTES + 1), properties(message), "over the limit"
     yield b"\xff\xfe{", properties(message), "not a"
     yield b"[" * 100_000, properties(message), "not a"
     yield b"", properties(message), "not a"

@@ -12,7 +12,7 @@ from services.contracts.clock import awake
 CHILD = """
 import sys, time
 from services.contracts import clock
-clock._STOPPED_SECONDS = 1.5
+clock._MAX_LATE_SECONDS = 1.5
 begun, seen = clock.awake(), time.monotonic()
 print("ready", flush=True)
 sys.stdin.readline()

@@ -142,7 +142,7 @@ def test_a_label_may_repeat_its_own_name_as_an_alias() -> None:
 
 @pytest.mark.parametrize("name", [INVALID, "invalid", " Invalid "])
 def test_invalid_is_not_a_label_that_a_prompt_may_use(name: str) -> None:
-    with pytest.raises(ValidationError, match="kept for answers that cannot be read"):
+    with pytest.raises(ValidationError, match="reserved for answers that cannot be read"):
         PromptSpec(labels=(Label(name=name, word="a"), YES_NO[0]))
 
 

@@ -72,7 +72,7 @@ def test_a_message_that_one_has_to_be_newer_for_says_so(kind: str) -> None:
             decode(KINDS[kind], body)
         assert str(refused.value) == (
             f"a {kind} of version {VERSION + 1} came, and this Keepwarm reads up to {VERSION}; it "
-            "stays in its queue. Install the version that its sender has (docs/operations.md, "
+            "stays in its queue. Install the sender's version of Keepwarm (docs/operations.md, "
             "Upgrade)"
         )
 

@@ -266,7 +266,7 @@ def test_a_body_over_the_bound_is_refused_unread(messages: dict[str, Message]) -
     body = encode(messages["DeadClaim"])
     at_the_bound = body + b" " * (MAX_MESSAGE_BYTES - len(body))
     assert decode(DeadClaim, at_the_bound) == messages["DeadClaim"]
-    with pytest.raises(MessageInvalid, match="8,388,609 bytes are over the bound of 8,388,608"):
+    with pytest.raises(MessageInvalid, match="8,388,609 bytes are over the limit of 8,388,608"):
         decode(DeadClaim, at_the_bound + b" ")
 
 
