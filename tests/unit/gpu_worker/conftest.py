@@ -57,7 +57,7 @@ def died_asking(runtime_dir: Path, name: str, keys: Iterable[Key], *, alone: boo
 
 
 class RecordingBroker:
-    """Consumer and publisher in one: what was settled and published. Confirms when told to."""
+    """A consumer and publisher that records what is settled and published. `confirm` confirms."""
 
     def __init__(self) -> None:
         self.settled: list[tuple[str, int]] = []
@@ -109,7 +109,7 @@ def verdict(claim: Claim, label: str = "SUPPORTS") -> Verdict:
 def delivered(
     batch: ClaimBatch, *, earlier: int = 0, failures: int = 0, **changes: object
 ) -> Delivery:
-    """The batch as the broker hands it over, with `earlier` deliveries before this one."""
+    """The batch as the broker delivers it, with `earlier` deliveries before this one."""
     delivery = Delivery(
         queue=topology.claims_queue(batch.run.context.context_id),
         body=encode(batch),

@@ -13,7 +13,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def told(count: AnswerCount) -> list[int]:
+def logged(count: AnswerCount) -> list[int]:
     with structlog.testing.capture_logs() as events:
         count.log()
     return [event["answered"] for event in events]
@@ -21,19 +21,19 @@ def told(count: AnswerCount) -> list[int]:
 
 def test_a_count_is_logged_when_it_changed_and_not_too_often(clock: Clock) -> None:
     count = AnswerCount(logged=True)
-    assert told(count) == []
+    assert logged(count) == []
     count.add()
-    assert told(count) == [1]
+    assert logged(count) == [1]
     count.add()
-    assert told(count) == []
+    assert logged(count) == []
     clock.now += 0.2
-    assert told(count) == [2]
+    assert logged(count) == [2]
     clock.now += 0.2
-    assert told(count) == []
+    assert logged(count) == []
 
 
 def test_nothing_is_logged_unless_it_is_asked_for(clock: Clock) -> None:
     count = AnswerCount()
     count.add()
     clock.now += 1
-    assert told(count) == [] and count.answered == 1
+    assert logged(count) == [] and count.answered == 1

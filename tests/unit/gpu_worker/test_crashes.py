@@ -1,4 +1,4 @@
-"""What a dead worker leaves for the next one, and what counts as evidence of what it died of."""
+"""The records of a dead worker, and what counts as evidence of a crash."""
 
 import os
 import signal
@@ -64,21 +64,21 @@ def dies(node: Path, how: str, *, alone: bool = False) -> int:
 
 
 @pytest.mark.parametrize(
-    ("how", "number", "says"),
+    ("how", "number", "signal_name"),
     [(SEGFAULT, signal.SIGSEGV, "Segmentation fault"), (ABORT, signal.SIGABRT, "Aborted")],
 )
 def test_a_worker_that_dies_of_a_fatal_signal_leaves_the_claims_and_a_traceback(
-    how: str, number: int, says: str, node: Path, worker: Callable[[str], CrashRecords]
+    how: str, number: int, signal_name: str, node: Path, worker: Callable[[str], CrashRecords]
 ) -> None:
     assert dies(node, how) == -number
     crash = worker("next").get(KEY)
     assert crash is not None and (crash.alone, crash.memory) == (0, False)
-    assert f"Fatal Python error: {says}" in crash.evidence
+    assert f"Fatal Python error: {signal_name}" in crash.evidence
     assert worker("third").get(KEY) == crash  # for every worker of the node
     assert not any("worker-" in path.name for path in (node / "workers").iterdir())
 
 
-def test_a_hundred_workers_that_are_killed_from_outside_make_no_claim_a_suspect(
+def test_a_hundred_workers_that_are_killed_from_outside_quarantine_no_claim(
     node: Path, worker: Callable[[str], CrashRecords]
 ) -> None:
     for _ in range(3):
@@ -90,7 +90,7 @@ def test_a_hundred_workers_that_are_killed_from_outside_make_no_claim_a_suspect(
     assert [path.name for path in (node / "workers").iterdir()] == ["next"]
 
 
-def test_deaths_alone_are_counted_and_those_in_company_are_not(
+def test_crashes_alone_are_counted_and_crashes_with_other_claims_are_not(
     node: Path, worker: Callable[[str], CrashRecords]
 ) -> None:
     for alone in (False, True, True):
@@ -120,7 +120,7 @@ def test_a_worker_that_lives_or_ended_in_order_leaves_nothing(
         assert {path.name for path in (node / "workers").iterdir()} == {"living", "other"}
 
 
-def test_what_died_meanwhile_is_seen_at_the_next_look(
+def test_a_worker_that_died_meanwhile_is_found_by_the_next_collect(
     node: Path, worker: Callable[[str], CrashRecords]
 ) -> None:
     following = worker("next")
@@ -157,7 +157,7 @@ def test_a_record_that_cannot_be_written_or_read_harms_nobody(
     assert following.get(KEY) is None
 
 
-# Killed for lack of memory.
+# Killed because memory ran out.
 
 
 @pytest.fixture
@@ -181,7 +181,7 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int | N
 
 
 @pytest.mark.parametrize(
-    ("in_cgroup", "on_machine", "suspect"),
+    ("in_cgroup", "on_machine", "counts"),
     [
         (0, 4, False),  # a preemption
         (0, 9, False),  # a preemption, while memory ran out elsewhere on the machine
@@ -193,7 +193,7 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int | N
 def test_a_kill_counts_where_the_kernel_says_that_memory_ran_out(
     in_cgroup: int | None,
     on_machine: int,
-    suspect: bool,
+    counts: bool,
     node: Path,
     worker: Callable[[str], CrashRecords],
     kernel: Callable[[int | None, int], None],
@@ -202,7 +202,7 @@ def test_a_kill_counts_where_the_kernel_says_that_memory_ran_out(
     kernel(in_cgroup, on_machine)
     crash = worker("next").get(KEY)
     why = "the kernel killed it (SIGKILL) because memory ran out"
-    assert crash == (Crash(1, why, memory=True) if suspect else None)
+    assert crash == (Crash(1, why, memory=True) if counts else None)
 
 
 def test_an_earlier_shortage_of_memory_is_no_evidence_of_a_later_death(

@@ -1,4 +1,4 @@
-"""Which claim does the engine fail with? Shown with a small engine whose faults are known."""
+"""Fault isolation, with a small fake engine whose faults are known."""
 
 import json
 import threading
@@ -40,8 +40,8 @@ Fault = Callable[[str], str]
 
 
 class Engine:
-    """Engine and inference in one. `fault` says what a claim does to it: `crash` it, `hang` it,
-    make it answer `nonsense`, be `refused`, or nothing.
+    """Engine and inference in one. `fault` maps a claim to what it does to the engine: `crash` it,
+    `hang` it, make it answer `nonsense`, be `refused`, or nothing.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Engine:
                 outcome.failure = EngineRequestError("the engine broke off")
                 break
             if self.hangs:
-                outcome.failure = EngineSilent("the engine said nothing")
+                outcome.failure = EngineSilent("the engine timed out")
                 break
             match self.fault(claim.claim_id):
                 case "crash":
@@ -99,7 +99,7 @@ class Engine:
                     break
                 case "hang":
                     self.hangs = True
-                    outcome.failure = EngineSilent("the engine said nothing")
+                    outcome.failure = EngineSilent("the engine timed out")
                     break
                 case "nonsense":
                     continue
@@ -126,7 +126,7 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.gpu_worker.fault_isolation._LONGEST_PAUSE_SECONDS", 0.0)
 
 
-def examination(
+def isolation(
     engine: Engine,
     stop: threading.Event | None = None,
     crashes: CrashRecords | None = None,
@@ -154,22 +154,22 @@ class NoCrashes:
         pass
 
 
-def suspect(batch: ClaimBatch) -> InFlightBatch:
+def quarantined(batch: ClaimBatch) -> InFlightBatch:
     """A batch that an engine failed with once, all of it."""
-    hand = InFlightBatch(delivered(batch))
-    hand.record_failure(range(len(batch.claims)))
-    return hand
+    in_flight = InFlightBatch(delivered(batch))
+    in_flight.record_failure(range(len(batch.claims)))
+    return in_flight
 
 
-def became(hand: InFlightBatch) -> SimpleNamespace:
+def became(in_flight: InFlightBatch) -> SimpleNamespace:
     broker = RecordingBroker()
-    hand.settle(broker, broker, WorkerIdentity("w", "d"))  # type: ignore[arg-type]
+    in_flight.settle(broker, broker, WorkerIdentity("w", "d"))  # type: ignore[arg-type]
     verdicts = [decode(VerdictBatch, m.body) for m in broker.to(topology.VERDICTS_QUEUE)]
     dead = [decode(DeadClaim, m.body) for m in broker.to(topology.DEAD_CLAIMS_QUEUE)]
     return SimpleNamespace(
         answered={v.claim_id for each in verdicts for v in each.verdicts},
         dead={each.claim.claim_id: each for each in dead},
-        unresolved=dict(hand.unresolved),
+        unresolved=dict(in_flight.unresolved),
     )
 
 
@@ -186,9 +186,9 @@ def test_the_claim_that_the_engine_fails_with_is_given_up_on_and_the_others_are_
     fault: str, claim_failures: int, batch: ClaimBatch
 ) -> None:
     engine = Engine(only("c3", fault))
-    hand = suspect(batch)
-    examination(engine, claim_failures=claim_failures).isolate(hand)
-    found = became(hand)
+    in_flight = quarantined(batch)
+    isolation(engine, claim_failures=claim_failures).isolate(in_flight)
+    found = became(in_flight)
     assert found.unresolved == {}
     assert found.answered == EVERYBODY - {"c3"}
     (dead,) = found.dead.values()
@@ -204,27 +204,27 @@ def test_a_batch_that_was_only_there_when_the_engine_failed_is_asked_as_a_whole(
     batch: ClaimBatch,
 ) -> None:
     engine = Engine()
-    hand = suspect(batch)
-    examination(engine).isolate(hand)
-    assert became(hand).answered == EVERYBODY
+    in_flight = quarantined(batch)
+    isolation(engine).isolate(in_flight)
+    assert became(in_flight).answered == EVERYBODY
     assert engine.asked == [["harmless"], sorted(EVERYBODY)]
 
 
 def test_a_death_tells_how_often_the_engine_failed_and_the_end_of_its_log(
     batch: ClaimBatch,
 ) -> None:
-    hand = suspect(batch)
-    examination(Engine(only("c3", "crash"))).isolate(hand)
-    detail = became(hand).dead["c3"].detail
+    in_flight = quarantined(batch)
+    isolation(Engine(only("c3", "crash"))).isolate(in_flight)
+    detail = became(in_flight).dead["c3"].detail
     assert "failed 3 times with this claim, 2 of them alone, and not with a harmless one" in detail
     assert "the engine broke off" in detail
     assert detail.endswith("INFO loading\nSegmentation fault")
 
 
-def test_nonsense_is_told_as_such(batch: ClaimBatch) -> None:
-    hand = suspect(batch)
-    examination(Engine(only("c3", "nonsense"))).isolate(hand)
-    assert "it gave no usable answer: aborted, or scores" in became(hand).dead["c3"].detail
+def test_an_unusable_answer_is_named_in_the_dead_claim(batch: ClaimBatch) -> None:
+    in_flight = quarantined(batch)
+    isolation(Engine(only("c3", "nonsense"))).isolate(in_flight)
+    assert "it gave no usable answer: aborted, or scores" in became(in_flight).dead["c3"].detail
 
 
 @given(
@@ -237,10 +237,10 @@ def test_whatever_is_wrong_with_which_claims_each_gets_the_outcome_that_it_deser
     faults: list[str], claim_failures: int, batch: ClaimBatch
 ) -> None:
     by_id = {f"c{number}": fault for number, fault in enumerate(faults)}
-    hand = suspect(batch)
+    in_flight = quarantined(batch)
     engine = Engine(lambda claim_id: by_id.get(claim_id, ""))
-    examination(engine, claim_failures=claim_failures).isolate(hand)
-    found = became(hand)
+    isolation(engine, claim_failures=claim_failures).isolate(in_flight)
+    found = became(in_flight)
     assert found.unresolved == {}
     assert found.answered == {claim_id for claim_id, fault in by_id.items() if not fault}
     reasons = {claim_id: dead.reason for claim_id, dead in found.dead.items()}
@@ -256,33 +256,35 @@ def test_a_claim_that_fails_now_and_then_is_answered_when_it_succeeds(batch: Cla
     engine = Engine(
         lambda claim_id: faults.get(claim_id, [""]).pop(0) if claim_id in faults else ""
     )
-    hand = suspect(batch)
-    examination(engine).isolate(hand)
-    assert became(hand).answered == EVERYBODY
+    in_flight = quarantined(batch)
+    isolation(engine).isolate(in_flight)
+    assert became(in_flight).answered == EVERYBODY
 
 
 def test_the_failures_that_a_claim_came_with_count(batch: ClaimBatch) -> None:
-    hand = InFlightBatch(delivered(batch, failures=2))
+    in_flight = InFlightBatch(delivered(batch, failures=2))
     engine = Engine(only("c3", "crash"))
-    examination(engine, claim_failures=3).isolate(hand)
-    assert list(became(hand).dead) == ["c3"]
+    isolation(engine, claim_failures=3).isolate(in_flight)
+    assert list(became(in_flight).dead) == ["c3"]
     assert engine.asked.count(["c3"]) == 1
 
 
-def test_claims_without_a_fault_are_all_answered_and_nobody_is_blamed(batch: ClaimBatch) -> None:
-    hand = suspect(batch)
-    examination(Engine()).isolate(hand)
-    assert became(hand).answered == EVERYBODY
-
-
-def test_a_claim_in_bad_company_a_hundred_times_is_not_given_up_on_for_it(
+def test_claims_without_a_fault_are_all_answered_and_no_failure_is_recorded(
     batch: ClaimBatch,
 ) -> None:
-    hand = InFlightBatch(delivered(batch))
+    in_flight = quarantined(batch)
+    isolation(Engine()).isolate(in_flight)
+    assert became(in_flight).answered == EVERYBODY
+
+
+def test_a_claim_that_fails_with_others_a_hundred_times_is_not_given_up(
+    batch: ClaimBatch,
+) -> None:
+    in_flight = InFlightBatch(delivered(batch))
     for _ in range(100):
-        hand.record_failure(range(7))
-    examination(Engine(), claim_failures=2).isolate(hand)
-    assert became(hand).answered == EVERYBODY
+        in_flight.record_failure(range(7))
+    isolation(Engine(), claim_failures=2).isolate(in_flight)
+    assert became(in_flight).answered == EVERYBODY
 
 
 # The engine's own fault.
@@ -290,14 +292,14 @@ def test_a_claim_in_bad_company_a_hundred_times_is_not_given_up_on_for_it(
 
 @pytest.mark.parametrize("fault", ["crash", "hang", "nonsense"])
 @pytest.mark.parametrize("attempts", [1, 3])
-def test_an_engine_that_fails_with_a_harmless_claim_too_is_at_fault_and_buries_nobody(
+def test_an_engine_that_fails_with_the_canary_too_is_at_fault_and_no_claim_is_dead(
     fault: str, attempts: int, batch: ClaimBatch
 ) -> None:
     engine = Engine(lambda _: fault)
-    hand = suspect(batch)
+    in_flight = quarantined(batch)
     with pytest.raises(EngineStartError, match="fails with a harmless claim"):
-        examination(engine, engine_start_attempts=attempts).isolate(hand)
-    found = became(hand)
+        isolation(engine, engine_start_attempts=attempts).isolate(in_flight)
+    found = became(in_flight)
     assert (found.answered, found.dead) == (set(), {})
     assert found.unresolved == dict.fromkeys(range(7), 1)
     assert engine.asked == [["harmless"]] * attempts
@@ -313,10 +315,10 @@ def test_an_engine_that_begins_to_fail_half_way_takes_no_claim_with_it(batch: Cl
         return "crash" if "c2" in seen else ""
 
     engine.fault = fault
-    hand = suspect(batch)
+    in_flight = quarantined(batch)
     with pytest.raises(EngineStartError):
-        examination(engine).isolate(hand)
-    found = became(hand)
+        isolation(engine).isolate(in_flight)
+    found = became(in_flight)
     assert (found.answered, found.dead) == ({"c0", "c1"}, {})
     assert found.unresolved == dict.fromkeys(range(2, 7), 1)
 
@@ -324,32 +326,32 @@ def test_an_engine_that_begins_to_fail_half_way_takes_no_claim_with_it(batch: Cl
 def test_an_engine_that_recovers_in_time_is_used_again(batch: ClaimBatch) -> None:
     engine = Engine()
     engine.fault = lambda _: "crash" if len(engine.asked) < 3 else ""
-    hand = suspect(batch)
-    examination(engine, engine_start_attempts=3).isolate(hand)
-    assert became(hand).answered == EVERYBODY
+    in_flight = quarantined(batch)
+    isolation(engine, engine_start_attempts=3).isolate(in_flight)
+    assert became(in_flight).answered == EVERYBODY
     assert engine.starts == 2
 
 
 def test_a_prompt_that_not_even_a_harmless_claim_fits_into_is_not_the_engines_fault(
     batch: ClaimBatch,
 ) -> None:
-    hand = suspect(batch)
-    examination(Engine(lambda _: "refused")).isolate(hand)
-    assert set(became(hand).dead) == EVERYBODY
+    in_flight = quarantined(batch)
+    isolation(Engine(lambda _: "refused")).isolate(in_flight)
+    assert set(became(in_flight).dead) == EVERYBODY
 
 
 def test_an_engine_that_hangs_is_ended_and_one_that_fails_otherwise_is_left_alone() -> None:
     engine = Engine()
-    minder = examination(engine)
+    minder = isolation(engine)
     minder.handle_failure(None)
     minder.handle_failure(EngineRequestError("no"))
     minder.handle_failure(Interrupted("interrupted"))
     assert engine.alive
-    minder.handle_failure(EngineSilent("it said nothing"))
+    minder.handle_failure(EngineSilent("it timed out"))
     assert not engine.alive
 
 
-# Starting it.
+# Starting the engine.
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
@@ -358,7 +360,7 @@ def test_an_engine_that_does_not_start_or_whose_keeper_is_away_is_started_again(
     failing: int, error: type[EngineError]
 ) -> None:
     engine = Engine(failing_starts=failing, starts_fail_with=error)
-    assert examination(engine).start_engine(attempts=3)
+    assert isolation(engine).start_engine(attempts=3)
     assert engine.starts == failing + 1
 
 
@@ -366,7 +368,7 @@ def test_an_engine_that_does_not_start_or_whose_keeper_is_away_is_started_again(
 def test_an_engine_that_never_starts_is_given_up_on(attempts: int) -> None:
     engine = Engine(failing_starts=100)
     with pytest.raises(EngineStartError, match="it ended"):
-        examination(engine).start_engine(attempts)
+        isolation(engine).start_engine(attempts)
     assert engine.starts == attempts
 
 
@@ -376,20 +378,20 @@ def test_an_engine_that_never_starts_is_given_up_on(attempts: int) -> None:
 def test_told_to_stop_while_the_engine_starts_it_starts_none() -> None:
     stop = threading.Event()
     stop.set()
-    assert not examination(Engine(), stop).start_engine(attempts=3)
+    assert not isolation(Engine(), stop).start_engine(attempts=3)
 
 
 def test_told_to_stop_before_it_is_started_again_it_is_not() -> None:
     stop = threading.Event()
     stop.set()
     engine = Engine(failing_starts=1)
-    assert not examination(engine, stop).start_engine(attempts=3)
+    assert not isolation(engine, stop).start_engine(attempts=3)
     assert engine.starts == 1
 
 
 @pytest.mark.parametrize("asked", range(10))
 @pytest.mark.parametrize("fault", ["", "crash", "hang", "nonsense"])
-def test_told_to_stop_it_leaves_claims_open_and_blames_nobody_further(
+def test_told_to_stop_it_leaves_claims_unresolved_and_records_no_more_failures(
     fault: str, asked: int, batch: ClaimBatch
 ) -> None:
     stop = threading.Event()
@@ -400,26 +402,26 @@ def test_told_to_stop_it_leaves_claims_open_and_blames_nobody_further(
             stop.set()
 
     engine.before_asking = count_down
-    hand = suspect(batch)
-    examination(engine, stop, claim_failures=100).isolate(hand)
-    found = became(hand)
+    in_flight = quarantined(batch)
+    isolation(engine, stop, claim_failures=100).isolate(in_flight)
+    found = became(in_flight)
     assert found.dead == {}
-    assert {f"c{place}" for place in found.unresolved} == EVERYBODY - found.answered
-    # c1 is blamed for each failure after which the engine answered a harmless claim.
+    assert {f"c{index}" for index in found.unresolved} == EVERYBODY - found.answered
+    # c1 has each failure after which the engine answered a canary.
     proven = engine.asked.count(["c1"]) if fault else 0
-    for place, failures in found.unresolved.items():
-        assert 1 <= failures <= 1 + (proven if place == 1 else 0)
+    for index, failures in found.unresolved.items():
+        assert 1 <= failures <= 1 + (proven if index == 1 else 0)
 
 
-def test_told_to_stop_while_it_looks_whose_fault_it_was_it_blames_nobody(
+def test_told_to_stop_while_it_asks_the_canary_it_records_no_failure(
     batch: ClaimBatch,
 ) -> None:
     stop = threading.Event()
     engine = Engine(only("c0", "crash"))
     engine.before_asking = lambda: stop.set() if engine.asked[-1:] == [["harmless"]] else None
-    hand = suspect(batch)
-    examination(engine, stop).isolate(hand)
-    assert became(hand).unresolved == dict.fromkeys(range(7), 1)
+    in_flight = quarantined(batch)
+    isolation(engine, stop).isolate(in_flight)
+    assert became(in_flight).unresolved == dict.fromkeys(range(7), 1)
 
 
 def test_a_failure_that_we_made_ourselves_is_nobodys_fault(
@@ -427,9 +429,9 @@ def test_a_failure_that_we_made_ourselves_is_nobodys_fault(
 ) -> None:
     engine = Engine()
     monkeypatch.setattr(engine, "infer", lambda *_: Outcome(failure=Interrupted("interrupted")))
-    hand = suspect(batch)
-    examination(engine).isolate(hand)
-    found = became(hand)
+    in_flight = quarantined(batch)
+    isolation(engine).isolate(in_flight)
+    found = became(in_flight)
     assert (found.dead, found.unresolved) == ({}, dict.fromkeys(range(7), 1))
 
 
@@ -440,9 +442,9 @@ def test_a_claim_that_the_worker_itself_fails_with_is_dead_with_the_trace(
     batch: ClaimBatch,
 ) -> None:
     engine = Engine(only("c3", "worker fails"))
-    hand = suspect(batch)
-    examination(engine).isolate(hand)
-    found = became(hand)
+    in_flight = quarantined(batch)
+    isolation(engine).isolate(in_flight)
+    found = became(in_flight)
     assert found.answered == EVERYBODY - {"c3"}
     (dead,) = found.dead.values()
     assert (dead.reason, dead.failures) == (DeadReason.WORKER_FAILED, 3)
@@ -451,20 +453,20 @@ def test_a_claim_that_the_worker_itself_fails_with_is_dead_with_the_trace(
     assert engine.starts == 0
 
 
-def test_a_worker_that_fails_with_a_harmless_claim_too_ends_and_buries_nobody(
+def test_a_worker_that_fails_with_the_canary_too_ends_and_no_claim_is_dead(
     batch: ClaimBatch,
 ) -> None:
-    hand = suspect(batch)
+    in_flight = quarantined(batch)
     with pytest.raises(WorkerFailure, match="Restart the worker"):
-        examination(Engine(lambda _: "worker fails")).isolate(hand)
-    assert became(hand).unresolved == dict.fromkeys(range(7), 1)
+        isolation(Engine(lambda _: "worker fails")).isolate(in_flight)
+    assert became(in_flight).unresolved == dict.fromkeys(range(7), 1)
 
 
 def with_prompt(batch: ClaimBatch, prompt: PromptSpec) -> ClaimBatch:
     return batch.model_copy(update={"run": batch.run.model_copy(update={"prompt": prompt})})
 
 
-def test_a_prompt_that_the_worker_fails_with_whatever_the_claim_buries_its_batches_alone(
+def test_a_prompt_that_the_worker_fails_with_for_any_claim_makes_only_its_own_claims_dead(
     batch: ClaimBatch,
 ) -> None:
     class FailsWithThePrompt(Engine):
@@ -472,15 +474,15 @@ def test_a_prompt_that_the_worker_fails_with_whatever_the_claim_buries_its_batch
             self.fault = lambda _: "worker fails" if prompt.name == "cursed" else ""
             return super().infer(prompt, claims)
 
-    hand = suspect(with_prompt(batch, PromptSpec(name="cursed")))
-    examination(FailsWithThePrompt()).isolate(hand)
-    dead = became(hand).dead
+    in_flight = quarantined(with_prompt(batch, PromptSpec(name="cursed")))
+    isolation(FailsWithThePrompt()).isolate(in_flight)
+    dead = became(in_flight).dead
     assert set(dead) == EVERYBODY
     assert {each.reason for each in dead.values()} == {DeadReason.PROMPT_UNUSABLE}
     assert "the worker fails with this prompt for any claim" in dead["c0"].detail
 
 
-# Workers that died.
+# Workers that crashed.
 
 
 def died(alone: int, *, memory: bool = False) -> Crash:
@@ -491,54 +493,54 @@ def test_a_claim_that_workers_died_of_alone_goes_back_by_itself_after_the_others
     batch: ClaimBatch,
 ) -> None:
     engine = Engine()
-    hand = suspect(batch)
-    hand.record_crash(3, died(1))
-    examination(engine).isolate(hand)
+    in_flight = quarantined(batch)
+    in_flight.record_crash(3, died(1))
+    isolation(engine).isolate(in_flight)
     assert ["c3"] not in engine.asked
-    found = became(hand)
+    found = became(in_flight)
     assert (found.answered, found.unresolved) == (EVERYBODY - {"c3"}, {3: 2})
 
 
 def test_in_a_batch_of_its_own_it_is_asked_once_more(batch: ClaimBatch) -> None:
     engine = Engine()
-    hand = suspect(batch.only([3]))
-    hand.record_crash(0, died(1))
-    examination(engine).isolate(hand)
-    assert became(hand).answered == {"c3"}
+    in_flight = quarantined(batch.only([3]))
+    in_flight.record_crash(0, died(1))
+    isolation(engine).isolate(in_flight)
+    assert became(in_flight).answered == {"c3"}
 
 
 def test_a_claim_that_workers_died_of_often_enough_is_dead_with_what_they_left(
     batch: ClaimBatch,
 ) -> None:
     engine = Engine()
-    hand = suspect(batch)
-    hand.record_crash(3, died(2))
-    examination(engine).isolate(hand)
+    in_flight = quarantined(batch)
+    in_flight.record_crash(3, died(2))
+    isolation(engine).isolate(in_flight)
     assert ["c3"] not in engine.asked
-    (dead,) = became(hand).dead.values()
+    (dead,) = became(in_flight).dead.values()
     assert (dead.claim.claim_id, dead.reason) == ("c3", DeadReason.WORKER_FAILED)
     assert dead.failures == 3
     assert "the worker's process crashed 3 times with this claim, 2 of them alone" in dead.detail
     assert dead.detail.endswith("Fatal Python error: Segmentation fault")
 
 
-def test_claims_that_a_worker_died_with_in_company_are_asked_alone_and_answered(
+def test_claims_that_a_worker_crashed_with_together_are_asked_alone_and_answered(
     batch: ClaimBatch,
 ) -> None:
-    hand = InFlightBatch(delivered(batch))
-    for place in range(7):
-        hand.record_crash(place, died(0))
+    in_flight = InFlightBatch(delivered(batch))
+    for index in range(7):
+        in_flight.record_crash(index, died(0))
     engine = Engine()
-    examination(engine).isolate(hand)
-    assert became(hand).answered == EVERYBODY
+    isolation(engine).isolate(in_flight)
+    assert became(in_flight).answered == EVERYBODY
     assert all(len(asked) == 1 for asked in engine.asked)
 
 
 def test_while_a_claim_is_asked_alone_that_is_on_disk_and_so_is_the_harmless_one_before_it(
     batch: ClaimBatch, crashes: CrashRecords
 ) -> None:
-    hand = suspect(batch)
-    hand.record_failure(range(7), alone=True)  # else the whole batch is asked first
+    in_flight = quarantined(batch)
+    in_flight.record_failure(range(7), alone=True)  # else the whole batch is asked first
     seen: list[list[object]] = []
     engine = Engine()
     workers = crashes._own_dir
@@ -547,23 +549,23 @@ def test_while_a_claim_is_asked_alone_that_is_on_disk_and_so_is_the_harmless_one
         seen.append([json.loads(path.read_text()) for path in workers.glob("*.json")])
 
     engine.before_asking = on_disk
-    examination(engine, crashes=crashes).isolate(hand)
+    isolation(engine, crashes=crashes).isolate(in_flight)
     prompt, run_id = batch.run.prompt, batch.run.run_id
     keys = [[list(prompt_key(prompt))]] + [[[run_id, f"c{n}"]] for n in range(7)]
     assert [[record["keys"] for record in each] for each in seen] == [[key] for key in keys]  # type: ignore[index]
     assert all(record["alone"] for each in seen for record in each)  # type: ignore[index]
 
 
-def test_a_prompt_that_workers_died_of_buries_its_batches_where_another_prompt_is_answered(
+def test_a_prompt_that_crashed_workers_makes_its_claims_dead_if_another_prompt_is_answered(
     batch: ClaimBatch, crashes: CrashRecords, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cursed = PromptSpec(name="cursed")
     of = {prompt_key(cursed): died(3)}
     monkeypatch.setattr(crashes, "get", of.get)
     engine = Engine()
-    hand = suspect(with_prompt(batch, cursed))
-    examination(engine, crashes=crashes).isolate(hand)
-    dead = became(hand).dead
+    in_flight = quarantined(with_prompt(batch, cursed))
+    isolation(engine, crashes=crashes).isolate(in_flight)
+    dead = became(in_flight).dead
     assert set(dead) == EVERYBODY
     assert {each.reason for each in dead.values()} == {DeadReason.PROMPT_UNUSABLE}
     assert engine.asked == [["harmless"]]
@@ -572,53 +574,55 @@ def test_a_prompt_that_workers_died_of_buries_its_batches_where_another_prompt_i
 # What another engine may be able to answer.
 
 
-def returned(hand: InFlightBatch) -> list[tuple[list[str], dict[str, object]]]:
+def returned(in_flight: InFlightBatch) -> list[tuple[list[str], dict[str, object]]]:
     broker = RecordingBroker()
-    hand.settle(broker, broker, WorkerIdentity("w", "d"))  # type: ignore[arg-type]
+    in_flight.settle(broker, broker, WorkerIdentity("w", "d"))  # type: ignore[arg-type]
     return [
         ([claim.claim_id for claim in decode(ClaimBatch, m.body).claims], dict(m.headers))
         for m in broker.to(topology.RETURNS_QUEUE)
     ]
 
 
-def suspect_at(engine: str, batch: ClaimBatch, **headers: object) -> InFlightBatch:
+def batch_at(engine: str, batch: ClaimBatch, **headers: object) -> InFlightBatch:
     headers = {topology.FAILURES_HEADER: 1, **headers}
     return InFlightBatch(delivered(batch, headers=headers), engine, 60)
 
 
 @pytest.mark.parametrize(
-    ("fault", "failures", "said"),
+    ("fault", "failures", "reason"),
     [("out of memory", 3, "engine-failed"), ("declined", 1, "engine-refused")],
 )
 def test_a_claim_that_an_engine_has_no_memory_for_or_refuses_is_left_to_another(
-    fault: str, failures: int, said: str, batch: ClaimBatch
+    fault: str, failures: int, reason: str, batch: ClaimBatch
 ) -> None:
-    hand = suspect_at("n1/small", batch)
-    examination(Engine(only("c3", fault))).isolate(hand)
-    ((ids, headers),) = returned(hand)
+    in_flight = batch_at("n1/small", batch)
+    isolation(Engine(only("c3", fault))).isolate(in_flight)
+    ((ids, headers),) = returned(in_flight)
     assert ids == ["c3"]
     assert headers == {
         topology.FAILURES_HEADER: failures,
-        topology.DECLINED_HEADER: [f"{said} n1/small"],
+        topology.DECLINED_HEADER: [f"{reason} n1/small"],
         topology.WAITED_HEADER: 0,
     }
 
 
 @pytest.mark.parametrize("fault", ["out of memory", "declined"])
-def test_a_claim_is_dead_when_a_second_engine_says_the_same(fault: str, batch: ClaimBatch) -> None:
-    said = "engine-failed" if fault == "out of memory" else "engine-refused"
-    hand = suspect_at("n2/small", batch, **{topology.DECLINED_HEADER: [f"{said} n1/small"]})
-    examination(Engine(only("c3", fault))).isolate(hand)
-    (dead,) = became(hand).dead.values()
-    assert (dead.claim.claim_id, dead.reason) == ("c3", said)
+def test_a_claim_is_dead_when_a_second_engine_declines_it_for_the_same_reason(
+    fault: str, batch: ClaimBatch
+) -> None:
+    reason = "engine-failed" if fault == "out of memory" else "engine-refused"
+    in_flight = batch_at("n2/small", batch, **{topology.DECLINED_HEADER: [f"{reason} n1/small"]})
+    isolation(Engine(only("c3", fault))).isolate(in_flight)
+    (dead,) = became(in_flight).dead.values()
+    assert (dead.claim.claim_id, dead.reason) == ("c3", reason)
     assert "The engine n1/small declined it as well." in dead.detail
 
 
 def test_a_claim_that_workers_died_of_for_lack_of_memory_is_left_to_another_node(
     batch: ClaimBatch,
 ) -> None:
-    hand = suspect_at("n1/small", batch)
-    hand.record_crash(3, died(2, memory=True))
-    examination(Engine()).isolate(hand)
-    ((ids, headers),) = returned(hand)
+    in_flight = batch_at("n1/small", batch)
+    in_flight.record_crash(3, died(2, memory=True))
+    isolation(Engine()).isolate(in_flight)
+    ((ids, headers),) = returned(in_flight)
     assert (ids, headers[topology.DECLINED_HEADER]) == (["c3"], ["worker-failed n1/small"])

@@ -32,20 +32,20 @@ from services.gpu_worker.in_flight import InFlightBatch, WorkerIdentity
 from services.gpu_worker.inference import Declined, Outcome, Refusal
 from tests.unit.gpu_worker.conftest import PROOF_KEY, RecordingBroker, delivered, verdict
 
-SIGNATURE = WorkerIdentity("node-1", "Tesla T4")
+IDENTITY = WorkerIdentity("node-1", "Tesla T4")
 REFUSAL = Refusal(DeadReason.ENGINE_REFUSED, "never")
 
 
-def answered(hand: InFlightBatch, places: Sequence[int], seconds: float = 0.0) -> None:
-    claims = hand.claims(places)
-    hand.record(
-        places,
+def answered(in_flight: InFlightBatch, indexes: Sequence[int], seconds: float = 0.0) -> None:
+    claims = in_flight.claims(indexes)
+    in_flight.record(
+        indexes,
         Outcome({n: verdict(claim) for n, claim in enumerate(claims)}, engine_seconds=seconds),
     )
 
 
-def settle(hand: InFlightBatch, broker: RecordingBroker) -> None:
-    hand.settle(broker, broker, SIGNATURE)  # type: ignore[arg-type]
+def settle(in_flight: InFlightBatch, broker: RecordingBroker) -> None:
+    in_flight.settle(broker, broker, IDENTITY)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -70,15 +70,15 @@ class Account:
                     )
                     batch = decode(VerdictBatch, message.body)
                     account.verdicts += [one.claim_id for one in batch.verdicts]
-                    told = [split_verdict_proof(proof) for proof in batch.proofs]
-                    assert [proof for proof, _ in told] == [
+                    proofs_read = [split_verdict_proof(proof) for proof in batch.proofs]
+                    assert [proof for proof, _ in proofs_read] == [
                         claim_proof(
                             PROOF_KEY, one.claim_id, one.position, one.text, one.gold, evidence
                         )
-                        for one, (_, evidence) in zip(batch.verdicts, told, strict=False)
+                        for one, (_, evidence) in zip(batch.verdicts, proofs_read, strict=False)
                     ]
-                    assert batch.schema_version == (2 if told else 1)
-                    assert batch.submission_id == ("sub-1" if told else None)
+                    assert batch.schema_version == (2 if proofs_read else 1)
+                    assert batch.submission_id == ("sub-1" if proofs_read else None)
                 case topology.DEAD_CLAIMS_QUEUE:
                     assert (message.exchange, message.kind) == (
                         topology.DEAD_EXCHANGE,
@@ -109,7 +109,7 @@ class Account:
 
 # Whatever happens.
 
-HAPPENINGS = st.sampled_from(["note", "blame", "blame alone", "bury"])
+HAPPENINGS = st.sampled_from(["record", "failure", "failure alone", "dead"])
 STEPS = st.lists(st.tuples(HAPPENINGS, st.sets(st.integers(0, 6)), st.sets(st.integers(0, 6))))
 
 
@@ -117,29 +117,31 @@ STEPS = st.lists(st.tuples(HAPPENINGS, st.sets(st.integers(0, 6)), st.sets(st.in
 def test_every_claim_is_once_among_verdicts_dead_and_returned_whatever_happened(
     steps: list[tuple[str, set[int], set[int]]], earlier_failures: int, batch: ClaimBatch
 ) -> None:
-    hand = InFlightBatch(delivered(batch, failures=earlier_failures))
+    in_flight = InFlightBatch(delivered(batch, failures=earlier_failures))
     expected = dict.fromkeys(range(7), ("returned", earlier_failures))
     for happening, chosen, others in steps:
-        places = [place for place in sorted(chosen) if place in hand.unresolved]
-        if happening == "note":
-            claims = hand.claims(places)
-            answers = {n: verdict(claim) for n, claim in enumerate(claims) if places[n] in others}
-            refused = {n: REFUSAL for n in range(len(places)) if n not in answers and places[n] % 2}
-            hand.record(places, Outcome(answers, refused, EngineRequestError("gone")))
-            expected |= {places[n]: ("verdict", 0) for n in answers}
-            expected |= {places[n]: ("dead", 0) for n in refused}
-        elif happening == "bury":
-            for place in places:
-                hand.mark_dead(place, REFUSAL)
-                expected[place] = ("dead", 0)
+        indexes = [index for index in sorted(chosen) if index in in_flight.unresolved]
+        if happening == "record":
+            claims = in_flight.claims(indexes)
+            answers = {n: verdict(claim) for n, claim in enumerate(claims) if indexes[n] in others}
+            refused = {
+                n: REFUSAL for n in range(len(indexes)) if n not in answers and indexes[n] % 2
+            }
+            in_flight.record(indexes, Outcome(answers, refused, EngineRequestError("gone")))
+            expected |= {indexes[n]: ("verdict", 0) for n in answers}
+            expected |= {indexes[n]: ("dead", 0) for n in refused}
+        elif happening == "dead":
+            for index in indexes:
+                in_flight.mark_dead(index, REFUSAL)
+                expected[index] = ("dead", 0)
         else:
-            alone = happening == "blame alone"
-            hand.record_failure(sorted(chosen), alone=alone)
-            for place in places:
-                failures = expected[place][1]
-                expected[place] = ("returned", failures + 1 if alone else max(1, failures))
+            alone = happening == "failure alone"
+            in_flight.record_failure(sorted(chosen), alone=alone)
+            for index in indexes:
+                failures = expected[index][1]
+                expected[index] = ("returned", failures + 1 if alone else max(1, failures))
     broker = RecordingBroker()
-    settle(hand, broker)
+    settle(in_flight, broker)
     account = Account.of(broker.messages)
     if all(became == ("returned", earlier_failures) for became in expected.values()):
         assert (broker.messages, broker.settled) == ([], [("given back", 7)])
@@ -168,21 +170,21 @@ def test_a_batch_that_nothing_happened_to_is_given_back_whole(
     assert (broker.messages, broker.settled) == ([], [("given back", 7)])
 
 
-def test_a_batch_that_was_only_blamed_goes_back_with_the_blame(
+def test_a_batch_with_only_a_failure_is_returned_with_the_failure(
     batch: ClaimBatch, broker: RecordingBroker
 ) -> None:
-    hand = InFlightBatch(delivered(batch))
-    hand.record_failure(range(7))
-    settle(hand, broker)
+    in_flight = InFlightBatch(delivered(batch))
+    in_flight.record_failure(range(7))
+    settle(in_flight, broker)
     assert Account.of(broker.messages).returned == {f"c{n}": 1 for n in range(7)}
 
 
 def test_a_batch_of_which_every_claim_has_an_outcome_leaves_nothing_to_return(
     batch: ClaimBatch, broker: RecordingBroker
 ) -> None:
-    hand = InFlightBatch(delivered(batch))
-    answered(hand, range(7))
-    settle(hand, broker)
+    in_flight = InFlightBatch(delivered(batch))
+    answered(in_flight, range(7))
+    settle(in_flight, broker)
     (message,) = broker.messages
     assert message.routing_key == topology.VERDICTS_QUEUE
 
@@ -191,10 +193,10 @@ def test_a_batch_of_which_every_claim_has_an_outcome_leaves_nothing_to_return(
 def test_a_batch_is_acknowledged_only_after_all_its_messages_are_confirmed_in_whatever_order(
     last: int, batch: ClaimBatch, broker: RecordingBroker
 ) -> None:
-    hand = InFlightBatch(delivered(batch))
-    answered(hand, [0, 1])
-    hand.mark_dead(2, REFUSAL)
-    settle(hand, broker)
+    in_flight = InFlightBatch(delivered(batch))
+    answered(in_flight, [0, 1])
+    in_flight.mark_dead(2, REFUSAL)
+    settle(in_flight, broker)
     late = broker.messages.pop(last)
     assert len(broker.messages) == 2
     for message in broker.messages:
@@ -207,16 +209,16 @@ def test_a_batch_is_acknowledged_only_after_all_its_messages_are_confirmed_in_wh
 def test_what_is_returned_is_the_same_batch_with_fewer_claims(
     batch: ClaimBatch, broker: RecordingBroker
 ) -> None:
-    hand = InFlightBatch(delivered(batch))
-    answered(hand, [0, 2, 4])
-    settle(hand, broker)
+    in_flight = InFlightBatch(delivered(batch))
+    answered(in_flight, [0, 2, 4])
+    settle(in_flight, broker)
     (message,) = broker.to(topology.RETURNS_QUEUE)
     rest = decode(ClaimBatch, message.body)
     left = (1, 3, 5, 6)
     assert rest == batch.model_copy(
         update={
-            "claims": tuple(batch.claims[place] for place in left),
-            "proofs": tuple(batch.proofs[place] for place in left),
+            "claims": tuple(batch.claims[index] for index in left),
+            "proofs": tuple(batch.proofs[index] for index in left),
         }
     )
 
@@ -224,11 +226,11 @@ def test_what_is_returned_is_the_same_batch_with_fewer_claims(
 def test_claims_go_back_with_the_failures_of_each(
     batch: ClaimBatch, broker: RecordingBroker
 ) -> None:
-    hand = InFlightBatch(delivered(batch, failures=1))
-    answered(hand, [0])
-    hand.record_failure([1, 2], alone=True)
-    hand.record_failure([2], alone=True)
-    settle(hand, broker)
+    in_flight = InFlightBatch(delivered(batch, failures=1))
+    answered(in_flight, [0])
+    in_flight.record_failure([1, 2], alone=True)
+    in_flight.record_failure([2], alone=True)
+    settle(in_flight, broker)
     returned = broker.to(topology.RETURNS_QUEUE)
     assert [message.headers[topology.FAILURES_HEADER] for message in returned] == [1, 2, 3]
     assert Account.of(returned).returned == {
@@ -241,10 +243,10 @@ def test_claims_go_back_with_the_failures_of_each(
 def test_verdicts_say_who_answered_and_how_long_the_engine_took_in_all(
     batch: ClaimBatch, broker: RecordingBroker
 ) -> None:
-    hand = InFlightBatch(delivered(batch, earlier=3))
-    answered(hand, [0, 1], seconds=1.5)
-    answered(hand, [2], seconds=0.25)
-    settle(hand, broker)
+    in_flight = InFlightBatch(delivered(batch, earlier=3))
+    answered(in_flight, [0, 1], seconds=1.5)
+    answered(in_flight, [2], seconds=0.25)
+    settle(in_flight, broker)
     (message,) = broker.to(topology.VERDICTS_QUEUE)
     sent = decode(VerdictBatch, message.body)
     assert (sent.run_id, sent.batch_id) == (batch.run.run_id, batch.batch_id)
@@ -256,11 +258,11 @@ def test_verdicts_say_who_answered_and_how_long_the_engine_took_in_all(
 def test_dead_claims_go_one_by_one_with_reason_detail_attempt_and_failures(
     batch: ClaimBatch, broker: RecordingBroker
 ) -> None:
-    hand = InFlightBatch(delivered(batch, earlier=4, failures=1))
-    hand.record_failure([1], alone=True)
-    hand.mark_dead(1, Refusal(DeadReason.ENGINE_FAILED, "the engine died"))
-    hand.mark_dead(5, REFUSAL)
-    settle(hand, broker)
+    in_flight = InFlightBatch(delivered(batch, earlier=4, failures=1))
+    in_flight.record_failure([1], alone=True)
+    in_flight.mark_dead(1, Refusal(DeadReason.ENGINE_FAILED, "the engine died"))
+    in_flight.mark_dead(5, REFUSAL)
+    settle(in_flight, broker)
     dead = [decode(DeadClaim, m.body) for m in broker.to(topology.DEAD_CLAIMS_QUEUE)]
     assert [each.claim for each in dead] == [batch.claims[1], batch.claims[5]]
     assert [each.reason for each in dead] == [DeadReason.ENGINE_FAILED, DeadReason.ENGINE_REFUSED]
@@ -274,9 +276,9 @@ def test_dead_claims_go_one_by_one_with_reason_detail_attempt_and_failures(
 def test_the_detail_of_a_death_is_cut_and_cleaned_to_fit_the_wire(
     detail: str, batch: ClaimBatch, broker: RecordingBroker
 ) -> None:
-    hand = InFlightBatch(delivered(batch))
-    hand.mark_dead(0, Refusal(DeadReason.ENGINE_FAILED, detail))
-    settle(hand, broker)
+    in_flight = InFlightBatch(delivered(batch))
+    in_flight.mark_dead(0, Refusal(DeadReason.ENGINE_FAILED, detail))
+    settle(in_flight, broker)
     (message,) = broker.to(topology.DEAD_CLAIMS_QUEUE)
     sent = decode(DeadClaim, message.body).detail
     assert len(sent) <= MAX_DETAIL_CHARS
@@ -287,16 +289,16 @@ def test_the_detail_of_a_death_is_cut_and_cleaned_to_fit_the_wire(
 
 
 def trimmed(batch: ClaimBatch, keep: int, broker: RecordingBroker) -> InFlightBatch:
-    hand = InFlightBatch(delivered(batch))
-    hand.trim(keep, broker, broker)  # type: ignore[arg-type]
-    return hand
+    in_flight = InFlightBatch(delivered(batch))
+    in_flight.trim(keep, broker, broker)  # type: ignore[arg-type]
+    return in_flight
 
 
 def test_what_is_trimmed_goes_back_at_once_and_unharmed_and_the_first_claims_stay(
     batch: ClaimBatch, broker: RecordingBroker
 ) -> None:
-    hand = trimmed(batch, 3, broker)
-    assert list(hand.unresolved) == [0, 1, 2]
+    in_flight = trimmed(batch, 3, broker)
+    assert list(in_flight.unresolved) == [0, 1, 2]
     (message,) = broker.messages
     assert Account.of([message]).returned == {f"c{n}": 0 for n in range(3, 7)}
     assert broker.settled == []
@@ -306,10 +308,10 @@ def test_what_is_trimmed_goes_back_at_once_and_unharmed_and_the_first_claims_sta
 def test_a_trimmed_batch_is_acknowledged_only_after_its_rest_and_all_else_are_confirmed(
     order: tuple[int, ...], batch: ClaimBatch, broker: RecordingBroker
 ) -> None:
-    hand = trimmed(batch, 3, broker)
-    answered(hand, [0, 1])
-    hand.mark_dead(2, REFUSAL)
-    settle(hand, broker)
+    in_flight = trimmed(batch, 3, broker)
+    answered(in_flight, [0, 1])
+    in_flight.mark_dead(2, REFUSAL)
+    settle(in_flight, broker)
     assert len({message.message_id for message in broker.messages}) == 3
     assert Account.of(broker.messages).all() == Counter(claim.claim_id for claim in batch.claims)
     for number in order:
@@ -321,11 +323,11 @@ def test_a_trimmed_batch_is_acknowledged_only_after_its_rest_and_all_else_are_co
 def test_a_rest_that_is_confirmed_before_anything_is_answered_acknowledges_nothing(
     batch: ClaimBatch, broker: RecordingBroker
 ) -> None:
-    hand = trimmed(batch, 3, broker)
+    in_flight = trimmed(batch, 3, broker)
     broker.confirm(broker.messages[0])
     assert broker.settled == []
-    answered(hand, [0, 1, 2])
-    settle(hand, broker)
+    answered(in_flight, [0, 1, 2])
+    settle(in_flight, broker)
     assert broker.settled == []
     broker.confirm(broker.messages[1])
     assert broker.settled == [("acknowledged", 7)]
@@ -339,7 +341,7 @@ def test_a_trimmed_batch_that_nobody_began_does_not_go_back_whole(
     assert broker.settled == []
 
 
-# Messages over the bound.
+# Messages over the size limit.
 
 
 def test_verdicts_that_do_not_fit_into_one_message_go_in_several(
@@ -349,8 +351,8 @@ def test_verdicts_that_do_not_fit_into_one_message_go_in_several(
     text = "x" + "\x01" * (MAX_CLAIM_CHARS - 1)
     claims = tuple(Claim(claim_id=f"c{n}", position=n, text=text) for n in range(160))
     batch = ClaimBatch(run=run, submission_id="s", batch_id="b", claims=claims)
-    hand = InFlightBatch(delivered(batch))
-    hand.record(
+    in_flight = InFlightBatch(delivered(batch))
+    in_flight.record(
         range(160),
         Outcome(
             {
@@ -359,7 +361,7 @@ def test_verdicts_that_do_not_fit_into_one_message_go_in_several(
             }
         ),
     )
-    settle(hand, broker)
+    settle(in_flight, broker)
     assert len(broker.messages) == 2
     assert Account.of(broker.messages).verdicts == [claim.claim_id for claim in claims]
     broker.confirm(broker.messages[1])
@@ -376,50 +378,50 @@ def test_a_returned_batch_is_never_too_large_for_it_came_in_one_message(
         Claim(claim_id=f"c{n}", position=n, text="C.", evidence=evidence) for n in range(120)
     )
     batch = ClaimBatch(run=run, submission_id="s", batch_id="b", claims=claims)
-    hand = InFlightBatch(delivered(batch))
-    hand.record_failure(range(120))
-    settle(hand, broker)
+    in_flight = InFlightBatch(delivered(batch))
+    in_flight.record_failure(range(120))
+    settle(in_flight, broker)
     (message,) = broker.messages
     assert Account.of([message]).returned == {f"c{n}": 1 for n in range(120)}
 
 
-# What makes a batch a suspect.
+# Batches that failed before.
 
 
-def test_a_batch_is_no_suspect_until_an_engine_failed_with_it(batch: ClaimBatch) -> None:
-    hand = InFlightBatch(delivered(batch))
-    assert not hand.failed_before
-    hand.record_failure([])
-    assert not hand.failed_before
-    hand.record_failure([3])
-    assert hand.failed_before
+def test_a_batch_has_not_failed_before_until_an_engine_failed_with_it(batch: ClaimBatch) -> None:
+    in_flight = InFlightBatch(delivered(batch))
+    assert not in_flight.failed_before
+    in_flight.record_failure([])
+    assert not in_flight.failed_before
+    in_flight.record_failure([3])
+    assert in_flight.failed_before
     assert InFlightBatch(delivered(batch, failures=1)).failed_before
 
 
-def test_a_batch_whose_blamed_claims_have_an_outcome_is_no_suspect_any_more(
+def test_a_batch_whose_failed_claims_have_an_outcome_counts_as_not_failed(
     batch: ClaimBatch,
 ) -> None:
-    hand = InFlightBatch(delivered(batch))
-    hand.record_failure([3], alone=True)
-    hand.mark_dead(3, REFUSAL)
-    assert not hand.failed_before
+    in_flight = InFlightBatch(delivered(batch))
+    in_flight.record_failure([3], alone=True)
+    in_flight.mark_dead(3, REFUSAL)
+    assert not in_flight.failed_before
 
 
-def test_failures_in_company_make_suspects_and_count_no_further(batch: ClaimBatch) -> None:
-    hand = InFlightBatch(delivered(batch))
+def test_failures_with_other_claims_count_once_and_failures_alone_add_up(batch: ClaimBatch) -> None:
+    in_flight = InFlightBatch(delivered(batch))
     for _ in range(100):
-        hand.record_failure(range(7))
-    assert set(hand.unresolved.values()) == {1}
-    hand.record_failure([2], alone=True)
-    hand.record_failure(range(7))
-    assert hand.unresolved == {**dict.fromkeys(range(7), 1), 2: 2}
+        in_flight.record_failure(range(7))
+    assert set(in_flight.unresolved.values()) == {1}
+    in_flight.record_failure([2], alone=True)
+    in_flight.record_failure(range(7))
+    assert in_flight.unresolved == {**dict.fromkeys(range(7), 1), 2: 2}
 
 
-def test_who_has_an_outcome_is_blamed_no_more(batch: ClaimBatch) -> None:
-    hand = InFlightBatch(delivered(batch))
-    answered(hand, [0, 1])
-    hand.record_failure(range(7), alone=True)
-    assert hand.unresolved == dict.fromkeys(range(2, 7), 1)
+def test_a_failure_does_not_count_for_claims_with_an_outcome(batch: ClaimBatch) -> None:
+    in_flight = InFlightBatch(delivered(batch))
+    answered(in_flight, [0, 1])
+    in_flight.record_failure(range(7), alone=True)
+    assert in_flight.unresolved == dict.fromkeys(range(2, 7), 1)
 
 
 @pytest.mark.parametrize(
@@ -436,14 +438,14 @@ def test_who_has_an_outcome_is_blamed_no_more(batch: ClaimBatch) -> None:
     ],
     ids=str,
 )
-def test_what_is_no_batch_of_claims_is_not_taken_in_hand(
+def test_a_message_that_is_not_a_batch_of_claims_is_refused(
     changes: dict[str, object], batch: ClaimBatch
 ) -> None:
     with pytest.raises(MessageInvalid):
         InFlightBatch(delivered(batch, **changes))
 
 
-# What our engine cannot answer.
+# Claims that our engine declines.
 
 REFUSED = Declined(REFUSAL, counts_against_claim=True)
 TOO_LONG = Declined(Refusal(DeadReason.TOO_LONG, "long"), counts_against_claim=False)
@@ -468,11 +470,11 @@ def returned(broker: RecordingBroker) -> dict[str, list[str]]:
 def test_claims_that_our_engine_cannot_answer_go_back_with_its_name_and_others_without(
     batch: ClaimBatch, broker: RecordingBroker
 ) -> None:
-    hand = at("n1/a", batch)
-    answered(hand, [0, 1])
-    hand.record([2, 3], Outcome(declined={0: REFUSED, 1: TOO_LONG}))
-    assert hand.declined == 2
-    settle(hand, broker)
+    in_flight = at("n1/a", batch)
+    answered(in_flight, [0, 1])
+    in_flight.record([2, 3], Outcome(declined={0: REFUSED, 1: TOO_LONG}))
+    assert in_flight.declined == 2
+    settle(in_flight, broker)
     assert returned(broker) == {
         "c2": ["engine-refused n1/a"],
         "c3": ["unable n1/a"],
@@ -480,15 +482,15 @@ def test_claims_that_our_engine_cannot_answer_go_back_with_its_name_and_others_w
     }
 
 
-def test_claims_that_only_our_engine_has_seen_wait_and_their_engines_are_told_once(
+def test_claims_that_only_our_engine_declined_wait_and_each_engine_is_listed_once(
     batch: ClaimBatch, broker: RecordingBroker
 ) -> None:
     for number in range(100):
-        hand = at("n1/a", batch, declined=["unable n2/b", "unable n1/a"], waited=number % 60)
-        assert hand.declined_here_before
-        hand.decline(0, TOO_LONG)
-        assert hand.declined == 1
-        settle(hand, broker)
+        in_flight = at("n1/a", batch, declined=["unable n2/b", "unable n1/a"], waited=number % 60)
+        assert in_flight.declined_here_before
+        in_flight.decline(0, TOO_LONG)
+        assert in_flight.declined == 1
+        settle(in_flight, broker)
         assert returned(broker)["c0"] == ["unable n2/b", "unable n1/a"]
         broker.messages.clear()
 
@@ -496,9 +498,9 @@ def test_claims_that_only_our_engine_has_seen_wait_and_their_engines_are_told_on
 def test_the_engines_that_travel_with_a_claim_are_bounded(
     batch: ClaimBatch, broker: RecordingBroker
 ) -> None:
-    hand = at("n1/a", batch, declined=[f"unable n{number}/x" for number in range(2, 66)])
-    hand.decline(0, TOO_LONG)
-    settle(hand, broker)
+    in_flight = at("n1/a", batch, declined=[f"unable n{number}/x" for number in range(2, 66)])
+    in_flight.decline(0, TOO_LONG)
+    settle(in_flight, broker)
     engines = returned(broker)["c0"]
     assert (len(engines), engines[0], engines[-1]) == (64, "unable n3/x", "unable n1/a")
 
@@ -508,33 +510,33 @@ def test_the_engines_that_travel_with_a_claim_are_bounded(
     [
         (["engine-refused n2/b"], REFUSED, True),
         (["engine-refused n1/a"], REFUSED, False),  # the same engine
-        (["unable n2/b"], REFUSED, False),  # said something else
+        (["unable n2/b"], REFUSED, False),  # for another reason
         (["engine-failed n2/b"], REFUSED, False),
         (["unable n2/b", "unable n3/c"], TOO_LONG, False),  # however many are too short
     ],
 )
-def test_a_claim_dies_when_two_engines_say_the_same_of_it(
+def test_a_claim_is_dead_when_two_engines_decline_it_for_the_same_reason(
     earlier: list[str],
     declined: Declined,
     dead: bool,
     batch: ClaimBatch,
     broker: RecordingBroker,
 ) -> None:
-    hand = at("n1/a", batch, declined=earlier)
-    hand.decline(0, declined)
-    settle(hand, broker)
+    in_flight = at("n1/a", batch, declined=earlier)
+    in_flight.decline(0, declined)
+    settle(in_flight, broker)
     account = Account.of(broker.messages)
     assert account.dead == (["c0"] if dead else [])
 
 
 @pytest.mark.parametrize("declined", [REFUSED, TOO_LONG])
-def test_a_claim_that_no_other_engine_took_in_time_is_dead_and_says_so(
+def test_a_claim_that_no_other_engine_answered_in_time_is_dead_with_that_reason(
     declined: Declined, batch: ClaimBatch, broker: RecordingBroker
 ) -> None:
-    hand = at("n1/a", batch, declined=["unable n2/b", "unable n1/a"], waited=60)
-    assert not hand.declined_here_before  # it is asked once more
-    hand.decline(0, declined)
-    settle(hand, broker)
+    in_flight = at("n1/a", batch, declined=["unable n2/b", "unable n1/a"], waited=60)
+    assert not in_flight.declined_here_before  # it is asked once more
+    in_flight.decline(0, declined)
+    settle(in_flight, broker)
     (message,) = broker.to(topology.DEAD_CLAIMS_QUEUE)
     dead = decode(DeadClaim, message.body)
     assert dead.reason is declined.refusal.reason
@@ -547,23 +549,23 @@ def test_a_claim_that_no_other_engine_took_in_time_is_dead_and_says_so(
 def test_a_batch_that_only_waited_goes_back_with_its_time(
     batch: ClaimBatch, broker: RecordingBroker
 ) -> None:
-    hand = at("n1/a", batch, declined=["unable n1/a"], waited=5)
-    hand.waited_seconds += 5
-    settle(hand, broker)
+    in_flight = at("n1/a", batch, declined=["unable n1/a"], waited=5)
+    in_flight.waited_seconds += 5
+    settle(in_flight, broker)
     (message,) = broker.to(topology.RETURNS_QUEUE)
     assert message.headers[topology.WAITED_HEADER] == 10
     assert len(Account.of(broker.messages).returned) == 7
 
 
-# What workers of this node died with.
+# Claims that workers of this node crashed with.
 
 
-def test_claims_that_a_worker_died_with_are_suspects_with_its_deaths_on_top(
+def test_claims_that_a_worker_crashed_with_have_failed_before_and_its_crashes_are_added(
     batch: ClaimBatch,
 ) -> None:
-    hand = InFlightBatch(delivered(batch, failures=2))
-    hand.record_crash(1, Crash(1, "why", memory=False))
-    assert hand.failed_before and hand.unresolved[1] == 3
+    in_flight = InFlightBatch(delivered(batch, failures=2))
+    in_flight.record_crash(1, Crash(1, "why", memory=False))
+    assert in_flight.failed_before and in_flight.unresolved[1] == 3
     fresh = InFlightBatch(delivered(batch))
     fresh.record_crash(1, Crash(0, "why", memory=False))
     assert fresh.failed_before and fresh.unresolved[1] == 1
@@ -574,10 +576,10 @@ def test_what_becomes_of_claims_carries_their_proofs_and_without_any_is_as_older
 ) -> None:
     older = batch.model_copy(update={"schema_version": 1, "proofs": ()})
     for of, proven in ((batch, True), (older, False)):
-        hand, broker = InFlightBatch(delivered(of)), RecordingBroker()
-        answered(hand, [2, 0])
-        hand.mark_dead(1, REFUSAL)
-        settle(hand, broker)
+        in_flight, broker = InFlightBatch(delivered(of)), RecordingBroker()
+        answered(in_flight, [2, 0])
+        in_flight.mark_dead(1, REFUSAL)
+        settle(in_flight, broker)
         assert Account.of(broker.messages).all().total() == 7
         assert all((b'"proof' in m.body) == proven for m in broker.messages)
         assert all((b'"schema_version":2' in m.body) == proven for m in broker.messages)

@@ -68,7 +68,7 @@ def encoded(claims: Sequence[Claim], tokenizer: ModelTokenizer) -> list[list[int
     return CompiledPrompt(PROMPT, tokenizer).encode(claims)
 
 
-def places(outcome: Outcome) -> tuple[list[int], list[int]]:
+def indexes_of(outcome: Outcome) -> tuple[list[int], list[int]]:
     """Of the claims with a verdict, and of those that are refused."""
     return list(outcome.verdicts), sorted(outcome.refused)
 
@@ -78,7 +78,7 @@ def test_every_claim_gets_its_own_verdict_whatever_order_the_answers_come_in(
 ) -> None:
     engine = Engine()
     outcome = infer(CLAIMS, tokenizer, engine)
-    assert places(outcome) == (list(range(7)), [])
+    assert indexes_of(outcome) == (list(range(7)), [])
     assert engine.requests == [encoded(CLAIMS, tokenizer)]
     assert outcome.failure is None
     assert outcome.engine_seconds >= 0
@@ -105,7 +105,7 @@ def test_a_claim_that_is_too_long_is_refused_and_harms_no_other(tokenizer: Model
     mixed = claims_of("Short.", "long " * 1_500, "Short too.")
     engine = Engine()
     outcome = infer(mixed, tokenizer, engine)
-    assert places(outcome) == ([0, 2], [1])
+    assert indexes_of(outcome) == ([0, 2], [1])
     refusal = outcome.refused[1]
     length = len(encoded(mixed, tokenizer)[1])
     assert refusal.reason is DeadReason.TOO_LONG
@@ -114,20 +114,20 @@ def test_a_claim_that_is_too_long_is_refused_and_harms_no_other(tokenizer: Model
     assert all(len(prompt) < 1_024 for request in engine.requests for prompt in request)
 
 
-@pytest.mark.parametrize(("room", "refused"), [(0, [0]), (1, [])])
-def test_the_longest_prompt_leaves_room_for_the_answers_one_token(
-    room: int, refused: list[int], tokenizer: ModelTokenizer
+@pytest.mark.parametrize(("slack", "refused"), [(0, [0]), (1, [])])
+def test_the_longest_prompt_leaves_space_for_the_answers_one_token(
+    slack: int, refused: list[int], tokenizer: ModelTokenizer
 ) -> None:
     one = claims_of("Short.")
     length = len(encoded(one, tokenizer)[0])
-    outcome = infer(one, tokenizer, Engine(), max_model_tokens=length + room)
-    assert places(outcome)[1] == refused
+    outcome = infer(one, tokenizer, Engine(), max_model_tokens=length + slack)
+    assert indexes_of(outcome)[1] == refused
 
 
 def test_when_every_claim_is_too_long_the_engine_is_not_asked(tokenizer: ModelTokenizer) -> None:
     engine = Engine()
     outcome = infer(CLAIMS, tokenizer, engine, max_model_tokens=16)
-    assert places(outcome) == ([], list(range(7)))
+    assert indexes_of(outcome) == ([], list(range(7)))
     assert engine.requests == []
 
 
@@ -139,7 +139,7 @@ def test_a_refused_request_is_halved_down_to_the_claims_that_poison_it(
     poisoned = [prompts[index] for index in poison]
     engine = Engine(lambda prompt: prompt in poisoned)
     outcome = infer(CLAIMS, tokenizer, engine)
-    assert places(outcome) == ([n for n in range(7) if n not in poison], [])
+    assert indexes_of(outcome) == ([n for n in range(7) if n not in poison], [])
     # No death yet: another engine may take them. This one takes others of the same length.
     assert sorted(outcome.declined) == sorted(poison)
     for declined in outcome.declined.values():
@@ -161,7 +161,7 @@ def test_a_refusal_by_an_engine_that_refuses_harmless_text_too_does_not_count(
     mixed = claims_of("Short.", "long " * 100, "Short too.")
     length = len(encoded(mixed, tokenizer)[1])
     outcome = infer(mixed, tokenizer, Engine(lambda prompt: len(prompt) >= length))
-    assert places(outcome) == ([0, 2], [])
+    assert indexes_of(outcome) == ([0, 2], [])
     (declined,) = outcome.declined.values()
     assert not declined.counts_against_claim
     assert "refuses harmless text of the same length" in declined.refusal.detail
@@ -182,9 +182,9 @@ def test_what_is_too_long_for_the_engine_alone_is_left_to_another_and_not_asked(
     )
     outcome = asked.infer(PROMPT, mixed)
     if engine_max_tokens != 100:
-        assert (places(outcome), outcome.declined) == (([0, 1], [2]), {})
+        assert (indexes_of(outcome), outcome.declined) == (([0, 1], [2]), {})
         return
-    assert places(outcome) == ([0], [2])
+    assert indexes_of(outcome) == ([0], [2])
     (declined,) = outcome.declined.values()
     length = len(encoded(mixed, tokenizer)[1])
     assert not declined.counts_against_claim and declined.refusal.reason is DeadReason.TOO_LONG
@@ -194,17 +194,17 @@ def test_what_is_too_long_for_the_engine_alone_is_left_to_another_and_not_asked(
     assert all(len(prompt) < 100 for request in engine.requests for prompt in request)
 
 
-def test_the_longest_prompt_that_the_engine_takes_leaves_room_for_the_answer(
+def test_the_longest_prompt_that_the_engine_accepts_leaves_space_for_the_answer(
     tokenizer: ModelTokenizer,
 ) -> None:
     one = claims_of("Short.")
     length = len(encoded(one, tokenizer)[0])
-    for room, declined in ((0, [0]), (1, [])):
+    for slack, declined in ((0, [0]), (1, [])):
         asked = Inference(
             tokenizer,
             Engine(),  # type: ignore[arg-type]
             max_model_tokens=1024,
-            engine_max_tokens=lambda takes=length + room: takes,  # type: ignore[misc]
+            engine_max_tokens=lambda takes=length + slack: takes,  # type: ignore[misc]
         )
         assert list(asked.infer(PROMPT, one).declined) == declined
 
@@ -217,7 +217,7 @@ def test_a_prompt_that_is_far_too_long_by_itself_is_not_copied_for_each_claim(
     compiled = asked._compiled(long)
     compiled.encode = lambda _: pytest.fail("it was encoded")  # type: ignore[method-assign]
     outcome = asked.infer(long, CLAIMS)
-    assert places(outcome) == ([], list(range(7)))
+    assert indexes_of(outcome) == ([], list(range(7)))
     assert outcome.refused[0].reason is DeadReason.TOO_LONG
 
 
@@ -227,7 +227,7 @@ def test_a_label_word_that_cannot_be_told_apart_refuses_the_claims_and_not_the_w
     labels = (Label(name="A", word="Unknown"), Label(name="B", word="Unknown"))
     engine = Engine()
     outcome = infer(CLAIMS, tokenizer, engine, prompt=PromptSpec(name="mine", labels=labels))
-    assert places(outcome) == ([], list(range(7)))
+    assert indexes_of(outcome) == ([], list(range(7)))
     assert all(r.reason is DeadReason.PROMPT_UNUSABLE for r in outcome.refused.values())
     assert all("'Unknown' (A) and 'Unknown' (B)" in r.detail for r in outcome.refused.values())
     assert engine.requests == []
@@ -256,12 +256,12 @@ class FailingAfter(Engine):
 @given(
     answers=st.integers(0, 6), kind=st.sampled_from([EngineRequestError, EngineSilent, Interrupted])
 )
-def test_what_was_answered_before_the_engine_failed_is_good_and_the_failure_is_told(
+def test_answers_before_the_engine_failed_are_kept_and_the_failure_is_in_the_outcome(
     answers: int, kind: type[EngineRequestError], tokenizer: ModelTokenizer
 ) -> None:
     failure = kind("gone")
     outcome = infer(CLAIMS, tokenizer, FailingAfter(answers, failure))
-    assert places(outcome) == (list(range(7 - answers, 7)), [])
+    assert indexes_of(outcome) == (list(range(7 - answers, 7)), [])
     assert outcome.failure is failure
 
 
@@ -270,11 +270,11 @@ def test_too_long_claims_are_refused_though_the_engine_fails_with_the_others(
 ) -> None:
     mixed = claims_of("Short.", "long " * 1_500, "Short too.")
     outcome = infer(mixed, tokenizer, FailingAfter(0, EngineSilent("hangs")))
-    assert places(outcome) == ([], [1])
+    assert indexes_of(outcome) == ([], [1])
     assert isinstance(outcome.failure, EngineSilent)
 
 
-def test_a_claim_that_the_engine_answers_with_nonsense_has_no_answer_and_nothing_failed(
+def test_a_claim_with_an_unusable_answer_has_no_answer_and_nothing_failed(
     tokenizer: ModelTokenizer,
 ) -> None:
     class Mumbling(Engine):
@@ -284,7 +284,7 @@ def test_a_claim_that_the_engine_answers_with_nonsense_has_no_answer_and_nothing
             yield from (found for found in super().score(prompts, tokens) if found[0] != 3)
 
     outcome = infer(CLAIMS, tokenizer, Mumbling())
-    assert places(outcome) == ([0, 1, 2, 4, 5, 6], [])
+    assert indexes_of(outcome) == ([0, 1, 2, 4, 5, 6], [])
     assert outcome.failure is None
 
 
@@ -317,7 +317,7 @@ def test_an_engine_that_fails_while_a_request_is_halved_leaves_the_rest_unanswer
             yield from super().score(prompts_, tokens)
 
     outcome = infer(CLAIMS, tokenizer, DyingOfIt())
-    assert places(outcome) == ([0, 1, 2], [])
+    assert indexes_of(outcome) == ([0, 1, 2], [])
     assert "broke off" in str(outcome.failure)
 
 
@@ -351,7 +351,7 @@ class PanicException(BaseException):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError, PanicException])
-def test_a_failure_of_our_own_is_told_and_not_raised_and_says_where(
+def test_a_failure_of_our_own_is_in_the_outcome_with_its_traceback_and_is_not_raised(
     error: type[BaseException], tokenizer: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def encode(*_: object) -> None:
@@ -359,7 +359,7 @@ def test_a_failure_of_our_own_is_told_and_not_raised_and_says_where(
 
     monkeypatch.setattr(CompiledPrompt, "encode", encode)
     outcome = infer(CLAIMS, tokenizer, Engine())
-    assert places(outcome) == ([], [])
+    assert indexes_of(outcome) == ([], [])
     assert isinstance(outcome.failure, WorkerFailure)
     assert "a secret claim" in outcome.failure.trace and "in encode" in outcome.failure.trace
     assert "secret" not in str(outcome.failure)  # which is logged
@@ -375,7 +375,7 @@ def test_an_answer_that_we_stumble_over_takes_no_verdict_away_that_was_read_befo
 
     monkeypatch.setattr("services.gpu_worker.inference.read_verdict", read)
     outcome = infer(CLAIMS, tokenizer, Engine())
-    assert places(outcome) == ([0, 1, 2], [])
+    assert indexes_of(outcome) == ([0, 1, 2], [])
     assert isinstance(outcome.failure, WorkerFailure)
 
 
@@ -390,9 +390,9 @@ def test_an_answer_that_we_stumble_over_takes_no_verdict_away_that_was_read_befo
 )
 def test_an_outcome_is_split_as_the_claims_were_put_together(fates: list[list[str]]) -> None:
     asked = [
-        (Claim(claim_id=f"{part}/{place}", position=0, text="A claim."), fate)
+        (Claim(claim_id=f"{part}/{index}", position=0, text="A claim."), fate)
         for part, some in enumerate(fates)
-        for place, fate in enumerate(some)
+        for index, fate in enumerate(some)
     ]
     whole = Outcome(
         {n: verdict(claim) for n, (claim, fate) in enumerate(asked) if fate == "verdict"},
@@ -411,14 +411,14 @@ def test_an_outcome_is_split_as_the_claims_were_put_together(fates: list[list[st
     )
     parts = list(whole.split([len(some) for some in fates]))
     for number, (part, some) in enumerate(zip(parts, fates, strict=True)):
-        assert {place: given.claim_id for place, given in part.verdicts.items()} == {
-            place: f"{number}/{place}" for place, fate in enumerate(some) if fate == "verdict"
+        assert {index: given.claim_id for index, given in part.verdicts.items()} == {
+            index: f"{number}/{index}" for index, fate in enumerate(some) if fate == "verdict"
         }
-        assert {place: given.detail for place, given in part.refused.items()} == {
-            place: f"{number}/{place}" for place, fate in enumerate(some) if fate == "refused"
+        assert {index: given.detail for index, given in part.refused.items()} == {
+            index: f"{number}/{index}" for index, fate in enumerate(some) if fate == "refused"
         }
-        assert {place: given.refusal.detail for place, given in part.declined.items()} == {
-            place: f"{number}/{place}" for place, fate in enumerate(some) if fate == "declined"
+        assert {index: given.refusal.detail for index, given in part.declined.items()} == {
+            index: f"{number}/{index}" for index, fate in enumerate(some) if fate == "declined"
         }
         assert part.failure is whole.failure
         assert part.engine_seconds * len(asked) == pytest.approx(8 * len(some))

@@ -124,7 +124,7 @@ def test_a_new_worker_prefers_what_its_node_holds_warm() -> None:
 
 def test_of_many_new_workers_one_soon_goes_where_nobody_is_and_the_others_do_not() -> None:
     directory = [line(B, 10)]  # a second's work, a minute away
-    lots = [n / 1_000 for n in range(1_000)]
+    random_draws = [n / 1_000 for n in range(1_000)]
     for seconds, goers in ((2.0, 33), (30.0, 500), (60.0, 1_000)):
         drawn = [
             goes_to(
@@ -133,7 +133,7 @@ def test_of_many_new_workers_one_soon_goes_where_nobody_is_and_the_others_do_not
                     idle(None, warm=ready_in(B=60), idle_seconds=seconds, random_draw=random_draw),
                 )
             )
-            for random_draw in lots
+            for random_draw in random_draws
         ]
         assert drawn.count(B) == pytest.approx(goers, abs=2)
 
@@ -206,7 +206,7 @@ SITUATIONS = st.builds(
 
 
 @given(LINES, SITUATIONS)
-def test_the_same_directory_and_situation_give_the_same_decision(
+def test_the_same_demand_and_situation_give_the_same_decision(
     directory: list[ContextDemand], worker: Situation
 ) -> None:
     assert next_context(directory, worker) == next_context(list(directory), worker)
@@ -252,7 +252,7 @@ def test_nobody_switches_twice_within_the_shortest_stay(
 
 @dataclass
 class Fleet:
-    """Workers that hear the same notices and decide alone. Times in seconds.
+    """Workers that receive the same control updates and decide alone. Times in seconds.
 
     A mover is in nobody's count until its context is ready, after `cost`.
     """
@@ -267,39 +267,41 @@ class Fleet:
     arrives: dict[int, float] = field(default_factory=dict)
     since: dict[int, float] = field(default_factory=dict)
     emptied: dict[str, float] = field(default_factory=dict)
-    lots: random.Random = field(default_factory=lambda: random.Random(1))
+    random_draws: random.Random = field(default_factory=lambda: random.Random(1))
 
     def count(self, context: ContextSpec) -> int:
         """Those that are there, and those on their way."""
         return self.at.count(context.context_id)
 
     def directory(self) -> list[ContextDemand]:
-        warm = [place for number, place in enumerate(self.at) if number not in self.arrives]
+        warm = [
+            context_id for number, context_id in enumerate(self.at) if number not in self.arrives
+        ]
         return [
             line(context, int(self.ready.get(context.context_id, 0)), count)
             for context in CONTEXTS
             if (count := warm.count(context.context_id)) or context.context_id in self.ready
         ]
 
-    def notice(self) -> int:
-        """All hear one notice; how many go."""
+    def update(self) -> int:
+        """All receive one control update. Returns how many go."""
         for number in [number for number, then in self.arrives.items() if then <= self.now]:
             self.since[number] = self.arrives.pop(number)
         directory, moved = self.directory(), 0
-        for number, place in enumerate(self.at):
+        for number, here in enumerate(self.at):
             if number in self.arrives:
                 continue
-            empty = self.ready.get(place, 0) < 1
+            empty = self.ready.get(here, 0) < 1
             since = self.since.get(number, 0.0)
-            idle_since = max(since, self.emptied.setdefault(place, self.now)) if empty else self.now
+            idle_since = max(since, self.emptied.setdefault(here, self.now)) if empty else self.now
             worker = Situation(
-                here=place,
+                here=here,
                 queue_empty=empty,
                 idle_seconds=self.now - idle_since,
                 since_ready_seconds=self.now - since,
                 claims_per_second=self.claims_per_second,
                 warm=dict.fromkeys(IDS, self.cost),
-                random_draw=self.lots.random(),
+                random_draw=self.random_draws.random(),
             )
             target = goes_to(next_context(directory, worker))
             if target is not None:
@@ -309,8 +311,8 @@ class Fleet:
         if self.consumes:
             for each in directory:
                 done = each.workers_warm * self.claims_per_second * CONTROL_UPDATE_SECONDS
-                place = each.context.context_id
-                self.ready[place] = max(0.0, self.ready.get(place, 0) - done)
+                context_id = each.context.context_id
+                self.ready[context_id] = max(0.0, self.ready.get(context_id, 0) - done)
         self.now += CONTROL_UPDATE_SECONDS
         self.moves += moved
         return moved
@@ -326,38 +328,38 @@ def fleet(workers: Mapping[str, int], cost: float, **ready: float) -> Fleet:
 
 def test_a_thousand_idle_workers_go_where_all_the_work_is() -> None:
     workers = fleet({"A": 1_000}, 60.0, B=10_000_000)
-    assert workers.notice() == 1_000
+    assert workers.update() == 1_000
 
 
 def test_of_a_thousand_idle_workers_only_as_many_go_as_the_switch_pays_for() -> None:
     # 1 s to come, 3,000 claims at 10 a second: 300 workers have work for a second.
     workers = fleet({"A": 1_000}, 1.0, B=3_000)
-    assert workers.notice() == pytest.approx(300, abs=50)
+    assert workers.update() == pytest.approx(300, abs=50)
 
 
-def test_of_a_thousand_busy_workers_the_fair_share_goes_after_one_notice() -> None:
+def test_of_a_thousand_busy_workers_the_fair_share_goes_after_one_update() -> None:
     workers = fleet({"A": 1_000}, 1.0, A=1_000_000, B=1_000_000)
-    assert workers.notice() == pytest.approx(500, abs=50)
-    workers.notice()
-    assert workers.notice() < 20
+    assert workers.update() == pytest.approx(500, abs=50)
+    workers.update()
+    assert workers.update() < 20
 
 
 @pytest.mark.parametrize("cost", [0.0, 1.0, 20.0, 60.0])
 def test_all_contexts_with_work_soon_have_workers_in_proportion(cost: float) -> None:
     workers = fleet({"A": 1_000}, cost, B=1_000_000, C=2_000_000, D=3_000_000)
     for _ in range(10 + round(6 * cost / CONTROL_UPDATE_SECONDS)):
-        workers.notice()
+        workers.update()
     assert workers.count(A) == 0
     for context, share in ((B, 1 / 6), (C, 2 / 6), (D, 3 / 6)):
         assert workers.count(context) == pytest.approx(1_000 * share, rel=0.25)
 
 
 @pytest.mark.parametrize("cost", [20.0, 60.0])
-def test_while_movers_are_out_of_sight_not_many_more_follow(cost: float) -> None:
+def test_while_movers_are_not_counted_yet_not_many_more_follow(cost: float) -> None:
     workers = fleet({"A": 1_000}, cost, A=10_000_000, B=10_000_000)
     most = 0
     for _ in range(round(8 * cost / CONTROL_UPDATE_SECONDS)):
-        workers.notice()
+        workers.update()
         most = max(most, workers.count(B))
     assert 400 < workers.count(B) < 600
     assert most < 600
@@ -365,17 +367,17 @@ def test_while_movers_are_out_of_sight_not_many_more_follow(cost: float) -> None
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_handful_of_claims_where_nobody_is_is_not_left_to_chance(seed: int) -> None:
+def test_a_few_claims_without_a_worker_are_not_left_to_chance(seed: int) -> None:
     workers = fleet({"A": 1_000}, 60.0, B=20)
-    workers.lots = random.Random(seed)
+    workers.random_draws = random.Random(seed)
     for _ in range(30 + 29):  # idle for 60 s, and until the first of them would be there
-        workers.notice()
+        workers.update()
     assert 1 <= workers.count(B) < 30
 
 
 def test_workers_do_not_flap_between_contexts_with_equal_work() -> None:
     workers = fleet({"A": 500, "B": 500}, 0.0, A=1_000_000, B=1_100_000)
-    assert sum(workers.notice() for _ in range(100)) == 0
+    assert sum(workers.update() for _ in range(100)) == 0
 
 
 @pytest.mark.parametrize("cost", [0.0, 30.0])
@@ -385,7 +387,7 @@ def test_every_claim_is_answered_and_the_fleet_is_little_idle(cost: float) -> No
     workers.consumes = True
     began = workers.now
     while any(workers.ready.values()):
-        workers.notice()
+        workers.update()
         assert workers.now < began + 3_600, workers.ready
     alone = sum(claims.values()) / (1_000 * workers.claims_per_second)
     # All work, shared by all from the first second; beginning and end take some switches.

@@ -1,4 +1,4 @@
-"""What becomes of a batch; that a worker takes and drains batches is shown on a real broker."""
+"""How batches are processed. Taking and draining is tested with a real broker."""
 
 import itertools
 import json
@@ -157,10 +157,10 @@ def test_each_answer_counts_as_it_comes(
     assert seen == [1, 2, 3]
 
 
-# Labels that the model does not say.
+# Label words that the model does not answer with.
 
 
-def test_a_worker_warns_once_a_run_that_the_model_hardly_ever_says_a_label_word(
+def test_a_worker_warns_once_a_run_that_the_model_rarely_answers_with_a_label_word(
     processor: BatchProcessor,
     spec: ContextSpec,
     engine: EngineLease,
@@ -179,7 +179,7 @@ def test_a_worker_warns_once_a_run_that_the_model_hardly_ever_says_a_label_word(
     assert warned[0]["median_mass"] < 0.01
 
 
-# What is no batch of ours.
+# Unusable messages.
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_a_worker_warns_once_a_run_that_the_model_hardly_ever_says_a_label_word(
         ({"headers": {topology.FAILURES_HEADER: None}}, "keepwarm-failures is not a valid count"),
     ],
 )
-def test_what_is_no_batch_is_set_aside_with_the_reason_and_then_acknowledged(
+def test_an_unusable_message_is_dead_lettered_with_the_reason_and_then_acknowledged(
     changes: dict[str, object],
     why: str,
     processor: BatchProcessor,
@@ -212,7 +212,7 @@ def test_what_is_no_batch_is_set_aside_with_the_reason_and_then_acknowledged(
     assert broker.settled == [("acknowledged", 7)]
 
 
-def test_a_batch_for_another_context_is_set_aside(
+def test_a_batch_for_another_context_is_dead_lettered(
     processor: BatchProcessor, broker: RecordingBroker
 ) -> None:
     other = batch_of(ContextSpec(model="org/other"))
@@ -256,11 +256,11 @@ def test_dead_claims_go_to_their_queue_and_the_batch_is_acknowledged_after_the_l
     assert broker.settled == [("acknowledged", 7)]
 
 
-# Small batches, which are asked about together.
+# Small batches that share a request.
 
 
 class Requests(list[int]):
-    """How many prompts each request had. The engine answers all but those told by their number."""
+    """How many prompts each request had. The engine answers all but those in `unanswered`."""
 
     unanswered: frozenset[int] = frozenset()
 
@@ -309,7 +309,7 @@ def test_small_batches_are_one_request_and_each_is_settled_by_itself(
         assert broker.settled[tag:] == [("acknowledged", tag)]
 
 
-def test_of_batches_that_have_become_larger_those_over_the_allowance_go_back(
+def test_of_batches_that_have_become_larger_those_over_the_claim_limit_are_returned(
     processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker, requests: Requests
 ) -> None:
     assert processor.concurrency.claim_limit == 64  # until the speed is known
@@ -317,7 +317,7 @@ def test_of_batches_that_have_become_larger_those_over_the_allowance_go_back(
     processor.process(tagged(*sizes))
     assert requests == [61]
     assert broker.settled == [("given back", 2), ("given back", 3)]
-    assert {hand.delivery.tag for hand in processor.in_flight} <= {0, 1}
+    assert {batch.delivery.tag for batch in processor.in_flight} <= {0, 1}
 
 
 def test_batches_with_different_prompts_are_requests_of_their_own(
@@ -329,17 +329,17 @@ def test_batches_with_different_prompts_are_requests_of_their_own(
     assert len(verdicts_in(broker)) == 9
 
 
-def test_of_batches_asked_about_together_only_those_without_an_answer_are_suspects(
+def test_of_batches_in_one_request_only_those_without_an_answer_are_quarantined(
     processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker, requests: Requests
 ) -> None:
     requests.unanswered = frozenset({4})
     processor.process(tagged(*[batch_of(spec)] * 3))
-    (hand,) = processor.quarantined
-    assert (hand.delivery.tag, hand.unresolved) == (1, {1: 1})
+    (batch,) = processor.quarantined
+    assert (batch.delivery.tag, batch.unresolved) == (1, {1: 1})
     assert [name[0] for name in verdicts_in(broker)] == ["0"] * 3 + ["2"] * 3
 
 
-def test_what_is_no_batch_does_not_hold_up_those_that_came_with_it(
+def test_an_unusable_message_does_not_stop_the_batches_that_came_with_it(
     processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker, requests: Requests
 ) -> None:
     first, second, third = tagged(*[batch_of(spec)] * 3)
@@ -371,7 +371,7 @@ def test_as_many_small_batches_are_taken_as_make_a_request(
     inbox = Inbox(tagged(*[batch_of(spec, claims=8)] * 7))
     assert take(processor, inbox, linger=True) == [0]  # their size is not known yet
     processor.concurrency.accept(8)
-    assert take(processor, inbox, linger=True) == [1, 2]  # of the 8 that may be in hand
+    assert take(processor, inbox, linger=True) == [1, 2]  # of the 8 that may be in flight
     assert take(processor, Inbox([]), linger=True) == []
 
 
@@ -384,10 +384,10 @@ def test_small_batches_wait_for_others_only_while_the_engine_has_work(
     assert busy.waits[1] > 0 and idle.waits[1] == 0
 
 
-# A batch that is larger than the horizon.
+# A batch that is larger than the claim limit.
 
 
-def test_the_first_batch_is_cut_to_what_any_engine_can_finish_and_the_rest_goes_back(
+def test_the_first_batch_is_trimmed_to_what_any_engine_can_finish_and_the_rest_is_returned(
     processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
 ) -> None:
     engine_answers(200)
@@ -408,10 +408,10 @@ def test_an_engine_that_turns_out_fast_gets_as_many_batches_as_it_may_have(
     engine_answers: Answers,
 ) -> None:
     tick = itertools.count()
-    pace = AdaptiveConcurrency(
+    concurrency = AdaptiveConcurrency(
         settings.prefetch_seconds, settings.batches_in_flight, clock=lambda: next(tick) / 1000
     )
-    processor = replace(processor, concurrency=pace)
+    processor = replace(processor, concurrency=concurrency)
     engine_answers(64)
     processor.process([delivered(batch_of(spec, claims=64))])
     assert broker.prefetch == settings.batches_in_flight
@@ -419,7 +419,7 @@ def test_an_engine_that_turns_out_fast_gets_as_many_batches_as_it_may_have(
     assert returned_in(broker) == []
 
 
-def test_a_batch_that_an_engine_failed_with_elsewhere_is_not_cut(
+def test_a_batch_that_an_engine_failed_with_elsewhere_is_not_trimmed(
     processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker
 ) -> None:
     processor.process([delivered(batch_of(spec, claims=200), failures=1)])
@@ -431,7 +431,7 @@ def test_a_batch_that_an_engine_failed_with_elsewhere_is_not_cut(
 
 @pytest.mark.parametrize("answers", [0, 2])
 @pytest.mark.parametrize("failure", [EngineRequestError("gone"), EngineSilent("hangs"), None])
-def test_a_batch_that_the_engine_fails_with_is_a_suspect_and_not_settled_yet(
+def test_a_batch_that_the_engine_fails_with_is_quarantined_and_not_settled_yet(
     failure: Exception | None,
     answers: int,
     processor: BatchProcessor,
@@ -442,18 +442,18 @@ def test_a_batch_that_the_engine_fails_with_is_a_suspect_and_not_settled_yet(
     engine_answers(answers, failure)
     processor.process([delivered(batch_of(spec))])
     assert (broker.messages, broker.settled) == ([], [])
-    (hand,) = processor.quarantined
-    assert hand.unresolved == dict.fromkeys(range(answers, 3), 1)
+    (batch,) = processor.quarantined
+    assert batch.unresolved == dict.fromkeys(range(answers, 3), 1)
 
 
-def test_a_batch_for_an_engine_that_is_not_there_is_a_suspect(
+def test_a_batch_for_an_engine_that_is_not_there_is_quarantined(
     processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker
 ) -> None:
     processor.process([delivered(batch_of(spec))])
     assert (broker.messages, broker.settled, len(processor.quarantined)) == ([], [], 1)
 
 
-def test_a_batch_that_an_engine_failed_with_elsewhere_is_examined_before_it_is_asked_in_company(
+def test_a_batch_that_an_engine_failed_with_elsewhere_is_quarantined_at_once(
     processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
 ) -> None:
     engine_answers(3)
@@ -476,7 +476,7 @@ def failing_with(claim_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CompiledPrompt, "encode", fails)
 
 
-def test_a_batch_that_our_code_fails_with_is_a_suspect_and_the_worker_goes_on(
+def test_a_batch_that_our_code_fails_with_is_quarantined_and_the_worker_continues(
     processor: BatchProcessor,
     spec: ContextSpec,
     broker: RecordingBroker,
@@ -486,8 +486,8 @@ def test_a_batch_that_our_code_fails_with_is_a_suspect_and_the_worker_goes_on(
     engine_answers(3)
     failing_with("c1", monkeypatch)
     processor.process([delivered(batch_of(spec))])
-    (hand,) = processor.quarantined
-    assert (broker.messages, hand.unresolved) == ([], dict.fromkeys(range(3), 1))
+    (batch,) = processor.quarantined
+    assert (broker.messages, batch.unresolved) == ([], dict.fromkeys(range(3), 1))
     monkeypatch.setattr(EngineLease, "alive", True)
     processor.isolate_next()
     assert verdicts_in(broker) == ["c0", "c2"]
@@ -502,7 +502,7 @@ def let_settlements_fail(monkeypatch: pytest.MonkeyPatch, error: Exception) -> N
     monkeypatch.setattr(InFlightBatch, "settle", fails)
 
 
-def test_a_batch_whose_settlement_fails_is_set_aside_with_the_reason_and_no_claim_is_logged(
+def test_a_batch_whose_settlement_fails_is_dead_lettered_with_the_reason_and_no_claim_is_logged(
     processor: BatchProcessor,
     spec: ContextSpec,
     broker: RecordingBroker,
@@ -557,7 +557,7 @@ def test_while_a_batch_is_asked_about_its_claims_are_on_disk(
     assert not list(records.glob("*.json"))
 
 
-def test_a_batch_that_a_worker_of_this_node_died_with_is_a_suspect_until_it_is_settled(
+def test_a_batch_that_a_worker_of_this_node_crashed_with_is_quarantined_until_it_is_settled(
     processor: BatchProcessor,
     spec: ContextSpec,
     broker: RecordingBroker,
@@ -571,15 +571,15 @@ def test_a_batch_that_a_worker_of_this_node_died_with_is_a_suspect_until_it_is_s
     left = died_asking(tmp_path / "node", "dead", keys)
     (left / "fatal.log").write_text("Fatal Python error: Segmentation fault")
     processor.process([delivered(batch, earlier=1)])
-    (hand,) = processor.quarantined
-    assert hand.unresolved == dict.fromkeys(range(3), 1)
+    (batch,) = processor.quarantined
+    assert batch.unresolved == dict.fromkeys(range(3), 1)
     monkeypatch.setattr(EngineLease, "alive", True)
     processor.isolate_next()
     assert verdicts_in(broker) == ["c0", "c1", "c2"]
     assert not list((tmp_path / "node" / "crashed").iterdir())
 
 
-def test_every_batch_with_a_prompt_that_workers_of_this_node_died_of_is_a_suspect(
+def test_every_batch_with_a_prompt_that_crashed_workers_of_this_node_is_quarantined(
     processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker, tmp_path: Path
 ) -> None:
     batch = batch_of(spec)
@@ -590,7 +590,7 @@ def test_every_batch_with_a_prompt_that_workers_of_this_node_died_of_is_a_suspec
     assert len(processor.quarantined) == 1 and broker.messages == []
 
 
-# A batch that our engine cannot answer.
+# Claims that our engine declines.
 
 
 @pytest.fixture
@@ -605,7 +605,7 @@ def declined_by(engine: str, batch: ClaimBatch, waited: int = 0) -> Delivery:
 
 
 @pytest.mark.usefixtures("short")
-def test_what_is_too_long_for_our_engine_alone_goes_back_at_once_and_is_told_once_a_run(
+def test_claims_too_long_for_our_engine_are_returned_at_once_and_logged_once_a_run(
     processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker
 ) -> None:
     with structlog.testing.capture_logs() as logs:
@@ -615,13 +615,13 @@ def test_what_is_too_long_for_our_engine_alone_goes_back_at_once_and_is_told_onc
     returned = broker.to(topology.RETURNS_QUEUE)
     assert returned_in(broker) == ["c0", "c1", "c2"] * 3
     assert returned[0].headers[topology.DECLINED_HEADER] == ["unable node-1/engine-1"]
-    (told,) = [entry for entry in logs if entry["event"] == "claims.declined"]
-    assert (told["claims"], told["reason"]) == (3, "too-long")
-    assert "this engine accepts only 15" in told["detail"] and "within 300 s" in told["next_step"]
+    (event,) = [entry for entry in logs if entry["event"] == "claims.declined"]
+    assert (event["claims"], event["reason"]) == (3, "too-long")
+    assert "this engine accepts only 15" in event["detail"] and "within 300 s" in event["next_step"]
 
 
 @pytest.mark.usefixtures("short")
-def test_what_comes_back_to_our_engine_is_held_and_given_to_others_later(
+def test_claims_that_our_engine_declined_before_are_delayed_and_then_returned(
     processor: BatchProcessor,
     spec: ContextSpec,
     broker: RecordingBroker,
@@ -640,7 +640,7 @@ def test_what_comes_back_to_our_engine_is_held_and_given_to_others_later(
 
 
 @pytest.mark.usefixtures("short")
-def test_what_no_other_engine_took_in_time_is_dead_and_so_the_run_ends(
+def test_claims_that_no_other_engine_answered_in_time_are_dead_so_that_the_run_ends(
     processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker
 ) -> None:
     processor.process([declined_by("node-1/engine-1", batch_of(spec), waited=300)])
@@ -658,11 +658,11 @@ def test_what_another_engine_could_not_answer_is_answered_here_at_once(
     assert verdicts_in(broker) == ["c0", "c1", "c2"]
 
 
-# A batch that we break off.
+# An interrupted batch.
 
 
 @pytest.mark.parametrize("answers", [1, 2])
-def test_a_batch_that_is_broken_off_has_its_verdicts_and_the_rest_goes_back_unblamed(
+def test_an_interrupted_batch_keeps_its_verdicts_and_the_rest_is_returned_without_a_failure(
     answers: int,
     processor: BatchProcessor,
     spec: ContextSpec,
@@ -678,7 +678,7 @@ def test_a_batch_that_is_broken_off_has_its_verdicts_and_the_rest_goes_back_unbl
     assert processor.quarantined == []
 
 
-def test_a_batch_that_is_broken_off_before_the_first_answer_is_given_back_whole(
+def test_a_batch_that_is_interrupted_before_the_first_answer_is_returned_whole(
     processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
 ) -> None:
     engine_answers(0, Interrupted("interrupted"))
@@ -686,7 +686,7 @@ def test_a_batch_that_is_broken_off_before_the_first_answer_is_given_back_whole(
     assert (broker.messages, broker.settled) == ([], [("given back", 7)])
 
 
-# A batch that nobody wants any more.
+# A cancelled batch.
 
 
 def test_a_cancelled_batch_is_dropped_unanswered_and_others_are_not(
@@ -701,7 +701,7 @@ def test_a_cancelled_batch_is_dropped_unanswered_and_others_are_not(
     assert verdicts_in(broker) == ["c0", "c1", "c2"]
 
 
-def test_a_cancelled_suspect_is_dropped_as_well(
+def test_a_cancelled_batch_that_failed_before_is_dropped_as_well(
     processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker
 ) -> None:
     processor.control.receive(encode(ControlUpdate(cancelled=("sub-1",))))
@@ -709,7 +709,7 @@ def test_a_cancelled_suspect_is_dropped_as_well(
     assert (broker.settled, processor.quarantined) == ([("acknowledged", 7)], [])
 
 
-def test_the_latest_notice_replaces_what_was_said_before(
+def test_the_latest_control_update_replaces_the_previous_one(
     processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker, engine_answers: Answers
 ) -> None:
     engine_answers(3)
@@ -720,7 +720,7 @@ def test_the_latest_notice_replaces_what_was_said_before(
 
 
 @pytest.mark.parametrize("body", [b"", b"{}x", b'{"cancelled": [""]}', b'{"schema_version": 99}'])
-def test_a_notice_that_is_none_changes_nothing(
+def test_an_unusable_control_update_changes_nothing(
     body: bytes, processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker
 ) -> None:
     processor.control.receive(encode(ControlUpdate(cancelled=("sub-1",))))

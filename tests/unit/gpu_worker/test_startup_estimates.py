@@ -1,4 +1,4 @@
-"""What a node can have, and how soon."""
+"""How soon a context is ready on a node, and which contexts failed there."""
 
 from pathlib import Path
 
@@ -17,46 +17,46 @@ DEVICE = Device("cpu", "Xeon", 2**34, (0,))
 
 
 @pytest.fixture
-def readiness(tmp_path: Path, clock: Clock) -> StartupEstimates:
+def estimates(tmp_path: Path, clock: Clock) -> StartupEstimates:
     settings = load_settings(runtime_dir=tmp_path / "run", cache_dir=tmp_path / "cache")
     return StartupEstimates(DEVICE, settings, clock)
 
 
-# What failed here.
+# Contexts that failed here.
 
 
 def test_a_context_that_failed_is_left_alone_for_a_while_and_then_comes_back(
-    readiness: StartupEstimates, clock: Clock
+    estimates: StartupEstimates, clock: Clock
 ) -> None:
-    pause = readiness.failed("ctx-a", EngineStartError("it was evicted"))
+    pause = estimates.failed("ctx-a", EngineStartError("it was evicted"))
     assert 0 < pause <= 10
-    assert not readiness.may_try("ctx-a") and readiness.may_try("ctx-b")
+    assert not estimates.may_try("ctx-a") and estimates.may_try("ctx-b")
     clock.now += pause
-    assert readiness.may_try("ctx-a")
+    assert estimates.may_try("ctx-a")
 
 
 def test_each_failure_in_a_row_makes_the_pause_longer_to_a_bound(
-    readiness: StartupEstimates,
+    estimates: StartupEstimates,
 ) -> None:
-    pauses = [readiness.failed("ctx-a", ModelError("no such model")) for _ in range(12)]
+    pauses = [estimates.failed("ctx-a", ModelError("no such model")) for _ in range(12)]
     assert all(10 <= later * 2**-number <= 20 for number, later in enumerate(pauses[1:5]))
     assert all(900 <= pause <= 1800 for pause in pauses[9:])
 
 
-def test_what_failed_is_forgotten_once_the_context_answers(readiness: StartupEstimates) -> None:
+def test_what_failed_is_forgotten_once_the_context_answers(estimates: StartupEstimates) -> None:
     for _ in range(8):
-        readiness.failed("ctx-a", EngineStartError("no room"))
-    readiness.answered("ctx-a")
-    assert readiness.failed("ctx-a", EngineStartError("no room")) <= 10
+        estimates.failed("ctx-a", EngineStartError("out of memory"))
+    estimates.answered("ctx-a")
+    assert estimates.failed("ctx-a", EngineStartError("out of memory")) <= 10
 
 
 def test_a_keeper_that_cannot_be_used_keeps_no_context_away_for_long(
-    readiness: StartupEstimates,
+    estimates: StartupEstimates,
 ) -> None:
-    assert all(readiness.failed("ctx-a", KeeperError("it restarts")) <= 10 for _ in range(12))
+    assert all(estimates.failed("ctx-a", KeeperError("it restarts")) <= 10 for _ in range(12))
 
 
-# What it takes.
+# The time until a context is ready.
 
 A, B, STRANGER = (ContextSpec(model=f"org/{name}", revision="r") for name in ("a", "b", "c"))
 
@@ -74,35 +74,35 @@ def started(directory: Path, spec: ContextSpec, **phases: float) -> None:
     caches.remember(name_of(spec), past)
 
 
-def seconds_of(readiness: StartupEstimates) -> list[float | None]:
-    known = readiness.seconds([A, B, STRANGER])
+def seconds_of(estimates: StartupEstimates) -> list[float | None]:
+    known = estimates.seconds([A, B, STRANGER])
     return [known.get(spec.context_id) for spec in (A, B, STRANGER)]
 
 
-def test_nothing_is_known_of_contexts_where_none_ever_was(readiness: StartupEstimates) -> None:
-    assert seconds_of(readiness) == [None, None, None]
+def test_nothing_is_known_of_contexts_where_none_ever_was(estimates: StartupEstimates) -> None:
+    assert seconds_of(estimates) == [None, None, None]
 
 
-def test_one_that_was_here_before_needs_no_fetch_and_a_stranger_does(
-    readiness: StartupEstimates, tmp_path: Path
+def test_a_context_that_was_here_before_needs_no_fetch_and_a_new_one_does(
+    estimates: StartupEstimates, tmp_path: Path
 ) -> None:
     started(tmp_path, A, imports=30, fetch=300, total=320)
     started(tmp_path, B, imports=0, total=50)
     (tmp_path / "run" / "fork-server-0011.sock").touch()
-    assert seconds_of(readiness) == [20, 50, 320]
+    assert seconds_of(estimates) == [20, 50, 320]
 
 
-def test_imports_come_on_top_where_no_template_has_them_done(
-    readiness: StartupEstimates, tmp_path: Path
+def test_imports_are_added_if_there_is_no_fork_server(
+    estimates: StartupEstimates, tmp_path: Path
 ) -> None:
     started(tmp_path, A, imports=30, total=50)
     started(tmp_path, B, imports=0, total=40)
-    assert seconds_of(readiness) == [50, 70, 70]
+    assert seconds_of(estimates) == [50, 70, 70]
 
 
 @pytest.mark.parametrize(("state", "seconds"), [("warm", 0), ("asleep", 5), ("starting", 20)])
 def test_one_that_is_here_is_ready_as_soon_as_its_state_allows(
-    state: State, seconds: float, readiness: StartupEstimates, tmp_path: Path
+    state: State, seconds: float, estimates: StartupEstimates, tmp_path: Path
 ) -> None:
     started(tmp_path, A, imports=0, total=20)
     own = RecordFile(tmp_path / "run", name_of(A))
@@ -118,6 +118,6 @@ def test_one_that_is_here_is_ready_as_soon_as_its_state_allows(
             last_used=0.0,
         )
     )
-    known = readiness.seconds([A])
+    known = estimates.seconds([A])
     own.close()
     assert known == {A.context_id: seconds}

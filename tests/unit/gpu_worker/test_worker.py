@@ -1,4 +1,4 @@
-"""Who a worker is, and which context it serves; that it answers is shown on a real broker."""
+"""A worker's identity, and its choice of a context. Serving is tested with a real broker."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.unit.clock import Clock
 from tests.unit.gpu_worker.conftest import DEVICE
 
 
-def test_a_model_that_cannot_be_used_is_told_before_anything_is_started(
+def test_an_unusable_model_is_an_error_before_anything_is_started(
     spec: ContextSpec, model_dir: Path, tmp_path: Path
 ) -> None:
     (model_dir / "tokenizer.json").unlink()
@@ -37,7 +37,7 @@ def test_a_context_that_failed_once_is_served_when_it_can_be_had_again(
 ) -> None:
     settings = load_settings(runtime_dir=tmp_path / "run", cache_dir=tmp_path / "cache")
     worker = Worker(None, DEVICE, settings)
-    readiness = StartupEstimates(DEVICE, settings, clock)
+    estimates = StartupEstimates(DEVICE, settings, clock)
     line = ContextDemand(context=spec, claims_ready=10**6, claims_in_flight=0, workers_warm=0)
     worker._control.receive(encode(ControlUpdate(contexts=(line,))))
     wanted = Situation(None, True, 600.0, 0.0, None, {}, 0.0)
@@ -54,9 +54,9 @@ def test_a_context_that_failed_once_is_served_when_it_can_be_had_again(
         served.append(serving.spec.context_id)
         worker.stop()
 
-    def listen(readiness: StartupEstimates, _: object) -> ContextSpec | None:
+    def listen(estimates: StartupEstimates, _: object) -> ContextSpec | None:
         nonlocal waited
-        chosen = worker._choose(readiness, wanted)
+        chosen = worker._choose(estimates, wanted)
         if chosen is None:
             waited += 1
             clock.now += 1
@@ -65,7 +65,7 @@ def test_a_context_that_failed_once_is_served_when_it_can_be_had_again(
     monkeypatch.setattr("services.gpu_worker.worker.pin_model", pin)
     monkeypatch.setattr(worker, "_serve", serve)
     monkeypatch.setattr(worker, "_first_context", listen)
-    worker._serve_by_demand(readiness, None)  # type: ignore[arg-type]
+    worker._serve_by_demand(estimates, None)  # type: ignore[arg-type]
     assert served == [spec.context_id]
     assert 5 <= waited <= 10  # and not at once
 
@@ -86,15 +86,15 @@ def test_a_context_that_is_not_accepted_from_runs_is_never_chosen(
         )
         worker._control.receive(encode(ControlUpdate(contexts=lines)))
 
-    readiness = StartupEstimates(DEVICE, settings)
+    estimates = StartupEstimates(DEVICE, settings)
     heard(hostile)
     with capture_logs() as events:
         for _ in range(3):
-            assert worker._choose(readiness, wanted) is None
+            assert worker._choose(estimates, wanted) is None
     (event,) = [event for event in events if event["event"] == "context.refused"]
     assert event["context"] == hostile.context_id and "--worker-cls" in event["reason"]
     heard(hostile, spec)
-    assert worker._choose(readiness, wanted) == spec
+    assert worker._choose(estimates, wanted) == spec
     assert [each.context_id for each in worker._contexts()] == [spec.context_id]
 
 
