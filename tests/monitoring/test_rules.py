@@ -56,7 +56,7 @@ def test_a_rule_says_how_bad_it_is_what_happened_and_what_to_do(rule: dict[str, 
         re.MULTILINE | re.DOTALL,
     )
     assert section, f"{RUNBOOK} has no section {rule['alert']}"
-    for what in ("**It means**", "**Look at**", "**Do**"):
+    for what in ("**Meaning:**", "**Check:**", "**Act:**"):
         assert what in section[1]
 
 
