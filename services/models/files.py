@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import structlog
 
@@ -11,6 +11,19 @@ from services.contracts.errors import ModelError, UsageError
 from services.models.fingerprint import ProgressCallback, fingerprint, sampled_fingerprint
 
 _ADAPTER_CONFIG = "adapter_config.json"
+# Of a directory: the file that it must have, and the rest of the sentence that says so.
+_DIRECTORIES = {
+    "model": (
+        "config.json",
+        ", the weights and tokenizer.json. `make demo` makes one in .models/; a name like "
+        "HuggingFaceTB/SmolLM2-135M-Instruct is fetched from the hub",
+    ),
+    "adapter": (
+        _ADAPTER_CONFIG,
+        " and adapter_model.safetensors, as PEFT saves it. A name like ORG/ADAPTER is fetched from "
+        "the hub",
+    ),
+}
 MAX_ADAPTER_RANK = 64
 """The largest rank of adapters that engines take as they come: adapters share an engine, whose
 buffers have this rank.
@@ -33,8 +46,8 @@ def pin_model(
 
     A local directory is pinned by a fingerprint of its files, a hub name by its commit, so that
     answers of a model that changed in place are never taken for the old one's. The same goes for
-    its adapter. Large files are read once where there is a `cache_dir`; `watch` is told how far
-    that is. Raises ModelError, and UsageError for engine arguments that would not be obeyed.
+    its adapter. Large files are read once where there is a `cache_dir`; `on_progress` is told
+    how far that is. Raises ModelError, and UsageError for engine arguments that would be ignored.
     """
     refuse_adapter_arguments("--engine-argument", spec.engine_arguments)
     return _pin_adapter(_pin_base(spec, cache_dir, on_progress), cache_dir, on_progress)
@@ -60,30 +73,8 @@ def _pin_base(
         from services.models import hub  # a quarter of a second, which local models need not pay
 
         return spec.model_copy(update={"revision": hub.commit(spec.model, spec.revision)})
-    try:
-        directory = Path(spec.model).expanduser().resolve()
-    except RuntimeError as error:
-        raise ModelError(f"there is no model at {spec.model}: {error}") from error
-    if not (directory / "config.json").is_file():
-        raise ModelError(
-            f"there is no model at {directory}: it must be a directory with config.json, the "
-            "weights and tokenizer.json. `make demo` makes one in .models/; a name like "
-            "HuggingFaceTB/SmolLM2-135M-Instruct is fetched from the hub"
-        )
-    try:
-        found = _fingerprint(directory, spec.revision, cache_dir, on_progress)
-    except OSError as error:
-        raise ModelError(
-            f"the model at {directory} cannot be read: {error.filename}: {error.strerror}; mend "
-            "its permissions"
-        ) from error
-    if spec.revision not in (None, found):
-        raise ModelError(
-            f"the model at {directory} is {found}, but {spec.revision} is wanted: its files "
-            "changed, or this is another model. Put the right files there, or submit the claims "
-            "anew for this one"
-        )
-    return spec.model_copy(update={"model": str(directory), "revision": found})
+    path, revision = _pin_directory("model", spec.model, spec.revision, cache_dir, on_progress)
+    return spec.model_copy(update={"model": path, "revision": revision})
 
 
 def _pin_adapter(
@@ -92,43 +83,52 @@ def _pin_adapter(
     if spec.adapter is None:
         return spec
     if is_local(spec.adapter):
-        pinned = _pin_adapter_directory(spec, spec.adapter, cache_dir, on_progress)
+        path, revision = _pin_directory(
+            "adapter", spec.adapter, spec.adapter_revision, cache_dir, on_progress
+        )
     else:
         from services.models import hub
 
-        commit = hub.commit(spec.adapter, spec.adapter_revision)
-        pinned = spec.model_copy(update={"adapter_revision": commit})
+        path, revision = spec.adapter, hub.commit(spec.adapter, spec.adapter_revision)
+    pinned = spec.model_copy(update={"adapter": path, "adapter_revision": revision})
     _check_adapter(pinned)
     return pinned
 
 
-def _pin_adapter_directory(
-    spec: ContextSpec, adapter: str, cache_dir: Path | None, on_progress: ProgressCallback
-) -> ContextSpec:
+def _pin_directory(
+    kind: Literal["model", "adapter"],
+    path: str,
+    revision: str | None,
+    cache_dir: Path | None,
+    on_progress: ProgressCallback,
+) -> tuple[str, str]:
+    """The absolute path of a local model or adapter, and its revision.
+
+    Raises ModelError if it is not there, cannot be read, or is not of the `revision` wanted.
+    """
+    required, hint = _DIRECTORIES[kind]
     try:
-        directory = Path(adapter).expanduser().resolve()
+        directory = Path(path).expanduser().resolve()
     except RuntimeError as error:
-        raise ModelError(f"there is no adapter at {adapter}: {error}") from error
-    if not (directory / _ADAPTER_CONFIG).is_file():
+        raise ModelError(f"there is no {kind} at {path}: {error}") from error
+    if not (directory / required).is_file():
         raise ModelError(
-            f"there is no adapter at {directory}: it must be a directory with {_ADAPTER_CONFIG} "
-            "and adapter_model.safetensors, as PEFT saves it. A name like ORG/ADAPTER is fetched "
-            "from the hub"
+            f"there is no {kind} at {directory}: it must be a directory with {required}{hint}"
         )
     try:
-        found = _fingerprint(directory, spec.adapter_revision, cache_dir, on_progress)
+        found = _fingerprint(directory, revision, cache_dir, on_progress)
     except OSError as error:
         raise ModelError(
-            f"the adapter at {directory} cannot be read: {error.filename}: {error.strerror}; "
+            f"the {kind} at {directory} cannot be read: {error.filename}: {error.strerror}; "
             "correct its permissions"
         ) from error
-    if spec.adapter_revision not in (None, found):
+    if revision not in (None, found):
         raise ModelError(
-            f"the adapter at {directory} is {found}, but {spec.adapter_revision} is wanted: "
-            "its files changed, or this is another adapter. Put the right files there, or submit "
-            "the claims again for this one"
+            f"the {kind} at {directory} is {found}, but {revision} is wanted: its files changed, "
+            f"or this is another {kind}. Put the right files there, or submit the claims again for "
+            "this one"
         )
-    return spec.model_copy(update={"adapter": str(directory), "adapter_revision": found})
+    return str(directory), found
 
 
 def _fingerprint(
