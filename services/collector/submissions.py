@@ -59,26 +59,26 @@ class Submissions:
             self._unproven.add(announcement.run.run_id)
 
     def check_verdicts(self, batch: VerdictBatch) -> None:
-        key = self._key(batch.submission_id, batch.run_id)
-        if key is None:
+        announced = self._proven(batch.submission_id, batch.run_id)
+        if announced is None:
             return
+        run, key = announced
         carried = [split_verdict_proof(proof) for proof in batch.proofs]
         expected = (
             claim_proof(key, one.claim_id, one.position, one.text, one.gold, evidence)
             for one, (_, evidence) in zip(batch.verdicts, carried, strict=False)
         )
         _compare([proof for proof, _ in carried], expected, batch.run_id)
-        known = self._find(batch.submission_id or "")
-        labels = known[0].prompt.label_names if known else batch.labels
+        labels = run.prompt.label_names
         if batch.labels != labels or not {v.label for v in batch.verdicts} <= {*labels, INVALID}:
             raise MessageInvalid(
                 f"a verdict has a label that the prompt of {batch.run_id} does not have"
             )
 
     def check_dead(self, dead: DeadClaim) -> None:
-        key = self._key(dead.submission_id, dead.run_id)
-        if key is not None:
-            _compare([dead.proof or ""], [dead.claim.proof(key)], dead.run_id)
+        announced = self._proven(dead.submission_id, dead.run_id)
+        if announced is not None:
+            _compare([dead.proof or ""], [dead.claim.proof(announced[1])], dead.run_id)
 
     def check_returned(self, batch: ClaimBatch) -> ClaimBatch:
         """The batch with the announced run in place of its own."""
@@ -92,8 +92,8 @@ class Submissions:
             _compare(batch.proofs, (claim.proof(key) for claim in batch.claims), run.run_id)
         return batch if batch.run == run else batch.model_copy(update={"run": run})
 
-    def _key(self, submission_id: str | None, run_id: str) -> bytes | None:
-        """The submission's key; None if it has none."""
+    def _proven(self, submission_id: str | None, run_id: str) -> tuple[Run, bytes] | None:
+        """The submission's run and key; None if its claims have no proofs."""
         if submission_id is None:
             if run_id not in self._unproven:
                 accepts = self._store.accepts_unproven(run_id)
@@ -111,7 +111,7 @@ class Submissions:
         run, key = known
         if run.run_id != run_id:
             raise MessageInvalid(f"its submission is of {run.run_id}, not of {run_id}")
-        return key
+        return None if key is None else (run, key)
 
     def _find(self, submission_id: str) -> tuple[Run, bytes | None] | None:
         if submission_id not in self._known:
