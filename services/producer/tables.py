@@ -3,7 +3,7 @@
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -79,37 +79,39 @@ def rows(file: IO[bytes], name: str, kind: str) -> Iterator[dict[str, Any]]:
     Raises InputError when the file is damaged.
     """
     pa = _pyarrow(name)
-    file.seek(0)
     try:
-        if kind == "parquet":
-            import pyarrow.parquet as pq
-
-            table = pq.ParquetFile(file)
-            schema, batches = table.schema_arrow, table.iter_batches(_BATCH_ROWS)
-        elif file.read(6) == b"ARROW1":
-            file.seek(0)
-            reader = pa.ipc.open_file(file)
-            schema = reader.schema
-            batches = (reader.get_batch(n) for n in range(reader.num_record_batches))
-        else:
-            file.seek(0)
-            reader = pa.ipc.open_stream(file)
-            schema, batches = reader.schema, _all_streams(pa, file, reader)
-        features = _features(schema.metadata)
-        for batch in batches:
-            for start in range(0, batch.num_rows, _BATCH_ROWS):
-                for row in batch.slice(start, _BATCH_ROWS).to_pylist():
-                    yield {key: _named(value, features.get(key)) for key, value in row.items()}
+        for schema, batches in _tables(pa, file, kind):
+            features = _features(schema.metadata)
+            for batch in batches:
+                for start in range(0, batch.num_rows, _BATCH_ROWS):
+                    for row in batch.slice(start, _BATCH_ROWS).to_pylist():
+                        yield {key: _named(value, features.get(key)) for key, value in row.items()}
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{name} is a damaged {kind} file ({error}); fetch it again") from error
 
 
-def _all_streams(pa: Any, file: IO[bytes], reader: Any) -> Iterator[Any]:
-    """The batches of every stream in the file: `cat` of two streams is a file with two."""
-    yield from reader
-    while file.read(1):
-        file.seek(-1, io.SEEK_CUR)
-        yield from pa.ipc.open_stream(file)
+def _tables(pa: Any, file: IO[bytes], kind: str) -> Iterator[tuple[Any, Iterable[Any]]]:
+    """The schema and the record batches of each table: one, or as many as there are Arrow streams
+    in the file (`cat` of two streams is a file with two, each with a schema of its own).
+    """
+    file.seek(0)
+    if kind == "parquet":
+        import pyarrow.parquet as pq
+
+        table = pq.ParquetFile(file)
+        yield table.schema_arrow, table.iter_batches(_BATCH_ROWS)
+    elif file.read(6) == b"ARROW1":
+        file.seek(0)
+        reader = pa.ipc.open_file(file)
+        yield reader.schema, (reader.get_batch(n) for n in range(reader.num_record_batches))
+    else:
+        file.seek(0)
+        while True:
+            reader = pa.ipc.open_stream(file)
+            yield reader.schema, reader
+            if not file.read(1):
+                return
+            file.seek(-1, io.SEEK_CUR)
 
 
 def _pyarrow(name: str):  # type: ignore[no-untyped-def]  # noqa: ANN202  (a module)

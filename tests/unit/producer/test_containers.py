@@ -458,6 +458,23 @@ def test_arrow_streams_that_were_put_together_are_all_read(tmp_path: Path) -> No
         assert source.summarize().lines == 9
 
 
+def test_each_arrow_stream_of_a_file_has_its_own_names_of_classes(tmp_path: Path) -> None:
+    features = {"label": {"names": ["REFUTES", "SUPPORTS"], "_type": "ClassLabel"}}
+    other = TABLE.replace_schema_metadata(
+        {"huggingface": json.dumps({"info": {"features": features}})}
+    ).slice(0, 1)
+    path = tmp_path / "claims"
+    with path.open("wb") as file:
+        for table in (TABLE.slice(0, 1), other.set_column(0, "id", pa.array([9]))):
+            with pa.ipc.new_stream(file, table.schema) as writer:
+                writer.write_table(table)
+    _, claims, _ = judged(path)
+    assert [(claim.claim_id, claim.gold) for claim in claims] == [
+        ("1", "SUPPORTS"),
+        ("9", "REFUTES"),
+    ]
+
+
 def test_of_a_directory_of_several_splits_one_must_be_named(tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
