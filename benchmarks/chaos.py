@@ -224,8 +224,8 @@ class Deployment:
 class Faults:
     """What can go wrong, each as a method's effect that passes by itself."""
 
-    def __init__(self, core: Deployment, seed: int, spared: str | None = None) -> None:
-        self._house = core
+    def __init__(self, deployment: Deployment, seed: int, spared: str | None = None) -> None:
+        self._deployment = deployment
         self._random = random.Random(seed)
         self._threads: list[threading.Thread] = []
         self._began = time.monotonic()
@@ -272,7 +272,7 @@ class Faults:
         self._threads[-1].start()
 
     def _worker(self) -> Service:
-        return self._random.choice(self._house.workers)
+        return self._random.choice(self._deployment.workers)
 
     def _signal_worker(self, number: int) -> bool:
         worker = self._worker()
@@ -293,34 +293,34 @@ class Faults:
         return _send(self._random.choice(keepers) if keepers else None, signal.SIGKILL)
 
     def _kill_collector(self) -> bool:
-        self._house.collector.kill_group()
+        self._deployment.collector.kill_group()
         return True
 
     def _kill_producer(self) -> bool:
-        was_alive = self._house.producer.alive
-        self._house.producer.kill_group()
+        was_alive = self._deployment.producer.alive
+        self._deployment.producer.kill_group()
         return was_alive
 
     def _stop_broker(self, number: int) -> bool:
-        process = self._house.node.process()
+        process = self._deployment.node.process()
         if process is None or time.monotonic() - self._began < YOUNG_QUEUE_SECONDS:
             return False
         process.send_signal(number)
         return True
 
     def _cut(self) -> bool:
-        self._house.proxy.cut()
+        self._deployment.proxy.cut()
         return True
 
     def _black_hole(self) -> bool:
-        self._house.proxy.black_hole()
-        self._later(self._random.uniform(1, 8), self._house.proxy.heal)
+        self._deployment.proxy.black_hole()
+        self._later(self._random.uniform(1, 8), self._deployment.proxy.heal)
         return True
 
     def _lock_store(self) -> bool:
-        if not self._house.store.exists():
+        if not self._deployment.store.exists():
             return False
-        store = sqlite3.connect(self._house.store, timeout=5, check_same_thread=False)
+        store = sqlite3.connect(self._deployment.store, timeout=5, check_same_thread=False)
         try:
             store.execute("BEGIN IMMEDIATE")
         except sqlite3.OperationalError:
@@ -331,19 +331,19 @@ class Faults:
 
     def _fill_disk(self) -> bool:
         """No file of the collector's may grow: for SQLite the disk is full."""
-        collector = self._house.collector
-        if not collector.alive or not self._house.store.exists():
+        collector = self._deployment.collector
+        if not collector.alive or not self._deployment.store.exists():
             return False
         pid = collector.process.pid
-        size = self._house.store.stat().st_size
+        size = self._deployment.store.stat().st_size
         _limit_file_size(pid, str(size))
         self._later(2.0, lambda: _limit_file_size(pid, "unlimited"))
         return True
 
     def _alarm(self) -> bool:
-        if not self._house.node.alive:
+        if not self._deployment.node.alive:
             return False
-        node = self._house.node
+        node = self._deployment.node
 
         def set_limit(*limit: str) -> None:
             with suppress(BrokerError):  # it was killed meanwhile, which ends the alarm as well
@@ -366,8 +366,8 @@ class Faults:
             connection = pika.BlockingConnection(
                 pika.ConnectionParameters(
                     "127.0.0.1",
-                    self._house.node.port,
-                    credentials=pika.PlainCredentials("keepwarm", self._house.node.password),
+                    self._deployment.node.port,
+                    credentials=pika.PlainCredentials("keepwarm", self._deployment.node.password),
                     socket_timeout=1,
                     blocked_connection_timeout=1,
                 )
@@ -410,7 +410,7 @@ class Result:
 
 
 def run(
-    core: Deployment,
+    deployment: Deployment,
     seed: int | None,
     fault_seconds: float,
     limit_seconds: float,
@@ -418,17 +418,17 @@ def run(
 ) -> Result:
     """Raises SystemExit where it is not complete in time, or nothing comes any more."""
     started = time.monotonic()
-    with core, progress() as bar:
-        faults = Faults(core, seed or 0, spared)
+    with deployment, progress() as bar:
+        faults = Faults(deployment, seed or 0, spared)
         shown = bar.add_task("without faults" if seed is None else f"seed {seed}", total=None)
         strikes_at = started + fault_seconds
         done, came_at = 0, started
         while True:
-            before, (done, claims) = done, core.outcomes()
+            before, (done, claims) = done, deployment.outcomes()
             bar.update(shown, completed=done, total=claims)
             if done == claims:
                 break
-            core.look_after()
+            deployment.look_after()
             now = time.monotonic()
             if done > before:
                 came_at = now
@@ -445,10 +445,14 @@ def run(
             time.sleep(0.1)
         seconds = time.monotonic() - started
         faults.heal()
-        while not core.node.alive or core.producer.alive or core.producer.process.returncode:
-            core.look_after()
+        while (
+            not deployment.node.alive
+            or deployment.producer.alive
+            or deployment.producer.process.returncode
+        ):
+            deployment.look_after()
             time.sleep(0.1)
-    with closing(sqlite3.connect(core.store)) as store:
+    with closing(sqlite3.connect(deployment.store)) as store:
         claims, returned = store.execute("SELECT claims, returned FROM runs").fetchone()
         rows = store.execute("SELECT claim_id, label, reason FROM outcomes").fetchall()
         duplicates, lost_work = store.execute(
@@ -465,7 +469,7 @@ def run(
         returned,
         frozenset(claim for claim, label, _ in rows if label is None),
         faults.count,
-        core.started_again,
+        deployment.started_again,
     )
 
 
@@ -528,17 +532,17 @@ def main() -> int:
         claims = base / "claims.jsonl"
         poison = write_claims(claims, given.claims, given.poison)
 
-        def core(name: str) -> Deployment:
+        def deployment(name: str) -> Deployment:
             (base / name).mkdir()
             return Deployment(base / name, claims, given.workers, given.claim_seconds)
 
         console.print(f"logs and stores: {base}", highlight=False)
-        calm = run(core("calm"), None, 0, given.limit_seconds)
+        calm = run(deployment("calm"), None, 0, given.limit_seconds)
         console.print(f"without faults: {calm.seconds:.1f} s", highlight=False)
         figures = []
         for seed in given.seed or [1]:
             result = run(
-                core(f"seed-{seed}"),
+                deployment(f"seed-{seed}"),
                 seed,
                 given.fault_seconds,
                 given.limit_seconds,

@@ -53,7 +53,7 @@ _Submission = Annotated[Identity | None, Field(exclude_if=lambda value: value is
 
 
 MAX_ENGINE_SECONDS = 7 * 24 * 3600.0
-"""Of one request. A forged value must not change the speed that a report shows for ever."""
+"""Of one request. Without a limit, one forged value would spoil the speed in every report."""
 
 
 class VerdictBatch(Message):

@@ -85,7 +85,7 @@ def _try_to_write(connection: Connection, version: int | None) -> str | None:
 
 def require_writable(store: Store) -> None:
     """Raises StoreError if this user of a PostgreSQL store lacks a collector's permissions: it
-    would retry for ever. Takes no lock. (`Store.open` refuses a read-only SQLite file.)
+    would retry forever. Takes no lock. (`Store.open` refuses a read-only SQLite file.)
     """
     with store.transaction() as connection:
         if connection.dialect.name != "postgresql":
