@@ -206,7 +206,7 @@ def test_a_run_on_queues_from_rabbitmq_3_is_complete_and_warns(
     collecting = managed("collect", "--until", run_id)
     for queue in topology.CORE_QUEUES:
         collecting.said(f'"queue": "{queue}"')
-    assert "drops a message that was returned 20 times" in collecting.output
+    assert "removes a message that was returned 20 times" in collecting.output
     working = managed("worker")
     assert collecting.wait() == 0, collecting.output
     working.signal(signal.SIGTERM)
