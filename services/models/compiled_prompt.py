@@ -1,4 +1,4 @@
-"""A prompt made ready for one model: claims become token ids, label words become first tokens."""
+"""A prompt compiled for one tokenizer: turns claims into token ids, label words into tokens."""
 
 import math
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ _SHORTEST = Claim(claim_id="shortest", position=0, text="x", evidence="x")
 class CompiledPrompt:
     """A `PromptSpec` under a tokenizer.
 
-    The constant part is encoded once and comes first, so that the engine's prefix cache serves it.
-    `label_tokens` are the tokens to ask the engine about: the first tokens of the label words, in
-    the order of `spec.labels`. In a chat they may have a second spelling each, which follow in the
-    same order; `scores` sums the two.
+    The constant part is encoded once and comes first, so that the engine's prefix cache holds it.
+    `label_tokens` are the tokens whose probabilities are requested from the engine: the first token
+    of each label word, in the order of `spec.labels`. In a chat each label may have a second
+    spelling; those tokens follow in the same order, and `scores` adds the two probabilities.
     """
 
     def __init__(self, spec: PromptSpec, tokenizer: ModelTokenizer) -> None:
@@ -27,13 +27,14 @@ class CompiledPrompt:
         frame = tokenizer.chat_frame(dict(spec.chat_template_kwargs)) if spec.chat else None
         before, turn = frame or ("", "")
         self._plain = not turn
-        # A worker may be sent a prompt that was not read from a file, where this is corrected.
+        # Prompt files are corrected when they are read; a prompt in a message may not be.
         template = spec.template.rstrip() if self._plain else spec.template
         preamble, lead, template = _split(spec.model_copy(update={"template": template}))
         others: tuple[int, ...] = ()
         if self._plain:
             after = ""
-            # What a claim ends with does not decide how a label word is spelled; a full stop does.
+            # The end of a claim must not decide how a label word is tokenized, so a full stop
+            # stands for it.
             first_tokens = self._first_tokens(template.rsplit("}", 1)[-1] or ".", " ")
         else:
             after, first_tokens = self._cut(turn)
@@ -44,19 +45,19 @@ class CompiledPrompt:
         self._before, self._after = before, after
         self._template = _escaped(text) + template
         self._encode_whole = frame is not None and not self._frame_cuts_cleanly()
-        # A frame from a chat template already holds the begin-of-text token, where there is one.
+        # The text of a chat template already contains the begin-of-text token, if there is one.
         self._head = tokenizer.encode_trusted(before, begin=frame is None)
         self._tail = tokenizer.encode_trusted(after)
         if not self._encode_whole:
             self._encode_constant(text, template)
         (shortest,) = self.encode([_SHORTEST])
         self.least_tokens = len(shortest)
-        """About as many as instructions and examples have; no prompt has much fewer."""
+        """The tokens of the shortest possible prompt: those of its instructions and examples."""
 
     def _encode_constant(self, text: str, template: str) -> None:
-        """Have what all prompts begin with in `_head`."""
-        # Where white space belongs differs by tokenizer: to what follows (GPT-2), or to the full
-        # stop before it (Llama 3). Where neither cut is clean, all is encoded for every claim.
+        """Move the constant start of all prompts into `_head`."""
+        # Tokenizers join white space to the text after it (GPT-2) or to the full stop before it
+        # (Llama 3). If neither cut gives the same tokens, the whole is encoded for every claim.
         for constant in (text, text.rstrip()):
             rest = _escaped(text[len(constant) :]) + template
             if constant and self._cuts_cleanly(constant, rest):
@@ -81,11 +82,13 @@ class CompiledPrompt:
 
     def _fill(self, template: str, claim: str, evidence: str | None) -> str:
         text = template.format(claim=claim, evidence=evidence or self.spec.no_evidence)
-        # A template may end in a claim or in evidence, and these in white space.
+        # If the template ends in a claim or in evidence, their white space ends the prompt.
         return text.rstrip() if self._plain else text
 
     def _cuts_cleanly(self, constant: str, template: str) -> bool:
-        """Whether encoding in two pieces is encoding the whole; some tokenizers prepend a space."""
+        """Whether the two parts, encoded separately, give the tokens of the whole. They do not if
+        the tokenizer prepends a space to each text.
+        """
         (first,) = self._tokenizer.encode_plain([constant])
         for start in ("", " ", "\n", "\n\n\n"):  # a claim may begin with any of these
             variable = self._fill(template, f"{start}A claim.", f"{start}Evidence.")
@@ -95,8 +98,8 @@ class CompiledPrompt:
         return True
 
     def _frame_cuts_cleanly(self) -> bool:
-        """Whether encoding frame and text apart is encoding them together. Where a tokenizer puts a
-        space before each text (Llama 2, Mistral), it is not.
+        """Whether the chat's frame and the text, encoded separately, give the tokens of the whole.
+        They do not if the tokenizer prepends a space to each text (Llama 2, Mistral).
         """
         apart = self._tokenizer.encode_trusted
         for start in ("", " ", "\n"):
@@ -111,11 +114,11 @@ class CompiledPrompt:
         return True
 
     def _cut(self, turn: str) -> tuple[str, tuple[int, ...]]:
-        """The part of an assistant's turn before its words that belongs to the prompt, and the
-        token that then begins each label word.
+        """The part of the assistant's turn that belongs to the prompt, and the first token of each
+        label word after it.
 
-        White space that melts into the words (` True`) is left to them: after a prompt that ends in
-        it the model would not say them.
+        White space that is part of a word's first token (` True`) stays out of the prompt: after a
+        prompt that ends in that space, the model would not generate the token.
         """
         bare = turn.rstrip()
         words = [label.word for label in self.spec.labels]
@@ -126,12 +129,12 @@ class CompiledPrompt:
         return turn, self._first_tokens(turn, "")
 
     def _first_tokens(self, before: str, space: str) -> tuple[int, ...]:
-        """Raises ModelError for label words that begin alike."""
+        """The first token of each label word after `before`. Raises ModelError if two are equal."""
         tokens: list[int] = []
         for label in self.spec.labels:
             token = self._follows(before, space + label.word)
             if token is None:
-                # The word melts into what precedes it: its own first token must do.
+                # The tokenizer joins the word to the text before it.
                 token = self._tokenizer.encode_trusted(space + label.word)[0]
             if token in tokens:
                 earlier = self.spec.labels[tokens.index(token)]
@@ -145,19 +148,19 @@ class CompiledPrompt:
         return tuple(tokens)
 
     def _follows(self, before: str, text: str) -> int | None:
-        """The token that begins `text` after `before`; None where it begins in `before`."""
+        """The first token of `text` after `before`; None if a token spans the two."""
         ids = self._tokenizer.encode_trusted(before)
         together = self._tokenizer.encode_trusted(before + text)
         begins = len(together) > len(ids) and together[: len(ids)] == ids
         return together[len(ids)] if begins else None
 
     def _other_spellings(self, first_tokens: tuple[int, ...]) -> tuple[int, ...]:
-        """The tokens that begin the label words as texts of their own, if these are others.
+        """The first tokens of the label words as separate texts, if they differ from those in turn.
 
-        A tokenizer that puts a space before each text knows `True` and ` True`. A chat template
-        that shows no space before the answer does not tell which of the two the model was trained
-        on: answers were often encoded apart from their questions. None where the other spellings do
-        not tell the labels apart.
+        A tokenizer that prepends a space to each text has tokens for both `True` and ` True`. If
+        the chat template has no space before the answer, the model may have been trained on either,
+        because answers were often encoded separately from their questions. Empty if these tokens do
+        not distinguish the labels.
         """
         encoded = [self._tokenizer.encode_trusted(label.word)[:1] for label in self.spec.labels]
         others = tuple(token for ids in encoded for token in ids)
@@ -173,8 +176,8 @@ def _log_sum(first: float, other: float) -> float:
 
 
 def _split(spec: PromptSpec) -> tuple[str, str, str]:
-    """The instructions and examples; what the template begins with on lines that no claim can
-    change (both as plain text); and the rest of the template.
+    """Split a prompt into its instructions and examples, the first lines of the template that
+    contain no field (both as plain text), and the rest of the template.
     """
     shown = [
         spec.template.format(claim=e.claim, evidence=e.evidence or spec.no_evidence)
@@ -189,5 +192,5 @@ def _split(spec: PromptSpec) -> tuple[str, str, str]:
 
 
 def _escaped(text: str) -> str:
-    """Text as part of a template, where a brace counts twice."""
+    """Text as part of a format template, with doubled braces."""
     return text.replace("{", "{{").replace("}", "}}")

@@ -1,4 +1,4 @@
-"""Where the files of a model and its adapter are, and which weights exactly are meant."""
+"""The files of a model and its adapter, and their revision: the identity of the weights."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from services.contracts.errors import ModelError, UsageError
 from services.models.fingerprint import ProgressCallback, fingerprint, sampled_fingerprint
 
 _ADAPTER_CONFIG = "adapter_config.json"
-# Of a directory: the file that it must have, and the rest of the sentence that says so.
+# For each kind of directory: the file that it must have, and the rest of the error message.
 _DIRECTORIES = {
     "model": (
         "config.json",
@@ -25,15 +25,15 @@ _DIRECTORIES = {
     ),
 }
 MAX_ADAPTER_RANK = 64
-"""The largest rank of adapters that engines take as they come: adapters share an engine, whose
-buffers have this rank.
+"""The largest rank of an adapter without further engine arguments: adapters of a model share an
+engine, whose buffers have this rank.
 """
 
 log = structlog.get_logger(__name__)
 
 
 def is_local(model: str) -> bool:
-    """Whether `--model` means a directory of this machine and not a name on the hub."""
+    """Whether `--model` is a directory on this machine, and not a name on the hub."""
     return model.startswith((".", "/", "~")) or Path(model).is_dir()
 
 
@@ -42,20 +42,20 @@ def pin_model(
     cache_dir: Path | None = None,
     on_progress: ProgressCallback = lambda done, total: None,
 ) -> ContextSpec:
-    """`spec` with an absolute path or a hub name, and the revision that it stands for now.
+    """`spec` with an absolute path or a hub name, and its current revision.
 
-    A local directory is pinned by a fingerprint of its files, a hub name by its commit, so that
-    answers of a model that changed in place are never taken for the old one's. The same goes for
-    its adapter. Large files are read once where there is a `cache_dir`; `on_progress` is told
-    how far that is. Raises ModelError, and UsageError for engine arguments that would be ignored.
+    The revision of a local directory is a fingerprint of its files; that of a hub name is its
+    commit. A model that changed in place is therefore another context. The same applies to the
+    adapter. With a `cache_dir`, large files are read only once; `on_progress` is called while they
+    are. Raises ModelError, and UsageError for engine arguments that would have no effect.
     """
     refuse_adapter_arguments("--engine-argument", spec.engine_arguments)
     return _pin_adapter(_pin_base(spec, cache_dir, on_progress), cache_dir, on_progress)
 
 
 def refuse_adapter_arguments(where: str, arguments: tuple[str, ...]) -> None:
-    """Raises UsageError for arguments that load an adapter: a request names its model, and these
-    do not change the name, so every answer would be the base model's.
+    """Raises UsageError for arguments that load an adapter: requests select an adapter by name, and
+    these arguments do not change the requested name, so the base model would answer.
     """
     for argument in arguments:
         flag = argument.partition("=")[0].replace("_", "-")
@@ -70,7 +70,7 @@ def _pin_base(
     spec: ContextSpec, cache_dir: Path | None, on_progress: ProgressCallback
 ) -> ContextSpec:
     if not is_local(spec.model):
-        from services.models import hub  # a quarter of a second, which local models need not pay
+        from services.models import hub  # takes 0.25 s to import, and local models do not need it
 
         return spec.model_copy(update={"revision": hub.commit(spec.model, spec.revision)})
     path, revision = _pin_directory("model", spec.model, spec.revision, cache_dir, on_progress)
@@ -124,8 +124,8 @@ def _pin_directory(
         ) from error
     if revision not in (None, found):
         raise ModelError(
-            f"the {kind} at {directory} is {found}, but {revision} is wanted: its files changed, "
-            f"or this is another {kind}. Put the right files there, or submit the claims again for "
+            f"the {kind} at {directory} is {found}, but {revision} is required: its files changed, "
+            f"or this is another {kind}. Restore the right files, or submit the claims again for "
             "this one"
         )
     return str(directory), found
@@ -134,22 +134,22 @@ def _pin_directory(
 def _fingerprint(
     directory: Path, wanted: str | None, cache_dir: Path | None, on_progress: ProgressCallback
 ) -> str:
-    """The fingerprint of a directory's files; the one that is wanted where they have that too."""
+    """The fingerprint of a directory; `wanted` if that is its fingerprint by the older method."""
     found = fingerprint(directory, cache_dir, on_progress)
     if wanted not in (None, found) and wanted == sampled_fingerprint(directory):
-        # Of a run that was submitted before whole files were read: it can be completed.
+        # A run submitted by a version that did not read whole files can still be completed.
         log.warning("model.pinned_by_a_sample", directory=str(directory), revision=wanted)
         return wanted
     return found
 
 
 def _check_adapter(spec: ContextSpec) -> None:
-    """Raises ModelError for an adapter that engines do not take: known before one is started."""
+    """Raises ModelError for an adapter that engines cannot load, before an engine is started."""
     path = model_file(adapter_as_model(spec), _ADAPTER_CONFIG)
     if path is None:
         raise ModelError(
-            f"{spec.adapter} has no {_ADAPTER_CONFIG}, so it is no adapter as PEFT saves it; is it "
-            "a whole model? Then give it with --model"
+            f"{spec.adapter} has no {_ADAPTER_CONFIG}, so it is not an adapter as PEFT saves it; "
+            "if it is a whole model, use --model instead"
         )
     try:
         config: dict[str, Any] = json.loads(path.read_bytes())
@@ -162,8 +162,8 @@ def _check_adapter(spec: ContextSpec) -> None:
     if kind != "LORA" or config.get("use_dora"):
         raise ModelError(
             f"the adapter {spec.adapter} is of the kind {'DoRA' if kind == 'LORA' else kind}; "
-            "engines take LoRA alone. Merge it into its model (PEFT's merge_and_unload), and give "
-            "that with --model"
+            "engines load only LoRA. Merge it into its model (PEFT's merge_and_unload), and use "
+            "--model for the result"
         )
     chosen = any(
         argument.replace("_", "-").startswith("--max-lora-rank")
@@ -172,21 +172,20 @@ def _check_adapter(spec: ContextSpec) -> None:
     if rank > MAX_ADAPTER_RANK and not chosen:
         needed = 2 ** (rank - 1).bit_length()
         raise ModelError(
-            f"the adapter {spec.adapter} has rank {rank}; engines take {MAX_ADAPTER_RANK} as they "
-            f"come. Give --engine-argument=--max-lora-rank={needed} as well"
+            f"the adapter {spec.adapter} has rank {rank}; by default engines load at most rank "
+            f"{MAX_ADAPTER_RANK}. Add --engine-argument=--max-lora-rank={needed}"
         )
 
 
 def adapter_as_model(spec: ContextSpec) -> ContextSpec:
-    """The adapter as what is fetched and looked for like a model."""
+    """A spec whose model is the adapter, because its files are found and fetched like a model's."""
     assert spec.adapter is not None
     return ContextSpec(model=spec.adapter, revision=spec.adapter_revision)
 
 
 def model_file(spec: ContextSpec, name: str) -> Path | None:
-    """The path of one small file of the model, fetched if need be; None when it has none such.
-
-    Raises ModelError when the hub cannot be asked.
+    """The path of one small file of the model, fetched if necessary; None if the model has no such
+    file. Raises ModelError when the hub cannot be reached.
     """
     if is_local(spec.model):
         path = Path(spec.model) / name
@@ -197,9 +196,7 @@ def model_file(spec: ContextSpec, name: str) -> Path | None:
 
 
 def weights_bytes(spec: ContextSpec) -> int | None:
-    """What the files of a model's weights take on this node; None where there are none, or not
-    yet.
-    """
+    """The size of a model's weights on this node; None if they are not here (yet)."""
     directory: Path | None = Path(spec.model)
     if not is_local(spec.model):
         from services.models import hub

@@ -1,7 +1,7 @@
-"""The fingerprint of a directory of weights: which files exactly are meant.
+"""The fingerprint of a directory of weights, by content.
 
-Whole files count, since a fine-tune may differ in a few layers in the middle of one. Each is read
-once for its device, inode, size and times of change; its digest is kept in the cache directory.
+Files are read whole, because a fine-tuned model may differ only in a few layers in the middle of a
+file. The digest of a large file is cached under its device, inode, size and times of change.
 """
 
 import contextlib
@@ -22,20 +22,21 @@ _SAMPLE_BYTES = 1024 * 1024
 _READ_BYTES = 8 * 1024 * 1024
 _READERS = 4
 _PROGRESS_SECONDS = 0.5
-# A file that changed so lately may change again within the resolution of its times.
+# A file that changed less than this ago may change again within the resolution of its timestamps.
 _SETTLED_SECONDS = 3.0
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 ProgressCallback = Callable[[int, int], None]
-"""Called several times a second with the bytes read and the bytes to read. What it raises ends the
-reading.
+"""Called several times a second with the bytes read and the bytes in all. An exception that it
+raises ends the reading.
 """
 
 
 def fingerprint(directory: Path, cache_dir: Path | None, on_progress: ProgressCallback) -> str:
-    """Names, sizes and contents of a directory's files; hidden ones do not count. Raises OSError.
+    """A digest of the names, sizes and contents of a directory's files, except hidden ones. Raises
+    OSError.
 
-    Digests of files over 4 MiB are kept in `cache_dir`, where one is named.
+    Digests of files over 4 MiB are cached in `cache_dir`, if that is not None.
     """
     files = _files(directory)
     large = [path for path in files if files[path] > _WHOLE_FILE_BYTES]
@@ -44,8 +45,8 @@ def fingerprint(directory: Path, cache_dir: Path | None, on_progress: ProgressCa
 
 
 def sampled_fingerprint(directory: Path) -> str:
-    """What the fingerprint was before whole files were read: of those over 4 MiB only the first and
-    the last MiB. Runs that were submitted then name it. Raises OSError.
+    """The fingerprint of older versions, which read only the first and the last MiB of files over
+    4 MiB. Their runs still name it. Raises OSError.
     """
 
     def ends(path: Path) -> Iterator[bytes]:
@@ -58,7 +59,7 @@ def sampled_fingerprint(directory: Path) -> str:
 
 
 def _files(directory: Path) -> dict[Path, int]:
-    """Those that count, in order, and their sizes."""
+    """The sizes of all files except hidden ones, in order of their paths."""
     found = sorted(path for path in directory.rglob("*") if path.is_file())
     return {
         path: path.stat().st_size
@@ -118,7 +119,7 @@ def _digests(
 
 
 def _kept(cache_dir: Path | None) -> Path | None:
-    """Where digests are kept; None where nothing can be, or where others could put them."""
+    """The directory of cached digests; None if it cannot be written, or other users could."""
     if cache_dir is None:
         return None
     with contextlib.suppress(UsageError):
@@ -128,7 +129,7 @@ def _kept(cache_dir: Path | None) -> Path | None:
 
 
 def _key(status: os.stat_result) -> str:
-    # The time of a content's change can be set, as copies do; that of the file's change cannot.
+    # mtime can be set by a program, as copying tools do; ctime cannot.
     times = f"{status.st_mtime_ns}-{status.st_ctime_ns}"
     return f"{status.st_dev}-{status.st_ino}-{status.st_size}-{times}"
 
@@ -144,7 +145,7 @@ def _recall(kept: Path | None, path: Path) -> str | None:
 
 
 def _remember(kept: Path | None, status: os.stat_result, digest: str, *, complete: bool) -> None:
-    """In the place of what the file was before. A disk that is full makes the next start slower."""
+    """Cache a digest and remove the file's older ones. On a full disk nothing is cached."""
     changed = max(status.st_mtime, status.st_ctime)
     if kept is None or not complete or time.time() - changed < _SETTLED_SECONDS:
         return

@@ -1,6 +1,6 @@
-"""Models on the hub: which commit is meant, their small files, and their weights.
+"""Models on the hub: their commits, small files and weights.
 
-As a command it fetches the weights of one model (services/contexts/fetching.py).
+Run as a command, it fetches the weights of one model (services/contexts/fetching.py).
 """
 
 import errno
@@ -32,28 +32,27 @@ from services.contracts import ContextSpec
 from services.contracts.clock import awake
 from services.contracts.errors import ModelError
 
-# A hub that says nothing is given up after seconds; this is for transfers that stand still.
+# For transfers that make no progress; a hub that does not answer is given up after seconds.
 _STALLED_SECONDS = 600.0
 _PROGRESS_CHECK_SECONDS = 1.0
-# What an engine reads; other formats of the same weights would be fetched in vain.
+# The files that an engine reads; other formats of the same weights are not needed.
 _WEIGHTS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
 
 def fetch_weights(spec: ContextSpec) -> Path:
-    """Bring a model to this node, where it is not yet; where it is. Raises ModelError."""
+    """Fetch a model if it is not on this node yet; returns its directory. Raises ModelError."""
     try:
         directory = snapshot_download(
             spec.model, revision=spec.revision, allow_patterns=[*_WEIGHTS]
         )
-    except Exception as error:  # its HTTP library's, too, which are no OSErrors
+    except Exception as error:  # errors of its HTTP library are not OSErrors
         raise _unreachable(spec.model, error) from error
     return Path(directory)
 
 
 def small_file(spec: ContextSpec, name: str) -> Path | None:
-    """The path of one small file of a model, fetched if need be; None when it has none such.
-
-    Raises ModelError when the hub cannot be asked.
+    """The path of one small file of a model, fetched if necessary; None if the model has no such
+    file. Raises ModelError when the hub cannot be reached.
     """
     try:
         return Path(hf_hub_download(spec.model, name, revision=spec.revision))
@@ -66,7 +65,7 @@ def small_file(spec: ContextSpec, name: str) -> Path | None:
 
 
 def commit(model: str, revision: str | None) -> str:
-    """The commit that a revision of a model stands for now, or did when it was fetched.
+    """The current commit of a model's revision; without a network, its commit when it was fetched.
 
     Raises ModelError.
     """
@@ -79,7 +78,7 @@ def commit(model: str, revision: str | None) -> str:
             f"{model!r} is neither a directory nor a name on the hub: {error}"
         ) from error
     except Exception as error:
-        # Offline: what an earlier download left in the cache knows its commit.
+        # Without a network: an earlier download in the cache is named by its commit.
         directory = cached(model, revision)
         if directory is not None:
             return directory.name
@@ -87,7 +86,7 @@ def commit(model: str, revision: str | None) -> str:
 
 
 def cached(model: str, revision: str | None) -> Path | None:
-    """The directory of a model that was fetched; it is named by its commit."""
+    """The directory of a fetched model, which is named by its commit; None if there is none."""
     try:
         config = try_to_load_from_cache(model, "config.json", revision=revision)
     except HFValidationError:
@@ -96,7 +95,7 @@ def cached(model: str, revision: str | None) -> Path | None:
 
 
 def _unreachable(model: str, error: Exception) -> ModelError:
-    """What went wrong, and the next step, which differs by what it was."""
+    """An error with its cause and the next step for that cause."""
     summary = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
     return ModelError(
         f"cannot get the model {model!r} from the hub: {summary}. {_next_step(model, error)}"
@@ -139,7 +138,7 @@ def _next_step(model: str, error: Exception) -> str:
 
 
 def _disk_error(error: BaseException | None) -> int | None:
-    """ENOSPC or EDQUOT, where one of them is what an error came from."""
+    """ENOSPC or EDQUOT, if the error or one of its causes is that."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return error.errno
@@ -162,8 +161,8 @@ def _answer(kind: str, value: str) -> None:
 
 
 def _end_if_stalled(spec: ContextSpec) -> None:
-    """Another process may fetch the same model while we wait for it: what counts is whether more of
-    it comes to the disk.
+    """End this process if the download makes no progress. Another process may be fetching the same
+    model while this one waits for it, so progress is measured by the files on disk.
     """
     files = Path(constants.HF_HUB_CACHE) / f"models--{spec.model.replace('/', '--')}" / "blobs"
     size, since = -1, awake()
@@ -174,9 +173,9 @@ def _end_if_stalled(spec: ContextSpec) -> None:
             size, since = now, awake()
     _answer(
         "error",
-        f"the download of {spec.model!r} stands still: nothing came to {files} for "
-        f"{_STALLED_SECONDS:g} s. Try again later: what has come is kept; or fetch the model "
-        "elsewhere, and give its directory with --model PATH",
+        f"the download of {spec.model!r} makes no progress: nothing was written to {files} for "
+        f"{_STALLED_SECONDS:g} s. Try again later, it resumes there; or fetch the model elsewhere "
+        "and name its directory with --model PATH",
     )
     os._exit(1)
 
@@ -184,7 +183,7 @@ def _end_if_stalled(spec: ContextSpec) -> None:
 def _size(directory: Path) -> int:
     try:
         return sum(file.stat().st_blocks for file in directory.iterdir())
-    except OSError:  # there is nothing yet, or a file is being renamed
+    except OSError:  # the directory does not exist yet, or a file is being renamed
         return 0
 
 

@@ -1,4 +1,4 @@
-"""Text to token ids, such that a claim's text can never act as a special token."""
+"""A model's tokenizer. The text of a claim can never become a special token."""
 
 import json
 import re
@@ -31,7 +31,7 @@ class _Unigram(BaseModel):
 
 
 class _Definition(BaseModel):
-    """What a tokenizer.json says and the library does not tell. Its vocabulary is skipped."""
+    """The part of tokenizer.json that the library does not expose."""
 
     model: _Unigram
 
@@ -39,8 +39,9 @@ class _Definition(BaseModel):
 class ModelTokenizer:
     """A model's tokenizer, for trusted text (chat mark-up) and for text from claims.
 
-    In trusted text `<|im_end|>` is one special token; in a claim it is ten characters. Megabytes of
-    vocabulary are read once, for a worker is to be at work at once; a lock keeps the two apart.
+    In trusted text `<|im_end|>` is one special token; in a claim it is ten characters. Both modes
+    use one `Tokenizer`, since loading a vocabulary twice would delay the worker's start; a lock
+    keeps a thread from changing the mode while another encodes.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class ModelTokenizer:
         self._tokenizer = Tokenizer.from_buffer(definition)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        # All mark-up special, for `encode_special_tokens` to cover the likes of `<tool_call>` too.
+        # Make all mark-up special, so that `encode_special_tokens` applies to `<tool_call>` too.
         self._tokenizer.add_special_tokens(
             [added for added in self._added().values() if _is_unmarked_mark_up(added)]
         )
@@ -59,11 +60,11 @@ class ModelTokenizer:
         mark_up = {
             number: added.content
             for number, added in self._added().items()
-            # What a vocabulary does not know becomes this one, whatever the text.
+            # Any character that is not in the vocabulary becomes the unknown token.
             if added.special and added.content != unknown
         }
         self._special_ids = frozenset(mark_up)
-        # Matches the empty place after the first character of any mark-up.
+        # Matches the position after the first character of any mark-up.
         self._inside_mark_up = re.compile(
             "|".join(
                 f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})"
@@ -81,7 +82,7 @@ class ModelTokenizer:
 
     @classmethod
     def load(cls, spec: ContextSpec) -> "ModelTokenizer":
-        """Raises ModelError when the model has no fast tokenizer or it cannot be read."""
+        """Load a model's tokenizer. Raises ModelError if it has no fast one or it is unreadable."""
         definition = model_file(spec, "tokenizer.json")
         if definition is None:
             raise ModelError(
@@ -108,19 +109,19 @@ class ModelTokenizer:
         return added
 
     def _unknown(self, definition: bytes) -> str | None:
-        """What stands for all that the model does not know: by name, or by place."""
+        """The unknown token, which unigram models give by its index."""
         if not isinstance(self._tokenizer.model, models.Unigram):
             return getattr(self._tokenizer.model, "unk_token", None)
         index = _Definition.model_validate_json(definition).model.unk_id
         return None if index is None else self._tokenizer.id_to_token(index)
 
     def encode_trusted(self, text: str, *, begin: bool = False) -> list[int]:
-        """Our own text; special tokens act. `begin` adds what the model wants at a text's start."""
+        """Encode our own text, with special tokens. `begin` adds those that begin a text."""
         with self._mark_up_acts():
             return list(self._tokenizer.encode(text, add_special_tokens=begin).ids)
 
     def encode_plain(self, texts: list[str]) -> list[list[int]]:
-        """Anyone's text: nothing in it acts as a special token. Uses all cores for many texts."""
+        """Encode untrusted texts, without any special token. Uses all cores for many texts."""
         encodings = self._encode_as_characters(texts)
         return [
             ids if self._special_ids.isdisjoint(ids := encoding.ids) else self._encode_apart(text)
@@ -128,8 +129,8 @@ class ModelTokenizer:
         ]
 
     def encode_between(self, before: str, texts: list[str], after: str) -> list[list[int]]:
-        """Each text with our own before and after it, encoded as one: what a tokenizer does where
-        texts meet is done as well. Mark-up acts in ours and not in theirs.
+        """Encode each untrusted text together with our own before and after it, so that tokens may
+        span the boundaries. Only our own text yields special tokens.
         """
         with self._mark_up_acts():
             encodings = self._tokenizer.encode_batch_fast(
@@ -161,8 +162,8 @@ class ModelTokenizer:
             return list(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
 
     def _encode_apart(self, text: str) -> list[int]:
-        """For vocabularies that know mark-up as an ordinary piece (`</s>` in a unigram model): its
-        first character is encoded apart from the rest, and what is still special is left out.
+        """Encode a text in which an ordinary piece is a special token (`</s>` in a unigram model):
+        mark-up is split after its first character, and remaining special tokens are left out.
         """
         pieces = [piece for piece in self._inside_mark_up.split(text) if piece]
         return [
@@ -176,17 +177,17 @@ class ModelTokenizer:
         return self.text([token_id])
 
     def text(self, tokens: list[int]) -> str:
-        """What tokens stand for, special ones included."""
+        """The text of tokens, special ones included."""
         return str(self._tokenizer.decode(tokens, skip_special_tokens=False))
 
     def chat_frame(self, variables: Mapping[str, Any] | None = None) -> tuple[str, str] | None:
-        """What the model's chat template puts before and after a user's turn, up to where the
-        assistant speaks; None when the model has no chat template. `variables` are for the
-        template, like `enable_thinking`.
+        """The text that the model's chat template puts before and after a user's message, up to the
+        assistant's answer; None if the model has no chat template. `variables` are passed to the
+        template, such as `enable_thinking`.
 
-        White space before the assistant's words is as in a turn that it has spoken: Llama 2 and
-        Mistral have a space there that is not part of the prompt to answer.
-        Raises ModelError when the template cannot be used so, or knows no such variable.
+        White space before the answer is taken from a rendered answer: Llama 2 and Mistral have a
+        space there that the generation prompt does not have.
+        Raises ModelError if the template cannot be used this way, or has no such variable.
         """
         variables = variables or {}
         if self._chat_template is None:
@@ -199,7 +200,7 @@ class ModelTokenizer:
         question = {"role": "user", "content": _CONTENT}
         try:
             text = self._render([question], variables, add_generation_prompt=True)
-        except Exception as error:  # a template is a program, and may fail like one
+        except Exception as error:  # a template is a program and can raise anything
             raise ModelError(
                 f"the model's chat template cannot be rendered ({error}); set `chat: false` in the "
                 "prompt file"
@@ -221,13 +222,13 @@ class ModelTokenizer:
             answer = {"role": "assistant", "content": _ANSWER}
             answered = self._render([question, answer], variables)
         except Exception:
-            return before, after  # a template that shows no answers tells nothing of them
+            return before, after  # the template does not render answers
         _, _, spoken = answered.partition(_CONTENT)
         turn, found, _ = spoken.partition(_ANSWER)
         return before, turn if found and turn.rstrip() == after.rstrip() else after
 
     def _template_variables(self) -> set[str]:
-        """What the template asks for and does not set, without what every template is given."""
+        """The variables that the template reads, except those that every template is given."""
         assert self._chat_template is not None
         asked = meta.find_undeclared_variables(_environment().parse(self._chat_template))
         return asked - _STANDARD_VARIABLES
@@ -264,13 +265,13 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 def _is_unmarked_mark_up(added: AddedToken) -> bool:
-    """Added runs of white space are ordinary vocabulary."""
+    """Whether an added token is mark-up that is not marked special. Runs of white space are not."""
     text = added.content.replace(_SENTENCEPIECE_SPACE, " ")
     return not added.special and bool(text.strip())
 
 
 def _named_default(template: Any) -> str | None:
-    if isinstance(template, list):  # some models have several, by name
+    if isinstance(template, list):  # some models have several named templates
         return next((t["template"] for t in template if t.get("name") == "default"), None)
     return template if isinstance(template, str) else None
 

@@ -151,7 +151,7 @@ def test_a_context_is_pinned_and_keeps_what_the_flags_say() -> None:
 
 @pytest.mark.usefixtures("models")
 def test_a_revision_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ModelError, match="files-00 is wanted"):
+    with pytest.raises(ModelError, match="files-00 is required"):
         context("./a", revision="files-00")
 
 

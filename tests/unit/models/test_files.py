@@ -143,7 +143,7 @@ def test_hidden_files_do_not_count(model_dir: Path) -> None:
 def test_a_model_whose_files_changed_is_not_taken_for_the_old_one(model_dir: Path) -> None:
     pinned = pin_model(ContextSpec(model=str(model_dir)))
     change(model_dir)
-    with pytest.raises(ModelError, match=f"but {pinned.revision} is wanted: its files changed"):
+    with pytest.raises(ModelError, match=f"but {pinned.revision} is required: its files changed"):
         pin_model(pinned)
 
 
@@ -210,7 +210,7 @@ def test_an_adapter_is_pinned_like_its_model(model_dir: Path, adapter_dir: Path)
     (adapter_dir / "adapter_model.safetensors").write_bytes(b"trained")
     other = pin_model(with_adapter(model_dir, adapter_dir))
     assert other.context_id != pinned.context_id
-    with pytest.raises(ModelError, match="adapter at .* but files-.* is wanted: its files changed"):
+    with pytest.raises(ModelError, match="adapter at .* but files-.* is required: its files changed"):
         pin_model(pinned)
 
 
@@ -222,10 +222,10 @@ def test_an_adapter_is_pinned_like_its_model(model_dir: Path, adapter_dir: Path)
         ("[]", "cannot be read"),
         ('{"peft_type": "LORA"}', "cannot be read: KeyError"),
         ('{"r": "many"}', "cannot be read: ValueError"),
-        ('{"peft_type": "IA3", "r": 8}', "of the kind IA3; engines take LoRA alone"),
-        ('{"r": 8, "use_dora": true}', "of the kind DoRA; engines take LoRA alone"),
-        ('{"r": 100}', "rank 100; .* Give --engine-argument=--max-lora-rank=128 as well"),
-        ('{"r": 8, "rank_pattern": {"q_proj": 256}}', "rank 256; .*--max-lora-rank=256 as well"),
+        ('{"peft_type": "IA3", "r": 8}', "of the kind IA3; engines load only LoRA"),
+        ('{"r": 8, "use_dora": true}', "of the kind DoRA; engines load only LoRA"),
+        ('{"r": 100}', "rank 100; .* Add --engine-argument=--max-lora-rank=128"),
+        ('{"r": 8, "rank_pattern": {"q_proj": 256}}', "rank 256; .*--max-lora-rank=256"),
     ],
 )
 def test_an_adapter_that_no_engine_takes_is_told_before_one_is_started(
