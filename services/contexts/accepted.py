@@ -1,9 +1,9 @@
-"""What a worker without a model accepts from runs: which models, and which engine arguments.
+"""The models and engine arguments that a worker without a configured model accepts from runs.
 
-Whoever may publish a run names a model and its engine's arguments. Many arguments of vLLM load code
-or write files (`--trust-remote-code`, `--middleware`, `--worker-cls`, `--download-dir`).
-Only those that change verdicts and do neither are accepted. A worker that is given its model by its
-operator is not restricted.
+Every producer can name a model and arguments of its engine. Many arguments of vLLM load code or
+write files (`--trust-remote-code`, `--middleware`, `--worker-cls`, `--download-dir`), so only
+arguments that change verdicts and do neither are accepted. A worker whose operator configured its
+model is not restricted.
 """
 
 import json
@@ -30,19 +30,19 @@ ENGINE_ARGUMENTS = frozenset(
         "--mamba-ssm-cache-dtype",
     }
 )
-"""Arguments that change verdicts, or that a model needs to fit, and that load no code."""
+"""Arguments that change verdicts, or make a model fit into memory, and load no code."""
 
 # vLLM sets RoPE scaling through `--hf-overrides`; its other keys can select another architecture.
 _OVERRIDES = frozenset({"rope_scaling", "rope_parameters", "rope_theta", "max_position_embeddings"})
-# A full name alone: argparse takes any unique beginning of a name, and vLLM `_` for `-`.
+# Only full names: argparse accepts any unique prefix of a name, and vLLM accepts `_` for `-`.
 _FLAG = re.compile(
     r"(--[a-z][a-z0-9_-]*)(?:\.([A-Za-z0-9_]+)[A-Za-z0-9_.]*\+?)?(?:=(.*))?", re.DOTALL
 )
 
 
 def refusal(spec: ContextSpec, settings: Settings) -> str | None:
-    """Why a worker without a model does not serve this context, and which setting decides it;
-    None where it does.
+    """The reason why a worker without a configured model refuses this context, with the setting
+    that decides it; None if it accepts the context.
     """
     return next(_refusals(spec, settings), None)
 
@@ -53,7 +53,7 @@ def _refusals(spec: ContextSpec, settings: Settings) -> Iterator[str]:
         if patterns and not any(fnmatchcase(_full_name(model), each) for each in patterns):
             yield f"KEEPWARM_ACCEPTED_MODELS has no pattern for {model!r}"
     widened = frozenset(settings.accepted_engine_arguments.split())
-    flag = key = None  # of the argument before, where this one may be its value
+    flag = key = None  # of the previous argument, if the next may be its value
     for argument in spec.engine_arguments:
         found = _FLAG.fullmatch(argument)
         if found is not None:
@@ -80,10 +80,10 @@ def _refusals(spec: ContextSpec, settings: Settings) -> Iterator[str]:
 
 
 def _full_name(model: str) -> str:
-    """A hub name as it is; a directory without links and `..`, which patterns would not see."""
+    """A hub name unchanged; a directory's real path, so that patterns match what is opened."""
     try:
         return str(Path(model).expanduser().resolve()) if is_local(model) else model
-    except (OSError, RuntimeError):  # a user that does not exist, a loop of links
+    except (OSError, RuntimeError):  # a user that does not exist, or a loop of links
         return model
 
 

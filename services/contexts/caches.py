@@ -1,9 +1,9 @@
-"""What makes the next cold start cheaper: compile caches on this node, and how starts went.
+"""The engines' compile caches on this node, and the measurements of their last starts.
 
-Each engine has a directory of its own under `KEEPWARM_CACHE_DIR`, so that no two write to one: it
-is locked while its engine starts. Not all that is compiled is written at once and whole (vLLM's
-index and C++ libraries are not), so what a start wrote that was given up or killed is thrown away
-at the next. What earlier starts wrote stays: nodes that are preempted often would never have any.
+Each engine has its own directory under `KEEPWARM_CACHE_DIR`, locked while the engine starts: two
+never write to the same one. vLLM does not write all compiled files atomically (not its index,
+nor C++ libraries), so the next start deletes what an interrupted start wrote. Files of earlier
+starts are kept; otherwise a node that is preempted often would never have a cache.
 """
 
 import contextlib
@@ -28,21 +28,21 @@ from services.node.runtime_dir import open_private_dir
 _UNFINISHED = "unfinished"
 _STARTUP = "startup.json"
 _REMOVED = ".removed"
-# Of an engine; and the data of a private RabbitMQ node (`keepwarm keeper`) whose keeper was killed.
+# Caches of engines, and data that a killed keeper's private RabbitMQ node left behind.
 _ENGINE_NAME = re.compile(r"ctx-[0-9a-f]+-[0-9a-f]+")
 _BROKER_NAME = re.compile(r"rabbitmq-[0-9a-f]+")
-# A node that is in use has written something by then.
+# A node in use writes something within this time.
 _BROKER_UNUSED_SECONDS = 24 * 3600.0
 
 log = structlog.get_logger(__name__)
 
 
 class PastStart(Value):
-    """What is known of an engine from its last start here."""
+    """Measurements of an engine's last start on this node."""
 
     phases: StartupPhases
     memory_bytes: int | None = None
-    """None where it could not be told."""
+    """None if it could not be measured."""
 
     @property
     def restart_seconds(self) -> float:
@@ -60,14 +60,14 @@ class Cache:
     name: str
     size_bytes: int
     unused_seconds: float
-    """Since anything in it was written: an engine's last start is noted there."""
+    """Since anything in it was written; every start of the engine writes to it."""
 
 
 class EngineCaches:
-    """The directory of all of them. Safe for several keepers of one user."""
+    """All caches of this node. Several keepers of one user may share it."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises UsageError when it cannot be made, or is another user's."""
+        """Raises UsageError when the directory cannot be created or belongs to another user."""
         self._directory = open_private_dir(directory, "KEEPWARM_CACHE_DIR")
 
     def lock_path(self, name: str) -> Path:
@@ -87,13 +87,13 @@ class EngineCaches:
 
     @contextmanager
     def starting(self, name: str) -> Iterator[Path | None]:
-        """The engine's own directory, for as long as the start lasts; None while another keeper
-        starts this engine. Never waits: the caller may hold what others wait for.
+        """The engine's directory while the engine starts; None if another keeper is starting it.
+        Never waits, because the caller may hold locks.
 
-        A start that fails may have failed with what it found: nothing compiled is left by it.
+        If the start fails, all compiled files are deleted: they may be the cause.
         """
         directory = self._directory / name
-        # It may have been deleted since: that is how a person makes room.
+        # A person may have deleted it meanwhile to free disk space.
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with self._locked(name) as ours:
             if not ours:
@@ -109,7 +109,7 @@ class EngineCaches:
             except EngineStartError:
                 _delete_since(directory)
                 raise
-            # Not in a `finally`: a start that is broken off leaves its marker.
+            # Not in a `finally`: an interrupted start must leave its marker.
             marker.unlink()
 
     @contextmanager
@@ -122,7 +122,7 @@ class EngineCaches:
             os.close(lock)
 
     def remember(self, name: str, start: PastStart) -> None:
-        """Where the disk has room for it: the engine is well without."""
+        """Write the measurements of a start. On a full disk they are only logged as not written."""
         path = self._directory / name / _STARTUP
         new = path.with_suffix(".new")
         try:
@@ -132,15 +132,15 @@ class EngineCaches:
             log.error("start.not_remembered", path=str(path), reason=str(error))
 
     def recall_all(self) -> dict[str, PastStart]:
-        """Of each engine that was ever started here, by its name."""
+        """The last start of every engine in the caches, by the engine's name."""
         names = [path.parent.name for path in self._directory.glob(f"*/{_STARTUP}")]
         return {name: past for name in names if (past := self.recall(name)) is not None}
 
     def find(self) -> list[Cache]:
-        """All that there are, the longest unused first."""
+        """All caches, the longest unused first."""
         found = []
         for directory in self._directory.iterdir():
-            if directory.name.endswith(_REMOVED):  # whoever removed it was killed
+            if directory.name.endswith(_REMOVED):  # the process that removed it was killed
                 shutil.rmtree(directory, ignore_errors=True)
             elif _ENGINE_NAME.fullmatch(directory.name) or _BROKER_NAME.fullmatch(directory.name):
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -148,7 +148,7 @@ class EngineCaches:
         return sorted(found, key=lambda cache: -cache.unused_seconds)
 
     def remove(self, cache: Cache) -> bool:
-        """False where its engine starts just now, or where it may belong to a node that runs."""
+        """Delete a cache. False if its engine is starting or a running node may use it."""
         if _BROKER_NAME.fullmatch(cache.name) and cache.unused_seconds < _BROKER_UNUSED_SECONDS:
             return False
         with self._locked(cache.name) as ours:
@@ -156,13 +156,13 @@ class EngineCaches:
                 return False
             renamed = self._directory / f"{cache.name}{_REMOVED}"
             with contextlib.suppress(FileNotFoundError):
-                # At once and whole: an engine never finds half of it.
+                # Renamed first, so that an engine never finds a part of it.
                 (self._directory / cache.name).rename(renamed)
                 shutil.rmtree(renamed, ignore_errors=True)
             return True
 
     def bound(self, most_bytes: int, in_use: Collection[str]) -> None:
-        """Remove those that were unused for longest, until all of them fit."""
+        """Remove caches, the longest unused first, until the rest has at most `most_bytes`."""
         caches = self.find()
         size = sum(cache.size_bytes for cache in caches)
         for cache in caches:
@@ -180,7 +180,7 @@ class EngineCaches:
 
 
 def _measure(directory: Path) -> Cache:
-    """Raises FileNotFoundError where it is being removed."""
+    """Raises FileNotFoundError if it is being removed."""
     size, written = 0, directory.stat().st_mtime
     for root, _, files in os.walk(directory):
         for name in files:
@@ -191,10 +191,9 @@ def _measure(directory: Path) -> Cache:
 
 
 def _delete_since(directory: Path, since_ns: int = 0) -> None:
-    """What was written since then, but for our own files, which are written whole.
+    """Delete files changed since then, except our own, which are written atomically.
 
-    Goes by when a file last changed, which its writer cannot set, as a copy sets the time of its
-    contents.
+    Uses ctime, because programs can set mtime, as copying tools do.
     """
     ours = {directory / _UNFINISHED, directory / _STARTUP}
     for root, folders, files in os.walk(directory, topdown=False):

@@ -1,4 +1,4 @@
-"""Which engine's memory to free for another engine: the one that is cheapest to lose."""
+"""Chooses which engines to stop to free memory: those that are cheapest to lose."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,19 +13,19 @@ class Candidate:
 
     name: str
     memory_bytes: int
-    """How much it holds, and freeing it would yield."""
+    """The memory that stopping it would free."""
     demand: int
-    """Claims that wait for its context."""
+    """Claims waiting for its context."""
     start_seconds: float
     """How long its next start would take."""
     idle_seconds: float
     """Since its last use."""
     asleep: bool = False
-    """It holds little, and can only be stopped."""
+    """An engine asleep holds little memory and can only be stopped."""
 
     @property
     def loss_seconds(self) -> float:
-        """The expected cost of losing it: a start's time, times the chance that one is needed."""
+        """The expected cost of losing it: the time of a start times the chance of needing one."""
         wanted = 1.0 if self.demand else 0.5 ** (self.idle_seconds / _HALF_LIFE_SECONDS)
         return wanted * self.start_seconds
 

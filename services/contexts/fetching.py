@@ -1,5 +1,5 @@
-"""Fetches weights from the hub to this node. A process of its own does it, because the hub's client
-cannot be told to stop, and a process can.
+"""Fetches weights from the hub to this node, in a separate process, because the hub's client
+cannot be interrupted and a process can.
 """
 
 import json
@@ -21,9 +21,9 @@ _GRACE_SECONDS = 1.0
 def fetch(
     spec: ContextSpec, environment: Mapping[str, str], stopped: Callable[[], bool]
 ) -> Path | None:
-    """The directory with the files of a model (or of an adapter given as one) on this node; fetched
-    if need be. None when `stopped` became true meanwhile. HF_ variables of `environment` win over
-    this process's: a worker may have its own token or cache.
+    """The directory of a model (or of an adapter, see `adapter_as_model`), fetched if necessary.
+    None when `stopped` became true meanwhile. HF_ variables in `environment` override those of this
+    process, because a worker may have its own token or cache.
 
     Raises ModelError.
     """

@@ -1,4 +1,4 @@
-"""What a keeper must know to start an engine: a context, on a device, as its worker wants it."""
+"""The plan of an engine: context, device, arguments and environment."""
 
 import os
 import re
@@ -14,17 +14,17 @@ from services.contracts.values import Value, content_id
 from services.models.files import refuse_adapter_arguments
 from services.node.device import Device, visible_gpus
 
-# Left by a launcher of distributed jobs, in which an engine would take a place.
+# Set by launchers of distributed jobs; with them an engine would try to join that job.
 _LAUNCHERS = r"(LOCAL_|GROUP_|NODE_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)"
-# What vLLM and the libraries under it read. The rest of an engine's environment is the keeper's.
+# Variables that vLLM and its libraries read. An engine has all others from its keeper.
 _ENGINE_VARIABLES = re.compile(
     r"(VLLM|CUDA|NVIDIA|NCCL|TORCH|PYTORCH|TRITON|HF|HUGGING_?FACE|TRANSFORMERS|TOKENIZERS"
     r"|OMP|GOMP|KMP|MKL|OPENBLAS|LD|PYTHON)\w*"
     rf"|{_LAUNCHERS}|{SEARCHED_LAST}",
     re.IGNORECASE,
 )
-# Of these, what is meant for another server of the user's, or would make the engine answer for
-# another model, refuse our requests, hide what its log must tell, or not start (vLLM 0.32).
+# Of these, the ones not passed on: they configure another server of the user, or would make the
+# engine serve another model, refuse our requests, log too little, or fail to start (vLLM 0.32).
 _REFUSED_VARIABLES = re.compile(
     r"VLLM_(API_KEY|USE_MODELSCOPE|MODEL_REDIRECT_PATH|PLUGINS|PORT|SERVER_DEV_MODE"
     r"|SKIP_MODEL_NAME_VALIDATION|TEST_FORCE_LOAD_FORMAT|MOE_ROUTING_SIMULATION_STRATEGY"
@@ -40,7 +40,7 @@ _REFUSED_VARIABLES = re.compile(
 
 
 def is_engine_variable(variable: str) -> bool:
-    """Whether an engine reads this environment variable, so that its worker decides it."""
+    """Whether engines read this environment variable, so that its value comes from the worker."""
     return _ENGINE_VARIABLES.fullmatch(variable) is not None
 
 
@@ -49,8 +49,8 @@ def _is_passed_on(variable: str) -> bool:
 
 
 def _gpus(device: Device) -> dict[str, str]:
-    """The GPUs that the worker may use, by names that vLLM takes. Without names CUDA would begin
-    with the fastest one, and we have measured that of index 0.
+    """The variables that select the worker's GPUs. Without PCI_BUS_ID, CUDA would put the fastest
+    GPU first, and the device was measured as NVML's index 0.
     """
     if device.kind != "cuda":
         return {}
@@ -61,21 +61,21 @@ def _gpus(device: Device) -> dict[str, str]:
 
 
 class EnginePlan(Value):
-    """Equal plans are one engine: a second worker with the same one attaches to it."""
+    """The complete description of an engine. Workers with equal plans share one engine."""
 
     spec: ContextSpec
     device: Device
     python: str
     """The interpreter that has vLLM."""
     arguments: tuple[str, ...] = ()
-    """The operator's own, which win over all others."""
+    """The operator's arguments, which override all others."""
     trust_remote_code: bool = False
     environment: dict[str, str] = Field(default_factory=dict, repr=False)
-    """Only the variables that an engine reads; a token for the hub may be among them."""
+    """Only variables that an engine reads; may contain a token for the hub."""
 
     @classmethod
     def of(cls, spec: ContextSpec, device: Device, settings: Settings) -> "EnginePlan":
-        """What a worker with these settings and this environment wants. Raises UsageError."""
+        """The plan from a worker's settings and environment. Raises UsageError."""
         try:
             arguments = shlex.split(settings.engine_arguments)
         except ValueError as error:
@@ -99,10 +99,10 @@ class EnginePlan(Value):
 
     @cached_property
     def name(self) -> str:
-        """The engine's name on its node: the context's, and a digest of all else that matters.
+        """The engine's name on its node: the context's id and a digest of the rest of the plan.
 
-        How much memory is free is not part of it: that changes as soon as the engine runs. Which
-        adapter it is asked for is not part of it either: adapters of one model share an engine.
+        The device's free memory is not part of it, because it changes when the engine runs. Nor is
+        the adapter, because the adapters of a model share an engine.
         """
         rest = self.model_dump(mode="json", exclude={"spec": True, "device": {"memory_bytes"}})
         if self.takes_adapters:
