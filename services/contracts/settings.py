@@ -139,7 +139,8 @@ class Settings(BaseSettings):
     model: str | None = None
     """A directory or a name on the hub. The default is the demo model:
     `.models/SmolLM2-135M-Instruct` if it exists, else `HuggingFaceTB/SmolLM2-135M-Instruct`. A
-    worker without a model serves the contexts that have claims waiting ([taking.md](taking.md))."""
+    worker without a model serves the contexts that have claims waiting
+    ([scheduling.md](scheduling.md))."""
     batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH_CLAIMS)] = 64
     """Claims per message."""
     order_by_evidence: bool = True

@@ -1,6 +1,6 @@
 """Which context a worker serves next: a pure function of the demand and of the worker's state.
 
-docs/taking.md has the formulas, the constants with their reasons, and a worked example.
+docs/scheduling.md has the formulas, the constants with their reasons, and a worked example.
 """
 
 import time
