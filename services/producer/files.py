@@ -2,7 +2,6 @@
 
 import bz2
 import codecs
-import gzip
 import io
 import lzma
 import sys
@@ -27,6 +26,8 @@ SAMPLE_BYTES = 1 << 16
 
 _ENCODING_SAMPLE_BYTES = 256
 _START_BYTES = 4096
+TABLE_MARKS = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")
+"""The first bytes of a Parquet file, an Arrow file, and an Arrow stream."""
 _OFFICE_MARKS = (b"[Content_Types].xml", b"_rels/.rels", b"vnd.oasis.opendocument")
 
 # UTF-32 first: its little-endian mark begins with UTF-16's.
@@ -73,6 +74,8 @@ def decompressed(file: IO[bytes], name: str) -> IO[bytes]:
     inside = _decompressed(file, name)
     start = inside.read(_START_BYTES)
     inside.seek(0)
+    if inside is not file and start.startswith(TABLE_MARKS):  # read from its end
+        return _spooled(_chunks(inside), name)
     if start.startswith((b"PK\3\4", b"PK\5\6")):
         if any(mark in start for mark in _OFFICE_MARKS):
             raise InputError(f"{name} is an office document; save it as CSV (UTF-8) and name that")
@@ -85,9 +88,9 @@ def decompressed(file: IO[bytes], name: str) -> IO[bytes]:
 def _decompressed(file: IO[bytes], name: str) -> IO[bytes]:
     start = file.read(8)
     file.seek(0)
-    for magic, kind, opened in _COMPRESSIONS:
+    for magic, kind, new in _COMPRESSIONS:
         if start.startswith(magic):
-            return io.BufferedReader(_Checked(opened(file), file, name, kind), _CHUNK_BYTES)
+            return io.BufferedReader(_Decompressed(file, name, kind, new), _CHUNK_BYTES)
     return file
 
 
@@ -111,14 +114,18 @@ def as_utf8(file: IO[bytes], name: str, encoding: str | None = None) -> IO[bytes
     return file
 
 
-class _Checked(io.RawIOBase):
-    """A decompressed stream that raises InputError for damaged data."""
+class _Decompressed(io.RawIOBase):
+    """The content of a compressed file, of all its streams; it can be read again from its start.
 
-    def __init__(self, stream: IO[bytes], file: IO[bytes], name: str, kind: str) -> None:
-        self._stream = stream
+    Raises InputError for damaged data, and where other bytes than NULs follow a stream.
+    """
+
+    def __init__(self, file: IO[bytes], name: str, kind: str, new: Callable[[], Any]) -> None:
         self._file = file
         self._name = name
         self._kind = kind
+        self._new = new
+        self.seek(0)
 
     def readable(self) -> bool:
         return True
@@ -127,40 +134,83 @@ class _Checked(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self._stream.seek(offset, whence)
+        if offset or whence != io.SEEK_SET:
+            raise io.UnsupportedOperation("seek")
+        self._decompressor = self._new()
+        self._position = self._file.seek(0)
+        return 0
 
     def tell(self) -> int:
-        return self._stream.tell()
+        return self._position
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        try:
-            data = self._stream.read(len(buffer))
-        except EOFError as error:
-            raise InputError(
-                f"{self._name}: its {self._kind} data end too early; fetch or write it again"
-            ) from error
-        except _DAMAGES as error:
-            raise InputError(
-                f"{self._name}: its {self._kind} data are damaged ({error}); fetch or write it "
-                "again"
-            ) from error
+        data = b""
+        while not data:
+            follows = self._decompressor.eof
+            block = self._following() if follows else b""
+            if follows:
+                if not block:
+                    break
+                self._decompressor = self._new()
+            elif self._decompressor.needs_input:
+                block = self._file.read(_CHUNK_BYTES)
+                if not block:
+                    raise InputError(
+                        f"{self._name}: its {self._kind} data end too early; fetch or write it "
+                        "again"
+                    )
+            try:
+                data = self._decompressor.decompress(block, len(buffer))
+            except _DAMAGES as error:
+                what = f"are damaged ({error})"
+                if follows:
+                    begin = self._file.tell() - len(block)
+                    count = self._file.seek(0, io.SEEK_END) - begin
+                    what = (
+                        f"end at byte {begin:,} and are followed by {count:,} bytes that are no "
+                        f"intact {self._kind} data"
+                    )
+                raise InputError(
+                    f"{self._name}: its {self._kind} data {what}; fetch or write it again"
+                ) from error
         buffer[: len(data)] = data
+        self._position += len(data)
         return len(data)
+
+    def _following(self) -> bytes:
+        """Bytes after the end of a stream and the NULs that pad it; none at the end of the file."""
+        block: bytes = self._decompressor.unused_data.lstrip(b"\0")
+        while not block and (chunk := self._file.read(_CHUNK_BYTES)):
+            block = chunk.lstrip(b"\0")
+        return block
 
     def close(self) -> None:
         if not self.closed:
-            self._stream.close()
             self._file.close()
         super().close()
 
 
-_COMPRESSIONS: tuple[tuple[bytes, str, Callable[[IO[bytes]], Any]], ...] = (
-    (b"\x1f\x8b", "gzip", lambda file: gzip.GzipFile(fileobj=file)),
-    (b"BZh", "bzip2", bz2.BZ2File),
-    (b"\xfd7zXZ\0", "xz", lzma.LZMAFile),
-    (b"\x28\xb5\x2f\xfd", "zstd", zstd.ZstdFile),
+class _Gunzip:
+    """zlib's decompressor with the interface of the others."""
+
+    def __init__(self) -> None:
+        self._zlib = zlib.decompressobj(wbits=31)
+
+    eof = property(lambda self: self._zlib.eof)
+    unused_data = property(lambda self: self._zlib.unused_data)
+    needs_input = property(lambda self: not self._zlib.unconsumed_tail)
+
+    def decompress(self, data: bytes, most: int) -> bytes:
+        return self._zlib.decompress(self._zlib.unconsumed_tail + data, most)
+
+
+_COMPRESSIONS: tuple[tuple[bytes, str, Callable[[], Any]], ...] = (
+    (b"\x1f\x8b", "gzip", _Gunzip),
+    (b"BZh", "bzip2", bz2.BZ2Decompressor),
+    (b"\xfd7zXZ\0", "xz", lzma.LZMADecompressor),
+    (b"\x28\xb5\x2f\xfd", "zstd", zstd.ZstdDecompressor),
 )
-_DAMAGES = (OSError, zlib.error, lzma.LZMAError, zstd.ZstdError)
+_DAMAGES = (EOFError, OSError, zlib.error, lzma.LZMAError, zstd.ZstdError)
 
 
 def encoding_of(sample: bytes) -> str | None:

@@ -14,7 +14,14 @@ from pydantic_core import from_json
 from services.contracts.errors import InputError
 from services.producer.delimited import Dialect, find_dialect, records
 from services.producer.fields import CLAIM_NAMES, normalized
-from services.producer.files import SAMPLE_BYTES, as_utf8, decompressed, encoding_of, open_file
+from services.producer.files import (
+    SAMPLE_BYTES,
+    TABLE_MARKS,
+    as_utf8,
+    decompressed,
+    encoding_of,
+    open_file,
+)
 from services.producer.json_values import json_values
 from services.producer.lines import bounded_lines
 from services.producer.published import columns_without_header
@@ -29,7 +36,6 @@ _Record = tuple[int, bytes | Mapping[str, Any], str | None]
 
 _PROGRESS_LINES = 100_000
 _MAX_MERGED = 1_000
-_ARROW_STREAM = b"\xff\xff\xff\xff"
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,10 +273,8 @@ def _container(file: IO[bytes], name: str) -> Container:
     file.seek(0)
     sample = file.read(SAMPLE_BYTES)
     file.seek(0)
-    if sample.startswith(b"PAR1"):
-        return "parquet"
-    if sample.startswith((b"ARROW1", _ARROW_STREAM)):
-        return "arrow"
+    if sample.startswith(TABLE_MARKS):
+        return "parquet" if sample.startswith(TABLE_MARKS[0]) else "arrow"
     if encoding := encoding_of(sample):
         sample = sample.decode(encoding, "replace").encode()
     sample = sample.removeprefix(b"\xef\xbb\xbf").replace(b"\r", b"\n")

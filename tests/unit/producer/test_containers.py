@@ -379,6 +379,38 @@ def test_a_compressed_file_that_is_cut_off_is_told(kind: str, tmp_path: Path) ->
         read(write(tmp_path, packed[: len(packed) // 2]))
 
 
+@pytest.mark.parametrize("kind", COMPRESSIONS)
+@pytest.mark.parametrize("rest", [b"\0" * 8, b"{more}", b"\0" * 8 + b"claim\n" * 500_000])
+def test_bytes_after_compressed_data_are_told_unless_they_are_padding(
+    kind: str, rest: bytes, tmp_path: Path
+) -> None:
+    path = write(tmp_path, COMPRESSIONS[kind](delimited(",").encode()) + rest)
+    what = rest.lstrip(b"\0")
+    if what:
+        says = (
+            rf"its {kind} data end at byte \d+ and are followed by {len(what):,} bytes that are no"
+        )
+        with pytest.raises(InputError, match=says):
+            read(path)
+    else:
+        assert len(read(path)) == 2
+
+
+@pytest.mark.parametrize("kind", COMPRESSIONS)
+@pytest.mark.parametrize("padding", [0, 4, 3 << 20])
+def test_all_streams_of_a_compressed_file_are_read(kind: str, padding: int, tmp_path: Path) -> None:
+    streams = [COMPRESSIONS[kind](f'{{"claim": "Claim {n}."}}\n'.encode()) for n in range(3)]
+    path = write(tmp_path, (b"\0" * padding).join(streams))
+    assert texts(path) == ["Claim 0.", "Claim 1.", "Claim 2."]
+
+
+@pytest.mark.parametrize("kind", COMPRESSIONS)
+def test_a_compressed_table_is_read(kind: str, tmp_path: Path) -> None:
+    table = io.BytesIO()
+    pq.write_table(pa.table({"claim": [FROZE]}), table)
+    assert texts(write(tmp_path, COMPRESSIONS[kind](table.getvalue()))) == [FROZE]
+
+
 def test_an_archive_is_told_as_what_it_is(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a ZIP archive; unpack it"):
         read(write(tmp_path, b"PK\3\4" + bytes(100)))
