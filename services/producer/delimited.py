@@ -67,6 +67,9 @@ class Record(NamedTuple):
     text: str = ""
 
 
+_NO_RECORD = Record(0, [], None)
+
+
 def find_dialect(
     file: IO[bytes], name: str, *, names_claim: Callable[[Sequence[str]], bool], unnamed: Columns
 ) -> Dialect:
@@ -83,7 +86,7 @@ def find_dialect(
     headers: list[list[str]] = []
     for delimiter in (separator[1],) if separator else _DELIMITERS:
         dialect = Dialect(delimiter, first_line=2 if separator else 1)
-        fields = next(_rows(file, dialect), Record(0, [], None)).fields
+        fields = next(_rows(file, dialect), _NO_RECORD).fields
         header = [column.strip() for column in fields]
         while header and not header[-1]:
             header.pop()
@@ -114,10 +117,12 @@ def find_dialect(
 def records(file: IO[bytes], dialect: Dialect) -> Iterator[Record]:
     """Every record except the header, in order. Blank lines are not records."""
     rows = _rows(file, dialect)
-    if dialect.header:
-        next(rows, None)
     width = len(dialect.columns)
+    header = next(rows, _NO_RECORD).fields[:width] if dialect.header else []
+    names = set(header)
+    other_order: str | None = None
     for number, fields, fault, text in rows:
+        fault = fault or other_order
         if fault is None and not any(map(str.strip, fields)):
             continue  # nothing but delimiters
         # Spreadsheets write delimiters for columns that are empty to the end of the sheet.
@@ -130,6 +135,11 @@ def records(file: IO[bytes], dialect: Dialect) -> Iterator[Record]:
         if fault is None and len(fields) != width:
             first = "header" if dialect.header else "first record"
             fault = f"it has {len(fields)} fields; the {first} has {width}"
+        if fault is None and fields[0] in names:
+            if fields == header:
+                fault = REPEATED_HEADER
+            elif sorted(fields) == sorted(header):
+                fault = other_order = _OTHER_ORDER.format(number)
         yield Record(number, fields, fault, text)
 
 
@@ -198,6 +208,11 @@ def _rows(file: IO[bytes], dialect: Dialect) -> Iterator[Record]:
     return _csv_rows(file, dialect)
 
 
+REPEATED_HEADER = "the header is repeated here: two files were put together"
+_OTHER_ORDER = (
+    "line {} repeats the header with the columns in another order: two files were put together; "
+    "read them one by one"
+)
 _STRAY_QUOTE = (
     "a quote opens a field here that this line does not close, and the lines after it are records "
     "of their own"

@@ -19,15 +19,16 @@ class TextLine(NamedTuple):
 
 
 def bounded_lines(file: IO[bytes]) -> Iterator[TextLine]:
-    """Lines with their numbers; a line over the bound is cut, and never completely in memory."""
+    """Lines with their numbers; a line over the bound is cut, and never completely in memory.
+
+    Byte order marks are left out, which spreadsheets and Windows write at the start of each file.
+    """
     file.seek(0)
-    if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:  # spreadsheets and Windows write one
-        file.seek(0)
     number = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
         if len(line) <= MAX_LINE_BYTES or line.endswith(b"\n"):
-            yield TextLine(number, line)
+            yield TextLine(number, line.removeprefix(codecs.BOM_UTF8))
             continue
         start, quotes = line[:1_000], line.count(b'"')
         while line and not line.endswith(b"\n"):

@@ -13,6 +13,7 @@ from pydantic_core import from_json
 from services.contracts import Claim, PromptSpec
 from services.contracts.errors import InputError
 from services.producer.corpus import Corpus
+from services.producer.delimited import REPEATED_HEADER
 from services.producer.fields import (
     CLAIM_NAMES,
     NAMES,
@@ -120,7 +121,7 @@ class Parser:
     def parse(self, line: Line) -> Sequence[Reading] | Rejection:
         """The claims of this record, or a rejection."""
         if line.fault is not None:
-            kind = "unreadable line"
+            kind = "repeated header" if line.fault == REPEATED_HEADER else "unreadable line"
             return self._reject(line, None, kind, line.fault, "correct the line, or leave it out")
         fields: Any = line.content
         if isinstance(fields, bytes):

@@ -233,7 +233,7 @@ class Source:
                 yield number, value, None
         elif self.container == "jsonl":
             for number, content, fault, _ in bounded_lines(self._files[0]):
-                if fault is not None or not content.isspace():
+                if fault is not None or content.strip():
                     yield number, content, fault
         else:
             number = 0

@@ -301,6 +301,38 @@ def test_a_field_of_several_lines_is_one_field(row: str, text: str, tmp_path: Pa
     assert text.replace('""', '"') in (claims[0].text, claims[0].evidence)
 
 
+# Files that were put together.
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("header", ["id,claim,label", "claim, label ,", '"label",claim'])
+def test_the_header_of_a_second_file_is_no_claim(header: str, mark: str, tmp_path: Path) -> None:
+    row = ",".join({"id": "{}", "claim": "Claim {}."}.get(n, "") for n in header.split(","))
+    content = "".join(f"{mark}{header}\n{row}\n".replace("{}", str(n)) for n in range(2))
+    _, summary, claims, (rejection,) = read(content, tmp_path)
+    assert [claim.text for claim in claims] == ["Claim 0.", "Claim 1."]
+    assert summary.rejected == (("repeated header", 1),)
+    assert (rejection.line, "two files were put together" in rejection.reason) == (3, True)
+
+
+def test_the_byte_order_mark_of_a_second_file_is_no_text(tmp_path: Path) -> None:
+    content = "".join(f'\ufeff{{"claim": "Claim {n}."}}\n' for n in range(2)) + "\ufeff"
+    assert [claim.text for claim in read(content, tmp_path)[2]] == ["Claim 0.", "Claim 1."]
+
+
+def test_no_record_after_a_header_in_another_order_is_misread(tmp_path: Path) -> None:
+    content = "claim,label\nA.,SUPPORTS\nlabel,claim\nREFUTES,B.\nclaim,x\n"
+    _, _, claims, rejections = read(content, tmp_path)
+    assert [claim.text for claim in claims] == ["A."]
+    assert [rejection.line for rejection in rejections] == [3, 4, 5]
+    assert {r.reason.partition(" repeats")[0] for r in rejections} == {"line 3"}
+    assert "read them one by one" in rejections[-1].reason
+
+
+def test_a_claim_that_is_called_like_a_column_is_a_claim(tmp_path: Path) -> None:
+    assert len(read("claim,label\nlabel,label\nclaim,claim\n", tmp_path)[2]) == 2
+
+
 # Files that are no text.
 
 
