@@ -125,6 +125,11 @@ def _next_step(model: str, error: Exception) -> str:
     if isinstance(error, HfHubHTTPError):
         if error.response.status_code in (401, 403):
             return "The hub refuses the token: correct HF_TOKEN, or unset it for a public model"
+        if error.response.status_code == 429:
+            return (
+                "The hub limits how many requests it answers: try again in some minutes, or set "
+                "HF_TOKEN, because the limit for an account is higher"
+            )
         return "The hub failed to answer: try again later, or give a directory with --model PATH"
     if constants.HF_HUB_OFFLINE:
         return (

@@ -60,6 +60,12 @@ def normalized(name: str) -> str:
     return re.sub(r"[\s-]+", "_", name.strip().casefold())
 
 
+def is_header(fields: Sequence[str]) -> bool:
+    """Whether a record has the names of columns: a known one, and no sentence."""
+    known = any(normalized(field) in names for field in fields for names in NAMES.values())
+    return known and not any(map(_is_sentence, fields))
+
+
 def is_missing(value: Any) -> bool:
     """Whether a value is missing: null, an empty text or list, or NaN."""
     if value is None:

@@ -4,6 +4,7 @@ import bz2
 import codecs
 import io
 import lzma
+import re
 import sys
 import tempfile
 import zlib
@@ -29,6 +30,9 @@ _START_BYTES = 4096
 TABLE_MARKS = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")
 """The first bytes of a Parquet file, an Arrow file, and an Arrow stream."""
 _OFFICE_MARKS = (b"[Content_Types].xml", b"_rels/.rels", b"vnd.oasis.opendocument")
+
+# Cells of a file with CR alone may contain LF.
+_QUOTED = re.compile(rb'"[^"]*(?:"|\Z)')
 
 # UTF-32 first: its little-endian mark begins with UTF-16's.
 _MARKS = (
@@ -107,7 +111,7 @@ def as_utf8(file: IO[bytes], name: str, encoding: str | None = None) -> IO[bytes
         converted = _spooled(_decoded(file, encoding, name), name)
         file.close()
         return as_utf8(converted, name)
-    if b"\r" in sample and b"\n" not in sample:
+    if b"\r" in sample and b"\n" not in _QUOTED.sub(b"", sample):
         converted = _spooled((chunk.replace(b"\r", b"\n") for chunk in _chunks(file)), name)
         file.close()
         return converted

@@ -13,7 +13,7 @@ from pydantic_core import from_json
 
 from services.contracts.errors import InputError
 from services.producer.delimited import Dialect, find_dialect, records
-from services.producer.fields import CLAIM_NAMES, normalized
+from services.producer.fields import CLAIM_NAMES, is_header, normalized
 from services.producer.files import (
     SAMPLE_BYTES,
     TABLE_MARKS,
@@ -254,6 +254,12 @@ class Source:
             return columns_without_header(fields)
         if not column.isdecimal() or not 1 <= int(column) <= len(fields):
             return None
+        if is_header(fields):
+            raise InputError(
+                f"{self.name}: its first record is a header: "
+                f"{', '.join(map(repr, fields[:20]))}. Name the columns instead of numbering them: "
+                f"--column claim={fields[int(column) - 1].strip()!r}"
+            )
         return [str(number) for number in range(1, len(fields) + 1)]
 
 

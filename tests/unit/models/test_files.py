@@ -387,6 +387,7 @@ def full_disk(code: int) -> Exception:
         (http_error(RepositoryNotFoundError, 401), "has no such model, or it is private"),
         (http_error(RevisionNotFoundError, 404), "no such revision: correct --revision"),
         (http_error(HfHubHTTPError, 401), "The hub refuses the token: correct HF_TOKEN"),
+        (http_error(HfHubHTTPError, 429), "in some minutes, or set HF_TOKEN"),
         (http_error(HfHubHTTPError, 503), "The hub failed to answer: try again later"),
         (httpx.ConnectError("Name or service not known"), "Does this machine reach https://"),
         (httpx.ReadTimeout(""), "Does this machine reach https://.*HTTPS_PROXY"),

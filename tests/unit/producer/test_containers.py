@@ -77,6 +77,12 @@ def test_delimited_text_is_read_whatever_its_dialect(
     assert [(c.claim_id, c.text, c.gold) for c in claims] == [tuple(r.values()) for r in ROWS]
 
 
+@pytest.mark.parametrize("rest", ["", '2,"It is\r\rdeep"\r', '2,"It is\nnever cl'])
+def test_a_line_end_in_a_cell_does_not_hide_that_lines_end_in_cr(rest: str, tmp_path: Path) -> None:
+    path = write(tmp_path, f'id,claim\r1,"It ""froze""\nin 1963."\r3,B.\r{rest}')
+    assert texts(path)[:2] == ['It "froze"\nin 1963.', "B."]
+
+
 @pytest.mark.parametrize("sep", ["sep", "SEP"])
 def test_a_line_that_names_the_separator_is_believed(sep: str, tmp_path: Path) -> None:
     claims = read(write(tmp_path, f"{sep}=;\r\nclaim;label\r\nIt froze, in 1963.;SUPPORTS\r\n"))
@@ -121,6 +127,18 @@ def test_a_file_without_a_header_is_told_with_the_way_to_number_its_columns(tmp_
         (FROZE, "SUPPORTS", 0),
         ("It is deep.", "REFUTES", 1),
     ]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_a_header_is_no_claim_when_columns_are_numbered(encoding: str, tmp_path: Path) -> None:
+    path = write(tmp_path, f"Nr, Text ,Label\n1,{FROZE},SUPPORTS\n".encode(encoding))
+    with pytest.raises(InputError, match="a header: 'Nr', 'Text ', 'Label'.*--column claim='Text'"):
+        read(path, claim="2", label="3")
+
+
+def test_a_record_with_the_name_of_a_column_in_it_is_a_claim(tmp_path: Path) -> None:
+    path = write(tmp_path, f"{FROZE},gold\nIt is deep.,gold\n")
+    assert texts(path, claim="1") == [FROZE, "It is deep."]
 
 
 def test_lines_of_plain_text_are_claims_when_their_column_is_numbered(tmp_path: Path) -> None:
