@@ -38,7 +38,7 @@ NO_LABEL = "-1"
 _WHERE_IN_LINE = re.compile(r"at line 1 column")
 
 # The names of a Claim's fields in files.
-_FIELDS = {"claim_id": "id", "text": "claim", "evidence": "evidence", "position": None}
+_FIELDS = {"claim_id": "id", "text": "claim", "evidence": "evidence", "gold": "label"}
 
 _NEXT_STEPS = {
     "string_type": "put the text in quotes",
@@ -245,6 +245,8 @@ class Parser:
         return shown, self._golds.get(label)
 
     def _meaning(self, label: str) -> str | None:
+        if label.encode(errors="replace").decode() != label:
+            return label  # not UTF-8: it is rejected with its claim
         self.labels_unused.discard(normalized(label))
         mapped = self._label_map.get(normalized(label))
         if mapped is not None:

@@ -75,16 +75,20 @@ def _require_all_parts(files: Sequence[Path], directory: Path) -> None:
 def rows(file: IO[bytes], name: str, kind: str) -> Iterator[dict[str, Any]]:
     """The rows of a Parquet or Arrow file as Python values, a bounded number in memory.
 
-    Where the file's metadata name the classes of a column, names replace the numbers.
+    Where the file's metadata name the classes of a column, names replace the numbers. Binary values
+    are text in UTF-8, as Parquet files without annotations of their columns have it.
     Raises InputError when the file is damaged.
     """
     pa = _pyarrow(name)
     try:
         for schema, batches in _tables(pa, file, kind):
             features = _features(schema.metadata)
+            binary = {field.name for field in schema if "binary" in str(field.type)}
             for batch in batches:
                 for start in range(0, batch.num_rows, _BATCH_ROWS):
                     for row in batch.slice(start, _BATCH_ROWS).to_pylist():
+                        for key in binary:
+                            row[key] = _decoded(row[key])
                         yield {key: _named(value, features.get(key)) for key, value in row.items()}
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{name} is a damaged {kind} file ({error}); fetch it again") from error
@@ -112,6 +116,17 @@ def _tables(pa: Any, file: IO[bytes], kind: str) -> Iterator[tuple[Any, Iterable
             if not file.read(1):
                 return
             file.seek(-1, io.SEEK_CUR)
+
+
+def _decoded(value: Any) -> Any:
+    """The value with bytes as text, at any depth. Bytes that are not UTF-8 become lone surrogates,
+    which the claims parser rejects.
+    """
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="surrogateescape")
+    if isinstance(value, dict):
+        return {key: _decoded(part) for key, part in value.items()}
+    return [_decoded(part) for part in value] if isinstance(value, list) else value
 
 
 def _pyarrow(name: str):  # type: ignore[no-untyped-def]  # noqa: ANN202  (a module)

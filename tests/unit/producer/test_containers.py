@@ -462,6 +462,37 @@ def test_a_table_is_read_with_the_names_of_its_classes(kind: str, tmp_path: Path
     assert (rejection.line, rejection.kind, summary.records) == (3, "claim: blank", 3)
 
 
+@pytest.mark.parametrize(
+    "kind", [pa.binary(), pa.large_binary(), pa.dictionary(pa.int32(), "binary")]
+)
+def test_binary_columns_are_text_and_one_that_is_not_utf_8_is_rejected(
+    kind: pa.DataType, tmp_path: Path
+) -> None:
+    values = {
+        "id": [b"a", b"b", b"c"],
+        "claim": [FROZE.encode(), b"caf\xe9", b"C."],
+        "label": [b"SUPPORTS", b"REFUTES", b"\xff"],
+    }
+    table = pa.table({name: pa.array(column).cast(kind) for name, column in values.items()})
+    table = table.append_column("evidence", pa.array([[{"text": b"E."}], None, None]))
+    pq.write_table(table, tmp_path / "claims")
+    _, claims, rejections = judged(tmp_path / "claims")
+    assert [(c.claim_id, c.text, c.evidence, c.gold) for c in claims] == [
+        ("a", FROZE, "E.", "SUPPORTS")
+    ]
+    assert [(r.line, r.kind) for r in rejections] == [
+        (2, "claim: string unicode"),
+        (3, "label: string unicode"),
+    ]
+
+
+def test_a_label_that_is_not_utf_8_rejects_its_claim(tmp_path: Path) -> None:
+    path = write(tmp_path, b"claim,label\nA.,SUPPORTS\nB.,caf\xe9\n")
+    _, claims, (rejection,) = judged(path)
+    assert [claim.text for claim in claims] == ["A."]
+    assert (rejection.line, rejection.kind) == (3, "label: string unicode")
+
+
 def test_classes_deep_in_a_table_are_named_too() -> None:
     from services.producer.tables import _named
 
