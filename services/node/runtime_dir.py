@@ -14,8 +14,9 @@ from services.contracts.errors import UsageError
 _TAIL_BYTES = 64 * 1024
 # The directory may be in memory. A log that grows over the first is cut down to the second.
 MAX_LOG_BYTES, _KEPT_LOG_BYTES = 16 * 1024 * 1024, 1024 * 1024
+_MAX_LINE_BYTES = 64 * 1024
 _MAX_OLD_LOGS = 32
-_SHOWN_LOG_LINES = 25
+_SHOWN_LOG_LINES, _SHOWN_LINE_CHARS = 25, 600
 _ENGINE_LOG = re.compile(r"ctx-[0-9a-f]+-[0-9a-f]+\.log")
 # sockaddr_un holds 108 bytes, with the NUL at the end.
 _MAX_SOCKET_PATH_BYTES = 107
@@ -46,14 +47,16 @@ def open_private_dir(directory: Path, setting: str) -> Path:
 
 
 def log_tail(path: Path, lines: int = _SHOWN_LOG_LINES) -> list[str]:
-    """The end of a log, without empty lines; nothing where there is none."""
+    """The last lines of a log, without empty ones, and of each its end; nothing where there is
+    none.
+    """
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
             text = file.read().decode(errors="replace")
     except OSError:
         return []
-    return [line for line in text.splitlines() if line.strip()][-lines:]
+    return [line[-_SHOWN_LINE_CHARS:] for line in text.splitlines() if line.strip()][-lines:]
 
 
 def engine_logs(directory: Path) -> list[Path]:
@@ -94,8 +97,10 @@ def _cut(path: Path) -> None:
     """
     with path.open("r+b") as file:
         dropped = file.seek(-_KEPT_LOG_BYTES, os.SEEK_END)
-        dropped += len(file.readline())
         end = file.read()
+        # From the next line on. Progress bars end theirs with CR; some output has no line ends.
+        if line_end := re.search(rb"[\r\n]", end[:_MAX_LINE_BYTES]):
+            dropped, end = dropped + line_end.end(), end[line_end.end() :]
         file.truncate(0)
     with open_log(path) as file:
         file.write(b"[%d bytes before this line were dropped by keepwarm]\n" % dropped + end)

@@ -11,6 +11,7 @@ from services.node.runtime_dir import (
     MAX_LOG_BYTES,
     bound_logs,
     engine_logs,
+    log_tail,
     open_log,
     open_runtime_dir,
     socket_path,
@@ -111,6 +112,34 @@ def test_a_log_that_grows_too_large_is_cut_while_it_is_written(tmp_path: Path, n
         assert lines[-1] == b"and on"
         bound_logs(tmp_path, {"ctx-0a-11"})
         assert (tmp_path / name).read_bytes().splitlines() == lines
+
+
+@pytest.mark.parametrize(
+    ("text", "end", "left"),
+    [
+        (b"x" * MAX_LOG_BYTES, b"RuntimeError: the last words", b""),
+        (b"x" * MAX_LOG_BYTES + b"\r 50%", b"\r100%\nthe last words\n", b"100%"),
+        (b"%-999d\r" % 7 * (MAX_LOG_BYTES // 1_000 + 1), b"the last words", b"\n7  "),
+    ],
+)
+def test_of_a_log_without_line_ends_the_last_bytes_are_kept(
+    tmp_path: Path, text: bytes, end: bytes, left: bytes
+) -> None:
+    path = tmp_path / "ctx-0a-11.log"
+    path.write_bytes(text + end)
+    bound_logs(tmp_path, {"ctx-0a-11"})
+    kept = path.read_bytes()
+    assert 900_000 < len(kept) < 1_100_000
+    assert kept.endswith(end) and left in kept
+    assert b"bytes before this line were dropped" in kept.splitlines()[0]
+    assert "the last words" in log_tail(path)[-1]
+
+
+def test_the_end_of_a_long_line_is_shown(tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    log.write_bytes(b"x" * 10_000_000 + b"the last words")
+    (shown,) = log_tail(log)
+    assert len(shown) == 600 and shown.endswith("xthe last words")
 
 
 def test_of_engines_that_are_gone_the_latest_logs_stay(tmp_path: Path) -> None:
