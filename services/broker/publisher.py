@@ -28,8 +28,7 @@ log = structlog.get_logger(__name__)
 class Outgoing:
     """A message to publish. `kind` is the wire type of its contract.
 
-    A message that no queue takes is sent again, unless it is `transient`: those are for current
-    listeners only.
+    A message that no queue takes is sent again, unless it is `transient`.
     """
 
     exchange: str
@@ -44,7 +43,14 @@ class Outgoing:
     @classmethod
     def of(cls, message: Message, exchange: str, routing_key: str, **rest: Any) -> Self:
         """Encode `message`. Raises MessageInvalid if it is too large."""
-        return cls(exchange, routing_key, encode(message), kind=message.wire_type, **rest)
+        return cls(
+            exchange,
+            routing_key,
+            encode(message),
+            kind=message.wire_type,
+            transient=message.transient,
+            **rest,
+        )
 
 
 class Publisher(Link):

@@ -436,7 +436,7 @@ class Collector:
         has_content = bool(update.cancelled or update.contexts)
         # After the last update with content an empty one is sent, which replaces it.
         if has_content or self._last_update_had_content:
-            message = Outgoing.of(update, topology.CONTROL_EXCHANGE, "", transient=True)
+            message = Outgoing.of(update, topology.CONTROL_EXCHANGE, "")
             publisher.publish(message)
             sent_bytes = len(message.body) * len(self._fleet.workers())
             self._control_update_due = now + max(

@@ -41,6 +41,7 @@ class ControlUpdate(Message):
     """
 
     wire_type: ClassVar[str] = "Notice"
+    transient: ClassVar[bool] = True
 
     cancelled: Annotated[tuple[OwnId, ...], Field(max_length=MAX_CANCELLED)] = ()
     contexts: Annotated[tuple[ContextDemand, ...], Field(max_length=MAX_CONTEXTS)] = ()

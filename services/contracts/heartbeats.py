@@ -43,6 +43,7 @@ class WorkerHeartbeat(Message):
     """
 
     wire_type: ClassVar[str] = "WorkerReport"
+    transient: ClassVar[bool] = True
 
     worker_id: OwnId
     context_id: OwnId | None

@@ -36,6 +36,8 @@ class Message(Value):
     """The AMQP `type` property: the class's name by default. A renamed class keeps its old name
     here.
     """
+    transient: ClassVar[bool] = False
+    """Whether it is only for current listeners: no queue keeps it for later ones."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
@@ -86,10 +88,11 @@ def _raise_if_newer(kind: type[Message], body: bytes) -> None:
         return
     version = found.get("schema_version") if isinstance(found, dict) else None
     if isinstance(version, int) and version > VERSION:
+        left = "is ignored" if kind.transient else "stays in its queue"
         raise MessageTooNew(
             f"a {kind.wire_type} of version {version} came, and this Keepwarm reads up to "
-            f"{VERSION}; it stays in its queue. Install the sender's version of Keepwarm "
-            "(docs/operations.md, Upgrade)"
+            f"{VERSION}; it {left}. Install the sender's version of Keepwarm (docs/operations.md, "
+            "Upgrade)"
         )
 
 

@@ -102,7 +102,7 @@ class HeartbeatSender:
                 walltime_left_seconds=self._placement.seconds_left,
                 ending=self.ending,
             )
-            message = Outgoing.of(heartbeat, topology.HEARTBEATS_EXCHANGE, "", transient=True)
+            message = Outgoing.of(heartbeat, topology.HEARTBEATS_EXCHANGE, "")
             if publisher.offer(message):
                 self._last_sent, self._due = (state, context_id), now + HEARTBEAT_SECONDS
 

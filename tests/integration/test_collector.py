@@ -192,7 +192,7 @@ def report(address: BrokerAddress, context: ContextSpec, state: str = "serving")
         claims_per_second=None,
     )
     with Publisher(address, "test", window=1).open(PATIENCE) as publisher:
-        publisher.publish(Outgoing.of(word, topology.HEARTBEATS_EXCHANGE, "", transient=True))
+        publisher.publish(Outgoing.of(word, topology.HEARTBEATS_EXCHANGE, ""))
         publisher.flush(PATIENCE)
 
 
