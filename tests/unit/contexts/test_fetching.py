@@ -115,5 +115,5 @@ def test_a_download_that_stands_still_is_given_up_and_one_that_moves_is_not(
         hub._end_if_stalled(SPEC)
     assert len(grown) == 40
     (said,) = answers
-    assert said.startswith("error: the download of 'org/model' makes no progress: nothing was written to")
+    assert said.startswith("error: the download of 'org/model' makes no progress: nothing was")
     assert str(blobs) in said and "--model PATH" in said

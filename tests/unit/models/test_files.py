@@ -210,7 +210,7 @@ def test_an_adapter_is_pinned_like_its_model(model_dir: Path, adapter_dir: Path)
     (adapter_dir / "adapter_model.safetensors").write_bytes(b"trained")
     other = pin_model(with_adapter(model_dir, adapter_dir))
     assert other.context_id != pinned.context_id
-    with pytest.raises(ModelError, match="adapter at .* but files-.* is required: its files changed"):
+    with pytest.raises(ModelError, match="adapter at .* but files-.* is required: its"):
         pin_model(pinned)
 
 
