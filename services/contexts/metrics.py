@@ -1,4 +1,4 @@
-"""What is told of contexts: how starts went, their states, and what their engine says of itself."""
+"""Metrics of contexts: outcomes of attaches, states, and the engine's own metrics."""
 
 from collections import Counter as Counts
 from collections.abc import Callable, Iterable, Iterator
@@ -14,26 +14,26 @@ from services.contexts.engine_client import CompletionClient
 from services.contexts.records import State
 from services.contracts.errors import EngineRequestError
 
-# What else an engine tells (Python, its process) has the names of what we tell of ourselves.
+# An engine's other metrics (Python, its process) have the same names as ours.
 _ENGINE_PREFIX = "vllm:"
 
 ATTACHES = Counter(
     "keepwarm_context_attaches_total",
-    "Times that the worker asked for its context, by what came of it: warm, cold, joined (it was "
-    "on its way for somebody else, or asleep), or failed.",
+    "Times that the worker requested its context, by outcome: warm, cold, joined (the engine was "
+    "starting for another worker, or asleep), or failed.",
     ["outcome"],
 )
 
 
 WRONG_ENGINES = Counter(
     "keepwarm_contexts_wrong_total",
-    "Engines that did not answer as they did when they were started, after a sleep or as a worker "
-    "came, and were ended.",
+    "Engines stopped because their canary answers had changed, after a sleep or when a worker "
+    "attached.",
 )
 
 
 class ContextStates(Collector):
-    """How many contexts are in each state: all that a keeper keeps, or the one of a worker."""
+    """How many contexts are in each state: all of a keeper, or the one of a worker."""
 
     def __init__(self, states: Callable[[], Iterable[State]]) -> None:
         self._states = states
@@ -48,7 +48,7 @@ class ContextStates(Collector):
 def _states(counts: "dict[State, int] | Counts[State]") -> Metric:
     family = GaugeMetricFamily(
         "keepwarm_contexts",
-        "Contexts by state: all of the node on a keeper, its own on a worker.",
+        "Contexts by state: on a keeper all of its node, on a worker its own.",
         labels=["state"],
     )
     for state in get_args(State):
@@ -57,12 +57,12 @@ def _states(counts: "dict[State, int] | Counts[State]") -> Metric:
 
 
 class EngineMetrics(Collector):
-    """What the engine tells of itself, with our own. It is read and written anew, so that whatever
-    it says, ours stay readable.
+    """The engine's own metrics, parsed and written again, so that an invalid page of the engine
+    does not make ours unreadable.
     """
 
     def __init__(self, client: Callable[[], CompletionClient | None]) -> None:
-        """`client` is for the engine of the moment, None while there is none."""
+        """`client` returns the current engine's client, or None without an engine."""
         self._client = client
 
     def describe(self) -> Iterable[Metric]:
@@ -87,6 +87,6 @@ class EngineMetrics(Collector):
 def _engine_metrics_up(up: bool) -> Metric:
     return GaugeMetricFamily(
         "keepwarm_engine_metrics_up",
-        "Whether the engine told its own metrics (vllm:…) in time (1) or not (0).",
+        "Whether the engine returned its own metrics (vllm:…) in time (1) or not (0).",
         value=float(up),
     )
