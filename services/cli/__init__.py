@@ -1,1 +1,1 @@
-"""The `keepwarm` command: thin, one module a verb."""
+"""The `keepwarm` command: thin, one module per verb."""

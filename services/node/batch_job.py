@@ -1,4 +1,4 @@
-"""Which job of a cluster's scheduler this process is, so that a person finds one by the other."""
+"""The process's job id in its cluster's scheduler, so that a user can relate the two."""
 
 import os
 import re
@@ -14,7 +14,7 @@ def job_id(environment: Mapping[str, str] = os.environ) -> str | None:
     """Slurm's `JOB`, or `ARRAY_TASK` as `squeue` writes it; HTCondor's `CLUSTER.PROC`; else None.
 
     Slurm: https://slurm.schedmd.com/sbatch.html (output environment variables). HTCondor puts the
-    job's advertisement, a line for each attribute, into the file that `_CONDOR_JOB_AD` names.
+    job's ClassAd, a line for each attribute, into the file in `_CONDOR_JOB_AD`.
     """
     array, task = (environment.get(f"SLURM_ARRAY_{name}_ID", "") for name in ("JOB", "TASK"))
     advertisement = environment.get("_CONDOR_JOB_AD", "")

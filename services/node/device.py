@@ -1,4 +1,6 @@
-"""What this node computes on. Asked without torch or vLLM, which the worker never imports."""
+"""The device of an engine: a GPU or the processors. Found without torch and vLLM, which the worker
+never imports.
+"""
 
 import os
 import platform
@@ -13,8 +15,8 @@ import pynvml
 from services.contracts.errors import EngineStartError
 from services.node.memory import available_bytes
 
-# Without a library or a loaded driver there is no GPU to be used; whatever else NVML says, there is
-# a driver, and it does not work.
+# Without NVML's library or a loaded driver there is no usable GPU. Any other error means that the
+# driver exists and does not work.
 _NO_DRIVER = (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
 _MISMATCH = pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH
 
@@ -30,14 +32,14 @@ class Device:
     cores: tuple[int, ...]
     """The processors that this process may run on."""
     gpu: str = ""
-    """The GPU's UUID, whatever CUDA_VISIBLE_DEVICES calls it: one device has one name."""
+    """The GPU's UUID, whichever name CUDA_VISIBLE_DEVICES has for it."""
 
 
 def find_device() -> Device:
     """The first visible NVIDIA GPU, or else the processors.
 
-    Raises EngineStartError when CUDA_VISIBLE_DEVICES names a GPU that is not there, and when there
-    is a driver that does not answer.
+    Raises EngineStartError if CUDA_VISIBLE_DEVICES names a missing GPU, or if there is a driver
+    that does not answer.
     """
     cores = tuple(sorted(os.sched_getaffinity(0)))
     gpus = visible_gpus()
@@ -47,20 +49,20 @@ def find_device() -> Device:
 
 
 def visible_gpus() -> list[str]:
-    """The UUIDs of the GPUs that this process may use, in the order of CUDA_VISIBLE_DEVICES, which
-    may have indexes, UUIDs, or their beginnings (HTCondor), which CUDA takes, but not NVML and
-    vLLM. Indexes are NVML's: those of the PCI bus. A name that no GPU here has is left as it is.
+    """The UUIDs of the GPUs that this process may use, in the order of CUDA_VISIBLE_DEVICES. That
+    has indexes (in PCI bus order, as in NVML), UUIDs, or the beginnings of UUIDs (HTCondor), which
+    CUDA accepts, but NVML and vLLM do not. A name that matches no GPU is returned unchanged.
 
-    Raises EngineStartError when none is named and there is a driver that does not answer.
+    Raises EngineStartError if the variable is not set and a driver does not answer.
     """
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
-        # As CUDA reads it: what follows the first name of nothing (-1, NoDevFiles) is hidden too.
+        # Like CUDA: the first invalid name (-1, NoDevFiles) hides all names after it.
         names = list(takewhile(_names_a_gpu, (name.strip() for name in named.split(","))))
         gpus: list[str] = []
         instances: list[str] = []
         if names:
-            with suppress(pynvml.NVMLError):  # whoever uses one is told
+            with suppress(pynvml.NVMLError):  # `gpu_handle` reports it
                 gpus, instances = _uuids()
         return [_full_uuid(name, gpus, instances) for name in names]
     try:
@@ -72,7 +74,7 @@ def visible_gpus() -> list[str]:
 
 
 def _uuids() -> tuple[list[str], list[str]]:
-    """Of all GPUs here, by their indexes, and of what they are divided into. Raises NVMLError."""
+    """The UUIDs of all GPUs, by index, and of their MIG instances. Raises NVMLError."""
     with nvml():
         handles = [
             pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())
@@ -85,15 +87,15 @@ def _instances(gpu: Any) -> Iterator[str]:
     try:
         most = pynvml.nvmlDeviceGetMaxMigDeviceCount(gpu)
     except pynvml.NVMLError:
-        return  # it cannot be divided
+        return  # it does not support MIG
     for index in range(most):
-        with suppress(pynvml.NVMLError):  # there is none of this number
+        with suppress(pynvml.NVMLError):  # no instance has this index
             instance = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, index)
             yield str(pynvml.nvmlDeviceGetUUID(instance))
 
 
 def _full_uuid(name: str, gpus: list[str], instances: list[str]) -> str:
-    """The UUID of this index, or that begins so; the name itself where none does, or several do."""
+    """The UUID with this index or beginning; the name itself if none matches, or several do."""
     if name.isdecimal():
         return gpus[int(name)] if int(name) < len(gpus) else name
     matching = [uuid for uuid in (*gpus, *instances) if uuid.startswith(name)]
@@ -117,7 +119,7 @@ def _gpu(visible: str, cores: tuple[int, ...]) -> Device:
 
 @contextmanager
 def nvml() -> Iterator[None]:
-    """NVIDIA's management library, for as long as it is asked. Raises pynvml.NVMLError."""
+    """NVIDIA's management library, initialised within the block. Raises pynvml.NVMLError."""
     pynvml.nvmlInit()
     try:
         yield
@@ -127,7 +129,7 @@ def nvml() -> Iterator[None]:
 
 @contextmanager
 def gpu_handle(visible: str) -> Iterator[Any]:
-    """NVML's handle of a GPU. Raises EngineStartError where there is no such GPU."""
+    """NVML's handle of a GPU. Raises EngineStartError if there is no such GPU."""
     try:
         with nvml():
             yield (

@@ -1,4 +1,4 @@
-"""Directories of our own, closed to every other user, and what is in them: sockets, logs, locks."""
+"""Private directories, which only this user can open, and their sockets, logs and locks."""
 
 import contextlib
 import os
@@ -12,25 +12,25 @@ from services.contracts import locks
 from services.contracts.errors import UsageError
 
 _TAIL_BYTES = 64 * 1024
-# The directory may be in memory. A log that grows over the first is cut down to the second.
+# The directory may be in memory. A log larger than the first is cut to the second.
 MAX_LOG_BYTES, _KEPT_LOG_BYTES = 16 * 1024 * 1024, 1024 * 1024
 _MAX_LINE_BYTES = 64 * 1024
 _MAX_OLD_LOGS = 32
 _SHOWN_LOG_LINES, _SHOWN_LINE_CHARS = 25, 600
 _ENGINE_LOG = re.compile(r"ctx-[0-9a-f]+-[0-9a-f]+\.log")
-# sockaddr_un holds 108 bytes, with the NUL at the end.
+# sockaddr_un has 108 bytes, including the final NUL.
 _MAX_SOCKET_PATH_BYTES = 107
 
 
 def open_runtime_dir(directory: Path) -> Path:
-    """Make it, or check that it is ours alone. Raises UsageError: a stranger's directory could
-    give us another user's engine.
+    """Make it, or check that it belongs to this user. Raises UsageError otherwise: another user's
+    directory could lead to that user's engine.
     """
     return open_private_dir(directory, "KEEPWARM_RUNTIME_DIR")
 
 
 def open_private_dir(directory: Path, setting: str) -> Path:
-    """As `open_runtime_dir`, for the directory that `setting` names."""
+    """Like `open_runtime_dir`, for the directory in `setting`."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = directory.lstat()
@@ -47,9 +47,7 @@ def open_private_dir(directory: Path, setting: str) -> Path:
 
 
 def log_tail(path: Path, lines: int = _SHOWN_LOG_LINES) -> list[str]:
-    """The last lines of a log, without empty ones, and of each its end; nothing where there is
-    none.
-    """
+    """The last lines of a log without empty ones, each cut to its end; empty if there is no log."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
@@ -60,8 +58,8 @@ def log_tail(path: Path, lines: int = _SHOWN_LOG_LINES) -> list[str]:
 
 
 def engine_logs(directory: Path) -> list[Path]:
-    """Of engines that are here, and of those that ended or never came up. Links and other users'
-    files are not among them.
+    """The logs of running engines, and of those that ended or never started. Links and other
+    users' files are left out.
     """
     found = []
     for path in sorted(directory.iterdir()):
@@ -74,8 +72,8 @@ def engine_logs(directory: Path) -> list[Path]:
 
 
 def bound_logs(directory: Path, in_use: Collection[str]) -> None:
-    """Cut logs that have grown too large down to their ends, and remove those of engines that are
-    gone, but for the latest. `in_use` are the names of engines that are here.
+    """Cut logs that are too large to their ends, and remove those of ended engines, except the
+    latest. `in_use` are the names of running engines.
     """
     old = []
     for path in engine_logs(directory):
@@ -92,8 +90,8 @@ def bound_logs(directory: Path, in_use: Collection[str]) -> None:
 
 
 def _cut(path: Path) -> None:
-    """Whoever writes to it appends (O_APPEND), so its next line follows what is left. Lines that
-    come while it is cut may be lost.
+    """Writers append (O_APPEND), so their next line follows the rest. Lines written during the
+    cut may be lost.
     """
     with path.open("r+b") as file:
         dropped = file.seek(-_KEPT_LOG_BYTES, os.SEEK_END)
@@ -107,18 +105,18 @@ def _cut(path: Path) -> None:
 
 
 def quoted_tail(path: Path) -> str:
-    """The end of a log as a part of what a person is told."""
+    """The end of a log, for an error message."""
     return "\n".join(f"  | {line}" for line in log_tail(path))
 
 
 def open_log(path: Path) -> IO[bytes]:
-    """A log to write on at its end, for its owner alone."""
+    """A log, opened for appending; only its owner can read it."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     return os.fdopen(descriptor, "ab")
 
 
 def is_locked(path: Path) -> bool:
-    """Whether somebody has the lock now."""
+    """Whether a process holds the lock."""
     free = take_lock(path)
     if free is not None:
         os.close(free)
@@ -126,9 +124,9 @@ def is_locked(path: Path) -> bool:
 
 
 def take_lock(path: Path) -> int | None:
-    """A descriptor that holds the lock, until it is closed; None while somebody else has it.
+    """A descriptor that holds the lock until it is closed; None if another process holds it.
 
-    Raises UsageError where the file system has no locks.
+    Raises UsageError if the file system has no locks.
     """
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -141,11 +139,11 @@ def take_lock(path: Path) -> int | None:
         except UsageError:
             os.close(lock)
             raise
-        os.close(lock)  # removed between the two steps: there is, or will be, another file
+        os.close(lock)  # the file was removed between the two steps: open the new one
 
 
 def is_same_file(status: os.stat_result, path: Path) -> bool:
-    """Whether a file is the one that others find at `path`."""
+    """Whether `path` is this file, and not another one that replaced it."""
     try:
         return os.path.samestat(status, path.lstat())
     except FileNotFoundError:
@@ -153,17 +151,17 @@ def is_same_file(status: os.stat_result, path: Path) -> bool:
 
 
 def keeper_lock(directory: Path) -> Path:
-    """What the keeper of this node holds while it lives."""
+    """The lock that the keeper of this node holds."""
     return directory / "keeper.lock"
 
 
 def keeper_socket(directory: Path) -> Path:
-    """Where the keeper of this node listens."""
+    """The socket on which the keeper of this node listens."""
     return socket_path(directory, "keeper")
 
 
 def socket_path(directory: Path, name: str) -> Path:
-    """A path for a unix socket. Raises UsageError when it is longer than one may be."""
+    """A path for a unix socket. Raises UsageError if it is too long."""
     path = directory / f"{name}.sock"
     if len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:
         raise UsageError(

@@ -54,4 +54,4 @@ def on_stop_signal(stop: Callable[[int], None]) -> None:
     for number in (*_STOP_SIGNALS, *_WARNINGS):
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup(1)
             signal.signal(number, handle)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _WARNINGS)  # main.py blocks them until here
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _WARNINGS)  # main.py blocks them until now

@@ -1,4 +1,4 @@
-"""A child process that cannot outlive its owner, and leaves no process of its own behind.
+"""A child process that cannot outlive its owner, nor leave processes that it started.
 
 `python keepwarm_start.py services.node.supervision --grace 10 -- COMMAND…` runs COMMAND in a
 session of its own and holds one end of a pipe. When the owner ends, even by SIGKILL, the pipe
@@ -34,7 +34,8 @@ from keepwarm_start import python_command
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# Batch systems may send their early warning to every process of a job. It is for those that drain.
+# Batch systems may send early warnings to every process of a job. Only processes that drain use
+# them.
 _WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 _KILLED_SECONDS = 10.0
 
@@ -53,9 +54,9 @@ class SupervisedProcess:
         output: IO[bytes] | int,
         directory: Path | None = None,
     ) -> None:
-        """Start it, in `directory` or else where its owner is.
+        """Start it, in `directory` or else in its owner's.
 
-        Standard output and error go to `output`; `environment` is all that it gets.
+        Standard output and error go to `output`; `environment` is its whole environment.
         """
         self._grace_seconds = grace_seconds
         self._process = subprocess.Popen(
@@ -69,7 +70,7 @@ class SupervisedProcess:
             stderr=subprocess.STDOUT,
             env=dict(environment),
             start_new_session=True,
-            # Sockets and files that it makes are for this user alone.
+            # Only this user can open the sockets and files that it makes.
             umask=0o077,
         )
 
@@ -79,11 +80,11 @@ class SupervisedProcess:
 
     @property
     def output(self) -> IO[bytes] | None:
-        """The reading end, where `output` was `subprocess.PIPE`."""
+        """The reading end, if `output` was `subprocess.PIPE`."""
         return self._process.stdout
 
     def command(self) -> psutil.Process | None:
-        """The supervised command's process, while it lives."""
+        """The supervised command's process; None once it has ended."""
         with contextlib.suppress(psutil.NoSuchProcess, IndexError):
             supervisor = psutil.Process(self._process.pid).children()[0]
             return supervisor.children()[0]
@@ -95,18 +96,18 @@ class SupervisedProcess:
         return None if code is None else from_shell(code)
 
     def wait(self, timeout_seconds: float | None = None) -> int | None:
-        """The exit code, or None when the time is over."""
+        """The exit code; None after the time-out."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout_seconds)
         return self.exit_code()
 
     def terminate(self) -> None:
-        """Ask it to stop, and return at once."""
+        """Send SIGTERM, and return at once."""
         if self._process.poll() is None:
             self._process.terminate()
 
     def stop(self) -> int:
-        """Ask it to stop; SIGKILL after the grace period. Returns when all of it is gone."""
+        """SIGTERM; SIGKILL after the grace period. Returns when all its processes have ended."""
         self.terminate()
         self._release()
         try:
@@ -114,8 +115,8 @@ class SupervisedProcess:
         except subprocess.TimeoutExpired:
             _kill_all(psutil.Process(self._process.pid))
             self._process.kill()
-            # Whatever stays in the kernel then (a dead NFS server, a GPU's driver), nobody waits
-            # for it.
+            # Do not wait for a process that hangs in the kernel (a dead NFS server, a GPU's
+            # driver).
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return from_shell(self._process.wait(_KILLED_SECONDS))
             return -signal.SIGKILL
@@ -125,7 +126,7 @@ class SupervisedProcess:
         self._process.stdin.close()
 
     def kill(self) -> None:
-        """SIGKILL to the command and all that it started, at once."""
+        """Send SIGKILL to the command and all that it started."""
         with contextlib.suppress(psutil.NoSuchProcess):
             _kill_all(psutil.Process(self._process.pid))
         self._release()
@@ -134,7 +135,7 @@ class SupervisedProcess:
 
 
 def from_shell(code: int) -> int:
-    """The supervisor reports death by signal N as 128 + N, as shells do."""
+    """The exit code of `subprocess`: the supervisor reports signal N as 128 + N, as shells do."""
     return 128 - code if code - 128 in signal.valid_signals() else code
 
 
@@ -146,7 +147,7 @@ def _descendants(process: psutil.Process) -> list[psutil.Process]:
 
 
 def _kill_all(ancestor: psutil.Process) -> None:
-    """SIGKILL until nothing is left: a process may fork while it is being looked at."""
+    """Send SIGKILL until no process is left: one may fork meanwhile."""
     for _ in range(50):
         remaining = _descendants(ancestor)
         if not remaining:
@@ -158,13 +159,13 @@ def _kill_all(ancestor: psutil.Process) -> None:
 
 
 def _given_environment() -> dict[bytes, bytes]:
-    """Ours as the kernel got it: Python adds LC_CTYPE to its own where no locale is named."""
+    """Our environment at the start: Python adds LC_CTYPE to its own if no locale is set."""
     entries = Path("/proc/self/environ").read_bytes().split(b"\0")
     return dict(entry.split(b"=", 1) for entry in entries if b"=" in entry)
 
 
 def adopt_orphans() -> None:
-    """What descendants of ours leave behind becomes our child, and not that of init."""
+    """Become the parent of orphaned descendants, instead of init."""
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
@@ -174,7 +175,7 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
 
 
 def _guard(supervisor: int) -> int:
-    """Wait for the supervisor, forward signals to it, and kill what it left."""
+    """Wait for the supervisor, forward signals to it, and kill the processes that it left."""
     for number in _STOP_SIGNALS:
         signal.signal(number, lambda received, _: os.kill(supervisor, received))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
@@ -203,12 +204,12 @@ def supervise(start: Callable[[], ChildProcess], owner: int, grace_seconds: floa
     becomes readable: then send SIGTERM, and SIGKILL after the grace period. Returns the exit code;
     128 + N after signal N.
 
-    The process must lead a session of its own, and call `die_with_parent`.
+    The process must lead its own session, and call `die_with_parent`.
     """
     adopt_orphans()
     guard = os.getpid()
-    # A signal that comes before its handler is installed would end the guard, and its owner would
-    # believe the command to be gone while the supervisor still ends it.
+    # A signal before its handler is installed would end the guard, and its owner would assume
+    # that the command has ended while the supervisor still ends it.
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     supervisor = os.fork()
     if supervisor:
@@ -230,7 +231,7 @@ def supervise(start: Callable[[], ChildProcess], owner: int, grace_seconds: floa
         selector.register(wake_reader, selectors.EVENT_READ, "signal")
         while child.poll() is None and not stop_signals:
             for key, _ in selector.select():
-                # Nobody writes to the pipe: readable means that the owner is gone.
+                # Nothing is written to the pipe: readable means that the owner has closed it.
                 if key.data == "owner":
                     stop_signals.append(signal.SIGTERM)
                 else:
@@ -249,8 +250,8 @@ def supervise(start: Callable[[], ChildProcess], owner: int, grace_seconds: floa
 
 
 def _ignore_stop_signals() -> None:
-    """Python resets signals to their defaults when it ends: a signal that comes then would replace
-    the exit code.
+    """Python resets signals to their defaults when it ends: a signal after that would replace the
+    exit code.
     """
     for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -262,7 +263,7 @@ def main() -> int:
     parser.add_argument("--directory", type=Path, help="where the command starts")
     parser.add_argument("command", nargs="+")
     arguments = parser.parse_args()
-    # The command inherits this: one that drains listens all the same, and an engine goes on.
+    # The command inherits this: one that drains installs a handler, and an engine continues.
     for number in _WARNINGS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -1,4 +1,4 @@
-"""The time until the scheduler takes the node away, or a setting's limit ends."""
+"""The time until the scheduler reclaims the node, or a setting's limit ends."""
 
 import os
 import time
@@ -12,7 +12,7 @@ _MARGIN_SECONDS = 5.0
 
 
 def seconds_left(settings: Settings) -> float | None:
-    """Seconds until the node is taken away; None if nothing sets a limit.
+    """Seconds until the walltime ends; None if nothing sets a limit.
 
     The wall clock is read once, so later jumps of it have no effect.
     Raises UsageError when SLURM_JOB_END_TIME is not a time.
