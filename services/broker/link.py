@@ -9,6 +9,7 @@ import pika
 import structlog
 from pika.adapters.select_connection import IOLoop
 from pika.adapters.utils.connection_workflow import (
+    AMQPConnectionWorkflowAborted,
     AMQPConnectionWorkflowFailed,
     AMQPConnectorPhaseErrorBase,
 )
@@ -189,11 +190,16 @@ class Link:
             self._opened_or_failed.set()
 
     def _run_loop(self) -> bool:
-        """Run the loop until it stops. False if pika raised ValueError because the socket was reset
-        between the handshake and its first use.
+        """Run the loop until it stops. False to go on after an error of pika's: ValueError if the
+        socket was reset between the handshake and its first use, AssertionError if a connection was
+        closed during the handshake (pika 1.4 passes the class of its exception, not an instance).
         """
         try:
             self._loop.start()
+        except AssertionError as error:
+            if AMQPConnectionWorkflowAborted.__name__ not in str(error):
+                raise
+            return self._closing
         except ValueError as error:
             if "getpeername() failed" not in str(error):
                 raise

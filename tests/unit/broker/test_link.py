@@ -1,5 +1,6 @@
 """Why there is no connection; the rest of a link is shown on a real broker."""
 
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,8 @@ from pika.exceptions import (
 )
 
 from services.broker import Consumer
+from services.broker.address import BrokerAddress
+from services.contracts import load_settings
 from services.contracts.errors import BrokerRefused, BrokerUnreachable
 from tests.unit.broker.conftest import unopened
 
@@ -71,3 +74,17 @@ def test_a_loss_is_a_warning_only_when_the_next_attempt_fails_as_well(
     assert [(each["event"], each["log_level"]) for each in events] == [
         ("broker.waiting", level) for level in levels
     ]
+
+
+def test_a_link_can_be_closed_while_the_broker_does_not_answer() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"amqp://127.0.0.1:{silent.getsockname()[1]}"
+        address = BrokerAddress.from_settings(load_settings(broker_url=url))
+        link = Consumer(address, "silent", queues=["runs"], prefetch=1)
+        with structlog.testing.capture_logs() as events:
+            with pytest.raises(BrokerUnreachable, match="nothing answered"):
+                link.open(timeout_seconds=0.3)
+            link._thread.join(10)
+    assert not link._thread.is_alive()
+    assert [each["event"] for each in events] == []
+    assert link._error is None
