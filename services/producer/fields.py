@@ -37,7 +37,16 @@ _NO_TEXT_KEYS = re.compile(
     r"(.*_)?(id|ids|title|url|uri|link|label|labels|page|article|source|key|name|date|type|line)"
     r"|(doc|document|page|sent|sentence|wiki|wikipedia|article|evidence)(id|ids|title|url|line)"
 )
-_OPENING = ("[", "{")
+_OPENING = ("[", "{", "array([")
+# What numpy and pandas write into a list that Python's literals do not have: values without commas
+# between them, names of functions around values, and names of missing values. Texts are matched
+# as a whole, so that nothing in them is changed.
+_NOT_LITERAL = re.compile(
+    r"""(?P<value>'(?:[^'\\]|\\.|\\\Z)*(?:'|\Z)|"(?:[^"\\]|\\.|\\\Z)*(?:"|\Z)|[\])}]"""
+    r"""|\b[\d.]+(?:e[+-]?\d+)?|\bNone\b|(?P<missing>\b(?:nan|NaN|NaT|inf)\b|<NA>))"""
+    r"""(?P<gap>\s+(?=['"\[({\w<+-]))?|\b(?:array|np\.\w+)(?=\()|,\s*dtype=[^)]*""",
+    re.DOTALL,
+)
 _NOTHING = frozenset(("[]", "{}", "nan", "none", "null"))
 _MOST_DEPTH = 16
 # A page's title does not end in a full stop, and rarely has this many words.
@@ -84,7 +93,7 @@ def named_fields(record: Mapping[str, Any]) -> dict[str, Any]:
         name = normalized(key)
         if name in named and not is_missing(named[name]):
             continue
-        if isinstance(value, str) and value[:1] in _OPENING and name not in _TEXTS:
+        if isinstance(value, str) and value.startswith(_OPENING) and name not in _TEXTS:
             value = structured(value)
         named[name] = value
     return named
@@ -124,10 +133,10 @@ def label_text(value: Any) -> str | None:
 
 
 def structured(value: Any) -> Any:
-    """The list or object that a text writes in JSON or, as pandas does, in Python; any other value
-    as it is.
+    """The list or object that a text writes in JSON or, as pandas and numpy do, in Python; any
+    other value as it is.
     """
-    if not isinstance(value, str) or value[:1] not in _OPENING:
+    if not isinstance(value, str) or not value.startswith(_OPENING):
         return value
     try:
         found = json.loads(value)
@@ -135,10 +144,15 @@ def structured(value: Any) -> Any:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of escapes that Python does not know
-                found = ast.literal_eval(value.strip())
+                found = ast.literal_eval(_NOT_LITERAL.sub(_as_literal, value.strip()))
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return value
     return found if isinstance(found, list | tuple | dict) else value
+
+
+def _as_literal(found: re.Match[str]) -> str:
+    text = "None" if found["missing"] else found["value"] or ""
+    return f"{text}," if found["gap"] else text
 
 
 class Evidence(NamedTuple):
@@ -190,35 +204,31 @@ def _texts(value: Any, depth: int, unused: list[str]) -> Iterator[str]:
                 return
         reference = any(map(_is_number, value.values()))
         for key, part in value.items():
-            if isinstance(part, str) and (
-                _is_number(part) or (reference and not _is_sentence(part))
-            ):
+            if _names_no_text(key) or (isinstance(part, str) and _is_number(part)):
                 continue
-            if not _names_no_text(key):
+            if reference and isinstance(part, str) and not _is_sentence(part):
+                unused += [part] * (" " in part)
+            else:
                 yield from _texts(part, depth + 1, unused)
     elif isinstance(value, list | tuple):
         yield from _texts_of_list(value, depth, unused)
 
 
 def _texts_of_list(value: Sequence[Any], depth: int, unused: list[str]) -> Iterator[str]:
-    """Numbers beside a text say where it stands: what is before them is a page's title and no
-    evidence, what comes after both is a text.
+    """Where the first text stands before a number, or the only one beside one, the list refers to
+    a page: such texts are titles, and no evidence, unless they are sentences. All others are.
     """
-    others = [part for part in value if isinstance(part, str) and not _is_number(part)]
-    numbers = [
-        n
-        for n, part in enumerate(value)
-        if _is_number(part) and (others or not isinstance(part, str))
-    ]
-    titled = bool(numbers) and any(
-        isinstance(part, str) and not _is_number(part) for part in value[: numbers[-1]]
-    )
+    texts = [n for n, part in enumerate(value) if isinstance(part, str) and not _is_number(part)]
+    numbers = {n for n, part in enumerate(value) if _is_number(part)}
+    titles = [n for n in texts if n + 1 in numbers or (len(texts) == 1 and n - 1 in numbers)]
+    if titles[:1] != texts[:1]:
+        titles = []
+    doubtful = any(isinstance(part, float) for part in value)  # 1.0 may be a score
     for n, part in enumerate(value):
-        if numbers and isinstance(part, str):
-            text = titled and n > numbers[-1]
-            if _is_number(part) or not (text or _is_sentence(part)):
-                continue
-        yield from _texts(part, depth + 1, unused)
+        if n in titles and not _is_sentence(part):
+            unused += [part] * (" " in part and (doubtful or n != titles[0]))
+        elif n not in numbers or not texts:
+            yield from _texts(part, depth + 1, unused)
 
 
 def _names_no_text(key: object) -> bool:
@@ -228,7 +238,9 @@ def _names_no_text(key: object) -> bool:
 def _is_number(value: Any) -> bool:
     if isinstance(value, str):
         return value.strip().isdecimal()
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return (isinstance(value, int) and not isinstance(value, bool)) or (
+        isinstance(value, float) and value.is_integer()  # any other is a score
+    )
 
 
 def _is_sentence(text: str) -> bool:

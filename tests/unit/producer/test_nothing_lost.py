@@ -172,6 +172,19 @@ def test_what_says_nothing_is_no_evidence(value: Any) -> None:
         ("{not json", "{not json"),
         (["1999"], "1999"),
         ([LIT, 0.93], LIT),
+        ([["Tiny bit", 0.93], ["Second bit", 0.5]], "Tiny bit Second bit"),
+        ({"found": "Tiny bit", "score": 0.5}, "Tiny bit"),
+        (["Tiny bit", "Second bit", 5], "Tiny bit Second bit"),
+        ([5, "Tiny bit", "Second bit"], "Tiny bit Second bit"),
+        ([LIT, "Tiny bit", 3], f"{LIT} Tiny bit"),
+        (["T", 3, LIT, 1], LIT),
+        ("['One.', nan, None, 'Two.']", "One. Two."),
+        ("[array(['One.', 'Two.'], dtype=object)]", "One. Two."),
+        ("['One.' 'It\\'s [a] ' nan\n 'nan array(.']", "One. It's [a] nan array(."),
+        ("[{'text': 'One.', 'score': np.float64(0.5)}\n {'text': 'Two.'}]", "One. Two."),
+        ("array(['One.', 'Two.'],\n      dtype=object)", "One. Two."),
+        ("['One.' ... 'Two.']", "['One.' ... 'Two.']"),
+        ("['One.', open('x')]", "['One.', open('x')]"),
     ],
 )
 def test_all_text_of_evidence_is_used(value: Any, text: str) -> None:
@@ -184,10 +197,14 @@ def test_text_that_is_not_used_is_counted(tmp_path: Path) -> None:
         {"claim": "A.", "evidence": {"title": "T", "text": "Used.", "caption": caption}},
         {"claim": "B.", "evidence": {"text": f"It holds it: {caption}", "caption": caption}},
         {"claim": "C.", "evidence": "Plain."},
+        {"claim": "D.", "evidence": {"text_of_it": "A short text", "number": 3, "more": LIT}},
+        {"claim": "E.", "evidence": [["Tiny bit", 1.0], [LIT, 0.9]]},
+        {"claim": "F.", "evidence": ["A page", 0, "A short text", 1, TALL]},
+        {"claim": "G.", "evidence": ["A page", 0, TALL]},
     ]
     _, summary, claims, _ = read(rows, tmp_path)
-    assert claims[0].evidence == "Used."
-    assert summary.evidence_partly_used == 1
+    assert [c.evidence for c in claims][3:] == [LIT, LIT, TALL, TALL]
+    assert (claims[0].evidence, summary.evidence_partly_used) == ("Used.", 4)
 
 
 def test_fever_as_pandas_writes_it_is_fever(tmp_path: Path) -> None:
