@@ -79,7 +79,7 @@ def _next_step(file: ClaimsFile, summary: InputSummary) -> str:
     reasons = dict(summary.without_evidence)
     if WithoutEvidence.REFERENCES in reasons and file.format.corpus:
         return f"; --corpus looks them up in {file.format.corpus}"
-    if reasons.get(WithoutEvidence.NONE) == summary.claims and file.ignored_keys:
+    if total(summary.without_evidence) == summary.claims and file.ignored_keys:
         return (
             f"; ignored: {', '.join(file.ignored_keys[:_SHOWN])}; name one with "
             "--column evidence=NAME"

@@ -45,19 +45,20 @@ class Corpus:
             {key: {str(n): s for n, s in page.sentences.items()} for key, page in pages.items()},
         )
 
-    def text(self, references: Sequence[Reference]) -> str | None:
-        """The sentences referred to, each page's after its title; None when none is there."""
+    def text(self, references: Sequence[Reference]) -> tuple[str | None, bool]:
+        """The sentences referred to, each page's after its title, and whether some of them are not
+        there; None when none is.
+        """
         wanted: dict[str, list[str]] = {}
+        missing = False
         for key, number in references:
             page = self._pages.get(_key(key))
-            if page is not None:
-                sentences = page.sentences
-                found = sentences.values() if number is None else [sentences.get(number, "")]
-                wanted.setdefault(page.title, []).extend(filter(None, found))
-        return (
-            " ".join(f"{title}: {' '.join(found)}" for title, found in wanted.items() if found)
-            or None
-        )
+            sentences = {} if page is None else page.sentences
+            found = sentences.values() if number is None else [sentences.get(number, "")]
+            missing = missing or not any(found)
+            wanted.setdefault("" if page is None else page.title, []).extend(filter(None, found))
+        text = " ".join(f"{title}: {' '.join(found)}" for title, found in wanted.items() if found)
+        return text or None, missing
 
 
 def read_corpus(

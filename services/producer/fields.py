@@ -54,6 +54,9 @@ _SENTENCE = re.compile(r"[.!?…。][\"')\]\u201d\u2019]*\s*$")
 _SENTENCE_WORDS = 8
 
 
+_URLS = re.compile(r"(?:\s*https?://\S+)+\s*")
+
+
 class WithoutEvidence(StrEnum):
     """Why a claim has no evidence."""
 
@@ -174,15 +177,17 @@ def evidence_text(value: Any) -> Evidence:
     if isinstance(value, str):
         if _says_nothing(value):
             return Evidence(None, WithoutEvidence.NONE)
+        if _URLS.fullmatch(value):
+            return Evidence(None, WithoutEvidence.REFERENCES)
         return Evidence(value, None)
     if is_missing(value):
         return Evidence(None, WithoutEvidence.NONE)
     unused: list[str] = []
     text = " ".join(dict.fromkeys(_texts(value, 0, unused)))
-    if text:
+    if text and not _URLS.fullmatch(text):
         return Evidence(text, None, any(part.strip() not in text for part in unused))
-    why = WithoutEvidence.REFERENCES if has_numbers(value) else WithoutEvidence.NO_TEXT
-    return Evidence(None, why)
+    referring = text or has_numbers(value)
+    return Evidence(None, WithoutEvidence.REFERENCES if referring else WithoutEvidence.NO_TEXT)
 
 
 def _texts(value: Any, depth: int, unused: list[str]) -> Iterator[str]:
@@ -241,6 +246,11 @@ def _is_number(value: Any) -> bool:
     return (isinstance(value, int) and not isinstance(value, bool)) or (
         isinstance(value, float) and value.is_integer()  # any other is a score
     )
+
+
+def is_name(text: str) -> bool:
+    """Whether it is one word, as names of pages and documents are."""
+    return text.isascii() and len(text.split()) == 1
 
 
 def _is_sentence(text: str) -> bool:

@@ -210,10 +210,14 @@ class Parser:
         return found
 
     def _reading(self, line: Line, found: Found) -> Reading:
-        evidence, without = found.evidence, found.without
-        if evidence is None and self._corpus is not None and found.references:
-            evidence = self._corpus.text(found.references)
-            without = None if evidence else WithoutEvidence.NOT_FOUND
+        evidence, without, partly = found.evidence, found.without, found.partly
+        if self._corpus is not None and found.references:
+            text, missing = self._corpus.text(found.references)
+            if text is not None:
+                partly = missing or (isinstance(evidence, str) and evidence not in text)
+                evidence, without = text, None
+            elif evidence is None:
+                without = WithoutEvidence.NOT_FOUND
         label, gold = self._gold(found.label)
         claim_id = identity_of(found.id)
         text = found.claim
@@ -229,7 +233,7 @@ class Parser:
             ),
             label,
             without,
-            found.partly,
+            partly,
         )
 
     def _gold(self, value: Any) -> tuple[str, str | None]:

@@ -3,7 +3,7 @@
 docs/formats.md has the table for people: what is taken as the claim, its evidence and its label.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from services.producer.fields import (
     first_of,
     identity_of,
     is_missing,
+    is_name,
     named_fields,
     structured,
 )
@@ -30,7 +31,7 @@ class Found(NamedTuple):
     """The values of a record, before they are checked.
 
     `evidence` is text, or None for the reason `without`; `partly`: some of its text was not used.
-    `references` are looked up in a corpus, where one is given.
+    `references` are looked up in a corpus, where one is given, and replace it.
     """
 
     id: Any
@@ -68,20 +69,27 @@ class PublishedFormat:
 
 
 def read_plain(fields: Fields) -> Found:
-    """Read a record by the usual names of fields."""
-    why: WithoutEvidence | None = WithoutEvidence.NONE
-    for name in NAMES["evidence"]:
-        value = fields.get(name)
-        if value is None or is_missing(value):
-            continue
-        if isinstance(value, int | float):
-            return Found(_id(fields), _claim(fields), _label(fields), value)
-        text, reason, partly = evidence_text(value)
-        if text is not None:
-            return Found(_id(fields), _claim(fields), _label(fields), text, partly=partly)
-        if why is WithoutEvidence.NONE:
-            why = reason
-    return Found(_id(fields), _claim(fields), _label(fields), None, why)
+    """Read a record by the usual names of fields. Of several with evidence, the first text is used;
+    a single word is one only where there is no other.
+    """
+    values = [
+        value
+        for name in NAMES["evidence"]
+        if (value := fields.get(name)) is not None and not is_missing(value)
+    ]
+    found = [evidence_text(value) for value in values if not isinstance(value, int | float)]
+    texts = [(one.text, one.partly) for one in found if one.text is not None]
+    evidence: Any = None
+    why = None
+    partly = False
+    if texts:
+        evidence, partly = next((one for one in texts if not is_name(one[0])), texts[0])
+        partly = partly or any(not is_name(text) and text not in evidence for text, _ in texts[1:])
+    else:
+        reasons = [one.without for one in found if one.without is not WithoutEvidence.NONE]
+        why = reasons[0] if reasons else WithoutEvidence.NONE
+        evidence = next((value for value in values if isinstance(value, int | float)), None)
+    return Found(_id(fields), _claim(fields), _label(fields), evidence, why, partly=partly)
 
 
 def _id(fields: Fields) -> Any:
@@ -128,11 +136,26 @@ def _or_its_text(fields: Fields, found: Found) -> Found:
     return found if plain.evidence is None else plain
 
 
-def _looked_up(fields: Fields, references: Iterator[Reference]) -> Found:
+def _looked_up(
+    fields: Fields, references: Iterable[Reference], rows: Sequence[Fields] | None = None
+) -> Found:
+    """Evidence that a corpus has; without one the text in the record, or in the `rows` of it."""
     distinct = tuple(dict.fromkeys(references))
+    own = [read_plain(_without_references(row) if distinct else row) for row in rows or [fields]]
+    text = " ".join(dict.fromkeys(found.evidence for found in own if found.evidence)) or None
     why = WithoutEvidence.REFERENCES if distinct else WithoutEvidence.NONE
-    found = Found(_id(fields), _claim(fields), _label(fields), None, why, distinct)
-    return found if distinct else _or_its_text(fields, found)
+    return Found(
+        *(_id(fields), _claim(fields), _label(fields), text, None if text else why, distinct),
+        partly=any(found.partly for found in own),
+    )
+
+
+def _without_references(row: Fields) -> Fields:
+    return {
+        name: value
+        for name, value in row.items()
+        if name != "evidence_sentences" and (name != "evidence" or isinstance(value, str))
+    }
 
 
 def _fever_tuples(value: Any) -> Iterator[Sequence[Any]]:
@@ -183,10 +206,10 @@ def _read_fever_rows(fields: Fields) -> Found:
                 text = str(number)
                 yield page, int(text) if text.isdecimal() else None
 
-    return _looked_up(fields, references())
+    return _looked_up(fields, references(), _rows(fields))
 
 
-def _read_scifact(fields: Fields) -> Found:
+def _read_scifact(fields: Fields, rows: Sequence[Fields] | None = None) -> Found:
     evidence = fields.get("evidence") or {}
     labels = set()
     references: list[Reference] = []
@@ -196,7 +219,7 @@ def _read_scifact(fields: Fields) -> Found:
             references += ((str(document), number) for number in rationale.get("sentences", ()))
     if not references:  # what was cited does not decide the claim
         references = [(str(document), None) for document in fields.get("cited_doc_ids") or ()]
-    found = _looked_up(fields, iter(references))
+    found = _looked_up(fields, references, rows)
     if "evidence" not in fields:
         return found  # the test split
     label = "NOT ENOUGH INFO" if not labels else labels.pop() if len(labels) == 1 else "MIXED"
@@ -210,7 +233,7 @@ def _read_scifact_rows(fields: Fields) -> Found:
             evidence.setdefault(document, []).append(
                 {"label": row.get("evidence_label"), "sentences": row.get("evidence_sentences")}
             )
-    return _read_scifact({**fields, "evidence": evidence})
+    return _read_scifact({**fields, "evidence": evidence}, _rows(fields))
 
 
 def _read_averitec(fields: Fields) -> Found:

@@ -207,6 +207,60 @@ def test_text_that_is_not_used_is_counted(tmp_path: Path) -> None:
     assert (claims[0].evidence, summary.evidence_partly_used) == ("Used.", 4)
 
 
+URL = "https://example.org/harbour"
+
+
+@pytest.mark.parametrize(
+    ("fields", "text", "partly"),
+    [
+        ({"evidence": URL, "passage": LIT}, LIT, 0),
+        ({"evidence": "Oliver_Reed", "doc": LIT}, LIT, 0),
+        ({"evidence": LIT, "doc": "Oliver_Reed"}, LIT, 0),
+        ({"evidence": 5, "doc": LIT}, LIT, 0),
+        ({"evidence": LIT, "document": f"{TALL} {LIT}"}, LIT, 1),
+        ({"evidence": [LIT, TALL], "evidence_text": TALL}, f"{LIT} {TALL}", 0),
+        ({"evidence": "Oliver_Reed", "doc": "Fox"}, "Oliver_Reed", 0),
+        ({"evidence": f"{LIT} {URL}"}, f"{LIT} {URL}", 0),
+    ],
+)
+def test_of_fields_with_evidence_the_first_text_is_used_and_others_are_counted(
+    fields: dict[str, Any], text: str, partly: int, tmp_path: Path
+) -> None:
+    _, summary, (claim,), _ = read([{"claim": "A.", **fields}], tmp_path)
+    assert (claim.evidence, summary.evidence_partly_used) == (text, partly)
+
+
+@pytest.mark.parametrize("value", [URL, f"{URL} {URL}", [URL], {"text": URL}])
+def test_an_address_is_no_evidence(value: Any) -> None:
+    assert evidence_text(value) == (None, WithoutEvidence.REFERENCES, False)
+
+
+@pytest.mark.parametrize("corpus", [None, "none", "page", "half"])
+def test_the_text_of_a_record_with_references_is_used_where_no_corpus_has_it(
+    corpus: str | None, tmp_path: Path
+) -> None:
+    pages = {"none": "Q", "page": "P", "half": "P"}
+    wiki = tmp_path / "wiki.jsonl"
+    wiki.write_text(json.dumps({"id": pages.get(corpus or "", "Q"), "lines": "0\tIn P."}) + "\n")
+    references = [[[1, 2, "P", 0]] + [[1, 2, "P", 9]] * (corpus == "half")]
+    rows = [
+        {"id": 1, "claim": "A.", "evidence": references, "evidence_text": LIT},
+        {"id": 2, "claim": "B.", "evidence": references},
+    ]
+    file, summary, claims, _ = read(rows, tmp_path, corpus=wiki if corpus else None)
+    assert file.format.name == "fever"
+    found = corpus in ("page", "half")
+    assert [c.evidence for c in claims] == (["P: In P."] * 2 if found else [LIT, None])
+    # Of the first the text was not used, and of both a half was not found.
+    assert summary.evidence_partly_used == {"page": 1, "half": 2}.get(corpus or "", 0)
+
+
+def test_the_texts_of_all_rows_of_a_claim_are_used(tmp_path: Path) -> None:
+    content = "id,claim,evidence,evidence_wiki_url,evidence_sentence_id\n"
+    _, _, (claim,), _ = read(f"{content}1,A.,{LIT},P,0\n1,A.,{TALL},Q,1\n", tmp_path)
+    assert claim.evidence == f"{LIT} {TALL}"
+
+
 def test_fever_as_pandas_writes_it_is_fever(tmp_path: Path) -> None:
     content = (
         "id,label,claim,evidence\n1,SUPPORTS,A.,\"[[[1, 2, 'P', 0], [1, None, None, None]]]\"\n"
