@@ -12,7 +12,7 @@ from services.contracts.errors import InputError
 from services.contracts.runs import InputSummary
 from services.contracts.values import content_id
 from services.producer.corpus import Corpus, read_corpus
-from services.producer.fields import NAMES, label_text, normalized
+from services.producer.fields import NAMES, label_text, named_fields, normalized
 from services.producer.parse import Parser, Reading, Rejection, check_columns
 from services.producer.published import (
     PLAIN,
@@ -239,14 +239,25 @@ class ClaimsFile:
 
 
 def _check_format(name: str, format: PublishedFormat, records: Sequence[Mapping[str, Any]]) -> None:
-    """Raises InputError when the first records have none of the named format's own keys."""
+    """Raises InputError when the first records have none of the named format's own keys, or all
+    have evidence that it does not have.
+    """
     own = format.keys.difference(*NAMES.values())
     keys = list(dict.fromkeys(normalized(key) for record in records for key in record))
+    what = ""
     if own and records and own.isdisjoint(keys):
+        what = (
+            f"its first records have no {' and no '.join(map(repr, sorted(own)))}; their keys are "
+            f"{', '.join(keys[:20])}"
+        )
+    elif not own and records:
+        fields = map(named_fields, records)
+        tests = [format.test(f) for f in fields if not isinstance(f.get("evidence"), str)]
+        what = "the evidence of its first records has another form" * (set(tests) == {False})
+    if what:
         raise InputError(
-            f"{name}: it is not {format.title}: its first records have no "
-            f"{' and no '.join(map(repr, sorted(own)))}; their keys are {', '.join(keys[:20])}. "
-            f"Leave out --format {format.name}, or name another"
+            f"{name}: it is not {format.title}: {what}. Leave out --format {format.name}, or name "
+            "another"
         )
 
 

@@ -45,7 +45,8 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class PublishedFormat:
-    """One format. A record is of it when it has all of `keys` (normalized) and `test` says so.
+    """One format. A record is of it when it has all of `keys` (normalized) and `test` says so; None
+    of `test`: this record can be of it, and of others.
 
     `labels` says which of our prompt's labels a spelling means, for prompts that do not know it
     themselves; `classes` are the names of labels that are numbers. `pieces` makes of a record one
@@ -56,7 +57,7 @@ class PublishedFormat:
     title: str
     keys: frozenset[str]
     read: Callable[[Fields], Found]
-    test: Callable[[Fields], bool] = lambda _: True
+    test: Callable[[Fields], bool | None] = lambda _: True
     labels: Mapping[str, str] = field(default_factory=dict)
     classes: Sequence[str] = ()
     pieces: Callable[[Fields], Iterator[Found]] | None = None
@@ -64,8 +65,10 @@ class PublishedFormat:
     """Adjacent records of one claim are merged into one, with all of them as its `rows`."""
     corpus: str | None = None
 
-    def matches(self, fields: Fields) -> bool:
-        return self.keys <= fields.keys() and self.test(fields)
+    def matches(self, records: Sequence[Fields]) -> bool:
+        """Whether all these records can be of it, and one is."""
+        found = [self.keys <= fields.keys() and self.test(fields) for fields in records]
+        return False not in found and True in found
 
 
 def read_plain(fields: Fields) -> Found:
@@ -168,9 +171,12 @@ def _fever_tuples(value: Any) -> Iterator[Sequence[Any]]:
                 yield from _fever_tuples(part)
 
 
-def _is_fever(fields: Fields) -> bool:
-    tuples = list(_fever_tuples(fields["evidence"]))
-    return bool(tuples) and all(
+def _is_fever(fields: Fields) -> bool | None:
+    tuples = list(_fever_tuples(fields.get("evidence")))
+    if not tuples:  # NOT ENOUGH INFO, or of another format
+        why = evidence_text(fields.get("evidence")).without
+        return None if why in (WithoutEvidence.NONE, WithoutEvidence.NO_TEXT) else False
+    return all(
         isinstance(page, str | None)
         and all(_is_number_or_none(part) for part in (annotation, evidence_id, number))
         for annotation, evidence_id, page, number in tuples
@@ -268,12 +274,24 @@ def _read_hover(fields: Fields) -> Found:
 
 def _read_feverous(fields: Fields) -> Found:
     def references() -> Iterator[Reference]:
-        for piece in fields.get("evidence") or ():
+        pieces = fields.get("evidence")
+        for piece in pieces if isinstance(pieces, list) else ():
             for content in piece.get("content") or ():
                 page, _, rest = str(content).partition("_sentence_")
                 yield page, int(rest) if rest.isdecimal() else None
 
     return _looked_up(fields, references())
+
+
+def _is_feverous(fields: Fields) -> bool | None:
+    """By objects with names of sentences and cells, and what belongs to them."""
+    pieces = fields.get("evidence")
+    if is_missing(pieces):
+        return True if "annotator_operations" in fields else None
+    return isinstance(pieces, list) and all(
+        isinstance(piece, Mapping) and "context" in piece and isinstance(piece.get("content"), list)
+        for piece in pieces
+    )
 
 
 def _from(name: str) -> Callable[[Fields], Found]:
@@ -312,7 +330,7 @@ FORMATS: tuple[PublishedFormat, ...] = (
     PublishedFormat(
         "fever",
         "FEVER",
-        _keys("id", "claim", "evidence"),
+        _keys("id", "claim"),
         _read_fever,
         test=_is_fever,
         corpus=_FEVER_CORPUS,
@@ -352,7 +370,7 @@ FORMATS: tuple[PublishedFormat, ...] = (
         "AVeriTeC",
         _keys("claim", "questions"),
         _read_averitec,
-        test=lambda fields: isinstance(fields["questions"], list),
+        test=lambda fields: isinstance(fields.get("questions"), list),
     ),
     PublishedFormat(
         "hover",
@@ -364,8 +382,9 @@ FORMATS: tuple[PublishedFormat, ...] = (
     PublishedFormat(
         "feverous",
         "FEVEROUS",
-        _keys("id", "claim", "evidence", "annotator_operations"),
+        _keys("id", "claim"),
         _read_feverous,
+        test=_is_feverous,
     ),
     PublishedFormat(
         "llm-aggrefact",
@@ -421,10 +440,7 @@ def format_named(name: str) -> PublishedFormat:
 def recognized(records: Sequence[Fields]) -> PublishedFormat:
     """The format of a file by its first records; PLAIN when no format matches."""
     looked_at = [named_fields(record) for record in records[:SAMPLE_RECORDS]]
-    for known in FORMATS:
-        if looked_at and all(known.matches(fields) for fields in looked_at):
-            return known
-    return PLAIN
+    return next((known for known in FORMATS if known.matches(looked_at)), PLAIN)
 
 
 _LIAR_COLUMNS = (

@@ -1,5 +1,6 @@
 """The formats in which data sets are published, each by a small sample of our own writing."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,43 @@ def test_a_published_format_is_recognised_and_read(
     assert [(c.evidence, c.gold) for c in claims] == [(e, GOLD[g]) for e, g in expected]
     assert summary.claims == len(expected)
     assert sum(n for _, n in summary.without_evidence) == sum(e is None for e, _ in expected)
+
+
+FEVER = [[[1, 2, "P", 0]]]
+FEVEROUS = [{"content": ["P_sentence_0", "P_cell_0_1_1"], "context": {"P_sentence_0": ["P_title"]}}]
+
+
+@pytest.mark.parametrize(
+    ("evidences", "format"),
+    [
+        ([[], None, FEVER, "", [[]]], "fever"),
+        ([FEVEROUS, []], "feverous"),
+        ([[], []], "plain"),
+        ([FEVER, LIT], "plain"),
+        ([FEVER, [LIT]], "plain"),
+        ([FEVER, FEVEROUS], "plain"),
+        ([FEVEROUS, [{"content": LIT, "context": "C."}]], "plain"),
+    ],
+)
+def test_records_without_evidence_do_not_hide_a_format_and_others_do(
+    evidences: list[Any], format: str, tmp_path: Path
+) -> None:
+    rows = [{"id": n, "claim": f"A{n}.", "evidence": e} for n, e in enumerate(evidences)]
+    path = tmp_path / "claims"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (found, summary), _ = read(path)
+    assert (found, summary.claims) == (format, len(rows))
+    if format != "plain":
+        assert dict(summary.without_evidence)[NO_TEXT] == 1
+
+
+@pytest.mark.parametrize("named", ["fever", "feverous"])
+def test_evidence_of_another_format_than_the_named_is_refused(named: str, tmp_path: Path) -> None:
+    other = {"fever": FEVEROUS, "feverous": FEVER}[named]
+    path = tmp_path / "claims"
+    path.write_text(json.dumps({"id": 1, "claim": "A.", "evidence": other}))
+    with pytest.raises(InputError, match="it is not FEVER.*: the evidence .* has another form"):
+        read(path, Selection(format=named))
 
 
 def test_every_format_has_a_sample(published: Path) -> None:
