@@ -13,7 +13,7 @@ from services.contracts.runs import InputSummary
 from services.contracts.values import content_id
 from services.producer.corpus import Corpus, read_corpus
 from services.producer.fields import NAMES, label_text, named_fields, normalized
-from services.producer.parse import Parser, Reading, Rejection, check_columns
+from services.producer.parse import NO_LABEL, Parser, Reading, Rejection, check_columns
 from services.producer.published import (
     PLAIN,
     SAMPLE_RECORDS,
@@ -27,6 +27,8 @@ from services.producer.source import Source, sample_lines
 from services.producer.summary import InputCounts
 
 _CHUNK_RECORDS = 1_024
+# So that memory stays constant: of more claims, records with their labels are rejected.
+_MAX_LATE_LABELS = 100_000
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,9 @@ class ClaimsFile:
         file_summary = source.summarize(on_lines)
         self.records = file_summary.lines
         self.lines = self.records if selection.limit is None else min(selection.limit, self.records)
+        self._late_labels: dict[str, tuple[str, str | None]] = {}
+        """For claims whose first record has no label: that of a later record, as the file spells it
+        and as the prompt does."""
         self._corpus: Corpus | None = None
         self.unused_labels: tuple[str, ...] = ()
         """After `inspect`: labels in `label_map` that no record has."""
@@ -109,12 +114,9 @@ class ClaimsFile:
 
         Raises InputError when no record has a named column.
         """
-        summary = self.new_summary()
-        parser = self._parser(self._corpus)
-        with closing(SeenIds()) as seen:
-            for lines, _ in self._chunks(parser, summary, on_rejected, seen):
-                on_lines(lines)
-            summary.same_content, summary.other_label = seen.same_contents()
+        parser, summary = self._count(on_rejected, on_lines)
+        if self._late_labels:  # their claims are counted without them
+            parser, summary = self._count(lambda _: None, on_lines)
         for field_name, column in self.selection.columns.items():
             if column in parser.unseen_columns:
                 listed = ", ".join(repr(key) for key in list(parser.keys_seen)[:20]) or "none"
@@ -132,6 +134,16 @@ class ClaimsFile:
             if normalized(label_text(label) or "") in parser.labels_unused
         )
         return summary.result()
+
+    def _count(
+        self, on_rejected: Callable[[Rejection], None], on_lines: Callable[[int], None]
+    ) -> tuple[Parser, InputCounts]:
+        parser, summary = self._parser(self._corpus), self.new_summary()
+        with closing(SeenIds()) as seen:
+            for lines, _ in self._chunks(parser, summary, on_rejected, seen):
+                on_lines(lines)
+            summary.same_content, summary.other_label = seen.same_contents()
+        return parser, summary
 
     def claims(
         self, summary: InputCounts, on_rejected: Callable[[Rejection], None] = lambda _: None
@@ -165,7 +177,8 @@ class ClaimsFile:
             read += len(chunk)
             parsed = [(line, parser.parse(line)) for line in chunk]
             readings = [r for _, found in parsed if not isinstance(found, Rejection) for r in found]
-            checked = iter(seen.check([r.claim for r in readings], [r.label for r in readings]))
+            labels = ["" if r.label == NO_LABEL else r.label for r in readings]
+            checked = iter(seen.check([r.claim for r in readings], labels))
             fresh: list[Reading] = []
             for line, found in parsed:
                 if isinstance(found, Rejection):
@@ -177,9 +190,11 @@ class ClaimsFile:
                     duplicate, claim, _ = known = next(checked)
                     if not self._is_wanted(claim):
                         continue
+                    if duplicate is Duplicate.LABELLED and self._take_label(claim, reading.label):
+                        duplicate = Duplicate.REPEATED
                     if duplicate is Duplicate.REPEATED:
                         summary.add_repeated(line.position, claim.claim_id)
-                    elif duplicate in (Duplicate.OTHER_TEXT, Duplicate.OTHER_LABEL):
+                    elif duplicate not in (Duplicate.NEW, Duplicate.OTHER_EVIDENCE):
                         rejection = parser.contradicted(line, known)
                         summary.add_rejection(rejection.kind, line.position, claim.claim_id)
                         on_rejected(rejection)
@@ -187,9 +202,19 @@ class ClaimsFile:
                         if duplicate is Duplicate.OTHER_EVIDENCE:
                             summary.add_own_id()
                             reading = replace(reading, claim=claim)
+                        if claim.claim_id in self._late_labels:
+                            label, gold = self._late_labels[claim.claim_id]
+                            claim = claim.model_copy(update={"gold": gold})
+                            reading = replace(reading, claim=claim, label=label)
                         fresh.append(reading)
             summary.add_claims(fresh)
             yield read, [reading.claim for reading in fresh]
+
+    def _take_label(self, claim: Claim, label: str) -> bool:
+        """Keep the label for the next pass over the file. False when there are too many."""
+        if len(self._late_labels) < _MAX_LATE_LABELS:
+            self._late_labels.setdefault(claim.claim_id, (label, claim.gold))
+        return claim.claim_id in self._late_labels
 
     def _is_wanted(self, claim: Claim) -> bool:
         return self.selection.only is None or claim.claim_id in self.selection.only

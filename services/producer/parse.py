@@ -163,9 +163,10 @@ class Parser:
     def contradicted(self, line: Line, seen: Seen) -> Rejection:
         """The rejection of a claim whose id an earlier record has with another text or label."""
         earlier = f"record {seen.earlier + 1:,} of the file"
-        if seen.duplicate is Duplicate.OTHER_LABEL:
+        if seen.duplicate in (Duplicate.OTHER_LABEL, Duplicate.LABELLED):
             field = "label"
-            reason = f"{earlier} has the same claim and evidence with another label"
+            other = "another" if seen.duplicate is Duplicate.OTHER_LABEL else "no"
+            reason = f"{earlier} has the same claim and evidence with {other} label"
             step = "keep the record with the right label"
         else:
             field = "id"

@@ -18,9 +18,11 @@ class Duplicate(Enum):
 
     NEW = "new"
     REPEATED = "repeated"
-    """The same id with the same content."""
+    """The same id with the same content, and the same label or none."""
     OTHER_EVIDENCE = "other evidence"
     """New: the same id and text as before with other evidence; the claim gets its own id."""
+    LABELLED = "labelled"
+    """The same id with the same content, and the first label for it."""
     OTHER_TEXT = "other text"
     """The same id with another text."""
     OTHER_LABEL = "other label"
@@ -81,8 +83,11 @@ class SeenIds:
         if execute("INSERT INTO seen VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", row).rowcount:
             return Seen(Duplicate.NEW, claim, claim.position)
         *before, earlier = execute("SELECT * FROM seen WHERE id = ?", row[:1]).fetchone()
-        if before == list(row[:4]):
+        if before[:3] == list(row[:3]) and row[3] in (before[3], _NO_LABEL):
             return Seen(Duplicate.REPEATED, claim, earlier)
+        if before[:3] == list(row[:3]) and before[3] == _NO_LABEL:
+            execute("UPDATE seen SET gold = ? WHERE id = ?", (row[3], row[0]))
+            return Seen(Duplicate.LABELLED, claim, earlier)
         if before[1] != text:
             return Seen(Duplicate.OTHER_TEXT, claim, earlier)
         # From the content, so that the id does not depend on the records that `--limit` takes.
@@ -103,7 +108,7 @@ class SeenIds:
             "SELECT sum(n - 1), sum(low <> high) FROM (SELECT count(*) AS n, min(label) AS low, "
             "max(label) AS high FROM (SELECT body, nullif(gold, ?) AS label FROM seen) "
             "GROUP BY body)",
-            (_label_digest(""),),
+            (_NO_LABEL,),
         ).fetchone()
         return same or 0, labels or 0
 
@@ -117,3 +122,4 @@ def _number(digest: bytes) -> int:
 
 
 _label_digest = lru_cache(maxsize=1024)(_digest)
+_NO_LABEL = _digest("")

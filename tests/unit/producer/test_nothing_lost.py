@@ -131,6 +131,33 @@ def test_minus_one_is_no_label_unless_it_is_said_to_be_one(minus_one: Any, tmp_p
     assert read(rows, tmp_path, prompt)[2][0].gold == "REFUTES"
 
 
+@pytest.mark.parametrize("none", ["", "-1"])
+@pytest.mark.parametrize("labels", ["{},SUPPORTS", "SUPPORTS,{}", "{},{},SUPPORTS,SUPPORTS"])
+def test_a_label_counts_in_whichever_record_of_a_claim_it_is(
+    none: str, labels: str, tmp_path: Path
+) -> None:
+    rows = [{"claim": "A.", "label": label} for label in labels.format(*[none] * 2).split(",")]
+    for n, row in enumerate(rows):
+        row |= {"id": "7", "evidence": ["E.", "F."][n % 2 if len(rows) > 2 else 0]}
+    _, summary, claims, rejections = read(rows, tmp_path)
+    assert {claim.gold for claim in claims} == {"SUPPORTS"}
+    assert summary.gold == (("SUPPORTS", len(claims)),)
+    assert (summary.repeated, summary.unlabelled, summary.kept_back) == (len(claims), 0, 0)
+    assert rejections == []
+
+
+def test_of_more_late_labels_than_are_kept_the_records_are_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.producer.claims_file._MAX_LATE_LABELS", 1)
+    rows = [{"id": n, "claim": "A."} for n in (1, 2)]
+    rows += [{**row, "label": "SUPPORTS"} for row in rows]
+    _, summary, claims, (rejection,) = read(rows, tmp_path)
+    assert [c.gold for c in claims] == ["SUPPORTS", None]
+    assert (summary.repeated, rejection.line) == (1, 4)
+    assert rejection.reason == "record 2 of the file has the same claim and evidence with no label"
+
+
 # Evidence.
 
 

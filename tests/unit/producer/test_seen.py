@@ -36,21 +36,36 @@ def test_a_claim_is_new_once_and_repeated_ever_after(seen: SeenIds) -> None:
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("other", "how"),
     [
-        claim(text="u"),
-        claim(gold="SUPPORTS"),
-        claim(gold="None"),
+        (claim(text="u", gold="A"), Duplicate.OTHER_TEXT),
+        (claim(gold="SUPPORTS"), Duplicate.OTHER_LABEL),
+        (claim(gold="None"), Duplicate.OTHER_LABEL),
     ],
     ids=["text", "gold", "gold 'None'"],
 )
-def test_the_same_id_with_other_content_is_contradicted(seen: SeenIds, other: Claim) -> None:
-    how = Duplicate.OTHER_LABEL if other.gold else Duplicate.OTHER_TEXT
-    assert results(seen, [claim(), other, claim(), other]) == [
+def test_the_same_id_with_other_content_is_contradicted(
+    seen: SeenIds, other: Claim, how: Duplicate
+) -> None:
+    first = claim(gold="A")
+    assert results(seen, [first, other, first, other]) == [
         Duplicate.NEW,
         how,
         Duplicate.REPEATED,
         how,
+    ]
+
+
+def test_a_missing_label_contradicts_none_and_the_first_label_is_reported_once(
+    seen: SeenIds,
+) -> None:
+    golds = ["", "A", "", "A", "B"]
+    assert results(seen, [claim(gold=gold or None) for gold in golds]) == [
+        Duplicate.NEW,
+        Duplicate.LABELLED,
+        Duplicate.REPEATED,
+        Duplicate.REPEATED,
+        Duplicate.OTHER_LABEL,
     ]
 
 
