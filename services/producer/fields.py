@@ -112,7 +112,7 @@ def first_of(fields: Mapping[str, Any], names: tuple[str, ...]) -> Any:
 
 
 def identity_of(value: Any) -> Any:
-    """An id as text: 7, 7.0 and "7" are the same.
+    """An id as text: 7, 7.0, "7" and "7.0" are the same. Pandas writes 7.0 where ids are missing.
 
     Any other value is returned unchanged, and rejected later.
     """
@@ -120,6 +120,8 @@ def identity_of(value: Any) -> Any:
         return None
     if isinstance(value, float) and value.is_integer():
         value = int(value)
+    if isinstance(value, str) and value.endswith(".0") and value[:-2].isdecimal():
+        value = value[:-2]
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 

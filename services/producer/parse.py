@@ -132,6 +132,10 @@ class Parser:
             if not isinstance(fields, dict):
                 reason = "Input should be an object"
                 return self._reject(line, None, "not an object", reason, _WRITE_OBJECT)
+            key = _repeated_key(line.content, fields)
+            if key is not None:
+                reason = f"the key {key[:_SHOWN_LABEL_CHARS]!r} is there twice, with two values"
+                return self._reject(line, None, "repeated key", reason, "keep one of them")
         self._note_keys(fields)
         try:
             found = self._found(fields)
@@ -326,6 +330,29 @@ def check_columns(columns: Mapping[str, str]) -> None:
         raise InputError(
             f"--column {unknown[0]}=…: there is no such field; the fields are {', '.join(NAMES)}"
         )
+
+
+def _repeated_key(content: bytes, parsed: object) -> str | None:
+    """A key that an object has twice with different values, of which the parser takes the last."""
+    if content.count(b'":') == _keys(parsed):
+        return None
+    repeated: list[str] = []
+
+    def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            repeated.extend(key for key, value in pairs if found[key] != value)
+        return found
+
+    json.loads(content, object_pairs_hook=check, parse_int=str)
+    return repeated[0] if repeated else None
+
+
+def _keys(value: Any) -> int:
+    """The number of keys in it, at any depth."""
+    if isinstance(value, dict):
+        return len(value) + sum([_keys(v) for v in value.values() if type(v) in (dict, list)])
+    return sum([_keys(v) for v in value if type(v) in (dict, list)])
 
 
 def _is_scalar(value: Any) -> bool:

@@ -301,7 +301,7 @@ def test_an_array_is_split_into_what_was_put_together(
 
 @pytest.mark.parametrize(
     ("value", "claim_id"),
-    [("1.0", "1"), ("7", "7"), ('"7.0"', "7.0"), ("NaN", "c-e162ebe581ed56ca")],
+    [("1.0", "1"), ("7", "7"), ('"7.0"', "7"), ('"v7.0"', "v7.0"), ("NaN", "c-e162ebe581ed56ca")],
 )
 def test_a_number_is_an_id_and_nan_is_none(value: str, claim_id: str, tmp_path: Path) -> None:
     path = write(

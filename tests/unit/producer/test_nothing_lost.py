@@ -399,6 +399,34 @@ def test_a_field_of_several_lines_is_one_field(row: str, text: str, tmp_path: Pa
     assert text.replace('""', '"') in (claims[0].text, claims[0].evidence)
 
 
+# JSON.
+
+
+@pytest.mark.parametrize(
+    ("record", "key"),
+    [
+        ('{"claim": "A.", "claim": "B."}', "claim"),
+        ('{"claim" : "A.", "label": "SUPPORTS", "label" : "REFUTES"}', "label"),
+        ('{"claim": "A.", "evidence": [{"text": "E.", "text": "F."}]}', "text"),
+        ('{"claim": "A.", "claim": "A."}', None),
+        (
+            '{"claim": "He said \\"claim\\": no", "evidence": [{"text": "E."}, {"text": "F."}]}',
+            None,
+        ),
+    ],
+)
+def test_a_key_with_two_values_rejects_its_record(
+    record: str, key: str | None, tmp_path: Path
+) -> None:
+    _, _, claims, rejections = read(f'{record}\n{{"claim": "Z."}}\n', tmp_path)
+    assert claims[-1].text == "Z."
+    if key is None:
+        assert (len(claims), rejections) == (2, [])
+    else:
+        assert (rejections[0].line, rejections[0].kind) == (1, "repeated key")
+        assert rejections[0].reason == f"the key '{key}' is there twice, with two values"
+
+
 # Files that were put together.
 
 
