@@ -25,7 +25,7 @@ from services.producer.files import (
 from services.producer.json_values import json_values
 from services.producer.lines import bounded_lines
 from services.producer.published import columns_without_header
-from services.producer.tables import rows, table_files
+from services.producer.tables import dataset_files, rows
 
 Container = Literal["jsonl", "json", "csv", "parquet", "arrow"]
 """How records are kept in a file. `csv` is all delimited text; `json` is an array, or objects that
@@ -76,17 +76,26 @@ class Source:
         name: str,
         container: Container | None = None,
         *,
+        names: Sequence[str] = (),
         claim_column: str | None = None,
         encoding: str | None = None,
     ) -> None:
-        """`encoding` is the encoding of the text; UTF-8, UTF-16 and UTF-32 are recognised.
-        `claim_column` is the column or key of the claim, when it is not a known one; a number
-        counts the columns of delimited text without a header.
+        """`names` are those of the files, if there are several. `encoding` is the encoding of the
+        text; UTF-8, UTF-16 and UTF-32 are recognised. `claim_column` is the column or key of the
+        claim, when it is not a known one; a number counts the columns of delimited text without a
+        header.
 
         Raises InputError when delimited text has no such column.
         """
         self.name = name
-        self.container = container or _container(files[0], name)
+        self._names = list(names) or [name]
+        containers = {container or _container(file, name) for file in files}
+        if len(containers) > 1:
+            raise InputError(
+                f"{name} has files of several kinds ({', '.join(sorted(containers))}); name one of "
+                "them, or keep those of one kind in it"
+            )
+        self.container: Container = containers.pop()
         self._files = [
             file if self.container in ("parquet", "arrow") else as_utf8(file, name, encoding)
             for file in files
@@ -95,15 +104,19 @@ class Source:
         self.same_claim: Callable[[Mapping[str, Any]], object] | None = None
         """Adjacent records for which this returns the same value are merged into one, with all of
         them as its `rows`. A record for which it returns None stays by itself."""
-        self._dialect: Dialect | None = None
+        self._dialects: list[Dialect] = []
         if self.container == "csv":
             try:
-                self._dialect = find_dialect(
-                    self._files[0],
-                    name,
-                    names_claim=self._names_claim,
-                    unnamed=self._columns_by_number,
-                )
+                self._dialects = [
+                    find_dialect(
+                        file,
+                        its_name,
+                        names_claim=self._names_claim,
+                        unnamed=self._columns_by_number,
+                    )
+                    for file, its_name in zip(self._files, self._names, strict=True)
+                ]
+                self._require_same_columns()
             except InputError:
                 self.close()
                 raise
@@ -118,13 +131,13 @@ class Source:
         encoding: str | None = None,
         split: str | None = None,
     ) -> Self:
-        """A file, a directory of Parquet or Arrow files, or `-` for standard input.
+        """A file, a directory of Parquet or Arrow files or of Spark's, or `-` for standard input.
 
         Raises InputError that names the file and the next step.
         """
         with ExitStack() as held:
             if path != "-" and Path(path).is_dir():
-                opened = [open_file(str(file)) for file in table_files(Path(path), split)]
+                opened = [open_file(str(file)) for file in dataset_files(Path(path), split)]
                 name = path.encode(errors="replace").decode()
             else:
                 opened = [open_file(path)]
@@ -137,8 +150,19 @@ class Source:
                 name = opened[0][1]
             for file, _ in opened:
                 held.callback(file.close)
-            files = [decompressed(file, name) for file, name in opened]
-            source = cls(files, name, container, claim_column=claim_column, encoding=encoding)
+            files = [(decompressed(file, its_name), its_name) for file, its_name in opened]
+            if len(files) > 1:  # Spark writes empty files as well
+                for empty in [pair for pair in files if _is_empty(pair[0])][: len(files) - 1]:
+                    files.remove(empty)
+                    empty[0].close()
+            source = cls(
+                [file for file, _ in files],
+                name,
+                container,
+                names=[its_name for _, its_name in files],
+                claim_column=claim_column,
+                encoding=encoding,
+            )
             held.pop_all()
             return source
 
@@ -155,17 +179,17 @@ class Source:
     @property
     def columns(self) -> tuple[str, ...] | None:
         """The columns of delimited text; None for other containers."""
-        return None if self._dialect is None else self._dialect.columns
+        return self._dialects[0].columns if self._dialects else None
 
     @property
     def delimiter(self) -> str | None:
         """The delimiter of delimited text; None for other containers."""
-        return None if self._dialect is None else self._dialect.delimiter
+        return self._dialects[0].delimiter if self._dialects else None
 
     @property
     def has_header(self) -> bool:
         """Whether the columns are named in the file."""
-        return self._dialect is None or self._dialect.header
+        return not self._dialects or self._dialects[0].header
 
     def summarize(self, on_lines: Callable[[int], None] = lambda _: None) -> FileSummary:
         """Read the whole file. `on_lines` is called with the number of records read so far.
@@ -220,27 +244,46 @@ class Source:
             yield first, {**group[0], "rows": group}, None
 
     def _records(self) -> Iterator[_Record]:
-        if self._dialect is not None:
-            names = self._dialect.columns
-            for number, fields, fault, text in records(self._files[0], self._dialect):
+        """The records of all files; their lines are counted as if they were one."""
+        if len(self._files) == 1:
+            yield from self._records_of(0)
+            return
+        before = 0
+        for index in range(len(self._files)):
+            number = 0
+            for number, content, fault in self._records_of(index):
+                yield before + number, content, fault
+            before += number
+
+    def _records_of(self, index: int) -> Iterator[_Record]:
+        file = self._files[index]
+        if self._dialects:
+            names = self._dialects[index].columns
+            for number, fields, fault, text in records(file, self._dialects[index]):
                 if fault is not None and not fields:
                     yield number, text.encode(errors="surrogateescape"), fault
                     continue
                 pairs = zip(names, fields, strict=False)
                 yield number, {name: field for name, field in pairs if name}, fault
         elif self.container == "json":
-            for number, value in json_values(self._files[0], self.name):
+            for number, value in json_values(file, self._names[index]):
                 yield number, value, None
         elif self.container == "jsonl":
-            for number, content, fault, _ in bounded_lines(self._files[0]):
+            for number, content, fault, _ in bounded_lines(file):
                 if fault is not None or content.strip():
                     yield number, content, fault
         else:
-            number = 0
-            for file in self._files:
-                for row in rows(file, self.name, self.container):
-                    number += 1
-                    yield number, row, None
+            for number, row in enumerate(rows(file, self._names[index], self.container), 1):
+                yield number, row, None
+
+    def _require_same_columns(self) -> None:
+        first = self._dialects[0]
+        for name, dialect in zip(self._names, self._dialects, strict=True):
+            if (dialect.columns, dialect.header) != (first.columns, first.header):
+                raise InputError(
+                    f"{name} has other columns ({', '.join(map(repr, dialect.columns))}) than "
+                    f"{self._names[0]} ({', '.join(map(repr, first.columns))}); read each by itself"
+                )
 
     def _names_claim(self, header: Collection[str]) -> bool:
         if self._claim_column is not None:
@@ -272,6 +315,12 @@ def as_object(content: bytes | Mapping[str, Any]) -> Mapping[str, Any] | None:
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
+
+
+def _is_empty(file: IO[bytes]) -> bool:
+    empty = not file.read(1)
+    file.seek(0)
+    return empty
 
 
 def _container(file: IO[bytes], name: str) -> Container:

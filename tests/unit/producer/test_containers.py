@@ -584,6 +584,71 @@ def test_shards_are_one_split_and_caches_are_none(place: str, mark: str, tmp_pat
     assert texts(tmp_path) == ["Part 0.", "Part 1."]
 
 
+SPARK_PART = "part-0000{}-5b1c3f3e-7f65-4c0e-8e6a-2d6f3ad4b2a1-c000.{}"
+
+
+def test_parts_that_spark_wrote_are_one_table(tmp_path: Path) -> None:
+    for number in range(2):
+        table = pa.table({"claim": [f"Part {number}."]})
+        pq.write_table(table, tmp_path / SPARK_PART.format(number, "snappy.parquet"))
+    (tmp_path / "_SUCCESS").touch()
+    (tmp_path / "_temporary").mkdir()
+    (tmp_path / "_temporary" / "0.parquet").write_bytes(b"x")
+    assert texts(tmp_path) == ["Part 0.", "Part 1."]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_parts_that_spark_wrote_as_text_are_read_with_a_header_each(
+    packed: bool, tmp_path: Path
+) -> None:
+    contents = {
+        "csv": ["claim,label\nA.,SUPPORTS\n", "", "claim,label\nB.,REFUTES\n,REFUTES\n"],
+        "json": ['{"claim": "A."}\n', "", '{"claim": "B."}\n{"claim": ""}\n'],
+    }
+    for kind, parts in contents.items():
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "_SUCCESS").touch()
+        for number, content in enumerate(parts):
+            name = SPARK_PART.format(number, kind) + ".gz" * packed
+            data = gzip.compress(content.encode()) if packed else content.encode()
+            (tmp_path / kind / name).write_bytes(data)
+            (tmp_path / kind / f".{name}.crc").write_bytes(b"x")
+        _, claims, (rejection,) = judged(tmp_path / kind)
+        assert [claim.text for claim in claims] == ["A.", "B."]
+        assert (rejection.line, claims[1].position) == (5 if kind == "csv" else 3, 1)
+
+
+def test_parts_with_other_columns_or_of_other_kinds_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, "claim,label\nA.,SUPPORTS\n", SPARK_PART.format(0, "csv"))
+    other = write(tmp_path, "label,claim\nSUPPORTS,B.\n", SPARK_PART.format(1, "csv"))
+    with pytest.raises(InputError, match=f"{other} has other columns .'label', 'claim'. than "):
+        texts(tmp_path)
+    write(tmp_path, '{"claim": "B."}\n', other.name)
+    with pytest.raises(InputError, match=r"has files of several kinds \(csv, jsonl\); name one"):
+        texts(tmp_path)
+
+
+def test_numbered_files_of_the_hub_are_parts_and_their_directories_splits(tmp_path: Path) -> None:
+    for split, numbers in {"train": (0, 1), "test": (0,), "dev": (0, 2)}.items():
+        (tmp_path / "default" / split).mkdir(parents=True)
+        for number in numbers:
+            table = pa.table({"claim": [f"{split} {number}."]})
+            pq.write_table(table, tmp_path / "default" / split / f"000{number}.parquet")
+    assert texts(tmp_path / "default" / "train") == ["train 0.", "train 1."]
+    with pytest.raises(InputError, match="--split: default/dev, default/test, default/train"):
+        texts(tmp_path)
+    with pytest.raises(InputError, match="of the 3 parts of dev 1 are missing, .* 00001"):
+        texts(tmp_path / "default" / "dev")
+    with Source.open(str(tmp_path / "default"), split="train") as source:
+        assert source.summarize().lines == 2
+
+
+def test_parts_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for number in (0, 2, 10):
+        pq.write_table(pa.table({"claim": [f"{number}."]}), tmp_path / f"part.{number}.parquet")
+    assert texts(tmp_path) == ["0.", "2.", "10."]
+
+
 def test_a_file_has_no_splits(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a file: --split chooses among"):
         Source.open(str(write(tmp_path, b'{"claim": "A."}')), split="train")
