@@ -24,9 +24,15 @@ def refuse_changed_file(submission: Submission, store: "Store") -> None:
             continue
         status = run_status(store, run.run_id)
         if status is not None and not status.complete and not status.cancelled:
+            flag = submission.file.differing_flag(run.source_digest)
+            what = (
+                f"is read with another {flag}"
+                if flag
+                else "has changed, or is read with other flags (--column, --format, "
+                "--each-evidence, --corpus),"
+            )
             raise InputError(
-                f"{run.source} has changed, or is read with other flags (--column, --format, "
-                f"--each-evidence, --corpus), since it was submitted as {run.run_id}, which is "
+                f"{run.source} {what} since it was submitted as {run.run_id}, which is "
                 f"unfinished: {_difference(submission, status, store)}. To complete that run, "
                 "submit the original file with the same flags. To start a new run, first run "
                 f"`keepwarm cancel {run.run_id}`"

@@ -15,6 +15,7 @@ from services.producer.corpus import Corpus, read_corpus
 from services.producer.fields import NAMES, label_text, named_fields, normalized
 from services.producer.parse import NO_LABEL, Parser, Reading, Rejection, check_columns
 from services.producer.published import (
+    FORMATS,
     PLAIN,
     SAMPLE_RECORDS,
     PublishedFormat,
@@ -27,6 +28,13 @@ from services.producer.source import Source, sample_lines
 from services.producer.summary import InputCounts
 
 _CHUNK_RECORDS = 1_024
+# The flags by which parts of a file's identity are given.
+_FLAGS = {
+    "columns": "--column",
+    "reading": "--format",
+    "each_evidence": "--each-evidence",
+    "corpus": "--corpus",
+}
 # So that memory stays constant: of more claims, records with their labels are rejected.
 _MAX_LATE_LABELS = 100_000
 
@@ -103,7 +111,23 @@ class ClaimsFile:
         """After `inspect`, for the plain format: columns or keys that are not a claim's field."""
         if selection.corpus is not None:
             self._corpus = self._read_corpus(selection.corpus, on_pages)
-        self.source_digest = content_id("src", self._identity(file_summary.digest))
+        self._identity = self._identity_of(file_summary.digest)
+        self.source_digest = content_id("src", self._identity)
+
+    def differing_flag(self, source_digest: str) -> str | None:
+        """The flag by which alone this file differs from that of a digest: with another or no value
+        the digest is the same. None if there is none such.
+        """
+        identity = self._identity
+        for key, flag in _FLAGS.items():
+            others = [{name: value for name, value in identity.items() if name != key}]
+            if flag == "--column":
+                others = [{**identity, key: {}}]
+            elif flag == "--format":
+                others += [{**identity, key: known.name} for known in FORMATS]
+            if source_digest in (content_id("src", other) for other in others):
+                return flag
+        return None
 
     def inspect(
         self,
@@ -243,7 +267,7 @@ class ClaimsFile:
         references = (reference for line in lines for reference in parser.references(line))
         return read_corpus(path, references, self.format.corpus, on_pages)
 
-    def _identity(self, digest: str) -> dict[str, object]:
+    def _identity_of(self, digest: str) -> dict[str, object]:
         """What determines the claims. Gold labels do not: naming or mapping the label column later
         does not change the run.
         """

@@ -730,3 +730,29 @@ def test_the_column_of_the_labels_is_no_part_of_a_run(tmp_path: Path) -> None:
         with Source.open(str(path)) as source:
             digests.add(ClaimsFile(source, PROMPT, Selection(columns=columns)).source_digest)
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "flag"),
+    [
+        ({}, {"columns": {"evidence": "more"}}, "--column"),
+        ({"format": "plain"}, {}, "--format"),
+        ({}, {"format": "plain"}, "--format"),
+        ({"format": "plain"}, {"corpus": "wiki"}, None),
+        ({}, {"corpus": "wiki"}, "--corpus"),
+        ({"format": "plain"}, {"format": "plain", "each_evidence": True}, "--each-evidence"),
+        ({"columns": {"evidence": "more"}}, {}, None),
+    ],
+)
+def test_the_flag_that_makes_another_run_of_a_file_is_known(
+    then: dict[str, Any], now: dict[str, Any], flag: str | None, tmp_path: Path
+) -> None:
+    row = {"id": 1, "claim": "A.", "evidence": [[[1, 2, "P", 0]]], "more": "F."}
+    path = write(tmp_path, json.dumps(row))
+    write(tmp_path, '{"id": "P", "lines": "0\\tIn P."}\n', "wiki")
+    files = []
+    for how in (then, now):
+        corpus = {"corpus": tmp_path / how["corpus"]} if "corpus" in how else {}
+        with Source.open(str(path)) as source:
+            files.append(ClaimsFile(source, PROMPT, Selection(**{**how, **corpus})))
+    assert files[1].differing_flag(files[0].source_digest) == flag
