@@ -43,11 +43,13 @@ _OPENING = ("[", "{", "array([")
 # as a whole, so that nothing in them is changed.
 _NOT_LITERAL = re.compile(
     r"""(?P<value>'(?:[^'\\]|\\.|\\\Z)*(?:'|\Z)|"(?:[^"\\]|\\.|\\\Z)*(?:"|\Z)|[\])}]"""
-    r"""|\b[\d.]+(?:e[+-]?\d+)?|\bNone\b|(?P<missing>\b(?:nan|NaN|NaT|inf)\b|<NA>))"""
-    r"""(?P<gap>\s+(?=['"\[({\w<+-]))?|\b(?:array|np\.\w+)(?=\()|,\s*dtype=[^)]*""",
+    r"""|\b[\d.]+(?:e[+-]?\d+)?|\.\.\.|\bNone\b|(?P<missing>\b(?:nan|NaN|NaT|inf)\b|<NA>))"""
+    r"""(?P<gap>\s+(?=['"\[({\w<+.-]))?|\b(?:array|np\.\w+)(?=\()|,\s*dtype=[^)]*""",
     re.DOTALL,
 )
 _NOTHING = frozenset(("[]", "{}", "nan", "none", "null"))
+_LEFT_OUT = "\0"
+"""What stands for the middle of a long array, of which numpy writes the ends."""
 _MOST_DEPTH = 16
 # A page's title does not end in a full stop, and rarely has this many words.
 _SENTENCE = re.compile(r"[.!?…。][\"')\]\u201d\u2019]*\s*$")
@@ -217,6 +219,8 @@ def _texts(value: Any, depth: int, unused: list[str]) -> Iterator[str]:
                 unused += [part] * (" " in part)
             else:
                 yield from _texts(part, depth + 1, unused)
+    elif value is ...:
+        unused.append(_LEFT_OUT)
     elif isinstance(value, list | tuple):
         yield from _texts_of_list(value, depth, unused)
 

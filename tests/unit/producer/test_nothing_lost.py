@@ -210,7 +210,6 @@ def test_what_says_nothing_is_no_evidence(value: Any) -> None:
         ("['One.' 'It\\'s [a] ' nan\n 'nan array(.']", "One. It's [a] nan array(."),
         ("[{'text': 'One.', 'score': np.float64(0.5)}\n {'text': 'Two.'}]", "One. Two."),
         ("array(['One.', 'Two.'],\n      dtype=object)", "One. Two."),
-        ("['One.' ... 'Two.']", "['One.' ... 'Two.']"),
         ("['One.', open('x')]", "['One.', open('x')]"),
     ],
 )
@@ -228,10 +227,11 @@ def test_text_that_is_not_used_is_counted(tmp_path: Path) -> None:
         {"claim": "E.", "evidence": [["Tiny bit", 1.0], [LIT, 0.9]]},
         {"claim": "F.", "evidence": ["A page", 0, "A short text", 1, TALL]},
         {"claim": "G.", "evidence": ["A page", 0, TALL]},
+        {"claim": "H.", "evidence": f"['{TALL}'\n 'Second...' ...\n 'Last.']"},
     ]
     _, summary, claims, _ = read(rows, tmp_path)
-    assert [c.evidence for c in claims][3:] == [LIT, LIT, TALL, TALL]
-    assert (claims[0].evidence, summary.evidence_partly_used) == ("Used.", 4)
+    assert [c.evidence for c in claims][3:] == [*(LIT, LIT, TALL, TALL, f"{TALL} Second... Last.")]
+    assert (claims[0].evidence, summary.evidence_partly_used) == ("Used.", 5)
 
 
 URL = "https://example.org/harbour"
