@@ -123,16 +123,17 @@ class Parser:
         if line.fault is not None:
             kind = "repeated header" if line.fault == REPEATED_HEADER else "unreadable line"
             return self._reject(line, None, kind, line.fault, "correct the line, or leave it out")
-        fields: Any = line.content
-        if isinstance(fields, bytes):
+        content = line.content
+        fields: Any = content
+        if isinstance(content, bytes):
             try:
-                fields = from_json(fields)
+                fields = from_json(content)
             except ValueError as error:
                 return self._not_json(line, error)
             if not isinstance(fields, dict):
                 reason = "Input should be an object"
                 return self._reject(line, None, "not an object", reason, _WRITE_OBJECT)
-            key = _repeated_key(line.content, fields)
+            key = _repeated_key(content, fields)
             if key is not None:
                 reason = f"the key {key[:_SHOWN_LABEL_CHARS]!r} is there twice, with two values"
                 return self._reject(line, None, "repeated key", reason, "keep one of them")
