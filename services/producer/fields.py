@@ -54,9 +54,7 @@ _MOST_DEPTH = 16
 # A page's title does not end in a full stop, and rarely has this many words.
 _SENTENCE = re.compile(r"[.!?…。][\"')\]\u201d\u2019]*\s*$")
 _SENTENCE_WORDS = 8
-
-
-_URLS = re.compile(r"(?:\s*https?://\S+)+\s*")
+_URLS = re.compile(r"\s*https?://\S+(?:\s+https?://\S+)*\s*")
 
 
 class WithoutEvidence(StrEnum):

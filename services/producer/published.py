@@ -145,10 +145,19 @@ def _looked_up(
     """Evidence that a corpus has; without one the text in the record, or in the `rows` of it."""
     distinct = tuple(dict.fromkeys(references))
     own = [read_plain(_without_references(row) if distinct else row) for row in rows or [fields]]
-    text = " ".join(dict.fromkeys(found.evidence for found in own if found.evidence)) or None
+    text = own[0].evidence
+    if len(own) > 1:
+        text = " ".join(dict.fromkeys(str(found.evidence) for found in own if found.evidence))
     why = WithoutEvidence.REFERENCES if distinct else WithoutEvidence.NONE
     return Found(
-        *(_id(fields), _claim(fields), _label(fields), text, None if text else why, distinct),
+        *(
+            _id(fields),
+            _claim(fields),
+            _label(fields),
+            text or None,
+            None if text else why,
+            distinct,
+        ),
         partly=any(found.partly for found in own),
     )
 

@@ -86,7 +86,7 @@ class SeenIds:
         if before[:3] == list(row[:3]) and row[3] in (before[3], _NO_LABEL):
             return Seen(Duplicate.REPEATED, claim, earlier)
         if before[:3] == list(row[:3]) and before[3] == _NO_LABEL:
-            execute("UPDATE seen SET gold = ? WHERE id = ?", (row[3], row[0]))
+            execute("UPDATE seen SET gold = ?, position = ? WHERE id = ?", (*row[3:], row[0]))
             return Seen(Duplicate.LABELLED, claim, earlier)
         if before[1] != text:
             return Seen(Duplicate.OTHER_TEXT, claim, earlier)

@@ -146,6 +146,12 @@ def test_a_label_counts_in_whichever_record_of_a_claim_it_is(
     assert rejections == []
 
 
+def test_a_label_that_contradicts_a_late_one_names_the_record_of_that(tmp_path: Path) -> None:
+    rows = [{"id": 1, "claim": "A.", "label": label} for label in (None, "SUPPORTS", "REFUTES")]
+    _, _, _, (rejection,) = read(rows, tmp_path)
+    assert (rejection.line, rejection.reason.partition(" of")[0]) == (3, "record 2")
+
+
 def test_of_more_late_labels_than_are_kept_the_records_are_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,7 +263,7 @@ def test_of_fields_with_evidence_the_first_text_is_used_and_others_are_counted(
     assert (claim.evidence, summary.evidence_partly_used) == (text, partly)
 
 
-@pytest.mark.parametrize("value", [URL, f"{URL} {URL}", [URL], {"text": URL}])
+@pytest.mark.parametrize("value", [URL, f"{URL} {URL}", "http://" * 50_000, [URL], {"text": URL}])
 def test_an_address_is_no_evidence(value: Any) -> None:
     assert evidence_text(value) == (None, WithoutEvidence.REFERENCES, False)
 
@@ -304,6 +310,14 @@ def test_a_fever_record_with_text_keeps_it(tmp_path: Path) -> None:
     rows.append({"id": 25, "claim": "B.", "evidence": LIT})
     file, _, claims, _ = read(rows, tmp_path)
     assert (file.format.name, claims[-1].evidence) == ("fever", LIT)
+
+
+def test_a_number_as_evidence_is_rejected_in_every_format(tmp_path: Path) -> None:
+    rows = [{"id": n, "claim": f"A{n}.", "evidence": [[[1, 2, "P", n]]]} for n in range(9)]
+    rows.append({"id": 9, "claim": "B.", "evidence": 5})
+    for format in ("fever", "plain"):
+        (rejection,) = read(rows, tmp_path, format=format)[3]
+        assert (rejection.line, rejection.kind) == (10, "evidence: string type")
 
 
 def test_a_named_format_uses_evidence_that_is_text(tmp_path: Path) -> None:
