@@ -17,22 +17,25 @@ from services.contracts import (
     DeadClaim,
     RunAnnouncement,
     VerdictBatch,
+    decode,
     topology,
 )
-from services.contracts.errors import BrokerUnreachable
+from services.contracts.errors import BrokerUnreachable, MessageInvalid, MessageTooNew
 from services.contracts.values import content_id
+from services.contracts.wire import Message
 
 _LULL_SECONDS = 1.0
 _FLUSH_SECONDS = 30.0
-# By type, the exchange and queue to send a message back to; its headers are not trusted. Claims go
-# to the returns queue: the collector checks their producer's proofs.
-_TARGETS = {
-    ClaimBatch.wire_type: (topology.RETURNS_EXCHANGE, topology.RETURNS_QUEUE),
-    VerdictBatch.wire_type: (topology.VERDICTS_EXCHANGE, topology.VERDICTS_QUEUE),
-    ContextReady.wire_type: (topology.VERDICTS_EXCHANGE, topology.VERDICTS_QUEUE),
-    RunAnnouncement.wire_type: (topology.RUNS_EXCHANGE, topology.RUNS_QUEUE),
-    DeadClaim.wire_type: (topology.DEAD_EXCHANGE, topology.DEAD_CLAIMS_QUEUE),
+# The exchange and queue to send a message of a kind back to; its headers are not trusted. Claims go
+# to the returns queue: the collector checks their producer's proofs. Nobody can check an
+# announcement, so none is sent back.
+_TARGETS: dict[type[Message], tuple[str, str]] = {
+    ClaimBatch: (topology.RETURNS_EXCHANGE, topology.RETURNS_QUEUE),
+    VerdictBatch: (topology.VERDICTS_EXCHANGE, topology.VERDICTS_QUEUE),
+    ContextReady: (topology.VERDICTS_EXCHANGE, topology.VERDICTS_QUEUE),
+    DeadClaim: (topology.DEAD_EXCHANGE, topology.DEAD_CLAIMS_QUEUE),
 }
+_KINDS = {kind.wire_type: kind for kind in _TARGETS}
 
 # https://www.rabbitmq.com/docs/dlx: why a broker takes a message off a queue by itself.
 _DEAD_LETTER_REASONS = {
@@ -73,10 +76,23 @@ def number(message: Delivery) -> str:
     return content_id("msg", [content, reason(message)], hex_digits=8)
 
 
-def target_queue(message: Delivery) -> str | None:
-    """The queue for messages of its type; None if Keepwarm does not know the type."""
-    target = _TARGETS.get(message.kind)
-    return target and target[1]
+def retry_error(message: Delivery) -> str | None:
+    """Why it cannot be sent back, and what to do; None if it can."""
+    if message.kind == RunAnnouncement.wire_type:
+        return (
+            "an announcement of a run makes work, and its sender cannot be verified; submit the "
+            "file again"
+        )
+    kind = _KINDS.get(message.kind)
+    if kind is None:
+        return f"it has the type {message.kind!r}, which no queue of Keepwarm has"
+    try:
+        decode(kind, message.body)
+    except MessageInvalid:
+        return f"it is not a valid {message.kind}; `keepwarm dead drop` deletes it"
+    except MessageTooNew:
+        return f"it is a newer {message.kind}; use the `keepwarm` of its sender's version"
+    return None
 
 
 class DeadMessages:
@@ -113,7 +129,7 @@ class DeadMessages:
 
     def settle(self, action_for: Callable[[Delivery], Action]) -> Counter[Action]:
         """Send back, drop or keep each message that is in the queue now, as `action_for` decides.
-        Return how many of each. Memory is bounded. A message of an unknown type is kept.
+        Return how many of each. Memory is bounded. A message with a `retry_error` is kept.
 
         A message that the broker does not confirm stays in the queue, and may be sent twice.
         """
@@ -138,7 +154,7 @@ class DeadMessages:
                 if message is None:
                     break
                 action = action_for(message)
-                if action == "retry" and target_queue(message) is None:
+                if action == "retry" and retry_error(message) is not None:
                     action = "keep"
                 settled[action] += 1
                 match action:
@@ -166,7 +182,7 @@ class DeadMessages:
         return counts.get(topology.DEAD_MESSAGES_QUEUE, 0)
 
     def _sent_back(self, message: Delivery) -> Outgoing:
-        exchange, queue = _TARGETS[message.kind]
+        exchange, queue = _TARGETS[_KINDS[message.kind]]
         return Outgoing(
             exchange,
             queue,

@@ -1,6 +1,7 @@
 """`keepwarm dead`: dead claims, and messages that no service could use."""
 
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -17,7 +18,7 @@ from services.broker.dead_messages import (
     number,
     origin,
     reason,
-    target_queue,
+    retry_error,
 )
 from services.cli.found_stores import readable_stores, store_of_run
 from services.cli.logs import configure_logs
@@ -28,7 +29,6 @@ from services.cli.screen import show as show_on
 from services.contracts import (
     ClaimBatch,
     Run,
-    RunAnnouncement,
     Settings,
     load_settings,
     topology,
@@ -109,8 +109,8 @@ def retry(
 ) -> None:
     """Send dead claims to the workers again, and dead messages to the queue of their type.
 
-    The run is incomplete until these claims have an outcome. A run's announcement is sent again
-    only when its message id is named; submitting the file again has the same effect.
+    The run is incomplete until these claims have an outcome. A run's announcement is not sent
+    again: submit the file again.
     """
     settings = _settings(broker, store)
     selected = _message_filter(what, of_reason, of_run, every=every)
@@ -252,34 +252,24 @@ def _message_filter(
 def _retry_messages(
     settings: Settings, selected: Callable[[Delivery], bool], *, one: str | None
 ) -> None:
-    without_queue: set[str] = set()
-    announcements = 0
+    errors: Counter[str] = Counter()
 
     def fate(message: Delivery) -> Action:
-        nonlocal announcements
         if not selected(message):
             return "keep"
-        if target_queue(message) is None:
-            without_queue.add(message.kind)
-            return "keep"
-        if one is None and message.kind == RunAnnouncement.__name__:
-            announcements += 1
+        error = retry_error(message)
+        if error is not None:
+            errors[error] += 1
             return "keep"
         return "retry"
 
     with _messages(settings) as messages:
         settled = messages.settle(fate)
-    if without_queue:
-        kinds = ", ".join(sorted(repr(kind) for kind in without_queue))
+    for error, count in errors.items():
         if one is not None:
-            raise UsageError(f"{one} has the type {kinds}, which no queue of Keepwarm has")
-        _show(f"left: messages of the type {kinds}, which no queue of Keepwarm has")
-    if announcements:
-        _show(
-            f"left: {announcements:,} announcements of runs. Submit the file again, or show one "
-            "with `keepwarm dead show msg-…` and send it with `keepwarm dead retry msg-…`"
-        )
-    if not announcements and not without_queue:
+            raise UsageError(f"{one} is not sent again: {error}")
+        _show(f"left: {count:,} of this kind: {error}")
+    if not errors:
         _refuse_none(settled["retry"], one)
     _show(f"{settled['retry']:,} messages are sent again, {settled['keep']:,} are left")
 

@@ -380,9 +380,9 @@ def test_a_dead_message_is_listed_shown_sent_back_and_dropped(
     assert "from: verdicts" in shown[mended] and "Windows too." in shown[mended]
     run_well(command, "dead", "retry", mended)
     wait_until(lambda: outcomes(environment) == [("door-2", "SUPPORTS", None)], "the verdict")
-    # Tried again it dies again; that one is another's to drop.
-    run_well(command, "dead", "retry", hopeless)
-    wait_for_messages(node, topology.DEAD_MESSAGES_QUEUE, 1, "it is dead again")
+    refused = command("dead", "retry", hopeless)
+    assert refused.wait() == 2
+    assert f"{hopeless} is not sent again: it is not a valid VerdictBatch" in refused.output
     assert dead_messages(command) == [hopeless]
     run_well(command, "dead", "drop", hopeless)
     assert dead_messages(command) == []
@@ -427,7 +427,7 @@ def test_dead_messages_are_sent_back_and_dropped_by_reason_run_or_all_of_them_ho
     aside(5, "too old", "run-b", kind="Surprise")
     said = run_well(command, "dead", "retry", "--reason", "Too Old", "--run", "run-b")
     assert "20 messages are sent again, 1,235 are left" in said
-    assert "left: messages of the type 'Surprise', which no queue of Keepwarm has" in said
+    assert "left: 5 of this kind: it has the type 'Surprise', which no queue of Keepwarm" in said
     wait_until(lambda: there() == (1_235, 20), "those of one run sent back")
     assert "30 messages are deleted" in run_well(command, "dead", "drop", "--reason", "too old a r")
     wait_until(lambda: there() == (1_205, 20), "others deleted")
@@ -438,7 +438,7 @@ def test_dead_messages_are_sent_back_and_dropped_by_reason_run_or_all_of_them_ho
     (only,) = set(dead_messages(command))
     refused = command("dead", "retry", only)
     assert refused.wait() == 2
-    assert "has the type 'Surprise', which no queue of Keepwarm has" in refused.output
+    assert "it has the type 'Surprise', which no queue of Keepwarm has" in refused.output
     for arguments in ((), ("run-a", "--all"), (only, "--reason", "x")):
         assert command("dead", "retry", *arguments).wait() == 2
 

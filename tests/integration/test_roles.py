@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import signal
 import stat
 import urllib.error
@@ -638,10 +639,22 @@ def test_with_a_workers_password_nobody_can_make_work_change_claims_or_forge_run
     announcement = RunAnnouncement(run=elsewhere, submission_id="sub-forged", proof_key="0" * 32)
     header = {names.ORIGIN_HEADER: names.RUNS_QUEUE, names.REASON_HEADER: "send me back"}
     thief.say(names.DEAD_EXCHANGE, names.DEAD_MESSAGES_QUEUE, announcement, **header)
+    listing = as_role("operator", "dead", "list", COLUMNS="200")
+    assert listing.wait() == 0, listing.output
+    ids = re.findall(r"(msg-\w+) .*send me back", listing.output)
+    assert len(ids) == 4
+    announced = ""
+    for each in ids:
+        showing = as_role("operator", "dead", "show", each)
+        assert showing.wait() == 0, showing.output
+        announced = each if "sub-forged" in showing.output else announced
+    retrying = as_role("operator", "dead", "retry", announced)
+    assert retrying.wait() == 2, retrying.output
+    assert f"{announced} is not sent again: an announcement of a run makes work" in retrying.output
     retrying = as_role("operator", "dead", "retry", "--reason", "send me back")
     assert retrying.wait() == 0, retrying.output
     assert "3 messages are sent again, " in retrying.output
-    assert "left: 1 announcements of runs" in retrying.output
+    assert "left: 1 of this kind: an announcement of a run" in retrying.output
     wait_until(
         lambda: counts(broker)[names.DEAD_MESSAGES_QUEUE] == refused + 4, "all of it, aside again"
     )
