@@ -296,6 +296,17 @@ class Link:
                         "of Keepwarm's own"
                     )
                 )
+            elif (
+                reason.reply_code == _PRECONDITION_FAILED and "is larger than" in reason.reply_text
+            ):
+                self._give_up(
+                    BrokerError(
+                        f"the broker at {self._address} refuses a message because of its size: "
+                        f"{reason.reply_text}. Set max_message_size = 16777216 in its "
+                        "rabbitmq.conf and restart it, or submit the file with a smaller "
+                        "--batch-size"
+                    )
+                )
             elif reason.reply_code == _ACCESS_REFUSED or _is_a_limit(reason.reply_text):
                 self._note_refusal(self._refusal_error(reason.reply_text))
             elif reason.reply_code == _NOT_FOUND:
@@ -417,8 +428,12 @@ class Link:
         now = awake()
         self._refused_since = now if self._refused_since is None else self._refused_since
         if now - self._refused_since >= _REFUSED_SECONDS:
-            log.error("broker.refused", link=self._name, reason=str(error))
-            self._error, self._given_up = error, True
+            self._give_up(error)
+
+    def _give_up(self, error: BrokerError) -> None:
+        """End the link once its connection is closed."""
+        log.error("broker.refused", link=self._name, reason=str(error))
+        self._error, self._given_up = error, True
 
     def _refusal_error(self, why: str) -> BrokerRefused:
         if _is_a_limit(why):

@@ -100,6 +100,54 @@ def test_services_whose_password_was_changed_end_and_give_their_engine_back(
     go_on(command, environment, run.run_id).completes()
 
 
+@pytest.fixture
+def small_messages(node: PrivateNode) -> Iterator[Callable[[], None]]:
+    """Lets the broker refuse messages over 3,000 bytes, on channels that are opened later."""
+
+    def limit(size: int) -> str:
+        # Read by RabbitMQ 3 and by RabbitMQ 4.
+        return (
+            f"application:set_env(rabbit, max_message_size, {size}),"
+            f" persistent_term:put(max_message_size, {size})."
+        )
+
+    yield lambda: node.control("eval", limit(3_000)) and None
+    node.control("eval", limit(2**27))
+
+
+@pytest.mark.parametrize("service", ["producer", "worker", "collector"])
+def test_a_service_whose_message_is_too_large_for_the_broker_ends_with_the_next_step(
+    service: str,
+    command: Start,
+    environment: dict[str, str],
+    node: PrivateNode,
+    broker: Settings,
+    claims_queue: str,
+    small_messages: Callable[[], None],
+) -> None:
+    if service != "producer":
+        submit(command)
+    if service == "collector":
+        connection = plain_connection(node)
+        channel = connection.channel()
+        _, properties, body = channel.basic_get(claims_queue, auto_ack=True)
+        channel.confirm_delivery()
+        channel.basic_publish(topology.RETURNS_EXCHANGE, topology.RETURNS_QUEUE, body, properties)
+        connection.close()
+    small_messages()
+    arguments = {
+        "producer": ("submit", CLAIMS),
+        "worker": ("worker",),
+        "collector": ("collect",),
+    }[service]
+    refused = command(*arguments)
+    assert refused.wait() == 5, refused.output
+    (said,) = [line for line in refused.lines if line.startswith("keepwarm: ")]
+    assert "is larger than" in said
+    assert "Set max_message_size = 16777216 in its rabbitmq.conf" in said
+    assert "a smaller --batch-size" in said
+
+
 @pytest.mark.parametrize("end", [psutil.Process.kill, psutil.Process.terminate])
 def test_a_node_that_ends_in_the_midst_of_a_run_is_waited_for_and_nothing_is_lost(
     command: Start,
