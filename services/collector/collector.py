@@ -88,6 +88,10 @@ _CONTROL_UPDATE_BYTES_PER_SECOND = 2_000_000
 _REDELIVERY_SECONDS = 2.0
 _FINISH_SECONDS = 20.0
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.2, 15.0
+# If the store refuses this many messages and accepts none of their kind, the store is at fault and
+# not the messages. Fewer are kept for a while: the next message may show which of the two it is.
+_MIN_REFUSED = 3
+_KEEP_REFUSED_SECONDS = 5.0
 
 log = structlog.get_logger(__name__)
 
@@ -132,6 +136,11 @@ class Collector:
         # for it; and those of them that are to be checked again now.
         self._unannounced: deque[tuple[Delivery, float]] = deque()
         self._to_retry: deque[tuple[Delivery, float]] = deque()
+        # Messages that the store has refused since it last accepted one of their kind.
+        self._refused: list[tuple[Delivery, type[Message], StoreRefused]] = []
+        self._refused_at = 0.0
+        self._accepted: set[type[Message]] = set()
+        self._refused_rounds = 0
         self._too_new: tuple[Delivery, MessageTooNew] | None = None
         self.waiting_for: str | None = None
         """The error that keeps it from committing; None if there is none."""
@@ -320,8 +329,11 @@ class Collector:
             else:
                 outcomes += _outcomes(message)
                 taken.append((delivery, message))
+        self._accepted.clear()
         if taken:
             self._commit(taken, consumer, publisher, on_commit)
+        if self._refused:
+            self._settle_refused(consumer, publisher)
         return bool(taken)
 
     def _defer(
@@ -352,8 +364,8 @@ class Collector:
         on_commit: Callable[[Incoming], None],
     ) -> None:
         """Commit the messages in one transaction, then acknowledge them and publish returned claims
-        again. If the store refuses a value, the message with that value is found by halving and
-        refused, and all others are committed.
+        again. If the store refuses a value, the message with that value is found by halving, and
+        all others are committed.
         """
         incoming = Incoming.of(message for _, message in taken)
         try:
@@ -361,7 +373,9 @@ class Collector:
                 return
         except StoreRefused as error:
             if len(taken) == 1:
-                _refuse(taken[0][0], error, consumer, publisher)
+                ((delivery, message),) = taken
+                self._refused_at = self._refused_at if self._refused else awake()
+                self._refused.append((delivery, type(message), error))
                 return
             middle = len(taken) // 2
             for half in (taken[:middle], taken[middle:]):
@@ -370,6 +384,7 @@ class Collector:
         consumer.acknowledge(
             delivery for delivery, each in taken if not isinstance(each, ClaimBatch)
         )
+        self._accepted.update(type(message) for _, message in taken)
         committed = time.monotonic()
         for delivery, _ in taken:
             LAG_SECONDS.observe(committed - delivery.received_at)
@@ -385,6 +400,40 @@ class Collector:
                 log.error("store.waiting", reason=str(error))
                 consumer.give_back([delivery])
 
+    def _settle_refused(self, consumer: Consumer, publisher: Publisher) -> None:
+        """Move refused messages to `dead-messages`, once the store has accepted another of their
+        kind. If it accepts none, wait for the store and try them again.
+        """
+        few = len(self._refused) < _MIN_REFUSED
+        expired = few and awake() - self._refused_at >= _KEEP_REFUSED_SECONDS
+        kept: list[tuple[Delivery, type[Message], StoreRefused]] = []
+        for delivery, kind, error in self._refused:
+            if expired or kind in self._accepted:
+                _refuse(delivery, error, consumer, publisher)
+            else:
+                kept.append((delivery, kind, error))
+        self._refused = kept
+        if len(kept) < _MIN_REFUSED:
+            self._refused_rounds, self.waiting_for = 0, None
+            return
+        self._refused_rounds += 1
+        self.waiting_for = (
+            f"{len(kept)} messages in a row were refused, the first because {kept[0][2]}"
+        )
+        if not self._pause(self._refused_rounds):
+            retried_until = time.monotonic() + _ANNOUNCEMENT_SECONDS
+            self._to_retry.extend((delivery, retried_until) for delivery, _, _ in kept)
+        self._refused = []  # if told to end, the broker delivers them again
+
+    def _pause(self, failures: int) -> bool:
+        """Wait, after a commit failed because of `waiting_for`. True if told to end meanwhile."""
+        COMMIT_FAILURES.inc()
+        pause = backoff_seconds(
+            failures, first_seconds=_FIRST_PAUSE_SECONDS, longest_seconds=_LONGEST_PAUSE_SECONDS
+        )
+        log.error("store.waiting", reason=self.waiting_for, again_in_seconds=round(pause, 1))
+        return self._finish.is_set() or self._stop.wait(pause)
+
     def _write(self, incoming: Incoming) -> bool:
         """Commit, retrying until it succeeds. False if stopped before that.
 
@@ -396,18 +445,10 @@ class Collector:
                 with COMMIT_SECONDS.time():
                     gained = self._store.write(incoming)
             except StoreRefused:
-                self.waiting_for = None
                 raise
             except StoreError as error:
-                COMMIT_FAILURES.inc()
-                pause = backoff_seconds(
-                    failures,
-                    first_seconds=_FIRST_PAUSE_SECONDS,
-                    longest_seconds=_LONGEST_PAUSE_SECONDS,
-                )
                 self.waiting_for = str(error)
-                log.error("store.waiting", reason=str(error), again_in_seconds=round(pause, 1))
-                if self._finish.is_set() or self._stop.wait(pause):
+                if self._pause(failures):
                     break
             else:
                 self.waiting_for = None

@@ -385,6 +385,89 @@ def test_a_message_that_the_store_refuses_is_set_aside_and_all_others_are_stored
     assert sorted(consumer.acknowledged) == list(range(1, 14))
 
 
+def refuse_everything(database: Path) -> None:
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute(
+            "CREATE TRIGGER site BEFORE INSERT ON outcomes BEGIN SELECT RAISE(ABORT, 'no'); END"
+        )
+
+
+def accept_everything(database: Path) -> None:
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("DROP TRIGGER site")
+
+
+def test_a_store_that_refuses_every_outcome_is_waited_for_and_no_message_is_set_aside(
+    store: Store,
+    make: SimpleNamespace,
+    run: Run,
+    publisher: RecordingPublisher,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("services.collector.collector._LONGEST_PAUSE_SECONDS", 0.01)
+    refuse_everything(tmp_path / "store.sqlite")
+    batches = [make.batch(make.verdict(number)) for number in range(5)]
+    # What goes into other tables is stored, and shows nothing about outcomes.
+    consumer = Deliveries(batches[0], make.announced(claims=5), *batches[1:], make.ready("start"))
+    collector = collect(store, consumer, publisher=publisher)
+    for _ in range(3):
+        assert (publisher.messages, sorted(consumer.acknowledged)) == ([], [2, 7])
+        assert "5 messages in a row were refused" in str(collector.waiting_for)
+        assert "refuses a value: no" in str(collector.waiting_for)
+        collect_once(collector, consumer, publisher)
+    accept_everything(tmp_path / "store.sqlite")
+    collect_once(collector, consumer, publisher)
+    assert sorted(consumer.acknowledged) == list(range(1, 8))
+    assert (publisher.messages, collector.waiting_for) == ([], None)
+    assert len(store.finished(run.run_id, [f"c{number}" for number in range(5)])) == 5
+
+
+def test_of_a_store_that_refuses_every_outcome_few_messages_are_kept_until_one_is_accepted(
+    store: Store,
+    make: SimpleNamespace,
+    publisher: RecordingPublisher,
+    tmp_path: Path,
+) -> None:
+    refuse_claims(tmp_path / "store.sqlite", "c0")
+    bad = make.batch(make.verdict(0))
+    collector = collect(store, Deliveries(bad), publisher=publisher)
+    collect_once(collector, Deliveries(), publisher)
+    assert (publisher.messages, collector.waiting_for) == ([], None)
+    consumer = Deliveries(make.batch(make.verdict(1)))
+    collect_once(collector, consumer, publisher)
+    assert refused(publisher) == [(topology.VERDICTS_QUEUE, encode(bad))]
+    assert consumer.acknowledged == [1]
+
+
+def test_the_last_message_is_set_aside_after_a_while_if_the_store_refuses_it(
+    store: Store,
+    make: SimpleNamespace,
+    publisher: RecordingPublisher,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("services.collector.collector._KEEP_REFUSED_SECONDS", 0.0)
+    refuse_claims(tmp_path / "store.sqlite", "c0")
+    bad = make.batch(make.verdict(0))
+    collect(store, Deliveries(bad), publisher=publisher)
+    assert refused(publisher) == [(topology.VERDICTS_QUEUE, encode(bad))]
+
+
+def test_told_to_finish_while_the_store_refuses_everything_it_leaves_the_messages_to_the_broker(
+    store: Store,
+    make: SimpleNamespace,
+    publisher: RecordingPublisher,
+    tmp_path: Path,
+) -> None:
+    refuse_everything(tmp_path / "store.sqlite")
+    consumer = Deliveries(*(make.batch(make.verdict(number)) for number in range(5)))
+    collector = Collector(store, load_settings(store_commit_seconds=60))
+    collector.finish()
+    assert [collect_once(collector, consumer, publisher) for _ in range(2)] == [True, False]
+    assert (consumer.acknowledged, publisher.messages) == ([], [])
+
+
 def test_a_return_that_the_store_refuses_to_look_up_is_set_aside(
     store: Store,
     make: SimpleNamespace,
