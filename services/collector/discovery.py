@@ -7,12 +7,17 @@ relabelling only: no series has a worker's id unless a relabelling rule adds it.
 from collections.abc import Iterable
 from typing import Any
 
+from services.collector.metrics import UNLISTED
 from services.contracts import WorkerHeartbeat
 from services.contracts.addresses import is_loopback, split_address
+
+MAX_TARGETS = 10_000
+"""About 4 MiB. One Prometheus server scrapes no more than some thousand workers."""
 
 
 def targets(workers: Iterable[WorkerHeartbeat], own_host: str) -> list[dict[str, Any]]:
     """A target for each address; if several workers report one address, the last in the list wins.
+    Of more than `MAX_TARGETS` the first in alphabetical order are listed, the others are counted.
 
     A worker that listens on loopback is left out unless it is on `own_host`: elsewhere its address
     is another process.
@@ -23,6 +28,7 @@ def targets(workers: Iterable[WorkerHeartbeat], own_host: str) -> list[dict[str,
         if report.metrics_address is not None
         and (report.host == own_host or not is_loopback(split_address(report.metrics_address)[0]))
     }
+    UNLISTED.set(max(0, len(reachable) - MAX_TARGETS))
     return [
         {
             "targets": [address],
@@ -36,5 +42,5 @@ def targets(workers: Iterable[WorkerHeartbeat], own_host: str) -> list[dict[str,
                 "__meta_keepwarm_context": report.context_id or "",
             },
         }
-        for address, report in reachable.items()
+        for address, report in sorted(reachable.items())[:MAX_TARGETS]
     ]

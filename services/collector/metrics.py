@@ -78,6 +78,11 @@ PREEMPTIONS = Counter(
     ["kind"],
 )
 
+UNLISTED = Gauge(
+    "keepwarm_unlisted_workers",
+    "Workers that the last answer of /sd left out, because it lists at most 10,000.",
+)
+
 # A series that starts with its first event hides that event: Prometheus sees no increase.
 for _kind in (*get_args(Ending), "vanished"):
     PREEMPTIONS.labels(_kind)

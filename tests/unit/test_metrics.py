@@ -29,7 +29,7 @@ UNITLESS = {
     *("keepwarm_broker_connected", "keepwarm_broker_blocked", "keepwarm_batches_in_hand"),
     *("keepwarm_contexts", "keepwarm_workers", "keepwarm_context_workers"),
     *("keepwarm_engine_metrics_up", "keepwarm_run_complete", "keepwarm_run_cancelled"),
-    "keepwarm_store_waiting",
+    *("keepwarm_store_waiting", "keepwarm_unlisted_workers"),
 }
 
 

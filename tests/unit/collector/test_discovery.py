@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from prometheus_client import REGISTRY
 
 from services.collector.discovery import targets
 from services.contracts import WorkerHeartbeat, decode, encode
@@ -42,6 +43,17 @@ def test_who_is_reached_on_its_own_host_alone_is_a_target_there_alone(
     report = make.report("a", host="node-7", metrics_address=address)
     assert addresses(report, own_host="node-7") == [address]
     assert addresses(report, own_host="here") == []
+
+
+def test_of_a_fleet_that_is_too_large_always_the_same_workers_are_listed_and_the_others_counted(
+    make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.collector.discovery.MAX_TARGETS", 3)
+    fleet = [make.report(name, metrics_address=f"{name}:1") for name in "debca"]
+    assert addresses(*fleet) == addresses(*reversed(fleet)) == ["a:1", "b:1", "c:1"]
+    assert REGISTRY.get_sample_value("keepwarm_unlisted_workers") == 2
+    assert addresses(*fleet[:3]) == ["b:1", "d:1", "e:1"]
+    assert REGISTRY.get_sample_value("keepwarm_unlisted_workers") == 0
 
 
 def test_an_address_belongs_to_who_claimed_it_last(make: SimpleNamespace) -> None:
