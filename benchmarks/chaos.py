@@ -39,10 +39,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from services.broker import PrivateNode  # noqa: E402
-from services.contexts.lease import drain  # noqa: E402
-from services.contexts.records import live_records  # noqa: E402
+from services.contexts.lease import drain, engines  # noqa: E402
 from services.contracts import load_settings, topology  # noqa: E402
-from services.contracts.errors import BrokerError  # noqa: E402
+from services.contracts.errors import BrokerError, KeeperError  # noqa: E402
 from tests.interpreters import interpreter  # noqa: E402
 from tests.proxy import Proxy  # noqa: E402
 
@@ -93,8 +92,8 @@ class Service:
 
     def engine(self) -> psutil.Process | None:
         """The engine of its node, which it shares with nobody here."""
-        with suppress(psutil.Error):
-            for record in live_records(self.runtime):
+        with suppress(psutil.Error, KeeperError):
+            for record in engines(self.runtime):
                 if record.pid is not None:
                     return psutil.Process(record.pid)
         return None

@@ -38,8 +38,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.installation import KEEPWARM, Installation  # noqa: E402
-from services.contexts.lease import drain  # noqa: E402
-from services.contexts.records import live_records  # noqa: E402
+from services.contexts.lease import drain, engines  # noqa: E402
 
 SYMMETRIC = REPOSITORY.parent / "shared" / "data" / "fever_symmetric_dev.jsonl"
 SAMPLES = REPOSITORY / "samples" / "claims.jsonl"
@@ -87,7 +86,7 @@ class ContextsInstallation(Installation):
 
     def phases(self) -> dict[str, float]:
         """Of the start of the engine that is here."""
-        (record,) = live_records(self.settings.runtime_dir)
+        (record,) = engines(self.settings.runtime_dir)
         assert record.phases is not None
         return {k: v for k, v in record.phases.model_dump().items() if v is not None}
 

@@ -204,11 +204,11 @@ class Keepwarm:
     @property
     def pids(self) -> list[int]:
         """Of the worker and of its engine."""
-        from services.contexts.records import live_records
+        from services.contexts.lease import engines
 
-        records = live_records(self._installation.settings.runtime_dir)
-        engines = [record.pid for record in records if record.pid is not None]
-        return [self._worker.pid, *engines]
+        records = engines(self._installation.settings.runtime_dir)
+        pids = [record.pid for record in records if record.pid is not None]
+        return [self._worker.pid, *pids]
 
     def close(self) -> None:
         self._worker.terminate()

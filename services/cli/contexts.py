@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -25,13 +26,13 @@ from services.cli.logs import configure_logs
 from services.cli.printable import printable
 from services.contexts.borrowed_broker import warm_broker
 from services.contexts.caches import EngineCaches
-from services.contexts.lease import EngineLease, drain
+from services.contexts.lease import EngineLease, drain, engines
 from services.contexts.lease import evict as evict_engines
 from services.contexts.plan import EnginePlan
-from services.contexts.records import ContextRecord, live_records
+from services.contexts.protocol import ContextRecord
 from services.contexts.start_keeper import node_device
 from services.contracts import Settings, load_settings
-from services.contracts.errors import UsageError
+from services.contracts.errors import KeeperError, UsageError
 from services.node.runtime_dir import engine_logs, open_runtime_dir
 from services.node.signals import on_stop_signal
 
@@ -103,14 +104,12 @@ def evict(
 ) -> None:
     """Stop engines, even those in use. A worker that uses one starts it again."""
     settings = load_settings()
-    records = _records(settings)
     if everything:
         if wanted:
             raise UsageError("--all takes no names; leave out --all or the names")
-        drain(settings)
-        remaining = {record.name for record in _records(settings)}
-        stopped = tuple(record.name for record in records if record.name not in remaining)
+        stopped = drain(settings)
     elif wanted:
+        records = _records(settings)
         chosen = [record for name in wanted for record in _of_one_context(records, name)]
         stopped = evict_engines(settings, tuple(record.name for record in chosen))
     else:
@@ -192,7 +191,7 @@ def list(as_json: JsonOption = False) -> None:
 
 
 def _records(settings: Settings) -> Sequence[ContextRecord]:
-    return live_records(open_runtime_dir(settings.runtime_dir))
+    return engines(open_runtime_dir(settings.runtime_dir))
 
 
 def _begins(name: str, wanted: str) -> bool:
@@ -217,7 +216,9 @@ def _log(directory: Path, wanted: str) -> Path:
 
     Raises UsageError when no engine, or more than one, has this name or beginning.
     """
-    records = live_records(directory)
+    records: Sequence[ContextRecord] = ()
+    with suppress(KeeperError):  # the log may say why the keeper does not answer
+        records = engines(directory)
     logs = {record.name: Path(record.log) for record in records if _begins(record.name, wanted)}
     if not logs:
         logs = {log.stem: log for log in engine_logs(directory) if _begins(log.stem, wanted)}

@@ -37,11 +37,11 @@ def keeper(
     settings = load_settings()
     configure_logs(settings)
     with MetricsServer(settings) as metrics:
-        engines = Keeper(settings)
-        server = KeeperServer(engines, for_ever=not until_idle, broker=_broker(settings))
+        keeper = Keeper(settings)
+        server = KeeperServer(keeper, for_ever=not until_idle, broker=_broker(settings))
         on_stop_signal(lambda _: server.stop())
         before_the_walltime_ends(server.stop, seconds_until_drain(settings))
-        REGISTRY.register(ContextStates(engines.states))
+        REGISTRY.register(ContextStates(lambda: [record.state for record in keeper.records()]))
         metrics.serve(server)
         server.serve()
 

@@ -26,7 +26,7 @@ from services.contexts.fork_server_client import (
 )
 from services.contexts.managed_engine import SOCKET_REMOVED, ManagedEngine
 from services.contexts.plan import EnginePlan
-from services.contexts.records import State, live_records
+from services.contexts.protocol import ContextRecord, State
 from services.contracts import Settings
 from services.contracts.clock import awake
 from services.contracts.errors import EngineStartError, KeeperError
@@ -65,8 +65,9 @@ class Keeper:
             raise KeeperError(f"this node has a keeper already, in {self.directory}")
         self._lock = lock
         self.caches = EngineCaches(settings.cache_dir)
-        # Remove the files of a keeper that was killed.
-        live_records(self.directory)
+        # Left by a keeper that was killed. The logs of its engines stay: they may say why.
+        for left in self.directory.glob("ctx-*.sock"):
+            left.unlink(missing_ok=True)
         remove_fork_server_files(self.directory)
         self._tidy_at = 0.0
         self._engines: dict[str, ManagedEngine] = {}
@@ -115,16 +116,15 @@ class Keeper:
                 fork_server.stop()
             self._fork_servers.clear()
 
-    def drain(self) -> None:
+    def drain(self) -> tuple[str, ...]:
         """Start no more engines, let workers finish with the warm ones, then stop all engines.
-
-        Takes up to the grace period.
+        Takes up to 160 % of the grace period. Returns the names of the engines that ended.
         """
         log.info("keeper.draining")
         deadline = time.monotonic() + _DRAIN_FRACTION * self.settings.grace_seconds
         with self._changed:
             self._draining = True
-            engines = list(self._engines.values())
+            engines = [engine for engine in self._engines.values() if not engine.finished]
         for engine in engines:
             # A sleeping engine has no worker, or one that waits for it; it is not woken any more.
             if engine.record.state in ("waiting", "starting", "asleep"):
@@ -133,6 +133,7 @@ class Keeper:
             while time.monotonic() < deadline and self._any_in_use():
                 self._changed.wait(_POLL_SECONDS)
         self.evict(None)
+        return tuple(engine.plan.name for engine in engines if engine.finished)
 
     def _any_in_use(self) -> bool:
         return any(
@@ -146,10 +147,11 @@ class Keeper:
         with self._changed:
             return all(engine.finished for engine in self._engines.values())
 
-    def states(self) -> list[State]:
-        """The state of every engine that has not ended."""
+    def records(self) -> tuple[ContextRecord, ...]:
+        """The engines that have not ended, the oldest first."""
         with self._changed:
-            return [engine.record.state for engine in self._engines.values() if not engine.finished]
+            records = [e.record for e in self._engines.values() if not e.finished]
+        return tuple(sorted(records, key=lambda record: record.since))
 
     def attach(
         self, plan: EnginePlan, cancelled: Callable[[], bool] = lambda: False

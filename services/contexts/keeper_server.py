@@ -1,4 +1,4 @@
-"""Serves the keeper's socket: leases, evictions, the broker, and the keeper's end."""
+"""Serves the keeper's socket: leases, status, evictions, the broker, and the keeper's end."""
 
 import contextlib
 import os
@@ -17,6 +17,7 @@ from services.contexts.managed_engine import ManagedEngine
 from services.contexts.protocol import (
     Attach,
     Borrow,
+    ContextRecord,
     Demand,
     DescribeDevice,
     Drain,
@@ -25,8 +26,9 @@ from services.contexts.protocol import (
     KeeperChannel,
     KeeperReply,
     KeptBroker,
+    State,
+    Status,
 )
-from services.contexts.records import ContextRecord, State
 from services.contracts import ContextSpec
 from services.contracts.errors import EngineStartError, KeeperError, KeepwarmError
 from services.node.device import find_device
@@ -37,6 +39,8 @@ _LEASE_POLL_SECONDS = 0.05
 _BROKER_CHECK_SECONDS = 0.5
 _STOPPING_POLL_SECONDS = 0.5
 _REQUEST_SECONDS = 10.0
+# Clients of a keeper that hangs find it, and are told that it does not answer.
+_MAX_WAITING = 1024
 # A keeper without engines, connections and broker waits this long for the next worker.
 _LINGER_SECONDS = 15.0
 
@@ -117,7 +121,7 @@ class KeeperServer:
             new.unlink(missing_ok=True)
             listener.bind(str(new))
             new.chmod(0o600)
-            listener.listen(64)
+            listener.listen(_MAX_WAITING)
             own = new.lstat()
             new.rename(path)
             log.info("keeper.ready", directory=str(self._keeper.directory), pid=os.getpid())
@@ -179,16 +183,18 @@ class KeeperServer:
                 channel.send(KeeperReply(device=find_device()))
             except KeepwarmError as error:
                 channel.send(KeeperReply(error=str(error)))
+        elif isinstance(request, Status):
+            channel.send(KeeperReply(engines=self._keeper.records()))
         elif isinstance(request, Borrow):
             self._lend(channel)
         elif isinstance(request, Evict):
             channel.send(KeeperReply(done=self._keeper.evict(request.wanted)))
         elif isinstance(request, Drain):
             try:
-                self._keeper.drain()
+                ended = self._keeper.drain()
             finally:
                 self.stop()  # even if the client is gone: a drained keeper is of no use
-            channel.send(KeeperReply())
+            channel.send(KeeperReply(done=ended))
 
     def _lend(self, channel: KeeperChannel) -> None:
         """Lend the broker until it is given back, or until the borrower is gone."""

@@ -4,7 +4,8 @@ import contextlib
 import select
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import structlog
 
@@ -14,15 +15,18 @@ from services.contexts.engine_log import OOM, mentions_memory, oom_kills
 from services.contexts.metrics import ATTACHES
 from services.contexts.plan import EnginePlan
 from services.contexts.protocol import (
+    OTHER_VERSION,
     Attach,
+    ContextRecord,
     Demand,
     DescribeDevice,
     Drain,
     Evict,
     KeeperChannel,
     KeeperReply,
+    State,
+    Status,
 )
-from services.contexts.records import ContextRecord, State
 from services.contexts.start_keeper import connected, open_keeper
 from services.contracts import Settings
 from services.contracts.clock import awake
@@ -253,6 +257,23 @@ class EngineLease:
             self._channel = self._record = None
 
 
+def engines(directory: Path, timeout_seconds: float = _ANSWER_SECONDS) -> Sequence[ContextRecord]:
+    """The engines of the keeper of this runtime directory, the oldest first; none without a keeper.
+
+    Raises KeeperError when it does not answer in time, or is of a version that cannot tell.
+    """
+    for _ in range(2):
+        channel = connected(directory)
+        if channel is None:
+            return ()
+        with contextlib.closing(channel):
+            reply = channel.ask(Status(), timeout_seconds)
+        if reply is not None:
+            return reply.engines
+        # It has ended meanwhile; or it does not know the request, and closed the connection.
+    raise KeeperError(OTHER_VERSION)
+
+
 def evict(
     settings: Settings, wanted: tuple[str, ...], stopped: Callable[[], bool] = lambda: False
 ) -> tuple[str, ...]:
@@ -264,16 +285,18 @@ def evict(
     return _request(settings, Evict(wanted=wanted), _drain_seconds(settings), stopped).done
 
 
-def drain(settings: Settings) -> None:
-    """Stop every engine of this node, and then its keeper. Returns when the keeper has ended.
+def drain(settings: Settings) -> tuple[str, ...]:
+    """Stop every engine of this node, and then its keeper. Returns the names of the engines that
+    ended, when the keeper has ended.
 
     Raises KeeperError when it does not answer.
     """
-    _request(settings, Drain(), _drain_seconds(settings))
+    ended = _request(settings, Drain(), _drain_seconds(settings)).done
     lock = keeper_lock(open_runtime_dir(settings.runtime_dir))
     deadline = time.monotonic() + _END_SECONDS
     while is_locked(lock) and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
+    return ended
 
 
 def _drain_seconds(settings: Settings) -> float:

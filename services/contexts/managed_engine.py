@@ -19,7 +19,7 @@ from services.contexts.fetching import fetch
 from services.contexts.fork_server_client import ForkServer
 from services.contexts.metrics import WRONG_ENGINES
 from services.contexts.plan import EnginePlan
-from services.contexts.records import ContextRecord, RecordFile, State
+from services.contexts.protocol import ContextRecord, State
 from services.contracts import ContextSpec, Settings
 from services.contracts.clock import awake
 from services.contracts.errors import (
@@ -83,7 +83,6 @@ class ManagedEngine:
         self._last_used = awake()
         self.contexts = frozenset({plan.spec.context_id})
         """The contexts that workers asked for: the plan's own, or one for each adapter."""
-        self._record_file: RecordFile | None = None
         self.ended_because: str | None = None
         """Why the engine ended, or did not start; None until then."""
         self.answers_changed = False
@@ -261,7 +260,6 @@ class ManagedEngine:
     def _run(self) -> None:
         why = "it was stopped"
         try:
-            self._record_file = RecordFile(self._owner.directory, self.plan.name)
             self._fetch_and_start()
             why = self._watch()
         except _StartCancelled:
@@ -279,8 +277,6 @@ class ManagedEngine:
             finally:  # others wait for its end, even if stopping it failed
                 with self._lock:
                     self.ended_because = why
-                if self._record_file is not None:
-                    self._record_file.close()
                 self._owner.changed()
                 log.info("context.gone", context=self.plan.name, why=why.partition("\n")[0])
 
@@ -457,8 +453,6 @@ class ManagedEngine:
         if "attached" in changes:
             changes["last_used"], self._last_used = time.monotonic(), awake()
         self.record = self.record.model_copy(update=changes)
-        if self._record_file is not None and not self.finished:
-            self._record_file.write(self.record)
         self._owner.changed()
 
 

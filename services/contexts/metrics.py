@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from services.contexts.engine_client import CompletionClient
-from services.contexts.records import State
+from services.contexts.protocol import State
 from services.contracts.errors import EngineRequestError
 
 # An engine's other metrics (Python, its process) have the same names as ours.

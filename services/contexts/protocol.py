@@ -8,6 +8,7 @@ successive versions talk to each other.
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable
 from typing import Annotated, Literal
 
@@ -21,16 +22,64 @@ from pydantic import (
 )
 
 from services.contexts.plan import EnginePlan
-from services.contexts.records import ContextRecord
+from services.contracts import ContextSpec
 from services.contracts.bounds import Identity, Name
 from services.contracts.clock import awake
 from services.contracts.errors import KeeperError
+from services.contracts.startup import StartupPhases
 from services.contracts.values import Value
 from services.node.device import Device
 
 _MAX_LINE_BYTES = 1024 * 1024
 _SEND_SECONDS = 5.0
 _ANSWER_POLL_SECONDS = 0.2
+
+OTHER_VERSION = (
+    "this node's keeper is of another version of Keepwarm; end it with `keepwarm contexts evict "
+    "--all`, or with SIGTERM"
+)
+
+State = Literal["waiting", "starting", "warm", "asleep", "stopping"]
+
+
+class ContextRecord(Value):
+    """The public state of an engine. Times are those of the kernel's monotonic clock, which never
+    jumps and is the same for all processes of a node. Unknown fields are ignored: a newer keeper
+    may send more of them.
+    """
+
+    model_config = ConfigDict(extra="ignore", validate_by_name=True, serialize_by_alias=True)
+
+    name: str
+    context: ContextSpec
+    device: str
+    state: State
+    progress: str = Field(default="", alias="says")
+    """While it starts: the last line of its log, or what it waits for."""
+    pid: int | None = None
+    pid_started: float | None = None
+    """When the process started, since a pid alone may be used again."""
+    socket: str
+    log: str
+    since: float
+    """When a worker first asked for it."""
+    last_used: float
+    """When a worker last attached or detached."""
+    attached: int = 0
+    """How many workers hold a lease now."""
+    used: int = 0
+    """How many leases there were in all."""
+    memory_bytes: int | None = None
+    demand: int = 0
+    """How many claims wait for it, as far as this node's workers know."""
+    phases: StartupPhases | None = None
+    adapters: tuple[str, ...] = ()
+    """The adapters that it has loaded."""
+
+    @property
+    def seconds(self) -> float:
+        """The time since a worker first asked for it."""
+        return max(0.0, time.monotonic() - self.since)
 
 
 class LineReader:
@@ -85,6 +134,12 @@ class DescribeDevice(Value):
     verb: Literal["look"] = "look"
 
 
+class Status(Value):
+    """Ask for the records of all engines that have not ended."""
+
+    verb: Literal["status"] = "status"
+
+
 class Evict(Value):
     """Stop these engines, given by name or context id, in use or not. The reply names those that
     ended. It comes when all of them have, or when the grace period is over.
@@ -95,7 +150,7 @@ class Evict(Value):
 
 
 class Drain(Value):
-    """Stop all engines, start no more, and end."""
+    """Stop all engines, start no more, and end. The reply names the engines that ended."""
 
     verb: Literal["drain"] = "drain"
 
@@ -126,7 +181,7 @@ class KeptBroker(Value):
         return password.get_secret_value()
 
 
-Request = Attach | Demand | DescribeDevice | Evict | Drain | Borrow | GiveBack
+Request = Attach | Demand | DescribeDevice | Status | Evict | Drain | Borrow | GiveBack
 _REQUEST: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discriminator="verb")])
 
 
@@ -143,9 +198,11 @@ class KeeperReply(Value):
     warm: bool = False
     """Whether the engine was warm when the worker attached."""
     done: tuple[str, ...] = ()
-    """The names of the engines that ended, in reply to `Evict`."""
+    """The names of the engines that ended, in reply to `Evict` and `Drain`."""
     device: Device | None = None
     """What the engines compute on, in reply to `DescribeDevice`."""
+    engines: tuple[ContextRecord, ...] = ()
+    """The engines that have not ended, the oldest first, in reply to `Status`."""
     broker: KeptBroker | None = None
     """The broker, in reply to `Borrow`."""
 
@@ -206,14 +263,11 @@ class KeeperChannel:
         try:
             return None if line is None else KeeperReply.model_validate_json(line)
         except ValidationError as error:
-            raise KeeperError(
-                "this node's keeper is of another version of Keepwarm; end it with "
-                "`keepwarm contexts evict --all`, or with SIGTERM"
-            ) from error
+            raise KeeperError(OTHER_VERSION) from error
 
     def ask(
         self,
-        request: DescribeDevice | Evict | Drain | Borrow,
+        request: DescribeDevice | Status | Evict | Drain | Borrow,
         timeout_seconds: float,
         stopped: Callable[[], bool] = lambda: False,
     ) -> KeeperReply | None:
@@ -221,7 +275,12 @@ class KeeperChannel:
 
         Raises KeeperError when there is no reply in time.
         """
-        self.send(request)
+        try:
+            self.send(request)
+        except KeeperError:
+            if self.is_closed:
+                return None
+            raise
         deadline = awake() + timeout_seconds
         while not stopped():
             left = max(0.0, deadline - awake())

@@ -205,8 +205,8 @@ class Settings(BaseSettings):
 
     # Not in XDG_RUNTIME_DIR, which is removed at logout while engines continue.
     runtime_dir: Path = Field(default_factory=private_tmp)
-    """Sockets, records and logs of keeper and engines, readable by the owner only. The path must be
-    short: a socket's path may have at most 107 bytes."""
+    """Sockets and logs of keeper and engines, readable by the owner only. The path must be short: a
+    socket's path may have at most 107 bytes."""
     cache_dir: Path = Field(default_factory=_cache_directory)
     """Compiled code of engines, durations of their starts, and digests of weights, readable by the
     owner only."""

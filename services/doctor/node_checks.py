@@ -212,16 +212,16 @@ def caches(settings: Settings) -> Finding:
 
 
 def keeper(settings: Settings) -> Finding:
-    from services.contexts.records import live_records
+    from services.contexts.lease import engines
     from services.contexts.start_keeper import connected
     from services.node.runtime_dir import open_runtime_dir
 
     directory = open_runtime_dir(settings.runtime_dir)
-    line = connected(directory)
-    if line is None:
+    channel = connected(directory)
+    if channel is None:
         return ok("not running; a worker starts it")
-    line.close()
-    return ok(f"running; engines: {len(live_records(directory))}")
+    channel.close()
+    return ok(f"running; engines: {len(engines(directory))}")
 
 
 def limits(_: Settings) -> Finding:

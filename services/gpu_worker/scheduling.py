@@ -9,16 +9,21 @@ from dataclasses import dataclass
 from math import inf
 from sys import float_info
 
+import structlog
+
 from services.contexts.caches import EngineCaches
 from services.contexts.fork_server_client import has_fork_server
+from services.contexts.lease import engines
 from services.contexts.plan import EnginePlan
-from services.contexts.records import live_records
+from services.contexts.protocol import ContextRecord
 from services.contracts import ContextDemand, ContextSpec, Settings
 from services.contracts.backoff import backoff_seconds
 from services.contracts.control import CONTROL_UPDATE_SECONDS
 from services.contracts.errors import KeeperError, KeepwarmError
 from services.node.device import Device
 from services.node.runtime_dir import open_runtime_dir
+
+log = structlog.get_logger(__name__)
 
 COLD_SECONDS = 60.0
 """Assumed start time of a context on a node that has never started one."""
@@ -41,6 +46,8 @@ _WAKE_SECONDS = 5.0
 # A context that failed here is retried after about as long as the failure has lasted: a brief fault
 # costs seconds, and a missing model one attempt every 15 to 30 minutes.
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 10.0, 1800.0
+# A keeper answers in milliseconds. One that does not is asked again after the pause.
+_KEEPER_ANSWER_SECONDS, _KEEPER_PAUSE_SECONDS = 1.0, 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +274,7 @@ class StartupEstimates:
         self._clock = clock
         self._failures: dict[str, int] = {}
         self._not_before: dict[str, float] = {}
+        self._ask_keeper_at = 0.0
 
     def failed(self, context_id: str, error: KeepwarmError) -> float:
         """Record that the context could not be started or kept; return the seconds until a retry.
@@ -292,12 +300,14 @@ class StartupEstimates:
         """False until its retry is due."""
         return self._clock() >= self._not_before.get(context_id, 0.0)
 
-    def seconds(self, contexts: Iterable[ContextSpec]) -> dict[str, float]:
+    def seconds(self, contexts: Sequence[ContextSpec]) -> dict[str, float]:
         """Seconds until each context is ready, by context id. A context that was never here is
         assumed to start like the slowest of those that were, and to be fetched first; on a node
         without any it is left out. Without a fork server, imports are added.
         """
-        live = {record.name: record for record in live_records(self._directory)}
+        if not contexts:
+            return {}
+        live = {record.name: record for record in self._engines()}
         starts = self._caches.recall_all()
         imports = max((start.phases.imports or 0.0 for start in starts.values()), default=0.0)
         if has_fork_server(self._directory):
@@ -320,3 +330,14 @@ class StartupEstimates:
             elif slowest is not None:
                 known[spec.context_id] = slowest
         return known
+
+    def _engines(self) -> Sequence[ContextRecord]:
+        """The engines of this node; none while its keeper does not answer."""
+        if self._clock() < self._ask_keeper_at:
+            return ()
+        try:
+            return engines(self._directory, _KEEPER_ANSWER_SECONDS)
+        except KeeperError as error:
+            self._ask_keeper_at = self._clock() + _KEEPER_PAUSE_SECONDS
+            log.warning("keeper.no_answer", reason=str(error))
+            return ()

@@ -21,7 +21,7 @@ from services.broker import BrokerAddress, Consumer, Delivery, Outgoing, Publish
 from services.contexts.engine_client import CompletionClient, Interrupted
 from services.contexts.lease import EngineLease
 from services.contexts.plan import EnginePlan
-from services.contexts.records import State
+from services.contexts.protocol import State
 from services.contracts import ContextReady, ContextSpec, Settings, StartupPhases, topology
 from services.contracts.errors import (
     BrokerError,

@@ -13,7 +13,7 @@ from services.broker import BrokerAddress, Consumer, Publisher
 from services.contexts.accepted import refusal
 from services.contexts.engine_client import CompletionClient
 from services.contexts.metrics import ContextStates, EngineMetrics
-from services.contexts.records import State
+from services.contexts.protocol import State
 from services.contracts import ContextDemand, ContextSpec, Settings
 from services.contracts.errors import BrokerUnreachable, EngineError, ModelError, UsageError
 from services.contracts.heartbeats import Ending, unique_process_name
@@ -200,15 +200,17 @@ class Worker:
         if session.claims_per_second is not None:
             self._estimates.answered(session.spec.context_id)
         idle_seconds = session.idle_seconds
+        here = session.spec.context_id
+        others = [spec for spec in self._contexts() if spec.context_id != here]
         return self._choose(
             self._estimates,
             Situation(
-                here=session.spec.context_id,
+                here=here,
                 queue_empty=idle_seconds > _IDLE_CHECK_SECONDS,
                 idle_seconds=idle_seconds,
                 since_ready_seconds=session.ready_seconds,
                 claims_per_second=session.claims_per_second,
-                warm=self._estimates.seconds(self._contexts()),
+                warm=self._estimates.seconds(others),
                 random_draw=random.random(),
             ),
         )

@@ -120,6 +120,6 @@ class Stack:
         return json.loads(self.inside("collector", "keepwarm", "report", run_id, "--json"))
 
     def engines(self) -> list[dict[str, Any]]:
-        """The records of what is warm, as a worker reads them."""
+        """The engines that the keeper has."""
         said = self.inside("gpu-worker", "keepwarm", "contexts", "list", "--json")
         return [json.loads(line) for line in said.splitlines() if line.startswith("{")]

@@ -3,7 +3,7 @@
 import json
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 from sqlalchemy import create_engine, text
 
-from services.contexts.records import ContextRecord, live_records
+from services.contexts.lease import engines
+from services.contexts.protocol import ContextRecord
 from services.contracts import load_settings
 from services.store import RunStatus, Store, run_status
 from tests.conftest import REPOSITORY, holds, sample_lines
@@ -81,9 +82,9 @@ def context_of(worker: Command) -> str:
     return str(json.loads(said)["context"])
 
 
-def warm_here(environment: dict[str, str]) -> list[ContextRecord]:
+def warm_here(environment: dict[str, str]) -> Sequence[ContextRecord]:
     """The engines that are warm on the commands' node, or on their way."""
-    return live_records(Path(environment["KEEPWARM_RUNTIME_DIR"]))
+    return engines(Path(environment["KEEPWARM_RUNTIME_DIR"]))
 
 
 @contextmanager

@@ -1,14 +1,15 @@
-"""What `keepwarm contexts` understands by a name, with records that nobody's engine wrote."""
+"""What `keepwarm contexts` understands by a name, with records of no keeper's engines."""
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from services.contexts.records import ContextRecord, RecordFile
+from services.contexts.protocol import ContextRecord
 from services.contracts import ContextSpec, Settings, load_settings
+from services.contracts.errors import KeeperError
 from services.node.runtime_dir import open_runtime_dir
 
 # Two of one context, as on two GPUs, and one of another with the same beginning.
@@ -21,13 +22,12 @@ def directory() -> Path:
 
 
 @pytest.fixture
-def warm(directory: Path) -> Iterator[None]:
-    kept = []
+def warm(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = []
     for name, model in CONTEXTS.items():
         log = directory / f"{name}.log"
         log.write_text(f"the log of {name}\n")
-        own = RecordFile(directory, name)
-        own.write(
+        records.append(
             ContextRecord(
                 name=name,
                 context=ContextSpec(model=model),
@@ -39,10 +39,7 @@ def warm(directory: Path) -> Iterator[None]:
                 last_used=1.0,
             )
         )
-        kept.append(own)
-    yield
-    for own in kept:
-        own.close()
+    monkeypatch.setattr("services.cli.contexts.engines", lambda _: records)
 
 
 @pytest.fixture
@@ -115,6 +112,23 @@ def test_what_an_engine_left_that_never_came_up_is_shown_where_no_live_one_is_me
     assert (
         "no engine's name begins with 'keeper'; engines on this node: " in capsys.readouterr().err
     )
+
+
+def test_a_log_is_shown_though_the_keeper_does_not_answer(
+    keepwarm: Callable[..., int],
+    directory: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def hang(_: Path) -> None:
+        raise KeeperError("this node's keeper did not answer within 10 s")
+
+    monkeypatch.setattr("services.cli.contexts.engines", hang)
+    (directory / "ctx-0c-11.log").write_text("its last words\n")
+    assert keepwarm("contexts", "logs", "ctx-0c") == 0
+    assert capsys.readouterr().out == "its last words\n"
+    assert keepwarm("contexts", "list") == 4
+    assert "did not answer" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from services.cli.contexts import _description
-from services.contexts.records import ContextRecord
+from services.contexts.protocol import ContextRecord
 from services.contracts import ContextSpec
 
 

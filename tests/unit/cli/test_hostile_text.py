@@ -27,7 +27,7 @@ from services.cli.live_view import LiveView
 from services.cli.logs import configure_logs
 from services.cli.printable import printable
 from services.cli.screen import Screen, print_report, say, show, status_table
-from services.contexts.records import ContextRecord
+from services.contexts.protocol import ContextRecord
 from services.contracts import (
     Claim,
     ContextDemand,

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,19 @@ from services.contexts.engine import Engine
 from services.contexts.fork_server_client import has_fork_server
 from services.contexts.keeper import Keeper
 from services.contexts.keeper_server import KeeperServer
+from services.contexts.lease import engines
 from services.contexts.managed_engine import ManagedEngine
 from services.contexts.metrics import WRONG_ENGINES
 from services.contexts.plan import EnginePlan
-from services.contexts.protocol import Attach, Demand, Drain, KeeperChannel, KeeperReply
-from services.contexts.records import ContextRecord, State, live_records
+from services.contexts.protocol import (
+    Attach,
+    ContextRecord,
+    Demand,
+    Drain,
+    KeeperChannel,
+    KeeperReply,
+    State,
+)
 from services.contracts import ContextSpec, load_settings
 from services.contracts.errors import EngineRequestError, EngineStartError, KeeperError
 from services.node.device import Device
@@ -92,8 +101,8 @@ class Node:
         assert managed.ended_because is not None
         return managed.ended_because
 
-    def records(self) -> list[ContextRecord]:
-        return live_records(self.keeper.directory)
+    def records(self) -> tuple[ContextRecord, ...]:
+        return self.keeper.records()
 
 
 @pytest.fixture
@@ -231,7 +240,7 @@ def test_a_start_that_nobody_waits_for_any_more_is_given_up(start: Callable[...,
     managed.detach()
     assert not managed.attach()  # from the very moment on
     assert node.goes(managed) == "no worker waits for it any more"
-    assert node.records() == []
+    assert node.records() == ()
 
 
 def test_a_broken_off_start_leaves_its_cache_marked_as_half_written(
@@ -253,13 +262,8 @@ def test_a_full_disk_ends_no_engine_and_pins_none(
 
     node = start(KEEPWARM_CONTEXT_IDLE_SECONDS="0.5")
     with monkeypatch.context() as disk:
-        disk.setattr(Path, "replace", full)  # of records, and of what is remembered of the start
+        disk.setattr(Path, "replace", full)  # of what is remembered of the start
         managed = node.warm("a")
-        node.keeper.update_demand({managed.plan.spec.context_id: 7})
-        assert (managed.record.attached, managed.record.demand) == (1, 7)
-        assert node.records() == []
-    managed.update_demand(8)
-    assert [record.demand for record in node.records()] == [8]
     managed.detach()
     assert node.goes(managed) == "no worker used it for 0.5 s"
 
@@ -297,14 +301,19 @@ def test_an_engine_that_could_not_be_measured_counts_as_what_it_needs_and_that_i
 # What it leaves on the node.
 
 
-def test_what_the_fork_servers_of_a_killed_keeper_left_is_removed(
+def test_what_a_killed_keeper_left_is_removed_but_for_the_logs_of_its_engines(
     start: Callable[..., Node], tmp_path: Path
 ) -> None:
     left = tmp_path / "run" / "fork-server-00112233.tmp"
     (left / "kw-1").mkdir(parents=True)
     (tmp_path / "run" / "fork-server-00112233.log").write_text("imported")
+    for suffix in ("sock", "log"):
+        (tmp_path / "run" / f"ctx-0011-2233.{suffix}").touch()
     start()
-    assert list((tmp_path / "run").glob("fork-server-*")) == []
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "ctx-0011-2233.log",
+        "keeper.lock",
+    }
 
 
 def test_old_caches_make_way_after_a_start_and_old_logs_are_bounded(
@@ -961,11 +970,11 @@ def test_a_node_that_drains_starts_no_engine_and_gives_no_lease(
 ) -> None:
     node = start()
     idle = node.idle("a")
-    node.keeper.drain()
+    assert node.keeper.drain() == (idle.plan.name,)
     assert node.goes(idle) == "the node is draining"
     with pytest.raises(KeeperError, match="this node is draining"):
         node.attach("a")
-    assert node.keeper.empty and node.records() == []
+    assert node.keeper.empty and node.records() == ()
 
 
 def test_a_drain_waits_for_those_in_use_and_gives_up_who_waits_for_room(
@@ -975,13 +984,14 @@ def test_a_drain_waits_for_those_in_use_and_gives_up_who_waits_for_room(
     used = node.warm("a")
     waiting = node.attach("b")
     wait_until(lambda: waiting.record.progress, "that it waits")
-    draining = threading.Thread(target=node.keeper.drain)
-    draining.start()
-    assert node.goes(waiting) == "the node is draining"
-    assert used.record.state == "warm" and draining.is_alive()
-    used.detach()
-    draining.join(GENEROUS_SECONDS)
+    with ThreadPoolExecutor() as executor:
+        draining = executor.submit(node.keeper.drain)
+        assert node.goes(waiting) == "the node is draining"
+        assert used.record.state == "warm" and not draining.done()
+        used.detach()
+        ended = draining.result(GENEROUS_SECONDS)
     assert used.ended_because == "the node is draining"
+    assert ended == (used.plan.name, waiting.plan.name)
 
 
 def test_a_drain_wakes_nobody_up(start: Callable[..., Node], sleepy: None) -> None:
@@ -1070,14 +1080,17 @@ def test_a_wake_is_told_as_no_start(start: Callable[..., Node], sleepy: None) ->
     assert reply.record is not None and reply.record.phases is None and not reply.warm
 
 
-def test_a_keeper_tells_its_contexts_by_state(start: Callable[..., Node]) -> None:
+def test_engines_are_listed_from_the_oldest_to_the_youngest_until_they_have_ended(
+    start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
     node = start()
-    assert node.keeper.states() == []
-    managed = node.idle("a")
-    assert node.keeper.states() == ["warm"]
-    managed.stop("it was evicted")
-    node.goes(managed)
-    assert node.keeper.states() == []
+    monkeypatch.setattr("services.contexts.keeper.free_bytes", lambda _: ALL_BYTES)
+    assert node.records() == ()
+    first, second = node.idle("a"), node.idle("b")
+    first.stop("it was evicted")
+    node.goes(first)
+    again = node.idle("a")
+    assert node.records() == (second.record, again.record)
 
 
 def test_a_keeper_that_a_worker_starts_leaves_the_workers_port_alone(
@@ -1107,7 +1120,7 @@ def test_a_keeper_that_was_told_to_drain_ends_though_nobody_waits_for_its_answer
     service: KeeperServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = threading.Event()
-    monkeypatch.setattr(service._keeper, "drain", lambda: left.wait(GENEROUS_SECONDS))
+    monkeypatch.setattr(service._keeper, "drain", lambda: left.wait(GENEROUS_SECONDS) and ())
     channel = start_keeper.open_keeper(load_settings())
     assert channel is not None
     channel.send(Drain())
@@ -1132,6 +1145,36 @@ def listening(start: Callable[..., Node]) -> Iterator[Node]:
     yield node
     server.stop()
     serving.join(GENEROUS_SECONDS)
+
+
+def test_who_asks_for_the_engines_sees_the_progress_of_a_start(
+    listening: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = listening.keeper.directory
+    assert engines(directory) == ()
+    used = listening.warm("a")
+    waiting = listening.attach("b")
+    shown = wait_until(lambda: [r for r in engines(directory) if r.progress], "what b waits for")
+    assert [(r.name, r.progress) for r in shown] == [
+        (waiting.plan.name, "waiting for memory that engines in use hold")
+    ]
+    assert [r.state for r in engines(directory)] == ["warm", "waiting"]
+    waiting.detach()
+    used.detach()
+
+
+def test_who_asks_for_the_engines_does_not_wait_for_an_eviction(
+    listening: Node, endless: Endless
+) -> None:
+    directory = listening.keeper.directory
+    managed = listening.warm("a")
+    evicting = threading.Thread(target=listening.keeper.evict, args=(None,))
+    evicting.start()
+    wait_until(lambda: [r.state for r in engines(directory)] == ["stopping"], "its last state")
+    assert not managed.finished
+    endless.over.set()
+    evicting.join(GENEROUS_SECONDS)
+    wait_until(lambda: engines(directory) == (), "its end")
 
 
 def test_when_its_directory_is_removed_no_engine_stays_that_cannot_be_reached(

@@ -3,8 +3,8 @@
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -12,11 +12,11 @@ import pytest
 from services.contexts import lease as module
 from services.contexts.lease import EngineLease
 from services.contexts.plan import EnginePlan
-from services.contexts.protocol import DescribeDevice, KeeperChannel, KeeperReply
-from services.contexts.records import ContextRecord
+from services.contexts.protocol import ContextRecord, DescribeDevice, KeeperChannel, KeeperReply
 from services.contracts import ContextSpec, load_settings
 from services.contracts.errors import EngineStartError, KeeperError
 from services.node.device import Device
+from services.node.runtime_dir import keeper_socket, open_runtime_dir
 
 GENEROUS_SECONDS = 60.0
 
@@ -47,10 +47,8 @@ def _died(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_died")
 def test_a_keeper_that_has_just_died_is_told_in_words(lease: EngineLease) -> None:
-    with pytest.raises(KeeperError, match="keeper's socket is gone"):
-        module.evict(load_settings(), ("ctx-1",))
-    with pytest.raises(KeeperError, match="keeper's socket is gone"):
-        module.drain(load_settings())
+    assert module.evict(load_settings(), ("ctx-1",)) == ()
+    assert module.drain(load_settings()) == ()
     with pytest.raises(KeeperError, match="keeper's socket is gone"):
         lease.start(threading.Event())
     assert not lease.alive
@@ -183,3 +181,70 @@ def test_a_keeper_that_ended_while_the_kernel_killed_for_memory_is_told_so(
     with pytest.raises(EngineStartError, match="its keeper ended. .* because memory ran out"):
         monkeypatch.setattr(KeeperChannel, "send", lambda *_: mute.ends[0].close())
         lease.start(threading.Event())
+
+
+# What a node's engines are.
+
+
+@pytest.fixture
+def directory() -> Path:
+    return open_runtime_dir(load_settings().runtime_dir)
+
+
+@contextmanager
+def listening(directory: Path, answers: Callable[[socket.socket], None]) -> Iterator[None]:
+    """A process at the keeper's socket that does `answers` with each connection."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(keeper_socket(directory)))
+        listener.listen()
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with connection:
+                        answers(connection)
+
+        serving = threading.Thread(target=serve)
+        serving.start()
+        yield
+        listener.shutdown(socket.SHUT_RDWR)
+        serving.join(GENEROUS_SECONDS)
+
+
+def test_without_a_keeper_there_are_no_engines_and_none_is_started(directory: Path) -> None:
+    assert module.engines(directory) == ()
+    assert not list(directory.iterdir())
+
+
+def test_the_socket_of_a_killed_keeper_has_no_engines(directory: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as killed:
+        killed.bind(str(keeper_socket(directory)))
+    assert module.engines(directory) == ()
+
+
+def test_a_keeper_that_ends_while_it_is_asked_has_no_engines(directory: Path) -> None:
+    def end(connection: socket.socket) -> None:
+        keeper_socket(directory).unlink(missing_ok=True)
+
+    with listening(directory, end):
+        assert module.engines(directory) == ()
+
+
+def test_a_keeper_that_does_not_know_the_request_is_told_as_of_another_version(
+    directory: Path,
+) -> None:
+    # What keepers of the version before do: they close the connection.
+    with (
+        listening(directory, lambda connection: connection.recv(65_536) and None),
+        pytest.raises(KeeperError, match="another version of Keepwarm; .*evict --all"),
+    ):
+        module.engines(directory)
+
+
+def test_a_keeper_that_does_not_answer_is_an_error_with_the_next_step(directory: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as hung:
+        hung.bind(str(keeper_socket(directory)))
+        hung.listen()
+        with pytest.raises(KeeperError, match="did not answer within 0.1 s; see keeper.log"):
+            module.engines(directory, 0.1)

@@ -1,5 +1,6 @@
 """What is said between workers and keepers, over a real socket."""
 
+import json
 import os
 import socket
 import struct
@@ -11,6 +12,7 @@ from services.contexts import protocol
 from services.contexts.plan import EnginePlan
 from services.contexts.protocol import (
     Attach,
+    ContextRecord,
     Demand,
     DescribeDevice,
     Drain,
@@ -18,8 +20,8 @@ from services.contexts.protocol import (
     KeeperChannel,
     KeeperReply,
     Request,
+    Status,
 )
-from services.contexts.records import ContextRecord
 from services.contracts import ContextSpec, load_settings
 from services.contracts.errors import KeeperError
 from services.node.device import Device
@@ -53,6 +55,7 @@ def test_every_request_survives_the_way(ends: Ends, context: ContextSpec) -> Non
         Attach(plan=wanted),
         Demand(claims={context.context_id: 7}),
         DescribeDevice(),
+        Status(),
         Evict(wanted=("ctx-1", "ctx-2")),
         Drain(),
     ]
@@ -70,8 +73,8 @@ def test_a_plan_that_came_over_the_socket_is_the_same_engine(
     assert isinstance(heard, Attach) and heard.plan.name == plan(context).name
 
 
-def test_a_word_survives_the_way(ends: Ends, context: ContextSpec) -> None:
-    record = ContextRecord(
+def starting(context: ContextSpec) -> ContextRecord:
+    return ContextRecord(
         name="ctx-1-2",
         context=context,
         device="Xeon",
@@ -82,10 +85,15 @@ def test_a_word_survives_the_way(ends: Ends, context: ContextSpec) -> None:
         since=1.5,
         last_used=2.5,
     )
+
+
+def test_every_reply_survives_the_way(ends: Ends, context: ContextSpec) -> None:
+    record = starting(context)
     said = [
         KeeperReply(record=record, warm=True),
         KeeperReply(error="it ended\nwith a log"),
         KeeperReply(done=("a", "b")),
+        KeeperReply(engines=(record, record.model_copy(update={"name": "ctx-1-3"}))),
         KeeperReply(device=Device("cuda", "H100", 2**36, (0, 1), gpu="0")),
     ]
     for reply in said:
@@ -113,9 +121,11 @@ def test_what_is_no_request_is_refused(ends: Ends, nonsense: bytes) -> None:
         ends.channel.request(GENEROUS_SECONDS)
 
 
-def test_what_a_newer_keeper_says_besides_is_not_heard(ends: Ends) -> None:
-    ends.bare.sendall(b'{"done": ["ctx-1"], "mood": "good"}\n')
-    assert ends.channel.reply(GENEROUS_SECONDS) == KeeperReply(done=("ctx-1",))
+def test_fields_of_a_newer_keeper_are_ignored(ends: Ends, context: ContextSpec) -> None:
+    record = starting(context)
+    newer = {**json.loads(record.model_dump_json()), "mood": "good"}
+    ends.bare.sendall(json.dumps({"engines": [newer], "mood": "good"}).encode() + b"\n")
+    assert ends.channel.reply(GENEROUS_SECONDS) == KeeperReply(engines=(record,))
 
 
 def test_a_word_of_another_version_tells_how_to_be_rid_of_that_keeper(ends: Ends) -> None:
@@ -200,6 +210,11 @@ def test_who_asks_has_the_answer_or_is_told_that_there_is_none(ends: Ends) -> No
     assert ends.channel.ask(Drain(), GENEROUS_SECONDS) == KeeperReply(done=("a",))
     with pytest.raises(KeeperError, match="did not answer within 0.1 s"):
         ends.channel.ask(Drain(), 0.1)
+
+
+def test_who_asks_a_keeper_that_has_just_ended_has_no_answer(ends: Ends) -> None:
+    ends.bare.close()
+    assert ends.channel.ask(Status(), GENEROUS_SECONDS) is None
 
 
 def test_who_asks_and_is_told_to_stop_waits_no_more(ends: Ends) -> None:

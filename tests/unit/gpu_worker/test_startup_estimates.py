@@ -1,14 +1,17 @@
 """How soon a context is ready on a node, and which contexts failed there."""
 
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from services.contexts.caches import EngineCaches, PastStart
 from services.contexts.plan import EnginePlan
-from services.contexts.records import ContextRecord, RecordFile, State
+from services.contexts.protocol import ContextRecord, State
 from services.contracts import ContextSpec, StartupPhases, load_settings
 from services.contracts.errors import EngineStartError, KeeperError, ModelError
+from services.gpu_worker import scheduling
 from services.gpu_worker.scheduling import StartupEstimates
 from services.node.device import Device
 from tests.unit.clock import Clock
@@ -102,22 +105,55 @@ def test_imports_are_added_if_there_is_no_fork_server(
 
 @pytest.mark.parametrize(("state", "seconds"), [("warm", 0), ("asleep", 5), ("starting", 20)])
 def test_one_that_is_here_is_ready_as_soon_as_its_state_allows(
-    state: State, seconds: float, estimates: StartupEstimates, tmp_path: Path
+    state: State,
+    seconds: float,
+    estimates: StartupEstimates,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     started(tmp_path, A, imports=0, total=20)
-    own = RecordFile(tmp_path / "run", name_of(A))
-    own.write(
-        ContextRecord(
-            name=name_of(A),
-            context=A,
-            device=DEVICE.name,
-            state=state,
-            socket="",
-            log="",
-            since=0.0,
-            last_used=0.0,
-        )
+    record = ContextRecord(
+        name=name_of(A),
+        context=A,
+        device=DEVICE.name,
+        state=state,
+        socket="",
+        log="",
+        since=0.0,
+        last_used=0.0,
     )
-    known = estimates.seconds([A])
-    own.close()
-    assert known == {A.context_id: seconds}
+    monkeypatch.setattr(scheduling, "engines", lambda *_: (record,))
+    assert estimates.seconds([A]) == {A.context_id: seconds}
+
+
+@pytest.fixture
+def hung_keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """A keeper that accepts no connection: the kernel does, and nobody answers."""
+    monkeypatch.setattr(scheduling, "_KEEPER_ANSWER_SECONDS", 0.1)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "run" / "keeper.sock"))
+        listener.listen()
+        listener.setblocking(False)
+        yield listener
+
+
+def test_a_keeper_that_does_not_answer_has_no_engines_and_is_left_alone_for_a_while(
+    estimates: StartupEstimates, hung_keeper: socket.socket, tmp_path: Path, clock: Clock
+) -> None:
+    started(tmp_path, A, imports=0, total=20)
+    for _ in range(3):
+        assert estimates.seconds([A]) == {A.context_id: 20}
+    hung_keeper.accept()[0].close()
+    with pytest.raises(BlockingIOError):
+        hung_keeper.accept()
+    clock.now += 60
+    assert estimates.seconds([A]) == {A.context_id: 20}
+    hung_keeper.accept()[0].close()
+
+
+def test_the_keeper_is_not_asked_when_no_other_context_has_claims(
+    estimates: StartupEstimates, hung_keeper: socket.socket
+) -> None:
+    assert estimates.seconds([]) == {}
+    with pytest.raises(BlockingIOError):
+        hung_keeper.accept()
