@@ -87,8 +87,8 @@ def _bounds(field: FieldInfo) -> str:
 
 def _flags(command: Any) -> Iterator[tuple[str, str]]:
     """Variable and flag, as the help of each flag names its variable."""
-    for verb in getattr(command, "commands", {}).values():
-        yield from _flags(verb)
+    for verb in getattr(command, "commands", ()):
+        yield from _flags(command.get_command(None, verb))
     for parameter in command.params:
         found = re.search(r"env: (KEEPWARM_\w+)", getattr(parameter, "help", None) or "")
         if found:

@@ -10,15 +10,16 @@ import importlib.metadata
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 if sys.argv[1:2] in (["worker"], ["keeper"], ["collect"]):
     # A scheduler's early warning would end a process without a handler. It is blocked until
     # `on_stop_signal` installs one.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP})
 
+gc.disable()  # imports create no garbage, and collecting takes a tenth of the time
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from services.cli.imports import without
 from services.cli.printable import printable
@@ -27,20 +28,72 @@ from services.cli.user import name_the_user
 from services.contracts import KeepwarmError
 from services.contracts.errors import UsageError
 
-gc.disable()  # imports create no garbage, and collecting takes a tenth of the time
 with without("rich"):
     import structlog  # noqa: F401  (without rich it imports in a tenth less time)
+gc.freeze()  # nor are they searched later
+gc.enable()
 
-_VERBS = (
-    *("run", "validate", "submit", "worker", "collect", "status", "report", "export", "cancel"),
-    *("contexts list", "contexts warm", "contexts evict", "contexts logs", "contexts prune"),
-    "keeper",
-    *("dead list", "dead show", "dead retry", "dead drop"),
-    *("broker setup", "doctor"),
-)
+_VERBS = {
+    "keepwarm": "run validate submit worker collect status report export cancel keeper doctor",
+    "broker": "setup",
+    "dead": "list show retry drop",
+    "contexts": "list warm evict logs prune",
+}
+
+
+class LazyGroup(TyperGroup):
+    """A group that imports the module of a verb when the verb is used. Imports take time, and a
+    worker must start within a second.
+    """
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self._verbs = _VERBS[attributes["name"]].split()
+        self.commands = {**{verb: TyperCommand(verb) for verb in self._verbs}, **self.commands}
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name in self._verbs:
+            return _command(f"{self.name} {cmd_name}".removeprefix("keepwarm "))
+        return super().get_command(ctx, cmd_name)
+
+
+def _command(name: str) -> Any:
+    """The command of a verb. A machine may lack the extras of services that it does not run."""
+    words = name.split()
+    gc.disable()
+    try:
+        module = importlib.import_module(f"services.cli.{words[0]}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("services"):
+            raise
+        missing = error.name
+
+        def unavailable() -> None:
+            raise UsageError(
+                f"`keepwarm {name}` needs {missing}, which is not installed here; install "
+                "the extra of its service, for example keepwarm[collector]"
+            )
+
+        return TyperCommand(
+            words[-1],
+            callback=unavailable,
+            help=f"Not installed here: needs {missing}.",
+            context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+        )
+    finally:
+        gc.freeze()
+        gc.enable()
+    function = getattr(module, words[-1])
+    # Without line breaks in its paragraphs; the terminal's width sets them.
+    paragraphs = (" ".join(text.split()) for text in (function.__doc__ or "").split("\n\n"))
+    verb = typer.Typer(add_completion=False)
+    verb.command(words[-1], help="\n\n".join(paragraphs))(function)
+    return typer.main.get_command(verb)
+
 
 app = typer.Typer(
     name="keepwarm",
+    cls=LazyGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -61,68 +114,12 @@ app = typer.Typer(
         "Keepwarm; [bold]run[/bold] ends with 130 or 143 when Ctrl-C or SIGTERM interrupts it."
     ),
 )
-
-_broker = typer.Typer(no_args_is_help=True, help="Prepare a broker for a team.")
-app.add_typer(_broker, name="broker")
-_dead = typer.Typer(
-    no_args_is_help=True,
-    help="Dead claims, and messages that no service could use.",
-)
-app.add_typer(_dead, name="dead")
-_contexts = typer.Typer(
-    no_args_is_help=True, help="The engines of this node, which stay warm between workers and runs."
-)
-app.add_typer(_contexts, name="contexts")
-_GROUPS = {"": app, "broker": _broker, "contexts": _contexts, "dead": _dead}
-
-
-def _verb(name: str) -> Callable[..., None]:
-    """The function of a verb. A machine may lack the extras of services that it does not run."""
-    words = name.split()
-    try:
-        module = importlib.import_module(f"services.cli.{words[0]}")
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("services"):
-            raise
-        missing = error.name
-
-        def unavailable() -> None:
-            raise UsageError(
-                f"`keepwarm {name}` needs {missing}, which is not installed here; install "
-                "the extra of its service, for example keepwarm[collector]"
-            )
-
-        unavailable.__doc__ = f"Not installed here: needs {missing}."
-        return unavailable
-    function: Callable[..., None] = getattr(module, words[-1])
-    return function
-
-
-def _verbs_to_import(arguments: Sequence[str]) -> Sequence[str]:
-    """The verb of a command line, or all verbs when it has none. Imports take time, and a worker
-    must start within a second.
-    """
-    line = " ".join(arguments) + " "
-    return [name for name in _VERBS if line.startswith(f"{name} ")] or _VERBS
-
-
-def _unwrapped(text: str) -> str:
-    """The text without line breaks in its paragraphs; the terminal's width sets them."""
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
-
-
-for _name in _verbs_to_import(sys.argv[1:]):
-    _function = _verb(_name)
-    # A verb that is not installed accepts any flags, and reports that it is not installed.
-    _any = {"ignore_unknown_options": True, "allow_extra_args": True}
-    _group, _, _last = _name.rpartition(" ")
-    _GROUPS[_group].command(
-        _last,
-        help=_unwrapped(_function.__doc__ or ""),
-        context_settings=_any if _function.__name__ == "unavailable" else None,
-    )(_function)
-gc.freeze()  # nor are they searched later
-gc.enable()
+for _name, _help in (
+    ("broker", "Prepare a broker for a team."),
+    ("dead", "Dead claims, and messages that no service could use."),
+    ("contexts", "The engines of this node, which stay warm between workers and runs."),
+):
+    app.add_typer(typer.Typer(cls=LazyGroup, no_args_is_help=True, help=_help), name=_name)
 
 
 def _expand_home(argument: str) -> str:

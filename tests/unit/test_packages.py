@@ -103,10 +103,25 @@ def test_submitting_and_validating_need_no_package_of_a_gpu_node(repository: Pat
 
 
 def test_the_workers_command_loads_nothing_for_terminals(repository: Path) -> None:
-    command = "sys.argv = ['keepwarm', 'worker']; import services.cli.main"
-    loaded = modules_after(command, repository)
+    loaded = modules_after("import services.cli.main, services.cli.worker", repository)
     assert {"structlog", "pika"} <= loaded
     assert not loaded & {"rich", "httpx", "torch", "vllm", "transformers", "huggingface_hub"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "verbs"),
+    [(["--version"], set()), (["fly"], set()), (["contexts", "--help"], {"contexts"})],
+    ids=" ".join,
+)
+def test_a_command_loads_only_the_verbs_that_it_runs_or_lists(
+    arguments: list[str], verbs: set[str], repository: Path
+) -> None:
+    run = f"CliRunner().invoke(app, {arguments})"
+    loaded = modules_after(
+        f"from typer.testing import CliRunner; from services.cli.main import app; {run}", repository
+    )
+    files = {"run", "submit", "worker", "status", "contexts", "broker", "dead"}
+    assert {verb for verb in files if f"services.cli.{verb}" in loaded} == verbs
 
 
 def test_the_contracts_load_no_service(repository: Path) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from services.cli import main as front_door
 from services.cli.main import app
 from services.contracts import Run, errors
 from services.contracts.errors import KeepwarmError
@@ -332,4 +331,4 @@ def test_a_bug_in_our_own_modules_is_not_taken_for_a_missing_extra(
     monkeypatch.delitem(sys.modules, "services.cli.worker", raising=False)
     monkeypatch.setitem(sys.modules, "services.gpu_worker", None)
     with pytest.raises(ModuleNotFoundError):
-        front_door._verb("worker")
+        CliRunner().invoke(app, ["worker"], catch_exceptions=False)
