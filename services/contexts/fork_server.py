@@ -2,15 +2,15 @@
 
 Importing vLLM takes longer than loading a small model, and without a fork server every process of
 vLLM does it again. `PYTHON fork_server.py SOCKET MODULE` imports MODULE once, listens, and forks an
-engine for every connection. The keeper sends one line of JSON ({name, argv, environment, cores,
-log, grace_seconds}). The fork server replies with the engine's pid and the time at which the
-imports were done, and at the end with its exit code. When the keeper closes its side, or dies, the
-engine ends.
+engine for every connection. The keeper sends one `ForkRequest`, as a line of JSON. The fork server
+replies with a `ForkReply` that has the engine's pid, or says why it forks none, and at the end with
+one that has its exit code. When the keeper closes its side, or dies, the engine ends.
 
 The engine's own interpreter runs this file, and need not have Keepwarm's libraries: it imports the
-standard library, psutil (which vLLM needs too) and node/supervision.py. In all other respects a
-forked engine is `python -m MODULE`. Neither CUDA nor threads survive a fork: nothing here
-initialises CUDA, and a fork server that has more than one thread refuses to fork.
+standard library, psutil (which vLLM needs too) and two modules of node/. So its messages are
+dataclasses, where the keeper's others are pydantic's models. In all other respects a forked engine
+is `python -m MODULE`. Neither CUDA nor threads survive a fork: nothing here initialises CUDA, and a
+fork server that has more than one thread refuses to fork.
 """
 
 import contextlib
@@ -29,6 +29,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,10 @@ import keepwarm_start
 if __name__ == "__main__":
     keepwarm_start.isolate()  # also from this script's own directory
 
+from services.node.line_reader import LineReader
 from services.node.supervision import adopt_orphans, die_with_parent, supervise
 
-_MAX_REQUEST_BYTES = 1024 * 1024
+_REQUEST_SECONDS = 10.0
 # A unix socket's path may have 107 bytes, and vLLM's sockets have names of 36.
 _LONGEST_TEMPORARY_BYTES = 107 - len("/kw-12345678/") - 36
 # vLLM's processes import these only when they begin to work. Missing ones do not matter.
@@ -52,6 +54,35 @@ _LATER_IMPORTS = (
     "vllm.model_executor.model_loader",
     "vllm.model_executor.models.llama",
 )
+
+
+@dataclass(frozen=True, slots=True)
+class ForkRequest:
+    """Fork this engine, and end it when the connection is closed."""
+
+    name: str
+    argv: list[str]
+    environment: dict[str, str]
+    cores: list[int]
+    log: str
+    grace_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ForkReply:
+    """What became of the engine; only what is known is not None."""
+
+    pid: int | None = None
+    imported_at: float | None = None
+    """When the fork server had done the imports, by the monotonic clock."""
+    refused: str | None = None
+    """Why no engine was forked."""
+    exit_code: int | None = None
+
+
+def encode(message: ForkRequest | ForkReply) -> bytes:
+    """The message as a line of JSON."""
+    return json.dumps(asdict(message)).encode() + b"\n"
 
 
 class Forked:
@@ -99,7 +130,7 @@ class Forked:
 
 
 def _become_engine(
-    module: str, request: dict[str, Any], connection: socket.socket, temporary: str
+    module: str, request: ForkRequest, connection: socket.socket, temporary: str
 ) -> None:
     """Run MODULE in the engine's process as `python -m MODULE` would."""
     connection.close()
@@ -107,13 +138,13 @@ def _become_engine(
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.set_wakeup_fd(-1)
-    os.sched_setaffinity(0, request["cores"])
-    os.environ.update(request["environment"])
+    os.sched_setaffinity(0, request.cores)
+    os.environ.update(request.environment)
     os.environ["TMPDIR"] = os.environ["VLLM_RPC_BASE_PATH"] = temporary
     tempfile.tempdir = None  # an import may have set it
     _apply_offline_mode()
-    sys.argv = [module, *request["argv"]]
-    _set_process_title(f"keepwarm engine {request['name']}")
+    sys.argv = [module, *request.argv]
+    _set_process_title(f"keepwarm engine {request.name}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # MODULE was imported before, on purpose
         runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -132,12 +163,12 @@ def _set_process_title(title: str) -> None:
 
 
 def _guard_engine(
-    module: str, request: dict[str, Any], connection: socket.socket, imported_at: float
+    module: str, request: ForkRequest, connection: socket.socket, imported_at: float
 ) -> None:
     """Supervise the engine in its guard process, and report how it ended."""
     os.setsid()
     guard = os.getpid()
-    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    log = os.open(request.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
@@ -148,13 +179,13 @@ def _guard_engine(
 
     def start() -> Forked:
         engine = Forked(lambda: _become_engine(module, request, connection, temporary))
-        _send(connection, {"pid": engine.pid, "imported_at": imported_at})
+        _send(connection, ForkReply(pid=engine.pid, imported_at=imported_at))
         return engine
 
-    code = supervise(start, connection.fileno(), request["grace_seconds"])
+    code = supervise(start, connection.fileno(), request.grace_seconds)
     if os.getpid() == guard:
         shutil.rmtree(temporary, ignore_errors=True)
-        _send(connection, {"exit_code": code})
+        _send(connection, ForkReply(exit_code=code))
     os._exit(code)
 
 
@@ -190,22 +221,15 @@ def _why_not_forkable() -> str | None:
     return None if threads == 1 else f"it has {threads} threads"
 
 
-def _send(connection: socket.socket, message: dict[str, Any]) -> None:
+def _send(connection: socket.socket, reply: ForkReply) -> None:
     with contextlib.suppress(OSError):  # the keeper may be gone
-        connection.sendall(json.dumps(message).encode() + b"\n")
+        connection.sendall(encode(reply))
 
 
-def _read_request(connection: socket.socket) -> dict[str, Any] | None:
-    connection.settimeout(10)
-    data = b""
-    while not data.endswith(b"\n"):
-        piece = connection.recv(65536)
-        if not piece or len(data) > _MAX_REQUEST_BYTES:
-            return None
-        data += piece
+def _read_request(connection: socket.socket) -> ForkRequest | None:
+    line = LineReader(connection).next(_REQUEST_SECONDS)
     connection.settimeout(None)
-    request: dict[str, Any] = json.loads(data)
-    return request
+    return None if line is None else ForkRequest(**json.loads(line))
 
 
 def _serve(listener: socket.socket, module: str, imported_at: float) -> None:
@@ -217,13 +241,13 @@ def _serve(listener: socket.socket, module: str, imported_at: float) -> None:
         with connection:
             try:
                 request = _read_request(connection)
-            except (OSError, ValueError):
+            except (OSError, ValueError, TypeError):
                 continue
             if request is None:
                 continue
             why_not = _why_not_forkable()
             if why_not is not None:
-                _send(connection, {"refused": why_not})
+                _send(connection, ForkReply(refused=why_not))
                 continue
             if os.fork() == 0:
                 listener.close()

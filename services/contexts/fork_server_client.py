@@ -1,22 +1,22 @@
 """The keeper's side of a fork server: starts and supervises it, and asks it for engines."""
 
 import contextlib
-import json
 import os
 import shutil
 import socket
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
+from pydantic import TypeAdapter
 
 from services.contexts import fork_server
 from services.contexts.engine_log import Ending, explanation
-from services.contexts.protocol import LineReader
+from services.contexts.fork_server import ForkReply, ForkRequest
 from services.contracts.clock import awake
 from services.contracts.errors import EngineStartError
+from services.node.line_reader import LineReader
 from services.node.runtime_dir import open_log, quoted_tail, socket_path
 from services.node.supervision import SupervisedProcess, from_shell
 
@@ -24,6 +24,7 @@ _POLL_SECONDS = 0.05
 _ANSWER_SECONDS = 30.0
 # What a supervisor needs beyond the grace period to kill its processes and to report it.
 _SUPERVISOR_SECONDS = 10.0
+_REPLY = TypeAdapter(ForkReply)
 FORK_SERVER_PREFIX = "fork-server"
 """The names of a fork server's files in the runtime directory begin with this."""
 
@@ -35,20 +36,18 @@ class EngineProcess:
         """Raises EngineStartError, with the reason, when the fork server forks no engine."""
         self._connection = connection
         self._grace_seconds = grace_seconds
-        self._lines = LineReader(connection)
+        self._lines = LineReader(connection, awake)
         self._code: int | None = None
         self._reading = threading.Lock()
         try:
-            message = self._next_message(_ANSWER_SECONDS)
+            reply = self._next_reply(_ANSWER_SECONDS) or ForkReply(refused="it ended")
         except TimeoutError:
-            message = {"refused": f"it did not answer within {_ANSWER_SECONDS:g} s"}
-        if message is None or "pid" not in message:
+            reply = ForkReply(refused=f"it did not answer within {_ANSWER_SECONDS:g} s")
+        if reply.pid is None:
             self._connection.close()
-            raise EngineStartError(
-                f"the fork server forked no engine: {(message or {}).get('refused', 'it ended')}"
-            )
-        self.pid: int = message["pid"]
-        self.imported_at: float = message["imported_at"]
+            raise EngineStartError(f"the fork server forked no engine: {reply.refused}")
+        self.pid = reply.pid
+        self.imported_at = reply.imported_at or 0.0
         """When its fork server had done the imports, by the monotonic clock."""
 
     def exit_code(self) -> int | None:
@@ -78,19 +77,17 @@ class EngineProcess:
         with self._reading:
             if self._code is None:
                 try:
-                    message = self._next_message(seconds)
+                    reply = self._next_reply(seconds)
                 except TimeoutError:
                     return None
-                self._code = -9 if message is None else from_shell(message["exit_code"])
+                code = None if reply is None else reply.exit_code
+                self._code = -9 if code is None else from_shell(code)
             return self._code
 
-    def _next_message(self, seconds: float) -> dict[str, Any] | None:
-        """The next message; None when the other side is gone. Raises TimeoutError."""
+    def _next_reply(self, seconds: float) -> ForkReply | None:
+        """The next reply; None when the other side is gone. Raises TimeoutError."""
         line = self._lines.next(seconds)
-        if line is None:
-            return None
-        message: dict[str, Any] = json.loads(line)
-        return message
+        return None if line is None else _REPLY.validate_json(line)
 
 
 def remove_fork_server_files(directory: Path) -> None:
@@ -182,17 +179,17 @@ class ForkServer:
     ) -> EngineProcess:
         """Fork an engine on these `cores`. Raises EngineStartError when that fails."""
         connection = socket.socket(socket.AF_UNIX)
-        request = {
-            "name": name,
-            "argv": list(arguments),
-            "environment": dict(environment),
-            "log": str(log_file),
-            "cores": list(cores),
-            "grace_seconds": self._grace_seconds,
-        }
+        request = ForkRequest(
+            name=name,
+            argv=list(arguments),
+            environment=dict(environment),
+            cores=list(cores),
+            log=str(log_file),
+            grace_seconds=self._grace_seconds,
+        )
         try:
             connection.connect(str(self._socket))
-            connection.sendall(json.dumps(request).encode() + b"\n")
+            connection.sendall(fork_server.encode(request))
         except OSError as error:
             connection.close()
             raise EngineStartError(

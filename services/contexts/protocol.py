@@ -29,8 +29,8 @@ from services.contracts.errors import KeeperError
 from services.contracts.startup import StartupPhases
 from services.contracts.values import Value
 from services.node.device import Device
+from services.node.line_reader import LineReader, LineTooLong
 
-_MAX_LINE_BYTES = 1024 * 1024
 _SEND_SECONDS = 5.0
 _ANSWER_POLL_SECONDS = 0.2
 
@@ -80,38 +80,6 @@ class ContextRecord(Value):
     def seconds(self) -> float:
         """The time since a worker first asked for it."""
         return max(0.0, time.monotonic() - self.since)
-
-
-class LineReader:
-    """Reads lines from a connection. A part of a line is kept until the rest of it arrives."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self._unread = b""
-
-    def next(self, timeout_seconds: float) -> bytes | None:
-        """The next line, without its newline; None when the other side has closed the connection.
-
-        Raises TimeoutError, and KeeperError for a line that is too long.
-        """
-        deadline = awake() + timeout_seconds
-        while b"\n" not in self._unread:
-            self._connection.settimeout(max(0.0, deadline - awake()))
-            try:
-                piece = self._connection.recv(65536)
-            except (BlockingIOError, TimeoutError) as error:
-                if awake() < deadline:  # both sides were suspended meanwhile (SIGSTOP)
-                    continue
-                raise TimeoutError from error
-            except ConnectionError:
-                return None
-            if not piece:
-                return None
-            self._unread += piece
-            if len(self._unread) > _MAX_LINE_BYTES:
-                raise KeeperError(f"a line of more than {_MAX_LINE_BYTES:,} bytes")
-        line, _, self._unread = self._unread.partition(b"\n")
-        return line
 
 
 class Attach(Value):
@@ -213,7 +181,7 @@ class KeeperChannel:
     def __init__(self, connection: socket.socket) -> None:
         """Raises KeeperError when the other end belongs to another user."""
         self._connection = connection
-        self._lines = LineReader(connection)
+        self._lines = LineReader(connection, awake)
         credentials = connection.getsockopt(
             socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
         )
@@ -249,7 +217,7 @@ class KeeperChannel:
 
     def request(self, timeout_seconds: float) -> Request | None:
         """The next request; None when the other side is gone. Raises TimeoutError, KeeperError."""
-        line = self._lines.next(timeout_seconds)
+        line = self._next_line(timeout_seconds)
         try:
             return None if line is None else _REQUEST.validate_json(line)
         except ValidationError as error:
@@ -259,11 +227,17 @@ class KeeperChannel:
 
     def reply(self, timeout_seconds: float) -> KeeperReply | None:
         """The next reply; None when the keeper is gone. Raises TimeoutError, KeeperError."""
-        line = self._lines.next(timeout_seconds)
+        line = self._next_line(timeout_seconds)
         try:
             return None if line is None else KeeperReply.model_validate_json(line)
         except ValidationError as error:
             raise KeeperError(OTHER_VERSION) from error
+
+    def _next_line(self, timeout_seconds: float) -> bytes | None:
+        try:
+            return self._lines.next(timeout_seconds)
+        except LineTooLong as error:
+            raise KeeperError(f"the other end of the keeper's socket sent {error}") from error
 
     def ask(
         self,

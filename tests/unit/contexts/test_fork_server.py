@@ -27,3 +27,22 @@ def test_a_forked_child_that_ignores_sigterm_is_killed_after_its_grace(repositor
         [sys.executable, "-c", DEAF], cwd=repository, capture_output=True, text=True, timeout=60
     )
     assert (holding.returncode, holding.stderr) == (128 + 9, "")
+
+
+IMPORTS = """
+import os, sys
+import services.contexts.fork_server
+
+needless = {"pydantic", "structlog", "services.contracts"} & {*sys.modules}
+threads = os.listdir("/proc/self/task")
+sys.exit(f"{needless}, {len(threads)} threads" if needless or len(threads) > 1 else 0)
+"""
+
+
+def test_the_fork_server_imports_nothing_that_an_engines_interpreter_may_lack(
+    repository: Path,
+) -> None:
+    importing = subprocess.run(
+        [sys.executable, "-c", IMPORTS], cwd=repository, capture_output=True, text=True, timeout=60
+    )
+    assert (importing.returncode, importing.stderr) == (0, "")
