@@ -127,7 +127,8 @@ class FaultIsolation:
     ) -> None:
         """Mark the claim dead, or decline it if memory ran out: another node may have more."""
         if out_of_memory:
-            batch.decline(index, Declined(refusal, counts_against_claim=True))
+            declined = Declined(refusal, counts_against_claim=True, out_of_memory=True)
+            batch.decline(index, declined)
         else:
             batch.mark_dead(index, refusal)
 

@@ -36,6 +36,8 @@ from services.telemetry import BoundedLabels
 
 T = TypeVar("T")
 
+# How many nodes must run out of memory with a claim, alone, before it is dead.
+_NODES_WITHOUT_MEMORY = 3
 # In the `keepwarm-declined` header: the engine cannot answer the claim, which is not at fault.
 _UNABLE = "unable"
 
@@ -134,18 +136,20 @@ class InFlightBatch:
 
     def decline(self, index: int, declined: Declined) -> None:
         """Our engine cannot answer the claim. It is returned for another engine. It is
-        dead when a second engine declines it for the same reason and `counts_against_claim` is set,
-        or when no other engine has answered it in time.
+        dead when `counts_against_claim` is set and a second engine declines it for the same reason,
+        or a third node if that is memory; or when no other engine has answered it in time.
         """
         kind = declined.refusal.reason.value if declined.counts_against_claim else _UNABLE
-        agreeing = [
-            engine
-            for entry in self._declined_before
-            if entry.startswith(f"{kind} ") and (engine := _engine_of(entry)) != self._engine
-        ]
-        if declined.counts_against_claim and agreeing:
-            also = f"The engine {agreeing[-1]} declined it as well"
-            self._mark_declined_dead(index, declined, also)
+        agreeing = {
+            _engine_of(entry) for entry in self._declined_before if entry.startswith(f"{kind} ")
+        } | {self._engine}
+        if declined.out_of_memory:
+            enough = len({_node_of(engine) for engine in agreeing}) >= _NODES_WITHOUT_MEMORY
+        else:
+            enough = declined.counts_against_claim and len(agreeing) > 1
+        if enough:
+            others = ", ".join(sorted(agreeing - {self._engine}))
+            self._mark_declined_dead(index, declined, f"Declined as well by: {others}")
         elif self.waited_seconds >= self._other_engine_seconds:
             tried = sorted({*map(_engine_of, self._declined_before), self._engine} - {""})
             self._mark_declined_dead(
@@ -311,6 +315,10 @@ class InFlightBatch:
 
 def _engine_of(entry: str) -> str:
     return entry.partition(" ")[2]
+
+
+def _node_of(engine: str) -> str:
+    return engine.partition("/")[0]
 
 
 def _fitting_messages(

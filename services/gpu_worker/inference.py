@@ -51,8 +51,10 @@ class Declined:
     refusal: Refusal
     """The reason of the dead claim, if no other engine can answer it."""
     counts_against_claim: bool
-    """Whether the claim is at fault once a second engine declines it for the same reason. If false,
+    """Whether the claim is at fault once other engines decline it for the same reason. If false,
     the engine is at fault."""
+    out_of_memory: bool = False
+    """The reason may be shared by all engines of small nodes, so more of them have to agree."""
 
 
 @dataclass(slots=True)

@@ -170,5 +170,5 @@ def test_a_claim_that_two_engines_refuse_that_take_others_of_its_length_is_dead(
     told = " ".join(shown.output.split())
     assert "a prompt repeats itself" in told
     assert "It accepts harmless text of the same length." in told
-    assert "declined it as well." in told
+    assert "Declined as well by: " in told
     end_well(*workers)

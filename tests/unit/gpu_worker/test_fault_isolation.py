@@ -606,16 +606,35 @@ def test_a_claim_that_an_engine_has_no_memory_for_or_refuses_is_left_to_another(
     }
 
 
-@pytest.mark.parametrize("fault", ["out of memory", "declined"])
-def test_a_claim_is_dead_when_a_second_engine_declines_it_for_the_same_reason(
-    fault: str, batch: ClaimBatch
+@pytest.mark.parametrize(
+    ("fault", "reason", "before", "others"),
+    [
+        ("declined", "engine-refused", ["engine-refused n1/small"], "n1/small"),
+        (
+            "out of memory",
+            "engine-failed",
+            ["engine-failed n1/small", "engine-failed n3/small"],
+            "n1/small, n3/small",
+        ),
+    ],
+)
+def test_a_claim_is_dead_when_other_engines_or_nodes_decline_it_for_the_same_reason(
+    fault: str, reason: str, before: list[str], others: str, batch: ClaimBatch
 ) -> None:
-    reason = "engine-failed" if fault == "out of memory" else "engine-refused"
-    in_flight = batch_at("n2/small", batch, **{topology.DECLINED_HEADER: [f"{reason} n1/small"]})
+    in_flight = batch_at("n2/small", batch, **{topology.DECLINED_HEADER: before})
     isolation(Engine(only("c3", fault))).isolate(in_flight)
     (dead,) = became(in_flight).dead.values()
     assert (dead.claim.claim_id, dead.reason) == ("c3", reason)
-    assert "The engine n1/small declined it as well." in dead.detail
+    assert f"Declined as well by: {others}." in dead.detail
+
+
+def test_a_claim_for_which_two_nodes_lack_the_memory_is_left_to_a_third(batch: ClaimBatch) -> None:
+    before = ["engine-failed n1/gpu-0", "engine-failed n1/gpu-1"]
+    in_flight = batch_at("n2/small", batch, **{topology.DECLINED_HEADER: before})
+    isolation(Engine(only("c3", "out of memory"))).isolate(in_flight)
+    ((ids, headers),) = returned(in_flight)
+    assert ids == ["c3"]
+    assert headers[topology.DECLINED_HEADER] == [*before, "engine-failed n2/small"]
 
 
 def test_a_claim_that_workers_died_of_for_lack_of_memory_is_left_to_another_node(
