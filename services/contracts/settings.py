@@ -179,6 +179,9 @@ class Settings(BaseSettings):
     engine_request_timeout_seconds: Seconds = 120
     """How long the engine may take without an answer, while it has requests, before it counts as
     hung and is restarted."""
+    tokenizer_timeout_seconds: Seconds = 60
+    """How long a worker may take to encode the claims of one request, or to compile a prompt. Then
+    it ends itself (SIGABRT), and what it leaves counts as a crash with these claims."""
     engine_start_attempts: Annotated[int, Field(ge=1, le=100)] = 3
     """Failed starts in a row before a worker returns its claims and exits with 4. A worker's first
     start is not retried."""

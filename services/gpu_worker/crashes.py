@@ -5,7 +5,8 @@ A crashed worker cannot report anything, and the broker delivers its batches to 
 preemption (SIGKILL from a scheduler) must never quarantine claims, however often it happens. So a
 crash counts only with evidence that its cause was inside the worker:
 
-- Python's faulthandler recorded a fatal signal: SIGSEGV, SIGABRT, SIGBUS, SIGFPE or SIGILL;
+- Python's faulthandler recorded a fatal signal: SIGSEGV, SIGABRT, SIGBUS, SIGFPE or SIGILL (a
+  worker whose tokenizer hangs ends itself with SIGABRT);
 - since the request began, the kernel killed a process for lack of memory: in the worker's memory
   cgroup; if that is gone, in the next one up that still exists; else on the machine.
 
@@ -24,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import structlog
 
@@ -32,7 +33,8 @@ from services.node.memory import cgroup_directories
 from services.node.runtime_dir import open_log, open_private_dir, take_lock
 
 _KEPT_SECONDS = 7 * 24 * 3600.0
-_MAX_EVIDENCE_CHARS = 8_000
+# Of the evidence: its beginning says what happened, its end has the stacks.
+_MAX_FIRST_CHARS, _MAX_LAST_CHARS = 1_000, 7_000
 # Reading the kernel's counters costs as much as all other work for a request, so their values are
 # reused for this long.
 _KILL_COUNT_MAX_AGE_SECONDS = 1.0
@@ -85,6 +87,14 @@ class CrashRecords:
         self._faulthandler_was_enabled = faulthandler.is_enabled()
         self._fatal_log = open_log(self._own_dir / "fatal.log")
         faulthandler.enable(self._fatal_log)
+
+    def abort(self, why: str) -> NoReturn:
+        """End this process with SIGABRT. The evidence is `why` and the stack of each thread."""
+        log.error("worker.aborted", reason=why)
+        if self._fatal_log is not None:
+            self._fatal_log.write(f"{why}\n".encode())
+            self._fatal_log.flush()
+        os.abort()
 
     def close(self) -> None:
         """Remove the worker's records: it ends normally."""
@@ -163,7 +173,7 @@ class CrashRecords:
             return
         try:
             records = [record for path in directory.glob("*.json") if (record := _read_json(path))]
-            evidence = _read_end(directory / "fatal.log")
+            evidence = _read_evidence(directory / "fatal.log")
             for record in records:
                 memory = not evidence and _has_killed_since(record["kills"])
                 if evidence or memory:
@@ -185,7 +195,7 @@ class CrashRecords:
             earlier = _read_json(path) or {"alone": 0}
             crash = {
                 "alone": earlier["alone"] + bool(record["alone"]),
-                "evidence": evidence[-_MAX_EVIDENCE_CHARS:],
+                "evidence": evidence,
                 "memory": memory,
             }
             new = path.with_suffix(".new")
@@ -201,11 +211,14 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def _read_end(path: Path) -> str:
+def _read_evidence(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")[-_MAX_EVIDENCE_CHARS:].strip()
+        text = path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return ""
+    if len(text) <= _MAX_FIRST_CHARS + _MAX_LAST_CHARS:
+        return text
+    return f"{text[:_MAX_FIRST_CHARS]}\n...\n{text[-_MAX_LAST_CHARS:]}"
 
 
 # A kill count: which counter (file, inode and boot id), and how many processes the kernel killed.

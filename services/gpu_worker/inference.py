@@ -13,6 +13,7 @@ from services.contracts.bounds import MAX_RAW_TEXT_CHARS
 from services.contracts.errors import EngineRequestError, KeepwarmError, ModelError
 from services.models.compiled_prompt import CompiledPrompt
 from services.models.tokenizer import ModelTokenizer
+from services.telemetry import TimedLock
 
 CANARY = Claim(claim_id="harmless", position=0, text="Water is wet.")
 """A claim that a healthy engine never fails with."""
@@ -100,14 +101,17 @@ class Inference:
         *,
         max_model_tokens: int,
         engine_max_tokens: Callable[[], int | None] = lambda: None,
+        tokenizing: TimedLock | None = None,
     ) -> None:
         """`max_model_tokens` is the context's limit. `engine_max_tokens` returns the limit of the
-        running engine, which may be lower; None if it is not known.
+        running engine, which may be lower; None if it is not known. `tokenizing` is held while a
+        prompt is compiled or claims are encoded.
         """
         self._tokenizer = tokenizer
         self._client = client
         self._max_prompt_tokens = max_model_tokens - 1  # one token is for the answer
         self._engine_max_tokens = engine_max_tokens
+        self._tokenizing = tokenizing or TimedLock()
         self._prompts: dict[str, CompiledPrompt] = {}
 
     def infer(
@@ -137,17 +141,19 @@ class Inference:
         on_answer: Callable[[], None],
     ) -> None:
         try:
-            prompt = self._compiled(spec)
+            with self._tokenizing:
+                prompt = self._compiled(spec)
+                # Else it is refused before it is encoded for each claim: it may have megabytes.
+                fits = prompt.least_tokens <= 2 * self._max_prompt_tokens
+                prompts = prompt.encode(claims) if fits else []
         except ModelError as error:
             refusal = Refusal(DeadReason.PROMPT_UNUSABLE, str(error))
             outcome.refused = dict.fromkeys(range(len(claims)), refusal)
             return
-        if prompt.least_tokens > 2 * self._max_prompt_tokens:
-            # Refused before it is encoded for each claim: the prompt may have megabytes.
+        if not fits:
             refusal = self._too_long(prompt.least_tokens)
             outcome.refused = dict.fromkeys(range(len(claims)), refusal)
             return
-        prompts = prompt.encode(claims)
         engine_max_tokens = self._engine_max_tokens()
         for index, tokens in enumerate(prompts):
             if len(tokens) > self._max_prompt_tokens:
@@ -216,7 +222,8 @@ class Inference:
 
     def _accepts_canary(self, prompt: CompiledPrompt, tokens: int) -> bool:
         """Whether the engine accepts a canary prompt of this many tokens, with the same labels."""
-        (encoded,) = prompt.encode([CANARY])
+        with self._tokenizing:
+            (encoded,) = prompt.encode([CANARY])
         canary = (encoded * (tokens // len(encoded) + 1))[:tokens]
         try:
             for _ in self._client.score([canary], prompt.label_tokens):

@@ -48,7 +48,7 @@ from services.gpu_worker.metrics import (
 )
 from services.models.tokenizer import ModelTokenizer
 from services.node.device import Device
-from services.telemetry import Watchdog
+from services.telemetry import TimedLock, Watchdog
 
 # How long the main loop waits for a batch or for a thread before it checks everything else again.
 _TAKE_TIMEOUT_SECONDS = 0.2
@@ -347,6 +347,7 @@ class ContextSession:
         control: ControlState,
         heartbeats: HeartbeatSender,
         watchdog: Watchdog,
+        tokenizing: TimedLock,
         device_time: DeviceTime,
         answers: AnswerCount,
         crashes: CrashRecords,
@@ -359,6 +360,7 @@ class ContextSession:
         self._control = control
         self._heartbeats = heartbeats
         self._watchdog = watchdog
+        self._tokenizing = tokenizing
         self._device_time = device_time
         self._answers = answers
         self._crashes = crashes
@@ -371,6 +373,7 @@ class ContextSession:
             self._engine.client,
             max_model_tokens=spec.max_model_tokens,
             engine_max_tokens=lambda: self._engine.max_model_tokens,
+            tokenizing=tokenizing,
         )
         self._fault_isolation = FaultIsolation(
             self._engine, self._inference, settings, stop, crashes
@@ -555,6 +558,12 @@ class ContextSession:
     def _tick(self, batches_in_flight: int, *, busy: bool) -> None:
         """Called once in each iteration of the main loop."""
         self._watchdog.beat()
+        timeout = self._settings.tokenizer_timeout_seconds
+        if self._tokenizing.held_seconds > timeout:
+            self._crashes.abort(
+                f"the tokenizer took longer than {timeout:g} s "
+                "(KEEPWARM_TOKENIZER_TIMEOUT_SECONDS), so the worker ended itself"
+            )
         self._answers.log()
         BATCHES_IN_FLIGHT.set(batches_in_flight)
         use: Use = "batches" if busy else "idle"

@@ -27,7 +27,7 @@ from services.gpu_worker.session import ContextSession
 from services.models.files import pin_model
 from services.node.device import Device
 from services.node.runtime_dir import open_runtime_dir
-from services.telemetry import Watchdog
+from services.telemetry import TimedLock, Watchdog
 
 _IDLE_CHECK_SECONDS = 0.2
 _PROGRESS_LOG_SECONDS = 10.0
@@ -62,6 +62,7 @@ class Worker:
             self._identity, WorkerPlacement.detect(settings, metrics_address)
         )
         self._watchdog = Watchdog()
+        self._tokenizing = TimedLock()
         self._device_time = DeviceTime(device.name)
         self._answers = AnswerCount(logged=log_progress)
         self._crashes = CrashRecords(
@@ -91,6 +92,11 @@ class Worker:
         """
         bounded = self._publisher is None or self._stop.is_set()
         return None if bounded else self._watchdog.liveness_error
+
+    @property
+    def tokenizer_hangs(self) -> bool:
+        """After `run`: whether a thread is still tokenizing. This process would wait for it."""
+        return self._tokenizing.held_seconds > 0
 
     @property
     def readiness_error(self) -> str | None:
@@ -176,6 +182,7 @@ class Worker:
             control=self._control,
             heartbeats=self._heartbeats,
             watchdog=self._watchdog,
+            tokenizing=self._tokenizing,
             device_time=self._device_time,
             answers=self._answers,
             crashes=self._crashes,

@@ -118,7 +118,9 @@ class ModelTokenizer:
     def encode_trusted(self, text: str, *, begin: bool = False) -> list[int]:
         """Encode our own text, with special tokens. `begin` adds those that begin a text."""
         with self._mark_up_acts():
-            return list(self._tokenizer.encode(text, add_special_tokens=begin).ids)
+            # As a batch: `encode` would keep all other threads from running.
+            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=begin)
+            return list(encoding.ids)
 
     def encode_plain(self, texts: list[str]) -> list[list[int]]:
         """Encode untrusted texts, without any special token. Uses all cores for many texts."""

@@ -2,6 +2,6 @@
 
 from services.telemetry.labels import BoundedLabels
 from services.telemetry.server import MetricsServer
-from services.telemetry.watchdog import Watchdog
+from services.telemetry.watchdog import TimedLock, Watchdog
 
-__all__ = ["BoundedLabels", "MetricsServer", "Watchdog"]
+__all__ = ["BoundedLabels", "MetricsServer", "TimedLock", "Watchdog"]

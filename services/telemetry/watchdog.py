@@ -1,5 +1,6 @@
-"""A watchdog for a main loop: the loop calls `beat`, and probes check how long ago that was."""
+"""Watchdogs: how long a main loop has been stalled, and how long a lock has been held."""
 
+import threading
 from collections.abc import Callable
 
 from services.contracts.clock import awake
@@ -25,3 +26,28 @@ class Watchdog:
         return (
             f"the main loop has stalled for {seconds:.0f} s" if seconds > STALLED_SECONDS else None
         )
+
+
+class TimedLock:
+    """A lock that tells how long its holder has had it. Time in which this process was stopped does
+    not count.
+    """
+
+    def __init__(self, clock: Callable[[], float] = awake) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._held_since: float | None = None
+
+    @property
+    def held_seconds(self) -> float:
+        """0 while it is free. Any thread may read it."""
+        since = self._held_since
+        return 0.0 if since is None else self._clock() - since
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._held_since = self._clock()
+
+    def __exit__(self, *_: object) -> None:
+        self._held_since = None
+        self._lock.release()

@@ -7,6 +7,7 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
+import time
 from pathlib import Path
 
 _elsewhere = [place for place in sys.path if Path(place).resolve() != Path(__file__).parent]
@@ -31,6 +32,8 @@ def _fail(text: str) -> None:
         ctypes.string_at(0)
     if "PLEASE ABORT" in text:
         os.abort()
+    if "PLEASE HANG" in text:
+        time.sleep(3_600)
 
 
 def encode_batch_fast(tokenizer, texts, **how):

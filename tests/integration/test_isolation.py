@@ -59,6 +59,7 @@ def test_five_workers_survive_a_batch_that_raises_for_one_claim_which_alone_is_d
     [
         ("PLEASE CRASH", signal.SIGSEGV, "Segmentation fault"),
         ("PLEASE ABORT", signal.SIGABRT, "Aborted"),
+        ("PLEASE HANG", signal.SIGABRT, "Aborted"),
     ],
 )
 def test_a_claim_that_ends_the_workers_process_ends_few_and_is_dead_with_what_they_left(
@@ -81,7 +82,9 @@ def test_a_claim_that_ends_the_workers_process_ends_few_and_is_dead_with_what_th
             running.remove(worker)
             codes.append(worker.wait())
         while len(running) < 2:
-            running.append(command("worker", python=faulty_python))
+            running.append(
+                command("worker", python=faulty_python, KEEPWARM_TOKENIZER_TIMEOUT_SECONDS="3")
+            )
         return collecting.process.poll() is not None
 
     wait_until(replace_the_dead, "the run's end")
@@ -94,6 +97,43 @@ def test_a_claim_that_ends_the_workers_process_ends_few_and_is_dead_with_what_th
     assert "the worker's process crashed" in shown.output
     assert f"Fatal Python error: {says}" in shown.output
     end_well(*running)
+
+
+def test_a_prompt_that_hangs_the_tokenizer_makes_its_claims_dead_and_no_others(
+    command: Start, environment: dict[str, str], tmp_path: Path, faulty_python: Path
+) -> None:
+    prompt = tmp_path / "prompt.yaml"
+    prompt.write_text("name: hangs\ninstructions: PLEASE HANG\n")
+    file = claims(tmp_path / "claims.jsonl", 16, {})
+    submit(command, file, "--prompt", str(prompt))
+    submit(command, file)
+    collecting = command("collect")
+    running: list[Command] = []
+
+    def replace_the_dead() -> bool:
+        """Whether all claims have an outcome."""
+        if not running or running[-1].process.poll() is not None:
+            running.append(
+                command("worker", python=faulty_python, KEEPWARM_TOKENIZER_TIMEOUT_SECONDS="2")
+            )
+        return len(outcomes(environment)) == 32
+
+    wait_until(replace_the_dead, "the end of both runs")
+    assert answered(environment) == (ids(16), dict.fromkeys(ids(16), "prompt-unusable"))
+    end_well(running[-1], collecting)
+
+
+def test_a_worker_whose_tokenizer_hangs_drains_in_time(
+    command: Start, environment: dict[str, str], tmp_path: Path, faulty_python: Path
+) -> None:
+    file = claims(tmp_path / "claims.jsonl", 16, {3: {"claim": "PLEASE HANG"}})
+    submit(command, file)
+    worker = command("worker", python=faulty_python, KEEPWARM_GRACE_SECONDS="5")
+    worker.said("worker.taking")
+    wait_until(
+        lambda: any(Path(environment["KEEPWARM_RUNTIME_DIR"]).glob("workers/*/*.json")), "a request"
+    )
+    end_well(worker)
 
 
 # A node that cannot answer what others can.

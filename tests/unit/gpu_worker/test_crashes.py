@@ -78,6 +78,24 @@ def test_a_worker_that_dies_of_a_fatal_signal_leaves_the_claims_and_a_traceback(
     assert not any("worker-" in path.name for path in (node / "workers").iterdir())
 
 
+MANY_THREADS = """
+import threading
+for _ in range(200):
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+crashes.abort("the tokenizer hangs")
+"""
+
+
+def test_the_evidence_of_a_worker_with_many_threads_begins_with_what_happened(
+    node: Path, worker: Callable[[str], CrashRecords]
+) -> None:
+    assert dies(node, MANY_THREADS, alone=True) == -signal.SIGABRT
+    crash = worker("next").get(KEY)
+    assert crash is not None and crash.alone == 1
+    assert crash.evidence.startswith("the tokenizer hangs\nFatal Python error: Aborted")
+    assert len(crash.evidence) < 8_100
+
+
 def test_a_hundred_workers_that_are_killed_from_outside_quarantine_no_claim(
     node: Path, worker: Callable[[str], CrashRecords]
 ) -> None:
