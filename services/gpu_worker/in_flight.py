@@ -189,6 +189,15 @@ class InFlightBatch:
             del self.unresolved[index]
         self._publish(rest, consumer, publisher, last=False)
 
+    def return_each(self, consumer: Consumer, publisher: Publisher) -> None:
+        """Return each claim in a quarantined message of its own, to the end of the queue."""
+        RETURNED.labels("unfinished").inc(len(self.unresolved))
+        messages: list[Outgoing] = []
+        for index, failures in self.unresolved.items():
+            self.unresolved[index] = max(1, failures)
+            messages += self._returned([index])
+        self._publish(messages, consumer, publisher, last=True)
+
     def settle(self, consumer: Consumer, publisher: Publisher, identity: WorkerIdentity) -> None:
         """Publish verdicts and dead claims, return the other claims as a smaller batch, and
         acknowledge the message once the broker has confirmed all of them. A batch without any

@@ -57,6 +57,9 @@ _LINGER_SECONDS = 0.02
 # How long claims that our engine has declined before are kept before they are returned again.
 _DECLINED_DELAY_SECONDS = 5
 _STOP_TAKING_SECONDS = 2.0
+# A batch that was delivered more often may end its workers without leaving evidence, or all of them
+# were preempted.
+_MAX_DELIVERIES = 20
 
 log = structlog.get_logger(__name__)
 
@@ -166,6 +169,11 @@ class BatchProcessor:
             for index, key in enumerate(batch.keys(range(len(batch.message.claims)))):
                 if crash := self.crashes.get(key):
                     batch.record_crash(index, crash)
+        if not batch.crashes and _may_end_workers(batch):
+            log.warning("batch.split", deliveries=delivery.attempt, claims=len(batch.unresolved))
+            batch.return_each(self.consumer, self.publisher)
+            self.in_flight.discard(batch)
+            return None
         if batch.failed_before or self.crashes.get(prompt_key(batch.message.run.prompt)):
             self._quarantine(batch)
             return None
@@ -606,6 +614,15 @@ class ContextSession:
             )
         ):
             self._reported_starts = starts
+
+
+def _may_end_workers(batch: InFlightBatch) -> bool:
+    """Whether workers may have died of this batch. If so, its claims are returned one by one, and a
+    single claim is returned to the end of the queue each time it is delivered again: whatever it
+    does, all other claims are answered.
+    """
+    alone = batch.failed_before and len(batch.message.claims) == 1
+    return batch.delivery.attempt > _MAX_DELIVERIES or (alone and batch.delivery.redelivered)
 
 
 def _raise_job_errors(jobs: set[Future[None]]) -> None:

@@ -2,11 +2,15 @@
 
 import signal
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 
+from services.broker import BrokerAddress, Consumer
+from services.contracts import ContextSpec, topology
+from services.models.files import pin_model
 from tests.conftest import REPOSITORY
-from tests.integration.conftest import Command, wait_until
+from tests.integration.conftest import PATIENCE, Command, cut, wait_until
 from tests.integration.runs import Start, end_well, outcomes, submit, write_claims
 from tests.integration.test_worker import collect, dead_of
 from tests.interpreters import interpreter
@@ -97,6 +101,43 @@ def test_a_claim_that_ends_the_workers_process_ends_few_and_is_dead_with_what_th
     assert "the worker's process crashed" in shown.output
     assert f"Fatal Python error: {says}" in shown.output
     end_well(*running)
+
+
+def test_all_other_claims_are_answered_if_workers_that_a_claim_ends_leave_no_evidence(
+    command: Start,
+    environment: dict[str, str],
+    tmp_path: Path,
+    faulty_python: Path,
+    address: BrokerAddress,
+    small_model: Path,
+) -> None:
+    submit(command, claims(tmp_path / "claims.jsonl", 48, {5: {"claim": "PLEASE CRASH"}}))
+    queue = topology.claims_queue(pin_model(ContextSpec(model=str(small_model))).context_id)
+    # The first workers, without the time that they take.
+    with Consumer(address, "victim", queues=[queue], prefetch=1).open(PATIENCE) as victim:
+        for _ in range(20):
+            assert victim.take(PATIENCE)
+            cut(victim)
+        assert victim.take(PATIENCE)
+    collecting = command("collect")
+    ended: list[Command] = []
+    running: list[Command] = []
+
+    def replace_the_dead() -> bool:
+        """With a runtime directory that is as good as new. Whether it died alone."""
+        if not running or running[-1].process.poll() is not None:
+            ended.extend(running)
+            running.clear()
+            for name in ("workers", "crashed"):
+                rmtree(Path(environment["KEEPWARM_RUNTIME_DIR"]) / name, ignore_errors=True)
+            running.append(command("worker", python=faulty_python))
+        return len(outcomes(environment)) == 47 and len(ended) > 2
+
+    wait_until(replace_the_dead, "all answers")
+    assert answered(environment) == (ids(48) - {"5"}, {})
+    assert {worker.wait() for worker in ended} == {-signal.SIGSEGV}
+    running[0].process.kill()
+    end_well(collecting)
 
 
 def test_a_prompt_that_hangs_the_tokenizer_makes_its_claims_dead_and_no_others(

@@ -579,6 +579,31 @@ def test_a_batch_that_a_worker_of_this_node_crashed_with_is_quarantined_until_it
     assert not list((tmp_path / "node" / "crashed").iterdir())
 
 
+def test_a_batch_that_was_delivered_very_often_is_returned_claim_by_claim(
+    processor: BatchProcessor, broker: RecordingBroker, batch: ClaimBatch, spec: ContextSpec
+) -> None:
+    processor.process([delivered(batch_of(spec), earlier=20)])
+    assert returned_in(broker) == ["c0", "c1", "c2"]
+    messages = broker.to(topology.RETURNS_QUEUE)
+    assert [message.headers[topology.FAILURES_HEADER] for message in messages] == [1, 1, 1]
+    assert (broker.settled, processor.in_flight, processor.quarantined) == ([], set(), [])
+    for message in messages:
+        broker.confirm(message)
+    assert broker.settled == [("acknowledged", 7)]
+
+
+def test_a_claim_that_is_delivered_alone_again_goes_to_the_end_of_the_queue_first(
+    processor: BatchProcessor, broker: RecordingBroker, spec: ContextSpec
+) -> None:
+    one = batch_of(spec, claims=1)
+    processor.process([delivered(one, earlier=1, failures=2)])
+    (message,) = broker.to(topology.RETURNS_QUEUE)
+    assert message.headers[topology.FAILURES_HEADER] == 2
+    assert processor.quarantined == []
+    processor.process([delivered(one, failures=2)])  # as it comes back
+    assert len(processor.quarantined) == 1
+
+
 def test_every_batch_with_a_prompt_that_crashed_workers_of_this_node_is_quarantined(
     processor: BatchProcessor, spec: ContextSpec, broker: RecordingBroker, tmp_path: Path
 ) -> None:
