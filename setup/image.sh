@@ -1,6 +1,5 @@
 #!/bin/sh
-# Puts Keepwarm into an image, in steps that a builder can cache: the images of apptainer/*.def and of
-# services/*/Dockerfile are made with it.
+# Puts Keepwarm into an image, in steps that a builder can cache. The Dockerfile and apptainer/*.def use it.
 #   setup/image.sh packages NAME...      Debian's packages
 #   setup/image.sh locks LOCK...         a virtual environment with what setup/requirements/LOCK names
 #   setup/image.sh keepwarm EXTRA...     Keepwarm into it; what it does not need of all that goes

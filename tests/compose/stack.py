@@ -12,8 +12,9 @@ from tests.conftest import DEMO_MODEL, REPOSITORY
 
 # What compose and the builds read; not the copy's own secrets, results or environment.
 _PARTS = (
-    *(".dockerignore", "Makefile", "README.md", "docker-compose.yml", "grafana", "prometheus"),
-    *("keepwarm_start.py", "pyproject.toml", "rabbitmq", "samples", "services", "setup"),
+    *(".dockerignore", "Dockerfile", "Makefile", "README.md", "docker-compose.yml", "grafana"),
+    *("keepwarm_start.py", "prometheus", "pyproject.toml", "rabbitmq", "samples", "services"),
+    "setup",
 )
 _FILES = ("-f", "docker-compose.yml", "-f", "override.yml")
 # Reads what `status --json --watch` prints, a list of runs a line, until a run is complete.
@@ -43,7 +44,7 @@ class Stack:
                 shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy2(source, target)
-        for file in (directory / "docker-compose.yml", *directory.glob("services/*/Dockerfile")):
+        for file in (directory / "Dockerfile", directory / "docker-compose.yml"):
             file.write_text(without_digest(file.read_text()))
         shutil.copy2(REPOSITORY / "tests" / "compose" / "override.yml", directory)
 

@@ -1,4 +1,4 @@
-"""What docker-compose.yml and the Dockerfiles promise, read from the files; no Docker is needed.
+"""What docker-compose.yml and the Dockerfile promise, read from the files; no Docker is needed.
 
 `make test-compose` runs them.
 """
@@ -28,7 +28,7 @@ from services.store import Store
 
 OWN = ("collector", "producer", "gpu-worker", "engine-cpu", "engine-cuda")
 ENDS = ("broker-setup", "producer", "operator")  # they do one thing, and are not there for ever
-ROOMS = ("collector", "contexts", "gpu_worker", "producer")
+TARGETS = ("collector", "producer", "gpu-worker", "engine")
 TAG = r"[a-z0-9./-]+:v?\d+\.\d+\.\d+[a-z0-9.-]*|[a-z]+:\d+\.\d+-[a-z]+"
 DIGEST = r"@sha256:[0-9a-f]{64}"
 BASE = re.compile(rf"debian:bookworm-\d{{8}}-slim{DIGEST}")
@@ -44,6 +44,18 @@ def services(file: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return file["services"]
 
 
+@pytest.fixture(scope="module")
+def stages(repository: Path) -> dict[str, str]:
+    """Each stage of the Dockerfile, with the instructions of those that it is built on."""
+    stages: dict[str, str] = {}
+    text = (repository / "Dockerfile").read_text()
+    for source, name, instructions in re.findall(
+        r"^FROM (\S+) AS (\S+)\n((?:(?!FROM ).*\n)*)", text, re.M
+    ):
+        stages[name] = stages.get(source, f"{source}\n") + instructions
+    return stages
+
+
 def test_every_service_is_closed_and_bounded(services: dict[str, dict[str, Any]]) -> None:
     for name, service in services.items():
         assert service["read_only"] is True, name
@@ -57,14 +69,17 @@ def test_every_service_is_closed_and_bounded(services: dict[str, dict[str, Any]]
         assert service["restart"] == ("no" if name in ENDS else "unless-stopped"), name
 
 
-def test_every_image_is_pinned(services: dict[str, dict[str, Any]], repository: Path) -> None:
+def test_every_image_is_pinned(
+    services: dict[str, dict[str, Any]], stages: dict[str, str], repository: Path
+) -> None:
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
     for name, service in services.items():
         digest = "" if "build" in service else DIGEST
         assert re.fullmatch(f"(?:{TAG}){digest}", service["image"]), name
         if "build" in service:
             assert service["image"].endswith(f":{project['version']}"), name
-            assert (repository / service["build"]["dockerfile"]).exists(), name
+            assert service["build"]["target"] in TARGETS, name
+    assert all(BASE.fullmatch(stage.partition("\n")[0]) for stage in stages.values())
 
 
 def test_ports_are_published_on_loopback_alone(services: dict[str, dict[str, Any]]) -> None:
@@ -155,31 +170,27 @@ def test_a_container_has_longer_to_end_than_its_service(
         assert int(services[name]["stop_grace_period"].removesuffix("s")) >= 40
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_dockerfile_keeps_the_rules(room: str, repository: Path) -> None:
-    text = (repository / "services" / room / "Dockerfile").read_text()
-    froms = re.findall(r"^FROM (\S+)", text, re.MULTILINE)
-    assert BASE.fullmatch(froms[0]) and froms[1:] == ["base", "base"], froms
-    assert "image.sh sbom" in text.rpartition("\nFROM ")[2]
-    final = text.rpartition("\nFROM ")[2]
-    assert "COPY --from=builder" in final and "USER 10001:10001" in final
-    assert "STOPSIGNAL SIGTERM" in final and "HEALTHCHECK" in final
-    assert 'ENTRYPOINT ["tini", "--"' in final
-    assert "ADD " not in text and "latest" not in text
-    if room != "contexts":  # the engine for CUDA keeps one, and says why
-        assert not re.search(r"gcc|clang|build-essential|-dev\b", text)
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_image_keeps_the_rules(target: str, stages: dict[str, str]) -> None:
+    image, builder = stages[target], stages[f"{target}-builder"]
+    as_root, _, as_user = image.partition("USER 10001:10001")
+    assert f"COPY --from={target}-builder" in as_root and "RUN" not in as_user
+    assert as_root.rindex("image.sh sbom") > as_root.rindex("COPY")
+    assert "STOPSIGNAL SIGTERM" in image and "HEALTHCHECK" in image
+    assert 'ENTRYPOINT ["tini", "--"' in image and "CMD [" in as_user
+    assert "ADD " not in builder + image and "latest" not in builder + image
+    if target != "engine":  # for CUDA it keeps a compiler, and says why
+        assert not re.search(r"gcc|clang|build-essential|-dev\b|engine-", builder + image)
 
 
-def test_images_are_alike_where_engines_are_named_by_it(repository: Path) -> None:
+def test_images_are_alike_where_engines_are_named_by_it(stages: dict[str, str]) -> None:
     """A worker's variables that an engine reads are a part of the engine's name."""
-    common = {
-        re.search(
-            rf"^.*\b({name}=\S+)", (repository / "services" / room / "Dockerfile").read_text(), re.M
-        )[1]
-        for room in ("contexts", "gpu_worker")
-        for name in ("HF_HOME", "PYTHONNOUSERSITE")
+    names = {
+        found
+        for target in ("engine", "gpu-worker")
+        for found in re.findall(r"\b(?:HF_HOME|PYTHONNOUSERSITE)=\S+", stages[target])
     }
-    assert len(common) == 2
+    assert len(names) == 2
 
 
 def test_images_hold_neither_secrets_nor_results(repository: Path) -> None:
