@@ -1,4 +1,4 @@
-"""The one way back for a claim: what workers return goes onto its queue again, if it is wanted."""
+"""Claims that workers return go to their queue again if they are still wanted."""
 
 from collections.abc import Iterable, Iterator
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Who makes room: the cheapest to lose, enough of them, and nobody needlessly."""
+"""Which engines are evicted: the cheapest to lose, enough of them, and none needlessly."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The keeper in this process, on the test engine: who makes room for whom, and who waits."""
+"""The keeper in this process, on the test engine: starts, leases, eviction and waiting."""
 
 import errno
 import gc
@@ -327,7 +327,7 @@ def test_old_caches_make_way_after_a_start_and_old_logs_are_bounded(
         (tmp_path / "run" / f"ctx-{number:02x}-11.log").touch()
     node = start(KEEPWARM_CACHE_GIB="0.000005")  # some 5,000 bytes
     managed = node.warm("a")
-    wait_until(lambda: not old.exists(), "room for its cache")
+    wait_until(lambda: not old.exists(), "disk space for its cache")
     assert node.keeper.caches.recall(managed.plan.name) is not None
     node.keeper.tidy()
     logs = list((tmp_path / "run").glob("ctx-*.log"))
@@ -442,14 +442,14 @@ def test_the_context_that_claims_wait_for_stays_and_the_other_goes(
     start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch, wanted: str
 ) -> None:
     node = start()
-    with monkeypatch.context() as roomy:
-        roomy.setattr("services.contexts.keeper.free_bytes", lambda _: ALL_BYTES)
+    with monkeypatch.context() as ample:
+        ample.setattr("services.contexts.keeper.free_bytes", lambda _: ALL_BYTES)
         engines = {name: node.idle(name) for name in ("a", "b")}
     for managed in engines.values():
         managed._start_seconds = 20.0  # equally dear but for the demand
     node.keeper.update_demand({node.plan(wanted).spec.context_id: 5})
     assert engines[wanted].record.demand == 5
-    # The third has room once one of the two has gone.
+    # There is memory for the third once one of the two has ended.
     monkeypatch.setattr(
         "services.contexts.keeper.free_bytes",
         lambda _: ALL_BYTES - (not any(managed.finished for managed in engines.values())),
@@ -629,7 +629,7 @@ def test_one_that_is_asleep_is_woken_by_the_next_who_attaches_once_there_is_room
     other = node.warm("b")
     again, found = node.keeper.attach(node.plan("a"))
     assert again is sleeper and found == "asleep"
-    wait_until(lambda: sleeper.record.progress, "that it waits for room")
+    wait_until(lambda: sleeper.record.progress, "that it waits for memory")
     assert sleeper.record.state == "asleep"
     other.detach()
     node.comes(sleeper, "warm")
@@ -645,7 +645,7 @@ def test_one_that_nobody_waits_for_any_more_sleeps_on_and_is_in_nobodys_way(
     sleeper = node.idle("a")
     used = node.warm("b")
     assert node.attach("a") is sleeper
-    wait_until(lambda: sleeper.record.progress, "that it waits for room")
+    wait_until(lambda: sleeper.record.progress, "that it waits for memory")
     sleeper.detach()  # its worker dies
     wait_until(lambda: not sleeper.record.progress, "that it waits no more")
     next_one = node.attach("c")

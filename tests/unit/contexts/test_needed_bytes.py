@@ -1,4 +1,4 @@
-"""What an engine is going to need."""
+"""How much memory an engine needs, before it starts."""
 
 from pathlib import Path
 
@@ -20,12 +20,12 @@ def plan(model_dir: Path) -> EnginePlan:
     return EnginePlan.of(spec, Device("cpu", "Xeon", 16 * GIB, (0, 1)), load_settings())
 
 
-def test_on_processors_what_it_took_the_last_time_counts(plan: EnginePlan) -> None:
+def test_on_processors_an_engine_needs_what_it_used_the_last_time(plan: EnginePlan) -> None:
     assert needed_bytes(plan, 5 * GIB) == 5 * GIB
 
 
 @pytest.mark.parametrize("known", [None, 0])
-def test_where_that_is_not_known_the_weights_are_a_guide(
+def test_without_an_earlier_start_the_estimate_follows_the_weights(
     plan: EnginePlan, known: int | None
 ) -> None:
     # 1.3 times the weights, 2 GiB of key-value cache, 1.5 GiB for the processes.
