@@ -54,10 +54,10 @@ _KEEPER_ANSWER_SECONDS, _KEEPER_PAUSE_SECONDS = 1.0, 60.0
 class Situation:
     """The state of a worker.
 
-    `here` is the context that it serves, None before the first. `warm` maps context ids to the
-    seconds until they are ready on this node: about 0 if warm, the time to wake one that sleeps, or
-    the time to restart one that was here before. `random_draw`, in [0, 1), is drawn anew for each
-    control update.
+    `here` is the context that it serves, None before the first. `start_seconds` maps context ids to
+    the time until they are ready on this node: about 0 if warm, the time to wake one that sleeps,
+    or the time to restart one that was here before. `random_draw`, in [0, 1), is drawn anew for
+    each control update.
     """
 
     here: str | None
@@ -68,7 +68,7 @@ class Situation:
     """How long its context has been ready."""
     claims_per_second: float | None
     """As measured on its context."""
-    warm: Mapping[str, float]
+    start_seconds: Mapping[str, float]
     random_draw: float
 
 
@@ -159,7 +159,7 @@ def next_context(demand: Sequence[ContextDemand], worker: Situation) -> Stay | S
 
 
 def _candidate(entry: ContextDemand, worker: Situation, rate: float, *, share: float) -> _Candidate:
-    cost = worker.warm.get(entry.context.context_id, COLD_SECONDS)
+    cost = worker.start_seconds.get(entry.context.context_id, COLD_SECONDS)
     return _Candidate(
         context=entry.context,
         ready=entry.claims_ready,

@@ -217,7 +217,7 @@ class Worker:
                 idle_seconds=idle_seconds,
                 since_ready_seconds=session.ready_seconds,
                 claims_per_second=session.claims_per_second,
-                warm=self._estimates.seconds(others),
+                start_seconds=self._estimates.seconds(others),
                 random_draw=random.random(),
             ),
         )
@@ -275,7 +275,7 @@ class Worker:
                     idle_seconds=time.monotonic() - idle_since,
                     since_ready_seconds=0.0,
                     claims_per_second=None,
-                    warm=estimates.seconds(self._contexts()),
+                    start_seconds=estimates.seconds(self._contexts()),
                     random_draw=random.random(),
                 )
                 chosen = self._choose(estimates, situation)

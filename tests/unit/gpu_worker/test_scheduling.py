@@ -40,7 +40,7 @@ def idle(here: ContextSpec | None = A, **changes: object) -> Situation:
         "idle_seconds": 30.0,
         "since_ready_seconds": 1_000.0,
         "claims_per_second": 10.0,
-        "warm": {context.context_id: 0.0 for context in CONTEXTS},
+        "start_seconds": {context.context_id: 0.0 for context in CONTEXTS},
         "random_draw": 0.0,
     }
     return Situation(**{**fields, **changes})  # type: ignore[arg-type]
@@ -79,7 +79,7 @@ def test_an_idle_worker_goes_where_work_waits() -> None:
 
 
 def test_an_idle_worker_goes_only_when_the_work_there_exceeds_the_switch() -> None:
-    cold = idle(warm=ready_in(B=60), idle_seconds=30.0)
+    cold = idle(start_seconds=ready_in(B=60), idle_seconds=30.0)
     # For each of the two workers then: 59 s, and 61 s.
     assert goes_to(next_context([line(A, 0, 1), line(B, 1_180, 1)], cold)) is None
     assert goes_to(next_context([line(A, 0, 1), line(B, 1_220, 1)], cold)) == B
@@ -93,22 +93,23 @@ def test_a_queue_that_has_only_just_become_empty_is_waited_for() -> None:
 def test_a_little_work_where_nobody_is_is_done_by_who_idled_as_long_as_it_takes_to_come() -> None:
     directory = [line(A, 0, 1), line(B, 5)]
     cold = ready_in(B=60)
-    assert goes_to(next_context(directory, idle(warm=cold, idle_seconds=59.0))) is None
-    assert goes_to(next_context(directory, idle(warm=cold, idle_seconds=60.0))) == B
+    assert goes_to(next_context(directory, idle(start_seconds=cold, idle_seconds=59.0))) is None
+    assert goes_to(next_context(directory, idle(start_seconds=cold, idle_seconds=60.0))) == B
 
 
 def test_a_context_of_which_nothing_is_known_is_taken_to_be_cold() -> None:
     directory = [line(A, 0, 1), line(B, round(COLD_SECONDS * 10) - 1)]
-    assert goes_to(next_context(directory, idle(warm={}, idle_seconds=10.0))) is None
+    assert goes_to(next_context(directory, idle(start_seconds={}, idle_seconds=10.0))) is None
     more = [line(A, 0, 1), line(B, round(COLD_SECONDS * 10) + 1)]
-    assert goes_to(next_context(more, idle(warm={}, idle_seconds=10.0))) == B
+    assert goes_to(next_context(more, idle(start_seconds={}, idle_seconds=10.0))) == B
 
 
 def test_what_is_warm_here_comes_first() -> None:
     directory = [line(A, 0, 1), line(B, 50_000), line(C, 10_000)]
     for warm, first in ((ready_in(B=60, C=0), C), (ready_in(B=0, C=60), B)):
         draws = {
-            goes_to(next_context(directory, idle(warm=warm, random_draw=n / 10))) for n in range(10)
+            goes_to(next_context(directory, idle(start_seconds=warm, random_draw=n / 10)))
+            for n in range(10)
         }
         assert draws == {first}
 
@@ -116,7 +117,9 @@ def test_what_is_warm_here_comes_first() -> None:
 def test_a_new_worker_prefers_what_its_node_holds_warm() -> None:
     directory = [line(B, 50_000), line(C, 10_000)]
     drawn = [
-        goes_to(next_context(directory, idle(None, warm=ready_in(C=0), random_draw=n / 100)))
+        goes_to(
+            next_context(directory, idle(None, start_seconds=ready_in(C=0), random_draw=n / 100))
+        )
         for n in range(100)
     ]
     assert drawn.count(C) > 80
@@ -130,7 +133,12 @@ def test_of_many_new_workers_one_soon_goes_where_nobody_is_and_the_others_do_not
             goes_to(
                 next_context(
                     directory,
-                    idle(None, warm=ready_in(B=60), idle_seconds=seconds, random_draw=random_draw),
+                    idle(
+                        None,
+                        start_seconds=ready_in(B=60),
+                        idle_seconds=seconds,
+                        random_draw=random_draw,
+                    ),
                 )
             )
             for random_draw in random_draws
@@ -141,7 +149,7 @@ def test_of_many_new_workers_one_soon_goes_where_nobody_is_and_the_others_do_not
 def test_new_workers_spread_in_proportion_to_the_work() -> None:
     directory = [line(B, 30_000), line(C, 60_000), line(D, 0, 3)]
     drawn = [
-        goes_to(next_context(directory, idle(None, warm={}, random_draw=n / 300)))
+        goes_to(next_context(directory, idle(None, start_seconds={}, random_draw=n / 300)))
         for n in range(300)
     ]
     assert drawn.count(B) == pytest.approx(100, abs=1)
@@ -150,7 +158,7 @@ def test_new_workers_spread_in_proportion_to_the_work() -> None:
 
 def test_a_busy_worker_leaves_for_much_more_work_elsewhere() -> None:
     here, cost = 1_000, 60
-    worker = busy(warm=ready_in(B=cost), since_ready_seconds=10_000.0)
+    worker = busy(start_seconds=ready_in(B=cost), since_ready_seconds=10_000.0)
     enough = round(10 * (BETTER_BY * here / 10 + cost))
     for ready, goes in ((enough, None), (enough + 10, B)):
         drawn = {
@@ -162,9 +170,9 @@ def test_a_busy_worker_leaves_for_much_more_work_elsewhere() -> None:
 @pytest.mark.parametrize(
     ("worker", "least"),
     [
-        (busy(warm=ready_in(B=60)), STAY_COSTS * 60),
-        (busy(warm=ready_in(B=1)), SHORTEST_STAY_SECONDS),
-        (idle(warm=ready_in(B=60)), SHORTEST_STAY_SECONDS),
+        (busy(start_seconds=ready_in(B=60)), STAY_COSTS * 60),
+        (busy(start_seconds=ready_in(B=1)), SHORTEST_STAY_SECONDS),
+        (idle(start_seconds=ready_in(B=60)), SHORTEST_STAY_SECONDS),
     ],
     ids=["busy, cold", "busy, warm", "idle"],
 )
@@ -200,7 +208,7 @@ SITUATIONS = st.builds(
     idle_seconds=SECONDS,
     since_ready_seconds=SECONDS,
     claims_per_second=st.none() | st.floats(min_value=0, max_value=10_000),
-    warm=st.dictionaries(st.sampled_from(IDS), SECONDS),
+    start_seconds=st.dictionaries(st.sampled_from(IDS), SECONDS),
     random_draw=st.floats(min_value=0, max_value=1, exclude_max=True),
 )
 
@@ -242,7 +250,7 @@ def test_nobody_switches_twice_within_the_shortest_stay(
 ) -> None:
     target = goes_to(next_context(directory, worker))
     if target is not None and worker.here is not None:
-        cost = worker.warm.get(target.context_id, COLD_SECONDS)
+        cost = worker.start_seconds.get(target.context_id, COLD_SECONDS)
         stays = SHORTEST_STAY_SECONDS if worker.queue_empty else STAY_COSTS * cost
         assert worker.since_ready_seconds >= max(SHORTEST_STAY_SECONDS, stays)
 
@@ -300,7 +308,7 @@ class Fleet:
                 idle_seconds=self.now - idle_since,
                 since_ready_seconds=self.now - since,
                 claims_per_second=self.claims_per_second,
-                warm=dict.fromkeys(IDS, self.cost),
+                start_seconds=dict.fromkeys(IDS, self.cost),
                 random_draw=self.random_draws.random(),
             )
             target = goes_to(next_context(directory, worker))
