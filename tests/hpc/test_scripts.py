@@ -101,7 +101,7 @@ def submit_commands(**macros: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("ca_file", ["", "secrets/ca.pem"])
-def test_what_a_job_of_htcondor_is_told_of_travels_with_it(ca_file: str) -> None:
+def test_the_files_that_an_htcondor_job_names_are_transferred_with_it(ca_file: str) -> None:
     macros = {"ca_file": ca_file} if ca_file else {}
     commands = submit_commands(**macros)
     pairs = (word.partition("=") for word in commands["environment"].strip('"').split())

@@ -353,7 +353,7 @@ def test_a_worker_that_held_claims_for_too_long_answers_them_all_the_same(
         (("set_disk_free_limit", "1000000GB"), ("set_disk_free_limit", "50MB"), "disk"),
     ],
 )
-def test_an_alarm_of_the_broker_is_waited_for_and_told_of(
+def test_an_alarm_of_the_broker_is_waited_for_and_reported(
     command: Start,
     environment: dict[str, str],
     node: PrivateNode,

@@ -221,7 +221,7 @@ def changes(said: list[WorkerHeartbeat]) -> list[tuple[str, str | None]]:
     return [told for told, _ in groupby((word.state, word.ending) for word in said)]
 
 
-def test_a_worker_says_itself_that_it_is_there(
+def test_a_worker_is_known_from_its_heartbeats(
     command: Start, address: BrokerAddress, broker: Settings
 ) -> None:
     said: list[WorkerHeartbeat] = []
@@ -285,7 +285,7 @@ def test_a_report_puts_a_worker_into_the_next_notice_and_its_silence_takes_it_aw
         listener.hears(ready=240, warm=0)
 
 
-def test_what_a_worker_says_of_its_start_is_in_the_report_once_however_often_it_comes(
+def test_a_workers_start_is_in_the_report_once_however_often_its_message_comes(
     command: Start, node: PrivateNode, address: BrokerAddress, small_model: Path
 ) -> None:
     submitting = command("submit", CLAIMS, KEEPWARM_STORE_URL="")

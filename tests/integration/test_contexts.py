@@ -239,7 +239,7 @@ def test_all_that_is_warm_can_be_let_go_at_once(
         (("evict", "--all", "ctx-1"), "--all takes no names"),
     ],
 )
-def test_what_is_not_there_is_told_with_what_is(
+def test_a_context_that_is_not_there_is_reported_with_those_that_are(
     command: Start, arguments: tuple[str, ...], says: str
 ) -> None:
     asking = command("contexts", *arguments)

@@ -81,7 +81,7 @@ def doctor(start: Start) -> tuple[dict[str, str], int]:
         ),
     ],
 )
-def test_a_policy_that_loses_messages_is_told_by_submit_collect_and_doctor(
+def test_a_policy_that_loses_messages_is_reported_by_submit_collect_and_doctor(
     managed: Start, policy: Callable[..., None], definition: str, says: str
 ) -> None:
     policy(definition)
@@ -108,14 +108,14 @@ def test_a_short_queue_that_refuses_what_is_too_much_is_a_warning(
     assert "publishers wait while the queue is full" in found["message"]
 
 
-def test_without_policies_nothing_is_told(managed: Start) -> None:
+def test_without_policies_nothing_is_reported(managed: Start) -> None:
     submitting = managed("submit", "samples/claims.jsonl")
     assert submitting.wait() == 0 and "Warning" not in submitting.output, submitting.output
     found, _ = doctor(managed)
     assert found["level"] == "ok", found
 
 
-def test_who_may_not_ask_for_policies_is_told_so_by_doctor(
+def test_doctor_reports_that_a_user_may_not_read_policies(
     managed: Start, node: PrivateNode
 ) -> None:
     node.control("add_user", "stranger", "secret")
@@ -147,7 +147,7 @@ def test_claims_that_a_policy_gave_up_are_dead_messages_that_say_so(
         assert messages.settle(lambda _: "drop") == {"drop": 15}
 
 
-def test_a_run_that_a_policy_has_lost_is_told_of_by_the_collector_that_waits_for_it(
+def test_the_collector_reports_that_a_policy_lost_the_run_it_waits_for(
     managed: Start, policy: Callable[..., None], node: PrivateNode
 ) -> None:
     policy('{"message-ttl": 100}')
@@ -161,7 +161,7 @@ def test_a_run_that_a_policy_has_lost_is_told_of_by_the_collector_that_waits_for
     assert collecting.wait() == 0, collecting.output
 
 
-def test_claims_that_a_policy_gave_up_are_told_by_the_collector_that_waits_for_them(
+def test_the_collector_reports_claims_that_a_policy_removed(
     managed: Start, policy: Callable[..., None], node: PrivateNode
 ) -> None:
     policy('{"message-ttl": 100}', r"^claims\.")

@@ -162,7 +162,7 @@ def own_server(postgresql: PostgreSQL) -> Iterator[PostgreSQL]:
         ("DNS:localhost", (2001, 2002), "Its certificate has expired, or is not signed"),
     ],
 )
-def test_a_certificate_that_is_of_no_use_is_told(
+def test_a_certificate_that_cannot_be_used_is_reported(
     host: str,
     years: tuple[int, int] | None,
     says: str,

@@ -160,7 +160,7 @@ def test_a_cancelled_run_is_dropped_by_its_workers_and_completed_when_sent_again
     end_well(worker, collecting)
 
 
-def test_a_collector_that_ends_with_a_cancelled_run_has_told_the_workers(
+def test_a_collector_that_ends_with_a_cancelled_run_has_sent_the_cancellation(
     command: Start, environment: dict[str, str]
 ) -> None:
     # A commit for each claim: it is among them that it learns that the run is cancelled.
@@ -216,7 +216,7 @@ def lose_batches(node: PrivateNode, queue: str, count: int) -> list[ClaimBatch]:
     return lost
 
 
-def test_claims_that_are_nowhere_any_more_are_told_by_status_and_sent_again_by_submit(
+def test_missing_claims_are_reported_by_status_and_sent_again_by_submit(
     command: Start,
     environment: dict[str, str],
     broker: Settings,

@@ -196,7 +196,7 @@ def test_publishing_on_a_closed_link_says_so(address: BrokerAddress) -> None:
         publisher.publish(outgoing(1))
 
 
-def test_who_waits_for_room_in_the_window_hears_that_the_link_is_closed_despite_an_alarm(
+def test_a_publish_that_waits_for_the_window_fails_when_the_link_closes_despite_an_alarm(
     node: PrivateNode, address: BrokerAddress
 ) -> None:
     publisher = Publisher(address, "test", window=1, declares=DECLARES).open(PATIENCE)

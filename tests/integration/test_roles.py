@@ -315,7 +315,7 @@ def test_who_has_to_see_policies_sees_the_management_pages(broker: Broker) -> No
     assert nodes == {"producer": 401, "worker": 401, "collector": 401, "operator": 200}
 
 
-def test_again_it_keeps_every_password_and_renews_them_only_when_told(broker: Broker) -> None:
+def test_repeated_setup_keeps_passwords_and_renews_them_only_on_request(broker: Broker) -> None:
     before = {role: broker.password(role) for role in ROLES}
     assert broker.setup()[0] == 0
     for role in ROLES:
@@ -346,7 +346,7 @@ def test_a_wrong_administrators_password_ends_with_5_and_the_next_step(broker: B
     assert "hunter2" not in output
 
 
-def test_who_is_no_administrator_is_told_so(broker: Broker) -> None:
+def test_a_user_who_is_no_administrator_is_reported(broker: Broker) -> None:
     for role in ("worker", "operator"):
         user = f"{VHOST}-{role}"
         flags = ("--admin", user, "--vhost", "other")
@@ -472,7 +472,7 @@ def test_a_password_cannot_use_up_the_broker(broker: Broker) -> None:
         assert broker.setup()[0] == 0
 
 
-def test_a_queue_too_many_is_told_with_the_limit(broker: Broker) -> None:
+def test_a_queue_over_the_limit_is_reported_with_the_limit(broker: Broker) -> None:
     broker.rabbitmqctl("set_vhost_limits", "-p", VHOST, '{"max-queues": 1}')
     settings = load_settings(
         broker_url=f"amqp://{VHOST}-producer@127.0.0.1:{broker.node.port}/{VHOST}",

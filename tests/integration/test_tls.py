@@ -100,7 +100,7 @@ def test_a_broker_whose_certificate_the_ca_file_signs_is_trusted(
     connects(secure(listen()))
 
 
-def test_a_certificate_of_an_unknown_authority_is_told(listen: Listen, secure: Secure) -> None:
+def test_a_certificate_of_an_unknown_authority_is_reported(listen: Listen, secure: Secure) -> None:
     said = fault(secure(listen(), broker_ca_file=None))
     assert (
         "not signed by an authority that this machine trusts" in said
@@ -108,32 +108,32 @@ def test_a_certificate_of_an_unknown_authority_is_told(listen: Listen, secure: S
     )
 
 
-def test_a_certificate_for_another_name_is_told(
+def test_a_certificate_for_another_name_is_reported(
     listen: Listen, secure: Secure, authority: Authority
 ) -> None:
     said = fault(secure(listen(authority.sign("elsewhere", host="DNS:elsewhere.example"))))
     assert "its certificate is not valid for the name localhost" in said
 
 
-def test_a_certificate_that_has_expired_is_told(
+def test_a_certificate_that_has_expired_is_reported(
     listen: Listen, secure: Secure, authority: Authority
 ) -> None:
     said = fault(secure(listen(authority.sign("old", years=(2001, 2002)))))
     assert "its certificate has expired. Renew it on the broker" in said
 
 
-def test_a_certificate_of_the_future_is_told(
+def test_a_certificate_that_is_not_yet_valid_is_reported(
     listen: Listen, secure: Secure, authority: Authority
 ) -> None:
     said = fault(secure(listen(authority.sign("new", years=(2098, 2099)))))
     assert "not valid yet. Check this machine's clock" in said
 
 
-def test_a_port_without_tls_is_told(node: PrivateNode, secure: Secure) -> None:
+def test_a_port_without_tls_is_reported(node: PrivateNode, secure: Secure) -> None:
     assert "the port does not speak TLS. Use the port that does, 5671" in fault(secure(node.port))
 
 
-def test_a_port_for_tls_that_is_spoken_to_without_is_told(listen: Listen, broker: Settings) -> None:
+def test_amqp_without_tls_to_a_port_with_tls_is_reported(listen: Listen, broker: Settings) -> None:
     address = BrokerAddress.from_settings(
         broker.model_copy(update={"broker_url": f"amqp://keepwarm@localhost:{listen()}/"})
     )
@@ -141,7 +141,7 @@ def test_a_port_for_tls_that_is_spoken_to_without_is_told(listen: Listen, broker
         Publisher(address, "test", window=1).open(2)
 
 
-def test_a_broker_that_wants_a_certificate_says_so(listen: Listen, secure: Secure) -> None:
+def test_a_missing_client_certificate_is_reported(listen: Listen, secure: Secure) -> None:
     said = fault(secure(listen(wants_certificate=True)))
     assert "the broker requires a client certificate" in said
     assert "KEEPWARM_BROKER_CERT_FILE" in said and "KEEPWARM_BROKER_KEY_FILE" in said
@@ -180,7 +180,7 @@ def test_a_certificate_that_is_nobodys_login_is_refused(
         Publisher(address, "test", window=1).open(PATIENCE)
 
 
-def test_a_certificate_that_the_broker_does_not_trust_is_told(
+def test_a_client_certificate_that_the_broker_does_not_trust_is_reported(
     listen: Listen, secure: Secure, tmp_path: Path
 ) -> None:
     stranger = Authority(tmp_path, "stranger").sign("keepwarm")
@@ -189,7 +189,7 @@ def test_a_certificate_that_the_broker_does_not_trust_is_told(
     assert "does not trust the authority that signed our certificate" in said
 
 
-def test_a_key_of_another_certificate_is_told(
+def test_a_key_of_another_certificate_is_reported(
     secure: Secure, ours: Certificate, authority: Authority
 ) -> None:
     other = authority.sign("another")

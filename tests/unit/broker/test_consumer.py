@@ -199,7 +199,7 @@ def test_what_came_before_a_connection_was_lost_is_neither_handed_out_nor_settle
 # How many bytes it keeps.
 
 
-def test_what_is_over_the_bound_of_bytes_goes_back_once_there_is_room(
+def test_messages_over_the_bound_of_bytes_are_returned_once_others_are_acknowledged(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with unopened("runs", prefetch=9, max_bytes=10) as consumer:

@@ -62,7 +62,7 @@ def test_a_queue_that_was_made_before_4_keeps_its_arguments() -> None:
         ),
     ],
 )
-def test_a_queue_from_before_4_is_told_from_one_of_another_kind(
+def test_a_queue_from_before_4_is_distinguished_from_one_of_another_kind(
     refusal: str, queue: str | None
 ) -> None:
     assert queue_made_before_4(refusal) == queue

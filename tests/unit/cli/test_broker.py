@@ -197,7 +197,7 @@ def test_the_administrators_password_may_be_in_a_file(
     assert setup() == 0
 
 
-def test_guest_with_its_first_password_is_let_in_and_told_of(
+def test_guest_with_its_first_password_is_accepted_and_reported(
     broker: ManagementDouble,
     keepwarm: Command,
     monkeypatch: pytest.MonkeyPatch,
@@ -209,7 +209,7 @@ def test_guest_with_its_first_password_is_let_in_and_told_of(
     assert "rabbitmqctl change_password guest" in capsys.readouterr().out
 
 
-def test_the_lack_of_tls_is_told(
+def test_missing_tls_is_reported(
     broker: ManagementDouble, setup: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     setup()

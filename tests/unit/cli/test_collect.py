@@ -52,7 +52,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     yield fake
 
 
-def test_a_run_that_gains_nothing_is_told_of_again_and_again_and_less_and_less_often(
+def test_a_run_that_gains_nothing_is_reported_repeatedly_and_ever_less_often(
     clock: SimpleNamespace,
 ) -> None:
     watch = RunWatch("run-1")
@@ -66,7 +66,7 @@ def test_a_run_that_gains_nothing_is_told_of_again_and_again_and_less_and_less_o
     assert warned_at == [30, 90, 130, 190, 310]
 
 
-def test_without_a_run_that_is_waited_for_no_wait_is_told(clock: SimpleNamespace) -> None:
+def test_without_a_run_to_wait_for_no_wait_is_reported(clock: SimpleNamespace) -> None:
     watch = RunWatch(None)
     with capture_logs() as logs:
         for _ in range(100):
@@ -75,7 +75,7 @@ def test_without_a_run_that_is_waited_for_no_wait_is_told(clock: SimpleNamespace
     assert logs == []
 
 
-def test_dead_messages_are_told_whenever_there_are_more(clock: SimpleNamespace) -> None:
+def test_dead_messages_are_reported_whenever_there_are_more(clock: SimpleNamespace) -> None:
     watch = RunWatch(None)
     with capture_logs() as logs:
         for count in (0, 2, 2, 5, 1, 2):
@@ -87,7 +87,7 @@ def test_dead_messages_are_told_whenever_there_are_more(clock: SimpleNamespace) 
     assert all("keepwarm dead list" in each["next_step"] for each in logs)
 
 
-def test_a_policy_that_is_set_while_it_collects_is_told_once(
+def test_a_policy_that_is_set_while_it_collects_is_reported_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     harm = PolicyProblem("policy site", "message-ttl", 1, ("runs",), True, "given up", "Remove it.")

@@ -99,7 +99,9 @@ def test_which_claim_is_to_be_shown_has_to_be_said(say: Say, run: Run) -> None:
 
 
 @pytest.mark.parametrize("verb", ["show", "retry", "drop"])
-def test_a_claim_that_is_not_dead_is_told(verb: str, say: Say, run: Run, database: Store) -> None:
+def test_a_claim_that_is_not_dead_is_reported(
+    verb: str, say: Say, run: Run, database: Store
+) -> None:
     code, shown = say("dead", verb, run.run_id, "c0")
     assert code == 6
     assert f"{run.run_id} does not have c0 among its dead claims" in shown

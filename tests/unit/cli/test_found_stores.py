@@ -52,7 +52,7 @@ def test_the_default_store_and_those_in_results_are_listed_together(
     assert len(json.loads(capsys.readouterr().out)) == 2
 
 
-def test_a_store_that_is_none_is_told_and_hides_no_other(
+def test_a_file_that_is_no_store_is_reported_and_hides_no_other(
     in_results: Path, run: Run, keepwarm: Command, capsys: Capture
 ) -> None:
     bad = Path("results") / "claims-2" / "keepwarm.sqlite"
@@ -75,7 +75,7 @@ def test_where_there_is_no_store_at_all_the_places_are_named(
 
 
 @pytest.mark.usefixtures("in_results")
-def test_a_run_that_no_store_has_is_told_with_those_that_there_are(
+def test_a_run_that_no_store_has_is_reported_with_those_that_exist(
     run: Run, keepwarm: Command, capsys: Capture
 ) -> None:
     assert keepwarm("report", "run-nope") == 6

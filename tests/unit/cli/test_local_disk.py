@@ -93,7 +93,7 @@ def test_what_a_killed_run_left_on_the_local_disk_is_used(
 
 
 @pytest.mark.parametrize("why", ["shared", "full"])
-def test_without_room_on_a_local_disk_it_works_in_place_with_a_warning(
+def test_without_space_on_a_local_disk_it_works_in_place_with_a_warning(
     why: str, out: Path, tmp_path: Path, screen: Screen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if why == "shared":

@@ -46,7 +46,7 @@ def test_an_event_may_be_json() -> None:
         ("ERROR", ["error"]),
     ],
 )
-def test_events_below_the_set_level_are_not_told(level: str, events: list[str]) -> None:
+def test_events_below_the_set_level_are_not_logged(level: str, events: list[str]) -> None:
     stream = logged(log_level=level, log_format="json")
     log = structlog.get_logger()
     for name in ("debug", "info", "warning", "error"):
@@ -54,7 +54,7 @@ def test_events_below_the_set_level_are_not_told(level: str, events: list[str]) 
     assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == events
 
 
-def test_an_exception_is_told_with_its_traceback() -> None:
+def test_an_exception_is_logged_with_its_traceback() -> None:
     stream = logged(log_format="json")
     try:
         raise RuntimeError("out of luck")

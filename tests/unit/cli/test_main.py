@@ -283,7 +283,7 @@ def test_export_writes_a_file_named_by_the_run_and_the_format(
     assert capsys.readouterr().err == f"2 rows in {run.run_id}.{suffix}\n"
 
 
-def test_export_writes_where_it_is_told(
+def test_export_writes_to_the_given_path(
     stored: Path, run: Run, keepwarm: Command, tmp_path: Path
 ) -> None:
     arguments = ["--format", "jsonl", "--out", "deep/er.jsonl", "--store", str(stored)]

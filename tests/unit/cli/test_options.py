@@ -69,7 +69,7 @@ def test_a_prompt_file_is_read(repository: Path) -> None:
         prompt_from_flag(repository / "none.yaml")
 
 
-def test_what_was_mended_in_a_prompt_file_is_told_on_the_screen(
+def test_repairs_of_a_prompt_file_are_shown_on_the_screen(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "prompt.yaml"
@@ -165,14 +165,16 @@ def test_a_revision_that_is_not_there_is_refused() -> None:
         ({"engine_arguments": ["x" * 600]}, "--engine-argument"),
     ],
 )
-def test_a_flag_out_of_bounds_is_told_by_its_name(changes: dict[str, object], flag: str) -> None:
+def test_a_flag_out_of_bounds_is_reported_by_its_name(
+    changes: dict[str, object], flag: str
+) -> None:
     with pytest.raises(UsageError) as refused:
         context("./a", **changes)
     words = str(refused.value).replace(":", " ").replace(".", " ").split()
     assert words[0] == flag
 
 
-def test_reading_weights_for_long_is_told_now_and_then(
+def test_progress_of_reading_weights_is_shown_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], clock: Clock
 ) -> None:
     monkeypatch.setattr("time.monotonic", clock)

@@ -92,7 +92,7 @@ def test_flags_that_say_nothing_are_refused(
         claims_to_repeat(settings, only, from_run)
 
 
-def test_a_run_that_is_not_there_is_told(settings: Settings, run: Run) -> None:
+def test_a_run_that_is_not_there_is_reported(settings: Settings, run: Run) -> None:
     with pytest.raises(StoreError, match="run-unknown"):
         claims_to_repeat(settings, "dead", "run-unknown")
 

@@ -175,7 +175,7 @@ def test_what_is_not_known_yet_is_a_question_mark(screen: Screen, seen: Seen) ->
     assert "unknown" in row
 
 
-def test_an_empty_store_is_told(screen: Screen, seen: Seen) -> None:
+def test_an_empty_store_is_reported(screen: Screen, seen: Seen) -> None:
     show(screen, status_table([]))
     assert "no runs in this store yet" in seen()
 
@@ -416,7 +416,7 @@ def test_until_all_is_sent_the_lines_of_the_file_are_the_total(
     assert " 3,463 of 19,992 claims" in drawn(view, terminal)[0]
 
 
-def test_what_the_collector_waits_for_is_told_once(screen: Screen, seen: Seen) -> None:
+def test_what_the_collector_waits_for_is_shown_once(screen: Screen, seen: Seen) -> None:
     view = LiveView(screen, lines=240)
     for _ in range(3):
         view.show(None, ALL_SENT, [Worker()], waiting_for="the store is on a full disk")

@@ -37,7 +37,7 @@ def said(stored: Path, keepwarm: Command, capsys: pytest.CaptureFixture[str]) ->
     return words
 
 
-def test_claims_that_are_nowhere_are_told_with_their_records_and_what_to_do(
+def test_missing_claims_are_shown_with_their_records_and_the_next_step(
     said: Callable[[], str], stored: Path, run: Run
 ) -> None:
     announce(stored, run, [*range(5), *range(10, 50, 2)])
@@ -50,7 +50,9 @@ def test_claims_that_are_nowhere_are_told_with_their_records_and_what_to_do(
     ) in shown
 
 
-def test_outcomes_of_other_claims_are_told(said: Callable[[], str], stored: Path, run: Run) -> None:
+def test_outcomes_of_other_claims_are_reported(
+    said: Callable[[], str], stored: Path, run: Run
+) -> None:
     announce(stored, run, None, digest=str(ClaimsDigest.of([("other", 0)])))
     shown = said()
     assert "wrong claims" in shown

@@ -177,7 +177,7 @@ def test_when_nothing_came_nothing_is_committed(store: Store) -> None:
     assert (heard, consumer.acknowledged) == ([], [])
 
 
-def test_whether_anything_came_is_told(store: Store, make: SimpleNamespace) -> None:
+def test_collect_once_returns_whether_a_message_came(store: Store, make: SimpleNamespace) -> None:
     collector = Collector(store, load_settings(store_commit_seconds=60))
     consumer = Deliveries(make.announced())
     heard: list[Incoming] = []
@@ -333,7 +333,7 @@ def test_a_store_that_fails_is_waited_for_and_nothing_is_acknowledged_meanwhile(
     assert waiting() == 0
 
 
-def test_told_to_stop_while_the_store_fails_it_acknowledges_nothing(
+def test_stopped_while_the_store_fails_it_acknowledges_nothing(
     store: Store, make: SimpleNamespace, tmp_path: Path
 ) -> None:
     with closing(sqlite3.connect(tmp_path / "store.sqlite")) as connection, connection:

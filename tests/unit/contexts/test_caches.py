@@ -96,7 +96,7 @@ def test_a_directory_that_somebody_deleted_is_made_again(tmp_path: Path) -> None
     assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
 
 
-def test_of_two_that_start_one_engine_the_second_is_told_at_once(tmp_path: Path) -> None:
+def test_of_two_starts_of_one_engine_the_second_gets_no_cache(tmp_path: Path) -> None:
     first, second = EngineCaches(tmp_path / "cache"), EngineCaches(tmp_path / "cache")
     assert not second.busy(NAME)
     with first.starting(NAME) as directory:

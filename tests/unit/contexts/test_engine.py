@@ -218,7 +218,7 @@ def test_stopping_what_never_started_is_quiet(forge: Forge) -> None:
     forge.engine().stop()
 
 
-def test_an_engine_that_dies_is_told_with_its_exit_code_and_the_end_of_its_log(
+def test_an_engine_that_dies_is_reported_with_its_exit_code_and_the_end_of_its_log(
     forge: Forge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_TEST_FAULT", "no-start")
@@ -300,7 +300,7 @@ def test_an_engine_that_does_not_score_the_tokens_that_it_is_asked_to_is_not_use
     assert not unscored.alive
 
 
-def test_being_told_to_stop_ends_the_wait_and_the_engine(
+def test_a_stop_ends_the_wait_and_the_engine(
     forge: Forge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server_of(tmp_path, LOADING, monkeypatch)

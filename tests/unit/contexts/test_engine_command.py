@@ -181,7 +181,7 @@ def test_the_contexts_arguments_come_after_ours_and_the_operators_last(device: D
     ]
 
 
-def test_an_operators_arguments_that_do_not_parse_are_told() -> None:
+def test_an_operators_arguments_that_do_not_parse_are_reported() -> None:
     with pytest.raises(UsageError, match="KEEPWARM_ENGINE_ARGUMENTS does not parse: No closing"):
         command(engine_arguments="--x 'open")
 

@@ -156,7 +156,7 @@ def test_an_error_of_nvml_is_a_cause(tmp_path: Path) -> None:
     assert error.rstrip(".") in explained(failed_core(error), tmp_path)
 
 
-def test_pydantics_errors_are_told_by_what_is_wrong(tmp_path: Path) -> None:
+def test_pydantics_errors_are_shortened_to_the_fault(tmp_path: Path) -> None:
     assert explained(traceback(TOO_LONG), tmp_path).startswith(
         "The cause: User-specified max_model_len (100000) is greater than the derived"
     )
@@ -170,7 +170,7 @@ def test_a_workers_failure_is_the_cause_and_not_what_its_core_says_of_it() -> No
     assert root_cause(log) == OUT_OF_MEMORY
 
 
-def test_of_chained_exceptions_the_last_is_told_unless_an_earlier_one_is_known() -> None:
+def test_of_chained_exceptions_the_last_is_reported_unless_an_earlier_one_is_known() -> None:
     chain = traceback("KeyError: 'a'") + (
         "\nThe above exception was the direct cause of the following exception:\n\n"
     )
@@ -179,7 +179,7 @@ def test_of_chained_exceptions_the_last_is_told_unless_an_earlier_one_is_known()
     assert root_cause(full) == "OSError: [Errno 28] No space left on device"
 
 
-def test_arguments_that_vllm_does_not_take_are_told(tmp_path: Path) -> None:
+def test_arguments_that_vllm_does_not_accept_are_reported(tmp_path: Path) -> None:
     usage = (
         "usage: api_server.py [-h] [--log-level {CRITICAL,ERROR}]\n                 [model_tag]\n"
     )
@@ -202,7 +202,7 @@ def test_arguments_that_vllm_does_not_take_are_told(tmp_path: Path) -> None:
     ids=["in-one-process", "the-core-alone"],
 )
 @pytest.mark.parametrize("out_of_memory", [True, False])
-def test_an_engine_that_the_kernel_killed_is_told_as_such(
+def test_an_engine_that_the_kernel_killed_is_reported_as_such(
     log: str, exit_code: int, out_of_memory: bool, tmp_path: Path
 ) -> None:
     said = explained(log, tmp_path, exit_code=exit_code, out_of_memory=out_of_memory)

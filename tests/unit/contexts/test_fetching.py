@@ -41,7 +41,9 @@ def test_what_was_fetched_before_is_found_in_the_cache_of_whoever_asks(
     assert fetch(SPEC, offline, never) == snapshot
 
 
-def test_why_it_cannot_be_fetched_is_told_with_the_next_step(offline: dict[str, str]) -> None:
+def test_the_cause_of_a_failed_fetch_is_reported_with_the_next_step(
+    offline: dict[str, str],
+) -> None:
     with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set, and the model is not in the"):
         fetch(SPEC, offline, never)
 
@@ -54,7 +56,7 @@ def silent_hub() -> Iterator[socket.socket]:
         yield listener
 
 
-def test_a_fetch_that_is_told_to_stop_ends_at_once_and_leaves_no_process(
+def test_a_fetch_that_is_stopped_ends_immediately_and_leaves_no_process(
     tmp_path: Path, silent_hub: socket.socket
 ) -> None:
     stop = threading.Event()

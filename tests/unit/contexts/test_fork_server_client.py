@@ -10,7 +10,7 @@ from services.contexts import fork_server_client
 from services.contexts.fork_server_client import EngineProcess
 
 
-def test_an_engine_whose_leash_says_nothing_is_killed_once_and_for_all(
+def test_an_engine_whose_supervisor_reports_nothing_is_killed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(fork_server_client, "_SUPERVISOR_SECONDS", 0.1)

@@ -201,7 +201,7 @@ def test_adapters_of_one_model_share_an_engine_that_is_not_the_models_own(
     assert node.keeper.evict((plans[1].spec.context_id,)) == (engines[0].plan.name,)
 
 
-def test_an_adapter_that_the_engine_does_not_take_is_told_and_its_engine_stays(
+def test_an_adapter_that_the_engine_refuses_is_reported_and_its_engine_stays(
     start: Callable[..., Node], tmp_path: Path
 ) -> None:
     node = start()
@@ -278,7 +278,7 @@ def test_an_engine_that_dies_is_said_to_and_the_next_one_is_new(
     assert node.warm("a") is not managed
 
 
-def test_one_that_does_not_start_says_why_with_its_log(start: Callable[..., Node]) -> None:
+def test_an_engine_that_does_not_start_is_reported_with_its_log(start: Callable[..., Node]) -> None:
     node = start(VLLM_TEST_FAULT="no-start")
     said = node.goes(node.attach("a"))
     assert "it ended (exit code 3)" in said
@@ -337,7 +337,7 @@ def test_old_caches_make_way_after_a_start_and_old_logs_are_bounded(
 # Room.
 
 
-def test_an_idle_engine_makes_room_for_one_that_is_wanted(start: Callable[..., Node]) -> None:
+def test_an_idle_engine_is_evicted_for_one_that_is_requested(start: Callable[..., Node]) -> None:
     node = start()
     idle = node.idle("a")
     process = process_of(idle)
@@ -347,7 +347,7 @@ def test_an_idle_engine_makes_room_for_one_that_is_wanted(start: Callable[..., N
     assert [record.name for record in node.records()] == [wanted.plan.name]
 
 
-def test_one_in_use_stays_and_who_waits_for_its_room_says_so_and_goes_on_when_it_is_let_go(
+def test_an_engine_in_use_stays_and_a_request_waits_for_its_memory_until_it_is_released(
     start: Callable[..., Node],
 ) -> None:
     node = start()
@@ -364,7 +364,9 @@ def test_one_in_use_stays_and_who_waits_for_its_room_says_so_and_goes_on_when_it
     assert not process.is_running()
 
 
-def test_who_waits_in_vain_is_told_which_setting_would_help(start: Callable[..., Node]) -> None:
+def test_a_wait_for_memory_in_vain_names_the_setting_that_would_help(
+    start: Callable[..., Node],
+) -> None:
     node = start()
     used = node.warm("a")
     hurried = {"engine_start_timeout_seconds": 1.0}
@@ -375,7 +377,7 @@ def test_who_waits_in_vain_is_told_which_setting_would_help(start: Callable[...,
     assert process_of(used).is_running()
 
 
-def test_who_waits_for_room_and_is_let_go_starts_nothing(
+def test_a_request_that_is_given_up_while_it_waits_for_memory_starts_nothing(
     start: Callable[..., Node], tmp_path: Path
 ) -> None:
     node = start()
@@ -555,7 +557,7 @@ def test_a_start_goes_on_when_another_keepers_is_over(
     node.comes(behind, "warm")
 
 
-def test_who_waits_in_vain_for_another_keeper_is_told_of_its_lock(
+def test_a_wait_for_another_keeper_in_vain_names_its_lock(
     start: Callable[..., Node], tmp_path: Path
 ) -> None:
     node = start(KEEPWARM_ENGINE_START_TIMEOUT_SECONDS="1")
@@ -566,7 +568,7 @@ def test_who_waits_in_vain_for_another_keeper_is_told_of_its_lock(
     assert "KEEPWARM_CACHE_DIR of its own" in said
 
 
-def test_weights_are_fetched_before_the_room_is_taken_and_a_fetch_can_be_stopped(
+def test_weights_are_fetched_before_memory_is_taken_and_a_fetch_can_be_stopped(
     start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fetch(_: ContextSpec, __: object, stopped: Callable[[], bool]) -> None:
@@ -584,7 +586,7 @@ def test_weights_are_fetched_before_the_room_is_taken_and_a_fetch_can_be_stopped
     assert node.goes(managed) == "no worker waits for it any more"
 
 
-def test_who_waits_for_its_turn_too_long_is_told_what_it_waits_for(
+def test_a_wait_that_is_too_long_names_what_is_waited_for(
     start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = start(VLLM_TEST_START_SECONDS="600")
@@ -609,7 +611,7 @@ def test_memory_counts_as_the_keeper_sees_it_and_not_as_its_worker_does(
 # Sleep.
 
 
-def test_an_engine_that_can_sleep_gives_its_room_up_and_lives(
+def test_an_engine_that_can_sleep_frees_its_memory_and_lives(
     start: Callable[..., Node], sleepy: None, tmp_path: Path
 ) -> None:
     node = start()
@@ -620,7 +622,7 @@ def test_an_engine_that_can_sleep_gives_its_room_up_and_lives(
     assert journal(tmp_path) == ["/sleep?level=1"]
 
 
-def test_one_that_is_asleep_is_woken_by_the_next_who_attaches_once_there_is_room(
+def test_an_engine_that_sleeps_is_woken_for_the_next_request_once_memory_is_free(
     start: Callable[..., Node], sleepy: None, tmp_path: Path
 ) -> None:
     node = start()
@@ -734,7 +736,7 @@ def test_one_that_does_not_answer_when_a_worker_comes_is_ended_too(
     assert node.goes(first) == "it does not answer as it did when it was started"
 
 
-def test_one_that_answers_as_it_did_is_shared_and_its_worker_is_told_that_it_is_warm(
+def test_an_engine_that_answers_as_before_is_shared_and_reported_as_warm(
     start: Callable[..., Node], sleepy: None
 ) -> None:
     node = start()
@@ -977,7 +979,7 @@ def test_a_node_that_drains_starts_no_engine_and_gives_no_lease(
     assert node.keeper.empty and node.records() == ()
 
 
-def test_a_drain_waits_for_those_in_use_and_gives_up_who_waits_for_room(
+def test_a_drain_waits_for_engines_in_use_and_refuses_requests_that_wait_for_memory(
     start: Callable[..., Node],
 ) -> None:
     node = start(KEEPWARM_GRACE_SECONDS="60")
@@ -1052,7 +1054,7 @@ def told(node: Node, managed: ManagedEngine, found: State | None) -> KeeperReply
     return reply
 
 
-def test_how_a_start_went_is_told_to_the_one_whom_it_was_for_and_to_no_other(
+def test_the_phases_of_a_start_are_reported_to_its_requester_alone(
     start: Callable[..., Node],
 ) -> None:
     node = start(VLLM_TEST_START_SECONDS="1")
@@ -1070,7 +1072,7 @@ def test_how_a_start_went_is_told_to_the_one_whom_it_was_for_and_to_no_other(
     assert [reply.warm for reply in replies] == [False, False, True]
 
 
-def test_a_wake_is_told_as_no_start(start: Callable[..., Node], sleepy: None) -> None:
+def test_a_wake_is_not_reported_as_a_start(start: Callable[..., Node], sleepy: None) -> None:
     node = start()
     sleeper = node.idle("a")
     node.idle("b")
@@ -1116,7 +1118,7 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KeeperS
     serving.join(GENEROUS_SECONDS)
 
 
-def test_a_keeper_that_was_told_to_drain_ends_though_nobody_waits_for_its_answer(
+def test_a_keeper_that_drains_ends_though_nobody_waits_for_its_answer(
     service: KeeperServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = threading.Event()
@@ -1238,7 +1240,7 @@ def test_a_worker_has_the_device_that_its_keeper_sees(
 
 
 @pytest.mark.usefixtures("service")
-def test_a_keeper_says_why_it_has_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_keeper_reports_why_it_has_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> Device:
         raise EngineStartError("there is no GPU '7' here")
 
@@ -1257,11 +1259,11 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_worker_that_may_start_no_keeper_says_what_is_missing() -> None:
+def test_a_worker_that_may_start_no_keeper_reports_what_is_missing() -> None:
     with pytest.raises(KeeperError, match="KEEPWARM_START_KEEPER=false"):
         start_keeper.open_keeper(load_settings())
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_worker_that_is_told_to_stop_waits_for_no_keeper() -> None:
+def test_a_worker_that_is_stopped_waits_for_no_keeper() -> None:
     assert start_keeper.open_keeper(load_settings(), lambda: True) is None

@@ -46,7 +46,7 @@ def _died(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_died")
-def test_a_keeper_that_has_just_died_is_told_in_words(lease: EngineLease) -> None:
+def test_a_keeper_that_has_just_died_is_reported_in_words(lease: EngineLease) -> None:
     assert module.evict(load_settings(), ("ctx-1",)) == ()
     assert module.drain(load_settings()) == ()
     with pytest.raises(KeeperError, match="keeper's socket is gone"):
@@ -173,7 +173,7 @@ def test_a_keeper_that_has_nothing_to_say_and_answers_is_waited_for(
             time.sleep(0.01)
 
 
-def test_a_keeper_that_ended_while_the_kernel_killed_for_memory_is_told_so(
+def test_the_end_of_a_keeper_names_the_kernels_kill_for_memory(
     lease: EngineLease, mute: Mute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kills = iter([1])

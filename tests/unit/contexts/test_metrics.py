@@ -44,7 +44,7 @@ def told(engine: Engine | None) -> str:
     return text
 
 
-def test_what_vllm_tells_is_told_again_as_it_is() -> None:
+def test_metrics_of_vllm_are_relayed_unchanged() -> None:
     up, _, rest = told(Engine(VLLM)).partition("keepwarm_engine_metrics_up 1.0\n")
     assert up and rest == VLLM
 
@@ -53,7 +53,7 @@ def test_what_has_the_name_of_something_of_ours_is_left_out() -> None:
     assert told(Engine(VLLM + OTHERS)) == told(Engine(VLLM))
 
 
-def test_a_metric_that_is_told_twice_is_told_once() -> None:
+def test_a_metric_that_comes_twice_is_relayed_once() -> None:
     assert told(Engine(VLLM + VLLM)).count("# TYPE vllm:ttft_seconds histogram") == 1
 
 

@@ -190,13 +190,13 @@ def test_a_plan_shows_no_environment(context: ContextSpec, monkeypatch: pytest.M
     assert "hf_secret" not in repr(Attach(plan=wanted))
 
 
-def test_who_talks_to_a_side_that_is_gone_is_told_so(ends: Ends) -> None:
+def test_sending_to_a_closed_connection_is_an_error(ends: Ends) -> None:
     ends.bare.close()
     with pytest.raises(KeeperError, match="other end of the keeper's socket is gone"):
         ends.channel.send(Drain())
 
 
-def test_who_talks_to_a_side_that_does_not_listen_is_told_so(
+def test_sending_to_a_peer_that_does_not_read_is_an_error(
     ends: Ends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(protocol, "_SEND_SECONDS", 0.1)
@@ -205,7 +205,7 @@ def test_who_talks_to_a_side_that_does_not_listen_is_told_so(
             ends.channel.send(Evict(wanted=("ctx-1",) * 10_000))
 
 
-def test_who_asks_has_the_answer_or_is_told_that_there_is_none(ends: Ends) -> None:
+def test_a_request_gets_its_answer_or_an_error(ends: Ends) -> None:
     ends.bare.sendall(b'{"done": ["a"]}\n')
     assert ends.channel.ask(Drain(), GENEROUS_SECONDS) == KeeperReply(done=("a",))
     with pytest.raises(KeeperError, match="did not answer within 0.1 s"):
@@ -217,7 +217,7 @@ def test_who_asks_a_keeper_that_has_just_ended_has_no_answer(ends: Ends) -> None
     assert ends.channel.ask(Status(), GENEROUS_SECONDS) is None
 
 
-def test_who_asks_and_is_told_to_stop_waits_no_more(ends: Ends) -> None:
+def test_a_request_that_is_stopped_waits_no_longer(ends: Ends) -> None:
     assert ends.channel.ask(Drain(), GENEROUS_SECONDS, lambda: True) is None
 
 

@@ -89,7 +89,7 @@ def test_one_that_ended_is_started_again(
     assert start_keeper.open_keeper(load_settings(), lambda: len(started(place)) > 2) is None
 
 
-def test_one_that_cannot_start_is_told_of_with_its_last_words(
+def test_a_keeper_that_cannot_start_is_reported_with_its_last_output(
     keepers: Keepers, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(start_keeper, "_RETRY_SECONDS", 60.0)

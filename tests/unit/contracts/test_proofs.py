@@ -90,7 +90,7 @@ def test_other_claims_have_another_digest(others: list[tuple[str, int]]) -> None
 
 
 @given(positions=st.sets(st.integers(0, 5_000)), gone=st.sets(st.integers(0, 6_000)))
-def test_positions_are_told_in_a_message_and_those_that_are_left_found(
+def test_positions_are_encoded_in_a_message_and_the_missing_ones_found(
     positions: set[int], gone: set[int]
 ) -> None:
     told = Positions()
@@ -103,7 +103,7 @@ def test_positions_are_told_in_a_message_and_those_that_are_left_found(
     assert found == sorted(positions - gone)
 
 
-def test_only_so_many_ranges_are_told() -> None:
+def test_the_number_of_ranges_is_bounded() -> None:
     told = Positions()
     told.add([1, 2, 3, 7, 9, 10])
     assert told.ranges(2) == [(1, 3), (7, 7)]

@@ -99,7 +99,7 @@ def test_settings_do_not_change_under_anyones_hands() -> None:
         ("KEEPWARM_METRICS_ADVERTISE", "node:"),
     ],
 )
-def test_a_bad_value_is_told_with_the_name_of_its_variable(
+def test_a_bad_value_is_reported_with_the_name_of_its_variable(
     variable: str, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, text)
@@ -108,7 +108,7 @@ def test_a_bad_value_is_told_with_the_name_of_its_variable(
     assert refused.value.exit_code == 2
 
 
-def test_a_bad_flag_is_told_with_the_name_of_its_variable() -> None:
+def test_a_bad_flag_is_reported_with_the_name_of_its_variable() -> None:
     with pytest.raises(UsageError, match="^KEEPWARM_BATCH_SIZE: "):
         load_settings(batch_size=5_000)
 
@@ -303,7 +303,7 @@ def test_the_engines_interpreter_may_be_named_as_in_a_shell(
         ("KEEPWARM_ENGINE_PYTHON", "~no-such-user/python"),
     ],
 )
-def test_a_path_that_leads_nowhere_is_told_with_the_name_of_its_variable(
+def test_a_path_that_leads_nowhere_is_reported_with_the_name_of_its_variable(
     variable: str, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, text)

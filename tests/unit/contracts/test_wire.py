@@ -438,7 +438,7 @@ def test_a_missing_field_is_named(kind: str, messages: dict[str, Message]) -> No
                 decode(KINDS[kind], json.dumps(body).encode())
 
 
-def test_a_fault_is_told_in_one_short_line_however_long_the_unknown_fields_name_is(
+def test_a_fault_is_one_short_line_however_long_the_unknown_fields_name_is(
     messages: dict[str, Message],
 ) -> None:
     body = {**messages["ClaimBatch"].model_dump(mode="json")}

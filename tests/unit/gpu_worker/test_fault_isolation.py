@@ -375,13 +375,13 @@ def test_an_engine_that_never_starts_is_given_up_on(attempts: int) -> None:
 # Told to stop.
 
 
-def test_told_to_stop_while_the_engine_starts_it_starts_none() -> None:
+def test_stopped_while_the_engine_starts_it_starts_none() -> None:
     stop = threading.Event()
     stop.set()
     assert not isolation(Engine(), stop).start_engine(attempts=3)
 
 
-def test_told_to_stop_before_it_is_started_again_it_is_not() -> None:
+def test_stopped_before_the_restart_it_does_not_restart() -> None:
     stop = threading.Event()
     stop.set()
     engine = Engine(failing_starts=1)
@@ -391,7 +391,7 @@ def test_told_to_stop_before_it_is_started_again_it_is_not() -> None:
 
 @pytest.mark.parametrize("asked", range(10))
 @pytest.mark.parametrize("fault", ["", "crash", "hang", "nonsense"])
-def test_told_to_stop_it_leaves_claims_unresolved_and_records_no_more_failures(
+def test_stopped_it_leaves_claims_unresolved_and_records_no_more_failures(
     fault: str, asked: int, batch: ClaimBatch
 ) -> None:
     stop = threading.Event()
@@ -413,7 +413,7 @@ def test_told_to_stop_it_leaves_claims_unresolved_and_records_no_more_failures(
         assert 1 <= failures <= 1 + (proven if index == 1 else 0)
 
 
-def test_told_to_stop_while_it_asks_the_canary_it_records_no_failure(
+def test_stopped_while_it_asks_the_canary_it_records_no_failure(
     batch: ClaimBatch,
 ) -> None:
     stop = threading.Event()

@@ -221,7 +221,7 @@ def test_a_prompt_that_is_far_too_long_by_itself_is_not_copied_for_each_claim(
     assert outcome.refused[0].reason is DeadReason.TOO_LONG
 
 
-def test_a_label_word_that_cannot_be_told_apart_refuses_the_claims_and_not_the_worker(
+def test_a_label_word_that_cannot_be_distinguished_refuses_the_claims_and_not_the_worker(
     tokenizer: ModelTokenizer,
 ) -> None:
     labels = (Label(name="A", word="Unknown"), Label(name="B", word="Unknown"))

@@ -98,7 +98,7 @@ def test_a_context_that_is_not_accepted_from_runs_is_never_chosen(
     assert [each.context_id for each in worker._contexts()] == [spec.context_id]
 
 
-def test_a_worker_that_is_told_to_stop_reads_no_more_weights(
+def test_a_worker_that_is_stopped_reads_no_more_weights(
     spec: ContextSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = load_settings(runtime_dir=tmp_path / "run", cache_dir=tmp_path / "cache")

@@ -41,7 +41,7 @@ def fingerprint(directory: Path) -> str | None:
         ("gpt2", False),
     ],
 )
-def test_a_directory_and_a_name_on_the_hub_are_told_apart(
+def test_a_directory_and_a_name_on_the_hub_are_distinguished(
     model: str, local: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "here").mkdir()
@@ -148,7 +148,7 @@ def test_a_model_whose_files_changed_is_not_taken_for_the_old_one(model_dir: Pat
 
 
 @pytest.mark.parametrize("make", [lambda _: None, Path.mkdir, Path.touch])
-def test_what_is_no_models_directory_is_told_with_the_next_step(
+def test_a_directory_without_a_model_is_reported_with_the_next_step(
     make: Callable[[Path], None], tmp_path: Path
 ) -> None:
     make(tmp_path / "model")
@@ -161,7 +161,7 @@ def test_the_home_of_an_unknown_user_holds_no_model() -> None:
         pin_model(ContextSpec(model="~no-such-user/model"))
 
 
-def test_a_model_that_this_user_may_not_read_is_told(
+def test_a_model_that_this_user_may_not_read_is_reported(
     open_dir: Path, unprivileged: Callable[[], AbstractContextManager[None]]
 ) -> None:
     (open_dir / "config.json").write_text("{}")
@@ -228,7 +228,7 @@ def test_an_adapter_is_pinned_like_its_model(model_dir: Path, adapter_dir: Path)
         ('{"r": 8, "rank_pattern": {"q_proj": 256}}', "rank 256; .*--max-lora-rank=256"),
     ],
 )
-def test_an_adapter_that_no_engine_takes_is_told_before_one_is_started(
+def test_an_adapter_that_no_engine_accepts_is_reported_before_one_is_started(
     config: str | None, says: str, model_dir: Path, adapter_dir: Path
 ) -> None:
     path = adapter_dir / "adapter_config.json"
@@ -312,7 +312,7 @@ def test_offline_without_a_cache_the_model_cannot_be_had(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "a b", "-x", "a..b"])
-def test_what_can_be_no_name_on_the_hub_is_told_without_asking_it(name: str) -> None:
+def test_an_impossible_name_is_reported_without_a_request_to_the_hub(name: str) -> None:
     with pytest.raises(ModelError, match="is neither a directory nor a name on the hub"):
         pin_model(ContextSpec(model=name))
 
@@ -351,7 +351,7 @@ def test_a_hub_models_file_that_is_not_there_is_none_and_offline_is_an_error(
         (OSError("no space left on device"), "no space left on device"),
     ],
 )
-def test_whatever_breaks_a_download_off_is_told_in_words(
+def test_the_cause_of_an_interrupted_download_is_reported(
     error: Exception, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object, **__: object) -> str:
@@ -406,7 +406,7 @@ def test_each_reason_why_weights_do_not_come_has_its_own_next_step(
         hub.fetch_weights(ContextSpec(model="org/model", revision="c0ffee"))
 
 
-def test_a_model_that_is_not_in_the_cache_of_an_offline_machine_is_told_so(
+def test_a_model_that_is_not_in_the_cache_of_an_offline_machine_is_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fails(*_: object, **__: object) -> str:

@@ -116,7 +116,7 @@ def test_without_a_place_for_the_cache_it_is_read_each_time(
     assert found(directory, tmp_path / "file" / "cache") == found(directory)
 
 
-def test_whoever_waits_is_told_how_far_it_is_and_can_end_it(
+def test_progress_is_reported_and_the_caller_can_end_it(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_PROGRESS_SECONDS", 0.0)
@@ -136,7 +136,7 @@ def test_whoever_waits_is_told_how_far_it_is_and_can_end_it(
     )
 
 
-def test_a_file_that_cannot_be_read_is_told(
+def test_a_file_that_cannot_be_read_is_reported(
     open_dir: Path, unprivileged: Callable[[], object]
 ) -> None:
     (open_dir / "config.json").write_text("{}")

@@ -314,7 +314,9 @@ def test_the_template_in_its_own_file_wins(model_dir: Path) -> None:
     assert frame_of_file[0] == "<|im_start|>user\n"
 
 
-def test_a_model_without_a_fast_tokenizer_is_told_how_to_get_one(model_dir: Path) -> None:
+def test_the_error_for_a_model_without_a_fast_tokenizer_names_the_next_step(
+    model_dir: Path,
+) -> None:
     (model_dir / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"has no tokenizer\.json; convert its tokenizer"):
         ModelTokenizer.load(ContextSpec(model=str(model_dir)))

@@ -95,7 +95,7 @@ def test_a_gpu_by_its_index_or_the_beginning_of_its_uuid_is_the_one_that_cuda_wo
     assert visible_gpus() == gpus
 
 
-def test_an_engine_is_told_of_gpus_by_names_that_it_takes(
+def test_an_engine_gets_names_of_gpus_that_it_accepts(
     several: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-ddc1c098,GPU-8a1bf")  # as HTCondor does
@@ -156,7 +156,7 @@ def failing(code: int) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("named", [None, "0"])
-def test_a_driver_that_was_updated_under_its_users_is_told_with_the_remedy(
+def test_a_driver_that_was_updated_while_in_use_is_reported_with_the_remedy(
     named: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -195,7 +195,7 @@ def test_the_usual_ways_to_hide_every_gpu_leave_the_processors(
     assert find_device().kind == "cpu"
 
 
-def test_a_gpu_that_is_named_but_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_is_named_but_not_there_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setattr(pynvml, "nvmlInit", no_driver)
     with pytest.raises(EngineStartError, match="no GPU '0' here .*correct CUDA_VISIBLE_DEVICES"):

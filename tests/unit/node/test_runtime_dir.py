@@ -56,13 +56,13 @@ def test_a_link_is_refused_for_a_stranger_could_have_laid_it(target: str, tmp_pa
         open_runtime_dir(tmp_path / "runtime")
 
 
-def test_a_file_in_its_place_is_told(tmp_path: Path) -> None:
+def test_a_file_at_its_path_is_reported(tmp_path: Path) -> None:
     (tmp_path / "runtime").write_text("")
     with pytest.raises(UsageError, match="KEEPWARM_RUNTIME_DIR: cannot make .*name another"):
         open_runtime_dir(tmp_path / "runtime")
 
 
-def test_a_place_where_nothing_may_be_made_is_told(
+def test_a_directory_without_write_permission_is_reported(
     open_dir: Path, unprivileged: Callable[[], AbstractContextManager[None]]
 ) -> None:
     open_dir.chmod(0o555)

@@ -192,13 +192,13 @@ def test_arguments_are_the_commands_own(arguments: list[str], leash: Leash) -> N
     assert json.loads(leash.said(leashed)) == arguments
 
 
-def test_a_command_starts_where_it_is_told(leash: Leash, tmp_path: Path) -> None:
+def test_a_command_starts_in_the_given_directory(leash: Leash, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     leashed = leash.start("/bin/pwd", directory=tmp_path / "there")
     assert leash.said(leashed).strip() == str(tmp_path / "there")
 
 
-def test_a_command_starts_where_its_owner_is_unless_told_otherwise(
+def test_a_command_starts_in_its_owners_directory_by_default(
     leash: Leash, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Else relative paths in its arguments and environment would mean other files.
@@ -221,7 +221,7 @@ def test_a_command_has_a_session_of_its_own(leash: Leash) -> None:
     assert leash.said(leashed) == "True\n"
 
 
-def test_a_leash_finds_its_library_where_pythonpath_says_and_its_command_is_not_told(
+def test_a_supervisor_finds_its_library_on_pythonpath_and_hides_it_from_its_command(
     tmp_path: Path, repository: Path
 ) -> None:
     # As with `pip install --target`, or a cluster's environment modules.

@@ -46,7 +46,7 @@ def test_where_there_is_no_time_left_the_drain_begins_at_once(
 
 
 @pytest.mark.parametrize("end", ["soon", "2026-10-06T12:00:00", "0x10", "1,5"])
-def test_an_end_that_is_no_time_is_told_with_the_way_out(
+def test_an_end_that_is_no_time_is_reported_with_the_next_step(
     end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_END_TIME", end)

@@ -113,7 +113,9 @@ def test_a_column_without_a_delimiter_is_a_column(tmp_path: Path) -> None:
     assert texts(path) == ["It froze, in 1963.", "It is; deep."]
 
 
-def test_a_file_without_a_header_is_told_with_the_way_to_number_its_columns(tmp_path: Path) -> None:
+def test_a_file_without_a_header_is_reported_with_the_way_to_number_its_columns(
+    tmp_path: Path,
+) -> None:
     path = write(tmp_path, f"{FROZE},SUPPORTS\nIt is deep.,REFUTES\n", "mine.csv")
     with pytest.raises(InputError) as refused:
         read(path)
@@ -352,7 +354,7 @@ def test_another_encoding_is_read_when_it_is_named(tmp_path: Path) -> None:
         assert [claim.text for claim in ClaimsFile(source, PROMPT)] == ["The café froze."]
 
 
-def test_text_that_breaks_the_encoding_that_was_named_is_told(tmp_path: Path) -> None:
+def test_text_that_breaks_the_named_encoding_is_reported(tmp_path: Path) -> None:
     path = write(tmp_path, b"claim\n\xff\n")
     with pytest.raises(InputError, match="is not ASCII throughout .* name its encoding with"):
         Source.open(str(path), encoding="ascii")
@@ -388,7 +390,7 @@ def test_a_compressed_file_is_the_same_run_as_the_file_itself(
 
 
 @pytest.mark.parametrize("kind", COMPRESSIONS)
-def test_a_compressed_file_that_is_cut_off_is_told(kind: str, tmp_path: Path) -> None:
+def test_a_truncated_compressed_file_is_reported(kind: str, tmp_path: Path) -> None:
     content = "\n".join(
         f'{{"id": {n}, "claim": "Claim {n * 7919 % 10007}."}}' for n in range(9_000)
     )
@@ -429,7 +431,7 @@ def test_a_compressed_table_is_read(kind: str, tmp_path: Path) -> None:
     assert texts(write(tmp_path, COMPRESSIONS[kind](table.getvalue()))) == [FROZE]
 
 
-def test_an_archive_is_told_as_what_it_is(tmp_path: Path) -> None:
+def test_an_archive_is_reported_as_one(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a ZIP archive; unpack it"):
         read(write(tmp_path, b"PK\3\4" + bytes(100)))
 
@@ -504,7 +506,7 @@ def test_classes_deep_in_a_table_are_named_too() -> None:
     assert _named([{"evidence_label": 0}], [feature["feature"]]) == [{"evidence_label": "A"}]
 
 
-def test_a_damaged_table_is_told(tmp_path: Path) -> None:
+def test_a_damaged_table_is_reported(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a damaged parquet file"):
         read(write(tmp_path, b"PAR1" + bytes(100)))
 
@@ -654,7 +656,7 @@ def test_a_file_has_no_splits(tmp_path: Path) -> None:
         Source.open(str(write(tmp_path, b'{"claim": "A."}')), split="train")
 
 
-def test_standard_input_that_is_closed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closed_standard_input_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", None)
     with pytest.raises(InputError, match="standard input is closed; name a file"):
         Source.open("-")

@@ -184,7 +184,7 @@ def test_references_to_pages_are_no_evidence(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", ["[]", "{}", "nan", "NaN", "None", "null", " ", ["nan", "None"]])
-def test_what_says_nothing_is_no_evidence(value: Any) -> None:
+def test_text_without_content_is_no_evidence(value: Any) -> None:
     text, without, _ = evidence_text(value)
     assert text is None
     assert without in (WithoutEvidence.NONE, WithoutEvidence.NO_TEXT)
@@ -500,7 +500,7 @@ def test_a_tar_archive_is_not_read_as_claims(
         read(pack(tar_of(b'{"claim": "A."}\n' * 4)), tmp_path)
 
 
-def test_an_office_document_is_told_from_other_archives(tmp_path: Path) -> None:
+def test_an_office_document_is_distinguished_from_other_archives(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="office document; save it as CSV"):
         read(zip_of("[Content_Types].xml"), tmp_path)
     with pytest.raises(InputError, match="ZIP archive; unpack it"):
@@ -557,7 +557,7 @@ def test_a_missing_corpus_of_scifact_is_called_by_its_name(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("header", ["id,Claim,claim,label", "id,claim,Claim,label"])
-def test_of_columns_that_differ_in_case_the_one_that_says_something_counts(
+def test_of_columns_that_differ_in_case_the_one_with_text_counts(
     header: str, tmp_path: Path
 ) -> None:
     _, _, claims, _ = read(f"{header}\n1,A.,,SUPPORTS\n2,,B.,REFUTES\n", tmp_path)

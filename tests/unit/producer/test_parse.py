@@ -371,7 +371,7 @@ def test_an_empty_csv_has_no_columns() -> None:
         opened(b"")
 
 
-def test_csv_columns_that_nobody_asked_for_are_told() -> None:
+def test_unused_csv_columns_are_reported() -> None:
     found = opened(b"id,claim,author,gold_label,source\n1,C.,a,,s\n", {"evidence": "source"})
     found.inspect()
     assert found.ignored_keys == ("author",)

@@ -54,7 +54,7 @@ def test_a_prompt_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
         ('name: "a\\0b"\n', "name: "),
     ],
 )
-def test_what_is_wrong_with_a_prompt_file_is_told_with_its_name(
+def test_faults_of_a_prompt_file_are_reported_with_its_name(
     content: str | bytes, says: str, tmp_path: Path
 ) -> None:
     path = write(tmp_path, content)

@@ -219,7 +219,7 @@ def test_a_corpus_decides_which_claims_there_are_and_so_which_run_it_is(publishe
     assert digests[0] != digests[1]
 
 
-def test_pages_that_the_corpus_does_not_have_are_told(published: Path, tmp_path: Path) -> None:
+def test_pages_that_the_corpus_does_not_have_are_reported(published: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text('{"id": "Another", "lines": "0\\tText."}\n')
     (_, summary), _ = read(published / "fever.jsonl", Selection(corpus=tmp_path))
     assert dict(summary.without_evidence) == {"its pages are not in the corpus": 2, NONE: 1}

@@ -95,7 +95,7 @@ def test_a_line_just_within_the_bound_is_read(end: bytes, tmp_path: Path) -> Non
     assert contents(write(tmp_path, b"a\n" + line)) == [b"a\n", line]
 
 
-def test_a_line_over_the_bound_at_the_end_of_the_file_is_told(tmp_path: Path) -> None:
+def test_a_line_over_the_bound_at_the_end_of_the_file_is_reported(tmp_path: Path) -> None:
     with Source.open(write(tmp_path, b"a\n" + b"x" * (MAX_LINE_BYTES + 1))) as source:
         assert [line.fault for line in source.lines()] == [None, TOO_LONG]
 
@@ -153,7 +153,7 @@ def test_a_csv_record_has_the_headers_fields(
         (b"1,a\rb", "new-line character seen in unquoted field"),
     ],
 )
-def test_a_broken_csv_record_is_told_and_the_next_one_is_read(
+def test_a_broken_csv_record_is_reported_and_the_next_one_is_read(
     row: bytes, fault: str, tmp_path: Path
 ) -> None:
     path = write(tmp_path, b"id,claim\n" + row + b"\n2,good\n", "claims.csv")
@@ -205,7 +205,7 @@ def test_an_over_long_line_inside_quotes_does_not_lose_the_next_records(
     assert good == [{"id": "2", "claim": "good"}, {"id": "3", "claim": "good"}]
 
 
-def test_a_csv_field_over_the_bound_across_many_lines_is_told(tmp_path: Path) -> None:
+def test_a_csv_field_over_the_bound_across_many_lines_is_reported(tmp_path: Path) -> None:
     field = b"x" * 999 + b"\n"
     path = write(tmp_path, b'id,claim\n1,"' + field * 1_100 + b'"\n', "claims.csv")
     with Source.open(path) as source:
@@ -240,7 +240,7 @@ def test_the_columns_are_the_headers(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["a", "a.csv", "a.json"])
-def test_a_file_is_told_by_its_first_bytes_whatever_its_name(
+def test_a_files_format_is_detected_from_its_first_bytes_and_not_its_name(
     content: bytes, container: str, name: str, tmp_path: Path
 ) -> None:
     with Source.open(write(tmp_path, content, name)) as source:
@@ -323,7 +323,7 @@ def test_standard_input_may_be_csv(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [line.content for line in source.lines()] == [{"claim": "One."}]
 
 
-def test_empty_standard_input_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_standard_input_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     with Source.open("-") as source, pytest.raises(InputError, match="standard input is empty"):
         source.summarize()

@@ -352,7 +352,7 @@ def test_when_all_is_finished_only_the_announcements_are_sent(submitter: Submitt
     assert [a.totals for a in submitter.publisher.announcements] == [None, totals]
 
 
-def test_progress_is_told_and_ends_with_the_totals(submitter: Submitter) -> None:
+def test_progress_is_reported_and_ends_with_the_totals(submitter: Submitter) -> None:
     reported: list[Progress] = []
     submitter.submit(submitter.write([*rows(3_000), "nonsense"]), on_progress=reported.append)
     assert len(reported) > 1
@@ -392,7 +392,7 @@ def test_a_run_of_which_every_line_was_rejected_is_never_announced(submitter: Su
     assert submitter.publisher.messages == []
 
 
-def test_columns_that_do_not_fit_the_file_are_told_before_anything_is_sent(
+def test_columns_that_do_not_fit_the_file_are_reported_before_anything_is_sent(
     submitter: Submitter,
 ) -> None:
     path = submitter.write(["id,text", "1,C."], "claims.csv")
@@ -400,7 +400,7 @@ def test_columns_that_do_not_fit_the_file_are_told_before_anything_is_sent(
         submitter.submit(path)
 
 
-def test_columns_that_nobody_asked_for_are_told(submitter: Submitter) -> None:
+def test_unused_columns_are_reported(submitter: Submitter) -> None:
     submitter.submit(submitter.write(["id,claim,author", "1,C.,Me"], "claims.csv"))
     assert submitter.submission.file.ignored_keys == ("author",)
 
