@@ -179,17 +179,21 @@ def evidence_text(value: Any) -> Evidence:
     if isinstance(value, str):
         if _says_nothing(value):
             return Evidence(None, WithoutEvidence.NONE)
-        if _URLS.fullmatch(value):
-            return Evidence(None, WithoutEvidence.REFERENCES)
-        return Evidence(value, None)
+        return (
+            Evidence(None, WithoutEvidence.REFERENCES) if _is_url(value) else Evidence(value, None)
+        )
     if is_missing(value):
         return Evidence(None, WithoutEvidence.NONE)
     unused: list[str] = []
     text = " ".join(dict.fromkeys(_texts(value, 0, unused)))
-    if text and not _URLS.fullmatch(text):
+    if text and not _is_url(text):
         return Evidence(text, None, any(part.strip() not in text for part in unused))
     referring = text or has_numbers(value)
     return Evidence(None, WithoutEvidence.REFERENCES if referring else WithoutEvidence.NO_TEXT)
+
+
+def _is_url(text: str) -> bool:
+    return text.lstrip()[:4] == "http" and _URLS.fullmatch(text) is not None
 
 
 def _texts(value: Any, depth: int, unused: list[str]) -> Iterator[str]:
@@ -227,8 +231,12 @@ def _texts_of_list(value: Sequence[Any], depth: int, unused: list[str]) -> Itera
     """Where the first text stands before a number, or the only one beside one, the list refers to
     a page: such texts are titles, and no evidence, unless they are sentences. All others are.
     """
-    texts = [n for n, part in enumerate(value) if isinstance(part, str) and not _is_number(part)]
     numbers = {n for n, part in enumerate(value) if _is_number(part)}
+    if not numbers:
+        for part in value:
+            yield from _texts(part, depth + 1, unused)
+        return
+    texts = [n for n, part in enumerate(value) if isinstance(part, str) and n not in numbers]
     titles = [n for n in texts if n + 1 in numbers or (len(texts) == 1 and n - 1 in numbers)]
     if titles[:1] != texts[:1]:
         titles = []

@@ -75,23 +75,25 @@ def read_plain(fields: Fields) -> Found:
     """Read a record by the usual names of fields. Of several with evidence, the first text is used;
     a single word is one only where there is no other.
     """
-    values = [
-        value
-        for name in NAMES["evidence"]
-        if (value := fields.get(name)) is not None and not is_missing(value)
-    ]
-    found = [evidence_text(value) for value in values if not isinstance(value, int | float)]
-    texts = [(one.text, one.partly) for one in found if one.text is not None]
     evidence: Any = None
-    why = None
     partly = False
-    if texts:
-        evidence, partly = next((one for one in texts if not is_name(one[0])), texts[0])
-        partly = partly or any(not is_name(text) and text not in evidence for text, _ in texts[1:])
-    else:
-        reasons = [one.without for one in found if one.without is not WithoutEvidence.NONE]
-        why = reasons[0] if reasons else WithoutEvidence.NONE
-        evidence = next((value for value in values if isinstance(value, int | float)), None)
+    why: WithoutEvidence | None = WithoutEvidence.NONE
+    for name in NAMES["evidence"]:
+        value = fields.get(name)
+        if value is None or is_missing(value):
+            continue
+        if isinstance(value, int | float):
+            evidence = value if evidence is None else evidence  # to be rejected
+            continue
+        text, reason, part = evidence_text(value)
+        if text is None:
+            why = reason if why is WithoutEvidence.NONE else why
+        elif not isinstance(evidence, str) or (is_name(evidence) and not is_name(text)):
+            evidence, partly = text, part
+        else:
+            partly = partly or not (is_name(text) or text in evidence)
+    if evidence is not None:
+        why = None
     return Found(_id(fields), _claim(fields), _label(fields), evidence, why, partly=partly)
 
 
