@@ -54,7 +54,13 @@ from services.contracts import (  # noqa: E402
 )
 from services.contracts.heartbeats import HEARTBEAT_SECONDS  # noqa: E402
 from services.store import Store  # noqa: E402
-from services.store.schema import deliveries, runs, submissions, verdict_counts  # noqa: E402
+from services.store.schema import (  # noqa: E402
+    deliveries,
+    run_counts,
+    runs,
+    submissions,
+    verdict_counts,
+)
 
 _BATCH_CLAIMS = 64
 _LISTENERS = 20
@@ -119,6 +125,7 @@ def fill(store: Store, of: list[ContextSpec], run_count: int, claim_count: int) 
                 for batch in range(answered)
             ]
             connection.execute(insert(deliveries), rows)
+            connection.execute(insert(run_counts).values(run_key=key, messages=answered))
             connection.execute(
                 insert(verdict_counts).values(
                     run_key=key,

@@ -22,7 +22,6 @@ from services.cli.options import BrokerOption, StoreOption
 from services.cli.screen import Screen, say, show, status_table
 from services.contracts import Settings, load_settings
 from services.store import RunStatus, Store, missing_records, run_statuses
-from services.store.progress import latest_statuses
 
 _MAX_WATCHED = 50
 _SHOWN_RANGES = 10
@@ -110,8 +109,8 @@ def _which(store: Store, run_id: str) -> str:
 
 
 def watched(settings: Settings) -> Group:
-    """The latest runs of each store: counting a thousand of them takes more than two seconds."""
-    stores = [latest_statuses(store, _MAX_WATCHED + 1, {}) for store in readable_stores(settings)]
+    """The latest runs of each store."""
+    stores = [run_statuses(store, _MAX_WATCHED + 1) for store in readable_stores(settings)]
     parts: list[Table | Text] = [
         status_table([run for runs in stores for run in runs[:_MAX_WATCHED]])
     ]

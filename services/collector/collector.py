@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -18,7 +18,7 @@ from services.broker import BrokerAddress, Consumer, Declares, Delivery, Outgoin
 from services.collector.demand import DemandEstimator
 from services.collector.discovery import targets
 from services.collector.fleet import Fleet
-from services.collector.gauges import Gauges
+from services.collector.gauges import Gauges, RunsSnapshot
 from services.collector.metrics import (
     COMMIT_FAILURES,
     COMMIT_SECONDS,
@@ -28,7 +28,6 @@ from services.collector.metrics import (
     count_in,
 )
 from services.collector.missing_claims import MissingClaims
-from services.collector.run_statuses import RunStatusCache
 from services.collector.submissions import NotAnnounced, Submissions
 from services.contracts import (
     ClaimBatch,
@@ -82,6 +81,9 @@ _ANNOUNCEMENT_SECONDS = 30.0
 # At most this many messages wait for an announcement; more would take up the prefetch.
 _MAX_UNANNOUNCED = _PREFETCH // 2
 _FLUSH_SECONDS = 2.0
+_READ_RUNS_SECONDS = 5.0
+# At most a tenth of the time is spent reading the runs, even if the store is slow.
+_PAUSES_PER_READ = 10.0
 # The broker sends each control update to every worker: a large fleet gets them less often.
 _CONTROL_UPDATE_BYTES_PER_SECOND = 2_000_000
 # After a reconnect, the broker starts to redeliver within this time.
@@ -127,7 +129,8 @@ class Collector:
         self._last_update_had_content = False
         self._fleet = Fleet()
         self._demand = DemandEstimator(store, settings, self._fleet)
-        self._run_statuses = RunStatusCache(store)
+        self._runs = RunsSnapshot()
+        self._runs_due = 0.0
         self._watchdog = Watchdog()
         self._links: tuple[Publisher, Consumer] | None = None
         self._submissions = Submissions(store)
@@ -238,6 +241,7 @@ class Collector:
                     self._fleet.note_disconnected()
                     disconnected_at = awake()
                 collected = self._collect_once(consumer, publisher, on_commit)
+                self._read_runs()
                 done = self._finish.is_set() and not collected and self._has_all(disconnected_at)
                 if self._too_new is not None or done:
                     break
@@ -267,14 +271,14 @@ class Collector:
     def _serving_metrics(self, publisher: Publisher, consumer: Consumer) -> Iterator[None]:
         self._watchdog.beat()
         self._links = publisher, consumer
-        gauges = Gauges(self._fleet, self._demand, self._run_statuses)
+        self._read_runs()
+        gauges = Gauges(self._fleet, self._demand, lambda: self._runs)
         REGISTRY.register(gauges)
         try:
             yield
         finally:
             REGISTRY.unregister(gauges)
             self._links = None
-            self._run_statuses.close()
 
     def _on_heartbeat(self, body: bytes) -> None:
         """Called on the link's thread."""
@@ -443,7 +447,7 @@ class Collector:
             self._watchdog.beat()
             try:
                 with COMMIT_SECONDS.time():
-                    gained = self._store.write(incoming)
+                    fresh = self._store.write(incoming)
             except StoreRefused:
                 raise
             except StoreError as error:
@@ -452,12 +456,20 @@ class Collector:
                     break
             else:
                 self.waiting_for = None
-                self._demand.note(gained)
-                self._run_statuses.note(incoming.run_ids())
                 self._missing_claims.note(incoming.run_ids())
-                count_in(incoming, gained.total() - len(incoming.dead))
+                count_in(incoming, fresh)
                 return True
         return False
+
+    def _read_runs(self) -> None:
+        """Read the statuses of runs for the gauges, from time to time."""
+        began = time.monotonic()
+        if began < self._runs_due:
+            return
+        with suppress(StoreError):  # the next commit logs it
+            self._runs = RunsSnapshot.read(self._store)
+        ended = time.monotonic()
+        self._runs_due = ended + max(_READ_RUNS_SECONDS, _PAUSES_PER_READ * (ended - began))
 
     def _send_control_update(self, publisher: Publisher) -> bool:
         """Tell every worker, from time to time, which submissions are cancelled and which contexts

@@ -1,7 +1,7 @@
 """Estimates the demand for contexts: how many claims each has waiting, and how many workers.
 
 The broker knows how many messages wait, the store what is done, and heartbeats which workers there
-are. Nothing else is stored: a restarted collector computes the same demand from these three.
+are. It keeps nothing else: a restarted collector computes the same demand from these three.
 """
 
 import json
@@ -17,28 +17,9 @@ from services.broker import Consumer, Counts
 from services.collector.fleet import Fleet
 from services.contracts import ContextDemand, ContextSpec, Settings, topology
 from services.contracts.control import MAX_CONTEXTS, MAX_CONTEXTS_BYTES
-from services.store.schema import deliveries, outcomes, runs, submissions
+from services.store.run_counts import verdicts_of_run
+from services.store.schema import run_counts, runs, submissions
 from services.store.store import Store
-
-# Between two counts, the outcomes of each commit are added. A count corrects what that misses:
-# other collectors on this store, dead claims that came twice, dead claims that a person retried.
-_RECOUNT_SECONDS = 60.0
-# A run of 10 million claims has some 150,000 deliveries to sum, which takes a tenth of a second. A
-# store with a hundred such runs is counted over several updates, the latest run first.
-_COUNTING_SECONDS = 0.25
-
-
-@dataclass
-class _Progress:
-    """The progress of one run: counted at `counted_at`, plus the commits since."""
-
-    context: ContextSpec
-    submission_count: int
-    outcomes: int
-    batch_claims: float | None
-    """Mean claims per message; None before the first verdicts."""
-    counted_at: float
-    exact: bool = True
 
 
 @dataclass
@@ -59,27 +40,19 @@ class DemandEstimator:
         self._store = store
         self._settings = settings
         self._fleet = fleet
-        self._progress: dict[str, _Progress] = {}
+        self._contexts: dict[int, ContextSpec] = {}
         self._open_claims: dict[str, _OpenClaims] = {}
         # The queues that were counted last; one that is not in `_counts` does not exist.
         self._counted: frozenset[str] = frozenset()
         self._counts: Counts = {}
         # The context of each run that has a cancelled submission.
         self._cancelled: dict[str, str] = {}
-        self._deadline: float | None = None
         self.unfinished: dict[str, str] = {}
         """The context of each wanted run that is not complete, as of the last update."""
         self.counted_at = -inf
         """When the queues were last counted, by the monotonic clock."""
         self.contexts: tuple[ContextDemand, ...] = ()
         """The result of the last `update`."""
-
-    def note(self, gained: Mapping[str, int]) -> None:
-        """Add committed outcomes, by run."""
-        for run_id, count in gained.items():
-            if run_id in self._progress:
-                self._progress[run_id].outcomes += count
-                self._progress[run_id].exact = False
 
     @property
     def counts(self) -> Counts:
@@ -127,16 +100,13 @@ class DemandEstimator:
         """
         contexts: dict[str, ContextSpec] = {}
         self._open_claims, self._cancelled = {}, {}
-        self._deadline = None
         self.unfinished = {}
-        for row in self._announced_runs():
-            progress = self._progress_of(row)
-            if progress is not None:
-                contexts.setdefault(progress.context.context_id, progress.context)
-                if row.cancelled:
-                    self._cancelled[row.run_id] = progress.context.context_id
-                if row.wanted:
-                    self._add_open_claims(row, progress)
+        for row, context in self._announced_runs():
+            contexts.setdefault(context.context_id, context)
+            if row.cancelled:
+                self._cancelled[row.run_id] = context.context_id
+            if row.wanted:
+                self._add_open_claims(row, context.context_id)
         self.contexts = ()
         if not self._fleet.heard_from_all():
             return ()
@@ -147,83 +117,46 @@ class DemandEstimator:
         self.contexts = tuple(_fit_in_message(most_first))
         return self.contexts
 
-    def _announced_runs(self) -> list[Row[Any]]:
-        """Every announced run, the latest first, and whether a submission of it is active."""
+    def _announced_runs(self) -> list[tuple[Row[Any], ContextSpec]]:
+        """Every announced run with its counters and its context, the latest first."""
+        cancelled = func.count(submissions.c.cancelled_at)
         query = (
             select(
-                runs.c.run_key,
-                runs.c.run_id,
-                runs.c.claims,
-                func.count().label("submission_count"),
-                (func.count() > func.count(submissions.c.cancelled_at)).label("wanted"),
-                func.count(submissions.c.cancelled_at).label("cancelled"),
+                *(runs.c.run_key, runs.c.run_id, runs.c.claims),
+                *(run_counts.c.messages, run_counts.c.duplicates),
+                verdicts_of_run.label("verdicts"),
+                (verdicts_of_run + run_counts.c.dead).label("outcomes"),
+                (func.count() > cancelled).label("wanted"),
+                cancelled.label("cancelled"),
             )
+            .join(run_counts, run_counts.c.run_key == runs.c.run_key)
             .join(submissions, submissions.c.run_key == runs.c.run_key)
             .where(runs.c.run.is_not(None))
-            .group_by(runs.c.run_key, runs.c.run_id, runs.c.claims, runs.c.first_seen)
+            .group_by(runs.c.run_key, run_counts.c.run_key)
             .order_by(runs.c.first_seen.desc())
         )
         with self._store.transaction() as connection:
-            return list(connection.execute(query).all())
+            announced = connection.execute(query).all()
+            for row in announced:
+                if row.run_key not in self._contexts:
+                    run = select(runs.c.run).where(runs.c.run_key == row.run_key)
+                    text = connection.execute(run).scalar_one()
+                    context = ContextSpec.model_validate(json.loads(text)["context"])
+                    self._contexts[row.run_key] = context
+        return [(row, self._contexts[row.run_key]) for row in announced]
 
-    def _progress_of(self, row: Row[Any]) -> _Progress | None:
-        """A run's progress, counted if necessary; None if there is no time for that now."""
-        known = self._progress.get(row.run_id)
-        now = time.monotonic()
-        if known is not None and known.submission_count == row.submission_count:
-            complete = row.claims is not None and known.outcomes >= row.claims
-            # A run that is complete by an exact count is not counted again.
-            due = not known.exact if complete else now > known.counted_at + _RECOUNT_SECONDS
-            if not due or not row.wanted:
-                return known
-        if self._deadline is None:
-            # Each update counts at least one run, so that all are counted even in a slow store.
-            self._deadline = now + _COUNTING_SECONDS
-        elif now > self._deadline:
-            return known
-        counted = self._progress[row.run_id] = self._count(row, known)
-        return counted
-
-    def _count(self, row: Row[Any], known: _Progress | None) -> _Progress:
-        with self._store.transaction() as connection:
-            fresh, verdicts, messages = connection.execute(
-                select(
-                    func.coalesce(func.sum(deliveries.c.fresh), 0),
-                    func.sum(deliveries.c.fresh + deliveries.c.duplicates),
-                    func.count(),
-                ).where(deliveries.c.run_key == row.run_key)
-            ).one()
-            dead = connection.execute(
-                select(func.count()).where(
-                    outcomes.c.run_key == row.run_key, outcomes.c.reason.is_not(None)
-                )
-            ).scalar_one()
-            if known is not None:
-                context = known.context
-            else:
-                text = connection.execute(
-                    select(runs.c.run).where(runs.c.run_key == row.run_key)
-                ).scalar_one()
-                context = ContextSpec.model_validate(json.loads(text)["context"])
-        return _Progress(
-            context=context,
-            submission_count=row.submission_count,
-            outcomes=int(fresh) + dead,
-            batch_claims=float(verdicts) / messages if messages else None,
-            counted_at=time.monotonic(),
-        )
-
-    def _add_open_claims(self, row: Row[Any], progress: _Progress) -> None:
-        if row.claims is not None and progress.outcomes >= row.claims:
+    def _add_open_claims(self, row: Row[Any], context_id: str) -> None:
+        if row.claims is not None and row.outcomes >= row.claims:
             return
-        self.unfinished[row.run_id] = progress.context.context_id
-        open_claims = self._open_claims.setdefault(progress.context.context_id, _OpenClaims())
+        self.unfinished[row.run_id] = context_id
+        open_claims = self._open_claims.setdefault(context_id, _OpenClaims())
         if row.claims is None:
             open_claims.all_sent = False
         else:
-            open_claims.remaining += row.claims - progress.outcomes
-        # Of several runs, the latest one with verdicts: its batches are those that wait.
-        open_claims.batch_claims = open_claims.batch_claims or progress.batch_claims
+            open_claims.remaining += row.claims - row.outcomes
+        if open_claims.batch_claims is None and row.messages:
+            # Of several runs, the latest one with verdicts: its batches are those that wait.
+            open_claims.batch_claims = float(row.verdicts + row.duplicates) / row.messages
 
     def _estimates(self, contexts: Iterable[ContextSpec]) -> Iterator[ContextDemand]:
         counts = self._counts

@@ -1,7 +1,11 @@
 """The state of runs, contexts, workers and queues, read at each scrape."""
 
+import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Self
 
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -10,13 +14,14 @@ from prometheus_client.registry import Collector
 from services.broker import Counts
 from services.collector.demand import DemandEstimator
 from services.collector.fleet import Fleet
-from services.collector.run_statuses import RunStatusCache
 from services.contracts import ContextDemand, WorkerHeartbeat, topology
-from services.store.progress import RunStatus
+from services.store import RunStatus, Store, run_statuses
 from services.telemetry import BoundedLabels
 
 _MAX_CONTEXTS = 100
 _MAX_INFO_CHARS = 128
+_MAX_READ_RUNS = 100
+_MAX_RUNS = 20
 
 _RUN_GAUGES = {
     "keepwarm_run_claims": ("Claims of the run; absent until all are sent.", "total"),
@@ -62,10 +67,28 @@ _CONTEXT_GAUGES = {
 }
 
 
-class Gauges(Collector):
-    """A collector in the sense of Prometheus: read at each scrape, and never waits long."""
+@dataclass(frozen=True)
+class RunsSnapshot:
+    """The incomplete ones of the latest runs, then the latest complete ones."""
 
-    def __init__(self, fleet: Fleet, demand: DemandEstimator, runs: RunStatusCache) -> None:
+    statuses: tuple[RunStatus, ...] = ()
+    read_at: float = -inf
+    """By the monotonic clock."""
+
+    @classmethod
+    def read(cls, store: Store) -> Self:
+        """Raises StoreError."""
+        latest = run_statuses(store, _MAX_READ_RUNS)
+        incomplete_first = sorted(latest, key=lambda status: status.complete)
+        return cls(tuple(incomplete_first[:_MAX_RUNS]), time.monotonic())
+
+
+class Gauges(Collector):
+    """A collector in the sense of Prometheus: called at each scrape, never waits for the store."""
+
+    def __init__(
+        self, fleet: Fleet, demand: DemandEstimator, runs: Callable[[], RunsSnapshot]
+    ) -> None:
         self._fleet = fleet
         self._demand = demand
         self._runs = runs
@@ -79,9 +102,9 @@ class Gauges(Collector):
         yield from _queues({})
 
     def collect(self) -> Iterable[Metric]:
-        statuses, age_seconds = self._runs.latest()
-        yield from _runs(statuses, age_seconds)
-        yield from _verdicts(statuses, self._label)
+        runs = self._runs()
+        yield from _runs(runs.statuses, time.monotonic() - runs.read_at)
+        yield from _verdicts(runs.statuses, self._label)
         yield from _contexts(self._demand.contexts[:_MAX_CONTEXTS])
         yield from _workers(self._fleet.workers(), self._device)
         yield from _queues(self._demand.counts)

@@ -26,8 +26,6 @@ from services.store import Incoming, RunStatus, Store, run_status
 from services.telemetry import MetricsServer
 
 _MIN_POLL_SECONDS, _POLL_SECONDS = 0.05, 0.2
-# Seconds of pause for each second that a poll took.
-_PAUSE_PER_POLL = 3.0
 _COLLECT_SECONDS = 30.0
 _MAX_NODE_RESTARTS = 5
 
@@ -280,7 +278,6 @@ class LocalRun:
         settings: Settings,
     ) -> None:
         while self._failure is None and self._stopped_by is None:
-            began = time.monotonic()
             status = run_status(self._store, self._run_id)
             self._observer.progress(
                 status, self._published, workers, waiting_for=self._waiting_for(collector)
@@ -314,9 +311,8 @@ class LocalRun:
                 self._restart(self._private_node)
             for worker in workers:
                 worker.replace_if_lost()
-            # The pause ends when verdicts are committed. It grows with the cost of the status
-            # query: on a large run that takes time which the collector's thread needs as well.
-            time.sleep(_MIN_POLL_SECONDS + _PAUSE_PER_POLL * (time.monotonic() - began))
+            # The pause ends when verdicts are committed.
+            time.sleep(_MIN_POLL_SECONDS)
             self._committed.wait(_POLL_SECONDS)
             self._committed.clear()
 

@@ -7,7 +7,8 @@ from sqlalchemy import ColumnElement, and_, delete, or_, select, update
 
 from services.contracts import INVALID, Claim, DeadReason
 from services.store.progress import KnownRun
-from services.store.schema import outcomes, runs
+from services.store.run_counts import RunCounts
+from services.store.schema import is_dead, outcomes, runs
 from services.store.store import Store
 
 
@@ -31,7 +32,7 @@ def dead_claims(
     query = (
         select(runs.c.run_id, outcomes)
         .join(runs, runs.c.run_key == outcomes.c.run_key)
-        .where(outcomes.c.reason.is_not(None), outcomes.c.dropped.is_(False))
+        .where(is_dead, outcomes.c.dropped.is_(False))
         .order_by(runs.c.first_seen.desc(), outcomes.c.position)
     )
     if run is not None:
@@ -83,9 +84,12 @@ def reopen_dead(store: Store, dead: Sequence[DeadRow]) -> None:
 
     To be called once the broker has their claims. An outcome that came meanwhile is kept.
     """
+    counts = RunCounts()
     with store.transaction() as connection:
         for row in dead:
-            connection.execute(delete(outcomes).where(_this(row)))
+            if connection.execute(delete(outcomes).where(_this(row))).rowcount:
+                counts.remove(row.run_key, [row.claim.model_dump() | {"label": None}])
+        counts.write(connection)
 
 
 def _this(row: DeadRow) -> ColumnElement[bool]:

@@ -4,23 +4,38 @@ from sqlalchemy import URL, Connection, delete, insert, inspect, select
 from sqlalchemy.schema import CreateColumn
 
 from services.contracts.errors import StoreError
+from services.contracts.proofs import ClaimsDigest
 from services.store.database import redacted
-from services.store.label_counts import count_all
-from services.store.schema import (
-    SCHEMA_VERSION,
-    metadata,
-    runs,
-    schema_info,
-    verdict_counts,
-    verdict_digests,
-)
+from services.store.run_counts import digest_of, set_digest
+from services.store.schema import SCHEMA_VERSION, is_dead, metadata, schema_info
 
-UPGRADABLE = (None, 2, 3, 4, 5)
-"""Versions (None: no tables) that differ from the current one only in missing tables, indexes or
-columns.
+UPGRADABLE = (None, 2, 3, 4, 5, 6)
+"""Versions (None: no tables) that can be upgraded.
 
 3 added `startups` and `outcomes_dead`, 4 `verdict_counts`, 5 the column `runs.input`, 6
-`verdict_digests` and the columns for proofs.
+`verdict_digests` and the columns for proofs. 7 has `run_counts` in place of `verdict_digests` and
+the column `runs.returned`, and other indexes of `deliveries`.
+"""
+_COUNT_LABELS = """
+INSERT INTO verdict_counts (run_key, label, verdicts, judged, correct)
+SELECT run_key, label, count(*), count(gold), sum(CASE WHEN gold = label THEN 1 ELSE 0 END)
+FROM outcomes WHERE label IS NOT NULL GROUP BY run_key, label
+"""
+_COUNT_RUNS = """
+INSERT INTO run_counts (run_key, dead, messages, duplicates, lost_work, returned)
+SELECT runs.run_key,
+  (SELECT count(*) FROM outcomes WHERE outcomes.run_key = runs.run_key AND reason IS NOT NULL),
+  count(delivery_key), coalesce(sum(duplicates), 0),
+  coalesce(sum(CASE WHEN attempt > 1 THEN fresh + duplicates END), 0), returned
+FROM runs LEFT JOIN deliveries ON deliveries.run_key = runs.run_key
+GROUP BY runs.run_key, returned
+"""
+# Those of version 6 are of the claims with a verdict, and NULL if the run is older.
+_DIGESTS = """
+SELECT runs.run_key,
+  CASE WHEN digests.run_key IS NULL THEN 0 ELSE high END,
+  CASE WHEN digests.run_key IS NULL THEN 0 ELSE low END
+FROM runs LEFT JOIN verdict_digests AS digests ON digests.run_key = runs.run_key
 """
 _ONE_AT_A_TIME = {
     "sqlite": "BEGIN IMMEDIATE",
@@ -43,17 +58,28 @@ def upgrade(connection: Connection) -> int | None:
     existing = set(inspect(connection).get_table_names())
     metadata.create_all(connection)
     _add_columns(connection)
-    if version is not None and verdict_digests.name not in existing:
-        unknown = select(runs.c.run_key)  # until a producer announces a digest to compare with
-        connection.execute(insert(verdict_digests).from_select(["run_key"], unknown))
     for table in metadata.tables.values():
         for index in table.indexes:  # `create_all` adds none to existing tables
             index.create(connection, checkfirst=True)
-    if verdict_counts.name not in existing:
-        count_all(connection)
+    if version is not None:
+        if "verdict_counts" not in existing:
+            connection.exec_driver_sql(_COUNT_LABELS)
+        connection.exec_driver_sql("DROP INDEX IF EXISTS ix_deliveries_run_key")
+        connection.exec_driver_sql(_COUNT_RUNS)
+    if "verdict_digests" in existing:
+        _add_digests(connection)
     connection.execute(delete(schema_info))
     connection.execute(insert(schema_info).values(version=SCHEMA_VERSION))
     return SCHEMA_VERSION
+
+
+def _add_digests(connection: Connection) -> None:
+    """Those of version 6, with the dead claims."""
+    for run_key, high, low in connection.exec_driver_sql(_DIGESTS).all():
+        if high is not None:
+            dead = digest_of(connection, run_key, is_dead)
+            set_digest(connection, run_key, ClaimsDigest(high, low).plus(dead))
+    connection.exec_driver_sql("DROP TABLE verdict_digests")
 
 
 def _add_columns(connection: Connection) -> None:

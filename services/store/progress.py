@@ -1,24 +1,59 @@
 """The progress of runs."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import Connection, Row, case, func, select
+from sqlalchemy import Connection, Row, bindparam, case, func, select
 
 from services.contracts import INVALID, ContextSpec, Run
 from services.contracts.errors import StoreError
 from services.contracts.proofs import ClaimsDigest, Positions
 from services.contracts.runs import InputSummary
-from services.store.label_counts import verdicts_digest
 from services.store.label_mass import LowMass, low_mass
-from services.store.schema import deliveries, outcomes, runs, submissions, verdict_counts
+from services.store.schema import (
+    deliveries,
+    outcomes,
+    run_counts,
+    runs,
+    submissions,
+    verdict_counts,
+)
 from services.store.store import Store
 
 _RATE_WINDOW_SECONDS = 60.0
 _CHUNK_ROWS = 10_000
+
+_of_run = deliveries.c.run_key == bindparam("run_key")
+_COUNTED_RUNS = select(
+    *(column for column in runs.columns if column.name not in ("input", "positions")),
+    *(column for column in run_counts.columns if column.name != "run_key"),
+    # NULL without submissions.
+    select(func.min(case((submissions.c.cancelled_at.is_(None), 0), else_=1)))
+    .where(submissions.c.run_key == runs.c.run_key)
+    .scalar_subquery()
+    .label("all_cancelled"),
+).join(run_counts, run_counts.c.run_key == runs.c.run_key)
+_BY_LABEL = select(verdict_counts).where(verdict_counts.c.run_key == bindparam("run_key"))
+_last = select(func.max(deliveries.c.received_at)).where(_of_run).scalar_subquery()
+_RECENT = select(
+    func.min(deliveries.c.received_at).label("first"),
+    func.max(deliveries.c.received_at).label("last"),
+    func.max(case((deliveries.c.fresh > 0, deliveries.c.engine_seconds), else_=0.0)).label(
+        "engine_seconds"
+    ),
+    func.sum(deliveries.c.fresh).label("fresh"),
+).where(_of_run, deliveries.c.received_at > _last - _RATE_WINDOW_SECONDS)
+# The next worker each time, by the index, because `count(distinct)` would read every message.
+# https://wiki.postgresql.org/wiki/Loose_indexscan
+_first_worker = select(func.min(deliveries.c.worker_id).label("worker_id")).where(_of_run)
+_worker = _first_worker.cte("worker", recursive=True)
+_next_worker = _first_worker.where(deliveries.c.worker_id > _worker.c.worker_id)
+_worker = _worker.union_all(
+    select(_next_worker.scalar_subquery()).where(_worker.c.worker_id.is_not(None))
+)
+_WORKERS = select(func.count(_worker.c.worker_id))
 
 
 class RunStatus(BaseModel):
@@ -87,27 +122,18 @@ class KnownRun:
         )
 
 
-def run_statuses(store: Store) -> list[RunStatus]:
-    """Every run in the store, the latest first."""
+def run_statuses(store: Store, most: int | None = None) -> list[RunStatus]:
+    """Every run in the store, or the `most` latest ones; the latest first."""
     with store.transaction() as connection:
-        rows = connection.execute(select(runs).order_by(runs.c.first_seen.desc())).all()
-        return [_status(connection, row) for row in rows]
-
-
-def latest_statuses(store: Store, most: int, complete: Mapping[str, RunStatus]) -> list[RunStatus]:
-    """The `most` latest runs, the latest first. Statuses in `complete` are used as they are."""
-    with store.transaction() as connection:
-        query = select(runs).order_by(runs.c.first_seen.desc()).limit(most)
-        return [
-            complete.get(row.run_id) or _status(connection, row)
-            for row in connection.execute(query).all()
-        ]
+        query = _COUNTED_RUNS.order_by(runs.c.first_seen.desc()).limit(most)
+        return [_status(connection, row) for row in connection.execute(query).all()]
 
 
 def run_status(store: Store, run_id: str) -> RunStatus | None:
     """The status of one run; None if the store does not have it."""
     with store.transaction() as connection:
-        row = connection.execute(select(runs).where(runs.c.run_id == run_id)).one_or_none()
+        query = _COUNTED_RUNS.where(runs.c.run_id == run_id)
+        row = connection.execute(query).one_or_none()
         return None if row is None else _status(connection, row)
 
 
@@ -133,35 +159,17 @@ def find_run(store: Store, wanted: str) -> KnownRun:
     return matching[0]
 
 
-def _status(connection: Connection, row: Row[tuple[object, ...]]) -> RunStatus:
-    key = row.run_key
-    cancelled_at = (
-        connection.execute(select(submissions.c.cancelled_at).where(submissions.c.run_key == key))
-        .scalars()
-        .all()
-    )
-    verdicts = deliveries.c.fresh + deliveries.c.duplicates
-    done, duplicates, lost_work, workers, last = connection.execute(
-        select(
-            func.coalesce(func.sum(deliveries.c.fresh), 0),
-            func.coalesce(func.sum(deliveries.c.duplicates), 0),
-            func.coalesce(func.sum(case((deliveries.c.attempt > 1, verdicts), else_=0)), 0),
-            func.count(func.distinct(deliveries.c.worker_id)),
-            func.max(deliveries.c.received_at),
-        ).where(deliveries.c.run_key == key)
-    ).one()
-    dead = connection.execute(
-        select(func.count()).where(outcomes.c.run_key == key, outcomes.c.reason.is_not(None))
-    ).scalar_one()
-    counted = connection.execute(
-        select(verdict_counts).where(verdict_counts.c.run_key == key)
-    ).all()
-    rate = _recent_rate(connection, key, last) if last is not None else 0.0
-    left = None if row.claims is None else row.claims - done - dead
+def _status(connection: Connection, row: Row[*tuple[Any, ...]]) -> RunStatus:
+    """Reads a few rows for each label and worker, and the messages of a minute, at any size."""
+    this = {"run_key": row.run_key}
+    counted = connection.execute(_BY_LABEL, this).all()
+    done = sum(each.verdicts for each in counted)
+    rate = _rate(connection.execute(_RECENT, this).one())
+    left = None if row.claims is None else row.claims - done - row.dead
     run = json.loads(row.run) if row.run else None
     proven = None
-    if left is not None and left <= 0 and row.digest is not None:
-        proven = _outcomes_digest(connection, key) == row.digest
+    if left is not None and left <= 0 and None not in (row.digest, row.high):
+        proven = str(ClaimsDigest(row.high, row.low)) == row.digest
     complete = left is not None and left <= 0 and proven is not False
     labels = (*(label["name"] for label in run["prompt"]["labels"]), INVALID) if run else ()
     return RunStatus(
@@ -171,38 +179,25 @@ def _status(connection: Connection, row: Row[tuple[object, ...]]) -> RunStatus:
         context_id=run and ContextSpec.model_validate(run["context"]).context_id,
         prompt=run and run["prompt"]["name"],
         total=row.claims,
-        done=int(done),
-        dead=dead,
+        done=done,
+        dead=row.dead,
         rejected=row.rejected,
         repeated=row.repeated,
-        duplicates=int(duplicates),
+        duplicates=row.duplicates,
         returned=row.returned,
-        lost_work=int(lost_work),
+        lost_work=row.lost_work,
         verdicts=dict.fromkeys(labels, 0) | {each.label: each.verdicts for each in counted},
         judged=sum(each.judged for each in counted),
         correct=sum(each.correct for each in counted),
         claims_per_second=round(rate, 2),
         eta_seconds=None if left is None or rate == 0 else round(left / rate, 1),
-        workers_seen=workers,
+        workers_seen=connection.execute(_WORKERS, this).scalar_one(),
         complete=complete,
         proven=proven,
         nowhere_since=None if complete else row.nowhere_since,
-        cancelled=bool(cancelled_at) and all(at is not None for at in cancelled_at),
-        low_mass=low_mass(connection, key, complete=complete),
+        cancelled=row.all_cancelled == 1,
+        low_mass=low_mass(connection, row.run_key, complete=complete),
     )
-
-
-def _outcomes_digest(connection: Connection, run_key: int) -> str | None:
-    """The digest of all claims that have an outcome; None if it was not computed."""
-    answered = verdicts_digest(connection, run_key)
-    if answered is None:
-        return None
-    dead = connection.execute(
-        select(outcomes.c.claim_id, outcomes.c.position).where(
-            outcomes.c.run_key == run_key, outcomes.c.reason.is_not(None)
-        )
-    )
-    return str(answered.plus(ClaimsDigest.of((row.claim_id, row.position) for row in dead)))
 
 
 def missing_records(store: Store, run_id: str, most: int) -> list[tuple[int, int]] | None:
@@ -225,17 +220,9 @@ def missing_records(store: Store, run_id: str, most: int) -> list[tuple[int, int
     return [(first + 1, last + 1) for first, last in missing.ranges(most)]
 
 
-def _recent_rate(connection: Connection, run_key: int, last: float) -> float:
+def _rate(recent: Row[*tuple[Any, ...]]) -> float:
     """Claims per second in the last window, which includes the first message's engine time."""
-    first, engine_seconds, fresh = connection.execute(
-        select(
-            func.min(deliveries.c.received_at),
-            func.max(case((deliveries.c.fresh > 0, deliveries.c.engine_seconds), else_=0.0)),
-            func.sum(deliveries.c.fresh),
-        ).where(
-            deliveries.c.run_key == run_key,
-            deliveries.c.received_at > last - _RATE_WINDOW_SECONDS,
-        )
-    ).one()
-    seconds = last - first + engine_seconds
-    return float(fresh) / seconds if seconds > 0 else 0.0
+    if recent.last is None:
+        return 0.0
+    seconds = recent.last - recent.first + recent.engine_seconds
+    return float(recent.fresh) / seconds if seconds > 0 else 0.0

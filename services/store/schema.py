@@ -15,7 +15,7 @@ from sqlalchemy import (
     false,
 )
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 
 metadata = MetaData()
 
@@ -38,8 +38,6 @@ runs = Table(
     Column("claims", BigInteger),
     Column("repeated", BigInteger),
     Column("rejected", BigInteger),
-    # Claims that workers returned unfinished.
-    Column("returned", BigInteger, nullable=False, server_default="0"),
     Column("first_seen", Float, nullable=False),
     # The ClaimsDigest and the Positions of all claims; NULL if the producer announced none.
     Column("digest", String(64)),
@@ -66,7 +64,7 @@ deliveries = Table(
     "deliveries",
     metadata,
     Column("delivery_key", BigInteger, primary_key=True, autoincrement=False),
-    Column("run_key", BigInteger, nullable=False, index=True),
+    Column("run_key", BigInteger, nullable=False),
     Column("batch_id", String(256), nullable=False),
     Column("worker_id", String(512), nullable=False),
     Column("device", String(512), nullable=False),
@@ -77,6 +75,13 @@ deliveries = Table(
     Column("duplicates", Integer, nullable=False),
     Column("prompt_tokens", BigInteger, nullable=False),
     Column("received_at", Float, nullable=False),
+)
+
+# To find a run's workers, and its latest messages, without reading all of them.
+Index("deliveries_worker", deliveries.c.run_key, deliveries.c.worker_id)
+Index(
+    "deliveries_received",
+    *(deliveries.c[name] for name in ("run_key", "received_at", "fresh", "engine_seconds")),
 )
 
 # A verdict (label) or a dead claim (reason). A later outcome replaces a dead claim.
@@ -103,8 +108,9 @@ outcomes = Table(
     sqlite_with_rowid=False,
 )
 
-# To count a run's dead claims without reading all its outcomes. SQLite uses it only if `reason` is
-# one of its columns.
+# To find a run's dead claims without reading all its outcomes. SQLite uses it for a comparison, and
+# not for IS NOT NULL.
+is_dead = outcomes.c.reason > ""
 Index(
     "outcomes_dead",
     outcomes.c.run_key,
@@ -125,12 +131,23 @@ verdict_counts = Table(
     Column("correct", BigInteger, nullable=False),
 )
 
-# The ClaimsDigest of a run's claims that have a verdict, updated in the transaction that writes
-# verdicts. NULL if the run is older than the table, so that it was not computed.
-verdict_digests = Table(
-    "verdict_digests",
+# The other counters of a run, updated in the transaction that writes what they count. Its verdicts
+# are those of `verdict_counts`.
+run_counts = Table(
+    "run_counts",
     metadata,
     Column("run_key", BigInteger, primary_key=True, autoincrement=False),
+    # Dead claims.
+    Column("dead", BigInteger, nullable=False, server_default="0"),
+    # Messages of verdicts. Of these verdicts: those whose claims had one already, and those that
+    # came from a batch which was delivered more than once.
+    Column("messages", BigInteger, nullable=False, server_default="0"),
+    Column("duplicates", BigInteger, nullable=False, server_default="0"),
+    Column("lost_work", BigInteger, nullable=False, server_default="0"),
+    # Claims that workers returned unfinished.
+    Column("returned", BigInteger, nullable=False, server_default="0"),
+    # The ClaimsDigest of the claims that have an outcome. NULL if the run is older than version 6,
+    # so that it was not computed.
     Column("high", BigInteger),
     Column("low", BigInteger),
 )

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -48,12 +48,13 @@ from services.store.database import (
     redacted,
     require_utf8,
 )
-from services.store.label_counts import CountedVerdict, LabelCounts, count_digest
 from services.store.migrations import schema_version, upgrade, version_error
+from services.store.run_counts import COUNTED_COLUMNS, RunCounts, add_missing_digest
 from services.store.schema import (
     SCHEMA_VERSION,
     deliveries,
     outcomes,
+    run_counts,
     runs,
     startups,
     submissions,
@@ -65,6 +66,7 @@ _CANCELLED_SECONDS = 60.0
 _CHUNK_ROWS = 10_000
 
 _OUTCOME_COLUMNS = [column.name for column in outcomes.columns]
+_COUNTED_COLUMNS = (*COUNTED_COLUMNS, outcomes.c.delivery_key, outcomes.c.dropped)
 
 
 @dataclass
@@ -120,22 +122,14 @@ class Store:
         dialect = postgresql if engine.dialect.name == "postgresql" else sqlite
         # Compiled to SQL once: SQLAlchemy's handling of parameters would take longer than the
         # database, and these rows need none of it.
-        insert_outcome = dialect.insert(outcomes).values(
-            {name: bindparam(name) for name in _OUTCOME_COLUMNS}
-        )
-        self._insert_outcomes = str(
-            insert_outcome.on_conflict_do_update(
-                index_elements=[outcomes.c.run_key, outcomes.c.claim_id],
-                set_={
-                    **{name: insert_outcome.excluded[name] for name in _OUTCOME_COLUMNS},
-                    # A dead claim that is delivered again stays dropped.
-                    "dropped": and_(outcomes.c.dropped, insert_outcome.excluded.label.is_(None)),
-                },
-                # The first verdict stays; a later outcome replaces a dead claim.
-                where=outcomes.c.reason.is_not(None),
-            ).compile(dialect=engine.dialect)
+        values: dict[str, Any] = {name: bindparam(name) for name in _OUTCOME_COLUMNS}
+        insert_outcome = dialect.insert(outcomes).values(values).on_conflict_do_nothing()
+        self._insert_outcomes = str(insert_outcome.compile(dialect=engine.dialect))
+        self._delete_outcome = delete(outcomes).where(
+            outcomes.c.run_key == bindparam("of_run"), outcomes.c.claim_id == bindparam("of_claim")
         )
         self._insert_run = dialect.insert(runs).on_conflict_do_nothing(index_elements=["run_id"])
+        self._insert_counts = dialect.insert(run_counts).on_conflict_do_nothing()
         self._insert_submission = dialect.insert(submissions).on_conflict_do_nothing()
         self._update_gold = (
             update(outcomes)
@@ -198,16 +192,18 @@ class Store:
                 f"{next_step(why)}"
             ) from error
 
-    def write(self, incoming: Incoming) -> Counter[str]:
-        """Write all messages or none, and return the number of outcomes that each run gained.
+    def write(self, incoming: Incoming) -> int:
+        """Write all messages or none, and return how many verdicts were the first of their claims.
 
-        Claims that have a verdict keep it, and are counted as duplicates. A dead claim that comes
-        twice counts twice.
+        Claims that have a verdict keep it, and further ones are counted as duplicates.
         """
         now = self._now()
+        counts = RunCounts()
+        dead: defaultdict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
         with self.transaction() as connection:
-            keys = {run: self._run_key(connection, run, now) for run in incoming.run_ids()}
-            for announcement in incoming.announcements:
+            # All collectors lock the rows of runs in the same order.
+            keys = {run: self._run_key(connection, run, now) for run in sorted(incoming.run_ids())}
+            for announcement in sorted(incoming.announcements, key=lambda each: each.run.run_id):
                 key = keys[announcement.run.run_id]
                 _write_announcement(connection, key, announcement)
                 submission = {
@@ -222,32 +218,28 @@ class Store:
                     .where(runs.c.run_key.in_(keys.values()), runs.c.nowhere_since.is_not(None))
                     .values(nowhere_since=None)
                 )
-            for batch in incoming.returned:
-                connection.execute(
-                    update(runs)
-                    .where(runs.c.run_id == batch.run.run_id)
-                    .values(returned=runs.c.returned + len(batch.claims))
-                )
-            counts = LabelCounts()
+            for returned in incoming.returned:
+                returned_key = _find_run_key(connection, returned.run.run_id)
+                if returned_key is not None:
+                    counts.change(returned_key, returned=len(returned.claims))
             rows = [
                 self._write_verdicts(connection, keys[batch.run_id], batch, now, counts)
                 for batch in incoming.verdicts
             ]
             if rows:
                 connection.execute(insert(deliveries), rows)
-            if incoming.dead:
-                dead = [_dead_row(keys[claim.run_id], claim) for claim in incoming.dead]
-                connection.exec_driver_sql(self._insert_outcomes, dead)
+            for claim in incoming.dead:  # the last death of a claim stays
+                key = keys[claim.run_id]
+                dead[key][claim.claim.claim_id] = _dead_row(key, claim)
+            for key, by_id in dead.items():
+                self._write_outcomes(connection, key, [*by_id.values()], counts)
             for ready in incoming.startups:
                 connection.execute(self._insert_startup.values(_startup_row(ready, now)))
             counts.write(connection)
             for announcement in incoming.announcements:
                 if announcement.digest is not None:  # now there is a digest to compare with
-                    count_digest(connection, keys[announcement.run.run_id])
-        gained = Counter(claim.run_id for claim in incoming.dead)
-        for verdicts, row in zip(incoming.verdicts, rows, strict=True):
-            gained[verdicts.run_id] += row["fresh"]
-        return gained
+                    add_missing_digest(connection, keys[announcement.run.run_id])
+        return sum(row["fresh"] for row in rows)
 
     def finished(self, run_id: str, claim_ids: Sequence[str]) -> set[str]:
         """Those of the ids that have an outcome in the run."""
@@ -255,12 +247,11 @@ class Store:
 
     def set_gold(self, run_id: str, golds: Mapping[str, str | None]) -> int:
         """Set the gold labels of claims that have an outcome, and return how many changed."""
-        counts = LabelCounts()
+        counts = RunCounts()
         changed = []
-        columns = (outcomes.c.claim_id, outcomes.c.label, outcomes.c.gold)
         with self.transaction() as connection:
             key = _find_run_key(connection, run_id)
-            for row in self._rows_among(connection, key, list(golds), *columns):
+            for row in self._rows_among(connection, key, [*golds], *_COUNTED_COLUMNS, lock=True):
                 gold = golds[row.claim_id]
                 if row.gold == gold:
                     continue
@@ -294,14 +285,18 @@ class Store:
 
     @staticmethod
     def _rows_among(
-        connection: Connection, key: int | None, claim_ids: Sequence[str], *columns: Column[Any]
+        connection: Connection,
+        key: int | None,
+        claim_ids: Sequence[str],
+        *columns: Column[Any],
+        lock: bool = False,
     ) -> Iterator[Row[Any]]:
         for start in range(0, len(claim_ids), _MAX_PARAMETERS):
             query = select(*columns).where(
                 outcomes.c.run_key == key,
                 outcomes.c.claim_id.in_(claim_ids[start : start + _MAX_PARAMETERS]),
             )
-            yield from connection.execute(query).all()
+            yield from connection.execute(query.with_for_update() if lock else query).all()
 
     def is_active(self, submission_id: str) -> bool | None:
         """Whether a submission is announced and not cancelled; None if it was not announced."""
@@ -368,16 +363,13 @@ class Store:
         position, ids = next(ours, (-1, set()))
         foreign: list[Row[Any]] = []
         query = (
-            select(
-                *(outcomes.c[name] for name in ("run_key", "claim_id", "position")),
-                *(outcomes.c[name] for name in ("label", "gold", "delivery_key")),
-            )
+            select(outcomes.c.run_key, *_COUNTED_COLUMNS)
             .join(runs, runs.c.run_key == outcomes.c.run_key)
             .where(runs.c.run_id == run_id)
             .order_by(outcomes.c.position)
             .execution_options(yield_per=_CHUNK_ROWS)
         )
-        counts = LabelCounts()
+        counts = RunCounts()
         with self.transaction() as connection:
             for row in connection.execute(query):
                 while position < row.position and (further := next(ours, None)) is not None:
@@ -385,18 +377,20 @@ class Store:
                 if position != row.position or row.claim_id not in ids:
                     foreign.append(row)
             for row in foreign:
-                connection.execute(
-                    delete(outcomes).where(
-                        outcomes.c.run_key == row.run_key, outcomes.c.claim_id == row.claim_id
-                    )
+                this = and_(
+                    outcomes.c.run_key == row.run_key,
+                    outcomes.c.claim_id == row.claim_id,
+                    outcomes.c.delivery_key == row.delivery_key,
                 )
+                if not connection.execute(delete(outcomes).where(this)).rowcount:
+                    continue  # another outcome replaced it meanwhile
+                counts.remove(row.run_key, [row._mapping])
                 if row.label is not None:
-                    counts.remove(row.run_key, CountedVerdict(*row[3:5], *row[1:3]))
-                    connection.execute(
-                        update(deliveries)
-                        .where(deliveries.c.delivery_key == row.delivery_key)
-                        .values(fresh=deliveries.c.fresh - 1)
-                    )
+                    delivery = deliveries.c.delivery_key == row.delivery_key
+                    fresh = {"fresh": deliveries.c.fresh - 1}
+                    connection.execute(update(deliveries).where(delivery).values(fresh))
+                    attempt = connection.execute(select(deliveries.c.attempt).where(delivery))
+                    counts.change(row.run_key, lost_work=-(attempt.scalar_one() > 1))
             counts.write(connection)
         return [row.claim_id for row in foreign]
 
@@ -432,7 +426,7 @@ class Store:
         return self._clock_offset + time.monotonic()
 
     def _write_verdicts(
-        self, connection: Connection, key: int, batch: VerdictBatch, now: float, counts: LabelCounts
+        self, connection: Connection, key: int, batch: VerdictBatch, now: float, counts: RunCounts
     ) -> dict[str, Any]:
         delivery = secrets.randbits(62)
         rows = [
@@ -456,17 +450,13 @@ class Store:
             }
             for verdict in batch.verdicts
         ]
-        fresh = connection.exec_driver_sql(self._insert_outcomes, rows).rowcount
-        if fresh == len(rows):
-            counts.add(
-                key,
-                (
-                    CountedVerdict(each.label, each.gold, each.claim_id, each.position)
-                    for each in batch.verdicts
-                ),
-            )
-        elif fresh:
-            counts.add(key, _written(connection, key, delivery, batch))
+        fresh = self._write_outcomes(connection, key, rows, counts)
+        counts.change(
+            key,
+            messages=1,
+            duplicates=len(rows) - fresh,
+            lost_work=len(rows) if batch.attempt > 1 else 0,
+        )
         return {
             "delivery_key": delivery,
             "run_key": key,
@@ -481,6 +471,33 @@ class Store:
             "received_at": now,
         }
 
+    def _write_outcomes(
+        self, connection: Connection, key: int, rows: Sequence[dict[str, Any]], counts: RunCounts
+    ) -> int:
+        """Write and count the outcomes of claims that have none or are dead; returns how many.
+
+        The first verdict stays; a later outcome replaces a dead claim.
+        """
+        written = connection.exec_driver_sql(self._insert_outcomes, rows).rowcount
+        if written == len(rows):
+            counts.add(key, rows)
+            return written
+        by_id = {row["claim_id"]: row for row in reversed(rows)}  # the first of each claim
+        own = {row["delivery_key"] for row in rows}
+        found = [*self._rows_among(connection, key, [*by_id], *_COUNTED_COLUMNS, lock=True)]
+        new = [row for row in found if row.delivery_key in own]
+        dead = [row for row in found if row.label is None and row.delivery_key not in own]
+        counts.add(key, [row._mapping for row in new])
+        counts.remove(key, [row._mapping for row in dead])
+        for row in dead:
+            connection.execute(self._delete_outcome, {"of_run": key, "of_claim": row.claim_id})
+            # A dead claim that is delivered again stays dropped.
+            by_id[row.claim_id]["dropped"] = row.dropped and by_id[row.claim_id]["label"] is None
+        # With dead claims that were reopened in between.
+        kept = {row.claim_id for row in found} - {row.claim_id for row in dead}
+        rest = [row for claim_id, row in by_id.items() if claim_id not in kept]
+        return len(new) + (self._write_outcomes(connection, key, rest, counts) if rest else 0)
+
     def _run_key(self, connection: Connection, run_id: str, now: float) -> int:
         """The run's key; a new run is inserted."""
         key = _find_run_key(connection, run_id)
@@ -488,23 +505,8 @@ class Store:
             connection.execute(self._insert_run.values(run_id=run_id, first_seen=now))
             key = _find_run_key(connection, run_id)
             assert key is not None
+            connection.execute(self._insert_counts.values(run_key=key, high=0, low=0))
         return key
-
-
-def _written(
-    connection: Connection, key: int, delivery: int, batch: VerdictBatch
-) -> Iterator[CountedVerdict]:
-    """The verdicts of a batch that were the first of their claims."""
-    ids = [verdict.claim_id for verdict in batch.verdicts]
-    for start in range(0, len(ids), _MAX_PARAMETERS):
-        query = select(
-            outcomes.c.label, outcomes.c.gold, outcomes.c.claim_id, outcomes.c.position
-        ).where(
-            outcomes.c.run_key == key,
-            outcomes.c.claim_id.in_(ids[start : start + _MAX_PARAMETERS]),
-            outcomes.c.delivery_key == delivery,
-        )
-        yield from (CountedVerdict(*row) for row in connection.execute(query))
 
 
 def _find_run_key(connection: Connection, run_id: str) -> int | None:

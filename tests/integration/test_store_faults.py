@@ -36,6 +36,7 @@ from tests.integration.runs import (
     status_of,
     submit,
 )
+from tests.older_stores import downgrade
 from tests.proxy import Proxy
 
 # A transaction for every two verdicts, so that faults find many to fall into.
@@ -245,8 +246,9 @@ def test_collectors_that_share_postgresql_count_each_verdict_once(
         assert each.wait() == 0, each.output
     assert_complete(environment, answered)
     # As a store of before has it: whoever opens it counts.
-    with psycopg.connect(database) as other:
-        other.execute("DROP TABLE verdict_counts")
-        other.execute("ALTER TABLE runs DROP COLUMN input")
-        other.execute("UPDATE keepwarm_schema SET version = 3")
+    with (
+        Store.open(load_settings(store_url=database)) as store,
+        store.transaction() as connection,
+    ):
+        downgrade(connection, 3)
     assert_complete(environment, answered)

@@ -663,6 +663,29 @@ def test_cancelled_submissions_are_sent_to_workers_repeatedly(
     assert [give_notice(collector, publisher) for _ in range(2)] == [[cancelled]] * 2
 
 
+def test_runs_are_read_for_the_gauges_from_time_to_time_and_kept_while_the_store_fails(
+    store: Store, make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collector = Collector(store, load_settings())
+
+    def done() -> list[int]:
+        collector._read_runs()
+        return [status.done for status in collector._runs.statuses]
+
+    def failing(*_: object) -> None:
+        raise StoreError("it is locked")
+
+    assert done() == [0]
+    store.write(make.incoming(make.batch(make.verdict(0))))
+    assert done() == [0]
+    collector._runs_due = 0.0
+    assert done() == [1]
+    read_at = collector._runs.read_at
+    monkeypatch.setattr(store, "transaction", failing)
+    collector._runs_due = 0.0
+    assert done() == [1] and collector._runs.read_at == read_at
+
+
 @pytest.mark.parametrize(("seconds", "notices"), [(600.0, 1), (0.0, 3)])
 def test_notices_are_not_due_all_the_time(
     store: Store,

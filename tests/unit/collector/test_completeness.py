@@ -1,8 +1,6 @@
 """A run is complete when it has the outcomes of its claims, not when it has as many."""
 
-import sqlite3
 from collections.abc import Callable, Iterable
-from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +13,7 @@ from services.contracts.proofs import ClaimsDigest
 from services.store import Incoming, RunStatus, Store, dead_claims, find_run, reopen_dead
 from services.store import run_status as status_of_run
 from services.store.schema import outcomes
+from tests.older_stores import downgrade
 
 Opener = Callable[..., Store]
 
@@ -140,25 +139,17 @@ def test_outcomes_of_claims_that_the_file_does_not_have_are_removed_and_the_rest
     assert store.remove_foreign(run.run_id, map(make.claim, range(4))) == []
 
 
-def as_version_5(file: Path) -> None:
-    with closing(sqlite3.connect(file)) as database, database:
-        database.execute("DROP TABLE verdict_digests")
-        for column in ("digest", "positions", "nowhere_since"):
-            database.execute(f"ALTER TABLE runs DROP COLUMN {column}")
-        database.execute("ALTER TABLE submissions DROP COLUMN proof_key")
-        database.execute("UPDATE keepwarm_schema SET version = 5")
-
-
 @pytest.mark.parametrize("foreign", [False, True])
 def test_a_run_in_a_store_of_version_5_goes_on_and_is_proven_once_it_is_sent_again(
-    foreign: bool, open_store: Opener, make: SimpleNamespace, run: Run, tmp_path: Path
+    foreign: bool, open_store: Opener, make: SimpleNamespace, run: Run
 ) -> None:
     before = open_store()
     before.write(
         make.incoming(make.announced(claims=3), make.batch(make.verdict(0), make.verdict(1)))
     )
+    with before.transaction() as connection:
+        downgrade(connection, 5)
     before.close()
-    as_version_5(tmp_path / "store.sqlite")
     store = open_store()
     assert state(store, run) == (False, None)
     store.write(make.incoming(make.batch(make.verdict(9 if foreign else 2))))

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -156,70 +155,27 @@ def test_no_less_is_in_flight_than_workers_hold(
     assert (line.claims_ready, line.claims_in_flight) == (ready, in_flight)
 
 
-def test_each_commit_moves_it_on_without_a_new_count(
-    store: Store,
-    make: SimpleNamespace,
-    run: Run,
-    demand: DemandEstimator,
-    broker: Broker,
-    monkeypatch: pytest.MonkeyPatch,
+def test_it_moves_on_with_each_commit_of_any_collector_of_the_store(
+    store: Store, make: SimpleNamespace, run: Run, demand: DemandEstimator, broker: Broker
 ) -> None:
     store.write(make.incoming(make.announced(claims=100)))
     broker.has[run.context] = 0
     looked(demand, broker)
-    monkeypatch.setattr(demand, "_count", lambda *_: pytest.fail("counted again"))
     for number in range(5):
-        demand.note(store.write(make.incoming(make.batch(make.verdict(number)))))
-    demand.note({"run-unheard-of": 5})
+        store.write(make.incoming(make.batch(make.verdict(number)), make.dead(5)))
     (line,) = demand.update()
-    assert line.claims_in_flight == 95
+    assert line.claims_in_flight == 94
 
 
-def test_what_was_counted_twice_is_set_right_before_a_run_counts_as_complete(
+def test_a_complete_run_has_no_demand(
     store: Store, make: SimpleNamespace, run: Run, demand: DemandEstimator, broker: Broker
-) -> None:
-    store.write(make.incoming(make.announced(claims=3)))
-    broker.has[run.context] = 1
-    looked(demand, broker)
-    for _ in range(3):
-        demand.note(store.write(make.incoming(make.dead(0))))
-    assert [line.claims_ready for line in demand.update()] == [2]
-
-
-def test_a_run_is_counted_anew_after_a_while_for_others_write_to_the_store_too(
-    store: Store,
-    make: SimpleNamespace,
-    run: Run,
-    demand: DemandEstimator,
-    broker: Broker,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    store.write(make.incoming(make.announced(claims=3)))
-    broker.has[run.context] = 0
-    looked(demand, broker)
-    store.write(make.incoming(make.batch(make.verdict(0))))
-    assert [line.claims_in_flight for line in demand.update()] == [3]
-    monkeypatch.setattr("services.collector.demand._RECOUNT_SECONDS", 0.0)
-    assert [line.claims_in_flight for line in demand.update()] == [2]
-
-
-def test_a_complete_run_is_counted_once_and_has_no_demand(
-    store: Store,
-    make: SimpleNamespace,
-    run: Run,
-    demand: DemandEstimator,
-    broker: Broker,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store.write(make.incoming(make.announced(claims=1), make.batch(make.verdict(0))))
     broker.has[run.context] = 4
     assert looked(demand, broker) == ()
-    monkeypatch.setattr("services.collector.demand._RECOUNT_SECONDS", 0.0)
-    monkeypatch.setattr(demand, "_count", lambda *_: pytest.fail("counted again"))
-    assert demand.update() == ()
 
 
-def test_a_run_that_is_sent_again_is_counted_again(
+def test_a_run_of_which_claims_are_sent_again_has_a_demand_again(
     store: Store, make: SimpleNamespace, run: Run, demand: DemandEstimator, broker: Broker
 ) -> None:
     store.write(make.incoming(make.announced(claims=2), make.batch(make.verdict(0)), make.dead(1)))
@@ -335,7 +291,7 @@ def test_the_broker_is_asked_about_the_queues_that_runs_want_and_no_others(
     looked(demand, broker)
     assert broker.asked == []
     wanted = run.model_copy(update={"source_digest": "src-more"})
-    demand.note(store.write(make.incoming(make.announced(claims=1, of=wanted))))
+    store.write(make.incoming(make.announced(claims=1, of=wanted)))
     for _ in range(2):  # one that is missing may come
         broker.asked = []
         looked(demand, broker)
@@ -359,44 +315,16 @@ def test_a_new_estimator_on_the_same_store_broker_and_workers_agrees(
     fleet: Fleet,
     serve: Serve,
 ) -> None:
-    demand.note(store.write(make.incoming(make.announced(claims=40), make.dead(0))))
+    store.write(make.incoming(make.announced(claims=40), make.dead(0)))
     broker.has[run.context] = 2
     serve(run, 3)
     looked(demand, broker)
-    demand.note(store.write(make.incoming(make.batch(*map(make.verdict, range(1, 9))))))
+    store.write(make.incoming(make.batch(*map(make.verdict, range(1, 9)))))
     again = DemandEstimator(store, load_settings(), fleet)
-    # The mean of a batch is only counted, not moved on.
     (before,), (after,) = demand.update(), looked(again, broker)
+    assert before == after
     assert before.claims_ready + before.claims_in_flight == 31
-    assert after.claims_ready + after.claims_in_flight == 31
-    assert before.workers_warm == after.workers_warm == 3
-
-
-def test_a_big_store_is_counted_in_several_updates_the_latest_run_first(
-    store: Store,
-    make: SimpleNamespace,
-    run: Run,
-    demand: DemandEstimator,
-    broker: Broker,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    several = [of(run, number) for number in range(4)]
-    for each in several:
-        store.write(make.incoming(make.announced(claims=5, of=each)))
-        broker.has[each.context] = 1
-    monkeypatch.setattr("services.collector.demand._COUNTING_SECONDS", -1.0)
-    counted: list[Any] = []
-    count = demand._count
-
-    def noting(row: Any, known: Any) -> Any:
-        counted.append(row.run_id)
-        return count(row, known)
-
-    monkeypatch.setattr(demand, "_count", noting)
-    for looks in range(1, 5):
-        demand.update()
-        assert counted == [each.run_id for each in reversed(several)][:looks]
-    assert len(looked(demand, broker)) == 4
+    assert before.workers_warm == 3
 
 
 def test_the_most_wanted_come_first_and_no_more_than_a_notice_holds(

@@ -1,6 +1,6 @@
 """How things stand, as a scrape reads it from a store."""
 
-import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -8,11 +8,9 @@ from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 
 from services.collector.demand import DemandEstimator
 from services.collector.fleet import Fleet
-from services.collector.gauges import Gauges
+from services.collector.gauges import Gauges, RunsSnapshot
 from services.collector.metrics import count_in
-from services.collector.run_statuses import RunStatusCache
 from services.contracts import Run, load_settings, topology
-from services.contracts.errors import StoreError
 from services.store import Store
 
 VERDICTS = "keepwarm_run_verdicts"
@@ -24,18 +22,12 @@ def fleet() -> Fleet:
 
 
 @pytest.fixture
-def counts(store: Store, monkeypatch: pytest.MonkeyPatch) -> RunStatusCache:
-    """A look that waits for the count, however slow this machine is."""
-    monkeypatch.setattr("services.collector.run_statuses._WAIT_SECONDS", 60.0)
-    return RunStatusCache(store)
-
-
-@pytest.fixture
-def registry(store: Store, fleet: Fleet, counts: RunStatusCache) -> CollectorRegistry:
+def registry(store: Store, fleet: Fleet) -> CollectorRegistry:
+    """At each scrape, what the store has then."""
     made = CollectorRegistry()
     demand = DemandEstimator(store, load_settings(), fleet)
     demand._counts = {topology.VERDICTS_QUEUE: 3, "claims.ctx-1": 9}
-    made.register(Gauges(fleet, demand, counts))
+    made.register(Gauges(fleet, demand, lambda: RunsSnapshot.read(store)))
     return made
 
 
@@ -49,23 +41,12 @@ def scraped(registry: CollectorRegistry, name: str) -> dict[tuple[str, ...], flo
     }
 
 
-def again(counts: RunStatusCache) -> None:
-    """Have the next look count anew."""
-    counts.close()
-    counts._due = 0.0
-
-
 def test_a_runs_gauges_are_those_of_the_store(
-    registry: CollectorRegistry,
-    store: Store,
-    counts: RunStatusCache,
-    make: SimpleNamespace,
-    run: Run,
+    registry: CollectorRegistry, store: Store, make: SimpleNamespace, run: Run
 ) -> None:
     store.write(make.incoming(make.announced(), make.batch(make.verdict(0), make.verdict(1))))
     assert scraped(registry, "keepwarm_run_done_claims") == {(run.run_id,): 2}
     assert scraped(registry, "keepwarm_run_claims") == {}  # not all are sent
-    again(counts)
     store.write(make.incoming(make.announced(claims=3, rejected=4), make.dead(2)))
     expected = {
         "keepwarm_run_claims": 3,
@@ -107,52 +88,26 @@ def test_labels_that_workers_invent_do_not_make_a_series_each(
     assert sum(told.values()) == 100
 
 
-def test_a_complete_run_is_not_counted_again_until_something_of_it_comes(
-    store: Store, counts: RunStatusCache, make: SimpleNamespace, run: Run
+def test_runs_that_are_not_complete_come_first_and_the_oldest_complete_ones_are_left_out(
+    store: Store, make: SimpleNamespace, run: Run
 ) -> None:
-    store.write(make.incoming(make.announced(claims=1), make.batch(make.verdict(0))))
-    assert [status.complete for status in counts.latest()[0]] == [True]
-    store.write(make.incoming(make.batch(make.verdict(0))))
-    again(counts)
-    assert [status.duplicates for status in counts.latest()[0]] == [0]
-    counts.note([run.run_id])
-    again(counts)
-    assert [status.duplicates for status in counts.latest()[0]] == [1]
-
-
-def test_runs_that_are_not_complete_come_first(
-    store: Store, counts: RunStatusCache, make: SimpleNamespace, run: Run, other_run: Run
-) -> None:
+    others = [run.model_copy(update={"source_digest": f"src-{number}"}) for number in range(25)]
     store.write(make.incoming(make.announced(claims=1)))
-    store.write(
-        make.incoming(
-            make.announced(claims=1, of=other_run), make.batch(make.verdict(0), of=other_run)
+    for other in others:
+        store.write(
+            make.incoming(make.announced(claims=1, of=other), make.batch(make.verdict(0), of=other))
         )
-    )
-    assert [status.run_id for status in counts.latest()[0]] == [run.run_id, other_run.run_id]
+    shown = [status.run_id for status in RunsSnapshot.read(store).statuses]
+    assert shown == [run.run_id, *(other.run_id for other in others[:-20:-1])]
 
 
-def test_a_scrape_does_not_wait_for_a_store_that_takes_its_time(
-    store: Store, counts: RunStatusCache, make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store.write(make.incoming(make.announced()))
-    assert len(counts.latest()[0]) == 1
-    again(counts)
-    go_on = threading.Event()
-
-    def slow(*_: object) -> list[object]:
-        go_on.wait(60)
-        raise StoreError("it is locked")
-
-    monkeypatch.setattr("services.collector.run_statuses._WAIT_SECONDS", 0.5)
-    monkeypatch.setattr("services.collector.run_statuses.latest_statuses", slow)
-    for _ in range(2):  # the second finds the first's count under way
-        shown, age = counts.latest()
-        assert len(shown) == 1 and age > 0
-    assert sum(thread.name == "run-counts" for thread in threading.enumerate()) == 1
-    go_on.set()
-    counts.close()
-    assert len(counts.latest()[0]) == 1
+def test_the_age_of_a_runs_gauges_is_told(store: Store, fleet: Fleet) -> None:
+    registry = CollectorRegistry()
+    demand = DemandEstimator(store, load_settings(), fleet)
+    snapshot = RunsSnapshot(read_at=time.monotonic() - 60)
+    registry.register(Gauges(fleet, demand, lambda: snapshot))
+    (age,) = scraped(registry, "keepwarm_run_counts_age_seconds").values()
+    assert age >= 60
 
 
 def test_workers_are_counted_by_state_and_device(

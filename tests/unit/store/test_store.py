@@ -12,14 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
+from sqlalchemy.dialects import sqlite
 
 from services.contracts import DeadReason, Run, StartupPhases, Verdict, VerdictBatch, load_settings
 from services.contracts.control import MAX_CANCELLED
 from services.contracts.errors import StoreError, StoreRefused, UsageError
 from services.store import Incoming, Store, build_report, find_run, run_status
 from services.store.database import checked_url, next_step
-from services.store.schema import SCHEMA_VERSION, metadata, outcomes, runs
+from services.store.schema import SCHEMA_VERSION, is_dead, metadata, outcomes, runs
 from services.store.schema import startups as startups_table
+from tests.older_stores import downgrade
 
 Opener = Callable[..., Store]
 
@@ -211,11 +213,11 @@ def test_whatever_comes_in_whatever_order_each_claim_has_its_first_verdict_or_is
     of = run.model_copy(update={"source_digest": secrets.token_hex(8)})
     answered: set[int] = set()
     duplicates = 0
-    for is_dead, number in arrivals:
-        if not is_dead:
+    for dies, number in arrivals:
+        if not dies:
             duplicates += number in answered
             answered.add(number)
-        message = make.dead(number, of=of) if is_dead else make.batch(make.verdict(number), of=of)
+        message = make.dead(number, of=of) if dies else make.batch(make.verdict(number), of=of)
         long_lived.write(make.incoming(message))
     dead = {number for _, number in arrivals} - answered
     assert counted(long_lived, of) == (len(answered), len(dead), duplicates)
@@ -597,14 +599,10 @@ def test_a_store_of_version_2_is_brought_up_to_date_and_keeps_what_it_has(
 ) -> None:
     before = open_store()
     before.write(make.incoming(make.batch(make.verdict(0)), make.dead(1)))
+    with before.transaction() as connection:
+        downgrade(connection, 2)
     before.close()
     file = tmp_path / "store.sqlite"
-    with closing(sqlite3.connect(file)) as database, database:
-        database.execute("DROP TABLE startups")
-        database.execute("DROP TABLE verdict_counts")
-        database.execute("DROP INDEX outcomes_dead")
-        database.execute("ALTER TABLE runs DROP COLUMN input")
-        database.execute("UPDATE keepwarm_schema SET version = 2")
     with ThreadPoolExecutor(4) as pool:
         store, *_ = pool.map(lambda _: open_store(), range(4))
     store.write(make.incoming(make.batch(make.verdict(2)), make.ready("start-1")))
@@ -616,13 +614,12 @@ def test_a_store_of_version_2_is_brought_up_to_date_and_keeps_what_it_has(
         assert database.execute("SELECT startup_id FROM startups").fetchall() == [("start-1",)]
 
 
-def test_dead_claims_are_counted_without_reading_the_verdicts(store: Store, tmp_path: Path) -> None:
-    with closing(sqlite3.connect(tmp_path / "store.sqlite")) as database:
-        plan = database.execute(
-            "EXPLAIN QUERY PLAN SELECT count(*) FROM outcomes WHERE run_key = 1 "
-            "AND reason IS NOT NULL"
-        ).fetchall()
-    assert "COVERING INDEX outcomes_dead" in plan[0][3]
+def test_dead_claims_are_found_without_reading_the_verdicts(store: Store) -> None:
+    query = select(outcomes).where(outcomes.c.run_key == 1, is_dead)
+    sql = query.compile(dialect=sqlite.dialect(), compile_kwargs={"literal_binds": True})
+    with store.transaction() as connection:
+        (step,) = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}").all()
+    assert "INDEX outcomes_dead" in step[3]
 
 
 def test_a_startup_that_is_reported_twice_is_stored_once(
@@ -640,15 +637,15 @@ def test_a_startup_that_is_reported_twice_is_stored_once(
     assert (rows[0]["seconds"], rows[0]["load"], rows[0]["compile"]) == (60.0, 9.5, None)
 
 
-def test_a_write_returns_how_many_outcomes_each_run_gained(
-    store: Store, make: SimpleNamespace, run: Run, other_run: Run
+def test_a_write_returns_how_many_verdicts_were_the_first_of_their_claims(
+    store: Store, make: SimpleNamespace, other_run: Run
 ) -> None:
     first = make.incoming(make.batch(make.verdict(0), make.verdict(1)), make.dead(2))
-    assert store.write(first) == {run.run_id: 3}
+    assert store.write(first) == 2
     again = make.incoming(
-        make.batch(make.verdict(1), make.verdict(3)), make.batch(make.verdict(0), of=other_run)
+        make.batch(*map(make.verdict, (1, 2, 3))), make.batch(make.verdict(0), of=other_run)
     )
-    assert store.write(again) == {run.run_id: 1, other_run.run_id: 1}
+    assert store.write(again) == 3
 
 
 @pytest.mark.parametrize(
