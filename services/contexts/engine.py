@@ -12,7 +12,7 @@ import structlog
 
 from services.contexts.engine_client import Answer, CompletionClient
 from services.contexts.engine_command import cores_of, engine_arguments, engine_environment
-from services.contexts.engine_log import Ending, explanation, oom_kills
+from services.contexts.engine_log import Ending, Explanation, oom_kills
 from services.contexts.fork_server_client import EngineProcess, ForkServer
 from services.contexts.plan import EnginePlan
 from services.contracts.clock import awake
@@ -222,14 +222,12 @@ def _alike(answer: Answer | None, earlier: Answer | None) -> bool:
     )
 
 
-def start_error(
-    plan: EnginePlan, log_file: Path, what: str, ending: Ending | None = None
-) -> EngineStartError:
+def start_error(plan: EnginePlan, log_file: Path, what: str, why: Explanation) -> EngineStartError:
     """The error for a user when an engine cannot be used: the cause and the next step, if they are
     known, and the end of its log.
     """
     sentences = [f"no engine for {plan.spec.model} on {plan.device.name}: {what.rstrip('.')}."]
-    sentences += filter(None, [explanation(log_file, ending or Ending(), plan.device.name)])
+    sentences += filter(None, [why.text])
     tail = quoted_tail(log_file)
     if tail:
         sentences.append(f"The last lines of its log, {log_file}:\n{tail}")

@@ -128,6 +128,16 @@ class Ending:
     """Whether the kernel's OOM killer killed a process since the engine started."""
 
 
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why an engine failed."""
+
+    text: str
+    """The cause and the next step, as sentences; empty if neither is known."""
+    out_of_memory: bool
+    """Whether memory ran out, so that another node may succeed."""
+
+
 def root_cause(log: str) -> str | None:
     """The message of the exception that made the engine fail; None if the log has none."""
     found = list(_exceptions(log))
@@ -141,8 +151,8 @@ def root_cause(log: str) -> str | None:
     return [text for process, text in found if process == first][-1]
 
 
-def explanation(log_file: Path, ending: Ending, device: str) -> str:
-    """The cause of a failure and the next step, as sentences; empty if neither is known."""
+def explanation(log_file: Path, ending: Ending, device: str) -> Explanation:
+    """Why the engine with this log failed."""
     log = _end_of(log_file)
     cause = root_cause(log)
     remedy = None
@@ -156,12 +166,7 @@ def explanation(log_file: Path, ending: Ending, device: str) -> str:
     sentences = [] if cause is None else [f"The cause: {cause.rstrip('.')}."]
     if remedy is not None:
         sentences.append(f"{remedy.format(device=device)}.")
-    return " ".join(sentences)
-
-
-def mentions_memory(why: str) -> bool:
-    """Whether an explanation made by `explanation` names memory as the cause."""
-    return _MEMORY.partition("{")[0] in why or OOM in why
+    return Explanation(" ".join(sentences), out_of_memory=remedy in (_MEMORY, OOM))
 
 
 def oom_kills() -> int:

@@ -155,7 +155,7 @@ class ForkServer:
         while not self._socket.exists():
             if not self.alive:
                 code = self._process.exit_code()
-                why = explanation(self.log_file, Ending(code), "this node")
+                why = explanation(self.log_file, Ending(code), "this node").text
                 raise EngineStartError(
                     f"{self._module} cannot be imported (exit code {code}). "
                     f"{why}{' ' if why else ''}{self.log_excerpt()}"

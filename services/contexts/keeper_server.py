@@ -248,7 +248,8 @@ class KeeperServer:
             if engine.ended_because is not None:
                 if engine.answers_changed and (sent is None or sent.state != "warm"):
                     return False
-                channel.send(KeeperReply(error=engine.ended_because))
+                memory = engine.ran_out_of_memory
+                channel.send(KeeperReply(error=engine.ended_because, out_of_memory=memory))
                 return True
             if not checked and record.state == "warm":
                 checked = engine.check()

@@ -11,7 +11,7 @@ import structlog
 
 from services.contexts.engine import start_error
 from services.contexts.engine_client import CompletionClient
-from services.contexts.engine_log import OOM, mentions_memory, oom_kills
+from services.contexts.engine_log import OOM, Ending, explanation, oom_kills
 from services.contexts.metrics import ATTACHES
 from services.contexts.plan import EnginePlan
 from services.contexts.protocol import (
@@ -76,6 +76,8 @@ class EngineLease:
         self._record: ContextRecord | None = None
         self.ended_because: str | None = None
         """Why the engine ended, as reported by its keeper; None before that."""
+        self.ran_out_of_memory = False
+        """Whether the engine, or its keeper, ended because memory ran out."""
         self._stopped: Callable[[], bool] = lambda: False
         self._lock = threading.Lock()
         self._last_reply_at = awake()
@@ -109,11 +111,6 @@ class EngineLease:
         return None if record is None else record.state
 
     @property
-    def ran_out_of_memory(self) -> bool:
-        """Whether the engine ended because memory ran out, as reported by its keeper."""
-        return self.ended_because is not None and mentions_memory(self.ended_because)
-
-    @property
     def alive(self) -> bool:
         """Whether the engine is warm, by its keeper's latest reply. Waits neither for a reply nor
         for a start in another thread.
@@ -139,7 +136,7 @@ class EngineLease:
         started = reported = time.monotonic()
         log.info("engine.starting", context=self.plan.spec.context_id, log=str(self.log_file))
         self._release()
-        self.ended_because, self._stopped = None, stop.is_set
+        self.ended_because, self.ran_out_of_memory, self._stopped = None, False, stop.is_set
         self._oom_kills = oom_kills()
         channel = open_keeper(self._settings, stop.is_set)
         if channel is None:
@@ -220,26 +217,29 @@ class EngineLease:
 
     def start_error(self, what: str) -> EngineStartError:
         """The error to raise when the engine cannot be used, with the end of its log."""
-        return start_error(self.plan, self.log_file, what)
+        why = explanation(self.log_file, Ending(), self.plan.device.name)
+        return start_error(self.plan, self.log_file, what, why)
 
     def _read_replies(self) -> None:
         """Read the keeper's replies that have arrived. The caller holds the lock."""
         while self._channel is not None:
             try:
-                reply = self._channel.reply(0)
+                reply = self._channel.reply(0) or self._keeper_ended()
             except TimeoutError:
                 return
             self._last_reply_at = awake()
-            if reply is None or reply.error is not None:
-                self.ended_because = self._keeper_ended() if reply is None else reply.error
+            if reply.error is not None:
+                self.ended_because, self.ran_out_of_memory = reply.error, reply.out_of_memory
                 self._channel.close()
                 self._channel = self._record = None
             elif reply.record is not None:
                 self._record, self.warm = reply.record, reply.warm
 
-    def _keeper_ended(self) -> str:
+    def _keeper_ended(self) -> KeeperReply:
         """When memory runs out the kernel may kill the keeper instead of an engine."""
-        return "its keeper ended" if oom_kills() == self._oom_kills else f"its keeper ended. {OOM}"
+        killed = oom_kills() != self._oom_kills
+        error = f"its keeper ended. {OOM}" if killed else "its keeper ended"
+        return KeeperReply(error=error, out_of_memory=killed)
 
     def _check_keeper(self) -> None:
         """After a long silence, check that the keeper still answers. Raises KeeperError."""

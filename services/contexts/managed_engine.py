@@ -13,7 +13,7 @@ import structlog
 from services.contexts.caches import EngineCaches, PastStart
 from services.contexts.engine import Engine, start_error
 from services.contexts.engine_command import needed_bytes
-from services.contexts.engine_log import explanation
+from services.contexts.engine_log import Ending, Explanation, explanation
 from services.contexts.eviction import Candidate
 from services.contexts.fetching import fetch
 from services.contexts.fork_server_client import ForkServer
@@ -85,6 +85,8 @@ class ManagedEngine:
         """The contexts that workers asked for: the plan's own, or one for each adapter."""
         self.ended_because: str | None = None
         """Why the engine ended, or did not start; None until then."""
+        self.ran_out_of_memory = False
+        """Whether it ended because memory ran out."""
         self.answers_changed = False
         """Whether its answers were found to differ from those at its start."""
         past = owner.caches.recall(plan.name)
@@ -265,8 +267,8 @@ class ManagedEngine:
         except _StartCancelled:
             why = self._stop_reason
         except EngineStartError as error:
-            engine = self._engine
-            why = str(start_error(self.plan, engine.log_file, str(error), engine.failed))
+            cause = self._explain(self._engine.failed or Ending())
+            why = str(start_error(self.plan, self._engine.log_file, str(error), cause))
             log.error("context.failed", context=self.plan.name, reason=str(error))
         except (KeepwarmError, OSError, psutil.Error) as error:
             why = str(error)
@@ -407,8 +409,13 @@ class ManagedEngine:
 
     def _describe_end(self) -> str:
         ending = self._engine.ending()
-        cause = explanation(self._engine.log_file, ending, self.plan.device.name)
+        cause = self._explain(ending).text
         return f"it ended (exit code {ending.exit_code})" + (f". {cause}" if cause else "")
+
+    def _explain(self, ending: Ending) -> Explanation:
+        cause = explanation(self._engine.log_file, ending, self.plan.device.name)
+        self.ran_out_of_memory = cause.out_of_memory
+        return cause
 
     def _stop_unused(self, why: str) -> None:
         with self._lock:

@@ -163,6 +163,8 @@ class KeeperReply(Value):
     record: ContextRecord | None = None
     error: str | None = Field(default=None, alias="gone")
     """Why there is no engine any more, no device, or no broker."""
+    out_of_memory: bool = False
+    """Whether the engine ended because memory ran out."""
     warm: bool = False
     """Whether the engine was warm when the worker attached."""
     done: tuple[str, ...] = ()

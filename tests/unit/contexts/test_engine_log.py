@@ -7,7 +7,6 @@ import pytest
 from services.contexts.engine_log import (
     Ending,
     explanation,
-    mentions_memory,
     oom_kills,
     root_cause,
 )
@@ -55,7 +54,7 @@ def explained(
 ) -> str:
     path = tmp_path / "engine.log"
     path.write_text(log)
-    return explanation(path, Ending(exit_code, out_of_memory), device)
+    return explanation(path, Ending(exit_code, out_of_memory), device).text
 
 
 OUT_OF_MEMORY = (
@@ -226,7 +225,7 @@ def test_other_signals_have_their_meaning(exit_code: int, says: str, tmp_path: P
 
 def test_where_nothing_is_known_nothing_is_said(tmp_path: Path) -> None:
     assert explained("INFO 11-29 20:20:05 [core.py:84] Loading weights\n", tmp_path) == ""
-    assert explanation(tmp_path / "none.log", Ending(1), "Xeon") == ""
+    assert explanation(tmp_path / "none.log", Ending(1), "Xeon").text == ""
 
 
 def test_the_kernels_count_of_killed_processes_is_read() -> None:
@@ -252,4 +251,4 @@ def test_an_explanation_tells_of_memory_where_that_ran_out(
 ) -> None:
     file = tmp_path / "engine.log"
     file.write_text(log)
-    assert mentions_memory(f"it ended. {explanation(file, ending, 'Tesla T4')}") is memory
+    assert explanation(file, ending, "Tesla T4").out_of_memory is memory

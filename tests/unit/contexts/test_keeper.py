@@ -278,6 +278,27 @@ def test_an_engine_that_dies_is_said_to_and_the_next_one_is_new(
     assert node.warm("a") is not managed
 
 
+@pytest.mark.parametrize(
+    ("last_words", "memory"), [("torch.OutOfMemoryError: CUDA out of memory.", True), ("", False)]
+)
+def test_a_worker_is_told_whether_its_engine_ran_out_of_memory(
+    start: Callable[..., Node], last_words: str, memory: bool
+) -> None:
+    node = start()
+    managed = node.warm("a")
+    Path(managed.record.log).write_text(f"{last_words}\n")
+    process_of(managed).kill()
+    node.goes(managed)
+    ours, theirs = map(KeeperChannel, socket.socketpair())
+    server = KeeperServer(node.keeper, for_ever=True)
+    assert server._serve_lease(theirs, managed, "warm", managed.plan.spec)
+    reply = ours.reply(GENEROUS_SECONDS)
+    assert reply is not None and reply.error == managed.ended_because
+    assert reply.out_of_memory is memory
+    ours.close()
+    theirs.close()
+
+
 def test_an_engine_that_does_not_start_is_reported_with_its_log(start: Callable[..., Node]) -> None:
     node = start(VLLM_TEST_FAULT="no-start")
     said = node.goes(node.attach("a"))

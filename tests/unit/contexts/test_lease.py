@@ -145,6 +145,22 @@ def test_who_asks_whether_it_is_alive_does_not_wait_for_its_start(
             time.sleep(0.01)
 
 
+def test_a_lease_knows_whether_its_engine_ran_out_of_memory_until_the_next_start(
+    lease: EngineLease, mute: Mute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for memory in (True, False):
+
+        def ended(*_: object, memory: bool = memory) -> KeeperChannel:
+            ours = mute.connect()
+            mute.ends[-1].send(KeeperReply(error="it ended (exit code 1)", out_of_memory=memory))
+            return ours
+
+        monkeypatch.setattr(module, "open_keeper", ended)
+        with pytest.raises(EngineStartError, match="it ended"):
+            lease.start(threading.Event())
+        assert lease.ran_out_of_memory is memory
+
+
 def test_a_keeper_that_hangs_is_not_waited_for(
     lease: EngineLease, mute: Mute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +197,7 @@ def test_the_end_of_a_keeper_names_the_kernels_kill_for_memory(
     with pytest.raises(EngineStartError, match="its keeper ended. .* because memory ran out"):
         monkeypatch.setattr(KeeperChannel, "send", lambda *_: mute.ends[0].close())
         lease.start(threading.Event())
+    assert lease.ran_out_of_memory
 
 
 # What a node's engines are.
