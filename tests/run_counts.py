@@ -13,7 +13,7 @@ from services.contracts.proofs import ClaimsDigest
 from services.store import Store, dead_claims, drop_dead, known_runs, reopen_dead
 from services.store.schema import deliveries, outcomes, run_counts, verdict_counts
 
-_CLAIMS = range(6)
+_CLAIMS = range(4)
 _runs = st.integers(0, 1)
 _claims = st.sampled_from(_CLAIMS)
 _verdicts = st.lists(
@@ -21,23 +21,31 @@ _verdicts = st.lists(
     min_size=1,
     max_size=4,
 )
+_answered = st.tuples(st.just("verdicts"), _runs, _verdicts, st.integers(1, 2))
+_died = st.tuples(st.just("dead"), _runs, _claims)
 _messages = st.one_of(
-    st.tuples(st.just("verdicts"), _runs, _verdicts, st.integers(1, 2)),
-    st.tuples(st.just("dead"), _runs, _claims),
+    _answered,
+    _died,
     st.tuples(st.just("returned"), _runs, st.integers(1, 3)),
     st.tuples(st.just("announced"), _runs),
+)
+_written = st.tuples(
+    st.just("write"),
+    st.one_of(*(st.lists(each, min_size=1) for each in (_answered, _died, _messages))),
 )
 _golds = st.dictionaries(_claims, st.sampled_from([None, "A", "C"]))
 operations = st.lists(
     st.one_of(
-        st.tuples(st.just("write"), st.lists(_messages, max_size=5)),
+        _written,
+        _written,
         st.tuples(st.just("gold"), _runs, _golds),
         st.tuples(st.sampled_from(["reopen", "drop"]), st.sets(_claims)),
         st.tuples(st.just("remove"), _runs, st.sets(_claims)),
         st.tuples(st.just("cancel")),
         st.tuples(st.just("upgrade")),
     ),
-    max_size=8,
+    min_size=4,
+    max_size=12,
 )
 
 

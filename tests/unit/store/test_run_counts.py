@@ -15,7 +15,15 @@ from hypothesis import given
 from sqlalchemy import select, update
 
 from services.contracts import Run, load_settings
-from services.store import Store, build_report, find_run, run_status, run_statuses
+from services.store import (
+    Store,
+    build_report,
+    dead_claims,
+    find_run,
+    reopen_dead,
+    run_status,
+    run_statuses,
+)
 from services.store.schema import deliveries, verdict_counts
 from tests.older_stores import downgrade
 from tests.run_counts import Operations, operations, recounted, stored
@@ -77,6 +85,20 @@ def test_whatever_happens_to_a_run_its_counters_are_those_of_its_rows(
         happening.apply(store, operation)
         assert stored(store) == recounted(store, happening.returned)
     store.close()
+
+
+def test_a_removed_verdict_and_a_revived_claim_are_uncounted(
+    store: Store, make: SimpleNamespace, run: Run
+) -> None:
+    store.write(make.incoming(make.announced(), make.dead(0), make.dead(1), make.dead(2)))
+    store.write(make.incoming(make.batch(make.verdict(0), make.verdict(9), attempt=2)))
+    store.write(make.incoming(make.dead(1)))
+    reopen_dead(store, dead_claims(store, None, ["c2"]))
+    assert store.remove_foreign(run.run_id, map(make.claim, range(3))) == ["c9"]
+    status = run_status(store, run.run_id)
+    assert status is not None
+    assert (status.done, status.dead, status.lost_work) == (1, 1, 1)
+    assert stored(store) == recounted(store, Counter())
 
 
 def test_a_large_batch_of_which_a_part_came_before_is_counted_once(
