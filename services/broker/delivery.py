@@ -41,8 +41,8 @@ class Delivery:
 
     @property
     def attempt(self) -> int:
-        """1 for the first delivery; quorum queues count the earlier ones. It is only reported, so
-        an invalid count is ignored.
+        """1 for the first delivery; quorum queues count the earlier ones. An invalid count is
+        ignored.
         """
         counts = [self.headers.get(name) for name in _EARLIER_DELIVERIES]
         return 1 + max(
