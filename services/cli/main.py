@@ -5,6 +5,7 @@ import keepwarm_start
 if __name__ == "__main__":
     keepwarm_start.isolate()  # before any other import
 
+import contextlib
 import gc
 import importlib.metadata
 import os
@@ -153,7 +154,8 @@ def main() -> None:
     try:
         app()
     except KeepwarmError as error:
-        print(printable(f"keepwarm: {error}"), file=sys.stderr)
+        with contextlib.suppress(OSError):  # a full disk does not change the exit code
+            print(printable(f"keepwarm: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)
 
 

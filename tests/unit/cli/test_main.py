@@ -298,6 +298,19 @@ def test_an_unknown_run_ends_with_6(
     assert f"no run starts with 'zzz'; the store has {run.run_id}" in capsys.readouterr().err
 
 
+def test_an_error_has_its_exit_code_although_its_message_cannot_be_written(
+    repository: Path,
+) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:  # noqa: PTH123
+        done = subprocess.run(
+            [sys.executable, "-m", "services.cli.main", "worker", "--revision", "r"],
+            cwd=repository,
+            stderr=full,
+            check=False,
+        )
+    assert done.returncode == 2
+
+
 # What is not installed.
 
 
