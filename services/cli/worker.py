@@ -49,9 +49,9 @@ def worker(
     engine_argument: EngineArgumentOption = None,
     adapter: AdapterOption = None,
     adapter_revision: AdapterRevisionOption = None,
-    log_progress: Annotated[
-        bool, typer.Option(hidden=True, help="Log the number of answered claims, for `run`.")
-    ] = False,
+    watched_as: Annotated[
+        str | None, typer.Option(hidden=True, help="Its id; `run` follows its heartbeats.")
+    ] = None,
 ) -> None:
     """Answer claims, until stopped.
 
@@ -89,7 +89,7 @@ def worker(
             node_device(settings),
             settings,
             metrics.advertised,
-            log_progress=log_progress,
+            watched_as=watched_as,
         )
         on_stop_signal(lambda number: service.stop(_ENDINGS[number]))
         before_the_walltime_ends(lambda: service.stop("walltime"), seconds_until_drain(settings))

@@ -163,8 +163,17 @@ class Collector:
     def readiness_error(self) -> str | None:
         if self._links is None:
             return "no connection to the broker"
-        errors = (link.readiness_error for link in self._links)
-        return next(filter(None, errors), None) or self.waiting_for
+        return self.broker_error or self.waiting_for
+
+    @property
+    def broker_error(self) -> str | None:
+        """Why the broker cannot be used now; None also until it was connected to."""
+        errors = (link.readiness_error for link in self._links or ())
+        return next(filter(None, errors), None)
+
+    def worker(self, worker_id: str) -> WorkerHeartbeat | None:
+        """The latest heartbeat of this worker, if it is live."""
+        return self._fleet.worker(worker_id)
 
     def targets(self) -> list[dict[str, Any]]:
         """The live workers' metrics addresses, for Prometheus."""

@@ -71,6 +71,12 @@ class Fleet:
                 held[heartbeat.context_id] += heartbeat.claims_in_hand
         return held
 
+    def worker(self, worker_id: str) -> WorkerHeartbeat | None:
+        """The latest heartbeat of this worker, if it is live."""
+        with self._lock:
+            heartbeat, _ = self._workers.get(worker_id, (None, 0.0))
+            return heartbeat
+
     def workers(self) -> list[WorkerHeartbeat]:
         """The latest heartbeat of each live worker, the newest last."""
         with self._lock:

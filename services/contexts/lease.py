@@ -31,6 +31,7 @@ from services.contexts.start_keeper import connected, open_keeper
 from services.contracts import Settings
 from services.contracts.clock import awake
 from services.contracts.errors import EngineStartError, KeeperError
+from services.contracts.heartbeats import RestartReason
 from services.contracts.startup import StartupPhases
 from services.node.runtime_dir import (
     is_locked,
@@ -75,9 +76,9 @@ class EngineLease:
         self._channel: KeeperChannel | None = None
         self._record: ContextRecord | None = None
         self.ended_because: str | None = None
-        """Why the engine ended, as reported by its keeper; None before that."""
+        """Why the engine ended, as reported by its keeper; None while it is warm."""
         self.ran_out_of_memory = False
-        """Whether the engine, or its keeper, ended because memory ran out."""
+        """Whether the engine, or its keeper, ended because memory ran out; False while it is warm."""
         self._stopped: Callable[[], bool] = lambda: False
         self._lock = threading.Lock()
         self._last_reply_at = awake()
@@ -111,6 +112,13 @@ class EngineLease:
         return None if record is None else record.state
 
     @property
+    def restart_reason(self) -> RestartReason | None:
+        """Why the engine starts again; None while it is warm, and before its first start."""
+        if self.starts == 0 or self.state == "warm":
+            return None
+        return "out-of-memory" if self.ran_out_of_memory else "engine-ended"
+
+    @property
     def alive(self) -> bool:
         """Whether the engine is warm, by its keeper's latest reply. Waits neither for a reply nor
         for a start in another thread.
@@ -136,7 +144,7 @@ class EngineLease:
         started = reported = time.monotonic()
         log.info("engine.starting", context=self.plan.spec.context_id, log=str(self.log_file))
         self._release()
-        self.ended_because, self.ran_out_of_memory, self._stopped = None, False, stop.is_set
+        self._stopped = stop.is_set
         self._oom_kills = oom_kills()
         channel = open_keeper(self._settings, stop.is_set)
         if channel is None:
@@ -234,6 +242,8 @@ class EngineLease:
                 self._channel = self._record = None
             elif reply.record is not None:
                 self._record, self.warm = reply.record, reply.warm
+                if reply.record.state == "warm":
+                    self.ended_because, self.ran_out_of_memory = None, False
 
     def _keeper_ended(self) -> KeeperReply:
         """When memory runs out the kernel may kill the keeper instead of an engine."""

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, StringConstraints
 
 from services.contracts.addresses import ReachableAddress
-from services.contracts.bounds import Int31, Name, OwnId
+from services.contracts.bounds import Int31, Int63, Name, OwnId
 from services.contracts.wire import Message
 
 HEARTBEAT_SECONDS = 5.0
@@ -29,6 +29,9 @@ WorkerState = Literal["idle", "starting", "serving", "draining", "stopped"]
 
 Ending = Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "walltime", "failure"]
 """Why a worker ends: a signal, its walltime, or an error that it cannot recover from."""
+
+RestartReason = Literal["engine-ended", "out-of-memory"]
+"""Why a worker's engine starts again."""
 
 JOB_ID = r"^[A-Za-z0-9._+-]{1,64}$"
 JobId = Annotated[str, StringConstraints(pattern=JOB_ID)]
@@ -62,3 +65,11 @@ class WorkerHeartbeat(Message):
     """Where it serves its metrics."""
     ending: Ending | None = None
     """Why it ends, once it does."""
+    restart_reason: Annotated[
+        RestartReason | None, Field(exclude_if=lambda reason: reason is None)
+    ] = None
+    """Why its engine starts again, while `starting`; None at the first start."""
+    claims_answered: Annotated[Int63, Field(exclude_if=lambda claims: not claims)] = 0
+    """Claims that its engine has answered so far; only workers of `keepwarm run` count them. A
+    claim that was asked twice counts twice.
+    """

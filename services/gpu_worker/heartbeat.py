@@ -18,10 +18,12 @@ from services.contracts import (
     topology,
 )
 from services.contracts.errors import MessageInvalid, MessageTooNew
-from services.contracts.heartbeats import HEARTBEAT_SECONDS, Ending, WorkerState
+from services.contracts.heartbeats import HEARTBEAT_SECONDS, Ending, RestartReason, WorkerState
 from services.gpu_worker.in_flight import WorkerIdentity
 from services.node.batch_job import job_id
 from services.node.walltime import seconds_left
+
+_PROGRESS_SECONDS = 0.2
 
 log = structlog.get_logger(__name__)
 
@@ -57,14 +59,27 @@ class HeartbeatSender:
     Any thread may call it.
     """
 
-    def __init__(self, identity: WorkerIdentity, placement: WorkerPlacement) -> None:
+    def __init__(
+        self, identity: WorkerIdentity, placement: WorkerPlacement, *, watched: bool = False
+    ) -> None:
+        """With `watched`, heartbeats have the number of answered claims, and one is sent every
+        `_PROGRESS_SECONDS` while it grows.
+        """
         self._identity = identity
         self._placement = placement
+        self._watched = watched
         self._lock = threading.Lock()
-        self._last_sent: tuple[WorkerState, str | None] | None = None
-        self._due = 0.0
+        self._last_sent: WorkerHeartbeat | None = None
+        self._last_sent_at = 0.0
+        self._answered = 0
         self.ending: Ending | None = None
         """Why the worker ends, once it does."""
+
+    def count_answer(self) -> None:
+        """Count an answer of the engine, before its batch is complete and published."""
+        if self._watched:
+            with self._lock:
+                self._answered += 1
 
     def send_if_due(
         self,
@@ -72,22 +87,26 @@ class HeartbeatSender:
         publisher: Publisher,
         *,
         context_id: str | None = None,
+        restart_reason: RestartReason | None = None,
         claims_per_second: float | None = None,
         batches_in_flight: int = 0,
         claims_in_flight: int = 0,
     ) -> None:
-        """Send a heartbeat if the last one is old, or had another state or context. Nothing is sent
-        after `stopped`.
+        """Send a heartbeat if the last one is old, or had another state, context or reason. Nothing
+        is sent after `stopped`.
 
         A heartbeat that the broker does not accept now is not queued: the next call makes a new
         one.
         """
         with self._lock:
-            now = time.monotonic()
-            unchanged = (state, context_id) == self._last_sent and now < self._due
-            stopped = self._last_sent is not None and self._last_sent[0] == "stopped"
-            if unchanged or stopped:
-                return
+            now, last = time.monotonic(), self._last_sent
+            if last is not None:
+                progress = self._answered > last.claims_answered
+                due = self._last_sent_at + (_PROGRESS_SECONDS if progress else HEARTBEAT_SECONDS)
+                known = (last.state, last.context_id, last.restart_reason)
+                unchanged = known == (state, context_id, restart_reason)
+                if last.state == "stopped" or (unchanged and now < due):
+                    return
             heartbeat = WorkerHeartbeat(
                 worker_id=self._identity.worker_id,
                 device=self._identity.device,
@@ -101,10 +120,12 @@ class HeartbeatSender:
                 metrics_address=self._placement.metrics_address,
                 walltime_left_seconds=self._placement.seconds_left,
                 ending=self.ending,
+                restart_reason=restart_reason,
+                claims_answered=self._answered,
             )
             message = Outgoing.of(heartbeat, topology.HEARTBEATS_EXCHANGE, "")
             if publisher.offer(message):
-                self._last_sent, self._due = (state, context_id), now + HEARTBEAT_SECONDS
+                self._last_sent, self._last_sent_at = heartbeat, now
 
 
 class ControlState:

@@ -32,7 +32,6 @@ from services.contracts.errors import (
 )
 from services.contracts.heartbeats import WorkerState
 from services.contracts.label_mass import find_low_mass
-from services.gpu_worker.answer_count import AnswerCount
 from services.gpu_worker.concurrency import AdaptiveConcurrency
 from services.gpu_worker.crashes import CrashRecords
 from services.gpu_worker.device_time import DeviceTime, Use
@@ -83,7 +82,8 @@ class BatchProcessor:
     control: ControlState
     crashes: CrashRecords
     device_time: DeviceTime
-    answers: AnswerCount
+    on_answer: Callable[[], None]
+    """Called with each answer of the engine."""
     engine_name: str = ""
     """The name of this worker's engine, unique across nodes."""
     other_engine_seconds: float = 0
@@ -222,7 +222,7 @@ class BatchProcessor:
         start = self.concurrency.begin()
         with self.crashes.recorded(keys):
             outcome = self.inference.infer(
-                batches[0].message.run.prompt, claims, on_answer=self.answers.add
+                batches[0].message.run.prompt, claims, on_answer=self.on_answer
             )
         seconds = self.concurrency.end(start, 0 if outcome.failure else len(outcome.verdicts))
         self.consumer.set_prefetch(self.concurrency.batch_limit)
@@ -357,7 +357,6 @@ class ContextSession:
         watchdog: Watchdog,
         tokenizing: TimedLock,
         device_time: DeviceTime,
-        answers: AnswerCount,
         crashes: CrashRecords,
     ) -> None:
         """Raises ModelError or UsageError before anything is started."""
@@ -370,7 +369,6 @@ class ContextSession:
         self._watchdog = watchdog
         self._tokenizing = tokenizing
         self._device_time = device_time
-        self._answers = answers
         self._crashes = crashes
         tokenizer = ModelTokenizer.load(spec)
         plan = EnginePlan.of(spec, device, settings)
@@ -465,7 +463,7 @@ class ContextSession:
                 control=self._control,
                 crashes=self._crashes,
                 device_time=self._device_time,
-                answers=self._answers,
+                on_answer=self._heartbeats.count_answer,
                 engine_name=self._engine_name,
                 other_engine_seconds=self._settings.other_engine_seconds,
             )
@@ -572,7 +570,6 @@ class ContextSession:
                 f"the tokenizer took longer than {timeout:g} s "
                 "(KEEPWARM_TOKENIZER_TIMEOUT_SECONDS), so the worker ended itself"
             )
-        self._answers.log()
         BATCHES_IN_FLIGHT.set(batches_in_flight)
         use: Use = "batches" if busy else "idle"
         self._device_time.lap(use if self._engine.state == "warm" else "loading")
@@ -584,6 +581,7 @@ class ContextSession:
                 state,
                 self._publisher,
                 context_id=self.spec.context_id,
+                restart_reason=self._engine.restart_reason,
                 claims_per_second=self._concurrency.rate,
                 batches_in_flight=len(batches),
                 claims_in_flight=sum(len(batch.unresolved) for batch in batches),

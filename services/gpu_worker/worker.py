@@ -17,7 +17,6 @@ from services.contexts.protocol import State
 from services.contracts import ContextDemand, ContextSpec, Settings
 from services.contracts.errors import BrokerUnreachable, EngineError, ModelError, UsageError
 from services.contracts.heartbeats import Ending, unique_process_name
-from services.gpu_worker.answer_count import AnswerCount
 from services.gpu_worker.crashes import CrashRecords
 from services.gpu_worker.device_time import DeviceTime
 from services.gpu_worker.heartbeat import ControlState, HeartbeatSender, WorkerPlacement
@@ -45,26 +44,27 @@ class Worker:
         settings: Settings,
         metrics_address: str | None = None,
         *,
-        log_progress: bool = False,
+        watched_as: str | None = None,
     ) -> None:
         """Without a `spec` it follows the demand, and switches contexts when that pays.
-        `metrics_address` is where Prometheus finds its metrics. `log_progress`: log the number of
-        answered claims several times a second.
+        `metrics_address` is where Prometheus finds its metrics. `watched_as`: its id, by which a
+        `keepwarm run` follows its heartbeats; they then report each progress.
 
         Raises ModelError or UsageError before anything is started.
         """
         self._device = device
         self._settings = settings
-        self._identity = WorkerIdentity(unique_process_name(), device.name)
+        self._identity = WorkerIdentity(watched_as or unique_process_name(), device.name)
         self._stop = threading.Event()
         self._control = ControlState()
         self._heartbeats = HeartbeatSender(
-            self._identity, WorkerPlacement.detect(settings, metrics_address)
+            self._identity,
+            WorkerPlacement.detect(settings, metrics_address),
+            watched=watched_as is not None,
         )
         self._watchdog = Watchdog()
         self._tokenizing = TimedLock()
         self._device_time = DeviceTime(device.name)
-        self._answers = AnswerCount(logged=log_progress)
         self._crashes = CrashRecords(
             open_runtime_dir(settings.runtime_dir), self._identity.worker_id
         )
@@ -184,7 +184,6 @@ class Worker:
             watchdog=self._watchdog,
             tokenizing=self._tokenizing,
             device_time=self._device_time,
-            answers=self._answers,
             crashes=self._crashes,
         )
 

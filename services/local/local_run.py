@@ -279,6 +279,8 @@ class LocalRun:
     ) -> None:
         while self._failure is None and self._stopped_by is None:
             status = run_status(self._store, self._run_id)
+            for worker in workers:
+                worker.update(collector.worker(worker.worker_id), collector.broker_error)
             self._observer.progress(
                 status, self._published, workers, waiting_for=self._waiting_for(collector)
             )

@@ -1,56 +1,42 @@
 """The workers of `keepwarm run`: supervised processes, replaced when they are lost."""
 
 import contextlib
-import json
 import os
-import subprocess
-import threading
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import structlog
 
 from keepwarm_start import python_command
-from services.contexts.engine_log import OOM
-from services.contracts import ContextSpec, Settings
+from services.contracts import ContextSpec, Settings, WorkerHeartbeat
 from services.contracts.addresses import any_port, is_host, split_address
 from services.contracts.backoff import backoff_seconds
 from services.contracts.errors import EngineError, MessageTooNew, RunIncomplete, UsageError
+from services.contracts.heartbeats import RestartReason, unique_process_name
 from services.contracts.settings import METRICS_OFF
-from services.gpu_worker.answer_count import PROGRESS_EVENT
 from services.node.device import Device, visible_gpus
 from services.node.supervision import SupervisedProcess
 
 _SHOWN_LINES = 40
-_READ_OUTPUT_SECONDS = 5.0
+_TAIL_BYTES = 256 * 1024
 _MAX_LOSSES_IN_A_ROW = 5
 _LONGEST_PAUSE_SECONDS = 30.0
 
 WORKING = "working"
 """The state of a worker whose model is loaded and that takes claims."""
-_STATES = {
-    "worker.starting": "starting",
-    "engine.starting": "starting the engine",
-    "engine.ready": WORKING,
-    "worker.taking": WORKING,
-    "engine.died": "the engine stopped, restarting it",
-    "engine.start_failed": "the engine did not start, retrying",
-    "worker.draining": "finishing",
-    "worker.stopped": "stopped",
-    "broker.waiting": "waiting for RabbitMQ",
-    "broker.blocked": "waiting: RabbitMQ is short of memory or disk",
+_LOADING: Mapping[RestartReason | None, str] = {
+    None: "loading the model",
+    "engine-ended": "the engine stopped, restarting it",
+    "out-of-memory": "the engine stopped because memory ran out, restarting it",
 }
-_BROKER_IS_BACK = ("broker.connected", "broker.unblocked")
-_NO_ENGINE = ("worker.starting", "engine.starting", "engine.died", "engine.start_failed")
 
 log = structlog.get_logger(__name__)
 
 
 class WorkerProcess:
-    """One worker, and those that replace it. `state` describes in a few words what it does."""
+    """One worker, and those that replace it, each with an id of its own."""
 
     def __init__(
         self,
@@ -63,40 +49,68 @@ class WorkerProcess:
         self._command = command
         self._environment = environment
         self._log_file = log_file
+        self._log_start = 0
         self._grace_seconds = grace_seconds
         self.number = number
-        self.state = "not started"
+        self.worker_id = ""
         self.losses = 0
         """How many workers were lost here."""
-        self._loaded = self._worked = False
         self._losses_in_a_row = 0
-        self._answered = self._answered_by_lost = 0
+        self._answered_by_lost = 0
+        self._no_process = "not started"
         self._restart_at = 0.0
-        self._last_lines: deque[str] = deque(maxlen=_SHOWN_LINES)
         self._process: SupervisedProcess | None = None
-        self._reader: threading.Thread | None = None
+        self._heartbeat: WorkerHeartbeat | None = None
+        self._state_since = 0.0
+        self._broker_error: str | None = None
 
     @property
     def answered(self) -> int:
         """Claims that the engine has answered, for lost workers too. Some of them may not be in the
         store yet.
         """
-        return self._answered_by_lost + self._answered
+        answered = 0 if self._heartbeat is None else self._heartbeat.claims_answered
+        return self._answered_by_lost + answered
+
+    @property
+    def state(self) -> str:
+        """What it does, in a few words."""
+        if self._process is None:
+            return self._no_process
+        if self._broker_error is not None:
+            return f"waiting: {self._broker_error}"
+        if self._heartbeat is None:
+            return "starting"
+        if self._heartbeat.state == "starting":
+            seconds = time.monotonic() - self._state_since
+            return f"{_LOADING[self._heartbeat.restart_reason]}, {seconds:.0f} s"
+        return WORKING if self._heartbeat.state == "serving" else "finishing"
 
     def start(self) -> None:
-        self.state = "starting"
-        self._last_lines.clear()
-        self._process = SupervisedProcess(
-            self._command,
-            environment=self._environment,
-            # The worker drains within its own grace period; it is killed after that.
-            grace_seconds=self._grace_seconds + 10,
-            output=subprocess.PIPE,
-        )
-        self._reader = threading.Thread(
-            target=self._read, args=(self._process,), name=f"worker-{self.number}", daemon=True
-        )
-        self._reader.start()
+        # A lost worker's last heartbeat is still known for a while, so each has its own id.
+        self.worker_id = f"{unique_process_name()}-{self.number}.{self.losses}"
+        with self._open_log() as output:
+            self._log_start = output.tell()
+            self._process = SupervisedProcess(
+                [*self._command, "--watched-as", self.worker_id],
+                environment=self._environment,
+                # The worker drains within its own grace period; it is killed after that.
+                grace_seconds=self._grace_seconds + 10,
+                output=output,
+            )
+
+    def update(self, heartbeat: WorkerHeartbeat | None, broker_error: str | None) -> None:
+        """Note the latest heartbeat of the worker with this id, if there is one, and why none can
+        arrive now.
+        """
+        self._broker_error = broker_error
+        if heartbeat is None:
+            return
+        last, self._heartbeat = self._heartbeat, heartbeat
+        if last is None or last.state != heartbeat.state:
+            self._state_since = time.monotonic()
+        if heartbeat.state == "serving":
+            self._losses_in_a_row = 0
 
     def replace_if_lost(self) -> None:
         """Replace a lost worker, after a pause that grows with each loss.
@@ -110,24 +124,19 @@ class WorkerProcess:
             return
         code = self._process.exit_code()
         if code is None:
-            if self._worked:
-                self._losses_in_a_row = 0
             return
-        if self._reader is not None:
-            self._reader.join(_READ_OUTPUT_SECONDS)
-        output = "\n".join(self._last_lines)
         # Another worker would end in the same way.
         for error in (UsageError, EngineError, MessageTooNew):
             if code == error.exit_code:
-                raise error(output.removeprefix("keepwarm: ") or f"see {self._log_file}")
+                message = self._last_lines().removeprefix("keepwarm: ")
+                raise error(message or f"see {self._log_file}")
         self.losses += 1
         self._losses_in_a_row += 1
-        self._answered_by_lost, self._answered = self.answered, 0
         if self._losses_in_a_row >= _MAX_LOSSES_IN_A_ROW:
             raise RunIncomplete(
                 f"worker {self.number} was lost {self._losses_in_a_row} times in a row (last exit "
                 f"code {code}). Fix the cause and rerun the command; the log is {self._log_file}, "
-                f"and the last lines are:\n{output}"
+                f"and the last lines are:\n{self._last_lines()}"
             )
         pause = backoff_seconds(
             self._losses_in_a_row, first_seconds=1.0, longest_seconds=_LONGEST_PAUSE_SECONDS
@@ -135,9 +144,10 @@ class WorkerProcess:
         log.warning(
             "worker.lost", worker=self.number, exit_code=code, again_in_seconds=round(pause, 1)
         )
-        self.state = f"ended with exit code {code}, starting another in {pause:.0f} s"
+        self._no_process = f"ended with exit code {code}, starting another in {pause:.0f} s"
         self._process.stop()
-        self._process, self._loaded, self._worked = None, False, False
+        self._answered_by_lost, self._heartbeat = self.answered, None
+        self.worker_id, self._process = "", None
         self._restart_at = time.monotonic() + pause
 
     def terminate(self) -> None:
@@ -150,52 +160,20 @@ class WorkerProcess:
             self._process.stop()
             self._process = None
 
-    def _read(self, process: SupervisedProcess) -> None:
-        """Read all output: a pipe that is not read fills up and blocks the worker."""
-        assert process.output is not None
-        with contextlib.suppress(OSError):
-            self._log_file.touch()
-        with process.output as lines:
-            for line in lines:
-                try:
-                    self._read_line(line)
-                except Exception:
-                    log.exception("worker.output_unreadable", worker=self.number)
+    def _open_log(self) -> IO[bytes]:
+        """A worker is more important than its log."""
+        try:
+            return self._log_file.open("ab")
+        except OSError:
+            return Path(os.devnull).open("ab")
 
-    def _read_line(self, line: bytes) -> None:
-        event = _event(line)
-        if event.get("event") == PROGRESS_EVENT:
-            self._answered = int(event["answered"])
-            return
-        if event:
-            self._update_state(event)
-        else:
-            self._last_lines.append(line.decode(errors="replace").rstrip())
-        # Opened each time: a full disk may have space again, a removed directory may be back.
-        with contextlib.suppress(OSError), self._log_file.open("ab") as file:
-            file.write(line)
-
-    def _update_state(self, event: Mapping[str, Any]) -> None:
-        name = str(event["event"])
-        if name == "engine.loading":
-            self.state = f"loading the model, {event.get('seconds')} s"
-        elif name in _BROKER_IS_BACK:
-            self.state = WORKING if self._loaded else "starting the engine"
-        elif name in _STATES:
-            self.state = _STATES[name]
-            if OOM in str(event.get("reason")):
-                self.state += ": memory ran out"
-            self._loaded = self.state == WORKING or (self._loaded and name not in _NO_ENGINE)
-            self._worked = self._worked or name == "worker.taking"
-
-
-def _event(line: bytes) -> Mapping[str, Any]:
-    """The event in a line of a worker's log; empty when the line is something else."""
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return {}
-    return event if isinstance(event, dict) and "event" in event else {}
+    def _last_lines(self) -> str:
+        """The end of the last worker's output, without its log events."""
+        with contextlib.suppress(OSError), self._log_file.open("rb") as file:
+            file.seek(max(self._log_start, self._log_file.stat().st_size - _TAIL_BYTES))
+            lines = file.read(_TAIL_BYTES).decode(errors="replace").splitlines()
+            return "\n".join([line for line in lines if not line.startswith("{")][-_SHOWN_LINES:])
+        return ""
 
 
 def device_shares(workers: int, device: Device) -> list[dict[str, str]]:
@@ -229,7 +207,7 @@ def worker_processes(
 ) -> list[WorkerProcess]:
     """One worker for each share of the node's devices. All serve one context."""
     command = [
-        *python_command("services.cli.main", "worker", "--log-progress"),
+        *python_command("services.cli.main", "worker"),
         *("--model", context.model, "--dtype", context.dtype),
         *("--max-model-tokens", str(context.max_model_tokens)),
         *(() if context.revision is None else ("--revision", context.revision)),
@@ -256,8 +234,6 @@ def worker_processes(
                     "KEEPWARM_OTHER_ENGINE_SECONDS": os.environ.get(
                         "KEEPWARM_OTHER_ENGINE_SECONDS", "30"
                     ),
-                    # The workers' states are read from their log.
-                    "KEEPWARM_LOG_LEVEL": "DEBUG" if settings.log_level == "DEBUG" else "INFO",
                 }
             ),
             directory / f"worker-{number}.log",

@@ -78,11 +78,6 @@ class SupervisedProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    @property
-    def output(self) -> IO[bytes] | None:
-        """The reading end, if `output` was `subprocess.PIPE`."""
-        return self._process.stdout
-
     def command(self) -> psutil.Process | None:
         """The supervised command's process; None once it has ended."""
         with contextlib.suppress(psutil.NoSuchProcess, IndexError):

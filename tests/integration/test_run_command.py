@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import pytest
 from services.broker import PrivateNode
 from tests.conftest import REPOSITORY, SHARED_DATA, remove_at_once, sample_lines
 from tests.integration.conftest import PATIENCE, Command, is_worker, wait_until
-from tests.integration.runs import keepers, wait_for_the_first_of
+from tests.integration.runs import keepers, wait_for_the_first_of, warm_here
 
 Start = Callable[..., Command]
 CLAIMS = str(REPOSITORY / "samples" / "claims.jsonl")
@@ -255,6 +256,55 @@ def test_a_worker_that_is_killed_is_replaced(command: Start, out: Path) -> None:
     assert_one_row_a_claim(out)
     report = json.loads((out / "report.json").read_text())
     assert len(report["workers"]) == 2
+
+
+def test_progress_moves_while_a_batch_is_answered(command: Start, out: Path) -> None:
+    """All claims are one batch: the store has none of them before all are answered."""
+    running = command(
+        *("run", CLAIMS, "--out", str(out), "--batch-size", "256"),
+        VLLM_TEST_CLAIM_SECONDS="0.1",
+    )
+    assert running.wait() == 0, running.output
+    counts = [int(count) for count in re.findall(r"(\d+) of 240 claims", running.output)]
+    between = {count for count in counts if 0 < count < 240}
+    assert len(between) >= 3 and counts == sorted(counts), running.output
+    assert "worker.progress" not in (out / "logs" / "worker-0.log").read_text()
+
+
+def test_a_run_says_that_its_model_loads_and_that_its_engine_is_restarted(
+    command: Start, out: Path, environment: dict[str, str]
+) -> None:
+    running = command(
+        *("run", CLAIMS, "--out", str(out), "--batch-size", "8"),
+        VLLM_TEST_CLAIM_SECONDS="0.05",
+        VLLM_TEST_START_SECONDS="8",
+    )
+    running.said("0 of 240 claims: loading the model, ")
+    wait_for_the_first_of(out)
+    (engine,) = warm_here(environment)
+    psutil.Process(engine.pid).kill()
+    running.said("the engine stopped, restarting it, ")
+    assert running.wait() == 0, running.output
+    assert_one_row_a_claim(out)
+
+
+def test_a_run_says_that_the_broker_has_an_alarm(
+    command: Start, out: Path, node: PrivateNode, broker
+) -> None:
+    running = command(
+        *("run", CLAIMS, "--out", str(out), "--batch-size", "8"),
+        KEEPWARM_BROKER_URL=node.url,
+        KEEPWARM_BROKER_PASSWORD=node.password,
+        VLLM_TEST_CLAIM_SECONDS="0.05",
+    )
+    wait_for_the_first_of(out)
+    node.control("set_vm_memory_high_watermark", "absolute", "1000000")
+    try:
+        running.said(": waiting: the broker blocks publishing: low on memory")
+    finally:
+        node.control("set_vm_memory_high_watermark", "0.4")
+    assert running.wait() == 0, running.output
+    assert_one_row_a_claim(out)
 
 
 def test_two_workers_share_a_run(command: Start, out: Path) -> None:

@@ -37,6 +37,17 @@ def test_one_that_serves_nothing_any_more_is_counted_no_more(
     assert fleet.workers_on("ctx-1") == 1
 
 
+def test_a_workers_latest_heartbeat_is_known_until_it_stops(
+    fleet: Fleet, make: SimpleNamespace
+) -> None:
+    fleet.note(make.report("a", claims_answered=1))
+    fleet.note(make.report("a", claims_answered=2))
+    known = fleet.worker("a")
+    assert known is not None and known.claims_answered == 2 and fleet.worker("b") is None
+    fleet.note(make.report("a", state="stopped"))
+    assert fleet.worker("a") is None
+
+
 def test_only_the_latest_heartbeat_of_a_worker_counts(fleet: Fleet, make: SimpleNamespace) -> None:
     for context in ("ctx-1", "ctx-1", "ctx-2"):
         fleet.note(make.report("a", context_id=context))

@@ -10,9 +10,16 @@ from pathlib import Path
 import pytest
 
 from services.contexts import lease as module
+from services.contexts.engine_log import OOM
 from services.contexts.lease import EngineLease
 from services.contexts.plan import EnginePlan
-from services.contexts.protocol import ContextRecord, DescribeDevice, KeeperChannel, KeeperReply
+from services.contexts.protocol import (
+    ContextRecord,
+    DescribeDevice,
+    KeeperChannel,
+    KeeperReply,
+    State,
+)
 from services.contracts import ContextSpec, load_settings
 from services.contracts.errors import EngineStartError, KeeperError
 from services.node.device import Device
@@ -119,30 +126,60 @@ def starting(lease: EngineLease) -> Iterator[threading.Event]:
         assert not thread.is_alive()
 
 
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + GENEROUS_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def record_of(lease: EngineLease, state: State) -> ContextRecord:
+    return ContextRecord(
+        name="e",
+        context=lease.plan.spec,
+        device="Xeon",
+        state=state,
+        socket="s",
+        log="l",
+        since=0.0,
+        last_used=0.0,
+    )
+
+
 def test_who_asks_whether_it_is_alive_does_not_wait_for_its_start(
     lease: EngineLease, mute: Mute
 ) -> None:
     with starting(lease):
-        deadline = time.monotonic() + GENEROUS_SECONDS
-        while not mute.ends:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for(lambda: mute.ends)
         for state in ("starting", "warm"):
-            record = ContextRecord(
-                name="e",
-                context=lease.plan.spec,
-                device="Xeon",
-                state=state,  # type: ignore[arg-type]
-                socket="s",
-                log="l",
-                since=0.0,
-                last_used=0.0,
-            )
             assert not lease.alive
-            mute.says(record)
-        while not lease.alive:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+            mute.says(record_of(lease, state))
+        wait_for(lambda: lease.alive)
+
+
+@pytest.mark.parametrize(
+    ("why", "reason"),
+    [("it ended (exit code -9)", "engine-ended"), (f"it ended. {OOM}", "out-of-memory")],
+)
+def test_why_an_engine_starts_again_is_known_until_it_is_warm(
+    why: str, reason: str, lease: EngineLease, mute: Mute
+) -> None:
+    assert lease.restart_reason is None
+    with starting(lease):
+        wait_for(lambda: mute.ends)
+        mute.says(record_of(lease, "starting"))
+        assert not lease.alive and lease.restart_reason is None  # it is the first start
+        mute.says(record_of(lease, "warm"))
+        wait_for(lambda: lease.starts)
+        mute.ends[0].send(KeeperReply(error=why))
+        assert not lease.alive and lease.restart_reason == reason
+    with starting(lease):
+        wait_for(lambda: len(mute.ends) == 2)
+        mute.ends[1].send(KeeperReply(record=record_of(lease, "starting")))
+        assert not lease.alive and lease.restart_reason == reason
+        mute.ends[1].send(KeeperReply(record=record_of(lease, "warm")))
+        wait_for(lambda: lease.alive)
+        assert lease.restart_reason is None
 
 
 def test_a_lease_knows_whether_its_engine_ran_out_of_memory_until_the_next_start(

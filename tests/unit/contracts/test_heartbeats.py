@@ -52,6 +52,8 @@ def test_a_report_of_an_older_worker_is_understood(messages: dict[str, Message])
         ("walltime_left_seconds", -1),
         ("claims_in_hand", -1),
         ("ending", "bored"),
+        ("restart_reason", "bored"),
+        ("claims_answered", -1),
         ("metrics_address", "node:0"),
     ],
 )

@@ -208,6 +208,8 @@ MESSAGES: dict[str, st.SearchStrategy[Message]] = {
         device=words(20),
         state=st.sampled_from(["starting", "serving", "draining", "stopped"]),
         claims_per_second=st.none() | st.floats(min_value=0, max_value=1e9),
+        restart_reason=st.none() | st.sampled_from(["engine-ended", "out-of-memory"]),
+        claims_answered=st.integers(0, 2**63 - 1),
     ),
 }
 

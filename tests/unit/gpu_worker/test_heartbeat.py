@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 
 from services.broker import Outgoing
-from services.contracts import WorkerHeartbeat, decode, load_settings
+from services.contracts import WorkerHeartbeat, decode, encode, load_settings
+from services.contracts.heartbeats import HEARTBEAT_SECONDS
 from services.gpu_worker.heartbeat import HeartbeatSender, WorkerPlacement
 from services.gpu_worker.in_flight import WorkerIdentity
+from tests.unit.clock import Clock
 
 SERVING = {
     "context_id": "ctx-1",
@@ -36,14 +38,20 @@ def publisher() -> FakePublisher:
     return FakePublisher()
 
 
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("services.gpu_worker.heartbeat.time.monotonic", clock)
+    return clock
+
+
+IDENTITY = WorkerIdentity("node-7-1", "Tesla T4")
+PLACEMENT = WorkerPlacement("node-7", job_id="71_3", metrics_address="node-7:9464", ends_at=None)
+
+
 @pytest.fixture
-def heartbeats(monkeypatch: pytest.MonkeyPatch) -> HeartbeatSender:
-    """They are not due again, however slow this machine is."""
-    monkeypatch.setattr("services.gpu_worker.heartbeat.HEARTBEAT_SECONDS", 600.0)
-    placement = WorkerPlacement(
-        "node-7", job_id="71_3", metrics_address="node-7:9464", ends_at=None
-    )
-    return HeartbeatSender(WorkerIdentity("node-7-1", "Tesla T4"), placement)
+def heartbeats() -> HeartbeatSender:
+    return HeartbeatSender(IDENTITY, PLACEMENT)
 
 
 def send(
@@ -84,13 +92,47 @@ def test_a_change_is_sent_at_once_and_an_unchanged_state_is_not_sent_again(
     ]
 
 
-def test_an_unchanged_state_is_sent_again_when_it_is_due(
-    heartbeats: HeartbeatSender, publisher: FakePublisher, monkeypatch: pytest.MonkeyPatch
+def test_the_reason_for_a_restart_is_sent_at_once(
+    heartbeats: HeartbeatSender, publisher: FakePublisher
 ) -> None:
-    monkeypatch.setattr("services.gpu_worker.heartbeat.HEARTBEAT_SECONDS", 0.0)
+    for reason in (None, "engine-ended", "out-of-memory", "out-of-memory"):
+        send(heartbeats, "starting", publisher, {"restart_reason": reason})
+    reasons = [heartbeat.restart_reason for heartbeat in publisher.heartbeats]
+    assert reasons == [None, "engine-ended", "out-of-memory"]
+
+
+def test_an_unchanged_state_is_sent_again_when_it_is_due(
+    heartbeats: HeartbeatSender, publisher: FakePublisher, clock: Clock
+) -> None:
     for _ in range(3):
         send(heartbeats, "serving", publisher)
+        clock.now += HEARTBEAT_SECONDS - 0.1
+        send(heartbeats, "serving", publisher)
+        clock.now += 0.1
     assert len(publisher.heartbeats) == 3
+
+
+def test_a_worker_of_a_run_reports_each_progress_but_not_too_often(
+    publisher: FakePublisher, clock: Clock
+) -> None:
+    heartbeats = HeartbeatSender(IDENTITY, PLACEMENT, watched=True)
+    for pause, answers in ((0.0, 0), (0.1, 1), (0.1, 1), (0.1, 1), (0.1, 0), (0.2, 0)):
+        clock.now += pause
+        for _ in range(answers):
+            heartbeats.count_answer()
+        send(heartbeats, "serving", publisher)
+    assert [heartbeat.claims_answered for heartbeat in publisher.heartbeats] == [0, 2, 3]
+
+
+def test_other_workers_send_no_more_and_no_larger_heartbeats_for_their_progress(
+    heartbeats: HeartbeatSender, publisher: FakePublisher, clock: Clock
+) -> None:
+    for _ in range(10):
+        clock.now += HEARTBEAT_SECONDS / 10
+        heartbeats.count_answer()
+        send(heartbeats, "serving", publisher)
+    assert len(publisher.heartbeats) == 1
+    assert b"answered" not in encode(publisher.heartbeats[0])
 
 
 def test_a_heartbeat_that_the_broker_does_not_accept_is_sent_when_it_does(

@@ -37,7 +37,6 @@ from services.contracts.errors import (
     EngineStartError,
     MessageTooNew,
 )
-from services.gpu_worker.answer_count import AnswerCount
 from services.gpu_worker.concurrency import AdaptiveConcurrency
 from services.gpu_worker.crashes import CrashRecords
 from services.gpu_worker.device_time import DeviceTime
@@ -89,7 +88,7 @@ def processor(
         control=ControlState(),
         crashes=crashes,
         device_time=DeviceTime(DEVICE.name),
-        answers=AnswerCount(),
+        on_answer=lambda: None,
         engine_name="node-1/engine-1",
         other_engine_seconds=300,
     )
@@ -145,16 +144,17 @@ def test_each_answer_counts_as_it_comes(
     engine: EngineLease,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    seen: list[int] = []
+    seen: list[str] = []
 
     def score(prompts: list[list[int]], tokens: list[int]) -> Iterator[tuple[int, Answer]]:
         for index in range(len(prompts)):
             yield index, answer(tokens)
-            seen.append(processor.answers.answered)
+            seen.append("answered")
 
     monkeypatch.setattr(engine.client, "score", score)
-    processor.process([delivered(batch_of(spec))])
-    assert seen == [1, 2, 3]
+    counting = replace(processor, on_answer=lambda: seen.append("counted"))
+    counting.process([delivered(batch_of(spec))])
+    assert seen == ["counted", "answered"] * 3
 
 
 # Label words that the model does not answer with.

@@ -1,4 +1,3 @@
-import json
 import os
 import sys
 import time
@@ -7,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from services.contexts.engine_log import OOM
-from services.contracts import ContextSpec, load_settings
+from services.contracts import ContextSpec, WorkerHeartbeat, load_settings
 from services.contracts.errors import EngineError, MessageTooNew, RunIncomplete, UsageError
 from services.local import worker_processes as module
 from services.local.worker_processes import WorkerProcess, device_shares, worker_processes
 from services.node.device import Device
+from tests.unit.clock import Clock
 
 GENEROUS_SECONDS = 60.0
 SLEEP = "import time; time.sleep(600)"
+DIES = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
 
 Starter = Callable[..., WorkerProcess]
 
@@ -26,13 +26,9 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Starter]
     monkeypatch.setattr(module, "_LONGEST_PAUSE_SECONDS", 0.0)
     workers: list[WorkerProcess] = []
 
-    def make(code: str) -> WorkerProcess:
+    def make(code: str = SLEEP, log_file: Path = tmp_path / "worker.log") -> WorkerProcess:
         process = WorkerProcess(
-            len(workers),
-            [sys.executable, "-c", code],
-            dict(os.environ),
-            tmp_path / "worker.log",
-            1.0,
+            len(workers), [sys.executable, "-c", code], dict(os.environ), log_file, 1.0
         )
         workers.append(process)
         process.start()
@@ -43,9 +39,15 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Starter]
         process.stop()
 
 
-def prints(*events: object, then: str = SLEEP) -> str:
-    lines = [event if isinstance(event, str) else json.dumps(event) for event in events]
-    return f"print({chr(10).join(lines)!r}, flush=True)\n{then}"
+def heartbeat(process: WorkerProcess, state: str = "serving", **changes: object) -> WorkerHeartbeat:
+    fields: dict[str, object] = {
+        "worker_id": process.worker_id,
+        "context_id": "ctx-1",
+        "device": "Tesla T4",
+        "state": state,
+        "claims_per_second": None,
+    }
+    return WorkerHeartbeat(**{**fields, **changes})  # type: ignore[arg-type]
 
 
 def wait_for(condition: Callable[[], object]) -> None:
@@ -59,146 +61,198 @@ def replace_until_it_raises(process: WorkerProcess) -> None:
     deadline = time.monotonic() + GENEROUS_SECONDS
     while time.monotonic() < deadline:
         process.replace_if_lost()
+        time.sleep(0.01)
+
+
+def wait_for_a_loss(process: WorkerProcess) -> None:
+    losses = process.losses
+
+    def lost() -> bool:
+        process.replace_if_lost()
+        return process.losses > losses
+
+    wait_for(lost)
 
 
 @pytest.mark.parametrize(
-    ("events", "state"),
+    ("state", "reason", "shown"),
     [
-        ([{"event": "worker.starting"}], "starting"),
-        ([{"event": "engine.loading", "seconds": 12}], "loading the model, 12 s"),
-        ([{"event": "worker.taking"}, {"event": "broker.connected"}], "working"),
+        ("starting", None, "loading the model, 12 s"),
+        ("starting", "engine-ended", "the engine stopped, restarting it, 12 s"),
         (
-            [{"event": n} for n in ("worker.taking", "broker.waiting", "broker.connected")],
-            "working",
+            "starting",
+            "out-of-memory",
+            "the engine stopped because memory ran out, restarting it, 12 s",
         ),
-        ([{"event": "worker.taking"}, {"event": "broker.waiting"}], "waiting for RabbitMQ"),
-        ([{"event": "broker.connected"}], "starting the engine"),
-        (
-            [{"event": n} for n in ("worker.taking", "engine.died", "broker.connected")],
-            "starting the engine",
-        ),
-        (
-            [{"event": "worker.taking"}, {"event": "engine.died"}],
-            "the engine stopped, restarting it",
-        ),
-        ([{"event": "worker.draining"}, "not JSON", "5", "[]", "{}"], "finishing"),
+        ("serving", None, "working"),
+        ("draining", None, "finishing"),
     ],
 )
-def test_the_state_is_the_workers_last_event(
-    events: list[object], state: str, worker: Starter
+def test_the_state_is_that_of_the_workers_heartbeats(
+    state: str, reason: str | None, shown: str, worker: Starter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = worker(prints(*events))
-    wait_for(lambda: process.state == state)
+    clock = Clock()
+    monkeypatch.setattr(module.time, "monotonic", clock)
+    process = worker()
+    process.update(None, None)
+    assert process.state == "starting"
+    for pause in (100, 5, 7):
+        clock.now += pause
+        process.update(heartbeat(process, state, restart_reason=reason), None)
     process.replace_if_lost()
-    assert process.state == state
+    assert process.state == shown
 
 
-def test_all_output_of_a_worker_is_in_its_log(worker: Starter, tmp_path: Path) -> None:
-    process = worker(prints({"event": "worker.taking"}, "and some words"))
-    log = tmp_path / "worker.log"
-    wait_for(lambda: process.state == "working" and "words" in log.read_text())
-    assert log.read_text() == '{"event": "worker.taking"}\nand some words\n'
-
-
-def test_output_that_is_malformed_or_cannot_be_logged_does_not_stop_the_worker(
-    tmp_path: Path, worker: Starter
+def test_the_time_of_a_restart_is_not_that_of_the_first_start(
+    worker: Starter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "worker.log").mkdir()  # no file can be written there
-    odd = [
-        *('{"event": ["a", "list"]}', '{"event": {}}', '{"event": null}'),
-        *('{"event": "worker.progress"}', '{"event": "worker.progress", "answered": "many"}'),
-    ]
-    # More than a pipe holds: a worker whose output is not read would block here for ever.
-    more = "print('x' * 1_000_000, flush=True)\n" + prints({"event": "worker.taking"})
-    process = worker(prints(*odd, then=more))
-    wait_for(lambda: process.state == "working")
+    clock = Clock()
+    monkeypatch.setattr(module.time, "monotonic", clock)
+    process = worker()
+    for state in ("starting", "serving", "starting"):
+        clock.now += 30
+        process.update(heartbeat(process, state), None)
+    assert process.state == "loading the model, 0 s"
 
 
-def test_the_state_names_memory_when_the_kernel_killed_the_engine_for_it(worker: Starter) -> None:
-    reason = f"it ended (exit code -9). {OOM}."
-    process = worker(prints({"event": "worker.taking"}, {"event": "engine.died", "reason": reason}))
-    wait_for(lambda: process.state.endswith("restarting it: memory ran out"))
+def test_without_the_broker_no_heartbeat_comes_and_the_state_says_so(worker: Starter) -> None:
+    process = worker()
+    process.update(None, "no connection to the broker")
+    assert process.state == "waiting: no connection to the broker"
+    process.update(heartbeat(process), "the broker blocks publishing: low on memory")
+    assert process.state == "waiting: the broker blocks publishing: low on memory"
+    process.update(heartbeat(process), None)
+    assert process.state == "working"
 
 
-def test_answers_are_counted_over_lost_workers_and_kept_out_of_the_log(
-    worker: Starter, tmp_path: Path
-) -> None:
-    marker = tmp_path / "was-here"
-    progress = json.dumps({"event": "worker.progress", "answered": 5})
-    process = worker(
-        f"import os, pathlib, signal\n"
-        f"print({progress!r}, flush=True)\n"
-        f"marker = pathlib.Path({str(marker)!r})\n"
-        "if not marker.exists():\n"
-        "    marker.touch()\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n" + prints({"event": "worker.taking"})
-    )
+def test_a_worker_that_is_not_heard_of_for_a_while_is_shown_as_it_was(worker: Starter) -> None:
+    process = worker()
+    process.update(heartbeat(process, claims_answered=3), None)
+    process.update(None, None)
+    assert (process.state, process.answered) == ("working", 3)
 
-    def counted() -> bool:
+
+def test_answers_are_counted_over_lost_workers(worker: Starter) -> None:
+    process = worker(DIES)
+    for lost in range(3):
+        for answered in (2, 5):
+            process.update(heartbeat(process, claims_answered=answered), None)
+            assert process.answered == 5 * lost + answered
+        wait_for_a_loss(process)
+        assert process.answered == 5 * (lost + 1)
+        assert process.state.startswith("ended with exit code -9, starting another in ")
         process.replace_if_lost()
-        return process.answered == 10
 
-    wait_for(counted)
-    assert process.losses == 1
-    assert "worker.progress" not in (tmp_path / "worker.log").read_text()
+
+def test_a_worker_that_replaces_a_lost_one_has_another_id(worker: Starter) -> None:
+    """The last heartbeat of the lost one is still known."""
+    process = worker(DIES)
+    first = process.worker_id
+    wait_for_a_loss(process)
+    process.replace_if_lost()
+    assert process.state == "starting" and process.worker_id not in ("", first)
+
+
+def test_a_worker_is_told_its_id(worker: Starter, tmp_path: Path) -> None:
+    process = worker("import sys; print(sys.argv[1:])")
+    told = f"['--watched-as', '{process.worker_id}']"
+    wait_for(lambda: told in (tmp_path / "worker.log").read_text())
+    assert heartbeat(process).worker_id == process.worker_id  # a valid id
+
+
+def test_all_output_of_the_workers_is_in_the_log(worker: Starter, tmp_path: Path) -> None:
+    code = "import sys; print('{\"event\": \"a\"}', flush=True); print('b', file=sys.stderr)\n"
+    process = worker(code + DIES)
+    wait_for_a_loss(process)
+    process.replace_if_lost()
+    wait_for_a_loss(process)
+    assert (tmp_path / "worker.log").read_text() == '{"event": "a"}\nb\n' * 2
+
+
+@pytest.mark.parametrize("log_file", ["/proc/no/such.log", "/dev/full"])
+def test_a_log_that_cannot_be_written_does_not_stop_the_worker(
+    log_file: str, worker: Starter, repository: Path
+) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(repository)!r})\n"
+        "import structlog\n"
+        "from services.cli.logs import configure_logs\n"
+        "from services.contracts import load_settings\n"
+        "configure_logs(load_settings())\n"
+        "for _ in range(10_000):\n"
+        "    structlog.get_logger().info('batch.trimmed')\n"
+        "raise SystemExit(33)"
+    )
+    process = worker(code, Path(log_file))
+    wait_for_a_loss(process)
+    assert process.state.startswith("ended with exit code 33")
+
+
+def test_an_error_ends_the_run_though_its_message_could_not_be_logged(worker: Starter) -> None:
+    log_file = Path("/proc/no/such.log")
+    with pytest.raises(EngineError, match="^see /proc/no/such.log$"):
+        replace_until_it_raises(worker("print('no engine'); raise SystemExit(4)", log_file))
 
 
 def test_a_lost_worker_is_replaced(worker: Starter, tmp_path: Path) -> None:
     marker = tmp_path / "was-here"
     process = worker(
-        f"import os, pathlib, signal\n"
-        f"marker = pathlib.Path({str(marker)!r})\n"
-        "if not marker.exists():\n"
-        "    marker.touch()\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n" + prints({"event": "worker.taking"})
+        f"import pathlib\nmarker = pathlib.Path({str(marker)!r})\n"
+        f"if marker.exists():\n    {SLEEP}\nmarker.touch()\n{DIES}"
     )
-
-    def warm() -> bool:
-        process.replace_if_lost()
-        return process.state == "working"
-
-    wait_for(warm)
-    assert marker.exists()
+    wait_for_a_loss(process)
+    process.replace_if_lost()
+    process.update(heartbeat(process), None)
+    assert process.state == "working" and marker.exists()
 
 
 def test_workers_that_are_lost_again_and_again_end_the_run(worker: Starter, tmp_path: Path) -> None:
-    process = worker(prints("oh dear", then="raise SystemExit(33)"))
+    process = worker("print('oh dear'); raise SystemExit(33)")
     with pytest.raises(RunIncomplete) as ended:
         replace_until_it_raises(process)
     assert "worker 0 was lost 5 times in a row (last exit code 33)" in str(ended.value)
-    assert str(tmp_path / "worker.log") in str(ended.value)
+    assert f"the log is {tmp_path}/worker.log, and the last lines are:\noh dear" in str(ended.value)
+
+
+def test_losses_with_a_warm_worker_in_between_are_not_in_a_row(worker: Starter) -> None:
+    process = worker("raise SystemExit(33)")
+    for _ in range(6):
+        process.update(heartbeat(process), None)
+        wait_for_a_loss(process)
+        process.replace_if_lost()
+    assert process.losses == 6
 
 
 def test_a_worker_that_is_too_old_for_the_claims_ends_the_run(worker: Starter) -> None:
-    process = worker(prints("keepwarm: a ClaimBatch of version 3 came", then="raise SystemExit(9)"))
-    with pytest.raises(MessageTooNew, match="a ClaimBatch of version 3 came"):
+    process = worker("print('keepwarm: a ClaimBatch of version 3 came'); raise SystemExit(9)")
+    with pytest.raises(MessageTooNew, match="^a ClaimBatch of version 3 came$"):
         replace_until_it_raises(process)
 
 
 def test_a_worker_that_cannot_start_its_engine_ends_the_run_with_its_message(
-    worker: Starter,
+    worker: Starter, tmp_path: Path
 ) -> None:
-    process = worker(prints("keepwarm: no engine for this model", then="raise SystemExit(4)"))
-    with pytest.raises(EngineError, match="^no engine for this model$"):
+    (tmp_path / "worker.log").write_text("keepwarm: what another run ended with\n")
+    process = worker(
+        'print(\'{"event": "worker.stopped"}\')\n'
+        "print('keepwarm: no engine for this model\\nits log')\n"
+        "raise SystemExit(4)"
+    )
+    with pytest.raises(EngineError, match="^no engine for this model\nits log$"):
         replace_until_it_raises(process)
 
 
-def test_the_last_output_of_a_worker_that_failed_is_read_to_its_end(
-    worker: Starter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("services.local.worker_processes._READ_OUTPUT_SECONDS", 60.0)
-    # It ends while much of its output is still in the pipe.
+def test_of_much_output_the_last_lines_are_shown(worker: Starter) -> None:
     code = (
-        "print('x\\n' * 30_000 + 'keepwarm: the reason comes last', flush=True)\n"
+        "print('x\\n' * 1_000_000 + 'keepwarm: the reason comes last', flush=True)\n"
         "raise SystemExit(4)"
     )
-    with pytest.raises(EngineError, match="the reason comes last$"):
+    with pytest.raises(EngineError, match="^(x\n){39}keepwarm: the reason comes last$"):
         replace_until_it_raises(worker(code))
 
 
 def test_stopping_ends_the_worker(worker: Starter) -> None:
-    process = worker(prints({"event": "worker.taking"}))
-    wait_for(lambda: process.state == "working")
+    process = worker()
     process.terminate()
     process.stop()
     process.stop()
@@ -267,7 +321,7 @@ def test_a_worker_serves_the_context_of_the_run(tmp_path: Path, repository: Path
     (process,) = worker_processes([{}], context, load_settings(), tmp_path / "logs", {})
     assert list(process._command) == [
         *(sys.executable, "-E", "-P", "-Xutf8", str(repository / "keepwarm_start.py")),
-        *("services.cli.main", "worker", "--log-progress"),
+        *("services.cli.main", "worker"),
         *("--model", "/models/m", "--dtype", "float32", "--max-model-tokens", "77"),
         *("--revision", "files-00", "--adapter", "/adapters/a", "--adapter-revision", "files-01"),
         *("--engine-argument=--seed=1", "--engine-argument=--x y"),
@@ -296,15 +350,14 @@ def test_the_runs_broker_replaces_the_environments(
     assert found["KEEPWARM_GRACE_SECONDS"] == "7"
 
 
-@pytest.mark.parametrize(("level", "workers"), [("ERROR", "INFO"), ("DEBUG", "DEBUG")])
-def test_a_worker_logs_the_events_that_its_state_is_read_from(
-    level: str, workers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_worker_logs_as_json_at_the_runs_level(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("KEEPWARM_LOG_LEVEL", level)
+    monkeypatch.setenv("KEEPWARM_LOG_LEVEL", "ERROR")
     monkeypatch.setenv("KEEPWARM_LOG_FORMAT", "console")
     found = environment(tmp_path)
     assert found["KEEPWARM_LOG_FORMAT"] == "json"
-    assert found["KEEPWARM_LOG_LEVEL"] == workers
+    assert found["KEEPWARM_LOG_LEVEL"] == "ERROR"
 
 
 @pytest.mark.parametrize(

@@ -127,19 +127,6 @@ def test_standard_output_and_error_go_to_the_output(leash: Leash) -> None:
     assert leash.said(leashed) == "out\nerr\n"
 
 
-def test_the_output_may_be_a_pipe() -> None:
-    leashed = SupervisedProcess(
-        [sys.executable, "-c", "print('said')"],
-        environment=dict(os.environ),
-        grace_seconds=GENEROUS_SECONDS,
-        output=subprocess.PIPE,
-    )
-    assert leashed.output is not None
-    with leashed.output as lines:
-        assert lines.read() == b"said\n"
-    assert leashed.stop() == 0
-
-
 @pytest.mark.parametrize("missing", ["/no/such/command", "no-such-command"])
 def test_a_command_that_is_missing_is_127_and_named(missing: str, leash: Leash) -> None:
     leashed = leash.start(missing)
