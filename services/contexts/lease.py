@@ -78,7 +78,7 @@ class EngineLease:
         self.ended_because: str | None = None
         """Why the engine ended, as reported by its keeper; None while it is warm."""
         self.ran_out_of_memory = False
-        """Whether the engine, or its keeper, ended because memory ran out; False while it is warm."""
+        """Whether it, or its keeper, ended because memory ran out; False while it is warm."""
         self._stopped: Callable[[], bool] = lambda: False
         self._lock = threading.Lock()
         self._last_reply_at = awake()

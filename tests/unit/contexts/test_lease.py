@@ -157,12 +157,9 @@ def test_who_asks_whether_it_is_alive_does_not_wait_for_its_start(
         wait_for(lambda: lease.alive)
 
 
-@pytest.mark.parametrize(
-    ("why", "reason"),
-    [("it ended (exit code -9)", "engine-ended"), (f"it ended. {OOM}", "out-of-memory")],
-)
+@pytest.mark.parametrize(("memory", "reason"), [(False, "engine-ended"), (True, "out-of-memory")])
 def test_why_an_engine_starts_again_is_known_until_it_is_warm(
-    why: str, reason: str, lease: EngineLease, mute: Mute
+    memory: bool, reason: str, lease: EngineLease, mute: Mute
 ) -> None:
     assert lease.restart_reason is None
     with starting(lease):
@@ -171,7 +168,7 @@ def test_why_an_engine_starts_again_is_known_until_it_is_warm(
         assert not lease.alive and lease.restart_reason is None  # it is the first start
         mute.says(record_of(lease, "warm"))
         wait_for(lambda: lease.starts)
-        mute.ends[0].send(KeeperReply(error=why))
+        mute.ends[0].send(KeeperReply(error="it ended", out_of_memory=memory))
         assert not lease.alive and lease.restart_reason == reason
     with starting(lease):
         wait_for(lambda: len(mute.ends) == 2)
