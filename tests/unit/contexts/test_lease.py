@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from services.contexts import lease as module
-from services.contexts.engine_log import OOM
 from services.contexts.lease import EngineLease
 from services.contexts.plan import EnginePlan
 from services.contexts.protocol import (
