@@ -231,6 +231,7 @@ def supervise(start: Callable[[], ChildProcess], owner: int, grace_seconds: floa
                     stop_signals.append(signal.SIGTERM)
                 else:
                     os.read(wake_reader, 512)
+                    _reap_orphans(child)
     if child.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGTERM)
@@ -242,6 +243,14 @@ def supervise(start: Callable[[], ChildProcess], owner: int, grace_seconds: floa
     code = child.wait()
     _ignore_stop_signals()
     return code if code >= 0 else 128 - code
+
+
+def _reap_orphans(child: ChildProcess) -> None:
+    """Reap every ended process but `child`, whose exit code its own `poll` must see."""
+    while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+        if ended.si_pid == child.pid:
+            return
+        os.waitpid(ended.si_pid, 0)
 
 
 def _ignore_stop_signals() -> None:

@@ -345,6 +345,33 @@ def test_daemons_end_with_a_command_that_is_stopped(leash: Leash, tmp_path: Path
     assert gone(daemon)
 
 
+ORPHANS = """
+import os, sys, time
+for _ in range(20):
+    if os.fork() == 0:
+        if os.fork() == 0:
+            time.sleep(0.05)  # until its parent has ended
+        os._exit(0)
+    os.wait()
+print("ready", flush=True)
+time.sleep(float(sys.argv[1]))
+sys.exit(7)
+"""
+
+
+def test_orphans_that_ended_are_reaped_while_the_command_runs(leash: Leash, tmp_path: Path) -> None:
+    leashed = leash.python(ORPHANS, "600")
+    wait_until_ready(leash, tmp_path)
+    (supervisor,) = psutil.Process(leashed.pid).children()
+    wait_for(lambda: len(supervisor.children()) == 1)
+    assert leashed.exit_code() is None
+
+
+def test_reaping_orphans_loses_no_exit_code_of_the_command(leash: Leash) -> None:
+    # The command and its orphans end at about the same time.
+    assert leash.python(ORPHANS, "0.05").wait(GENEROUS_SECONDS) == 7
+
+
 OWNER = """
 import os, subprocess, sys, time
 from services.node.supervision import SupervisedProcess
