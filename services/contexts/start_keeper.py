@@ -20,9 +20,9 @@ from services.node.runtime_dir import (
     is_locked,
     keeper_lock,
     keeper_socket,
+    log_tail,
     open_log,
     open_runtime_dir,
-    quoted_tail,
 )
 from services.node.supervision import SupervisedProcess
 
@@ -67,58 +67,50 @@ def open_keeper(
     """
     directory = open_runtime_dir(settings.runtime_dir)
     log_file = directory / "keeper.log"
-    retry_at = 0.0
-    keeper_pipe: IO[bytes] | None = None
-
-    def is_starting() -> bool:
-        # The keeper never writes to the pipe: readable means that it has ended.
-        running = keeper_pipe is not None and not select.select([keeper_pipe], [], [], 0)[0]
-        return running or is_locked(keeper_lock(directory))
-
-    def keep_waiting() -> bool:
-        # A keeper that finds the directory locked, by another or by one that is ending, ends at
-        # once; so try again.
-        nonlocal retry_at, keeper_pipe
-        if settings.start_keeper and time.monotonic() >= retry_at and not is_starting():
-            retry_at = time.monotonic() + _RETRY_SECONDS
-            keeper_pipe = started.enter_context(_start(settings, log_file))
-        return not stopped()
-
     with contextlib.ExitStack() as started:
-        return _wait(directory, log_file, keep_waiting, is_starting)
+
+        def start() -> Callable[[], bool]:
+            keeper_pipe = started.enter_context(_start(settings, log_file))
+            # The keeper never writes to the pipe: readable means that it has ended.
+            return lambda: not select.select([keeper_pipe], [], [], 0)[0]
+
+        return _wait(directory, log_file, start if settings.start_keeper else None, stopped)
 
 
 @contextlib.contextmanager
 def temporary_keeper(
     settings: Settings, log_file: Path, stopped: Callable[[], bool] = lambda: False
-) -> Iterator[None]:
+) -> Iterator[bool]:
     """If this node has no keeper, start one that ends with the block, and its engines with it. A
-    keeper that is there already is used, and stays. Stops waiting for it when `stopped` becomes
-    true.
+    keeper that is there already is used, and stays. Yields whether one was started. Stops waiting
+    for it when `stopped` becomes true.
+
+    Raises KeeperError when no keeper answers.
     """
     directory = open_runtime_dir(settings.runtime_dir)
-    channel = connected(directory)
-    if channel is not None:
-        channel.close()
-        yield
-        return
-    with open_log(log_file) as output:
-        keeper = SupervisedProcess(
-            _COMMAND,
-            environment=_environment(settings),
-            # The keeper drains within its own grace period; the supervisor's ends later.
-            grace_seconds=settings.grace_seconds + 10,
-            output=output,
-        )
-    try:
-        channel = _wait(
-            directory, log_file, lambda: not stopped(), lambda: keeper.exit_code() is None
-        )
+    with contextlib.ExitStack() as started:
+        keeper: SupervisedProcess | None = None
+
+        def is_running() -> bool:
+            return keeper is not None and keeper.exit_code() is None
+
+        def start() -> Callable[[], bool]:
+            nonlocal keeper
+            with open_log(log_file) as output:
+                keeper = SupervisedProcess(
+                    _COMMAND,
+                    environment=_environment(settings),
+                    # The keeper drains within its own grace period; the supervisor's ends later.
+                    grace_seconds=settings.grace_seconds + 10,
+                    output=output,
+                )
+            started.callback(keeper.stop)
+            return is_running
+
+        channel = _wait(directory, log_file, start, stopped)
         if channel is not None:
             channel.close()
-        yield
-    finally:
-        keeper.stop()
+        yield is_running()
 
 
 def node_device(settings: Settings) -> Device:
@@ -143,22 +135,53 @@ def node_device(settings: Settings) -> Device:
 def _wait(
     directory: Path,
     log_file: Path,
-    keep_waiting: Callable[[], bool],
-    is_starting: Callable[[], bool],
+    start: Callable[[], Callable[[], bool]] | None,
+    stopped: Callable[[], bool],
 ) -> KeeperChannel | None:
+    """Connect to the keeper; None when `stopped` became true. `start` starts one, with its output
+    in `log_file`, and returns what tells whether it still runs.
+    """
     begun = time.monotonic()
+    retry_at = 0.0
+
+    def is_running() -> bool:
+        return False
+
     while (channel := connected(directory)) is None:
-        if not keep_waiting():
+        if stopped():
             return None
-        waited = time.monotonic() - begun
-        if waited > _SLOW_START_SECONDS or (waited > _ANSWER_SECONDS and not is_starting()):
-            raise KeeperError(
-                f"no keeper answers in {directory}. One that is a service of its own "
-                "(KEEPWARM_START_KEEPER=false) must run, as the same user and with the same "
-                f"KEEPWARM_RUNTIME_DIR; the log of any other ended with:\n{quoted_tail(log_file)}"
-            )
+        now = time.monotonic()
+        may_start = start is not None and now >= retry_at
+        is_late = now - begun > _ANSWER_SECONDS
+        if may_start or is_late:
+            own = is_running()
+            other = not own and is_locked(keeper_lock(directory))
+            # A keeper that finds the directory locked, by another or by one that is ending, ends
+            # at once. So wait for the other one's end, and try again.
+            if start is not None and may_start and not (own or other):
+                if not retry_at:
+                    begun = now  # the wait for the other one is over
+                retry_at = now + _RETRY_SECONDS
+                is_running = start()
+            elif now - begun > _SLOW_START_SECONDS or (is_late and not (own or other)):
+                raise KeeperError(_no_answer(directory, log_file, other, start is None))
         time.sleep(_POLL_SECONDS)
     return channel
+
+
+def _no_answer(directory: Path, log_file: Path, is_other: bool, is_service: bool) -> str:
+    if is_other:
+        return (
+            f"the keeper in {directory} does not answer: it may still be stopping its engines. "
+            "Rerun the command later; if that fails again, end the process `keepwarm keeper`"
+        )
+    if is_service:
+        return (
+            f"no keeper answers in {directory}. It must run as a service of its own "
+            "(KEEPWARM_START_KEEPER=false), as the same user and with the same KEEPWARM_RUNTIME_DIR"
+        )
+    last = "".join(log_tail(log_file, 1)) or "(nothing)"
+    return f"no keeper answers in {directory}. The last line of its log, {log_file}, is: {last}"
 
 
 def _start(settings: Settings, log_file: Path) -> IO[bytes]:

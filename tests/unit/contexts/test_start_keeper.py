@@ -116,3 +116,66 @@ def test_while_another_has_the_lock_none_is_started(
 
     assert start_keeper.open_keeper(load_settings(), there) is None
     assert next(looks) > 20
+
+
+def test_a_run_waits_for_the_end_of_another_keeper_and_then_starts_its_own(
+    place: Path, tmp_path: Path
+) -> None:
+    # As right after `kill -9` of a run: its keeper still stops its engine.
+    lock = take_lock(keeper_lock(place))
+    assert lock is not None
+    looks = count()
+
+    def look() -> bool:
+        if next(looks) == 200:
+            os.close(lock)
+        return False
+
+    log_file = tmp_path / "keeper.log"
+    with start_keeper.temporary_keeper(load_settings(), log_file, look):
+        assert next(looks) > 200
+        channel = start_keeper.connected(place)
+        assert channel is not None
+        channel.close()
+    assert start_keeper.connected(place) is None
+    assert "has a keeper already" not in log_file.read_text()
+
+
+def test_a_run_starts_its_keeper_again_when_it_ended(
+    keepers: Keepers, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start_keeper, "_ANSWER_SECONDS", 60.0)
+    keepers("exit 1")
+    with start_keeper.temporary_keeper(
+        load_settings(), tmp_path / "keeper.log", lambda: len(started(place)) > 2
+    ):
+        assert len(started(place)) > 2
+
+
+def test_a_keeper_that_ends_without_an_answer_is_reported_with_its_last_line_alone(
+    keepers: Keepers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start_keeper, "_RETRY_SECONDS", 60.0)
+    keepers("echo first; echo no room >&2; exit 1")
+    with (
+        pytest.raises(KeeperError, match="no room") as raised,
+        start_keeper.temporary_keeper(load_settings(), tmp_path / "keeper.log"),
+    ):
+        pass
+    assert "first" not in str(raised.value)
+
+
+def test_another_keeper_that_does_not_end_is_reported_as_such(
+    keepers: Keepers, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start_keeper, "_SLOW_START_SECONDS", 0.2)
+    keepers("exec sleep 600")
+    lock = take_lock(keeper_lock(place))
+    assert lock is not None
+    with (
+        pytest.raises(KeeperError, match="may still be stopping its engines"),
+        start_keeper.temporary_keeper(load_settings(), tmp_path / "keeper.log"),
+    ):
+        pass
+    os.close(lock)
+    assert not started(place)
