@@ -88,6 +88,7 @@ class LocalRun:
         self._failure: BaseException | None = None
         self._published = Progress(0, 0, 0)
         self._private_node: PrivateNode | None = None
+        self._has_temporary_keeper = False
         self._node_restarts = 0
         self._committed = threading.Event()
         self._borrowed: BorrowedBroker | None = None
@@ -117,7 +118,7 @@ class LocalRun:
                 if self._stopped_by is None:
                     raise
                 return self._stopped_by
-            services.callback(self._observer.phase, "stopping the engine and RabbitMQ")
+            services.callback(self._observer.phase, self._last_phase())
             collector = Collector(self._store, settings)
             metrics = services.enter_context(MetricsServer(settings))
             metrics.serve(collector, {"/sd": collector.targets})
@@ -226,7 +227,17 @@ class LocalRun:
     def _start_keeper(self, services: ExitStack) -> None:
         """Start a keeper for this run's engine, unless the node has one."""
         log_file = self._logs / "keeper.log"
-        services.enter_context(temporary_keeper(self._settings, log_file, self._is_stopped))
+        self._has_temporary_keeper = services.enter_context(
+            temporary_keeper(self._settings, log_file, self._is_stopped)
+        )
+
+    def _last_phase(self) -> str | None:
+        """What the end of the run waits for. A keeper that was there before, and a broker that the
+        run did not start, stay.
+        """
+        ends = ["the engine"] if self._has_temporary_keeper else []
+        ends += ["RabbitMQ"] if self._private_node is not None else []
+        return f"stopping {' and '.join(ends)}" if ends else None
 
     def _start_thread(self, name: str, work: Callable[[], None]) -> threading.Thread:
         def guarded() -> None:

@@ -4,8 +4,10 @@ import io
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -220,3 +222,34 @@ def test_a_run_with_outcomes_of_other_claims_ends_with_what_to_do(
     collector = SimpleNamespace(waiting_for=None)
     with pytest.raises(RunIncomplete, match="rerun the command to remove them"):
         make_run()._watch([], threading.Thread(), collector, load_settings())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "lent", "temporary", "shown"),
+    [
+        ({}, True, False, None),
+        ({}, False, True, "stopping the engine and RabbitMQ"),
+        ({}, False, False, "stopping RabbitMQ"),
+        ({"broker_url": "amqp://broker/"}, False, True, "stopping the engine"),
+        ({"broker_url": "amqp://broker/"}, False, False, None),
+    ],
+    ids=["the keeper's", "its own", "its own broker", "its own keeper", "the user's broker"],
+)
+def test_the_end_of_a_run_names_what_it_stops_and_nothing_that_stays(
+    settings: dict[str, object],
+    lent: bool,
+    temporary: bool,
+    shown: str | None,
+    make_run: MakeRun,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    broker = MagicMock(url="amqp://keepwarm@127.0.0.1:1/", password="secret")
+    module = "services.local.local_run"
+    monkeypatch.setattr(f"{module}.borrow_broker", lambda *_: broker if lent else None)
+    monkeypatch.setattr(f"{module}.PrivateNode", lambda *_: broker)
+    monkeypatch.setattr(f"{module}.temporary_keeper", lambda *_: nullcontext(temporary))
+    run = make_run(**settings)
+    monkeypatch.setattr(run, "_check_broker", lambda: None)
+    with ExitStack() as services:
+        run._start_broker(services)
+        assert run._last_phase() == shown
