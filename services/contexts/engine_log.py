@@ -94,6 +94,11 @@ _REMEDIES = tuple(
             "vLLM (KEEPWARM_ENGINE_PYTHON)",
         ),
         (
+            r"Cannot find any model weights",
+            "The model's directory has no weights that vLLM reads (*.safetensors, *.bin, *.pt): "
+            "fetch them (`git lfs pull` in a clone), or give the model's name on the hub",
+        ),
+        (
             r"\.py: error: ",
             "vLLM rejects its arguments: correct --engine-argument, or KEEPWARM_ENGINE_ARGUMENTS",
         ),

@@ -9,6 +9,7 @@ import structlog
 from services.contracts import ContextSpec
 from services.contracts.errors import ModelError, UsageError
 from services.models.fingerprint import ProgressCallback, fingerprint, sampled_fingerprint
+from services.models.weights import check_model
 
 _ADAPTER_CONFIG = "adapter_config.json"
 # For each kind of directory: the file that it must have, and the rest of the error message.
@@ -104,7 +105,8 @@ def _pin_directory(
 ) -> tuple[str, str]:
     """The absolute path of a local model or adapter, and its revision.
 
-    Raises ModelError if it is not there, cannot be read, or is not of the `revision` wanted.
+    Raises ModelError if it is not there, cannot be read, is not complete, or is not of the
+    `revision` wanted.
     """
     required, hint = _DIRECTORIES[kind]
     try:
@@ -116,6 +118,8 @@ def _pin_directory(
             f"there is no {kind} at {directory}: it must be a directory with {required}{hint}"
         )
     try:
+        if kind == "model":
+            check_model(directory)
         found = _fingerprint(directory, revision, cache_dir, on_progress)
     except OSError as error:
         raise ModelError(

