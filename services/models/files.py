@@ -9,7 +9,7 @@ import structlog
 from services.contracts import ContextSpec
 from services.contracts.errors import ModelError, UsageError
 from services.models.fingerprint import ProgressCallback, fingerprint, sampled_fingerprint
-from services.models.weights import check_model
+from services.models.weights import check_adapter, check_model
 
 _ADAPTER_CONFIG = "adapter_config.json"
 # For each kind of directory: the file that it must have, and the rest of the error message.
@@ -179,6 +179,24 @@ def _check_adapter(spec: ContextSpec) -> None:
             f"the adapter {spec.adapter} has rank {rank}; by default engines load at most rank "
             f"{MAX_ADAPTER_RANK}. Add --engine-argument=--max-lora-rank={needed}"
         )
+    assert spec.adapter is not None
+    if is_local(spec.adapter):
+        check_adapter_weights(
+            Path(spec.adapter), Path(spec.model) if is_local(spec.model) else None
+        )
+
+
+def check_adapter_weights(adapter: Path, model: Path | None) -> None:
+    """Raises ModelError for an adapter in this directory that has no weights, or does not fit the
+    model in the directory `model`; without one they are not compared.
+    """
+    try:
+        check_adapter(adapter, model)
+    except OSError as error:
+        raise ModelError(
+            f"the adapter {adapter} cannot be read: {error.filename}: {error.strerror}; correct "
+            "its permissions"
+        ) from error
 
 
 def adapter_as_model(spec: ContextSpec) -> ContextSpec:

@@ -23,6 +23,7 @@ from services.broker import PrivateNode
 from tests.conftest import REPOSITORY, SHARED_DATA, remove_at_once, sample_lines
 from tests.integration.conftest import PATIENCE, Command, is_worker, wait_until
 from tests.integration.runs import keepers, wait_for_the_first_of, warm_here
+from tests.safetensors_files import write_safetensors
 
 Start = Callable[..., Command]
 CLAIMS = str(REPOSITORY / "samples" / "claims.jsonl")
@@ -148,7 +149,8 @@ def test_a_run_with_an_adapter_is_answered_by_it(command: Start, out: Path, tmp_
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
     # The test engine's answers go by the length of the adapter's path.
     adapter = adapter.rename(tmp_path / ("adapter" + "r" * (1 + -len(str(adapter)) % 3)))
-    (adapter / "adapter_model.safetensors").touch()
+    lora = {"layers.0.lora_A.weight": (8, 4)}
+    write_safetensors(adapter / "adapter_model.safetensors", lora)
     for name, flags in (("base", ()), ("adapted", ("--adapter", str(adapter)))):
         running = command("run", CLAIMS, "--limit", "20", "--out", str(out / name), *flags)
         assert running.wait() == 0, running.output

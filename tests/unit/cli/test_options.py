@@ -13,6 +13,7 @@ from services.cli.context_options import context_from_flags
 from services.contracts import ContextSpec, PromptSpec, load_settings
 from services.contracts.errors import InputError, ModelError, UsageError
 from services.models import hub
+from tests.safetensors_files import write_safetensors
 from tests.unit.clock import Clock
 
 
@@ -83,6 +84,8 @@ def test_an_adapter_is_part_of_the_context(models: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(models)
     (models / "adapter").mkdir()
     (models / "adapter" / "adapter_config.json").write_text('{"r": 8}')
+    lora = {"layers.0.lora_A.weight": (8, 4)}
+    write_safetensors(models / "adapter" / "adapter_model.safetensors", lora)
     with_one = context("a", adapter="adapter")
     assert with_one.adapter == str(models / "adapter")
     assert with_one.base == context("a")

@@ -22,6 +22,7 @@ from services.contracts.errors import ModelError, UsageError
 from services.models import hub
 from services.models.files import is_local, model_file, pin_model, weights_bytes
 from services.models.fingerprint import fingerprint as fingerprint_of_files
+from tests.safetensors_files import write_safetensors
 
 MIB = 1024**2
 
@@ -193,7 +194,7 @@ def adapter_dir(tmp_path: Path) -> Path:
     directory = tmp_path / "adapter"
     directory.mkdir()
     (directory / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 16}')
-    (directory / "adapter_model.safetensors").write_bytes(b"weights")
+    write_safetensors(directory / "adapter_model.safetensors", {"layers.0.lora_A.weight": (8, 4)})
     return directory
 
 
@@ -207,7 +208,7 @@ def test_an_adapter_is_pinned_like_its_model(model_dir: Path, adapter_dir: Path)
     assert pinned.adapter_revision is not None and pinned.adapter_revision.startswith("files-")
     assert pin_model(pinned) == pinned
     assert pinned.base == pin_model(ContextSpec(model=str(model_dir)))
-    (adapter_dir / "adapter_model.safetensors").write_bytes(b"trained")
+    write_safetensors(adapter_dir / "adapter_model.safetensors", {"layers.0.lora_A.weight": (8, 5)})
     other = pin_model(with_adapter(model_dir, adapter_dir))
     assert other.context_id != pinned.context_id
     with pytest.raises(ModelError, match="adapter at .* but files-.* is required: its"):

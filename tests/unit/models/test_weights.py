@@ -112,3 +112,99 @@ def test_each_file_that_the_index_of_weights_names_must_be_there(weights: Path) 
     index.write_text('{"weight_map": []}')
     with pytest.raises(ModelError, match="has no map of weights to files"):
         pin_model(spec)
+
+
+# Adapters.
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def lora(module: str, rows: int, columns: int, rank: int = 8) -> Shapes:
+    name = f"base_model.model.{module}.lora_"
+    return {f"{name}A.weight": (rank, columns), f"{name}B.weight": (rows, rank)}
+
+
+def attention(layer: int, prefix: str = "model.layers") -> Shapes:
+    module = f"{prefix}.{layer}.self_attn"
+    return lora(f"{module}.q_proj", HIDDEN, HIDDEN) | lora(f"{module}.k_proj", OUT, HIDDEN)
+
+
+def pinned(weights: Path, shapes: Shapes | None) -> ContextSpec:
+    adapter = weights.parent.parent / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"r": 8}')
+    if shapes is not None:
+        write_safetensors(adapter / "adapter_model.safetensors", shapes)
+    return pin_model(ContextSpec(model=str(weights.parent), adapter=str(adapter)))
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        attention(0) | attention(1),
+        attention(0, "model.language_model.layers"),  # another prefix for the same layers
+        lora("lm_head", 8, HIDDEN),  # its weights may be those of the embedding
+        {"base_model.model.model.embed_tokens.lora_embedding_A": (8, 8)},
+        lora("model.layers.0.mlp.experts", 1, 2),
+        attention(0) | lora("model.layers.0.self_attn.qkv_proj", 1, 2),  # one that vLLM splits
+    ],
+)
+def test_an_adapter_that_fits_its_model_is_accepted(shapes: Shapes, weights: Path) -> None:
+    assert pinned(weights, shapes).adapter_revision
+
+
+@pytest.mark.parametrize(
+    ("shapes", "says"),
+    [
+        (None, r"has no weights: adapter_model\.safetensors is absent\. Save it again"),
+        ({}, "no tensor of a LoRA adapter, so that all answers would be the model's own"),
+        (
+            lora("transformer.h.0.attn.c_attn", 3 * HIDDEN, HIDDEN),
+            r"the model has no module for base_model\.model\.transformer\.h\.0\.attn\.c_attn\. If",
+        ),
+        (attention(1) | attention(LAYERS), r"has no module for .*\.layers\.2\.self_attn\.q_proj"),
+        (
+            attention(0) | lora("model.layers.1.self_attn.q_proj", HIDDEN, 500),
+            r"1\.self_attn\.q_proj has lora_A of 8x500, lora_B of 576x8, and 576x576 weights",
+        ),
+        (
+            lora("model.layers.1.self_attn.k_proj", HIDDEN, HIDDEN),
+            "lora_A of 8x576, lora_B of 576x8, and 192x576 weights",
+        ),
+    ],
+)
+def test_an_adapter_that_does_not_fit_its_model_is_refused(
+    shapes: Shapes | None, says: str, weights: Path
+) -> None:
+    with pytest.raises(ModelError, match=says):
+        pinned(weights, shapes)
+
+
+def test_a_truncated_adapter_is_refused(weights: Path) -> None:
+    spec = pinned(weights, attention(0))
+    cut(Path(spec.adapter or "", "adapter_model.safetensors"))
+    with pytest.raises(
+        ModelError, match=rf"adapter_model\.safetensors is incomplete.*{FETCH_AGAIN}"
+    ):
+        pin_model(spec.model_copy(update={"adapter_revision": None}))
+
+
+def test_weights_that_may_be_packed_or_transposed_are_not_taken_for_a_misfit(
+    weights: Path,
+) -> None:
+    quantized = {"model.layers.0.self_attn.q_proj.weight": (HIDDEN * HIDDEN // 2, 1)}
+    write_safetensors(weights, quantized, dtype="U8")
+    assert pinned(weights, lora("model.layers.0.self_attn.q_proj", HIDDEN, HIDDEN))
+    write_safetensors(weights, {"h.0.attn.c_attn.weight": (HIDDEN, 3 * HIDDEN)})
+    adapter = weights.parent.parent / "adapter"
+    shapes = lora("transformer.h.0.attn.c_attn", 3 * HIDDEN, HIDDEN)
+    write_safetensors(adapter / "adapter_model.safetensors", shapes)
+    assert pin_model(ContextSpec(model=str(weights.parent), adapter=str(adapter)))
+
+
+def test_an_adapter_in_another_format_is_left_to_the_engine(weights: Path) -> None:
+    adapter = weights.parent.parent / "adapter"
+    spec = pinned(weights, attention(0))
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    assert pin_model(spec.model_copy(update={"adapter_revision": None}))
