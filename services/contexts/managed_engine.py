@@ -29,7 +29,12 @@ from services.contracts.errors import (
     ModelError,
 )
 from services.contracts.startup import StartupPhases
-from services.models.files import adapter_as_model, is_local, weights_bytes
+from services.models.files import (
+    adapter_as_model,
+    check_adapter_weights,
+    is_local,
+    weights_bytes,
+)
 from services.node.memory import available_bytes
 
 _POLL_SECONDS = 0.1
@@ -80,6 +85,7 @@ class ManagedEngine:
         self._wake_up = threading.Event()
         self._lock = threading.Lock()
         self._loading = threading.Lock()
+        self._model_directory = Path(plan.spec.model) if is_local(plan.spec.model) else None
         self._last_used = awake()
         self.contexts = frozenset({plan.spec.context_id})
         """The contexts that workers asked for: the plan's own, or one for each adapter."""
@@ -155,6 +161,8 @@ class ManagedEngine:
             )
             if directory is None:
                 return
+            if not (is_local(spec.adapter) and is_local(spec.model)):  # else pin_model has done it
+                check_adapter_weights(directory, self._model_directory)
             with self._loading:
                 self._engine.load_adapter(spec.context_id, directory)
         except (EngineRequestError, ModelError) as error:
@@ -379,8 +387,10 @@ class ManagedEngine:
             return None
         started = time.monotonic()
         self.report_progress("fetching weights")
-        if fetch(self.plan.spec, self.plan.environment, self._stop.is_set) is None:
+        directory = fetch(self.plan.spec, self.plan.environment, self._stop.is_set)
+        if directory is None:
             raise _StartCancelled
+        self._model_directory = directory
         self.report_progress("")
         return round(time.monotonic() - started, 3)
 

@@ -38,6 +38,7 @@ from services.contracts.errors import EngineRequestError, EngineStartError, Keep
 from services.node.device import Device
 from services.node.runtime_dir import keeper_socket
 from tests.conftest import remove_at_once
+from tests.safetensors_files import write_safetensors
 
 # httpcore leaves a socket that could not connect to Python's garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
@@ -210,6 +211,23 @@ def test_an_adapter_that_the_engine_refuses_is_reported_and_its_engine_stays(
     assert f"the adapter {plan.spec.adapter} cannot be used with {plan.spec.model}" in reply.error
     assert "No adapter found" in reply.error
     assert managed.record.state == "warm"
+
+
+def test_an_adapter_from_the_hub_that_does_not_fit_the_model_is_not_loaded(
+    start: Callable[..., Node], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = start()
+    monkeypatch.setattr("services.contexts.managed_engine.fetch", lambda *_: tmp_path / "fetched")
+    (tmp_path / "a").mkdir()
+    write_safetensors(tmp_path / "a" / "model.safetensors", {"layers.0.q_proj.weight": (8, 8)})
+    plan = adapter_plan(node, tmp_path, "fetched")
+    spec = plan.spec.model_copy(update={"adapter": "org/adapter", "adapter_revision": "c0ffee"})
+    weights = tmp_path / "fetched" / "adapter_model.safetensors"
+    write_safetensors(weights, {"h.0.c_attn.lora_A.weight": (4, 8)})
+    managed, reply = lease(node, plan.model_copy(update={"spec": spec}))
+    assert "the adapter org/adapter cannot be used" in reply.error
+    assert "the model has no module for h.0.c_attn" in reply.error
+    assert managed.record.state == "warm" and not managed.record.adapters
 
 
 def test_a_second_keeper_of_the_same_directory_is_refused(start: Callable[..., Node]) -> None:
