@@ -97,7 +97,7 @@ def _mismatch(
             shape for weight in weights if weight for shape in (weight, weight[::-1])
         }:
             sizes = " or ".join(_size(weight) for weight in weights if weight)
-            return f"{module} has lora_A of {_size(a)}, lora_B of {_size(b)}, and {sizes} weights"
+            return f"{module} has lora_A of {_size(a)} and lora_B of {_size(b)} for {sizes} weights"
     return None
 
 

@@ -166,11 +166,11 @@ def test_an_adapter_that_fits_its_model_is_accepted(shapes: Shapes, weights: Pat
         (attention(1) | attention(LAYERS), r"has no module for .*\.layers\.2\.self_attn\.q_proj"),
         (
             attention(0) | lora("model.layers.1.self_attn.q_proj", HIDDEN, 500),
-            r"1\.self_attn\.q_proj has lora_A of 8x500, lora_B of 576x8, and 576x576 weights",
+            r"1\.self_attn\.q_proj has lora_A of 8x500 and lora_B of 576x8 for 576x576 weights",
         ),
         (
             lora("model.layers.1.self_attn.k_proj", HIDDEN, HIDDEN),
-            "lora_A of 8x576, lora_B of 576x8, and 192x576 weights",
+            "lora_A of 8x576 and lora_B of 576x8 for 192x576 weights",
         ),
     ],
 )
