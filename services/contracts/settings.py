@@ -231,7 +231,9 @@ class Settings(BaseSettings):
     @field_validator("store_url")
     @classmethod
     def _without_tilde(cls, url: str | None) -> str | None:
-        return str(_expanded(Path(url))) if url is not None and url.startswith("~") else url
+        # A directory named `~` would be dangerous to delete.
+        found = re.fullmatch(r"(sqlite[^:]*:///|)(~.*)", url or "", re.DOTALL)
+        return f"{found[1]}{_expanded(Path(found[2]))}" if found else url
 
     @field_validator(
         "broker_password_file",

@@ -46,7 +46,9 @@ def test_a_user_without_a_home_directory_is_asked_for_a_store(
     assert "no home directory" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["--store=~/{}", "--store", "environment"])
+@pytest.mark.parametrize(
+    "flag", ["--store=~/{}", "--store=sqlite:///~/{}", "--store", "environment"]
+)
 def test_a_tilde_is_the_home_directory_wherever_it_is_given(
     flag: str,
     keepwarm: Keepwarm,

@@ -234,16 +234,15 @@ def test_caches_are_in_the_temporary_directory_where_the_home_directory_is_not_t
     assert load_settings().cache_dir == private_tmp() / "cache"
 
 
-@pytest.mark.parametrize("url", ["~/x.sqlite", "~someone-else/x"])
+@pytest.mark.parametrize("scheme", ["", "sqlite:///"])
 def test_a_stores_path_may_begin_with_a_tilde(
-    url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    scheme: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    if url.startswith("~/"):
-        assert load_settings(store_url=url).store == str(tmp_path / "x.sqlite")
-    else:
-        with pytest.raises(UsageError, match="KEEPWARM_STORE_URL: .* no such user"):
-            load_settings(store_url=url)
+    monkeypatch.setenv("KEEPWARM_STORE_URL", f"{scheme}~/x.sqlite")
+    assert load_settings().store == f"{scheme}{tmp_path / 'x.sqlite'}"
+    with pytest.raises(UsageError, match="KEEPWARM_STORE_URL: .* no such user"):
+        load_settings(store_url=f"{scheme}~someone-else/x")
 
 
 def test_settings_load_for_a_user_who_has_a_number_but_no_name(
