@@ -1,6 +1,7 @@
 """Opens the store's database: an SQLAlchemy engine for SQLite or PostgreSQL."""
 
 import os
+import re
 import sqlite3
 import time
 from itertools import count
@@ -27,7 +28,8 @@ _KEEPALIVE = {
     "keepalives_count": 4,
     "tcp_user_timeout": 60_000,
 }
-_TLS_STEPS = {
+# Patterns: of a failed connection libpq reports a text without an SQLSTATE.
+_CONNECTION_STEPS = {
     "does not match host name": "Use a name that the certificate contains in the store's URL",
     "does not support SSL": (
         "Turn TLS on in the server; without sslmode in the URL, the network can read what is stored"
@@ -38,6 +40,37 @@ _TLS_STEPS = {
     ),
     "root certificate file": "Set sslrootcert in the URL to the authority's certificate",
     "client certificate": "Set sslcert, and sslkey for its key, in the URL",
+    "Connection refused|No such file": (
+        "Check the host and port in the store's URL, and start the server"
+    ),
+    "failed to resolve host": "Correct the host in the store's URL",
+    "invalid response to SSL": "Check the host and port in the store's URL: this is not PostgreSQL",
+    "timeout expired": "Check the host and port in the store's URL, and the network's firewall",
+    "no pg_hba.conf entry": "Add this host, user and database to the server's pg_hba.conf",
+    "too many (clients|connections)|connection slots": (
+        "End other connections, or raise the server's max_connections"
+    ),
+    "is starting up": "Wait until the server has started, and try again",
+    'database ".*" does not exist': (
+        "Create it with createdb -E UTF8 -T template0, or correct its name in the store's URL"
+    ),
+    'role ".*" (does not exist|is not permitted)': (
+        "Create this user with the right to log in, or correct its name in the store's URL"
+    ),
+    'permission denied for database "': "Grant this user CONNECT on it",
+    "connection is bad: invalid|invalid (connection option|URI)": (
+        "Correct the options in the store's URL; "
+        "https://www.postgresql.org/docs/current/libpq-connect.html lists them"
+    ),
+}
+# https://www.postgresql.org/docs/current/errcodes-appendix.html
+_STEPS_BY_STATE = {
+    "42501": (
+        "Use another user, or grant this one SELECT, INSERT, UPDATE and DELETE on all tables and "
+        "USAGE on all sequences; to create the tables, CREATE on the schema"
+    ),
+    "53100": "Free disk space on the database server",
+    "25006": "Use a server, or a user, that may write",
 }
 # PostgreSQL's errors about the values of a row: cardinality, data, integrity,
 # check option, program limit (a row or an index entry that is too large), RAISE in a trigger.
@@ -152,12 +185,29 @@ def _refuse_plaintext(url: URL, settings: Settings) -> None:
             )
 
 
-def next_step(why: str) -> str:
-    """The next step for a database's error message; libpq's errors about TLS have their own."""
-    for words, step in _TLS_STEPS.items():
-        if words in why:
+def failure(url: URL, cause: BaseException) -> str:
+    """The message for a database's error: what it reports, on one line, and the next step."""
+    lines = str(cause).strip().splitlines() or [type(cause).__name__]
+    # Indented lines are libpq's own advice and, after "LINE 1:", the place in the SQL.
+    why = " ".join(
+        line.strip() for line in lines if not line[:1].isspace() and not line.startswith("LINE ")
+    )
+    return f"the store {redacted(url)} failed: {why.rstrip('.')}. {_next_step(cause, why)}"
+
+
+def _next_step(cause: BaseException, why: str) -> str:
+    state = getattr(cause, "sqlstate", None)
+    if isinstance(cause, sqlite3.Error):
+        return "Check that it exists, that this user may write to it, and that its disk is not full"
+    if state is not None:
+        return _STEPS_BY_STATE.get(state, "See the server's log")
+    for pattern, step in _CONNECTION_STEPS.items():
+        if re.search(pattern, why):
             return step
-    return "Check that it exists, that this user may write to it, and that its disk is not full"
+    connection = getattr(cause, "pgconn", None)
+    if connection is not None and connection.used_password:
+        return "Set the right password with KEEPWARM_STORE_PASSWORD or KEEPWARM_STORE_PASSWORD_FILE"
+    return "Check the store's URL, and that the server is running"
 
 
 def is_value_error(cause: BaseException) -> bool:
@@ -175,8 +225,9 @@ def is_value_error(cause: BaseException) -> bool:
 
 
 def redacted(url: URL) -> str:
-    """The URL without a password, wherever in the URL it is."""
-    return url.set(query={}).render_as_string(hide_password=True)
+    """The URL as the user writes it, without a password, wherever in the URL it is."""
+    shown = url.set(drivername=url.get_backend_name(), query={})
+    return shown.render_as_string(hide_password=True)
 
 
 def _prepare_sqlite_file(url: URL, *, create: bool) -> None:

@@ -101,7 +101,7 @@ def lock_schema(connection: Connection) -> None:
 def version_error(url: URL, version: int | None, *, reads_only: bool = False) -> StoreError:
     if reads_only and version in UPGRADABLE:
         return StoreError(
-            f"the store {redacted(url)} has schema version {version or 'none'} and must be "
+            f"the store {redacted(url)} has schema version {version} and must be "
             f"upgraded to version {SCHEMA_VERSION}, which this user cannot do; ask its owner to "
             "run `keepwarm status` on it once, or copy the file"
         )

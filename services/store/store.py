@@ -41,9 +41,9 @@ from services.contracts.errors import StoreError, StoreRefused
 from services.contracts.runs import InputSummary
 from services.contracts.wire import Message
 from services.store.database import (
+    failure,
     is_read_only,
     is_value_error,
-    next_step,
     open_engine,
     redacted,
     require_utf8,
@@ -145,10 +145,10 @@ class Store:
 
     @classmethod
     def open(cls, settings: Settings, *, create: bool = True) -> "Store":
-        """Open the store, and create or upgrade its tables.
+        """Open the store, and upgrade its tables; with `create`, create them if there are none.
 
-        Raises StoreError if it cannot be used or cannot store every claim's text, UsageError if
-        the URL is invalid.
+        Raises StoreError if it cannot be used, cannot store every claim's text or, without
+        `create`, has no tables; UsageError if the URL is invalid.
         """
         engine = open_engine(settings, create=create)
         store = cls(engine)
@@ -156,7 +156,14 @@ class Store:
             with store.transaction() as connection:
                 require_utf8(connection)
                 reads_only = not create and is_read_only(engine.url)
-                version = schema_version(connection) if reads_only else upgrade(connection)
+                version = schema_version(connection)
+                if version is None and not create:
+                    raise StoreError(
+                        f"the store {redacted(engine.url)} has no runs yet; `keepwarm collect` or "
+                        "`keepwarm run` with this store adds them"
+                    )
+                if not reads_only:
+                    version = upgrade(connection)
                 if version != SCHEMA_VERSION:
                     raise version_error(engine.url, version, reads_only=reads_only)
         except BaseException:
@@ -181,16 +188,13 @@ class Store:
                 yield connection
         except (SQLAlchemyError, OverflowError, UnicodeError) as error:
             cause = getattr(error, "orig", None) or error
-            why = str(cause).strip()
             if is_value_error(cause):
+                why = str(cause).strip().splitlines()[0]
                 # Only the first line: PostgreSQL's further lines quote the row.
                 raise StoreRefused(
-                    f"the store {redacted(self._engine.url)} refuses a value: {why.splitlines()[0]}"
+                    f"the store {redacted(self._engine.url)} refuses a value: {why}"
                 ) from error
-            raise StoreError(
-                f"the store {redacted(self._engine.url)} failed: {why.rstrip('.')}. "
-                f"{next_step(why)}"
-            ) from error
+            raise StoreError(failure(self._engine.url, cause)) from error
 
     def write(self, incoming: Incoming) -> int:
         """Write all messages or none, and return how many verdicts were the first of their claims.

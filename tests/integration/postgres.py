@@ -135,6 +135,14 @@ class PostgreSQL:
         self.start()
         return f"postgresql://keepwarm@localhost:{port}/{name}"
 
+    def require_passwords(self, user: str) -> None:
+        """The server is started again, and this user has to have a password."""
+        (self._data / "pg_hba.conf").write_text(
+            f"local all {user} scram-sha-256\nlocal all all trust\n"
+        )
+        self.stop(signal.SIGINT)
+        self.start()
+
     @contextmanager
     def pooled(self) -> Iterator[str]:
         """A PgBouncer in front of it that gives a connection for one transaction at a time: its

@@ -94,6 +94,30 @@ def test_a_database_that_cannot_hold_every_claim_is_refused_when_it_is_opened(
     assert f"has the encoding {encoding}" in said and "createdb -E UTF8 -T template0" in said
 
 
+def test_a_password_a_user_or_a_database_that_is_wrong_is_reported_with_the_next_step(
+    own_server: PostgreSQL, opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = own_server.new_database()
+    with psycopg.connect(url) as server:
+        server.execute("CREATE ROLE reader LOGIN PASSWORD 'right'")
+    own_server.require_passwords("reader")
+    reader = url.replace("keepwarm@", "reader@")
+    with pytest.raises(StoreError, match="no password supplied. Set the right password with KEEP"):
+        opened(reader)
+    monkeypatch.setenv("KEEPWARM_STORE_PASSWORD", "wrong")
+    with pytest.raises(StoreError, match="KEEPWARM_STORE_PASSWORD or KEEPWARM_STORE_PASSWORD_FILE"):
+        opened(reader)
+    with pytest.raises(StoreError, match="Create it with createdb"):
+        opened(url.replace("/keepwarm1", "/none"))
+    with pytest.raises(StoreError, match="Create this user"):
+        opened(url.replace("keepwarm@", "nobody@"))
+    monkeypatch.setenv("KEEPWARM_STORE_PASSWORD", "right")
+    with pytest.raises(StoreError, match="permission denied for schema public. Use another user"):
+        opened(reader)
+    with pytest.raises(StoreError, match="has no runs yet"):
+        Store.open(load_settings(store_url=reader), create=False)
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"text": "NUL \0"}, {"text": "lone \ud800"}, {"position": 2**63}, {"text": None}],

@@ -8,17 +8,18 @@ from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from types import SimpleNamespace
 
+import psycopg
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy import select
+from sqlalchemy import make_url, select
 from sqlalchemy.dialects import sqlite
 
 from services.contracts import DeadReason, Run, StartupPhases, Verdict, VerdictBatch, load_settings
 from services.contracts.control import MAX_CANCELLED
 from services.contracts.errors import StoreError, StoreRefused, UsageError
 from services.store import Incoming, Store, build_report, find_run, run_status
-from services.store.database import checked_url, next_step
+from services.store.database import checked_url, failure
 from services.store.schema import SCHEMA_VERSION, is_dead, metadata, outcomes, runs
 from services.store.schema import startups as startups_table
 from tests.older_stores import downgrade
@@ -674,11 +675,45 @@ def test_services_that_open_a_new_store_at_the_same_moment_make_it_once(tmp_path
         ("server does not support SSL, but SSL was required", "Turn TLS on in the server"),
         ("FATAL:  connection requires a valid client certificate", "sslcert"),
         ('root certificate file "/root/.postgresql/root.crt" does not exist', "sslrootcert"),
-        ("disk I/O error", "its disk is not full"),
+        ('role "u" is not permitted to log in', "the right to log in"),
+        ('database "d" does not exist', "createdb"),
+        ('permission denied for database "d"', "Grant this user CONNECT"),
+        ("received invalid response to SSL negotiation: H", "this is not PostgreSQL"),
+        ("something else", "that the server is running"),
     ],
 )
-def test_a_fault_of_the_database_names_the_next_step(why: str, says: str) -> None:
-    assert says in next_step(why)
+def test_an_error_of_postgresql_names_the_next_step(why: str, says: str) -> None:
+    assert says in failure(make_url("postgresql://u@h/d"), psycopg.OperationalError(why))
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("127.0.0.1:1/d", "Connection refused. Check the host and port"),
+        ("localhost/d?host=/no/such/directory", "No such file or directory. Check the host"),
+        ("127.0.0.1/d?sslmode=bad", 'invalid sslmode value: "bad". Correct the options in'),
+        ("no-such-host.localhost.invalid/d?sslmode=verify-full", "Correct the host in the store's"),
+        ("127.0.0.1/d?no_such_option=1", "Correct the options in the store's URL"),
+    ],
+)
+def test_a_connection_to_postgresql_that_fails_names_the_url_as_written_and_the_next_step(
+    url: str, says: str, open_store: Opener
+) -> None:
+    with pytest.raises(StoreError) as failed:
+        open_store(f"postgresql://u@{url}")
+    message = str(failed.value)
+    assert message.startswith(f"the store postgresql://u@{url.partition('?')[0]} failed: ")
+    assert says in message and "\n" not in message and "?" not in message
+
+
+def test_a_place_without_tables_is_not_changed_to_be_read(
+    tmp_path: Path, open_store: Opener
+) -> None:
+    (tmp_path / "empty.sqlite").touch()
+    with pytest.raises(StoreError, match="empty.sqlite has no runs yet; `keepwarm collect`"):
+        open_store(tmp_path / "empty.sqlite", create=False)
+    with closing(sqlite3.connect(tmp_path / "empty.sqlite")) as database:
+        assert database.execute("SELECT name FROM sqlite_master").fetchall() == []
 
 
 # What the database refuses for what it is. The contracts let none of it through; the columns, the
