@@ -29,7 +29,6 @@ from services.contracts import (  # noqa: E402
     StartupPhases,
     WorkerHeartbeat,
 )
-from services.producer import Progress  # noqa: E402
 from services.store import Report, RunStatus  # noqa: E402
 from services.store.report import Quality, Speed, WorkerShare  # noqa: E402
 from services.store.startups import ColdStarts, Startups  # noqa: E402
@@ -159,10 +158,10 @@ def _live(*moments: tuple[float, int, tuple[_Worker, ...]], terminal: bool = Tru
     """The progress after these moments: seconds, claims in the store, and the workers."""
     now = 0.0
     console = _console(terminal=terminal)
-    view = LiveView(console, lines=240, clock=lambda: now)
+    view = LiveView(console, claims=240, clock=lambda: now)
     for now, stored, workers in moments:  # noqa: B007  (the clock reads it)
         status = _RUN.model_copy(update={"done": stored})
-        view.show(status, Progress(240, 240, 0), workers)
+        view.show(status, workers)
     if terminal:
         for line in console.render_lines(view.renderable(), pad=False):
             console.file.write("".join(segment.text for segment in line) + "\n")

@@ -25,10 +25,12 @@ def summary_lines(file: ClaimsFile, summary: InputSummary) -> list[str]:
 
 def _read(file: ClaimsFile, summary: InputSummary) -> str:
     rejected = total(summary.rejected)
+    not_selected = f", {file.not_selected:,} not selected" if file.not_selected else ""
     limited = "" if file.lines == file.records else f"{file.lines:,} of "
     return (
         f"{file.name}: {summary.format} ({kind_of(file)}), {limited}{file.records:,} records: "
         f"{summary.claims:,} claims, {summary.repeated:,} repeated, {rejected:,} rejected"
+        f"{not_selected}"
     )
 
 

@@ -14,7 +14,6 @@ from rich.text import Text
 from services.cli.label_mass import MassWatch
 from services.cli.screen import Screen, duration, say
 from services.local.worker_processes import WORKING
-from services.producer import Progress as Published
 from services.store import RunStatus
 
 _LINE_SECONDS = 5.0
@@ -50,12 +49,12 @@ class LiveView:
     """
 
     def __init__(
-        self, console: Screen, lines: int, clock: Callable[[], float] = time.monotonic
+        self, console: Screen, claims: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`lines` in the input: the estimate of the number of claims until all are sent."""
+        """`claims` in the input."""
         self._console = console
         self._clock = clock
-        self._lines = lines
+        self._claims = claims
         self._printed_at = float("-inf")
         self._line = self._last_line = ""
         self._waiting_for: str | None = None
@@ -86,7 +85,6 @@ class LiveView:
     def show(
         self,
         status: RunStatus | None,
-        published: Published,
         workers: Sequence[ShownWorker],
         *,
         waiting_for: str | None = None,
@@ -96,9 +94,8 @@ class LiveView:
             say(self._console, f"waiting: {waiting_for}")
         self._waiting_for = waiting_for
         stored = 0 if status is None else status.done + status.dead
-        total = max(stored, self._lines - published.rejected)
-        if status is not None and status.total is not None:
-            total = status.total
+        known = None if status is None else status.total
+        total = max(stored, self._claims) if known is None else known
         done = min(total, self._answered(stored, workers))
         task = self._update_task(done, total)
         states = _states(workers)
@@ -162,9 +159,9 @@ def _states(workers: Sequence[ShownWorker]) -> str:
 class RunView:
     """Shows a run to its user: messages, its progress, and what it waits for before and after."""
 
-    def __init__(self, console: Screen, lines: int, mass: MassWatch) -> None:
+    def __init__(self, console: Screen, claims: int, mass: MassWatch) -> None:
         self._console = console
-        self._lines = lines
+        self._claims = claims
         self._mass = mass
         self._live: LiveView | None = None
         self._spinner: Status | None = None
@@ -186,14 +183,13 @@ class RunView:
     def progress(
         self,
         status: RunStatus | None,
-        published: Published,
         workers: Sequence[ShownWorker],
         *,
         waiting_for: str | None,
     ) -> None:
         if self._live is None:
-            self._live = LiveView(self._console, self._lines).__enter__()
-        self._live.show(status, published, workers, waiting_for=waiting_for)
+            self._live = LiveView(self._console, self._claims).__enter__()
+        self._live.show(status, workers, waiting_for=waiting_for)
 
     def workers_stopping(self, *, interrupted: bool) -> None:
         self._close_live()

@@ -8,6 +8,7 @@ from services.cli.claims_options import ClaimsOptions
 from services.cli.input_summary import summary_lines
 from services.cli.screen import Screen, line_progress, say
 from services.contracts import ContextSpec, PromptSpec
+from services.contracts.runs import InputSummary
 from services.models.compiled_prompt import CompiledPrompt
 from services.models.tokenizer import ModelTokenizer
 from services.producer import ClaimsFile, RejectedFile, Source, Submission
@@ -61,8 +62,8 @@ def prepared_submission(
         yield Submission(claims, pinned)
 
 
-def inspect_claims(console: Screen, submission: Submission, rejected: Path) -> None:
-    """Print a summary of the file, and write its rejected lines to `rejected`.
+def inspect_claims(console: Screen, submission: Submission, rejected: Path) -> InputSummary:
+    """Print and return a summary of the file, and write its rejected lines to `rejected`.
 
     Raises InputError when no line is a claim.
     """
@@ -75,3 +76,4 @@ def inspect_claims(console: Screen, submission: Submission, rejected: Path) -> N
         say(console, line)
     if summary.rejected:
         say(console, f"Rejected lines: {rejected}")
+    return summary

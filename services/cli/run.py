@@ -144,7 +144,7 @@ def run(
         database = Store.open(settings)
         resources.callback(database.close)
         refuse_changed_file(submission, database)
-        inspect_claims(console, submission, output_dir / "rejected.jsonl")
+        summary = inspect_claims(console, submission, output_dir / "rejected.jsonl")
         remove_foreign(submission, database, console)
         update_gold(submission, database)
         mass = MassWatch(console, allowed=allow_low_mass)
@@ -152,7 +152,7 @@ def run(
             submission,
             settings,
             database,
-            RunView(console, submission.lines, mass),
+            RunView(console, summary.claims, mass),
             finished_in(database, run_id),
             output_dir=output_dir,
             data_dir=data_dir,

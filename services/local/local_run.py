@@ -20,7 +20,7 @@ from services.contracts.errors import BrokerError, RunIncomplete
 from services.local.worker_processes import WorkerProcess, device_shares, worker_processes
 from services.node.device import find_device
 from services.node.signals import on_stop_signal
-from services.producer import Progress, Submission
+from services.producer import Submission
 from services.producer.submission import Finished
 from services.store import Incoming, RunStatus, Store, run_status
 from services.telemetry import MetricsServer
@@ -42,7 +42,6 @@ class RunObserver(Protocol):
     def progress(
         self,
         status: RunStatus | None,
-        published: Progress,
         workers: Sequence[WorkerProcess],
         *,
         waiting_for: str | None,
@@ -86,7 +85,6 @@ class LocalRun:
         self._workers = workers
         self._stopped_by: int | None = None
         self._failure: BaseException | None = None
-        self._published = Progress(0, 0, 0)
         self._private_node: PrivateNode | None = None
         self._has_temporary_keeper = False
         self._node_restarts = 0
@@ -265,14 +263,10 @@ class LocalRun:
                 batch_size=settings.batch_size,
                 order_by_evidence=settings.order_by_evidence,
                 finished=self._finished,
-                on_progress=self._note_published,
             )
 
     def _note_commit(self, _: Incoming) -> None:
         self._committed.set()
-
-    def _note_published(self, progress: Progress) -> None:
-        self._published = progress
 
     def _waiting_for(self, collector: Collector) -> str | None:
         if collector.waiting_for is not None:
@@ -292,9 +286,7 @@ class LocalRun:
             status = run_status(self._store, self._run_id)
             for worker in workers:
                 worker.update(collector.worker(worker.worker_id), collector.broker_error)
-            self._observer.progress(
-                status, self._published, workers, waiting_for=self._waiting_for(collector)
-            )
+            self._observer.progress(status, workers, waiting_for=self._waiting_for(collector))
             if self._store.is_active(self._submission.submission_id) is False:
                 raise RunIncomplete(f"{self._run_id} was cancelled; rerun the command to resume it")
             if status is not None and not publishing.is_alive():

@@ -109,6 +109,8 @@ class ClaimsFile:
         """After `inspect`: labels in `label_map` that no record has."""
         self.ignored_keys: tuple[str, ...] = ()
         """After `inspect`, for the plain format: columns or keys that are not a claim's field."""
+        self.not_selected = 0
+        """After `inspect`: records with no claim that is in `only`."""
         if selection.corpus is not None:
             self._corpus = self._read_corpus(selection.corpus, on_pages)
         self._identity = self._identity_of(file_summary.digest)
@@ -157,6 +159,7 @@ class ClaimsFile:
             for label in self.selection.label_map
             if normalized(label_text(label) or "") in parser.labels_unused
         )
+        self.not_selected = summary.not_selected
         return summary.result()
 
     def _count(
@@ -209,11 +212,15 @@ class ClaimsFile:
                     if self.selection.only is None:
                         summary.add_rejection(found.kind, line.position, parser.record_id(line))
                         on_rejected(found)
+                    else:
+                        summary.not_selected += 1
                     continue
+                selected = False
                 for reading in found:
                     duplicate, claim, _ = known = next(checked)
                     if not self._is_wanted(claim):
                         continue
+                    selected = True
                     if duplicate is Duplicate.LABELLED and self._take_label(claim, reading.label):
                         duplicate = Duplicate.REPEATED
                     if duplicate is Duplicate.REPEATED:
@@ -231,6 +238,7 @@ class ClaimsFile:
                             claim = claim.model_copy(update={"gold": gold})
                             reading = replace(reading, claim=claim, label=label)
                         fresh.append(reading)
+                summary.not_selected += not selected
             summary.add_claims(fresh)
             yield read, [reading.claim for reading in fresh]
 

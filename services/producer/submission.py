@@ -74,9 +74,15 @@ class Submission:
     ) -> InputSummary:
         """Read every claim, write the rejected records, and return the summary.
 
-        Raises InputError when no line is a claim, or no line has a named column.
+        Raises InputError when no line is a claim or selected, or no line has a named column.
         """
         summary = self.file.inspect(rejections.write, on_lines)
+        if summary.claims == 0 and self.file.not_selected:
+            raise InputError(
+                f"{self.file.name}: none of the claims that --only selects from the run of --from "
+                "is in this file; name the file of that run, with the same --format, --column and "
+                "--limit"
+            )
         if summary.claims == 0:
             raise InputError(
                 f"{self.file.name}: none of its {self.lines:,} lines is a claim; "

@@ -45,7 +45,7 @@ class InputCounts:
         self._unlabelled = self._kept_back = self._own_ids = self._partly = 0
         self._numeric_ids = True
         self.claims = self.repeated = self.rejected = 0
-        self.same_content = self.other_label = 0
+        self.not_selected = self.same_content = self.other_label = 0
         self._left_out: dict[int, str] = {}
 
     def add_claims(self, readings: Iterable[Reading]) -> None:

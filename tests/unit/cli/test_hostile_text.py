@@ -45,7 +45,6 @@ from services.contracts import (
     WorkerHeartbeat,
     load_settings,
 )
-from services.producer import Progress
 from services.store import Incoming, Report, RunStatus, Store, export_run, find_run
 from services.store.report import Quality, WorkerShare
 from services.store.startups import ColdStarts, Startups
@@ -195,8 +194,8 @@ def test_engines_checks_and_progress_are_text(bad: list[str]) -> None:
     for screen in screens():
         show(screen, _row("broker", "warning", says))
         say(screen, says)
-        with LiveView(screen, lines=10) as view:
-            view.show(STATUS, Progress(1, 1, 0), [Worker(state=state)], waiting_for=says)
+        with LiveView(screen, claims=10) as view:
+            view.show(STATUS, [Worker(state=state)], waiting_for=says)
         assert_harmless(screen)
 
 

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from services.cli.input_summary import summary_lines
 from services.cli.repeat import claims_to_repeat
 from services.contracts import (
     INVALID,
@@ -18,7 +19,7 @@ from services.contracts import (
     load_settings,
 )
 from services.contracts.errors import InputError, StoreError, UsageError
-from services.producer import ClaimsFile, Selection, Source
+from services.producer import ClaimsFile, RejectedFile, Selection, Source, Submission
 from services.store import Incoming, Store
 
 PROMPT = PromptSpec()
@@ -115,3 +116,26 @@ def test_only_the_wanted_claims_are_read_and_that_is_another_run(tmp_path: Path)
             assert [claim.claim_id for claim in file] == ids
             digests.add(file.source_digest)
     assert len(digests) == 2
+
+
+def test_a_file_with_none_of_the_wanted_claims_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.jsonl"
+    path.write_text('{"id": "a", "claim": "A."}\nnonsense\n')
+    with Source.open(str(path)) as source:
+        file = ClaimsFile(source, PROMPT, Selection(only=frozenset("b")))
+        submission = Submission(file, ContextSpec(model="m"))
+        rejections = RejectedFile(tmp_path / "rejected.jsonl")
+        with (
+            rejections,
+            pytest.raises(InputError, match="none of the claims that --only selects .* is in"),
+        ):
+            submission.inspect(rejections)
+
+
+def test_the_summary_counts_the_records_that_are_not_selected(tmp_path: Path) -> None:
+    path = tmp_path / "claims.jsonl"
+    path.write_text('{"id": "a", "claim": "A."}\nnonsense\n{"id": "b", "claim": "B."}\n')
+    with Source.open(str(path)) as source:
+        file = ClaimsFile(source, PROMPT, Selection(only=frozenset("b")))
+        counts, _ = summary_lines(file, file.inspect())
+    assert counts.endswith("3 records: 1 claims, 0 repeated, 0 rejected, 2 not selected")

@@ -7,7 +7,6 @@ import pytest
 from services.cli.live_view import LiveView
 from services.cli.screen import Screen, duration, line_progress, print_report, show, status_table
 from services.contracts import StartupPhases
-from services.producer import Progress
 from services.store import Report, RunStatus
 from services.store.report import Quality, Speed, WorkerShare
 from services.store.startups import Attaches, ColdStarts, Startups
@@ -302,7 +301,6 @@ class Worker:
 
 
 LOADING = Worker("loading the model, 12 s")
-ALL_SENT = Progress(12_000, 12_000, 0)
 
 
 @pytest.fixture
@@ -323,16 +321,16 @@ def drawn(view: LiveView, console: Screen) -> list[str]:
 def test_progress_without_a_terminal_is_a_line_now_and_then(
     screen: Screen, seen: Seen, clock: Clock
 ) -> None:
-    with LiveView(screen, lines=20_000, clock=clock) as view:
-        view.show(None, Progress(0, 0, 0), [LOADING])
+    with LiveView(screen, claims=20_000, clock=clock) as view:
+        view.show(None, [LOADING])
         clock.now += 4.9
-        view.show(STATUS, ALL_SENT, [Worker()])
+        view.show(STATUS, [Worker()])
         assert seen() == "0 %: 0 of 20,000 claims: loading the model, 12 s\n"
         clock.now += 0.2
-        view.show(STATUS, ALL_SENT, [Worker()])
+        view.show(STATUS, [Worker()])
         assert seen().splitlines()[1:] == ["29 %: 3,463 of 12,000 claims"]
         clock.now += 0.1
-        view.show(STATUS, ALL_SENT, [Worker(answered=1)])
+        view.show(STATUS, [Worker(answered=1)])
     # The last word is not lost, though it came early.
     assert seen().splitlines()[2].startswith("29 %: 3,464 of 12,000 claims")
 
@@ -340,11 +338,11 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
 def test_the_bar_the_percentage_and_the_time_left_fit_eighty_columns(
     terminal: Screen, clock: Clock
 ) -> None:
-    view = LiveView(terminal, lines=10_000_000, clock=clock)
+    view = LiveView(terminal, claims=10_000_000, clock=clock)
     large = but(total=10_000_000, done=1_234_000, dead=0)
     for answered in (0, 1, 600):
         clock.now += 0.5
-        view.show(large, ALL_SENT, [Worker(answered=answered)])
+        view.show(large, [Worker(answered=answered)])
     (line,) = drawn(view, terminal)
     assert len(line) <= 80
     assert line.count("\N{BOX DRAWINGS HEAVY HORIZONTAL}") >= 1
@@ -352,12 +350,12 @@ def test_the_bar_the_percentage_and_the_time_left_fit_eighty_columns(
 
 
 def test_progress_moves_with_every_answered_claim(terminal: Screen, clock: Clock) -> None:
-    view = LiveView(terminal, lines=240, clock=clock)
+    view = LiveView(terminal, claims=240, clock=clock)
     run = but(total=240, done=0, dead=0)
     shown = []
     for answered in (0, 1, 2, 3):
         clock.now += 0.25
-        view.show(run, ALL_SENT, [Worker(answered=answered)])
+        view.show(run, [Worker(answered=answered)])
         shown.append(drawn(view, terminal)[0].partition("% ")[2].partition(" of 240")[0])
     assert shown == ["0", "1", "2", "3"]
 
@@ -365,21 +363,21 @@ def test_progress_moves_with_every_answered_claim(terminal: Screen, clock: Clock
 def test_what_a_lost_worker_had_answered_and_not_published_does_not_count(
     terminal: Screen, clock: Clock
 ) -> None:
-    view = LiveView(terminal, lines=240, clock=clock)
+    view = LiveView(terminal, claims=240, clock=clock)
     run = but(total=240, done=64, dead=0)
-    view.show(run, ALL_SENT, [Worker(answered=0)])
-    view.show(run, ALL_SENT, [Worker(answered=30)])
+    view.show(run, [Worker(answered=0)])
+    view.show(run, [Worker(answered=30)])
     assert " 94 of 240" in drawn(view, terminal)[0]
-    view.show(run, ALL_SENT, [Worker("starting", answered=30, losses=1)])
+    view.show(run, [Worker("starting", answered=30, losses=1)])
     assert " 64 of 240 claims: starting" in drawn(view, terminal)[0]
-    view.show(run, ALL_SENT, [Worker(answered=31, losses=1)])
+    view.show(run, [Worker(answered=31, losses=1)])
     assert " 65 of 240" in drawn(view, terminal)[0]
 
 
 def test_what_others_answered_counts_once_it_is_stored(terminal: Screen, clock: Clock) -> None:
-    view = LiveView(terminal, lines=240, clock=clock)
-    view.show(but(total=240, done=0, dead=0), ALL_SENT, [Worker()])
-    view.show(but(total=240, done=100, dead=3), ALL_SENT, [Worker(answered=10)])
+    view = LiveView(terminal, claims=240, clock=clock)
+    view.show(but(total=240, done=0, dead=0), [Worker()])
+    view.show(but(total=240, done=100, dead=3), [Worker(answered=10)])
     assert " 103 of 240" in drawn(view, terminal)[0]
 
 
@@ -399,25 +397,25 @@ def test_what_others_answered_counts_once_it_is_stored(terminal: Screen, clock: 
 def test_it_says_what_is_waited_for(
     workers: list[Worker], lines: list[str], terminal: Screen, clock: Clock
 ) -> None:
-    view = LiveView(terminal, lines=240, clock=clock)
+    view = LiveView(terminal, claims=240, clock=clock)
     run = but(total=240, done=0, dead=0)
-    view.show(run, ALL_SENT, [Worker("starting") for _ in workers])
-    view.show(run, ALL_SENT, workers)
+    view.show(run, [Worker("starting") for _ in workers])
+    view.show(run, workers)
     first, *others = drawn(view, terminal)
     assert first.partition("% ")[2] == lines[0]
     assert others == lines[1:]
 
 
-def test_until_all_is_sent_the_lines_of_the_file_are_the_total(
+def test_until_all_is_sent_the_claims_of_the_file_are_the_total(
     terminal: Screen, clock: Clock
 ) -> None:
-    view = LiveView(terminal, lines=20_000, clock=clock)
-    view.show(but(total=None), Progress(9, 9, 8), [Worker()])
+    view = LiveView(terminal, claims=19_992, clock=clock)
+    view.show(but(total=None), [Worker()])
     assert " 3,463 of 19,992 claims" in drawn(view, terminal)[0]
 
 
 def test_what_the_collector_waits_for_is_shown_once(screen: Screen, seen: Seen) -> None:
-    view = LiveView(screen, lines=240)
+    view = LiveView(screen, claims=240)
     for _ in range(3):
-        view.show(None, ALL_SENT, [Worker()], waiting_for="the store is on a full disk")
+        view.show(None, [Worker()], waiting_for="the store is on a full disk")
     assert seen().count("waiting: the store is on a full disk") == 1
