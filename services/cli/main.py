@@ -157,6 +157,9 @@ def main() -> None:
         with contextlib.suppress(OSError):  # a full disk does not change the exit code
             print(printable(f"keepwarm: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)
+    finally:
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where an error still sets the exit code
 
 
 if __name__ == "__main__":

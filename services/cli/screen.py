@@ -111,9 +111,10 @@ def status_table(runs: "Sequence[RunStatus]") -> Table:
     table.add_column("file", overflow="ellipsis")
     add_numbers(table, "done", "of", *(["failed"] if failed else []), "claims/s", "left")
     for run in runs:
+        name = PurePath(run.source).name if run.source else "not announced"
         table.add_row(
             run.run_id,
-            Text(PurePath(run.source).name if run.source else "not announced"),
+            Text(name, no_wrap=True),  # the column may shrink, so it is not no_wrap itself
             f"{run.done:,}",
             _or_unknown(run.total),
             *([f"{run.dead:,}"] if failed else []),

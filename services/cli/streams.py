@@ -4,7 +4,10 @@ import codecs
 import errno
 import io
 import locale
+import os
+import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -22,21 +25,41 @@ class _Terminal(io.FileIO):
             return memoryview(data).nbytes
 
 
+class _Output(io.FileIO):
+    """Standard output that is no terminal. If the reader of a pipe is gone, the command ends with
+    the exit code that a shell reports for SIGPIPE.
+    """
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data) or 0
+        except BrokenPipeError:
+            with Path(os.devnull).open("wb") as nowhere:  # for what is written until the end
+                os.dup2(nowhere.fileno(), self.fileno())
+            raise SystemExit(128 + signal.SIGPIPE) from None
+
+
 def make_robust() -> None:
     """Escape characters that the terminal cannot encode; write UTF-8 to files and pipes."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, io.TextIOWrapper):
             continue  # closed, or replaced by a test
-        if not stream.isatty():
+        if stream.isatty():
+            raw: io.FileIO = _Terminal(stream.fileno(), "w", closefd=False)
+        elif stream is sys.__stdout__:
+            raw = _Output(stream.fileno(), "w", closefd=False)
+        else:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
             continue
-        terminal = io.BufferedWriter(_Terminal(stream.fileno(), "w", closefd=False))
         setattr(
             sys,
             name,
             io.TextIOWrapper(
-                terminal, _terminal_encoding(), errors="backslashreplace", line_buffering=True
+                io.BufferedWriter(raw),
+                _terminal_encoding() if stream.isatty() else "utf-8",
+                errors="backslashreplace",
+                line_buffering=stream.isatty(),
             ),
         )
 

@@ -157,10 +157,12 @@ def test_the_status_table_has_no_column_for_failures_that_there_are_not(
     assert "failed" not in seen()
 
 
-def test_the_largest_status_fits_eighty_columns(terminal: Screen, seen: Seen) -> None:
-    run = but(source="/a/long/path/to/a-file-of-claims.jsonl", done=1_234_567, total=10_000_000)
+@pytest.mark.parametrize("name", ["a-file-of-claims.jsonl", "a-f ile of all the claims.jsonl"])
+def test_the_largest_status_fits_eighty_columns(name: str, terminal: Screen, seen: Seen) -> None:
+    run = but(source=f"/a/long/path/to/{name}", done=1_234_567, total=10_000_000)
     show(terminal, status_table([run]))
     lines = seen().splitlines()
+    assert len(lines) == 2
     assert max(map(len, lines)) <= 80
     for part in (run.run_id, "a-f", "1,234,567", "10,000,000", "12.3", "3 min 05 s"):
         assert part in lines[1]

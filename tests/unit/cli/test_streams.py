@@ -99,6 +99,26 @@ def test_the_command_works_in_utf_8_whatever_the_locale(repository: Path, tmp_pa
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["status", "--json"]])
+def test_a_reader_that_closes_the_pipe_ends_the_command_as_sigpipe_would(
+    arguments: list[str], repository: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store.sqlite"
+    Store.open(load_settings(store_url=str(store))).close()
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", "from keepwarm_start import main; main()", *arguments],
+        env={**os.environ, "KEEPWARM_STORE_URL": str(store)},
+        cwd=repository,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def test_a_store_whose_path_is_in_no_utf_8_is_refused(
     keepwarm: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
