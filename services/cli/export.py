@@ -23,7 +23,10 @@ def export(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", help="The file. Default: RUN with a suffix.", show_default=False
+            "--out",
+            "-o",
+            help="The file; - for standard output. Default: RUN with a suffix.",
+            show_default=False,
         ),
     ] = None,
     formulas: Annotated[
@@ -39,5 +42,6 @@ def export(
     with store_of_run(load_settings(store_url=store), run) as (database, known):
         # A store from elsewhere may have any id; only its last part is used as a file name.
         path = out or Path(Path(known.run_id).name + _SUFFIXES[format])
-        count = export_run(database, known, format, path, formulas=formulas)
-    print(printable(f"{count:,} rows in {path}"), file=sys.stderr)
+        target = None if path == Path("-") else path
+        count = export_run(database, known, format, target, formulas=formulas)
+    print(printable(f"{count:,} rows in {target or 'standard output'}"), file=sys.stderr)

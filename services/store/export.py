@@ -1,12 +1,14 @@
 """Exports outcomes to files, in the order of the input."""
 
 import csv
+import errno
 import io
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -41,6 +43,10 @@ COLUMNS = (
 )
 
 
+_STEPS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free disk space, or "),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "fix its permissions, or "),
+}
 # What a spreadsheet reads as the start of a formula, full-width characters included.
 _FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
@@ -50,11 +56,12 @@ def export_run(
     store: Store,
     known: KnownRun,
     format: ExportFormat,
-    path: Path,
+    path: Path | None,
     *,
     formulas: bool = False,
 ) -> int:
-    """Write the outcomes of a run to `path` atomically, and return the number of rows.
+    """Write the outcomes of a run, and return the number of rows: to `path` atomically, or to
+    standard output if it is None.
 
     One row per claim, in input order. `probabilities` are by label (columns `p:LABEL` in CSV); a
     dead claim has no label but a `dead_reason`. `fever` is the FEVER scorer's format:
@@ -79,11 +86,13 @@ def export_run(
         "fever": fever,
     }[format]
     try:
-        with _replacing(path) as file:
+        with nullcontext(sys.stdout.buffer) if path is None else _replacing(path) as file:
             return write(file, rows, labels)
     except OSError as error:
+        step = _STEPS.get(error.errno or 0, "")
         raise StoreError(
-            f"{path} cannot be written: {error.strerror}; free disk space, or choose another path"
+            f"{path or 'standard output'} cannot be written: {error.strerror}; {step}choose "
+            "another path"
         ) from error
 
 

@@ -283,6 +283,23 @@ def test_export_writes_a_file_named_by_the_run_and_the_format(
     assert capsys.readouterr().err == f"2 rows in {run.run_id}.{suffix}\n"
 
 
+@pytest.mark.parametrize("format", ["jsonl", "csv", "fever", "parquet"])
+def test_export_writes_to_standard_output(
+    format: str,
+    keepwarm: Command,
+    stored: Path,
+    run: Run,
+    capfdbinary: pytest.CaptureFixture[bytes],
+) -> None:
+    arguments = ("--format", format, "--store", str(stored))
+    assert keepwarm("export", run.run_id, *arguments, "--out", "file") == 0
+    assert keepwarm("export", run.run_id, *arguments, "--out", "-") == 0
+    shown = capfdbinary.readouterr()
+    assert shown.out == Path("file").read_bytes()
+    assert b" rows in standard output" in shown.err
+    assert not Path("-").exists()
+
+
 def test_export_writes_to_the_given_path(
     stored: Path, run: Run, keepwarm: Command, tmp_path: Path
 ) -> None:

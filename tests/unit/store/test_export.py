@@ -282,7 +282,7 @@ def test_a_directory_that_this_user_may_not_write_to_is_a_store_error(
     store.write(make.incoming(make.announced()))
     open_dir.chmod(0o555)
     known = find_run(store, run.run_id)
-    with unprivileged(), pytest.raises(StoreError, match="Permission denied"):
+    with unprivileged(), pytest.raises(StoreError, match="Permission denied; fix its permissions"):
         export_run(store, known, "jsonl", open_dir / "out.jsonl")
 
 
