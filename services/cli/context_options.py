@@ -127,7 +127,8 @@ def context_from_flags(
         field = str(error.errors()[0]["loc"][0]).replace("_", "-")
         flag = "engine-argument" if field == "engine-arguments" else field
         what = first_fault(error).partition(": ")[2]
-        raise UsageError(f"--{flag}: {what}; see `keepwarm worker --help`") from error
+        verb = " ".join(sys.argv[1 : 3 if sys.argv[1:2] == ["contexts"] else 2])
+        raise UsageError(f"--{flag}: {what}; see `keepwarm {verb} --help`") from error
     if spec.model != DEMO_MODEL_ON_HUB or model or settings.model:
         return pin_model(spec, settings.cache_dir, _ReadingWeights())
     # Outside a clone the user did not choose this model, and it is too small for real work.

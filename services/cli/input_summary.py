@@ -1,5 +1,8 @@
 """The summary of a file of claims, as text."""
 
+import shlex
+
+from services.cli.screen import plural
 from services.contracts.runs import Counts, InputSummary
 from services.producer import ClaimsFile
 from services.producer.fields import WithoutEvidence
@@ -13,9 +16,10 @@ def summary_lines(file: ClaimsFile, summary: InputSummary) -> list[str]:
     """Two lines: format and counts, then labels and evidence. Warnings follow."""
     lines = [_read(file, summary), f"{_labels(summary)}; {_evidence(file, summary)}"]
     if summary.other_label:
+        without = total(summary.without_evidence) == summary.claims
         lines.append(
-            f"Warning: {summary.other_label:,} claims are repeated with the same evidence, another "
-            "id and another label"
+            f"Warning: {plural(summary.other_label, 'claim')} repeated with "
+            f"{'' if without else 'the same evidence, '}another id and another label"
         )
     if file.unused_labels:
         listed = ", ".join(map(repr, file.unused_labels))
@@ -28,8 +32,9 @@ def _read(file: ClaimsFile, summary: InputSummary) -> str:
     not_selected = f", {file.not_selected:,} not selected" if file.not_selected else ""
     limited = "" if file.lines == file.records else f"{file.lines:,} of "
     return (
-        f"{file.name}: {summary.format} ({kind_of(file)}), {limited}{file.records:,} records: "
-        f"{summary.claims:,} claims, {summary.repeated:,} repeated, {rejected:,} rejected"
+        f"{file.name}: {summary.format} ({kind_of(file)}), {limited}"
+        f"{plural(file.records, 'record')}: {plural(summary.claims, 'claim')}, "
+        f"{summary.repeated:,} repeated, {rejected:,} rejected"
         f"{not_selected}"
     )
 
@@ -57,7 +62,7 @@ def _labels(summary: InputSummary) -> str:
         parts.append(
             f"left out of the scores, because the prompt does not have them: "
             f"{counted(summary.unknown_labels)} (map them with "
-            f'--label-map "{first}=…")'
+            f"--label-map {shlex.quote(f'{first}=…')})"
         )
     return "; ".join(parts) or "no labels"
 

@@ -61,6 +61,11 @@ def line_progress(console: Screen, what: str, total: int | None) -> Iterator[Cal
         yield lambda done: progress.update(task, completed=done)
 
 
+def plural(count: int, noun: str) -> str:
+    """`1 claim`, `1,200 claims`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def duration(seconds: float | None) -> str:
     """A duration as text: 42 s, 3 min 05 s, 2 h 10 min."""
     if seconds is None:
@@ -190,18 +195,20 @@ def _problems(report: "Report") -> Iterator[str]:
     status = report.status
     if report.dead:
         reasons = ", ".join(f"{reason} {n:,}" for reason, n in report.dead.items())
-        yield f"{status.dead:,} claims failed: {reasons}; see keepwarm dead list {status.run_id}"
+        failed = plural(status.dead, "claim")
+        yield f"{failed} failed: {reasons}; see keepwarm dead list {status.run_id}"
     if invalid := report.verdicts.get(INVALID):
-        yield f"{invalid:,} verdicts are INVALID: the model gave the labels too little probability"
+        what = plural(invalid, "INVALID verdict")
+        yield f"{what}: the model gave the labels too little probability"
     found = report.input or {}
     if status.rejected:
-        yield f"{status.rejected:,} lines were rejected{_listed(found.get('rejected'))}"
+        yield f"{plural(status.rejected, 'line')} rejected{_listed(found.get('rejected'))}"
     if without := found.get("without_evidence"):
-        yield f"{sum(without.values()):,} claims had no evidence{_listed(without)}"
+        yield f"{plural(sum(without.values()), 'claim')} had no evidence{_listed(without)}"
     if unknown := found.get("unknown_labels"):
         yield (
-            f"{sum(unknown.values()):,} claims are not in the scores, because the prompt does not "
-            f"have their labels{_listed(unknown)}"
+            f"{plural(sum(unknown.values()), 'claim')} left out of the scores, because the prompt "
+            f"does not have their labels{_listed(unknown)}"
         )
     if status.proven is False:
         yield "some outcomes belong to claims that are not in the file; see keepwarm status"

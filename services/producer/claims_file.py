@@ -266,7 +266,7 @@ class ClaimsFile:
         if self.format.corpus is None:
             raise InputError(
                 f"{self.name} is read as {self.format.title}, which uses no corpus; leave out "
-                "--corpus and --wiki, or name the format with --format"
+                "--corpus, or name the format with --format"
             )
         parser = self._parser(None)
         lines = sample_lines(

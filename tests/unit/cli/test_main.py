@@ -130,6 +130,16 @@ def test_a_bad_flag_ends_with_2(arguments: list[str], keepwarm: Command) -> None
     assert keepwarm(*arguments) == 2
 
 
+@pytest.mark.parametrize("verb", ["run", "submit", "contexts warm"])
+def test_a_context_that_is_out_of_bounds_names_the_help_of_its_verb(
+    verb: str, keepwarm: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "claims.jsonl").write_text('{"claim": "C."}\n')
+    file = [] if verb == "contexts warm" else ["claims.jsonl"]
+    assert keepwarm(*verb.split(), *file, "--max-model-tokens", "10000001") == 2
+    assert f"see `keepwarm {verb} --help`" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("verb", ["run a", "submit a", "worker", "collect"])
 @pytest.mark.parametrize(
     "url", ["amqp://u:hunter2@h/", "amqps://:hunter2@h", "amqp://u:hunter2@h:99999/v"]

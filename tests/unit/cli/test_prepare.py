@@ -71,11 +71,11 @@ def test_a_file_becomes_a_run_of_the_prompt_on_the_context(
     assert isinstance(screen.file, io.StringIO)
     first, second = screen.file.getvalue().splitlines()
     assert first.endswith(
-        "claims.csv: claims (CSV), 1 of 2 records: 1 claims, 0 repeated, 0 rejected"
+        "claims.csv: claims (CSV), 1 of 2 records: 1 claim, 0 repeated, 0 rejected"
     )
     assert second == (
         "left out of the scores, because the prompt does not have them: NEI: 1 (map them "
-        'with --label-map "NEI=…"); without evidence: 1 (the record has none; ignored: '
+        "with --label-map 'NEI=…'); without evidence: 1 (the record has none; ignored: "
         "author; name one with --column evidence=NAME)"
     )
     assert not (tmp_path / "rejected.jsonl").exists()
@@ -94,7 +94,8 @@ def test_two_labels_of_one_claim_and_a_map_of_no_label_are_warned_of(
         inspect_claims(screen, submission, tmp_path / "rejected.jsonl")
     assert isinstance(screen.file, io.StringIO)
     shown = screen.file.getvalue()
-    assert "Warning: 1 claims are repeated with the same evidence, another id" in shown
+    # This file has no evidence.
+    assert "Warning: 1 claim repeated with another id and another label" in shown
     assert "Warning: no record has the label 'DISPUTD' of --label-map" in shown
 
 

@@ -138,4 +138,4 @@ def test_the_summary_counts_the_records_that_are_not_selected(tmp_path: Path) ->
     with Source.open(str(path)) as source:
         file = ClaimsFile(source, PROMPT, Selection(only=frozenset("b")))
         counts, _ = summary_lines(file, file.inspect())
-    assert counts.endswith("3 records: 1 claims, 0 repeated, 0 rejected, 2 not selected")
+    assert counts.endswith("3 records: 1 claim, 0 repeated, 0 rejected, 2 not selected")

@@ -191,8 +191,8 @@ def test_the_report_leads_with_the_result_and_what_went_wrong(screen: Screen, se
         "claims    3,456 of 12,000 have a verdict, 8,537 are not done yet; 9 repeated lines left "
         "out",
         "problem   7 claims failed: too-long 7; see keepwarm dead list run-0123456789abcdef",
-        "problem   5 verdicts are INVALID: the model gave the labels too little probability",
-        "problem   8 lines were rejected",
+        "problem   5 INVALID verdicts: the model gave the labels too little probability",
+        "problem   8 lines rejected",
         "speed     12.3 claims/s over 10 min 00 s",
         "model     models/small",
         "prompt    fever",
@@ -208,10 +208,10 @@ def test_the_report_says_what_was_wrong_with_the_file(screen: Screen, seen: Seen
     }
     print_report(screen, reported(input=found))
     for line in (
-        "problem   8 lines were rejected: no claim 6, no JSON 2",
+        "problem   8 lines rejected: no claim 6, no JSON 2",
         "problem   40 claims had no evidence: only references 40",
-        "problem   12 claims are not in the scores, because the prompt does not have their labels: "
-        "mixture 9, DISPUTED 3",
+        "problem   12 claims left out of the scores, because the prompt does not have their "
+        "labels: mixture 9, DISPUTED 3",
     ):
         assert line in seen().splitlines()
 
