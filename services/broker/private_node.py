@@ -130,7 +130,8 @@ class PrivateNode:
         server = find_server()
         done = subprocess.run(
             [str(server.parent / "rabbitmqctl"), "-q", *command],
-            env=self._environment(server),
+            # If the node is down, it must not start a port mapper, which would stay (erl(1)).
+            env={**self._environment(server), "ERL_ZFLAGS": "-start_epmd false"},
             cwd=self._directory,
             capture_output=True,
             encoding="utf-8",

@@ -126,6 +126,17 @@ def test_nothing_is_left_of_it(tmp_path: Path) -> None:
     assert not processes_of(tmp_path / "node")
 
 
+def test_rabbitmqctl_starts_no_port_mapper_that_would_stay_when_the_node_is_down(
+    tmp_path: Path,
+) -> None:
+    with PrivateNode(tmp_path / "node") as node:
+        assert node.control("eval", "1 + 1.").strip() == "2"
+        node.stop()
+        with pytest.raises(BrokerError, match="rabbitmqctl status failed"):
+            node.control("status")
+        assert not processes_of(tmp_path / "node")
+
+
 def test_nothing_is_left_of_it_when_its_owner_is_killed(tmp_path: Path) -> None:
     program = (
         "import sys, time; from pathlib import Path; from services.broker import PrivateNode\n"
