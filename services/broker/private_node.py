@@ -27,6 +27,8 @@ from services.node.supervision import SupervisedProcess
 _LISTENING_PLUGINS = {"rabbitmq_management": "management", "rabbitmq_prometheus": "prometheus"}
 _LOWEST_PORT = 10_000
 _GIVEN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+# In the log of a node that could not register with its port mapper.
+_NO_MAPPER = "nodistribution"
 _START_TIMEOUT_SECONDS = 120.0
 _STOP_SECONDS = 20.0
 # Debian's /usr/sbin/rabbitmq-server is a wrapper that requires root or the user rabbitmq.
@@ -75,16 +77,19 @@ class PrivateNode:
         self.kill()
 
     def start(self, stopped: Callable[[], bool] = lambda: False) -> None:
-        """Start it and wait until it listens. On its first start, if another process has taken one
-        of its ports, other ports are chosen. Raises BrokerError with the last lines of its log, or
-        when `stopped` returns True.
+        """Start it and wait until it listens. It is started a second time if its port mapper was
+        not ready, or, with other ports, if another process has taken one of them before its first
+        start. Raises BrokerError with the last lines of its log, or when `stopped` returns True.
         """
         try:
             self._start(stopped)
-        except BrokerError:
-            if self._was_ready or stopped() or all(map(_is_free, self._choice)):
+        except BrokerError as error:
+            if stopped():
                 raise
-            self._choose_ports()
+            if not self._was_ready and not all(map(_is_free, self._choice)):
+                self._choose_ports()
+            elif _NO_MAPPER not in str(error):
+                raise
             self._start(stopped)
         self._was_ready = True
 

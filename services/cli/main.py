@@ -5,7 +5,6 @@ import keepwarm_start
 if __name__ == "__main__":
     keepwarm_start.isolate()  # before any other import
 
-import contextlib
 import gc
 import importlib.metadata
 import os
@@ -154,8 +153,7 @@ def main() -> None:
     try:
         app()
     except KeepwarmError as error:
-        with contextlib.suppress(OSError):  # a full disk does not change the exit code
-            print(printable(f"keepwarm: {error}"), file=sys.stderr)
+        print(printable(f"keepwarm: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)
     finally:
         if sys.stdout is not None:

@@ -25,6 +25,18 @@ class _Terminal(io.FileIO):
             return memoryview(data).nbytes
 
 
+class _Error(io.FileIO):
+    """Standard error. What cannot be written is discarded: there is nowhere to report it, and a
+    full disk must not change the exit code. From Python 3.13 on it would, at the process's end.
+    """
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return memoryview(data).nbytes
+
+
 class _Output(io.FileIO):
     """Standard output that is no terminal. If the reader of a pipe is gone, the command ends with
     the exit code that a shell reports for SIGPIPE.
@@ -45,8 +57,10 @@ def make_robust() -> None:
         stream = getattr(sys, name)
         if not isinstance(stream, io.TextIOWrapper):
             continue  # closed, or replaced by a test
-        if stream.isatty():
-            raw: io.FileIO = _Terminal(stream.fileno(), "w", closefd=False)
+        if stream is sys.__stderr__:
+            raw: io.FileIO = _Error(stream.fileno(), "w", closefd=False)
+        elif stream.isatty():
+            raw = _Terminal(stream.fileno(), "w", closefd=False)
         elif stream is sys.__stdout__:
             raw = _Output(stream.fileno(), "w", closefd=False)
         else:
@@ -59,7 +73,7 @@ def make_robust() -> None:
                 io.BufferedWriter(raw),
                 _terminal_encoding() if stream.isatty() else "utf-8",
                 errors="backslashreplace",
-                line_buffering=stream.isatty(),
+                line_buffering=stream.isatty() or name == "stderr",
             ),
         )
 

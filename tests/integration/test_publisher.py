@@ -202,8 +202,8 @@ def test_a_publish_that_waits_for_the_window_fails_when_the_link_closes_despite_
     publisher = Publisher(address, "test", window=1, declares=DECLARES).open(PATIENCE)
     node.control("set_vm_memory_high_watermark", "absolute", "1000000")
     try:
-        publisher.publish(outgoing(1))
-        wait_until(lambda: publisher.blocked_by, "the alarm")
+        # A node blocks a connection that publishes after the alarm has reached it.
+        wait_until(lambda: (publisher.offer(outgoing(1)), publisher.blocked_by)[1], "the alarm")
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(publisher.publish, outgoing(2))
             wait([waiting], timeout=0.5)
