@@ -47,6 +47,19 @@ def test_a_node_that_does_not_start_is_reported_with_the_end_of_its_log(tmp_path
     assert "no room for a node" in str(failed.value)
 
 
+@pytest.mark.parametrize(
+    ("reason", "starts"), [("net_kernel,{'EXIT',nodistribution}", 2), ("no room for a node", 1)]
+)
+def test_a_node_that_could_not_register_with_its_port_mapper_is_started_once_more(
+    reason: str, starts: int, server_that_fails: Path, tmp_path: Path
+) -> None:
+    server_that_fails.write_text(f'#!/bin/sh\necho "{reason}"\nexit 1\n')
+    node = PrivateNode(tmp_path / "node")
+    with pytest.raises(BrokerError, match="exit code 1"):
+        node.start()
+    assert node.log_file.read_text().count(reason) == starts
+
+
 @pytest.mark.usefixtures("server_that_fails")
 def test_the_nodes_directory_and_password_are_for_its_owner_alone(tmp_path: Path) -> None:
     node = PrivateNode(tmp_path / "node")
