@@ -8,10 +8,11 @@ from typing import Any
 from hypothesis import strategies as st
 from sqlalchemy import select
 
-from services.contracts import Run, RunAnnouncement, Totals
+from services.contracts import Run, RunAnnouncement, Settings, Totals
 from services.contracts.proofs import ClaimsDigest
 from services.store import Store, dead_claims, drop_dead, known_runs, reopen_dead
 from services.store.schema import deliveries, outcomes, run_counts, verdict_counts
+from tests.older_stores import downgrade
 
 _CLAIMS = range(4)
 _runs = st.integers(0, 1)
@@ -101,6 +102,24 @@ def announced(run: Run) -> RunAnnouncement:
         totals=Totals(lines=len(claims), claims=len(claims), repeated=0, rejected=0),
         digest=str(ClaimsDigest.of(claims)),
     )
+
+
+def assert_counters_are_those_of_the_rows(
+    at: Settings, make: SimpleNamespace, runs: Sequence[Run], operations: Sequence[tuple[Any, ...]]
+) -> None:
+    """Apply the operations to a new store, and recount after each."""
+    store = Store.open(at)
+    store.write(make.incoming(*(make.announced(of=run) for run in runs)))
+    happening = Operations(make, runs)
+    for operation in operations:
+        if operation == ("upgrade",):
+            with store.transaction() as connection:
+                downgrade(connection, 6)
+            store.close()
+            store = Store.open(at)
+        happening.apply(store, operation)
+        assert stored(store) == recounted(store, happening.returned)
+    store.close()
 
 
 _LABEL_COUNTERS = ("verdicts", "judged", "correct")

@@ -13,8 +13,13 @@ from services.contracts import ContextSpec, Run, load_settings
 from services.contracts.errors import StoreError
 from services.store import Store, dead_claims, reopen_dead
 from tests.integration.postgres import PostgreSQL
-from tests.older_stores import downgrade
-from tests.run_counts import Operations, announced, operations, recounted, stored
+from tests.run_counts import (
+    announced,
+    assert_counters_are_those_of_the_rows,
+    operations,
+    recounted,
+    stored,
+)
 from tests.unit.stores import make, other_run, prompt, run
 
 __all__ = ["make", "other_run", "prompt", "run"]
@@ -37,18 +42,7 @@ def test_whatever_happens_to_a_run_its_counters_are_those_of_its_rows(
     other_run: Run,
 ) -> None:
     at = load_settings(store_url=postgresql.new_database())
-    store = Store.open(at)
-    store.write(make.incoming(make.announced(), make.announced(of=other_run)))
-    happening = Operations(make, [run, other_run])
-    for operation in operations:
-        if operation == ("upgrade",):
-            with store.transaction() as connection:
-                downgrade(connection, 6)
-            store.close()
-            store = Store.open(at)
-        happening.apply(store, operation)
-        assert stored(store) == recounted(store, happening.returned)
-    store.close()
+    assert_counters_are_those_of_the_rows(at, make, [run, other_run], operations)
 
 
 def until_committed(write: Callable[[], object]) -> None:

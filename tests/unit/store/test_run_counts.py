@@ -26,7 +26,12 @@ from services.store import (
 )
 from services.store.schema import deliveries, verdict_counts
 from tests.older_stores import downgrade
-from tests.run_counts import Operations, operations, recounted, stored
+from tests.run_counts import (
+    assert_counters_are_those_of_the_rows,
+    operations,
+    recounted,
+    stored,
+)
 
 Opener = Callable[..., Store]
 
@@ -72,19 +77,8 @@ def test_whatever_happens_to_a_run_its_counters_are_those_of_its_rows(
     other_run: Run,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    settings = load_settings(store_url=str(tmp_path_factory.mktemp("counts") / "s.sqlite"))
-    store = Store.open(settings)
-    store.write(make.incoming(make.announced(), make.announced(of=other_run)))
-    happening = Operations(make, [run, other_run])
-    for operation in operations:
-        if operation == ("upgrade",):
-            with store.transaction() as connection:
-                downgrade(connection, 6)
-            store.close()
-            store = Store.open(settings)
-        happening.apply(store, operation)
-        assert stored(store) == recounted(store, happening.returned)
-    store.close()
+    at = load_settings(store_url=str(tmp_path_factory.mktemp("counts") / "s.sqlite"))
+    assert_counters_are_those_of_the_rows(at, make, [run, other_run], operations)
 
 
 def test_a_removed_verdict_and_a_revived_claim_are_uncounted(
