@@ -98,9 +98,6 @@ class ClaimsDigest:
     def plus(self, other: Self) -> Self:
         return type(self)((self.high + other.high) % MODULUS, (self.low + other.low) % MODULUS)
 
-    def minus(self, other: Self) -> Self:
-        return type(self)((self.high - other.high) % MODULUS, (self.low - other.low) % MODULUS)
-
     def __str__(self) -> str:
         return f"{self.high:016x}{self.low:016x}"
 
