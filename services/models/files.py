@@ -1,6 +1,8 @@
 """The files of a model and its adapter, and their revision: the identity of the weights."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,15 +119,10 @@ def _pin_directory(
         raise ModelError(
             f"there is no {kind} at {directory}: it must be a directory with {required}{hint}"
         )
-    try:
+    with _readable(kind, directory):
         if kind == "model":
             check_model(directory)
         found = _fingerprint(directory, revision, cache_dir, on_progress)
-    except OSError as error:
-        raise ModelError(
-            f"the {kind} at {directory} cannot be read: {error.filename}: {error.strerror}; "
-            "correct its permissions"
-        ) from error
     if revision not in (None, found):
         raise ModelError(
             f"the {kind} at {directory} is {found}, but {revision} is required: its files changed, "
@@ -133,6 +130,18 @@ def _pin_directory(
             "this one"
         )
     return str(directory), found
+
+
+@contextmanager
+def _readable(kind: Literal["model", "adapter"], directory: Path) -> Iterator[None]:
+    """Raises ModelError if a file of the directory cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(
+            f"the {kind} at {directory} cannot be read: {error.filename}: {error.strerror}; "
+            "correct its permissions"
+        ) from error
 
 
 def _fingerprint(
@@ -190,13 +199,8 @@ def check_adapter_weights(adapter: Path, model: Path | None) -> None:
     """Raises ModelError for an adapter in this directory that has no weights, or does not fit the
     model in the directory `model`; without one they are not compared.
     """
-    try:
+    with _readable("adapter", adapter):
         check_adapter(adapter, model)
-    except OSError as error:
-        raise ModelError(
-            f"the adapter {adapter} cannot be read: {error.filename}: {error.strerror}; correct "
-            "its permissions"
-        ) from error
 
 
 def adapter_as_model(spec: ContextSpec) -> ContextSpec:
