@@ -301,17 +301,19 @@ def _check_format(name: str, format: PublishedFormat, records: Sequence[Mapping[
     """
     own = format.keys.difference(*NAMES.values())
     keys = list(dict.fromkeys(normalized(key) for record in records for key in record))
-    what = ""
+    what = None
     if own and records and own.isdisjoint(keys):
         what = (
             f"its first records have no {' and no '.join(map(repr, sorted(own)))}; their keys are "
             f"{', '.join(keys[:20])}"
         )
-    elif not own and records:
-        fields = map(named_fields, records)
-        tests = [format.test(f) for f in fields if not isinstance(f.get("evidence"), str)]
-        what = "the evidence of its first records has another form" * (set(tests) == {False})
-    if what:
+    elif not own:
+        structured = [
+            f for f in map(named_fields, records) if not isinstance(f.get("evidence"), str)
+        ]
+        if {format.test(fields) for fields in structured} == {False}:
+            what = "the evidence of its first records has another form"
+    if what is not None:
         raise InputError(
             f"{name}: it is not {format.title}: {what}. Leave out --format {format.name}, or name "
             "another"

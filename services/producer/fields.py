@@ -218,7 +218,8 @@ def _texts(value: Any, depth: int, unused: list[str]) -> Iterator[str]:
             if _names_no_text(key) or (isinstance(part, str) and _is_number(part)):
                 continue
             if reference and isinstance(part, str) and not _is_sentence(part):
-                unused += [part] * (" " in part)
+                if " " in part:
+                    unused.append(part)
             else:
                 yield from _texts(part, depth + 1, unused)
     elif value is ...:
@@ -243,7 +244,8 @@ def _texts_of_list(value: Sequence[Any], depth: int, unused: list[str]) -> Itera
     doubtful = any(isinstance(part, float) for part in value)  # 1.0 may be a score
     for n, part in enumerate(value):
         if n in titles and not _is_sentence(part):
-            unused += [part] * (" " in part and (doubtful or n != titles[0]))
+            if " " in part and (doubtful or n != titles[0]):
+                unused.append(part)
         elif n not in numbers or not texts:
             yield from _texts(part, depth + 1, unused)
 

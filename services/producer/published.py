@@ -152,14 +152,12 @@ def _looked_up(
         text = " ".join(dict.fromkeys(str(found.evidence) for found in own if found.evidence))
     why = WithoutEvidence.REFERENCES if distinct else WithoutEvidence.NONE
     return Found(
-        *(
-            _id(fields),
-            _claim(fields),
-            _label(fields),
-            text or None,
-            None if text else why,
-            distinct,
-        ),
+        id=_id(fields),
+        claim=_claim(fields),
+        label=_label(fields),
+        evidence=text or None,
+        without=None if text else why,
+        references=distinct,
         partly=any(found.partly for found in own),
     )
 
