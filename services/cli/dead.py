@@ -35,7 +35,7 @@ from services.contracts import (
 )
 from services.contracts.errors import StoreError, UsageError
 from services.contracts.proofs import new_key
-from services.contracts.wire import PROVEN
+from services.contracts.wire import PROOFS_VERSION
 from services.store import DeadRow, KnownRun, Store, dead_claims, drop_dead, reopen_dead
 
 _MESSAGE = "msg-"
@@ -323,7 +323,7 @@ def _publish(
         ):
             claims = tuple(row.claim for _, row in some)
             batch = ClaimBatch(
-                schema_version=PROVEN,
+                schema_version=PROOFS_VERSION,
                 run=run,
                 submission_id=submission_id,
                 batch_id=f"{submission_id}-{index}",

@@ -28,11 +28,6 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def any_port(address: str) -> str:
-    """The same host with port 0: the system chooses a free port."""
-    return join_address(split_address(address)[0], 0)
-
-
 def is_host(text: str) -> bool:
     """Whether this is a host name or IP address without a port."""
     return _HOST_ALONE.fullmatch(text) is not None

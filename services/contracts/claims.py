@@ -10,9 +10,9 @@ from services.contracts.bounds import (
     BatchId,
     ClaimText,
     EvidenceText,
+    GeneratedId,
     Identity,
     Int63,
-    OwnId,
 )
 from services.contracts.prompts import LabelName
 from services.contracts.proofs import Proofs, claim_proof, evidence_digest
@@ -46,7 +46,7 @@ class ClaimBatch(Message):
     """The claims in one message, with everything that a worker needs: a worker keeps no state."""
 
     run: Run
-    submission_id: OwnId
+    submission_id: GeneratedId
     batch_id: BatchId
     claims: Annotated[tuple[Claim, ...], Field(min_length=1, max_length=MAX_BATCH_CLAIMS)]
     proofs: Proofs = ()

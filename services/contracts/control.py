@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from services.contracts.bounds import Int31, Int63, OwnId
+from services.contracts.bounds import GeneratedId, Int31, Int63
 from services.contracts.contexts import ContextSpec
 from services.contracts.values import Value
 from services.contracts.wire import Message
@@ -43,5 +43,5 @@ class ControlUpdate(Message):
     wire_type: ClassVar[str] = "Notice"
     transient: ClassVar[bool] = True
 
-    cancelled: Annotated[tuple[OwnId, ...], Field(max_length=MAX_CANCELLED)] = ()
+    cancelled: Annotated[tuple[GeneratedId, ...], Field(max_length=MAX_CANCELLED)] = ()
     contexts: Annotated[tuple[ContextDemand, ...], Field(max_length=MAX_CONTEXTS)] = ()

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, StringConstraints
 
 from services.contracts.addresses import ReachableAddress
-from services.contracts.bounds import Int31, Int63, Name, OwnId
+from services.contracts.bounds import GeneratedId, Int31, Int63, Name
 from services.contracts.wire import Message
 
 HEARTBEAT_SECONDS = 5.0
@@ -48,8 +48,8 @@ class WorkerHeartbeat(Message):
     wire_type: ClassVar[str] = "WorkerReport"
     transient: ClassVar[bool] = True
 
-    worker_id: OwnId
-    context_id: OwnId | None
+    worker_id: GeneratedId
+    context_id: GeneratedId | None
     device: Name
     state: WorkerState
     claims_per_second: Annotated[float, Field(ge=0)] | None

@@ -147,7 +147,7 @@ class PromptSpec(Value):
 
     @field_validator("template")
     @classmethod
-    def _knows_its_fields(cls, template: str) -> str:
+    def _fields_are_known(cls, template: str) -> str:
         try:
             parts = [part for part in Formatter().parse(template) if part[1] is not None]
         except ValueError as error:

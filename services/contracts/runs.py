@@ -6,12 +6,12 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from services.contracts.bounds import (
-    MAX_COUNTED,
+    MAX_COUNTED_KINDS,
     MAX_LEFT_OUT,
+    GeneratedId,
     Identity,
     Int63,
     Name,
-    OwnId,
 )
 from services.contracts.contexts import ContextSpec
 from services.contracts.prompts import PromptSpec
@@ -20,7 +20,7 @@ from services.contracts.values import Value, content_id
 from services.contracts.wire import Message
 
 _LEFT_OUT = Field(exclude_if=lambda value: value is None)
-Counts = Annotated[tuple[tuple[Name, Int63], ...], Field(max_length=MAX_COUNTED)]
+Counts = Annotated[tuple[tuple[Name, Int63], ...], Field(max_length=MAX_COUNTED_KINDS)]
 """Kinds and their counts, the most frequent first."""
 
 
@@ -34,7 +34,7 @@ class Run(Value):
     """
 
     source: Name
-    source_digest: OwnId
+    source_digest: GeneratedId
     context: ContextSpec
     prompt: PromptSpec
     limit: Annotated[int, Field(ge=1)] | None = None
@@ -125,7 +125,7 @@ class RunAnnouncement(Message):
     """
 
     run: Run
-    submission_id: OwnId
+    submission_id: GeneratedId
     totals: Totals | None = None
     input: InputSummary | None = None
     proof_key: Annotated[ProofKey | None, _LEFT_OUT] = None

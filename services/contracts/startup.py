@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from services.contracts.bounds import Name, OwnId
+from services.contracts.bounds import GeneratedId, Name
 from services.contracts.values import Value
 from services.contracts.wire import Message
 
@@ -38,9 +38,9 @@ class ContextReady(Message):
     and `warm` is false, the worker joined another worker's start, or waited for an engine to wake.
     """
 
-    startup_id: OwnId
-    worker_id: OwnId
-    context_id: OwnId
+    startup_id: GeneratedId
+    worker_id: GeneratedId
+    context_id: GeneratedId
     device: Name
     warm: bool
     seconds: StartupSeconds

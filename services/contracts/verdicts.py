@@ -11,11 +11,11 @@ from services.contracts.bounds import (
     BatchId,
     ClaimText,
     Detail,
+    GeneratedId,
     Identity,
     Int31,
     Int63,
     Name,
-    OwnId,
     RawText,
 )
 from services.contracts.claims import Claim
@@ -49,7 +49,7 @@ class Verdict(Value):
 
 
 _Submission = Annotated[Identity | None, Field(exclude_if=lambda value: value is None)]
-"""Whose claims these are; told together with their proofs."""
+"""The submission of these claims, sent with their proofs."""
 
 
 MAX_ENGINE_SECONDS = 7 * 24 * 3600.0
@@ -62,11 +62,11 @@ class VerdictBatch(Message):
     `proofs` are the `verdict_proof` of each claim.
     """
 
-    run_id: OwnId
+    run_id: GeneratedId
     batch_id: BatchId
     labels: Annotated[tuple[LabelName, ...], Field(min_length=2, max_length=MAX_LABELS)]
     verdicts: Annotated[tuple[Verdict, ...], Field(min_length=1, max_length=MAX_BATCH_CLAIMS)]
-    worker_id: OwnId
+    worker_id: GeneratedId
     device: Name
     attempt: Attempt
     engine_seconds: Annotated[float, Field(ge=0, le=MAX_ENGINE_SECONDS)]
@@ -102,11 +102,11 @@ class DeadReason(StrEnum):
 class DeadClaim(Message):
     """A claim given up on, with its reason: the outcome of a claim that can have no verdict."""
 
-    run_id: OwnId
+    run_id: GeneratedId
     claim: Claim
     reason: DeadReason
     detail: Detail
-    worker_id: OwnId
+    worker_id: GeneratedId
     attempt: Attempt
     failures: Int31 = 0
     """Engine failures that the claim was part of."""

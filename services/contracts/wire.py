@@ -12,9 +12,9 @@ from services.contracts.bounds import MAX_MESSAGE_BYTES
 from services.contracts.errors import MessageInvalid, MessageTooNew
 from services.contracts.values import Value
 
-PROVEN = 2
+PROOFS_VERSION = 2
 """The version of messages about claims that have proofs."""
-VERSION = PROVEN
+VERSION = PROOFS_VERSION
 """The newest version of messages that this Keepwarm reads."""
 
 _SHOWN_CHARS = 120

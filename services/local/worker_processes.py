@@ -11,7 +11,7 @@ import structlog
 
 from keepwarm_start import python_command
 from services.contracts import ContextSpec, Settings, WorkerHeartbeat
-from services.contracts.addresses import any_port, is_host, split_address
+from services.contracts.addresses import is_host, join_address, split_address
 from services.contracts.backoff import backoff_seconds
 from services.contracts.errors import EngineError, MessageTooNew, RunIncomplete, UsageError
 from services.contracts.heartbeats import RestartReason, unique_process_name
@@ -248,8 +248,10 @@ def _metrics_environment(settings: Settings) -> dict[str, str | None]:
     address, advertised = settings.metrics_address, settings.metrics_advertise
     if advertised is not None and not is_host(advertised):
         advertised = split_address(advertised)[0]
+    if address != METRICS_OFF:
+        address = join_address(split_address(address)[0], 0)
     return {
-        "KEEPWARM_METRICS_ADDRESS": address if address == METRICS_OFF else any_port(address),
+        "KEEPWARM_METRICS_ADDRESS": address,
         "KEEPWARM_METRICS_ADVERTISE": advertised,
     }
 

@@ -19,7 +19,7 @@ from services.contracts.bounds import MAX_BATCH_BYTES, MAX_NAME_CHARS
 from services.contracts.errors import InputError
 from services.contracts.proofs import ClaimsDigest, Positions, new_key
 from services.contracts.runs import InputSummary
-from services.contracts.wire import PROVEN
+from services.contracts.wire import PROOFS_VERSION
 from services.producer.claims_file import ClaimsFile
 from services.producer.metrics import LINES, PUBLISHED
 from services.producer.ordering import group_by_evidence
@@ -127,7 +127,7 @@ class Submission:
         ordered = group_by_evidence(unfinished()) if order_by_evidence else unfinished()
         for number, claims in enumerate(_batches(ordered, batch_size)):
             batch = ClaimBatch(
-                schema_version=PROVEN,
+                schema_version=PROOFS_VERSION,
                 run=self.run,
                 submission_id=self.submission_id,
                 batch_id=f"{number:08d}-{claims[0].position}",
@@ -168,7 +168,7 @@ class Submission:
         publisher.publish(
             Outgoing.of(
                 RunAnnouncement(
-                    schema_version=PROVEN,
+                    schema_version=PROOFS_VERSION,
                     run=self.run,
                     submission_id=self.submission_id,
                     totals=totals,

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from services.contracts.bounds import MAX_COUNTED, MAX_ID_CHARS, MAX_LEFT_OUT
+from services.contracts.bounds import MAX_COUNTED_KINDS, MAX_ID_CHARS, MAX_LEFT_OUT
 from services.contracts.runs import InputSummary
 from services.producer.parse import NO_LABEL, Reading
 
@@ -25,7 +25,7 @@ class Tally:
 
     def top(self) -> tuple[tuple[str, int], ...]:
         """The most frequent kinds, and the sum of the others."""
-        most = self._counts.most_common(MAX_COUNTED - 1)
+        most = self._counts.most_common(MAX_COUNTED_KINDS - 1)
         shown = dict(most)
         rest = self._counts.total() - sum(shown.values())
         if rest:

@@ -9,7 +9,7 @@ import pytest
 
 from services.broker import Delivery, Outgoing
 from services.contracts import Claim, ClaimBatch, Run, Verdict, encode, topology
-from services.contracts.wire import PROVEN
+from services.contracts.wire import PROOFS_VERSION
 from services.gpu_worker.crashes import CrashRecords, Key
 from services.node.device import Device
 
@@ -24,7 +24,7 @@ def batch(run: Run) -> ClaimBatch:
         for n in range(7)
     )
     return ClaimBatch(
-        schema_version=PROVEN,
+        schema_version=PROOFS_VERSION,
         run=run,
         submission_id="sub-1",
         batch_id="00000000-0",
