@@ -19,11 +19,10 @@ from pathlib import Path
 import structlog
 from pydantic import ValidationError
 
-from services.contracts import locks
 from services.contracts.errors import EngineStartError
 from services.contracts.startup import StartupPhases
 from services.contracts.values import Value
-from services.node.runtime_dir import open_private_dir
+from services.node.runtime_dir import lock_file, open_private_dir
 
 _UNFINISHED = "unfinished"
 _STARTUP = "startup.json"
@@ -81,7 +80,7 @@ class EngineCaches:
         except FileNotFoundError:
             return False
         try:
-            return not locks.take(lock, self.lock_path(name), "KEEPWARM_CACHE_DIR")
+            return not lock_file(lock, self.lock_path(name), "KEEPWARM_CACHE_DIR")
         finally:
             os.close(lock)
 
@@ -117,7 +116,7 @@ class EngineCaches:
         """Whether the lock is ours, until the block ends. Never waits."""
         lock = os.open(self.lock_path(name), os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            yield locks.take(lock, self.lock_path(name), "KEEPWARM_CACHE_DIR")
+            yield lock_file(lock, self.lock_path(name), "KEEPWARM_CACHE_DIR")
         finally:
             os.close(lock)
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from services.contracts import locks
 from services.contracts.errors import StoreError
+from services.node.runtime_dir import lock_file
 
 # A private node blocks publishers when its disk has less than 256 MB left.
 MIN_FREE_BYTES = 512 * 1024 * 1024
@@ -27,7 +27,7 @@ def locked_output_dir(path: Path) -> Iterator[Path]:
             f"the output directory {path} cannot be used: {error.strerror}; choose another --out"
         ) from error
     try:
-        if not locks.take(lock, path / ".lock", "--out"):
+        if not lock_file(lock, path / ".lock", "--out"):
             raise StoreError(
                 f"another `keepwarm run` is using {path}; wait for it or choose another --out"
             )

@@ -1,6 +1,7 @@
 """Private directories, which only this user can open, and their sockets, logs and locks."""
 
 import contextlib
+import fcntl
 import os
 import re
 import stat
@@ -8,7 +9,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import IO
 
-from services.contracts import locks
 from services.contracts.errors import UsageError
 
 _TAIL_BYTES = 64 * 1024
@@ -115,6 +115,25 @@ def open_log(path: Path) -> IO[bytes]:
     return os.fdopen(descriptor, "ab")
 
 
+def lock_file(descriptor: int, path: Path, setting: str) -> bool:
+    """Lock the open file at `path` until it is closed (flock(2)). False while another process has
+    the lock.
+
+    Raises UsageError that names the setting of the path, if the file system has no locks: NFS
+    without a lock service, Lustre without `-o flock`.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise UsageError(
+            f"{setting}: the file system of {path.parent} has no file locks ({error.strerror}), "
+            "so two processes could work in it at once; name a directory on a local disk"
+        ) from error
+    return True
+
+
 def is_locked(path: Path) -> bool:
     """Whether a process holds the lock."""
     free = take_lock(path)
@@ -131,7 +150,7 @@ def take_lock(path: Path) -> int | None:
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
-            if not locks.take(lock, path, "KEEPWARM_RUNTIME_DIR"):
+            if not lock_file(lock, path, "KEEPWARM_RUNTIME_DIR"):
                 os.close(lock)
                 return None
             if is_same_file(os.fstat(lock), path):

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 from services.contexts.caches import EngineCaches
-from services.contracts import locks
 from services.contracts.errors import UsageError
 from services.local.output_dir import locked_output_dir
-from services.node.runtime_dir import take_lock
+from services.node.runtime_dir import lock_file, take_lock
 
 
 @pytest.fixture
@@ -25,10 +24,10 @@ def _no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_lock_is_had_once(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     one, other = (os.open(path, os.O_RDWR | os.O_CREAT) for _ in range(2))
-    assert locks.take(one, path, "--out")
-    assert not locks.take(other, path, "--out")
+    assert lock_file(one, path, "--out")
+    assert not lock_file(other, path, "--out")
     os.close(one)
-    assert locks.take(other, path, "--out")
+    assert lock_file(other, path, "--out")
     os.close(other)
 
 
