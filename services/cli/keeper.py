@@ -13,8 +13,8 @@ from services.contexts.metrics import ContextStates
 from services.contracts import Settings, load_settings
 from services.contracts.values import content_id
 from services.doctor.findings import shared_file_system
-from services.node.signals import before_the_walltime_ends, on_stop_signal
-from services.node.walltime import seconds_until_drain
+from services.node.signals import on_stop_signal
+from services.node.walltime import stop_before_walltime
 from services.telemetry import MetricsServer
 
 
@@ -40,7 +40,7 @@ def keeper(
         keeper = Keeper(settings)
         server = KeeperServer(keeper, for_ever=not until_idle, broker=_broker(settings))
         on_stop_signal(lambda _: server.stop())
-        before_the_walltime_ends(server.stop, seconds_until_drain(settings))
+        stop_before_walltime(settings, server.stop)
         REGISTRY.register(ContextStates(lambda: [record.state for record in keeper.records()]))
         metrics.serve(server)
         server.serve()

@@ -27,8 +27,8 @@ from services.contracts import load_settings
 from services.contracts.errors import UsageError
 from services.contracts.heartbeats import Ending
 from services.gpu_worker import Worker
-from services.node.signals import before_the_walltime_ends, on_stop_signal
-from services.node.walltime import seconds_until_drain
+from services.node.signals import on_stop_signal
+from services.node.walltime import stop_before_walltime
 from services.telemetry import MetricsServer
 
 _ENDINGS: Mapping[int, Ending] = {
@@ -92,7 +92,7 @@ def worker(
             watched_as=watched_as,
         )
         on_stop_signal(lambda number: service.stop(_ENDINGS[number]))
-        before_the_walltime_ends(lambda: service.stop("walltime"), seconds_until_drain(settings))
+        stop_before_walltime(settings, lambda: service.stop("walltime"))
         metrics.serve(service)
         service.run()
     if service.tokenizer_hangs:

@@ -7,30 +7,11 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-import structlog
-
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Early warnings of Slurm and other batch systems (`--signal=B:USR1@60`). SIGTERM follows, and must
 # not count as a second signal. SIGHUP comes twice when a terminal is lost, from the kernel and from
 # the shell, so a second one must not end the process.
-_WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-
-log = structlog.get_logger(__name__)
-
-
-def before_the_walltime_ends(stop: Callable[[], None], seconds: float | None) -> None:
-    """Call `stop` after this time; never if it is None."""
-    if seconds is None:
-        return
-
-    def drain() -> None:
-        log.info("walltime.ending")
-        stop()
-
-    log.info("walltime.known", drains_in_seconds=round(seconds))
-    timer = threading.Timer(seconds, drain)
-    timer.daemon = True
-    timer.start()
+_WARNING_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 def on_stop_signal(stop: Callable[[int], None]) -> None:
@@ -51,7 +32,7 @@ def on_stop_signal(stop: Callable[[int], None]) -> None:
             first.put(number)
 
     threading.Thread(target=lambda: stop(first.get()), name="signals", daemon=True).start()
-    for number in (*_STOP_SIGNALS, *_WARNINGS):
+    for number in (*_STOP_SIGNALS, *_WARNING_SIGNALS):
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup(1)
             signal.signal(number, handle)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _WARNINGS)  # main.py blocks them until now
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _WARNING_SIGNALS)  # main.py blocks them until now

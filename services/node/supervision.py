@@ -36,7 +36,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Batch systems may send early warnings to every process of a job. Only processes that drain use
 # them.
-_WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+_WARNING_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 _KILLED_SECONDS = 10.0
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -268,7 +268,7 @@ def main() -> int:
     parser.add_argument("command", nargs="+")
     arguments = parser.parse_args()
     # The command inherits this: one that drains installs a handler, and an engine continues.
-    for number in _WARNINGS:
+    for number in _WARNING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
     def start() -> ChildProcess:

@@ -1,7 +1,11 @@
-"""The time until the scheduler reclaims the node, or a setting's limit ends."""
+"""The walltime: the time until the scheduler reclaims the node, or a setting's limit ends."""
 
 import os
+import threading
 import time
+from collections.abc import Callable
+
+import structlog
 
 from services.contracts import Settings
 from services.contracts.errors import UsageError
@@ -9,6 +13,8 @@ from services.contracts.errors import UsageError
 _SLURM_END = "SLURM_JOB_END_TIME"
 # Between the end of the drain and the scheduler's limit, because clocks differ.
 _MARGIN_SECONDS = 5.0
+
+log = structlog.get_logger(__name__)
 
 
 def seconds_left(settings: Settings) -> float | None:
@@ -35,3 +41,22 @@ def seconds_until_drain(settings: Settings) -> float | None:
     """Seconds until a drain must begin; None without a limit. Raises UsageError."""
     left = seconds_left(settings)
     return None if left is None else max(0.0, left - settings.grace_seconds - _MARGIN_SECONDS)
+
+
+def stop_before_walltime(settings: Settings, stop: Callable[[], None]) -> None:
+    """Call `stop`, on a thread of its own, when a drain must begin; never without a limit.
+
+    Raises UsageError.
+    """
+    seconds = seconds_until_drain(settings)
+    if seconds is None:
+        return
+
+    def drain() -> None:
+        log.info("walltime.ending")
+        stop()
+
+    log.info("walltime.known", drains_in_seconds=round(seconds))
+    timer = threading.Timer(seconds, drain)
+    timer.daemon = True
+    timer.start()
