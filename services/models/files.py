@@ -75,7 +75,7 @@ def _pin_base(
     if not is_local(spec.model):
         from services.models import hub  # takes 0.25 s to import, and local models do not need it
 
-        return spec.model_copy(update={"revision": hub.commit(spec.model, spec.revision)})
+        return spec.model_copy(update={"revision": hub.current_commit(spec.model, spec.revision)})
     path, revision = _pin_directory("model", spec.model, spec.revision, cache_dir, on_progress)
     return spec.model_copy(update={"model": path, "revision": revision})
 
@@ -92,7 +92,7 @@ def _pin_adapter(
     else:
         from services.models import hub
 
-        path, revision = spec.adapter, hub.commit(spec.adapter, spec.adapter_revision)
+        path, revision = spec.adapter, hub.current_commit(spec.adapter, spec.adapter_revision)
     pinned = spec.model_copy(update={"adapter": path, "adapter_revision": revision})
     _check_adapter(pinned)
     return pinned
@@ -227,7 +227,7 @@ def weights_bytes(spec: ContextSpec) -> int | None:
     if not is_local(spec.model):
         from services.models import hub
 
-        directory = hub.cached(spec.model, spec.revision)
+        directory = hub.cached_directory(spec.model, spec.revision)
     if directory is None:
         return None
     try:

@@ -85,9 +85,9 @@ def _digests(
     files: list[Path], cache_dir: Path | None, on_progress: ProgressCallback
 ) -> dict[Path, str]:
     """The BLAKE2b digest of each file."""
-    kept = _kept(cache_dir) if files else None
-    recalled = {path: _recall(kept, path) for path in files}
-    known = {path: each for path, each in recalled.items() if each is not None}
+    digest_dir = _digest_directory(cache_dir) if files else None
+    cached = {path: _cached_digest(digest_dir, path) for path in files}
+    known = {path: each for path, each in cached.items() if each is not None}
     unknown = [path for path in files if path not in known]
     if not unknown:
         return known
@@ -104,8 +104,8 @@ def _digests(
                     break
                 content.update(chunk)
                 read[path] += len(chunk)
-            if _key(os.fstat(file.fileno())) == _key(before):
-                _remember(kept, before, content.hexdigest(), complete=not stop.is_set())
+            if not stop.is_set() and _key(os.fstat(file.fileno())) == _key(before):
+                _cache_digest(digest_dir, before, content.hexdigest())
         return content.hexdigest()
 
     with ThreadPoolExecutor(_READERS, thread_name_prefix="weights") as pool:
@@ -118,7 +118,7 @@ def _digests(
     return known | {path: future.result() for path, future in futures.items()}
 
 
-def _kept(cache_dir: Path | None) -> Path | None:
+def _digest_directory(cache_dir: Path | None) -> Path | None:
     """The directory of cached digests; None if it cannot be written, or other users could."""
     if cache_dir is None:
         return None
@@ -134,24 +134,24 @@ def _key(status: os.stat_result) -> str:
     return f"{status.st_dev}-{status.st_ino}-{status.st_size}-{times}"
 
 
-def _recall(kept: Path | None, path: Path) -> str | None:
-    if kept is None:
+def _cached_digest(digest_dir: Path | None, path: Path) -> str | None:
+    if digest_dir is None:
         return None
     try:
-        digest = (kept / _key(path.stat())).read_text(encoding="ascii")
+        digest = (digest_dir / _key(path.stat())).read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError):
         return None
     return digest if _DIGEST.fullmatch(digest) else None
 
 
-def _remember(kept: Path | None, status: os.stat_result, digest: str, *, complete: bool) -> None:
+def _cache_digest(digest_dir: Path | None, status: os.stat_result, digest: str) -> None:
     """Cache a digest and remove the file's older ones. On a full disk nothing is cached."""
     changed = max(status.st_mtime, status.st_ctime)
-    if kept is None or not complete or time.time() - changed < _SETTLED_SECONDS:
+    if digest_dir is None or time.time() - changed < _SETTLED_SECONDS:
         return
-    new = kept / f".{os.getpid()}-{threading.get_ident()}"
+    new = digest_dir / f".{os.getpid()}-{threading.get_ident()}"
     with contextlib.suppress(OSError):
-        for earlier in kept.glob(f"{status.st_dev}-{status.st_ino}-*"):
+        for earlier in digest_dir.glob(f"{status.st_dev}-{status.st_ino}-*"):
             earlier.unlink(missing_ok=True)
         new.write_text(digest, encoding="ascii")
-        new.replace(kept / _key(status))
+        new.replace(digest_dir / _key(status))

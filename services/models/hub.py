@@ -64,7 +64,7 @@ def small_file(spec: ContextSpec, name: str) -> Path | None:
         raise _unreachable(spec.model, error) from error
 
 
-def commit(model: str, revision: str | None) -> str:
+def current_commit(model: str, revision: str | None) -> str:
     """The current commit of a model's revision; without a network, its commit when it was fetched.
 
     Raises ModelError.
@@ -79,13 +79,13 @@ def commit(model: str, revision: str | None) -> str:
         ) from error
     except Exception as error:
         # Without a network: an earlier download in the cache is named by its commit.
-        directory = cached(model, revision)
+        directory = cached_directory(model, revision)
         if directory is not None:
             return directory.name
         raise _unreachable(model, error) from error
 
 
-def cached(model: str, revision: str | None) -> Path | None:
+def cached_directory(model: str, revision: str | None) -> Path | None:
     """The directory of a fetched model, which is named by its commit; None if there is none."""
     try:
         config = try_to_load_from_cache(model, "config.json", revision=revision)

@@ -117,7 +117,7 @@ class ModelTokenizer:
 
     def encode_trusted(self, text: str, *, begin: bool = False) -> list[int]:
         """Encode our own text, with special tokens. `begin` adds those that begin a text."""
-        with self._mark_up_acts():
+        with self._parsing_special_tokens():
             # As a batch: `encode` would keep all other threads from running.
             (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=begin)
             return list(encoding.ids)
@@ -126,7 +126,9 @@ class ModelTokenizer:
         """Encode untrusted texts, without any special token. Uses all cores for many texts."""
         encodings = self._encode_as_characters(texts)
         return [
-            ids if self._special_ids.isdisjoint(ids := encoding.ids) else self._encode_apart(text)
+            ids
+            if self._special_ids.isdisjoint(ids := encoding.ids)
+            else self._encode_without_special(text)
             for text, encoding in zip(texts, encodings, strict=True)
         ]
 
@@ -134,24 +136,24 @@ class ModelTokenizer:
         """Encode each untrusted text together with our own before and after it, so that tokens may
         span the boundaries. Only our own text yields special tokens.
         """
-        with self._mark_up_acts():
+        with self._parsing_special_tokens():
             encodings = self._tokenizer.encode_batch_fast(
                 [before + text + after for text in texts], add_special_tokens=False
             )
         ours = self.encode_trusted(before), self.encode_trusted(after)
-        acting = sum(map(self._mark_up_in, ours))
+        expected = sum(map(self._count_special, ours))
         return [
             encoding.ids
-            if not self._mark_up.search(text) and self._mark_up_in(encoding.ids) == acting
+            if not self._mark_up.search(text) and self._count_special(encoding.ids) == expected
             else ours[0] + self.encode_plain([text])[0] + ours[1]
             for text, encoding in zip(texts, encodings, strict=True)
         ]
 
-    def _mark_up_in(self, ids: list[int]) -> int:
+    def _count_special(self, ids: list[int]) -> int:
         return sum(token in self._special_ids for token in ids)
 
     @contextmanager
-    def _mark_up_acts(self) -> Iterator[None]:
+    def _parsing_special_tokens(self) -> Iterator[None]:
         with self._in_use:
             self._tokenizer.encode_special_tokens = False
             try:
@@ -163,7 +165,7 @@ class ModelTokenizer:
         with self._in_use:
             return list(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
 
-    def _encode_apart(self, text: str) -> list[int]:
+    def _encode_without_special(self, text: str) -> list[int]:
         """Encode a text in which an ordinary piece is a special token (`</s>` in a unigram model):
         mark-up is split after its first character, and remaining special tokens are left out.
         """
@@ -225,8 +227,8 @@ class ModelTokenizer:
             answered = self._render([question, answer], variables)
         except Exception:
             return before, after  # the template does not render answers
-        _, _, spoken = answered.partition(_CONTENT)
-        turn, found, _ = spoken.partition(_ANSWER)
+        _, _, rest = answered.partition(_CONTENT)
+        turn, found, _ = rest.partition(_ANSWER)
         return before, turn if found and turn.rstrip() == after.rstrip() else after
 
     def _template_variables(self) -> set[str]:

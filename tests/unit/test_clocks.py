@@ -18,7 +18,7 @@ ALLOWED = {
     ("contexts/caches.py", "_measure"): (
         "when a file was written is a date: after a jump a cache goes sooner, or stays longer"
     ),
-    ("models/fingerprint.py", "_remember"): (
+    ("models/fingerprint.py", "_cache_digest"): (
         "when a file changed is a date: one look, and after a jump a file is read once more"
     ),
     ("gpu_worker/crashes.py", "CrashRecords.collect"): (

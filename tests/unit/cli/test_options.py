@@ -127,7 +127,7 @@ def test_outside_a_clone_the_default_model_says_that_it_is_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub, "commit", lambda *_: "c0ffee")
+    monkeypatch.setattr(hub, "current_commit", lambda *_: "c0ffee")
     assert context().model == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert "neither --model nor KEEPWARM_MODEL is set, so this uses" in capsys.readouterr().err
     assert context("HuggingFaceTB/SmolLM2-135M-Instruct").revision == "c0ffee"
@@ -136,7 +136,7 @@ def test_outside_a_clone_the_default_model_says_that_it_is_one(
     def fails(*_: object) -> str:
         raise ModelError("cannot get the model")
 
-    monkeypatch.setattr(hub, "commit", fails)
+    monkeypatch.setattr(hub, "current_commit", fails)
     with pytest.raises(ModelError, match="uses the demo model .*: cannot get"):
         context()
 

@@ -249,7 +249,7 @@ def test_an_adapter_of_a_large_rank_is_taken_with_the_argument_for_it(
 def test_a_hub_adapter_is_pinned_by_its_commit(
     model_dir: Path, adapter_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "commit", lambda name, _: f"commit-of-{name}")
+    monkeypatch.setattr(hub, "current_commit", lambda name, _: f"commit-of-{name}")
     monkeypatch.setattr(hub, "small_file", lambda _, name: adapter_dir / name)
     pinned = pin_model(with_adapter(model_dir, "org/adapter"))
     assert (pinned.adapter, pinned.adapter_revision) == ("org/adapter", "commit-of-org/adapter")
