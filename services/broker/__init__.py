@@ -2,11 +2,11 @@
 
 from services.broker.address import BrokerAddress
 from services.broker.consumer import Consumer
+from services.broker.declarations import Declares
 from services.broker.delivery import Delivery
 from services.broker.private_node import PrivateNode
 from services.broker.publisher import Outgoing, Publisher
 from services.broker.queue_counts import Counts
-from services.broker.topology import Declares
 
 __all__ = [
     "BrokerAddress",

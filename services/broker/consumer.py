@@ -13,10 +13,10 @@ import structlog
 from pika.channel import Channel
 
 from services.broker.address import BrokerAddress
+from services.broker.declarations import Declares, listener_steps, run_in_order
 from services.broker.delivery import Delivery
 from services.broker.link import Link
 from services.broker.metrics import REDELIVERED
-from services.broker.topology import Declares, listen, run_in_order
 from services.contracts import topology
 
 _IDLE_CHECK_SECONDS = 15.0
@@ -169,7 +169,7 @@ class Consumer(Link):
             # connection, and its exclusive queue, for some time.
             listener = f"{self._listener}.{self._epoch}"
             queue = topology.listener_queue(self._fanout_exchange, listener)
-            steps += [*listen(queue, self._fanout_exchange), self._consume_fanout(queue)]
+            steps += [*listener_steps(queue, self._fanout_exchange), self._consume_fanout(queue)]
         run_in_order(channel, iter(steps), self._on_consuming)
         self._schedule_idle_check(self._epoch)
 

@@ -11,7 +11,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 from pika.exceptions import AMQPError, ChannelClosedByBroker, UnroutableError
 
 from services.broker.address import BrokerAddress
-from services.contracts import topology as names
+from services.contracts import topology
 from services.contracts.errors import BrokerError
 
 _BLOCKED_SECONDS = 10.0
@@ -22,7 +22,7 @@ def missing_exchanges(address: BrokerAddress) -> list[str]:
     with _asking(address) as may:
         return [
             name
-            for name in names.CORE_EXCHANGES
+            for name in topology.CORE_EXCHANGES
             if not may(methodcaller("exchange_declare", name, passive=True))
         ]
 
@@ -36,7 +36,7 @@ def writable(address: BrokerAddress) -> set[str]:
     """
     key = f"keepwarm-doctor-{secrets.token_hex(8)}"
     with _asking(address) as may:
-        return {name for name in names.DIRECT_EXCHANGES if may(partial(_publish, name, key))}
+        return {name for name in topology.DIRECT_EXCHANGES if may(partial(_publish, name, key))}
 
 
 def _publish(exchange: str, key: str, channel: BlockingChannel) -> None:

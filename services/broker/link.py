@@ -25,10 +25,10 @@ from pika.exceptions import (
 )
 
 from services.broker.address import BrokerAddress
+from services.broker.declarations import Declares, declare, queue_made_before_4
 from services.broker.metrics import BLOCKED, CONNECTED, RECONNECTS
 from services.broker.queue_counts import Counts, count_queues
 from services.broker.tls import tls_fault
-from services.broker.topology import Declares, declare, queue_made_before_4
 from services.contracts.backoff import backoff_seconds
 from services.contracts.clock import awake
 from services.contracts.errors import (
@@ -53,7 +53,7 @@ class Link:
     """What `Publisher` and `Consumer` share: a connection, its channel, and their one thread.
 
     Only the owning thread touches pika; other threads reach it through `_call_soon`. A lost
-    connection or channel is reopened with exponential backoff and full jitter, without a limit,
+    connection or channel is reopened with exponential backoff and jitter, without a limit,
     once the first one was opened. A broker that refuses us for a minute (for example because the
     password was changed) ends the link. The `_on_…` hooks run on the owning thread.
     """

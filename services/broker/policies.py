@@ -16,8 +16,7 @@ from services.broker.address import BrokerAddress
 from services.broker.management_api import ManagementApi
 from services.broker.roles import ROLES
 from services.broker.tls import TlsFiles
-from services.contracts import Settings
-from services.contracts import topology as names
+from services.contracts import Settings, topology
 from services.contracts.addresses import is_loopback
 from services.contracts.errors import BrokerError, BrokerRefused, BrokerUnreachable
 
@@ -99,7 +98,7 @@ class _Policy:
             )
 
     def covers(self, name: str) -> bool:
-        kinds = _OF_EXCHANGES if name in names.CORE_EXCHANGES else _OF_QUORUM_QUEUES
+        kinds = _OF_EXCHANGES if name in topology.CORE_EXCHANGES else _OF_QUORUM_QUEUES
         if self.apply_to not in kinds:
             return False
         try:
@@ -141,9 +140,9 @@ def ask_policies(
             unlimited = tuple(_unlimited(api, host)) if limits else ()
         except BrokerError as error:
             return Policies(unknown=_why(error, address.user, url))
-    ours = {each["name"] for each in existing if each["name"].startswith(names.claims_queue(""))}
-    queues = sorted({*names.CORE_QUEUES, *claims_queues, *ours})
-    ours_all = [*queues, *names.DIRECT_EXCHANGES]
+    ours = {each["name"] for each in existing if each["name"].startswith(topology.claims_queue(""))}
+    queues = sorted({*topology.CORE_QUEUES, *claims_queues, *ours})
+    ours_all = [*queues, *topology.DIRECT_EXCHANGES]
     judged = _find_problems(ours_all, address.virtual_host, policies, [*imposed])
     return replace(judged, unlimited=unlimited)
 
@@ -231,14 +230,14 @@ def _in_effect(policies: Sequence[_Policy], queue: str) -> list[_Policy]:
 
 def _effect(queue: str, key: str, value: Any, definition: Mapping[str, Any]) -> tuple[str, bool]:
     """The effect of a key on a queue or exchange, and whether it loses messages; "" if harmless."""
-    if queue in names.CORE_EXCHANGES:
+    if queue in topology.CORE_EXCHANGES:
         return (_BYPASSES_QUEUE, True) if key == _ALTERNATE else ("", False)
     if key in _DROPS:
         return ("", False) if key == "delivery-limit" and value < 0 else (_DROPS[key], True)
     if key in _LENGTHS:
         # All others were declared with `reject-publish`, which takes precedence over a policy.
         drops = (
-            queue == names.DEAD_MESSAGES_QUEUE
+            queue == topology.DEAD_MESSAGES_QUEUE
             and definition.get("overflow", "drop-head") == "drop-head"
         )
         return (_DROPS_OLDEST, True) if drops else (_BLOCKS_PUBLISHERS, False)

@@ -13,9 +13,9 @@ from pika.channel import Channel
 from pika.spec import Basic
 
 from services.broker.address import BrokerAddress
+from services.broker.declarations import Declares
 from services.broker.link import Link
 from services.broker.metrics import UNCONFIRMED
-from services.broker.topology import Declares
 from services.contracts.errors import BrokerUnreachable
 from services.contracts.wire import CONTENT_TYPE, Message, encode
 

@@ -16,24 +16,24 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from services.contracts import topology as names
+from services.contracts import topology
 
 _NOTHING = "^$"
 # The smallest tag that can read policies, which may lose claims. Its user sees the management pages
 # of the virtual hosts that it may log in to, and gains no permission on queues.
 _SEES_POLICIES = ("management",)
-_ANY_CLAIMS_QUEUE = names.claims_queue("*")
-_ANY_NOTICES_QUEUE = names.listener_queue(names.CONTROL_EXCHANGE, "*")
-_ANY_PRESENCE_QUEUE = names.listener_queue(names.HEARTBEATS_EXCHANGE, "*")
+_ANY_CLAIMS_QUEUE = topology.claims_queue("*")
+_ANY_CONTROL_QUEUE = topology.listener_queue(topology.CONTROL_EXCHANGE, "*")
+_ANY_HEARTBEATS_QUEUE = topology.listener_queue(topology.HEARTBEATS_EXCHANGE, "*")
 _COLLECTED_QUEUES = (
-    names.RETURNS_QUEUE,
-    names.VERDICTS_QUEUE,
-    names.RUNS_QUEUE,
-    names.DEAD_CLAIMS_QUEUE,
+    topology.RETURNS_QUEUE,
+    topology.VERDICTS_QUEUE,
+    topology.RUNS_QUEUE,
+    topology.DEAD_CLAIMS_QUEUE,
 )
 _EVERYTHING = (
-    *(*names.CORE_EXCHANGES, *names.CORE_QUEUES),
-    *(_ANY_CLAIMS_QUEUE, _ANY_NOTICES_QUEUE, _ANY_PRESENCE_QUEUE),
+    *(*topology.CORE_EXCHANGES, *topology.CORE_QUEUES),
+    *(_ANY_CLAIMS_QUEUE, _ANY_CONTROL_QUEUE, _ANY_HEARTBEATS_QUEUE),
 )
 
 
@@ -76,10 +76,13 @@ ROLES = (
             configure=_only(_ANY_CLAIMS_QUEUE),
             # The dead exchange, because the queues that it declares dead-letter into it.
             write=_only(
-                names.CLAIMS_EXCHANGE, names.RUNS_EXCHANGE, names.DEAD_EXCHANGE, _ANY_CLAIMS_QUEUE
+                topology.CLAIMS_EXCHANGE,
+                topology.RUNS_EXCHANGE,
+                topology.DEAD_EXCHANGE,
+                _ANY_CLAIMS_QUEUE,
             ),
             # It consumes nothing; declaring and binding a queue that dead-letters requires this.
-            read=_only(names.CLAIMS_EXCHANGE, _ANY_CLAIMS_QUEUE),
+            read=_only(topology.CLAIMS_EXCHANGE, _ANY_CLAIMS_QUEUE),
         ),
         tags=_SEES_POLICIES,
     ),
@@ -88,15 +91,15 @@ ROLES = (
         "takes claims; publishes verdicts, dead claims, returns and heartbeats; reads control "
         "updates",
         Permissions(
-            configure=_only(_ANY_NOTICES_QUEUE),
+            configure=_only(_ANY_CONTROL_QUEUE),
             write=_only(
-                names.VERDICTS_EXCHANGE,
-                names.DEAD_EXCHANGE,
-                names.RETURNS_EXCHANGE,
-                names.HEARTBEATS_EXCHANGE,
-                _ANY_NOTICES_QUEUE,
+                topology.VERDICTS_EXCHANGE,
+                topology.DEAD_EXCHANGE,
+                topology.RETURNS_EXCHANGE,
+                topology.HEARTBEATS_EXCHANGE,
+                _ANY_CONTROL_QUEUE,
             ),
-            read=_only(_ANY_CLAIMS_QUEUE, names.CONTROL_EXCHANGE, _ANY_NOTICES_QUEUE),
+            read=_only(_ANY_CLAIMS_QUEUE, topology.CONTROL_EXCHANGE, _ANY_CONTROL_QUEUE),
         ),
     ),
     Role(
@@ -105,27 +108,30 @@ ROLES = (
         "claims, refused messages and control updates",
         Permissions(
             configure=_only(
-                *names.CORE_EXCHANGES, *names.CORE_QUEUES, _ANY_CLAIMS_QUEUE, _ANY_PRESENCE_QUEUE
+                *topology.CORE_EXCHANGES,
+                *topology.CORE_QUEUES,
+                _ANY_CLAIMS_QUEUE,
+                _ANY_HEARTBEATS_QUEUE,
             ),
             write=_only(
-                names.CLAIMS_EXCHANGE,
-                names.DEAD_EXCHANGE,
-                names.CONTROL_EXCHANGE,
-                *names.CORE_QUEUES,
+                topology.CLAIMS_EXCHANGE,
+                topology.DEAD_EXCHANGE,
+                topology.CONTROL_EXCHANGE,
+                *topology.CORE_QUEUES,
                 _ANY_CLAIMS_QUEUE,
-                _ANY_PRESENCE_QUEUE,
+                _ANY_HEARTBEATS_QUEUE,
             ),
             # Exchanges to bind from, and claims queues because those that it declares dead-letter.
             read=_only(
-                names.CLAIMS_EXCHANGE,
-                names.RETURNS_EXCHANGE,
-                names.VERDICTS_EXCHANGE,
-                names.RUNS_EXCHANGE,
-                names.DEAD_EXCHANGE,
-                names.HEARTBEATS_EXCHANGE,
+                topology.CLAIMS_EXCHANGE,
+                topology.RETURNS_EXCHANGE,
+                topology.VERDICTS_EXCHANGE,
+                topology.RUNS_EXCHANGE,
+                topology.DEAD_EXCHANGE,
+                topology.HEARTBEATS_EXCHANGE,
                 *_COLLECTED_QUEUES,
                 _ANY_CLAIMS_QUEUE,
-                _ANY_PRESENCE_QUEUE,
+                _ANY_HEARTBEATS_QUEUE,
             ),
         ),
         tags=_SEES_POLICIES,
@@ -166,8 +172,8 @@ def virtual_host_limits(workers: int) -> dict[str, int]:
 
 
 LISTENER_POLICIES = {
-    "keepwarm-notices": (names.listener_queue(names.CONTROL_EXCHANGE, ""), 100),
-    "keepwarm-presence": (names.listener_queue(names.HEARTBEATS_EXCHANGE, ""), 100_000),
+    "keepwarm-notices": (topology.listener_queue(topology.CONTROL_EXCHANGE, ""), 100),
+    "keepwarm-presence": (topology.listener_queue(topology.HEARTBEATS_EXCHANGE, ""), 100_000),
 }
 """By policy: the prefix of its queues' names, and the most messages in one of them."""
 
@@ -178,8 +184,10 @@ def roles_that_fit(writable: Collection[str], *, declares_core: bool) -> list[Ro
     """
 
     def fits(role: Role) -> bool:
-        needs = {name for name in names.DIRECT_EXCHANGES if re.search(role.permissions.write, name)}
-        needs_core = re.search(role.permissions.configure, names.VERDICTS_QUEUE) is not None
+        needs = {
+            name for name in topology.DIRECT_EXCHANGES if re.search(role.permissions.write, name)
+        }
+        needs_core = re.search(role.permissions.configure, topology.VERDICTS_QUEUE) is not None
         return needs <= set(writable) and (declares_core or not needs_core)
 
     return [role for role in ROLES if fits(role)]

@@ -1,4 +1,4 @@
-"""Names of exchanges, queues and headers. `services.broker.topology` declares them.
+"""Names of exchanges, queues and headers. `services.broker.declarations` declares them.
 
 There is an exchange for each direction, so that a user can be permitted to write to one of them
 only. Workers return claims through `keepwarm.returns`, and only the collector publishes them to a

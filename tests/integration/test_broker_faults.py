@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from services.broker import PrivateNode
-from services.broker.topology import quorum_arguments
+from services.broker.declarations import quorum_arguments
 from services.contracts import ContextSpec, Settings, topology
 from services.models.files import pin_model
 from tests.conftest import sample_lines

@@ -11,7 +11,7 @@ import pytest
 
 from services.broker import BrokerAddress, PrivateNode
 from services.broker.dead_messages import DeadMessages, reason
-from services.broker.topology import quorum_arguments
+from services.broker.declarations import quorum_arguments
 from services.contracts import ContextSpec, topology
 from services.contracts.errors import BrokerError
 from services.models.files import pin_model

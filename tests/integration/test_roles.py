@@ -20,8 +20,8 @@ from pika.adapters.blocking_connection import BlockingChannel
 from pika.exceptions import AMQPConnectionError, ChannelClosedByBroker
 
 from services.broker import BrokerAddress, Declares, PrivateNode, Publisher
+from services.broker.declarations import quorum_arguments
 from services.broker.policies import ask_policies
-from services.broker.topology import quorum_arguments
 from services.contracts import (
     ClaimBatch,
     ContextSpec,
@@ -33,8 +33,8 @@ from services.contracts import (
     decode,
     encode,
     load_settings,
+    topology,
 )
-from services.contracts import topology as names
 from services.contracts.errors import BrokerRefused
 from services.contracts.proofs import verdict_proof
 from services.contracts.wire import Message
@@ -45,14 +45,14 @@ from tests.integration.runs import wait_for_the_first_verdicts
 
 ROLES = ("producer", "worker", "collector", "operator")
 VHOST = "keepwarm"
-CLAIMS = names.claims_queue("ctx-roles")
+CLAIMS = topology.claims_queue("ctx-roles")
 BOUND = {
-    names.DEAD_MESSAGES_QUEUE: names.DEAD_EXCHANGE,
-    names.DEAD_CLAIMS_QUEUE: names.DEAD_EXCHANGE,
-    names.RETURNS_QUEUE: names.RETURNS_EXCHANGE,
-    names.VERDICTS_QUEUE: names.VERDICTS_EXCHANGE,
-    names.RUNS_QUEUE: names.RUNS_EXCHANGE,
-    CLAIMS: names.CLAIMS_EXCHANGE,
+    topology.DEAD_MESSAGES_QUEUE: topology.DEAD_EXCHANGE,
+    topology.DEAD_CLAIMS_QUEUE: topology.DEAD_EXCHANGE,
+    topology.RETURNS_QUEUE: topology.RETURNS_EXCHANGE,
+    topology.VERDICTS_QUEUE: topology.VERDICTS_EXCHANGE,
+    topology.RUNS_QUEUE: topology.RUNS_EXCHANGE,
+    CLAIMS: topology.CLAIMS_EXCHANGE,
 }
 Act = Callable[[BlockingChannel], object]
 
@@ -172,7 +172,7 @@ def declare_everything(channel: BlockingChannel) -> None:
     """As an administrator, or as whoever has the right to."""
     for exchange in set(BOUND.values()):
         channel.exchange_declare(exchange, "direct", durable=True)
-    channel.exchange_declare(names.CONTROL_EXCHANGE, "fanout", durable=True)
+    channel.exchange_declare(topology.CONTROL_EXCHANGE, "fanout", durable=True)
     for queue in BOUND:
         declare_queue(queue)(channel)
 
@@ -180,7 +180,7 @@ def declare_everything(channel: BlockingChannel) -> None:
 def declare_queue(queue: str, exchange: str | None = None) -> Act:
     def act(channel: BlockingChannel) -> None:
         version = channel.connection._impl.server_properties["version"]
-        letters = queue != names.DEAD_MESSAGES_QUEUE
+        letters = queue != topology.DEAD_MESSAGES_QUEUE
         arguments = quorum_arguments(version, dead_letters=letters)
         channel.queue_declare(queue, durable=True, arguments=arguments)
         channel.queue_bind(queue, exchange or BOUND[queue], queue)
@@ -197,48 +197,48 @@ def consume(queue: str) -> Act:
 
 
 def own_notices(channel: BlockingChannel) -> None:
-    queue = names.listener_queue(names.CONTROL_EXCHANGE, "node-1")
+    queue = topology.listener_queue(topology.CONTROL_EXCHANGE, "node-1")
     channel.queue_declare(queue, exclusive=True, auto_delete=True)
-    channel.queue_bind(queue, names.CONTROL_EXCHANGE)
+    channel.queue_bind(queue, topology.CONTROL_EXCHANGE)
     channel.basic_consume(queue, lambda *_: None)
 
 
 def own_presence(channel: BlockingChannel) -> None:
-    queue = names.listener_queue(names.HEARTBEATS_EXCHANGE, "collector-1")
+    queue = topology.listener_queue(topology.HEARTBEATS_EXCHANGE, "collector-1")
     channel.queue_declare(queue, exclusive=True, auto_delete=True)
-    channel.queue_bind(queue, names.HEARTBEATS_EXCHANGE)
+    channel.queue_bind(queue, topology.HEARTBEATS_EXCHANGE)
     channel.basic_consume(queue, lambda *_: None)
 
 
 ACTS: dict[str, Act] = {
-    "publish claims": publish(names.CLAIMS_EXCHANGE, CLAIMS),
-    "publish runs": publish(names.RUNS_EXCHANGE, names.RUNS_QUEUE),
-    "publish verdicts": publish(names.VERDICTS_EXCHANGE, names.VERDICTS_QUEUE),
-    "publish returns": publish(names.RETURNS_EXCHANGE, names.RETURNS_QUEUE),
-    "publish dead claims": publish(names.DEAD_EXCHANGE, names.DEAD_CLAIMS_QUEUE),
-    "publish notices": publish(names.CONTROL_EXCHANGE),
-    "report presence": publish(names.HEARTBEATS_EXCHANGE),
+    "publish claims": publish(topology.CLAIMS_EXCHANGE, CLAIMS),
+    "publish runs": publish(topology.RUNS_EXCHANGE, topology.RUNS_QUEUE),
+    "publish verdicts": publish(topology.VERDICTS_EXCHANGE, topology.VERDICTS_QUEUE),
+    "publish returns": publish(topology.RETURNS_EXCHANGE, topology.RETURNS_QUEUE),
+    "publish dead claims": publish(topology.DEAD_EXCHANGE, topology.DEAD_CLAIMS_QUEUE),
+    "publish notices": publish(topology.CONTROL_EXCHANGE),
+    "report presence": publish(topology.HEARTBEATS_EXCHANGE),
     "publish by the default exchange": publish("", CLAIMS),
     "publish by amq.direct": publish("amq.direct", CLAIMS),
     "consume claims": consume(CLAIMS),
-    "consume returns": consume(names.RETURNS_QUEUE),
-    "consume verdicts": consume(names.VERDICTS_QUEUE),
-    "consume runs": consume(names.RUNS_QUEUE),
-    "consume dead claims": consume(names.DEAD_CLAIMS_QUEUE),
-    "consume dead messages": consume(names.DEAD_MESSAGES_QUEUE),
+    "consume returns": consume(topology.RETURNS_QUEUE),
+    "consume verdicts": consume(topology.VERDICTS_QUEUE),
+    "consume runs": consume(topology.RUNS_QUEUE),
+    "consume dead claims": consume(topology.DEAD_CLAIMS_QUEUE),
+    "consume dead messages": consume(topology.DEAD_MESSAGES_QUEUE),
     "hear notices": own_notices,
     "hear who is present": own_presence,
     "see whether there are notices": lambda channel: channel.exchange_declare(
-        names.CONTROL_EXCHANGE, passive=True
+        topology.CONTROL_EXCHANGE, passive=True
     ),
     "see a claims queue": lambda channel: channel.queue_declare(CLAIMS, passive=True),
-    "make a claims queue": declare_queue("claims.ctx-new", names.CLAIMS_EXCHANGE),
+    "make a claims queue": declare_queue("claims.ctx-new", topology.CLAIMS_EXCHANGE),
     "make the fixed topology": declare_everything,
     "make a queue of another name": lambda channel: channel.queue_declare("mine"),
     "make a queue without a name": lambda channel: channel.queue_declare("", exclusive=True),
     "copy claims to itself": lambda channel: (
         channel.queue_declare("notices.spy", exclusive=True),
-        channel.queue_bind("notices.spy", names.CLAIMS_EXCHANGE, CLAIMS),
+        channel.queue_bind("notices.spy", topology.CLAIMS_EXCHANGE, CLAIMS),
     ),
     "forge claims by a dead letter": lambda channel: channel.queue_declare(
         "notices.forge",
@@ -246,10 +246,10 @@ ACTS: dict[str, Act] = {
         arguments={"x-dead-letter-exchange": "", "x-dead-letter-routing-key": CLAIMS},
     ),
     "unbind verdicts": lambda channel: channel.queue_unbind(
-        names.VERDICTS_QUEUE, names.VERDICTS_EXCHANGE, "none"
+        topology.VERDICTS_QUEUE, topology.VERDICTS_EXCHANGE, "none"
     ),
     "purge claims": lambda channel: channel.queue_purge(CLAIMS),
-    "purge verdicts": lambda channel: channel.queue_purge(names.VERDICTS_QUEUE),
+    "purge verdicts": lambda channel: channel.queue_purge(topology.VERDICTS_QUEUE),
     "delete a claims queue": lambda channel: channel.queue_delete(CLAIMS, if_empty=False),
 }
 ANYBODY = {"see whether there are notices", "see a claims queue"}
@@ -282,13 +282,13 @@ MAY = {
 
 
 @pytest.fixture
-def topology(broker: Broker) -> Iterator[None]:
+def _everything_declared_again(broker: Broker) -> Iterator[None]:
     yield
     with broker.connection("keepwarm", broker.node.password) as connection:
         declare_everything(connection.channel())
 
 
-@pytest.mark.usefixtures("topology")
+@pytest.mark.usefixtures("_everything_declared_again")
 @pytest.mark.parametrize("role", ROLES)
 def test_each_role_may_do_what_it_is_for_and_nothing_else(role: str, broker: Broker) -> None:
     assert {name for name, act in ACTS.items() if broker.may(role, act)} == MAY[role] | ANYBODY
@@ -462,7 +462,7 @@ def test_a_password_cannot_use_up_the_broker(broker: Broker) -> None:
             BrokerRefused, match=r"connection limit \(6\).*broker setup --workers N"
         ):
             Publisher(BrokerAddress.from_settings(settings), "test", window=1).open(10)
-        queue = names.listener_queue(names.CONTROL_EXCHANGE, "stolen")
+        queue = topology.listener_queue(topology.CONTROL_EXCHANGE, "stolen")
         held[0].channel().queue_declare(queue, exclusive=True)
         policy = broker.rabbitmqctl("list_queues", "-p", VHOST, "name", "policy", "type")
         assert f"{queue}\tkeepwarm-notices\tclassic" in policy
@@ -518,7 +518,7 @@ class Thief:
         self.connection = broker.connection(f"{VHOST}-worker", broker.password("worker"))
         self.channel = self.connection.channel()
         self.channel.confirm_delivery()
-        self.queue = names.claims_queue(context_id)
+        self.queue = topology.claims_queue(context_id)
 
     def read(self) -> ClaimBatch:
         """A batch, which goes back."""
@@ -554,7 +554,7 @@ def test_with_a_workers_password_nobody_can_make_work_change_claims_or_forge_run
     collecting = as_role("collector", "collect")
     collecting.said("store.committed")
     # Announcements of earlier tests may be committed before this run's are taken.
-    wait_until(lambda: counts(broker)[names.RUNS_QUEUE] == 0, "all announcements, taken")
+    wait_until(lambda: counts(broker)[topology.RUNS_QUEUE] == 0, "all announcements, taken")
     thief = Thief(broker, pin_model(ContextSpec(model=str(small_model))).context_id)
     batch = thief.read()
     before = counts(broker)
@@ -572,11 +572,11 @@ def test_with_a_workers_password_nobody_can_make_work_change_claims_or_forge_run
         )
     ]
     for forged in forged_returns:
-        thief.say(names.RETURNS_EXCHANGE, names.RETURNS_QUEUE, forged)
+        thief.say(topology.RETURNS_EXCHANGE, topology.RETURNS_QUEUE, forged)
     # What says to be another run's goes back as what it was announced as.
     thief.say(
-        names.RETURNS_EXCHANGE,
-        names.RETURNS_QUEUE,
+        topology.RETURNS_EXCHANGE,
+        topology.RETURNS_QUEUE,
         batch.only([1]).model_copy(update={"run": elsewhere}),
     )
     verdict = Verdict(
@@ -611,7 +611,7 @@ def test_with_a_workers_password_nobody_can_make_work_change_claims_or_forge_run
         answer.model_copy(update={"run_id": "run-forged"}),
     ]
     for forged in forged_verdicts:
-        thief.say(names.VERDICTS_EXCHANGE, names.VERDICTS_QUEUE, forged)
+        thief.say(topology.VERDICTS_EXCHANGE, topology.VERDICTS_QUEUE, forged)
     dead = DeadClaim(
         run_id=run_id,
         claim=claim.model_copy(update={"claim_id": "forged"}),
@@ -622,22 +622,22 @@ def test_with_a_workers_password_nobody_can_make_work_change_claims_or_forge_run
         submission_id=batch.submission_id,
         proof=batch.proofs[0],
     )
-    thief.say(names.DEAD_EXCHANGE, names.DEAD_CLAIMS_QUEUE, dead)
+    thief.say(topology.DEAD_EXCHANGE, topology.DEAD_CLAIMS_QUEUE, dead)
     refused = len(forged_returns) + len(forged_verdicts) + 1
     # The claim that was given back in earnest, and nothing else; no queue that was not there.
-    after = before | {names.DEAD_MESSAGES_QUEUE: refused, thief.queue: 4}
+    after = before | {topology.DEAD_MESSAGES_QUEUE: refused, thief.queue: 4}
     wait_until(lambda: counts(broker) == after, f"all that is forged, aside: {after}")
     listing = as_role("operator", "dead", "list", COLUMNS="200")
     assert listing.wait() == 0, listing.output
     assert listing.output.count("its proof does not match the producer's") == 6, listing.output
     # Nor does an operator do it for the thief: a message goes where one of its type belongs.
     forged = forged_returns[0]
-    for queue in (thief.queue, "claims.evil", names.RUNS_QUEUE):
-        header = {names.ORIGIN_HEADER: queue, names.REASON_HEADER: "send me back"}
-        thief.say(names.DEAD_EXCHANGE, names.DEAD_MESSAGES_QUEUE, forged, **header)
+    for queue in (thief.queue, "claims.evil", topology.RUNS_QUEUE):
+        header = {topology.ORIGIN_HEADER: queue, topology.REASON_HEADER: "send me back"}
+        thief.say(topology.DEAD_EXCHANGE, topology.DEAD_MESSAGES_QUEUE, forged, **header)
     announcement = RunAnnouncement(run=elsewhere, submission_id="sub-forged", proof_key="0" * 32)
-    header = {names.ORIGIN_HEADER: names.RUNS_QUEUE, names.REASON_HEADER: "send me back"}
-    thief.say(names.DEAD_EXCHANGE, names.DEAD_MESSAGES_QUEUE, announcement, **header)
+    header = {topology.ORIGIN_HEADER: topology.RUNS_QUEUE, topology.REASON_HEADER: "send me back"}
+    thief.say(topology.DEAD_EXCHANGE, topology.DEAD_MESSAGES_QUEUE, announcement, **header)
     listing = as_role("operator", "dead", "list", COLUMNS="200")
     assert listing.wait() == 0, listing.output
     ids = re.findall(r"(msg-\w+) .*send me back", listing.output)
@@ -655,9 +655,10 @@ def test_with_a_workers_password_nobody_can_make_work_change_claims_or_forge_run
     assert "3 messages are sent again, " in retrying.output
     assert "left: 1 of this kind: an announcement of a run" in retrying.output
     wait_until(
-        lambda: counts(broker)[names.DEAD_MESSAGES_QUEUE] == refused + 4, "all of it, aside again"
+        lambda: counts(broker)[topology.DEAD_MESSAGES_QUEUE] == refused + 4,
+        "all of it, aside again",
     )
-    assert counts(broker) == after | {names.DEAD_MESSAGES_QUEUE: refused + 4}
+    assert counts(broker) == after | {topology.DEAD_MESSAGES_QUEUE: refused + 4}
     thief.connection.close()
     # The run is answered as if nothing had been.
     worker = as_role("worker", "worker")

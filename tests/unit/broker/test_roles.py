@@ -3,7 +3,7 @@ import re
 import pytest
 
 from services.broker.roles import ROLES, Permissions
-from services.contracts import topology as names
+from services.contracts import topology
 
 BY_NAME = {role.name: role for role in ROLES}
 EXPRESSIONS = [
@@ -12,10 +12,10 @@ EXPRESSIONS = [
     for right in ("configure", "write", "read")
 ]
 EVERY_NAME = {
-    *(value for name, value in vars(names).items() if name.endswith(("_EXCHANGE", "_QUEUE"))),
-    names.claims_queue("ctx-0011223344556677"),
-    names.listener_queue(names.CONTROL_EXCHANGE, "node-1-2-3"),
-    names.listener_queue(names.HEARTBEATS_EXCHANGE, "node-1-2-3"),
+    *(value for name, value in vars(topology).items() if name.endswith(("_EXCHANGE", "_QUEUE"))),
+    topology.claims_queue("ctx-0011223344556677"),
+    topology.listener_queue(topology.CONTROL_EXCHANGE, "node-1-2-3"),
+    topology.listener_queue(topology.HEARTBEATS_EXCHANGE, "node-1-2-3"),
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pika.channel import Channel
 
-from services.contracts import topology as names
+from services.contracts import topology
 
 # RabbitMQ 4's error for a queue that an older version made, without a delivery limit.
 _NO_LIMIT = re.compile(
@@ -43,8 +43,8 @@ def quorum_arguments(
         arguments["x-delivery-limit"] = -1
     if dead_letters:
         arguments |= {
-            "x-dead-letter-exchange": names.DEAD_EXCHANGE,
-            "x-dead-letter-routing-key": names.DEAD_MESSAGES_QUEUE,
+            "x-dead-letter-exchange": topology.DEAD_EXCHANGE,
+            "x-dead-letter-routing-key": topology.DEAD_MESSAGES_QUEUE,
             # The target queue confirms a dead letter before it leaves the old queue. RabbitMQ
             # requires reject-publish for that.
             "x-dead-letter-strategy": "at-least-once",
@@ -92,24 +92,24 @@ def _queue(
 
 
 def _core(version: str, made_before_4: Collection[str], *, bind: bool = True) -> Iterator[Step]:
-    for name in names.DIRECT_EXCHANGES:
+    for name in topology.DIRECT_EXCHANGES:
         yield _exchange(name)
     for queue, exchange in (
-        (names.DEAD_MESSAGES_QUEUE, names.DEAD_EXCHANGE),
-        (names.DEAD_CLAIMS_QUEUE, names.DEAD_EXCHANGE),
-        (names.RETURNS_QUEUE, names.RETURNS_EXCHANGE),
-        (names.VERDICTS_QUEUE, names.VERDICTS_EXCHANGE),
-        (names.RUNS_QUEUE, names.RUNS_EXCHANGE),
+        (topology.DEAD_MESSAGES_QUEUE, topology.DEAD_EXCHANGE),
+        (topology.DEAD_CLAIMS_QUEUE, topology.DEAD_EXCHANGE),
+        (topology.RETURNS_QUEUE, topology.RETURNS_EXCHANGE),
+        (topology.VERDICTS_QUEUE, topology.VERDICTS_EXCHANGE),
+        (topology.RUNS_QUEUE, topology.RUNS_EXCHANGE),
     ):
         yield from _queue(
             *(version, queue, exchange),
-            dead_letters=queue != names.DEAD_MESSAGES_QUEUE,
+            dead_letters=queue != topology.DEAD_MESSAGES_QUEUE,
             made_before_4=queue in made_before_4,
             bind=bind,
         )
-    yield _exchange(names.HEARTBEATS_EXCHANGE, "fanout")
+    yield _exchange(topology.HEARTBEATS_EXCHANGE, "fanout")
     # Declared last: if it exists, all the others do.
-    yield _exchange(names.CONTROL_EXCHANGE, "fanout")
+    yield _exchange(topology.CONTROL_EXCHANGE, "fanout")
 
 
 def _steps(
@@ -125,12 +125,12 @@ def _steps(
     elif declares.core == "if-missing":
         # If it is missing, the broker closes the channel with 404.
         yield lambda channel, done: channel.exchange_declare(
-            names.CONTROL_EXCHANGE, passive=True, callback=done
+            topology.CONTROL_EXCHANGE, passive=True, callback=done
         )
     for context_id in declares.context_ids:
-        queue = names.claims_queue(context_id)
+        queue = topology.claims_queue(context_id)
         yield from _queue(
-            *(server_version, queue, names.CLAIMS_EXCHANGE), made_before_4=queue in made_before_4
+            *(server_version, queue, topology.CLAIMS_EXCHANGE), made_before_4=queue in made_before_4
         )
 
 
@@ -165,8 +165,8 @@ def run_in_order(channel: Channel, steps: Iterator[Step], done: Callable[[], Non
     advance()
 
 
-def listen(queue: str, exchange: str) -> Sequence[Step]:
-    """Steps that declare an exclusive queue for a fanout exchange and bind it."""
+def listener_steps(queue: str, exchange: str) -> Sequence[Step]:
+    """Steps that declare an exclusive queue and bind it to a fanout exchange."""
     return (
         lambda channel, done: channel.queue_declare(queue, exclusive=True, callback=done),
         lambda channel, done: channel.queue_bind(queue, exchange, callback=done),

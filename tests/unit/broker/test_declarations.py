@@ -4,18 +4,18 @@ from typing import Any
 import pytest
 
 from services.broker import Declares
-from services.broker.topology import (
+from services.broker.declarations import (
     declare,
-    listen,
+    listener_steps,
     queue_made_before_4,
     quorum_arguments,
     run_in_order,
 )
-from services.contracts import topology as names
+from services.contracts import topology
 
 DEAD_LETTERS = {
-    "x-dead-letter-exchange": names.DEAD_EXCHANGE,
-    "x-dead-letter-routing-key": names.DEAD_MESSAGES_QUEUE,
+    "x-dead-letter-exchange": topology.DEAD_EXCHANGE,
+    "x-dead-letter-routing-key": topology.DEAD_MESSAGES_QUEUE,
     "x-dead-letter-strategy": "at-least-once",
     "x-overflow": "reject-publish",
 }
@@ -160,7 +160,7 @@ def test_who_always_declares_makes_the_whole_house_and_its_claims_queues(missing
     assert channel.exchanges["keepwarm.presence"] == "fanout"
     others = channel.exchanges.keys() - {"keepwarm.notices", "keepwarm.presence"}
     assert {channel.exchanges[name] for name in others} == {"direct"}
-    every = {value for name, value in vars(names).items() if name.endswith("_EXCHANGE")}
+    every = {value for name, value in vars(topology).items() if name.endswith("_EXCHANGE")}
     assert channel.exchanges.keys() == every
 
 
@@ -183,7 +183,7 @@ def test_a_worker_declares_nothing_at_all(missing: bool) -> None:
 
 
 def test_the_exchange_that_others_check_for_is_declared_last() -> None:
-    assert declared(Declares("always"), missing=True).order[-1] == names.CONTROL_EXCHANGE
+    assert declared(Declares("always"), missing=True).order[-1] == topology.CONTROL_EXCHANGE
 
 
 def test_every_queue_but_that_of_dead_messages_sends_its_dead_letters_there() -> None:
@@ -197,7 +197,7 @@ def test_a_listener_has_a_queue_of_its_own_for_notices_that_goes_when_it_goes() 
     channel, done = RecordingChannel(), []
     run_in_order(
         channel,  # type: ignore[arg-type]
-        iter(listen("notices.node-1.1", "keepwarm.notices")),
+        iter(listener_steps("notices.node-1.1", "keepwarm.notices")),
         lambda: done.append(True),
     )
     assert done == [True]
