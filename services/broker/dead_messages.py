@@ -70,7 +70,7 @@ def origin(message: Delivery) -> str:
     return str(noted or "")
 
 
-def number(message: Delivery) -> str:
+def short_id(message: Delivery) -> str:
     """An id made from the message's content, by which a person names it."""
     content = f"{origin(message)} {message.body.hex()}"
     return content_id("msg", [content, reason(message)], hex_digits=8)
@@ -116,15 +116,15 @@ class DeadMessages:
     ) -> None:
         self._consumer.close()
 
-    def all(self) -> dict[str, Delivery]:
-        """The first `MAX_SHOWN` messages, by their `number`."""
+    def first(self) -> dict[str, Delivery]:
+        """The first `MAX_SHOWN` messages, by their `short_id`."""
         self._consumer.open(self._timeout_seconds)
         found: dict[str, Delivery] = {}
         while len(found) < MAX_SHOWN:
             delivery = self._consumer.take(_LULL_SECONDS)
             if delivery is None:
                 break
-            found[number(delivery)] = delivery
+            found[short_id(delivery)] = delivery
         return found
 
     def settle(self, action_for: Callable[[Delivery], Action]) -> Counter[Action]:
@@ -141,7 +141,7 @@ class DeadMessages:
             if len(kept) == _MAX_KEPT:  # the broker would deliver none of those behind them
                 for one in kept:
                     publisher.publish(
-                        one.dead_lettered(reason(one), origin(one), self._acknowledge(one))
+                        one.as_dead_message(reason(one), self._acknowledge(one), origin=origin(one))
                     )
                 kept.clear()
 
@@ -149,7 +149,9 @@ class DeadMessages:
             self._timeout_seconds
         ) as publisher:
             # Messages that are dead-lettered again meanwhile are behind these.
-            for _ in range(self._count(publisher)):
+            count = self._count(publisher)
+            self._consumer.open(self._timeout_seconds)
+            for _ in range(count):
                 message = self._consumer.take(_LULL_SECONDS)
                 if message is None:
                     break
@@ -168,7 +170,7 @@ class DeadMessages:
         return settled
 
     def _count(self, link: Publisher) -> int:
-        """How many messages there are. Starts their delivery."""
+        """How many messages there are."""
         answers: queue.SimpleQueue[Counts] = queue.SimpleQueue()
         link.request_counts([topology.DEAD_MESSAGES_QUEUE], answers.put)
         try:
@@ -178,7 +180,6 @@ class DeadMessages:
                 f"{self._address} did not report the number of dead messages within "
                 f"{self._timeout_seconds:g} s; try again"
             ) from None
-        self._consumer.open(self._timeout_seconds)
         return counts.get(topology.DEAD_MESSAGES_QUEUE, 0)
 
     def _sent_back(self, message: Delivery) -> Outgoing:

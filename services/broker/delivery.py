@@ -94,12 +94,12 @@ class Delivery:
             raise MessageInvalid(f"its header {header} is not a valid count")
         return count
 
-    def refused(self, reason: str, on_confirmed: Callable[[], None]) -> Outgoing:
-        """The message, addressed to `dead-messages`, with the reason in a header."""
-        return self.dead_lettered(reason, self.queue, on_confirmed)
-
-    def dead_lettered(self, reason: str, origin: str, on_confirmed: Callable[[], None]) -> Outgoing:
-        """Like `refused`, for a message that came from the queue `origin`."""
+    def as_dead_message(
+        self, reason: str, on_confirmed: Callable[[], None], *, origin: str | None = None
+    ) -> Outgoing:
+        """The message, addressed to `dead-messages`, with headers for the reason and the queue that
+        it came from: this delivery's, or `origin`.
+        """
         return Outgoing(
             topology.DEAD_EXCHANGE,
             topology.DEAD_MESSAGES_QUEUE,
@@ -108,7 +108,7 @@ class Delivery:
             kind=self.kind,
             headers={
                 topology.REASON_HEADER: reason[:_MAX_REASON_CHARS],
-                topology.ORIGIN_HEADER: origin,
+                topology.ORIGIN_HEADER: self.queue if origin is None else origin,
             },
             on_confirmed=on_confirmed,
         )

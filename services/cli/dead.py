@@ -15,10 +15,10 @@ from services.broker.dead_messages import (
     MAX_SHOWN,
     Action,
     DeadMessages,
-    number,
     origin,
     reason,
     retry_error,
+    short_id,
 )
 from services.cli.found_stores import readable_stores, store_of_run
 from services.cli.logs import configure_logs
@@ -186,7 +186,7 @@ def list(
 
 
 def _list_messages(console: Screen, messages: DeadMessages) -> None:
-    found = messages.all()
+    found = messages.first()
     table = plain_table()
     table.add_column("message", no_wrap=True)
     table.add_column("from", overflow="fold")
@@ -220,7 +220,7 @@ def _messages(settings: Settings) -> DeadMessages:
 
 
 def _picked(messages: DeadMessages, wanted: str) -> Delivery:
-    found = messages.all()
+    found = messages.first()
     if wanted not in found:
         raise UsageError(f"there is no dead message {wanted}; `keepwarm dead list` lists them")
     return found[wanted]
@@ -241,7 +241,7 @@ def _message_filter(
 
     def is_selected(message: Delivery) -> bool:
         if one:
-            return number(message) == what
+            return short_id(message) == what
         return (of_reason is None or of_reason.casefold() in reason(message).casefold()) and (
             of_run is None or message.message_id.partition("/")[0] == of_run
         )

@@ -550,7 +550,9 @@ def _refuse(
     """Move a message to `dead-messages`."""
     REFUSED.inc()
     log.error("message.refused", queue=delivery.queue, reason=str(error))
-    publisher.publish(delivery.refused(str(error), lambda: consumer.acknowledge([delivery])))
+    publisher.publish(
+        delivery.as_dead_message(str(error), lambda: consumer.acknowledge([delivery]))
+    )
 
 
 def _kind(delivery: Delivery) -> type[Message]:

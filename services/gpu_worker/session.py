@@ -331,7 +331,7 @@ class BatchProcessor:
             logged = f"{type(error).__name__} in {frame.filename}:{frame.lineno}"
         log.error("batch.refused", reason=logged, message_id=delivery.message_id)
         self.publisher.publish(
-            delivery.refused(reason, lambda: self.consumer.acknowledge([delivery]))
+            delivery.as_dead_message(reason, lambda: self.consumer.acknowledge([delivery]))
         )
 
 

@@ -267,7 +267,7 @@ def test_what_is_refused_lands_among_the_dead_messages(
     assert delivery
     with Publisher(address, "test", window=1).open(PATIENCE) as publisher:
         publisher.publish(
-            delivery.refused("it says nothing", lambda: consumer.acknowledge([delivery]))
+            delivery.as_dead_message("it says nothing", lambda: consumer.acknowledge([delivery]))
         )
         publisher.flush(PATIENCE)
     wait_for_messages(node, topology.DEAD_MESSAGES_QUEUE, 1, "a dead message")

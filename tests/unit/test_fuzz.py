@@ -246,7 +246,7 @@ def decoded(kind: type[Message], made: Delivery) -> None:
     except (MessageInvalid, MessageTooNew) as error:
         assert keeps_secrets(error)
         assert len(str(error)) < 2_000
-        aside = made.refused(str(error), lambda: None)
+        aside = made.as_dead_message(str(error), lambda: None)
         assert len(aside.headers[topology.REASON_HEADER]) <= 1_000
 
 

@@ -122,7 +122,7 @@ def test_what_happened_to_claims_travels_in_headers_that_only_those_have_who_nee
 def test_what_is_refused_is_the_same_message_with_reason_and_origin_beside_it() -> None:
     confirmed: list[bool] = []
     made = delivery({"x": 1}, body=b"\xff\0", kind="Any", queue="verdicts")
-    aside = made.refused("no reason " * 1_000, lambda: confirmed.append(True))
+    aside = made.as_dead_message("no reason " * 1_000, lambda: confirmed.append(True))
     assert (aside.exchange, aside.routing_key) == ("keepwarm.dead", "dead-messages")
     assert (aside.body, aside.kind, aside.message_id) == (b"\xff\0", "Any", "m-1")
     assert aside.headers[topology.ORIGIN_HEADER] == "verdicts"
