@@ -27,7 +27,7 @@ def missing_exchanges(address: BrokerAddress) -> list[str]:
         ]
 
 
-def writable(address: BrokerAddress) -> set[str]:
+def writable_exchanges(address: BrokerAddress) -> set[str]:
     """The direct exchanges that this user may publish to; all must exist. Raises BrokerError.
 
     The broker checks the permission before it looks for a queue. The routing key matches no queue,

@@ -34,7 +34,7 @@ _DROPS = {
 }
 _LENGTHS = ("max-length", "max-length-bytes")
 _DROPS_OLDEST = "the oldest message is dropped when the queue is full"
-_NOT_ASKED = (
+_NOT_CHECKED = (
     "no process at {url} belongs to the broker's own user; if the management API is elsewhere, set "
     "KEEPWARM_BROKER_MANAGEMENT_URL"
 )
@@ -66,8 +66,8 @@ class PolicyProblem:
 
 
 @dataclass(frozen=True, slots=True)
-class Policies:
-    """The effects of a virtual host's policies on our queues."""
+class PolicyReport:
+    """What a virtual host's policies do to our queues, or why they are unknown."""
 
     problems: tuple[PolicyProblem, ...] = ()
     delivery_unlimited: frozenset[str] = frozenset()
@@ -87,15 +87,17 @@ class _Policy:
     definition: Mapping[str, Any]
 
     @classmethod
-    def all_of(cls, kind: str, listed: Iterable[Mapping[str, Any]]) -> Iterator["_Policy"]:
-        for each in listed:
-            yield cls(
+    def all_of(cls, kind: str, listed: Iterable[Mapping[str, Any]]) -> list["_Policy"]:
+        return [
+            cls(
                 f"{kind} {each['name']}",
                 each["pattern"],
                 each["apply-to"],
                 each["priority"],
                 each["definition"],
             )
+            for each in listed
+        ]
 
     def covers(self, name: str) -> bool:
         kinds = _OF_EXCHANGES if name in topology.CORE_EXCHANGES else _OF_QUORUM_QUEUES
@@ -107,10 +109,10 @@ class _Policy:
             return True
 
 
-def ask_policies(
+def check_policies(
     settings: Settings, claims_queues: Sequence[str] = (), *, limits: bool = False
-) -> Policies:
-    """The policies on the core queues, on these claims queues, and on existing claims queues; with
+) -> PolicyReport:
+    """Check the policies on the core queues, on these claims queues and on existing ones; with
     `limits`, also who has no limits. Takes a few seconds at most. Never raises BrokerError:
     `unknown` has the reason instead.
 
@@ -120,9 +122,9 @@ def ask_policies(
     address = BrokerAddress.from_settings(settings)
     url = settings.broker_management_url or address.management_url
     if settings.broker_management_url is None and not _has_same_owner(url, address):
-        return Policies(unknown=_NOT_ASKED.format(url=url))
+        return PolicyReport(unknown=_NOT_CHECKED.format(url=url))
     if address.password is None:
-        return Policies(unknown=f"{url} needs a password, and none is configured")
+        return PolicyReport(unknown=f"{url} needs a password, and none is configured")
     with ManagementApi(
         url,
         address.user,
@@ -135,16 +137,19 @@ def ask_policies(
         try:
             host = address.virtual_host
             existing = api.get("queues", host, columns="name", disable_stats="true") or ()
-            policies = [*_Policy.all_of("policy", api.get("policies", host) or ())]
-            imposed = _Policy.all_of("operator policy", api.get("operator-policies", host) or ())
+            policies = _Policy.all_of("policy", api.get("policies", host) or ())
+            operator_policies = _Policy.all_of(
+                "operator policy", api.get("operator-policies", host) or ()
+            )
             unlimited = tuple(_unlimited(api, host)) if limits else ()
         except BrokerError as error:
-            return Policies(unknown=_why(error, address.user, url))
-    ours = {each["name"] for each in existing if each["name"].startswith(topology.claims_queue(""))}
-    queues = sorted({*topology.CORE_QUEUES, *claims_queues, *ours})
-    ours_all = [*queues, *topology.DIRECT_EXCHANGES]
-    judged = _find_problems(ours_all, address.virtual_host, policies, [*imposed])
-    return replace(judged, unlimited=unlimited)
+            return PolicyReport(unknown=_why(error, address.user, url))
+    prefix = topology.claims_queue("")
+    existing_queues = {each["name"] for each in existing if each["name"].startswith(prefix)}
+    queues = sorted({*topology.CORE_QUEUES, *claims_queues, *existing_queues})
+    checked = [*queues, *topology.DIRECT_EXCHANGES]
+    report = _find_problems(checked, address.virtual_host, policies, operator_policies)
+    return replace(report, unlimited=unlimited)
 
 
 def _unlimited(api: ManagementApi, virtual_host: str) -> Iterator[str]:
@@ -196,15 +201,15 @@ def _why(error: BrokerError, user: str, url: str) -> str:
 
 
 def _find_problems(
-    ours: Sequence[str],
+    checked: Sequence[str],
     virtual_host: str,
     policies: Sequence[_Policy],
-    imposed: Sequence[_Policy],
-) -> Policies:
+    operator_policies: Sequence[_Policy],
+) -> PolicyReport:
     found: dict[tuple[str, str, str, bool], tuple[Any, list[str]]] = {}
     limits: dict[str, list[int]] = defaultdict(list)
-    for queue in ours:
-        for policy in (*_in_effect(policies, queue), *_in_effect(imposed, queue)):
+    for queue in checked:
+        for policy in (*_in_effect(policies, queue), *_in_effect(operator_policies, queue)):
             for key, value in policy.definition.items():
                 if key == "delivery-limit":
                     limits[queue].append(value)
@@ -216,7 +221,7 @@ def _find_problems(
         PolicyProblem(name, key, value, tuple(touched), loses, what, _remedy(name, virtual_host))
         for (name, key, what, loses), (value, touched) in found.items()
     )
-    return Policies(
+    return PolicyReport(
         tuple(problems), frozenset(queue for queue, set_to in limits.items() if max(set_to) < 0)
     )
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import structlog
 import typer
 
-from services.broker.policies import ask_policies
+from services.broker.policies import check_policies
 from services.cli.garbage import expect_many_small_objects
 from services.cli.logs import configure_logs
 from services.cli.options import BrokerOption, StoreOption
@@ -171,7 +171,7 @@ def watch_policies(settings: Settings, stop: threading.Event) -> None:
     logged: set[str] = set()
 
     def check() -> None:
-        policies = ask_policies(settings)
+        policies = check_policies(settings)
         harms = {str(harm) for harm in policies.problems}
         for harm in sorted(harms - logged):
             log.warning("broker.policy", harm=harm)

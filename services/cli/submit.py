@@ -10,7 +10,7 @@ import structlog
 import typer
 
 from services.broker import BrokerAddress, Declares, Publisher
-from services.broker.policies import ask_policies
+from services.broker.policies import check_policies
 from services.cli.changed import refuse_changed_file
 from services.cli.claims_options import (
     BatchSizeOption,
@@ -162,7 +162,7 @@ def submit(
             line_progress(console, "publishing", submission.lines) as publishing,
         ):
             metrics.serve(_Health(publisher))
-            policies = ask_policies(settings, [claims_queue])
+            policies = check_policies(settings, [claims_queue])
             for harm in policies.problems:
                 say(console, f"Warning: {harm}")
             if policies.unknown:

@@ -7,8 +7,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from services.broker import BrokerAddress, Declares, Publisher
-from services.broker.inspection import missing_exchanges, writable
-from services.broker.policies import Policies, ask_policies
+from services.broker.inspection import missing_exchanges, writable_exchanges
+from services.broker.policies import PolicyReport, check_policies
 from services.broker.private_node import find_server
 from services.broker.queue_counts import Counts
 from services.broker.roles import ROLES, Role, roles_that_fit
@@ -52,7 +52,7 @@ def broker(settings: Settings) -> Finding:
             f"connected to {address}; missing: {', '.join(missing)}. The next collector "
             f"creates them. Messages: {lengths}"
         )
-    policies = ask_policies(settings, limits=True)
+    policies = check_policies(settings, limits=True)
     if losing := [str(harm) for harm in policies.problems if harm.loses_messages]:
         raise BrokerError(f"connected to {address}, but it would lose messages: {' '.join(losing)}")
     arguments, fitting, limited = _rights(address)
@@ -70,7 +70,7 @@ def broker(settings: Settings) -> Finding:
     )
 
 
-def _remarks(policies: Policies, limited: Collection[str]) -> str:
+def _remarks(policies: PolicyReport, limited: Collection[str]) -> str:
     """Further sentences about the queues."""
     remarks = [str(harm) for harm in policies.problems]
     if kept := sorted(set(limited) - policies.delivery_unlimited):
@@ -109,7 +109,8 @@ def _rights(address: BrokerAddress) -> tuple[str, list[Role], set[str]]:
         if may_declare
         else "this user may not declare its queues, so their arguments were not compared"
     )
-    return arguments, roles_that_fit(writable(address), declares_core=may_declare), limited
+    roles = roles_that_fit(writable_exchanges(address), declares_core=may_declare)
+    return arguments, roles, limited
 
 
 def _counts(link: Publisher) -> Counts:

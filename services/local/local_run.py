@@ -187,10 +187,10 @@ class LocalRun:
             f"This run's collector takes the verdicts of every run at {address} and stores them in "
             f"{self._output_dir}; use such a broker for one `keepwarm run` at a time.",
         )
-        from services.broker.policies import ask_policies  # imports an HTTP client
+        from services.broker.policies import check_policies  # imports an HTTP client
 
         context_id = self._submission.run.context.context_id
-        policies = ask_policies(self._settings, [topology.claims_queue(context_id)])
+        policies = check_policies(self._settings, [topology.claims_queue(context_id)])
         for harm in policies.problems:
             self._observer.message(f"Warning: {harm}")
 

@@ -21,7 +21,7 @@ from pika.exceptions import AMQPConnectionError, ChannelClosedByBroker
 
 from services.broker import BrokerAddress, Declares, PrivateNode, Publisher
 from services.broker.declarations import quorum_arguments
-from services.broker.policies import ask_policies
+from services.broker.policies import check_policies
 from services.contracts import (
     ClaimBatch,
     ContextSpec,
@@ -494,7 +494,7 @@ def test_doctor_says_where_limits_are_missing(broker: Broker) -> None:
     broker.rabbitmqctl("clear_user_limits", f"{VHOST}-worker", "all")
     try:
         url = f"amqp://{VHOST}-operator@127.0.0.1:{broker.node.port}/{VHOST}"
-        asked = ask_policies(
+        asked = check_policies(
             load_settings(
                 broker_url=url,
                 broker_password=broker.password("operator"),

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from services.broker.address import BrokerAddress
-from services.broker.policies import _has_same_owner, ask_policies
+from services.broker.policies import _has_same_owner, check_policies
 from services.contracts import Settings, load_settings, topology
 from services.contracts.errors import UsageError
 from tests.unit.management_double import ManagementDouble, management_double
@@ -38,9 +38,9 @@ def policy(name: str, pattern: str = ".*", priority: int = 0, **definition: Any)
 
 
 def test_no_policy_does_no_harm(settings: Settings) -> None:
-    assert ask_policies(settings) == ask_policies(settings, ["claims.ctx-b"])
-    assert not ask_policies(settings).problems
-    assert ask_policies(settings).unknown is None
+    assert check_policies(settings) == check_policies(settings, ["claims.ctx-b"])
+    assert not check_policies(settings).problems
+    assert check_policies(settings).unknown is None
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_a_policy_that_loses_messages_is_reported_with_queues_and_remedy(
     broker: ManagementDouble, settings: Settings, definition: dict[str, int], says: str
 ) -> None:
     broker.things["/api/policies/keepwarm"] = [policy("site", **definition)]
-    (harm,) = ask_policies(settings, ["claims.ctx-b"]).problems
+    (harm,) = check_policies(settings, ["claims.ctx-b"]).problems
     assert harm.loses_messages
     assert set(harm.queues) == {*topology.CORE_QUEUES, "claims.ctx-a", "claims.ctx-b"}
     assert str(harm).startswith(f"policy site sets {says} on claims.ctx-a, claims.ctx-b, ")
@@ -65,7 +65,7 @@ def test_a_policy_that_loses_messages_is_reported_with_queues_and_remedy(
 def test_an_operator_policy_counts_as_well(broker: ManagementDouble, settings: Settings) -> None:
     broker.things["/api/policies/keepwarm"] = [policy("site", priority=9, max_in_memory_length=1)]
     broker.things["/api/operator-policies/keepwarm"] = [policy("limits", message_ttl=1)]
-    (harm,) = ask_policies(settings).problems
+    (harm,) = check_policies(settings).problems
     assert "operator policy limits" in str(harm)
     assert "`rabbitmqctl clear_operator_policy -p keepwarm limits`" in str(harm)
 
@@ -76,7 +76,7 @@ def test_an_exchange_that_hides_a_missing_queue_is_reported(
     broker.things["/api/policies/keepwarm"] = [
         policy("astray", apply_to="exchanges", alternate_exchange="site.lost"),
     ]
-    (harm,) = ask_policies(settings).problems
+    (harm,) = check_policies(settings).problems
     assert harm.loses_messages
     assert harm.queues == topology.DIRECT_EXCHANGES
     assert "sets alternate-exchange to site.lost on keepwarm.claims, " in str(harm)
@@ -87,7 +87,7 @@ def test_a_full_queue_drops_dead_messages_and_lets_others_wait(
     broker: ManagementDouble, settings: Settings, key: str
 ) -> None:
     broker.things["/api/policies/keepwarm"] = [policy("short", **{key: 10})]
-    problems = {harm.loses_messages: harm for harm in ask_policies(settings).problems}
+    problems = {harm.loses_messages: harm for harm in check_policies(settings).problems}
     assert problems[True].queues == (topology.DEAD_MESSAGES_QUEUE,)
     assert topology.DEAD_MESSAGES_QUEUE not in problems[False].queues
     assert "publishers wait" in str(problems[False])
@@ -112,33 +112,33 @@ def test_a_policy_that_does_not_match_our_queues_is_not_reported(
         harmless,
         *([first] if harmless["priority"] < 0 else []),
     ]
-    assert ask_policies(settings).problems == ()
+    assert check_policies(settings).problems == ()
 
 
 def test_a_lifted_delivery_limit_is_known(broker: ManagementDouble, settings: Settings) -> None:
     broker.things["/api/policies/keepwarm"] = [policy("lift", "^claims", delivery_limit=-1)]
-    assert ask_policies(settings).delivery_unlimited == {"claims.ctx-a"}
+    assert check_policies(settings).delivery_unlimited == {"claims.ctx-a"}
 
 
 def test_a_pattern_that_python_cannot_read_is_reported(
     broker: ManagementDouble, settings: Settings
 ) -> None:
     broker.things["/api/policies/keepwarm"] = [policy("site", "^(?|claims|runs)", message_ttl=1)]
-    assert ask_policies(settings).problems
+    assert check_policies(settings).problems
 
 
 def test_a_user_without_the_tag_is_shown_how_to_get_it(
     broker: ManagementDouble, settings: Settings
 ) -> None:
     broker.tags = []
-    unknown = ask_policies(settings).unknown
+    unknown = check_policies(settings).unknown
     assert unknown is not None
     assert "`rabbitmqctl set_user_tags producer management`" in unknown
 
 
 def test_an_api_that_does_not_answer_is_reported(settings: Settings) -> None:
     nobody = settings.model_copy(update={"broker_management_url": "http://127.0.0.1:1"})
-    unknown = ask_policies(nobody).unknown
+    unknown = check_policies(nobody).unknown
     assert unknown is not None
     assert "http://127.0.0.1:1 does not answer" in unknown
 
@@ -149,7 +149,7 @@ def test_the_password_is_not_sent_where_the_brokers_own_connection_would_not_sen
         broker_management_url="http://broker.example.org",
     )
     with pytest.raises(UsageError, match="KEEPWARM_BROKER_MANAGEMENT_URL: http to"):
-        ask_policies(settings)
+        check_policies(settings)
 
 
 @pytest.mark.parametrize(
@@ -174,4 +174,4 @@ def test_on_loopback_only_the_brokers_own_user_is_given_the_password(
     assert _has_same_owner(broker.url, BrokerAddress.from_settings(to_it))
     nowhere = load_settings(broker_url="amqp://u@127.0.0.1:1/")
     assert not _has_same_owner(broker.url, BrokerAddress.from_settings(nowhere))
-    assert "belongs to the broker's own user" in str(ask_policies(nowhere).unknown)
+    assert "belongs to the broker's own user" in str(check_policies(nowhere).unknown)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from services.broker.policies import Policies, PolicyProblem
+from services.broker.policies import PolicyProblem, PolicyReport
 from services.cli import collect
 from services.cli.collect import RunWatch, stall_reason, watch_policies
 from services.collector.collector import ContextStatus
@@ -91,16 +91,21 @@ def test_a_policy_that_is_set_while_it_collects_is_reported_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     harm = PolicyProblem("policy site", "message-ttl", 1, ("runs",), True, "given up", "Remove it.")
-    answers = [Policies(unknown="nobody answers"), Policies(), Policies((harm,)), Policies((harm,))]
+    answers = [
+        PolicyReport(unknown="nobody answers"),
+        PolicyReport(),
+        PolicyReport((harm,)),
+        PolicyReport((harm,)),
+    ]
     looked = threading.Event()
 
-    def ask(_: object) -> Policies:
+    def ask(_: object) -> PolicyReport:
         if len(answers) > 1:
             return answers.pop(0)
         looked.set()
         return answers[0]
 
-    monkeypatch.setattr(collect, "ask_policies", ask)
+    monkeypatch.setattr(collect, "check_policies", ask)
     monkeypatch.setattr(collect, "_POLICY_SECONDS", 0.001)
     stop = threading.Event()
     with capture_logs() as logs:
