@@ -23,7 +23,7 @@ class BrokerAddress:
     port: int
     virtual_host: str
     user: str
-    _password: str | None
+    password: str | None
     """None if the client certificate is the login."""
     tls: ssl.SSLContext | None
     shows_certificate: bool
@@ -32,8 +32,6 @@ class BrokerAddress:
     def __repr__(self) -> str:
         scheme = "amqps" if self.tls else "amqp"
         return f"{scheme}://{self.user}@{self.host}:{self.port}/{self.virtual_host.lstrip('/')}"
-
-    __str__ = __repr__
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "BrokerAddress":
@@ -68,15 +66,11 @@ class BrokerAddress:
             port=url.port or (5671 if secure else 5672),
             virtual_host=unquote((url.path or "").removeprefix("/")) or "/",
             user=unquote(url.username or "guest"),
-            _password=password,
+            password=password,
             tls=tls_context(TlsFiles.of(settings)) if secure else None,
             shows_certificate=settings.broker_cert_file is not None,
             heartbeat_seconds=settings.broker_heartbeat_seconds,
         )
-
-    @property
-    def password(self) -> str | None:
-        return self._password
 
     @property
     def management_url(self) -> str:
@@ -91,8 +85,8 @@ class BrokerAddress:
             virtual_host=self.virtual_host,
             credentials=(
                 ExternalCredentials()
-                if self._password is None
-                else pika.PlainCredentials(self.user, self._password)
+                if self.password is None
+                else pika.PlainCredentials(self.user, self.password)
             ),
             ssl_options=pika.SSLOptions(self.tls, self.host) if self.tls else None,
             heartbeat=self.heartbeat_seconds,

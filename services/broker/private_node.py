@@ -26,7 +26,7 @@ from services.node.supervision import SupervisedProcess
 # that is off.
 _LISTENING_PLUGINS = {"rabbitmq_management": "management", "rabbitmq_prometheus": "prometheus"}
 _LOWEST_PORT = 10_000
-_GIVEN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 # In the log of a node that could not register with its port mapper.
 _NO_MAPPER = "nodistribution"
 _START_TIMEOUT_SECONDS = 120.0
@@ -50,7 +50,7 @@ class PrivateNode:
     ) -> None:
         self._directory = directory
         self.log_file = log_file or directory / "rabbitmq.log"
-        self._password = secrets.token_urlsafe(24)
+        self.password = secrets.token_urlsafe(24)
         self._plugins = tuple(plugins)
         self._choose_ports()
         self._was_ready = False
@@ -60,10 +60,6 @@ class PrivateNode:
     def url(self) -> str:
         """The URL, without the password."""
         return f"amqp://keepwarm@127.0.0.1:{self.port}/"
-
-    @property
-    def password(self) -> str:
-        return self._password
 
     @property
     def alive(self) -> bool:
@@ -86,7 +82,7 @@ class PrivateNode:
         except BrokerError as error:
             if stopped():
                 raise
-            if not self._was_ready and not all(map(_is_free, self._choice)):
+            if not self._was_ready and not all(map(_is_free, self._ports)):
                 self._choose_ports()
             elif _NO_MAPPER not in str(error):
                 raise
@@ -94,8 +90,8 @@ class PrivateNode:
         self._was_ready = True
 
     def _choose_ports(self) -> None:
-        self._choice = free_ports(3 + len(_LISTENING_PLUGINS))
-        self.port, self._distribution_port, self._mapper_port, *others = self._choice
+        self._ports = free_ports(3 + len(_LISTENING_PLUGINS))
+        self.port, self._distribution_port, self._mapper_port, *others = self._ports
         self.plugin_ports = dict(zip(_LISTENING_PLUGINS, others, strict=True))
 
     def _start(self, stopped: Callable[[], bool]) -> None:
@@ -168,7 +164,7 @@ class PrivateNode:
         configuration.write_text(
             f"listeners.tcp.1 = 127.0.0.1:{self.port}\n"
             "default_user = keepwarm\n"
-            f"default_pass = {self._password}\n"
+            f"default_pass = {self.password}\n"
             "log.console = true\n"
             "log.console.level = warning\n"
             "log.file = false\n"
@@ -240,8 +236,8 @@ def free_ports(count: int) -> list[int]:
     """Different ports that are free, below the kernel's ephemeral range: otherwise a connection or
     another command's metrics server could take one before we listen (ip(7)).
     """
-    given_from = int(_GIVEN_PORTS.read_text().split()[0])
-    ports = range(_LOWEST_PORT, given_from if given_from > 2 * _LOWEST_PORT else 2**16)
+    ephemeral_from = int(_EPHEMERAL_PORTS.read_text().split()[0])
+    ports = range(_LOWEST_PORT, ephemeral_from if ephemeral_from > 2 * _LOWEST_PORT else 2**16)
     return list(islice(filter(_is_free, random.sample(ports, len(ports))), count))
 
 

@@ -150,7 +150,7 @@ def test_ports_are_found_where_connections_are_given_nearly_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "range").write_text("1024\t65535\n")
-    monkeypatch.setattr(private_node, "_GIVEN_PORTS", tmp_path / "range")
+    monkeypatch.setattr(private_node, "_EPHEMERAL_PORTS", tmp_path / "range")
     assert len(private_node.free_ports(5)) == 5
 
 
