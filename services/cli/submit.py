@@ -59,7 +59,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class _Health:
-    """The `telemetry.server.Service` of a submission. It is live while it waits for the broker."""
+    """The `metrics_server.Service` of a submission. It is live while it waits for the broker."""
 
     publisher: Publisher
     liveness_error: str | None = None

@@ -153,7 +153,7 @@ class Collector:
 
     @property
     def liveness_error(self) -> str | None:
-        """See `telemetry.server.Service`. Connecting at the start and stopping may take long, but
+        """See `metrics_server.Service`. Connecting at the start and stopping may take long, but
         both end, so neither counts as stalled.
         """
         waits = self._links is None or self._stop.is_set()

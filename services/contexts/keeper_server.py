@@ -86,7 +86,7 @@ class KeeperServer:
 
     @property
     def liveness_error(self) -> str | None:
-        """See `telemetry.server.Service`. A drain is not an error, however long it takes."""
+        """See `metrics_server.Service`. A drain is not an error, however long it takes."""
         return None if self._stop.is_set() else self._watchdog.liveness_error
 
     @property

@@ -87,7 +87,7 @@ class Worker:
 
     @property
     def liveness_error(self) -> str | None:
-        """See `telemetry.server.Service`. Waiting for a broker at the start and draining may take
+        """See `metrics_server.Service`. Waiting for a broker at the start and draining may take
         long, and have deadlines of their own.
         """
         bounded = self._publisher is None or self._stop.is_set()

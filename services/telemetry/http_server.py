@@ -65,9 +65,8 @@ class BoundedServer(ThreadingMixIn, WSGIServer):
                 request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log.debug(
-            "metrics.request_failed", exc_info=True
-        )  # the client disconnected, or was too slow
+        # The client disconnected, or was too slow.
+        log.debug("metrics.request_failed", exc_info=True)
 
 
 class _Handler(WSGIRequestHandler):
