@@ -10,7 +10,7 @@ from services.cli.screen import Screen, say
 from services.contracts import PromptSpec
 from services.contracts.errors import UsageError
 from services.producer import Container, Selection, read_prompt
-from services.producer.published import FORMATS, PLAIN
+from services.producer.dataset_formats import FORMATS, PLAIN
 
 CONTAINERS = get_args(Container)
 FORMAT_NAMES = tuple(known.name for known in (*FORMATS, PLAIN))

@@ -12,17 +12,17 @@ from services.contracts.errors import InputError
 from services.contracts.runs import InputSummary
 from services.contracts.values import content_id
 from services.producer.corpus import Corpus, read_corpus
-from services.producer.fields import NAMES, label_text, named_fields, normalized
-from services.producer.parse import NO_LABEL, Parser, Reading, Rejection, check_columns
-from services.producer.published import (
+from services.producer.dataset_formats import (
     FORMATS,
     PLAIN,
     SAMPLE_RECORDS,
-    PublishedFormat,
+    DatasetFormat,
     format_named,
     read_plain,
     recognized,
 )
+from services.producer.fields import NAMES, label_text, named_fields, normalized
+from services.producer.parse import NO_LABEL, Parser, Reading, Rejection, check_columns
 from services.producer.seen import Duplicate, SeenIds
 from services.producer.source import Source, sample_lines
 from services.producer.summary import InputCounts
@@ -43,7 +43,7 @@ _MAX_LATE_LABELS = 100_000
 class Selection:
     """How a file is read, and which of its records are used.
 
-    `format` names a published format, or `plain`; None: it is recognised. `limit` takes the first
+    `format` names a data set's format, or `plain`; None: it is recognised. `limit` takes the first
     records, or with a `seed` a random sample. `only`: the ids of the claims to use. The other
     fields are as in `Parser`.
     """
@@ -295,7 +295,7 @@ class ClaimsFile:
         return identity
 
 
-def _check_format(name: str, format: PublishedFormat, records: Sequence[Mapping[str, Any]]) -> None:
+def _check_format(name: str, format: DatasetFormat, records: Sequence[Mapping[str, Any]]) -> None:
     """Raises InputError when the first records have none of the named format's own keys, or all
     have evidence that it does not have.
     """

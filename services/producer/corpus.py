@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from services.contracts.errors import InputError
 from services.contracts.values import content_id
+from services.producer.dataset_formats import Reference
 from services.producer.files import decompressed, open_file
-from services.producer.published import Reference
 
 _SHOW_EVERY = 100_000
 _PAGE_KEYS = frozenset(("lines", "abstract"))

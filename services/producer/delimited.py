@@ -38,7 +38,7 @@ _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": ""}
 
 Columns = Callable[[Sequence[str]], Sequence[str] | None]
 """For the fields of a file's first record: the names of the columns where they are known without a
-header (a published format, columns given by number), or None."""
+header (a data set's format, columns given by number), or None."""
 
 
 @dataclass(frozen=True)

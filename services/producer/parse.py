@@ -13,6 +13,7 @@ from pydantic_core import from_json
 from services.contracts import Claim, PromptSpec
 from services.contracts.errors import InputError
 from services.producer.corpus import Corpus
+from services.producer.dataset_formats import PLAIN, DatasetFormat, Found, read_plain
 from services.producer.delimited import REPEATED_HEADER
 from services.producer.fields import (
     CLAIM_NAMES,
@@ -26,7 +27,6 @@ from services.producer.fields import (
     named_fields,
     normalized,
 )
-from services.producer.published import PLAIN, Found, PublishedFormat, read_plain
 from services.producer.seen import Duplicate, Seen
 from services.producer.source import Line, as_object
 
@@ -94,7 +94,7 @@ class Parser:
         self,
         source_name: str,
         prompt: PromptSpec,
-        format: PublishedFormat = PLAIN,
+        format: DatasetFormat = PLAIN,
         *,
         columns: Mapping[str, str] | None = None,
         label_map: Mapping[str, str] | None = None,

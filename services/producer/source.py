@@ -12,6 +12,7 @@ from typing import IO, Any, Literal, Self
 from pydantic_core import from_json
 
 from services.contracts.errors import InputError
+from services.producer.dataset_formats import columns_without_header
 from services.producer.delimited import Dialect, find_dialect, records
 from services.producer.fields import CLAIM_NAMES, is_header, normalized
 from services.producer.files import (
@@ -24,7 +25,6 @@ from services.producer.files import (
 )
 from services.producer.json_values import json_values
 from services.producer.lines import bounded_lines
-from services.producer.published import columns_without_header
 from services.producer.tables import dataset_files, rows
 
 Container = Literal["jsonl", "json", "csv", "parquet", "arrow"]

@@ -121,7 +121,7 @@ def test_evidence_of_another_format_than_the_named_is_refused(named: str, tmp_pa
 
 
 def test_every_format_has_a_sample(published: Path) -> None:
-    from services.producer.published import FORMATS
+    from services.producer.dataset_formats import FORMATS
 
     assert {format for _, format, _ in SAMPLES} == {known.name for known in FORMATS}
 

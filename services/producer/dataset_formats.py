@@ -1,4 +1,4 @@
-"""The formats of published data sets: how each is recognised and read.
+"""The formats of data sets, as they are published: how each is recognised and read.
 
 docs/formats.md has the table for people: what is taken as the claim, its evidence and its label.
 """
@@ -44,8 +44,8 @@ class Found(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PublishedFormat:
-    """One format. A record is of it when it has all of `keys` (normalized) and `test` says so; None
+class DatasetFormat:
+    """A data set's format. A record is of it when it has all of `keys` (normalized) and `test` says so; None
     of `test`: this record can be of it, and of others.
 
     `labels` says which of our prompt's labels a spelling means, for prompts that do not know it
@@ -135,7 +135,7 @@ def _plain_pieces(fields: Fields) -> Iterator[Found]:
         )
 
 
-def _or_its_text(fields: Fields, found: Found) -> Found:
+def _or_plain_text(fields: Fields, found: Found) -> Found:
     """For a record whose evidence is text, where its format has none: the text."""
     plain = read_plain(fields)
     return found if plain.evidence is None else plain
@@ -265,7 +265,7 @@ def _read_averitec(fields: Fields) -> Found:
     text = " ".join(pair.strip() for pair in pairs)
     why = None if text else WithoutEvidence.NONE
     found = Found(_id(fields), _claim(fields), _label(fields), text or None, why)
-    return found if text else _or_its_text(fields, found)
+    return found if text else _or_plain_text(fields, found)
 
 
 def _read_hover(fields: Fields) -> Found:
@@ -309,7 +309,7 @@ def _from(name: str) -> Callable[[Fields], Found]:
     def read(fields: Fields) -> Found:
         text, why, partly = evidence_text(fields.get(name))
         found = Found(_id(fields), _claim(fields), _label(fields), text, why, partly=partly)
-        return found if text else _or_its_text(fields, found)
+        return found if text else _or_plain_text(fields, found)
 
     return read
 
@@ -327,8 +327,8 @@ _LIAR_LABELS = ("pants-fire", "false", "barely-true", "half-true", "mostly-true"
 _FEVER_CORPUS = "the directory with FEVER's Wikipedia dump (wiki-pages/*.jsonl)"
 _SCIFACT_CORPUS = "SciFact's corpus.jsonl"
 
-FORMATS: tuple[PublishedFormat, ...] = (
-    PublishedFormat(
+FORMATS: tuple[DatasetFormat, ...] = (
+    DatasetFormat(
         "fever-rows",
         "FEVER, one row an evidence (Hugging Face)",
         _keys("claim", "evidence_wiki_url", "evidence_sentence_id"),
@@ -336,7 +336,7 @@ FORMATS: tuple[PublishedFormat, ...] = (
         merged=True,
         corpus=_FEVER_CORPUS,
     ),
-    PublishedFormat(
+    DatasetFormat(
         "fever",
         "FEVER",
         _keys("id", "claim"),
@@ -344,13 +344,13 @@ FORMATS: tuple[PublishedFormat, ...] = (
         test=_is_fever,
         corpus=_FEVER_CORPUS,
     ),
-    PublishedFormat(
+    DatasetFormat(
         "vitaminc",
         "VitaminC",
         _keys("unique_id", "claim", "evidence", "revision_type"),
         read_plain,
     ),
-    PublishedFormat(
+    DatasetFormat(
         "climate-fever",
         "Climate-FEVER",
         _keys("claim_id", "claim", "claim_label", "evidences"),
@@ -358,7 +358,7 @@ FORMATS: tuple[PublishedFormat, ...] = (
         classes=("SUPPORTS", "REFUTES", "NOT_ENOUGH_INFO", "DISPUTED"),
         pieces=_plain_pieces,
     ),
-    PublishedFormat(
+    DatasetFormat(
         "scifact-rows",
         "SciFact, one row a document (Hugging Face)",
         _keys("claim", "evidence_doc_id", "evidence_sentences"),
@@ -366,7 +366,7 @@ FORMATS: tuple[PublishedFormat, ...] = (
         merged=True,
         corpus=_SCIFACT_CORPUS,
     ),
-    PublishedFormat(
+    DatasetFormat(
         "scifact",
         "SciFact",
         _keys("id", "claim", "cited_doc_ids"),
@@ -374,35 +374,35 @@ FORMATS: tuple[PublishedFormat, ...] = (
         test=lambda fields: isinstance(fields.get("evidence", {}), Mapping),
         corpus=_SCIFACT_CORPUS,
     ),
-    PublishedFormat(
+    DatasetFormat(
         "averitec",
         "AVeriTeC",
         _keys("claim", "questions"),
         _read_averitec,
         test=lambda fields: isinstance(fields.get("questions"), list),
     ),
-    PublishedFormat(
+    DatasetFormat(
         "hover",
         "HoVer",
         _keys("uid", "claim", "supporting_facts"),
         _read_hover,
         classes=("NOT_SUPPORTED", "SUPPORTED"),
     ),
-    PublishedFormat(
+    DatasetFormat(
         "feverous",
         "FEVEROUS",
         _keys("id", "claim"),
         _read_feverous,
         test=_is_feverous,
     ),
-    PublishedFormat(
+    DatasetFormat(
         "llm-aggrefact",
         "LLM-AggreFact",
         _keys("dataset", "doc", "claim", "label"),
         _from("doc"),
         labels={"1": "SUPPORTS"},
     ),
-    PublishedFormat(
+    DatasetFormat(
         "pubhealth",
         "PUBHEALTH",
         _keys("claim_id", "claim", "explanation", "main_text"),
@@ -410,7 +410,7 @@ FORMATS: tuple[PublishedFormat, ...] = (
         labels={**_TRUTH, "unproven": "NOT ENOUGH INFO"},
         classes=("false", "mixture", "true", "unproven"),
     ),
-    PublishedFormat(
+    DatasetFormat(
         "liar-plus",
         "LIAR-PLUS",
         _keys("label", "justification"),
@@ -418,7 +418,7 @@ FORMATS: tuple[PublishedFormat, ...] = (
         test=lambda fields: "json_file_id" in fields or str(fields.get("id", "")).endswith(".json"),
         labels={**_TRUTH, "pants-fire": "REFUTES"},
     ),
-    PublishedFormat(
+    DatasetFormat(
         "liar",
         "LIAR",
         _keys("label", "statement", "speaker"),
@@ -426,7 +426,7 @@ FORMATS: tuple[PublishedFormat, ...] = (
         labels={**_TRUTH, "pants-fire": "REFUTES"},
         classes=("false", "half-true", "mostly-true", "true", "barely-true", "pants-fire"),
     ),
-    PublishedFormat(
+    DatasetFormat(
         "fever-symmetric",
         "FEVER Symmetric",
         _keys("id", "claim"),
@@ -437,16 +437,16 @@ FORMATS: tuple[PublishedFormat, ...] = (
     ),
 )
 
-PLAIN = PublishedFormat("plain", "claims", frozenset(), read_plain, pieces=_plain_pieces)
+PLAIN = DatasetFormat("plain", "claims", frozenset(), read_plain, pieces=_plain_pieces)
 """Any other file: fields are found by their names."""
 
 
-def format_named(name: str) -> PublishedFormat:
+def format_named(name: str) -> DatasetFormat:
     """Raises KeyError when no format has this name."""
     return {known.name: known for known in (*FORMATS, PLAIN)}[name]
 
 
-def recognized(records: Sequence[Fields]) -> PublishedFormat:
+def recognized(records: Sequence[Fields]) -> DatasetFormat:
     """The format of a file by its first records; PLAIN when no format matches."""
     looked_at = [named_fields(record) for record in records[:SAMPLE_RECORDS]]
     return next((known for known in FORMATS if known.matches(looked_at)), PLAIN)
@@ -459,7 +459,7 @@ _LIAR_COLUMNS = (
 
 
 def columns_without_header(fields: Sequence[str]) -> Sequence[str] | None:
-    """The columns of a published file without a header, by its first record."""
+    """The columns of a data set's file without a header, by its first record."""
     if len(fields) == len(_LIAR_COLUMNS) and fields[1] in _LIAR_LABELS:
         return _LIAR_COLUMNS
     if len(fields) == len(_LIAR_COLUMNS) + 2 and fields[2] in _LIAR_LABELS:
