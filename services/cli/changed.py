@@ -58,8 +58,8 @@ def _difference(submission: Submission, status: "RunStatus", store: "Store") -> 
         then = f"{status.total + (status.repeated or 0) + (status.rejected or 0):,} lines then, "
     example = f", first {first}" if first else ""
     return (
-        f"{then}{submission.lines:,} lines now; of its {answered:,} claims with an outcome "
-        f"{answered - same:,} have another text or are missing{example}"
+        f"{then}{submission.file.records_to_read:,} lines now; of its {answered:,} claims with an "
+        f"outcome {answered - same:,} have another text or are missing{example}"
     )
 
 

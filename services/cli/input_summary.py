@@ -30,7 +30,7 @@ def summary_lines(file: ClaimsFile, summary: InputSummary) -> list[str]:
 def _read(file: ClaimsFile, summary: InputSummary) -> str:
     rejected = total(summary.rejected)
     not_selected = f", {file.not_selected:,} not selected" if file.not_selected else ""
-    limited = "" if file.lines == file.records else f"{file.lines:,} of "
+    limited = "" if file.records_to_read == file.records else f"{file.records_to_read:,} of "
     return (
         f"{file.name}: {summary.format} ({kind_of(file)}), {limited}"
         f"{plural(file.records, 'record')}: {plural(summary.claims, 'claim')}, "

@@ -37,7 +37,7 @@ def read_claims(
     Raises InputError for the file.
     """
     with line_progress(console, "reading", None) as reading:
-        return ClaimsFile(source, prompt, options.selection, on_lines=reading, on_pages=reading)
+        return ClaimsFile(source, prompt, options.selection, on_records=reading, on_pages=reading)
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def inspect_claims(console: Screen, submission: Submission, rejected: Path) -> I
     """
     with (
         RejectedFile(rejected) as rejections,
-        line_progress(console, "checking", submission.lines) as checking,
+        line_progress(console, "checking", submission.file.records_to_read) as checking,
     ):
         summary = submission.inspect(rejections, checking)
     for line in summary_lines(submission.file, summary):

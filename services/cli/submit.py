@@ -159,7 +159,7 @@ def submit(
                 declares=Declares("if-missing", (submission.run.context.context_id,)),
             ).open(settings.broker_connect_timeout_seconds) as publisher,
             MetricsServer(settings) as metrics,
-            line_progress(console, "publishing", submission.lines) as publishing,
+            line_progress(console, "publishing", submission.file.records_to_read) as publishing,
         ):
             metrics.serve(_Health(publisher))
             policies = check_policies(settings, [claims_queue])
@@ -179,7 +179,7 @@ def submit(
             def show(progress: Progress) -> None:
                 nonlocal sent
                 sent = progress.published
-                publishing(progress.lines)
+                publishing(progress.records)
 
             totals = submission.publish(
                 publisher,

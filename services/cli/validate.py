@@ -89,7 +89,7 @@ def validate(
             if len(rejections) < _SHOWN_REJECTIONS:
                 rejections.append(rejection)
 
-        with line_progress(console, "checking", claims.lines) as checking:
+        with line_progress(console, "checking", claims.records_to_read) as checking:
             summary = claims.inspect(keep, checking)
         tokens: dict[str, int] = {}
         examples: list[str] = []
@@ -103,7 +103,7 @@ def validate(
             no_tokenizer = str(error)  # the file is checked anyway
         else:
             if summary.claims:
-                with line_progress(console, "counting tokens", claims.lines) as counting:
+                with line_progress(console, "counting tokens", claims.records_to_read) as counting:
                     tokens = _token_lengths(claims, compiled, max_model_tokens, counting)
                 examples = [tokenizer.text(ids) for ids in compiled.encode(_first(claims))]
     if as_json:
@@ -112,18 +112,18 @@ def validate(
         _print(claims, summary, rejections, tokens, no_tokenizer, examples)
     if summary.claims == 0:
         raise InputError(
-            f"{claims.name}: none of its {claims.lines:,} records is a claim; correct the "
-            "file, or name its columns with --column"
+            f"{claims.name}: none of its {claims.records_to_read:,} records is a claim; correct "
+            "the file, or name its columns with --column"
         )
 
 
 def _token_lengths(
-    claims: ClaimsFile, compiled: CompiledPrompt, most: int, on_lines: Callable[[int], None]
+    claims: ClaimsFile, compiled: CompiledPrompt, most: int, on_records: Callable[[int], None]
 ) -> dict[str, int]:
     lengths = array("I")
-    for lines, chunk in claims.claims(claims.new_summary()):
+    for read, chunk in claims.claims(claims.new_summary()):
         lengths.extend(map(len, compiled.encode(chunk)))
-        on_lines(lines)
+        on_records(read)
     ordered = sorted(lengths)
     return {
         "median": ordered[len(ordered) // 2],
@@ -144,7 +144,7 @@ def _as_json(
     return {
         "format": file.format.name,
         "container": kind_of(file),
-        "lines": file.lines,
+        "lines": file.records_to_read,
         "records": summary.records,
         "claims": summary.claims,
         "rejected": dict(summary.rejected),

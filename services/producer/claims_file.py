@@ -24,7 +24,7 @@ from services.producer.dataset_formats import (
 from services.producer.fields import NAMES, label_text, named_fields, normalized
 from services.producer.parse import NO_LABEL, Parser, Reading, Rejection, check_columns
 from services.producer.seen import Duplicate, SeenIds
-from services.producer.source import Source, sample_lines
+from services.producer.source import Record, Source, sample_records
 from services.producer.summary import InputCounts
 
 _CHUNK_RECORDS = 1_024
@@ -61,7 +61,8 @@ class Selection:
 class ClaimsFile:
     """The claims of one file for one prompt.
 
-    `lines` is the number of records that are read, `records` the number that the file has.
+    `records` is the number of records in the file, `records_to_read` the number within the
+    selection's limit.
     """
 
     def __init__(
@@ -70,10 +71,10 @@ class ClaimsFile:
         prompt: PromptSpec,
         selection: Selection = Selection(),
         *,
-        on_lines: Callable[[int], None] = lambda _: None,
+        on_records: Callable[[int], None] = lambda _: None,
         on_pages: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """Read the whole file once. `on_lines` is called with the number of records read so far,
+        """Read the whole file once. `on_records` is called with the number of records read so far,
         `on_pages` with the number of pages of a corpus.
 
         Raises InputError when the file is empty, a column is missing, or the corpus is not one.
@@ -98,9 +99,11 @@ class ClaimsFile:
             _check_header(source, selection.columns)
         if self.format.merged:
             source.same_claim = self._parser(None).same_claim
-        file_summary = source.summarize(on_lines)
-        self.records = file_summary.lines
-        self.lines = self.records if selection.limit is None else min(selection.limit, self.records)
+        file_summary = source.summarize(on_records)
+        self.records = file_summary.records
+        self.records_to_read = self.records
+        if selection.limit is not None:
+            self.records_to_read = min(selection.limit, self.records)
         self._late_labels: dict[str, tuple[str, str | None]] = {}
         """For claims whose first record has no label: that of a later record, as the file spells it
         and as the prompt does."""
@@ -134,15 +137,15 @@ class ClaimsFile:
     def inspect(
         self,
         on_rejected: Callable[[Rejection], None] = lambda _: None,
-        on_lines: Callable[[int], None] = lambda _: None,
+        on_records: Callable[[int], None] = lambda _: None,
     ) -> InputSummary:
         """Read every claim, and return the summary.
 
         Raises InputError when no record has a named column.
         """
-        parser, summary = self._count(on_rejected, on_lines)
+        parser, summary = self._count(on_rejected, on_records)
         if self._late_labels:  # their claims are counted without them
-            parser, summary = self._count(lambda _: None, on_lines)
+            parser, summary = self._count(lambda _: None, on_records)
         for field_name, column in self.selection.columns.items():
             if column in parser.unseen_columns:
                 listed = ", ".join(repr(key) for key in list(parser.keys_seen)[:20]) or "none"
@@ -163,12 +166,12 @@ class ClaimsFile:
         return summary.result()
 
     def _count(
-        self, on_rejected: Callable[[Rejection], None], on_lines: Callable[[int], None]
+        self, on_rejected: Callable[[Rejection], None], on_records: Callable[[int], None]
     ) -> tuple[Parser, InputCounts]:
         parser, summary = self._parser(self._corpus), self.new_summary()
         with closing(SeenIds()) as seen:
-            for lines, _ in self._chunks(parser, summary, on_rejected, seen):
-                on_lines(lines)
+            for read, _ in self._chunks(parser, summary, on_rejected, seen):
+                on_records(read)
             summary.same_content, summary.other_label = seen.same_contents()
         return parser, summary
 
@@ -196,21 +199,19 @@ class ClaimsFile:
         on_rejected: Callable[[Rejection], None],
         seen: SeenIds,
     ) -> Iterator[tuple[int, list[Claim]]]:
-        lines = sample_lines(
-            self.source.lines(), self.records, self.selection.limit, self.selection.seed
-        )
+        records = self._records_to_read()
         read = 0
-        while chunk := list(islice(lines, _CHUNK_RECORDS)):
+        while chunk := list(islice(records, _CHUNK_RECORDS)):
             read += len(chunk)
-            parsed = [(line, parser.parse(line)) for line in chunk]
+            parsed = [(record, parser.parse(record)) for record in chunk]
             readings = [r for _, found in parsed if not isinstance(found, Rejection) for r in found]
             labels = ["" if r.label == NO_LABEL else r.label for r in readings]
             checked = iter(seen.check([r.claim for r in readings], labels))
             fresh: list[Reading] = []
-            for line, found in parsed:
+            for record, found in parsed:
                 if isinstance(found, Rejection):
                     if self.selection.only is None:
-                        summary.add_rejection(found.kind, line.position, parser.record_id(line))
+                        summary.add_rejection(found.kind, record.position, parser.record_id(record))
                         on_rejected(found)
                     else:
                         summary.not_selected += 1
@@ -224,10 +225,10 @@ class ClaimsFile:
                     if duplicate is Duplicate.LABELLED and self._take_label(claim, reading.label):
                         duplicate = Duplicate.REPEATED
                     if duplicate is Duplicate.REPEATED:
-                        summary.add_repeated(line.position, claim.claim_id)
+                        summary.add_repeated(record.position, claim.claim_id)
                     elif duplicate not in (Duplicate.NEW, Duplicate.OTHER_EVIDENCE):
-                        rejection = parser.contradicted(line, known)
-                        summary.add_rejection(rejection.kind, line.position, claim.claim_id)
+                        rejection = parser.contradicted(record, known)
+                        summary.add_rejection(rejection.kind, record.position, claim.claim_id)
                         on_rejected(rejection)
                     else:
                         if duplicate is Duplicate.OTHER_EVIDENCE:
@@ -241,6 +242,10 @@ class ClaimsFile:
                 summary.not_selected += not selected
             summary.add_claims(fresh)
             yield read, [reading.claim for reading in fresh]
+
+    def _records_to_read(self) -> Iterator[Record]:
+        limit, seed = self.selection.limit, self.selection.seed
+        return sample_records(self.source.records(), self.records, limit, seed)
 
     def _take_label(self, claim: Claim, label: str) -> bool:
         """Keep the label for the next pass over the file. False when there are too many."""
@@ -269,10 +274,11 @@ class ClaimsFile:
                 "--corpus, or name the format with --format"
             )
         parser = self._parser(None)
-        lines = sample_lines(
-            self.source.lines(), self.records, self.selection.limit, self.selection.seed
+        references = (
+            reference
+            for record in self._records_to_read()
+            for reference in parser.references(record)
         )
-        references = (reference for line in lines for reference in parser.references(line))
         return read_corpus(path, references, self.format.corpus, on_pages)
 
     def _identity_of(self, digest: str) -> dict[str, object]:

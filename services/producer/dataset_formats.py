@@ -45,12 +45,12 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class DatasetFormat:
-    """A data set's format. A record is of it when it has all of `keys` (normalized) and `test` says so; None
-    of `test`: this record can be of it, and of others.
+    """The format of a data set's records. A record matches when it has all of `keys` (normalized)
+    and `test` is true; `test` is None for a record that may be of this format or of another.
 
-    `labels` says which of our prompt's labels a spelling means, for prompts that do not know it
-    themselves; `classes` are the names of labels that are numbers. `pieces` makes of a record one
-    for each piece of its evidence. `corpus` says what `--corpus` must name for its references.
+    `labels` maps spellings to the default prompt's labels, for prompts that do not have them;
+    `classes` are the names of labels that are numbers. `pieces` makes one claim of each piece of a
+    record's evidence. `corpus` says what `--corpus` must name for its references.
     """
 
     name: str

@@ -56,7 +56,7 @@ class Dialect:
     first_line: int = 1
 
 
-class Record(NamedTuple):
+class Row(NamedTuple):
     """The fields of one record, and the line on which it ends. A broken one has a `fault`; where
     its fields could not be separated, `text` is its first line.
     """
@@ -67,7 +67,7 @@ class Record(NamedTuple):
     text: str = ""
 
 
-_NO_RECORD = Record(0, [], None)
+_NO_ROW = Row(0, [], None)
 
 
 def find_dialect(
@@ -86,7 +86,7 @@ def find_dialect(
     headers: list[list[str]] = []
     for delimiter in (separator[1],) if separator else _DELIMITERS:
         dialect = Dialect(delimiter, first_line=2 if separator else 1)
-        fields = next(_rows(file, dialect), _NO_RECORD).fields
+        fields = next(_rows(file, dialect), _NO_ROW).fields
         header = [column.strip() for column in fields]
         while header and not header[-1]:
             header.pop()
@@ -114,11 +114,11 @@ def find_dialect(
     return _with_quoting(file, min(candidates, key=lambda d: _fit(file, d, _SAMPLE_RECORDS)[0]))
 
 
-def records(file: IO[bytes], dialect: Dialect) -> Iterator[Record]:
+def delimited_rows(file: IO[bytes], dialect: Dialect) -> Iterator[Row]:
     """Every record except the header, in order. Blank lines are not records."""
     rows = _rows(file, dialect)
     width = len(dialect.columns)
-    header = next(rows, _NO_RECORD).fields[:width] if dialect.header else []
+    header = next(rows, _NO_ROW).fields[:width] if dialect.header else []
     names = set(header)
     other_order: str | None = None
     for number, fields, fault, text in rows:
@@ -140,7 +140,7 @@ def records(file: IO[bytes], dialect: Dialect) -> Iterator[Record]:
                 fault = REPEATED_HEADER
             elif sorted(fields) == sorted(header):
                 fault = other_order = _OTHER_ORDER.format(number)
-        yield Record(number, fields, fault, text)
+        yield Row(number, fields, fault, text)
 
 
 def _no_claim_column(name: str, line: int, header: Sequence[str]) -> str:
@@ -179,8 +179,8 @@ def _with_quoting(file: IO[bytes], dialect: Dialect) -> Dialect:
     return best
 
 
-def _sample(file: IO[bytes], dialect: Dialect) -> Iterator[Record]:
-    return islice(records(file, dialect), _SAMPLE_RECORDS)
+def _sample(file: IO[bytes], dialect: Dialect) -> Iterator[Row]:
+    return islice(delimited_rows(file, dialect), _SAMPLE_RECORDS)
 
 
 def _fit(file: IO[bytes], dialect: Dialect, most: int | None) -> tuple[int, int]:
@@ -191,7 +191,7 @@ def _fit(file: IO[bytes], dialect: Dialect, most: int | None) -> tuple[int, int]
     """
     broken = before = count = 0
     delimiters = len(dialect.columns) - 1
-    for number, fields, fault, _ in islice(records(file, dialect), most):
+    for number, fields, fault, _ in islice(delimited_rows(file, dialect), most):
         inside = (line for f in fields if "\n" in f for line in f.split("\n")[1:-1])
         if fault is not None or any(
             2 * line.count(dialect.delimiter) >= delimiters > 0 for line in inside
@@ -202,7 +202,7 @@ def _fit(file: IO[bytes], dialect: Dialect, most: int | None) -> tuple[int, int]
     return broken, -count
 
 
-def _rows(file: IO[bytes], dialect: Dialect) -> Iterator[Record]:
+def _rows(file: IO[bytes], dialect: Dialect) -> Iterator[Row]:
     if dialect.quoting == "none-backslash":
         return _escaped_rows(file, dialect)
     return _csv_rows(file, dialect)
@@ -219,7 +219,7 @@ _STRAY_QUOTE = (
 )
 
 
-def _csv_rows(file: IO[bytes], dialect: Dialect) -> Iterator[Record]:
+def _csv_rows(file: IO[bytes], dialect: Dialect) -> Iterator[Row]:
     """Records by Python's csv module, with the number of their last line.
 
     A quote that has swallowed the records after it costs its own line alone: the lines after that
@@ -284,12 +284,12 @@ def _csv_rows(file: IO[bytes], dialect: Dialect) -> Iterator[Record]:
             again += reversed(lines[1:])
             read -= len(lines) - 1
             reader = new_reader()
-            yield Record(read, [], _STRAY_QUOTE, lines[0])
+            yield Row(read, [], _STRAY_QUOTE, lines[0])
         elif error is not None:
             where = f"; the record begins in line {read - len(lines) + 1}" if len(lines) > 1 else ""
-            yield Record(read, [], f"{error}{where}", lines[0] if lines else "")
+            yield Row(read, [], f"{error}{where}", lines[0] if lines else "")
         elif row:
-            yield Record(read, row, bad_lines[-1] if bad_lines else None)
+            yield Row(read, row, bad_lines[-1] if bad_lines else None)
 
 
 def _has_swallowed(lines: Sequence[str], dialect: Dialect, error: csv.Error | None) -> bool:
@@ -314,7 +314,7 @@ def _looks_like_a_record(line: str, delimiter: str, width: int) -> bool:
     )
 
 
-def _escaped_rows(file: IO[bytes], dialect: Dialect) -> Iterator[Record]:
+def _escaped_rows(file: IO[bytes], dialect: Dialect) -> Iterator[Row]:
     """Records as databases write them: a backslash before what is no delimiter or line end."""
     pending = ""
     for number, content, fault, _ in islice(bounded_lines(file), dialect.first_line - 1, None):
@@ -325,9 +325,9 @@ def _escaped_rows(file: IO[bytes], dialect: Dialect) -> Iterator[Record]:
             continue
         line, pending = pending + body, ""
         if fault is not None or line:
-            yield Record(number, [_unescaped(field) for field in _split(line)], fault)
+            yield Row(number, [_unescaped(field) for field in _split(line)], fault)
     if pending:
-        yield Record(number, [], "the file ends in the midst of a record")
+        yield Row(number, [], "the file ends in the midst of a record")
 
 
 def _ends_escaped(line: str) -> bool:

@@ -28,7 +28,7 @@ from services.producer.fields import (
     normalized,
 )
 from services.producer.seen import Duplicate, Seen
-from services.producer.source import Line, as_object
+from services.producer.source import Record, as_object
 
 _SHOWN_CHARS = 500
 _SHOWN_LABEL_CHARS = 80
@@ -118,32 +118,34 @@ class Parser:
         self.keys_seen: dict[str, None] = {}
         """Names of columns or keys in order of appearance; a bounded number."""
 
-    def parse(self, line: Line) -> Sequence[Reading] | Rejection:
+    def parse(self, record: Record) -> Sequence[Reading] | Rejection:
         """The claims of this record, or a rejection."""
-        if line.fault is not None:
-            kind = "repeated header" if line.fault == REPEATED_HEADER else "unreadable line"
-            return self._reject(line, None, kind, line.fault, "correct the line, or leave it out")
-        content = line.content
+        if record.fault is not None:
+            kind = "repeated header" if record.fault == REPEATED_HEADER else "unreadable line"
+            return self._reject(
+                record, None, kind, record.fault, "correct the line, or leave it out"
+            )
+        content = record.content
         fields: Any = content
         if isinstance(content, bytes):
             try:
                 fields = from_json(content)
             except ValueError as error:
-                return self._not_json(line, error)
+                return self._not_json(record, error)
             if not isinstance(fields, dict):
                 reason = "Input should be an object"
-                return self._reject(line, None, "not an object", reason, _WRITE_OBJECT)
+                return self._reject(record, None, "not an object", reason, _WRITE_OBJECT)
             key = _repeated_key(content, fields)
             if key is not None:
                 reason = f"the key {key[:_SHOWN_LABEL_CHARS]!r} is there twice, with two values"
-                return self._reject(line, None, "repeated key", reason, "keep one of them")
+                return self._reject(record, None, "repeated key", reason, "keep one of them")
         self._note_keys(fields)
         try:
             found = self._found(fields)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             # A value that is not the list or object that the format has there.
             return self._reject(
-                line,
+                record,
                 None,
                 "not of its format",
                 f"not a record of {self._format.title}: {error}",
@@ -152,20 +154,22 @@ class Parser:
         readings = []
         for one in found:
             try:
-                readings.append(self._reading(line, one))
+                readings.append(self._reading(record, one))
             except ValidationError as error:
-                return self._explain(line, error, one, fields)
+                return self._explain(record, error, one, fields)
         return readings
 
-    def references(self, line: Line) -> Sequence[tuple[str, int | None]]:
+    def references(self, record: Record) -> Sequence[tuple[str, int | None]]:
         """The pages and sentences that this record refers to."""
         try:
-            fields = from_json(line.content) if isinstance(line.content, bytes) else line.content
+            fields = (
+                from_json(record.content) if isinstance(record.content, bytes) else record.content
+            )
             return [r for found in self._found(fields) for r in found.references]
         except (AttributeError, LookupError, TypeError, ValueError):
             return ()
 
-    def contradicted(self, line: Line, seen: Seen) -> Rejection:
+    def contradicted(self, record: Record, seen: Seen) -> Rejection:
         """The rejection of a claim whose id an earlier record has with another text or label."""
         earlier = f"record {seen.earlier + 1:,} of the file"
         if seen.duplicate in (Duplicate.OTHER_LABEL, Duplicate.LABELLED):
@@ -177,11 +181,11 @@ class Parser:
             field = "id"
             reason = f"{earlier} has the id {seen.claim.claim_id[:80]!r} for another claim"
             step = "give it another id, or none"
-        return self._reject(line, field, "contradicts an earlier line", reason, step)
+        return self._reject(record, field, "contradicts an earlier line", reason, step)
 
-    def record_id(self, line: Line) -> object:
+    def record_id(self, record: Record) -> object:
         """The id of a rejected record; None when it has none or cannot be read."""
-        fields = as_object(line.content)
+        fields = as_object(record.content)
         return None if fields is None else identity_of(first_of(self._named(fields), NAMES["id"]))
 
     def same_claim(self, fields: Mapping[str, Any]) -> object:
@@ -215,7 +219,7 @@ class Parser:
             ]
         return found
 
-    def _reading(self, line: Line, found: Found) -> Reading:
+    def _reading(self, record: Record, found: Found) -> Reading:
         evidence, without, partly = found.evidence, found.without, found.partly
         if self._corpus is not None and found.references:
             text, missing = self._corpus.text(found.references)
@@ -232,7 +236,7 @@ class Parser:
         return Reading(
             Claim(
                 claim_id=claim_id if claim_id is not None else "?",
-                position=line.position,
+                position=record.position,
                 text=text,
                 evidence=evidence or None,
                 gold=gold,
@@ -271,18 +275,18 @@ class Parser:
         if len(self.keys_seen) < 100:
             self.keys_seen.update(dict.fromkeys(fields))
 
-    def _not_json(self, line: Line, error: ValueError) -> Rejection:
-        assert isinstance(line.content, bytes)
+    def _not_json(self, record: Record, error: ValueError) -> Rejection:
+        assert isinstance(record.content, bytes)
         try:
-            line.content.decode()
+            record.content.decode()
         except UnicodeDecodeError:
             reason = "the line is not UTF-8"
-            return self._reject(line, None, "not UTF-8", reason, _NEXT_STEPS["string_unicode"])
+            return self._reject(record, None, "not UTF-8", reason, _NEXT_STEPS["string_unicode"])
         reason = f"Invalid JSON: {_WHERE_IN_LINE.sub('at column', str(error))}"
-        return self._reject(line, None, "not JSON", reason, _WRITE_JSON)
+        return self._reject(record, None, "not JSON", reason, _WRITE_JSON)
 
     def _explain(
-        self, line: Line, error: ValidationError, found: Found, fields: Mapping[str, Any]
+        self, record: Record, error: ValidationError, found: Found, fields: Mapping[str, Any]
     ) -> Rejection:
         fault = error.errors(include_url=False)[0]
         field = _FIELDS.get(str(fault["loc"][0])) if fault["loc"] else None
@@ -293,29 +297,31 @@ class Parser:
             named = CLAIM_NAMES if column is None else {normalized(column)}
             if not named.isdisjoint(map(normalized, fields)):
                 step = _NEXT_STEPS["string_too_short"]
-                return self._reject(line, field, "claim: blank", "it is blank", step)
+                return self._reject(record, field, "claim: blank", "it is blank", step)
             listed = ", ".join(list(self.keys_seen)[:12])
             next_step = (
                 f"every line needs a `claim`; the keys are {listed}. If one of them is the claim, "
                 "name it with --column claim=NAME"
             )
-            return self._reject(line, field, "no claim", "Field required", next_step)
+            return self._reject(record, field, "no claim", "Field required", next_step)
         if fault["type"] == "string_pattern_mismatch":
             blank = "\0" not in str(fault.get("input", ""))
             message = "it is blank" if blank else "it contains a NUL character"
             kind = "blank" if blank else "NUL character"
-        return self._reject(line, field, f"{field}: {kind}" if field else kind, message, next_step)
+        return self._reject(
+            record, field, f"{field}: {kind}" if field else kind, message, next_step
+        )
 
     def _reject(
-        self, line: Line, field: str | None, kind: str, reason: str, next_step: str
+        self, record: Record, field: str | None, kind: str, reason: str, next_step: str
     ) -> Rejection:
-        if isinstance(line.content, bytes):
-            content = line.content.decode("utf-8", errors="replace").rstrip("\r\n")
+        if isinstance(record.content, bytes):
+            content = record.content.decode("utf-8", errors="replace").rstrip("\r\n")
         else:
-            content = json.dumps(dict(line.content), ensure_ascii=False, default=str)
+            content = json.dumps(dict(record.content), ensure_ascii=False, default=str)
         return Rejection(
             source=self._source_name,
-            line=line.number,
+            line=record.line,
             field=field,
             kind=kind,
             reason=reason,

@@ -1,4 +1,4 @@
-"""A file of claims, read record by record in constant memory."""
+"""The records of a file of claims, read one by one in constant memory."""
 
 import hashlib
 import random
@@ -13,7 +13,7 @@ from pydantic_core import from_json
 
 from services.contracts.errors import InputError
 from services.producer.dataset_formats import columns_without_header
-from services.producer.delimited import Dialect, find_dialect, records
+from services.producer.delimited import Dialect, delimited_rows, find_dialect
 from services.producer.fields import CLAIM_NAMES, is_header, normalized
 from services.producer.files import (
     SAMPLE_BYTES,
@@ -25,30 +25,30 @@ from services.producer.files import (
 )
 from services.producer.json_values import json_values
 from services.producer.lines import bounded_lines
-from services.producer.tables import dataset_files, rows
+from services.producer.tables import dataset_files, table_rows
 
 Container = Literal["jsonl", "json", "csv", "parquet", "arrow"]
 """How records are kept in a file. `csv` is all delimited text; `json` is an array, or objects that
 span lines."""
 
-_Record = tuple[int, bytes | Mapping[str, Any], str | None]
-"""Number, content, and why it could not be read."""
+_Read = tuple[int, bytes | Mapping[str, Any], str | None]
+"""A record without its position: `line`, `content` and `fault`."""
 
-_PROGRESS_LINES = 100_000
+_PROGRESS_RECORDS = 100_000
 _MAX_MERGED = 1_000
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class Record:
     """One record of the file.
 
-    `number` is the line in the file, from 1 (of delimited text the line on which the record ends,
-    of a JSON array the line on which it begins, of Parquet and Arrow the row); `position` counts
-    records from 0. `content` is a JSON text, or a record's values by column; `fault` is the
-    reason why it could not be read.
+    `line` is its line in the file, from 1 (of delimited text the line on which it ends, of a JSON
+    array the line on which it begins, of Parquet and Arrow the row). `position` counts records from
+    0. `content` is a JSON text, or the values by column. `fault` is the reason why it could not be
+    read.
     """
 
-    number: int
+    line: int
     position: int
     content: bytes | Mapping[str, Any]
     fault: str | None = None
@@ -56,15 +56,15 @@ class Line:
 
 @dataclass(frozen=True)
 class FileSummary:
-    """The number of records in a file, and its identity (BLAKE2b over all bytes)."""
+    """The number of records in a file, and its digest (BLAKE2b over all bytes)."""
 
-    lines: int
+    records: int
     digest: str
 
 
 class Source:
-    """A file that is read twice: first summarized, then sent. Its first bytes determine its
-    container; its name decides only when they do not.
+    """A file of records, or a directory of such files; it can be read more than once. Its first
+    bytes determine its container; its name decides only when they do not.
 
     Compressed files are decompressed while they are read. Standard input is copied to a temporary
     file, because a run's identity depends on all of it. Use as a context manager.
@@ -191,8 +191,8 @@ class Source:
         """Whether the columns are named in the file."""
         return not self._dialects or self._dialects[0].header
 
-    def summarize(self, on_lines: Callable[[int], None] = lambda _: None) -> FileSummary:
-        """Read the whole file. `on_lines` is called with the number of records read so far.
+    def summarize(self, on_records: Callable[[int], None] = lambda _: None) -> FileSummary:
+        """Read the whole file. `on_records` is called with the number of records read so far.
 
         Raises InputError when the file is empty.
         """
@@ -201,33 +201,32 @@ class Source:
             file.seek(0)
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
-        lines = 0
-        for line in self.lines():
-            lines = line.position + 1
-            if lines % _PROGRESS_LINES == 0:
-                on_lines(lines)
-        if not lines:
+        count = 0
+        for count, _ in enumerate(self.records(), 1):
+            if count % _PROGRESS_RECORDS == 0:
+                on_records(count)
+        if not count:
             raise InputError(f"{self.name} is empty; it must have one claim per line")
-        on_lines(lines)
-        return FileSummary(lines, digest.hexdigest())
+        on_records(count)
+        return FileSummary(count, digest.hexdigest())
 
-    def lines(self) -> Iterator[Line]:
+    def records(self) -> Iterator[Record]:
         """Every record, in order. Blank lines are not records."""
-        records = self._records() if self.same_claim is None else self._merged(self.same_claim)
-        for position, (number, content, fault) in enumerate(records):
-            yield Line(number, position, content, fault)
+        read = self._read() if self.same_claim is None else self._merged(self.same_claim)
+        for position, (line, content, fault) in enumerate(read):
+            yield Record(line, position, content, fault)
 
     def first_records(self, count: int) -> list[Mapping[str, Any]]:
         """The first records that can be read, to recognise their format."""
-        sample = islice(self._records(), 4 * count)
+        sample = islice(self._read(), 4 * count)
         found = (as_object(content) for _, content, fault in sample if fault is None)
         return [record for record in found if record is not None][:count]
 
-    def _merged(self, same_claim: Callable[[Mapping[str, Any]], object]) -> Iterator[_Record]:
+    def _merged(self, same_claim: Callable[[Mapping[str, Any]], object]) -> Iterator[_Read]:
         group: list[Mapping[str, Any]] = []
         group_claim: object = None
         first = 0
-        for number, content, fault in self._records():
+        for number, content, fault in self._read():
             row = as_object(content) if fault is None else None
             claim = None if row is None else same_claim(row)
             same = claim is not None and claim == group_claim
@@ -243,23 +242,23 @@ class Source:
         if group:
             yield first, {**group[0], "rows": group}, None
 
-    def _records(self) -> Iterator[_Record]:
+    def _read(self) -> Iterator[_Read]:
         """The records of all files; their lines are counted as if they were one."""
         if len(self._files) == 1:
-            yield from self._records_of(0)
+            yield from self._read_file(0)
             return
         before = 0
         for index in range(len(self._files)):
             number = 0
-            for number, content, fault in self._records_of(index):
+            for number, content, fault in self._read_file(index):
                 yield before + number, content, fault
             before += number
 
-    def _records_of(self, index: int) -> Iterator[_Record]:
+    def _read_file(self, index: int) -> Iterator[_Read]:
         file = self._files[index]
         if self._dialects:
             names = self._dialects[index].columns
-            for number, fields, fault, text in records(file, self._dialects[index]):
+            for number, fields, fault, text in delimited_rows(file, self._dialects[index]):
                 if fault is not None and not fields:
                     yield number, text.encode(errors="surrogateescape"), fault
                     continue
@@ -273,7 +272,7 @@ class Source:
                 if fault is not None or content.strip():
                     yield number, content, fault
         else:
-            for number, row in enumerate(rows(file, self._names[index], self.container), 1):
+            for number, row in enumerate(table_rows(file, self._names[index], self.container), 1):
                 yield number, row, None
 
     def _require_same_columns(self) -> None:
@@ -355,18 +354,18 @@ def _is_json(text: bytes) -> bool:
     return True
 
 
-def sample_lines(
-    lines: Iterator[Line], total: int, limit: int | None, seed: int | None
-) -> Iterator[Line]:
-    """`limit` of `total` lines: the first ones, or with a `seed` a uniform sample without
+def sample_records(
+    records: Iterator[Record], total: int, limit: int | None, seed: int | None
+) -> Iterator[Record]:
+    """`limit` of `total` records: the first ones, or with a `seed` a uniform sample without
     replacement (selection sampling: Knuth, The Art of Computer Programming 2, 3.4.2, algorithm S).
     """
     wanted = total if limit is None else min(limit, total)
     draw = random.Random(seed) if seed is not None else None
-    for line in lines:
+    for record in records:
         if wanted == 0:
             return
-        left = total - line.position
+        left = total - record.position
         if draw is None or draw.random() * left < wanted:
             wanted -= 1
-            yield line
+            yield record

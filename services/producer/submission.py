@@ -35,9 +35,11 @@ Finished = Callable[[Sequence[Claim]], Collection[str]]
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress of a submission. `published` counts the claims sent, or about to be sent."""
+    """The progress of a submission. `records` counts the records read, `published` the claims sent
+    or about to be sent.
+    """
 
-    lines: int
+    records: int
     published: int
     rejected: int
 
@@ -64,19 +66,14 @@ class Submission:
             seed=file.selection.seed,
         )
 
-    @property
-    def lines(self) -> int:
-        """The number of records that are read."""
-        return self.file.lines
-
     def inspect(
-        self, rejections: RejectedFile, on_lines: Callable[[int], None] = lambda _: None
+        self, rejections: RejectedFile, on_records: Callable[[int], None] = lambda _: None
     ) -> InputSummary:
         """Read every claim, write the rejected records, and return the summary.
 
         Raises InputError when no line is a claim or selected, or no line has a named column.
         """
-        summary = self.file.inspect(rejections.write, on_lines)
+        summary = self.file.inspect(rejections.write, on_records)
         if summary.claims == 0 and self.file.not_selected:
             raise InputError(
                 f"{self.file.name}: none of the claims that --only selects from the run of --from "
@@ -85,7 +82,7 @@ class Submission:
             )
         if summary.claims == 0:
             raise InputError(
-                f"{self.file.name}: none of its {self.lines:,} lines is a claim; "
+                f"{self.file.name}: none of its {self.file.records_to_read:,} lines is a claim; "
                 f"{rejections.path} has the reasons"
             )
         self.input = summary
@@ -113,7 +110,7 @@ class Submission:
 
         def unfinished() -> Iterator[Claim]:
             nonlocal published, digest
-            for lines, claims in self.file.claims(summary):
+            for read, claims in self.file.claims(summary):
                 _count_lines(summary, counted)
                 digest = digest.plus(ClaimsDigest.of((c.claim_id, c.position) for c in claims))
                 positions.add(claim.position for claim in claims)
@@ -122,7 +119,7 @@ class Submission:
                     if claim.claim_id not in done:
                         published += 1
                         yield claim
-                on_progress(Progress(lines, published, summary.rejected))
+                on_progress(Progress(read, published, summary.rejected))
 
         ordered = group_by_evidence(unfinished()) if order_by_evidence else unfinished()
         for number, claims in enumerate(_batches(ordered, batch_size)):

@@ -94,7 +94,7 @@ def _require_all_parts(files: Sequence[Path], directory: Path) -> None:
             )
 
 
-def rows(file: IO[bytes], name: str, kind: str) -> Iterator[dict[str, Any]]:
+def table_rows(file: IO[bytes], name: str, kind: str) -> Iterator[dict[str, Any]]:
     """The rows of a Parquet or Arrow file as Python values, a bounded number in memory.
 
     Where the file's metadata name the classes of a column, names replace the numbers. Binary values

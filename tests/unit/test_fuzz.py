@@ -368,7 +368,7 @@ def parsed(content: bytes, format: Any, columns: dict[str, str] | None) -> None:
 
 def parse_all(source: Source, columns: dict[str, str] | None) -> None:
     parser = Parser("claims", PROMPT, columns=columns)
-    for line in source.lines():
+    for line in source.records():
         found = parser.parse(line)
         if isinstance(found, Rejection):
             assert not any(secret in found.reason + found.next_step for secret in SECRETS)

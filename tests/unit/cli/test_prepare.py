@@ -64,7 +64,7 @@ def test_a_file_becomes_a_run_of_the_prompt_on_the_context(
     asked = prompt("True", "False")
     how = {"prompt": asked, "column": ["claim=statement"], "limit": 1}
     with prepare(screen, claims, context, **how) as submission:
-        assert submission.lines == 1
+        assert submission.file.records_to_read == 1
         assert submission.run.context == context()
         assert submission.run.prompt == asked
         inspect_claims(screen, submission, tmp_path / "rejected.jsonl")

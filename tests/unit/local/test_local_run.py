@@ -74,7 +74,9 @@ def make_run(submission: Submission, database: Store, output_dir: Path, screen: 
             submission,
             load_settings(**settings),
             database,
-            RunView(screen, submission.lines, mass or MassWatch(screen, allowed=False)),
+            RunView(
+                screen, submission.file.records_to_read, mass or MassWatch(screen, allowed=False)
+            ),
             finished_in(database, submission.run.run_id),
             output_dir=output_dir,
             data_dir=output_dir,

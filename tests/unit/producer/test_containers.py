@@ -235,7 +235,7 @@ def test_what_the_csv_module_wrote_is_read_or_rejected_and_never_half_a_record(
     writer.writerow(["claim", "label"])
     writer.writerows(rows)
     with Source([io.BytesIO(out.getvalue().encode())], "claims.csv", "csv") as source:
-        lines = list(source.lines())
+        lines = list(source.records())
     assert [tuple(line.content.values()) for line in lines if line.fault is None] == rows  # type: ignore[union-attr]
 
 
@@ -297,7 +297,7 @@ def test_an_array_is_split_into_what_was_put_together(
         mock.patch("services.producer.json_values._CHUNK_BYTES", chunk_bytes),
         Source([io.BytesIO(content)], "claims", "json") as source,
     ):
-        found = [json.loads(line.content) for line in source.lines()]  # type: ignore[arg-type]
+        found = [json.loads(line.content) for line in source.records()]  # type: ignore[arg-type]
     assert found == json.loads(content)
 
 
@@ -538,7 +538,7 @@ def test_arrow_streams_that_were_put_together_are_all_read(tmp_path: Path) -> No
             with pa.ipc.new_stream(file, TABLE.schema) as writer:
                 writer.write_table(TABLE)
     with Source.open(str(tmp_path / "claims.arrow")) as source:
-        assert source.summarize().lines == 9
+        assert source.summarize().records == 9
 
 
 def test_each_arrow_stream_of_a_file_has_its_own_names_of_classes(tmp_path: Path) -> None:
@@ -568,7 +568,7 @@ def test_of_a_directory_of_several_splits_one_must_be_named(tmp_path: Path) -> N
     with pytest.raises(InputError, match="has several splits; name one of them with --split"):
         read(tmp_path)
     with Source.open(str(tmp_path), split="test") as source:
-        assert source.summarize().lines == 3
+        assert source.summarize().records == 3
     with pytest.raises(InputError, match="has no split 'dev'; name one of them"):
         Source.open(str(tmp_path), split="dev")
 
@@ -642,7 +642,7 @@ def test_numbered_files_of_the_hub_are_parts_and_their_directories_splits(tmp_pa
     with pytest.raises(InputError, match="of the 3 parts of dev 1 are missing, .* 00001"):
         texts(tmp_path / "default" / "dev")
     with Source.open(str(tmp_path / "default"), split="train") as source:
-        assert source.summarize().lines == 2
+        assert source.summarize().records == 2
 
 
 def test_parts_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from services.producer import (
     read_prompt,
 )
 from services.producer.seen import Duplicate, Seen
-from services.producer.source import Line
+from services.producer.source import Record
 
 PROMPT = PromptSpec()
 
@@ -38,11 +38,11 @@ def parsed(
     )
     parser = Parser("claims.jsonl", prompt, columns=columns)
     with source:
-        return [parse(parser, line) for line in source.lines()]
+        return [parse(parser, line) for line in source.records()]
 
 
-def parse(parser: Parser, line: Line) -> Claim | Rejection:
-    found = parser.parse(line)
+def parse(parser: Parser, record: Record) -> Claim | Rejection:
+    found = parser.parse(record)
     if isinstance(found, Rejection):
         return found
     (reading,) = found
@@ -88,7 +88,7 @@ def bad_lines(repository: Path) -> dict[int, Claim | Rejection]:
     prompt = read_prompt(repository / "samples" / "prompt.yaml")
     with Source.open(str(repository / "samples" / "bad_lines.jsonl")) as source:
         parser = Parser(source.name, prompt)
-        return {line.number: parse(parser, line) for line in source.lines()}
+        return {record.line: parse(parser, record) for record in source.records()}
 
 
 def test_every_line_of_the_bad_file_is_accounted_for(
@@ -194,7 +194,7 @@ def test_the_lines_at_hand_of_the_real_sets_all_parse(repository: Path) -> None:
         pytest.skip("the real claims are not on this machine")
     with Source.open(str(data)) as source:
         parser = Parser(source.name, PROMPT)
-        claims = [parse(parser, line) for line in source.lines()]
+        claims = [parse(parser, line) for line in source.records()]
     assert len(claims) == 708
     assert all(isinstance(claim, Claim) and claim.evidence and claim.gold for claim in claims)
 
@@ -417,7 +417,7 @@ def test_a_rejection_does_not_show_the_end_of_the_line() -> None:
 
 def test_a_contradicted_claim_is_rejected_by_its_id() -> None:
     source = Source([io.BytesIO(b'{"id": "a", "claim": "C."}\n')], "claims.jsonl", "jsonl")
-    (line,) = source.lines()
+    (line,) = source.records()
     rejecting = Parser("claims.jsonl", PROMPT)
     claim = parse(rejecting, line)
     assert isinstance(claim, Claim)

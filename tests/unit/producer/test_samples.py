@@ -16,9 +16,9 @@ def prompt(repository: Path) -> PromptSpec:
 @pytest.fixture(scope="module")
 def claims(repository: Path, prompt: PromptSpec) -> list[Claim]:
     with Source.open(str(repository / "samples" / "claims.jsonl")) as source:
-        assert source.summarize().lines == 240
+        assert source.summarize().records == 240
         parser = Parser(source.name, prompt)
-        readings = [reading for line in source.lines() for reading in parser.parse(line)]
+        readings = [reading for line in source.records() for reading in parser.parse(line)]
     assert all(isinstance(reading, Reading) for reading in readings)
     return [reading.claim for reading in readings]
 

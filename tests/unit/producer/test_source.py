@@ -28,9 +28,9 @@ def write(directory: Path, content: bytes, name: str = "claims.jsonl") -> str:
 
 def records(path: str) -> list[tuple[int, int, Any]]:
     with Source.open(path) as source:
-        lines = list(source.lines())
+        lines = list(source.records())
     assert [line.fault for line in lines] == [None] * len(lines)
-    return [(line.number, line.position, line.content) for line in lines]
+    return [(record.line, record.position, record.content) for record in lines]
 
 
 def contents(path: str) -> list[Any]:
@@ -58,17 +58,17 @@ def test_a_record_is_a_line_that_is_not_blank(
 
 def test_a_source_can_be_read_again_and_again(tmp_path: Path) -> None:
     with Source.open(write(tmp_path, b"1\n2\n3\n")) as source:
-        first = list(source.lines())
-        next(source.lines())
-        assert list(source.lines()) == first
+        first = list(source.records())
+        next(source.records())
+        assert list(source.records()) == first
 
 
 @given(st.lists(st.sampled_from([b"", b" ", b"{}", b"x", b"\xc5\x81", b"\xff"]), max_size=12))
 def test_numbers_and_positions_count_on(lines: list[bytes]) -> None:
     source = Source([io.BytesIO(b"\n".join(lines))], "x", "jsonl")
     expected = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    found = list(source.lines())
-    assert [(line.number, line.content.rstrip(b"\n")) for line in found] == expected
+    found = list(source.records())
+    assert [(record.line, record.content.rstrip(b"\n")) for record in found] == expected
     assert [line.position for line in found] == list(range(len(expected)))
 
 
@@ -79,11 +79,11 @@ def test_a_line_over_the_bound_is_skipped_and_the_next_ones_are_read(
 ) -> None:
     long_line = b"x" * (MAX_LINE_BYTES + extra)
     with Source.open(write(tmp_path, prefix + long_line + b'\n{"a":1}\n{"b":2}')) as source:
-        first, *rest = source.lines()
-        assert source.summarize().lines == 3
-    assert (first.number, first.position, first.fault) == (1, 0, TOO_LONG)
+        first, *rest = source.records()
+        assert source.summarize().records == 3
+    assert (first.line, first.position, first.fault) == (1, 0, TOO_LONG)
     assert len(first.content) <= 1_000
-    assert [(line.number, line.position, line.content, line.fault) for line in rest] == [
+    assert [(record.line, record.position, record.content, record.fault) for record in rest] == [
         (2, 1, b'{"a":1}\n', None),
         (3, 2, b'{"b":2}', None),
     ]
@@ -97,7 +97,7 @@ def test_a_line_just_within_the_bound_is_read(end: bytes, tmp_path: Path) -> Non
 
 def test_a_line_over_the_bound_at_the_end_of_the_file_is_reported(tmp_path: Path) -> None:
     with Source.open(write(tmp_path, b"a\n" + b"x" * (MAX_LINE_BYTES + 1))) as source:
-        assert [line.fault for line in source.lines()] == [None, TOO_LONG]
+        assert [line.fault for line in source.records()] == [None, TOO_LONG]
 
 
 # CSV.
@@ -158,10 +158,10 @@ def test_a_broken_csv_record_is_reported_and_the_next_one_is_read(
 ) -> None:
     path = write(tmp_path, b"id,claim\n" + row + b"\n2,good\n", "claims.csv")
     with Source.open(path) as source:
-        broken, good = source.lines()
+        broken, good = source.records()
     assert broken.fault is not None
     assert broken.fault.startswith(fault)
-    assert (broken.number, good.number, good.position) == (2, 3, 1)
+    assert (broken.line, good.line, good.position) == (2, 3, 1)
     assert (good.content, good.fault) == ({"id": "2", "claim": "good"}, None)
 
 
@@ -178,7 +178,7 @@ def test_a_csv_record_over_the_bound_is_skipped_without_losing_the_next_ones(
 ) -> None:
     path = write(tmp_path, b"id,claim\n" + row + b"\n2,good\n3,good\n", "claims.csv")
     with Source.open(path) as source:
-        lines = list(source.lines())
+        lines = list(source.records())
     assert lines[0].fault is not None
     good = [line.content for line in lines if line.fault is None]
     assert good == [{"id": "2", "claim": "good"}, {"id": "3", "claim": "good"}]
@@ -199,7 +199,7 @@ def test_an_over_long_line_inside_quotes_does_not_lose_the_next_records(
 ) -> None:
     path = write(tmp_path, b"id,claim\n" + row + b"\n2,good\n3,good\n", "claims.csv")
     with Source.open(path) as source:
-        lines = list(source.lines())
+        lines = list(source.records())
     assert lines[0].fault is not None
     good = [line.content for line in lines if line.fault is None]
     assert good == [{"id": "2", "claim": "good"}, {"id": "3", "claim": "good"}]
@@ -209,13 +209,13 @@ def test_a_csv_field_over_the_bound_across_many_lines_is_reported(tmp_path: Path
     field = b"x" * 999 + b"\n"
     path = write(tmp_path, b'id,claim\n1,"' + field * 1_100 + b'"\n', "claims.csv")
     with Source.open(path) as source:
-        assert all(line.fault is not None for line in source.lines())
+        assert all(line.fault is not None for line in source.records())
 
 
 def test_a_quote_that_is_never_closed_is_a_fault_and_not_one_long_claim(tmp_path: Path) -> None:
     path = write(tmp_path, b'id,claim\n1,"an open quote\n2,good\n3,good\n', "claims.csv")
     with Source.open(path) as source:
-        lines = list(source.lines())
+        lines = list(source.records())
     assert lines[0].fault is not None
 
 
@@ -223,7 +223,7 @@ def test_the_columns_are_the_headers(tmp_path: Path) -> None:
     path = write(tmp_path, BOM + b'"id","the claim",label\r\n1,2,3\r\n', "claims.csv")
     with Source.open(path, claim_column="the claim") as source:
         assert source.columns == ("id", "the claim", "label")
-        assert len(list(source.lines())) == 1
+        assert len(list(source.records())) == 1
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_the_name_decides_where_the_first_bytes_say_nothing(tmp_path: Path) -> N
 
 def test_a_name_that_is_not_utf_8_is_opened_and_shown_as_well_as_can_be(tmp_path: Path) -> None:
     with Source.open(write(tmp_path, b"1\n", "caf\udce9.jsonl")) as source:
-        assert source.summarize().lines == 1
+        assert source.summarize().records == 1
         assert source.name.encode().endswith(b"caf?.jsonl")
 
 
@@ -313,14 +313,14 @@ def test_standard_input_is_summarized_and_then_read(monkeypatch: pytest.MonkeyPa
     with Source.open("-") as source:
         assert source.name == "standard input"
         assert source.container == "jsonl"
-        assert source.summarize().lines == 2
-        assert [line.content for line in source.lines()] == content.splitlines(keepends=True)
+        assert source.summarize().records == 2
+        assert [line.content for line in source.records()] == content.splitlines(keepends=True)
 
 
 def test_standard_input_may_be_csv(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"claim\nOne.\n")))
     with Source.open("-", "csv") as source:
-        assert [line.content for line in source.lines()] == [{"claim": "One."}]
+        assert [line.content for line in source.records()] == [{"claim": "One."}]
 
 
 def test_empty_standard_input_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,8 +335,8 @@ def test_a_named_pipe_is_kept_and_closed(tmp_path: Path) -> None:
     writer = threading.Thread(target=lambda: pipe.write_bytes(b"1\n2\n"))
     writer.start()
     with Source.open(str(pipe), "jsonl") as source:
-        assert source.summarize().lines == 2
-        assert [line.content for line in source.lines()] == [b"1\n", b"2\n"]
+        assert source.summarize().records == 2
+        assert [line.content for line in source.records()] == [b"1\n", b"2\n"]
     writer.join()
 
 
@@ -360,7 +360,7 @@ def test_a_summary_counts_the_records_and_digests_every_byte(tmp_path: Path) -> 
     content = b'\n{"a":1}\n\n{"b":2}'
     with Source.open(write(tmp_path, content)) as source:
         file_summary = source.summarize()
-    assert file_summary.lines == 2
+    assert file_summary.records == 2
     assert file_summary.digest == hashlib.blake2b(content, digest_size=16).hexdigest()
 
 

@@ -356,14 +356,14 @@ def test_progress_is_reported_and_ends_with_the_totals(submitter: Submitter) -> 
     reported: list[Progress] = []
     submitter.submit(submitter.write([*rows(3_000), "nonsense"]), on_progress=reported.append)
     assert len(reported) > 1
-    assert reported == sorted(reported, key=lambda progress: progress.lines)
-    assert reported[-1] == Progress(lines=3_001, published=3_000, rejected=1)
+    assert reported == sorted(reported, key=lambda progress: progress.records)
+    assert reported[-1] == Progress(records=3_001, published=3_000, rejected=1)
 
 
 def test_a_limit_takes_the_first_lines_and_counts_no_others(submitter: Submitter) -> None:
     totals = submitter.submit(submitter.write(["nonsense", *rows(9)]), limit=4)
     assert totals == Totals(lines=4, claims=3, repeated=0, rejected=1)
-    assert submitter.submission.lines == 4
+    assert submitter.submission.file.records_to_read == 4
 
 
 def test_a_seeded_limit_takes_a_sample_in_the_files_order(submitter: Submitter) -> None:
@@ -376,7 +376,7 @@ def test_a_seeded_limit_takes_a_sample_in_the_files_order(submitter: Submitter) 
 
 def test_a_limit_beyond_the_file_takes_it_all(submitter: Submitter) -> None:
     assert submitter.submit(submitter.write(rows(3)), limit=99).lines == 3
-    assert submitter.submission.lines == 3
+    assert submitter.submission.file.records_to_read == 3
 
 
 def test_a_file_without_a_single_claim_is_an_input_error(submitter: Submitter) -> None:

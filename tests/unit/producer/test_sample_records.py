@@ -5,15 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.producer.source import Line, sample_lines
+from services.producer.source import Record, sample_records
 
 
-def lines(count: int) -> Iterator[Line]:
-    return (Line(number=i + 1, position=i, content=b"") for i in range(count))
+def records(count: int) -> Iterator[Record]:
+    return (Record(line=i + 1, position=i, content=b"") for i in range(count))
 
 
 def positions(total: int, limit: int | None, seed: int | None) -> list[int]:
-    return [line.position for line in sample_lines(lines(total), total, limit, seed)]
+    return [record.position for record in sample_records(records(total), total, limit, seed)]
 
 
 @pytest.mark.parametrize(
@@ -26,9 +26,9 @@ def test_without_a_seed_the_first_lines_are_taken(
     assert positions(total, limit, None) == expected
 
 
-def test_lines_after_the_last_wanted_one_are_not_read() -> None:
-    source = lines(1_000)
-    assert len(list(sample_lines(source, 1_000, 3, None))) == 3
+def test_records_after_the_last_wanted_one_are_not_read() -> None:
+    source = records(1_000)
+    assert len(list(sample_records(source, 1_000, 3, None))) == 3
     assert next(source).position <= 4
 
 
