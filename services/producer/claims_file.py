@@ -22,7 +22,7 @@ from services.producer.dataset_formats import (
     recognized,
 )
 from services.producer.fields import NAMES, label_text, named_fields, normalized
-from services.producer.parse import NO_LABEL, Parser, Reading, Rejection, check_columns
+from services.producer.parse import NO_LABEL, ParsedClaim, Parser, Rejection, check_columns
 from services.producer.seen import Duplicate, SeenIds
 from services.producer.source import Record, Source, sample_records
 from services.producer.summary import InputCounts
@@ -203,12 +203,12 @@ class ClaimsFile:
         read = 0
         while chunk := list(islice(records, _CHUNK_RECORDS)):
             read += len(chunk)
-            parsed = [(record, parser.parse(record)) for record in chunk]
-            readings = [r for _, found in parsed if not isinstance(found, Rejection) for r in found]
-            labels = ["" if r.label == NO_LABEL else r.label for r in readings]
-            checked = iter(seen.check([r.claim for r in readings], labels))
-            fresh: list[Reading] = []
-            for record, found in parsed:
+            results = [(record, parser.parse(record)) for record in chunk]
+            parsed = [p for _, found in results if not isinstance(found, Rejection) for p in found]
+            labels = ["" if each.label == NO_LABEL else each.label for each in parsed]
+            checked = iter(seen.check([each.claim for each in parsed], labels))
+            fresh: list[ParsedClaim] = []
+            for record, found in results:
                 if isinstance(found, Rejection):
                     if self.selection.only is None:
                         summary.add_rejection(found.kind, record.position, parser.record_id(record))
@@ -217,31 +217,31 @@ class ClaimsFile:
                         summary.not_selected += 1
                     continue
                 selected = False
-                for reading in found:
+                for each in found:
                     duplicate, claim, _ = known = next(checked)
                     if not self._is_wanted(claim):
                         continue
                     selected = True
-                    if duplicate is Duplicate.LABELLED and self._take_label(claim, reading.label):
+                    if duplicate is Duplicate.LABELLED and self._take_label(claim, each.label):
                         duplicate = Duplicate.REPEATED
                     if duplicate is Duplicate.REPEATED:
                         summary.add_repeated(record.position, claim.claim_id)
                     elif duplicate not in (Duplicate.NEW, Duplicate.OTHER_EVIDENCE):
-                        rejection = parser.contradicted(record, known)
+                        rejection = parser.contradiction(record, known)
                         summary.add_rejection(rejection.kind, record.position, claim.claim_id)
                         on_rejected(rejection)
                     else:
                         if duplicate is Duplicate.OTHER_EVIDENCE:
                             summary.add_own_id()
-                            reading = replace(reading, claim=claim)
+                            each = replace(each, claim=claim)
                         if claim.claim_id in self._late_labels:
                             label, gold = self._late_labels[claim.claim_id]
                             claim = claim.model_copy(update={"gold": gold})
-                            reading = replace(reading, claim=claim, label=label)
-                        fresh.append(reading)
+                            each = replace(each, claim=claim, label=label)
+                        fresh.append(each)
                 summary.not_selected += not selected
             summary.add_claims(fresh)
-            yield read, [reading.claim for reading in fresh]
+            yield read, [each.claim for each in fresh]
 
     def _records_to_read(self) -> Iterator[Record]:
         limit, seed = self.selection.limit, self.selection.seed

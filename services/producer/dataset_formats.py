@@ -12,7 +12,7 @@ from services.producer.fields import (
     WithoutEvidence,
     evidence_text,
     first_of,
-    identity_of,
+    id_text,
     is_missing,
     is_name,
     named_fields,
@@ -27,7 +27,7 @@ Reference = tuple[str, int | None]
 """A page or document, and the number of a sentence; None: all sentences."""
 
 
-class Found(NamedTuple):
+class RawClaim(NamedTuple):
     """The values of a record, before they are checked.
 
     `evidence` is text, or None for the reason `without`; `partly`: some of its text was not used.
@@ -56,22 +56,22 @@ class DatasetFormat:
     name: str
     title: str
     keys: frozenset[str]
-    read: Callable[[Fields], Found]
+    read: Callable[[Fields], RawClaim]
     test: Callable[[Fields], bool | None] = lambda _: True
     labels: Mapping[str, str] = field(default_factory=dict)
     classes: Sequence[str] = ()
-    pieces: Callable[[Fields], Iterator[Found]] | None = None
+    pieces: Callable[[Fields], Iterator[RawClaim]] | None = None
     merged: bool = False
     """Adjacent records of one claim are merged into one, with all of them as its `rows`."""
     corpus: str | None = None
 
     def matches(self, records: Sequence[Fields]) -> bool:
         """Whether all these records can be of it, and one is."""
-        found = [self.keys <= fields.keys() and self.test(fields) for fields in records]
-        return False not in found and True in found
+        results = [self.keys <= fields.keys() and self.test(fields) for fields in records]
+        return False not in results and True in results
 
 
-def read_plain(fields: Fields) -> Found:
+def read_plain(fields: Fields) -> RawClaim:
     """Read a record by the usual names of fields. Of several with evidence, the first text is used;
     a single word is one only where there is no other.
     """
@@ -94,7 +94,7 @@ def read_plain(fields: Fields) -> Found:
             partly = partly or not (is_name(text) or text in evidence)
     if evidence is not None:
         why = None
-    return Found(_id(fields), _claim(fields), _label(fields), evidence, why, partly=partly)
+    return RawClaim(_id(fields), _claim(fields), _label(fields), evidence, why, partly=partly)
 
 
 def _id(fields: Fields) -> Any:
@@ -109,24 +109,24 @@ def _label(fields: Fields) -> Any:
     return first_of(fields, NAMES["label"])
 
 
-def _plain_pieces(fields: Fields) -> Iterator[Found]:
+def _plain_pieces(fields: Fields) -> Iterator[RawClaim]:
     """One claim for each piece in a list of evidence, with the piece's label if it has one."""
-    found = read_plain(fields)
+    raw = read_plain(fields)
     pieces = structured(first_of(fields, NAMES["evidence"]))
     if isinstance(pieces, Mapping):  # of lists, as Hugging Face keeps a list of objects
         columns = [part for part in pieces.values() if isinstance(part, list)]
         if len(columns) == len(pieces) and len(set(map(len, columns))) == 1:
             pieces = [dict(zip(pieces, row, strict=True)) for row in zip(*columns, strict=True)]
     if not isinstance(pieces, list) or len(pieces) < 2:
-        yield found
+        yield raw
         return
     for number, piece in enumerate(pieces, 1):
-        label = found.label
+        label = raw.label
         if isinstance(piece, Mapping):
             label = next((piece[k] for k in ("evidence_label", "label") if k in piece), label)
         text, why, partly = evidence_text(piece)
-        identity = identity_of(found.id)
-        yield found._replace(
+        identity = id_text(raw.id)
+        yield raw._replace(
             id=f"{identity}#{number}" if isinstance(identity, str) else None,
             label=label,
             evidence=text,
@@ -135,30 +135,30 @@ def _plain_pieces(fields: Fields) -> Iterator[Found]:
         )
 
 
-def _or_plain_text(fields: Fields, found: Found) -> Found:
+def _or_plain_text(fields: Fields, raw: RawClaim) -> RawClaim:
     """For a record whose evidence is text, where its format has none: the text."""
     plain = read_plain(fields)
-    return found if plain.evidence is None else plain
+    return raw if plain.evidence is None else plain
 
 
 def _looked_up(
     fields: Fields, references: Iterable[Reference], rows: Sequence[Fields] | None = None
-) -> Found:
+) -> RawClaim:
     """Evidence that a corpus has; without one the text in the record, or in the `rows` of it."""
     distinct = tuple(dict.fromkeys(references))
     own = [read_plain(_without_references(row) if distinct else row) for row in rows or [fields]]
     text = own[0].evidence
     if len(own) > 1:
-        text = " ".join(dict.fromkeys(str(found.evidence) for found in own if found.evidence))
+        text = " ".join(dict.fromkeys(str(raw.evidence) for raw in own if raw.evidence))
     why = WithoutEvidence.REFERENCES if distinct else WithoutEvidence.NONE
-    return Found(
+    return RawClaim(
         id=_id(fields),
         claim=_claim(fields),
         label=_label(fields),
         evidence=text or None,
         without=None if text else why,
         references=distinct,
-        partly=any(found.partly for found in own),
+        partly=any(raw.partly for raw in own),
     )
 
 
@@ -196,7 +196,7 @@ def _is_number_or_none(value: Any) -> bool:
     return isinstance(value, int | None) or (isinstance(value, str) and value.isdecimal())
 
 
-def _read_fever(fields: Fields) -> Found:
+def _read_fever(fields: Fields) -> RawClaim:
     return _looked_up(
         fields,
         (
@@ -211,7 +211,7 @@ def _rows(fields: Fields) -> list[dict[str, Any]]:
     return [named_fields(row) for row in fields.get("rows") or [fields]]
 
 
-def _read_fever_rows(fields: Fields) -> Found:
+def _read_fever_rows(fields: Fields) -> RawClaim:
     """One row for each evidence; rows of one claim were merged into lists of values."""
 
     def references() -> Iterator[Reference]:
@@ -224,7 +224,7 @@ def _read_fever_rows(fields: Fields) -> Found:
     return _looked_up(fields, references(), _rows(fields))
 
 
-def _read_scifact(fields: Fields, rows: Sequence[Fields] | None = None) -> Found:
+def _read_scifact(fields: Fields, rows: Sequence[Fields] | None = None) -> RawClaim:
     evidence = fields.get("evidence") or {}
     labels = set()
     references: list[Reference] = []
@@ -234,14 +234,14 @@ def _read_scifact(fields: Fields, rows: Sequence[Fields] | None = None) -> Found
             references += ((str(document), number) for number in rationale.get("sentences", ()))
     if not references:  # what was cited does not decide the claim
         references = [(str(document), None) for document in fields.get("cited_doc_ids") or ()]
-    found = _looked_up(fields, references, rows)
+    raw = _looked_up(fields, references, rows)
     if "evidence" not in fields:
-        return found  # the test split
+        return raw  # the test split
     label = "NOT ENOUGH INFO" if not labels else labels.pop() if len(labels) == 1 else "MIXED"
-    return found._replace(label=label)
+    return raw._replace(label=label)
 
 
-def _read_scifact_rows(fields: Fields) -> Found:
+def _read_scifact_rows(fields: Fields) -> RawClaim:
     evidence: dict[str, list[dict[str, Any]]] = {}
     for row in _rows(fields):
         if document := str(row.get("evidence_doc_id") or ""):
@@ -251,7 +251,7 @@ def _read_scifact_rows(fields: Fields) -> Found:
     return _read_scifact({**fields, "evidence": evidence}, _rows(fields))
 
 
-def _read_averitec(fields: Fields) -> Found:
+def _read_averitec(fields: Fields) -> RawClaim:
     pairs = []
     for question in fields.get("questions") or ():
         answers = question.get("answers") or () if isinstance(question, Mapping) else ()
@@ -264,11 +264,11 @@ def _read_averitec(fields: Fields) -> Found:
                 )
     text = " ".join(pair.strip() for pair in pairs)
     why = None if text else WithoutEvidence.NONE
-    found = Found(_id(fields), _claim(fields), _label(fields), text or None, why)
-    return found if text else _or_plain_text(fields, found)
+    raw = RawClaim(_id(fields), _claim(fields), _label(fields), text or None, why)
+    return raw if text else _or_plain_text(fields, raw)
 
 
-def _read_hover(fields: Fields) -> Found:
+def _read_hover(fields: Fields) -> RawClaim:
     facts = fields.get("supporting_facts") or ()
 
     def references() -> Iterator[Reference]:
@@ -281,7 +281,7 @@ def _read_hover(fields: Fields) -> Found:
     return _looked_up(fields, references())
 
 
-def _read_feverous(fields: Fields) -> Found:
+def _read_feverous(fields: Fields) -> RawClaim:
     def references() -> Iterator[Reference]:
         pieces = fields.get("evidence")
         for piece in pieces if isinstance(pieces, list) else ():
@@ -303,19 +303,19 @@ def _is_feverous(fields: Fields) -> bool | None:
     )
 
 
-def _from(name: str) -> Callable[[Fields], Found]:
+def _from(name: str) -> Callable[[Fields], RawClaim]:
     """The evidence from one field, the rest by the usual names."""
 
-    def read(fields: Fields) -> Found:
+    def read(fields: Fields) -> RawClaim:
         text, why, partly = evidence_text(fields.get(name))
-        found = Found(_id(fields), _claim(fields), _label(fields), text, why, partly=partly)
-        return found if text else _or_plain_text(fields, found)
+        raw = RawClaim(_id(fields), _claim(fields), _label(fields), text, why, partly=partly)
+        return raw if text else _or_plain_text(fields, raw)
 
     return read
 
 
-def _read_liar(fields: Fields) -> Found:
-    return Found(_id(fields), _claim(fields), _label(fields), None, WithoutEvidence.NONE)
+def _read_liar(fields: Fields) -> RawClaim:
+    return RawClaim(_id(fields), _claim(fields), _label(fields), None, WithoutEvidence.NONE)
 
 
 def _keys(*names: str) -> frozenset[str]:

@@ -111,7 +111,7 @@ def first_of(fields: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     return None
 
 
-def identity_of(value: Any) -> Any:
+def id_text(value: Any) -> Any:
     """An id as text: 7, 7.0, "7" and "7.0" are the same. Pandas writes 7.0 where ids are missing.
 
     Any other value is returned unchanged, and rejected later.

@@ -13,7 +13,7 @@ from pydantic_core import from_json
 from services.contracts import Claim, PromptSpec
 from services.contracts.errors import InputError
 from services.producer.corpus import Corpus
-from services.producer.dataset_formats import PLAIN, DatasetFormat, Found, read_plain
+from services.producer.dataset_formats import PLAIN, DatasetFormat, RawClaim, read_plain
 from services.producer.delimited import REPEATED_HEADER
 from services.producer.fields import (
     CLAIM_NAMES,
@@ -21,7 +21,7 @@ from services.producer.fields import (
     WithoutEvidence,
     evidence_text,
     first_of,
-    identity_of,
+    id_text,
     is_missing,
     label_text,
     named_fields,
@@ -67,8 +67,8 @@ class Rejection(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """A claim that was read.
+class ParsedClaim:
+    """A claim with what `Claim` does not hold of its record.
 
     `label` is the label as the file spells it, "" for none; `claim.gold` is None when the prompt
     does not have the label. `without_evidence` is the reason why there is no evidence; `partly`:
@@ -118,7 +118,7 @@ class Parser:
         self.keys_seen: dict[str, None] = {}
         """Names of columns or keys in order of appearance; a bounded number."""
 
-    def parse(self, record: Record) -> Sequence[Reading] | Rejection:
+    def parse(self, record: Record) -> Sequence[ParsedClaim] | Rejection:
         """The claims of this record, or a rejection."""
         if record.fault is not None:
             kind = "repeated header" if record.fault == REPEATED_HEADER else "unreadable line"
@@ -141,7 +141,7 @@ class Parser:
                 return self._reject(record, None, "repeated key", reason, "keep one of them")
         self._note_keys(fields)
         try:
-            found = self._found(fields)
+            raw_claims = self._raw_claims(fields)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             # A value that is not the list or object that the format has there.
             return self._reject(
@@ -151,13 +151,13 @@ class Parser:
                 f"not a record of {self._format.title}: {error}",
                 "correct it, or read the file with --format plain",
             )
-        readings = []
-        for one in found:
+        parsed = []
+        for raw in raw_claims:
             try:
-                readings.append(self._reading(record, one))
+                parsed.append(self._parsed(record, raw))
             except ValidationError as error:
-                return self._explain(record, error, one, fields)
-        return readings
+                return self._invalid(record, error, raw, fields)
+        return parsed
 
     def references(self, record: Record) -> Sequence[tuple[str, int | None]]:
         """The pages and sentences that this record refers to."""
@@ -165,11 +165,11 @@ class Parser:
             fields = (
                 from_json(record.content) if isinstance(record.content, bytes) else record.content
             )
-            return [r for found in self._found(fields) for r in found.references]
+            return [r for raw in self._raw_claims(fields) for r in raw.references]
         except (AttributeError, LookupError, TypeError, ValueError):
             return ()
 
-    def contradicted(self, record: Record, seen: Seen) -> Rejection:
+    def contradiction(self, record: Record, seen: Seen) -> Rejection:
         """The rejection of a claim whose id an earlier record has with another text or label."""
         earlier = f"record {seen.earlier + 1:,} of the file"
         if seen.duplicate in (Duplicate.OTHER_LABEL, Duplicate.LABELLED):
@@ -186,13 +186,13 @@ class Parser:
     def record_id(self, record: Record) -> object:
         """The id of a rejected record; None when it has none or cannot be read."""
         fields = as_object(record.content)
-        return None if fields is None else identity_of(first_of(self._named(fields), NAMES["id"]))
+        return None if fields is None else id_text(first_of(self._named(fields), NAMES["id"]))
 
     def same_claim(self, fields: Mapping[str, Any]) -> object:
         """The id and the claim of a record, which identify it; None without a claim."""
         named = self._named(fields)
         claim = first_of(named, NAMES["claim"])
-        return None if claim is None else (identity_of(first_of(named, NAMES["id"])), claim)
+        return None if claim is None else (id_text(first_of(named, NAMES["id"])), claim)
 
     def _named(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The record's values; named columns replace the fields that they stand for."""
@@ -204,36 +204,36 @@ class Parser:
                 named[NAMES[field][0]] = fields[name]
         return named
 
-    def _found(self, fields: Mapping[str, Any]) -> Sequence[Found]:
+    def _raw_claims(self, fields: Mapping[str, Any]) -> Sequence[RawClaim]:
         named = self._named(fields)
         if self._each_evidence and self._format.pieces is not None:
-            found = list(self._format.pieces(named))
+            raw_claims = list(self._format.pieces(named))
         else:
-            found = [self._format.read(named)]
+            raw_claims = [self._format.read(named)]
         if "evidence" in self._columns and self._format.read is not read_plain:
             value = fields.get(self._columns["evidence"])
             text, why, partly = (value, None, False) if _is_scalar(value) else evidence_text(value)
-            found = [
-                one._replace(evidence=text, without=why, partly=partly, references=())
-                for one in found
+            raw_claims = [
+                raw._replace(evidence=text, without=why, partly=partly, references=())
+                for raw in raw_claims
             ]
-        return found
+        return raw_claims
 
-    def _reading(self, record: Record, found: Found) -> Reading:
-        evidence, without, partly = found.evidence, found.without, found.partly
-        if self._corpus is not None and found.references:
-            text, missing = self._corpus.text(found.references)
+    def _parsed(self, record: Record, raw: RawClaim) -> ParsedClaim:
+        evidence, without, partly = raw.evidence, raw.without, raw.partly
+        if self._corpus is not None and raw.references:
+            text, missing = self._corpus.text(raw.references)
             if text is not None:
                 partly = missing or (isinstance(evidence, str) and evidence not in text)
                 evidence, without = text, None
             elif evidence is None:
                 without = WithoutEvidence.NOT_FOUND
-        label, gold = self._gold(found.label)
-        claim_id = identity_of(found.id)
-        text = found.claim
+        label, gold = self._gold(raw.label)
+        claim_id = id_text(raw.id)
+        text = raw.claim
         if claim_id is None and isinstance(text, str) and isinstance(evidence, str | None):
             claim_id = _id_by_content(text, evidence)
-        return Reading(
+        return ParsedClaim(
             Claim(
                 claim_id=claim_id if claim_id is not None else "?",
                 position=record.position,
@@ -285,14 +285,14 @@ class Parser:
         reason = f"Invalid JSON: {_WHERE_IN_LINE.sub('at column', str(error))}"
         return self._reject(record, None, "not JSON", reason, _WRITE_JSON)
 
-    def _explain(
-        self, record: Record, error: ValidationError, found: Found, fields: Mapping[str, Any]
+    def _invalid(
+        self, record: Record, error: ValidationError, raw: RawClaim, fields: Mapping[str, Any]
     ) -> Rejection:
         fault = error.errors(include_url=False)[0]
         field = _FIELDS.get(str(fault["loc"][0])) if fault["loc"] else None
         message, kind = fault["msg"], fault["type"].replace("_", " ")
         next_step = _NEXT_STEPS.get(fault["type"], "correct it, or leave the line out")
-        if field == "claim" and found.claim is None:
+        if field == "claim" and raw.claim is None:
             column = self._columns.get("claim")
             named = CLAIM_NAMES if column is None else {normalized(column)}
             if not named.isdisjoint(map(normalized, fields)):

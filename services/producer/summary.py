@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from services.contracts.bounds import MAX_COUNTED_KINDS, MAX_ID_CHARS, MAX_LEFT_OUT
 from services.contracts.runs import InputSummary
-from services.producer.parse import NO_LABEL, Reading
+from services.producer.parse import NO_LABEL, ParsedClaim
 
 _OTHERS = "(others)"
 # Kinds beyond this are counted as others: a column of free text is not a column of labels.
@@ -48,20 +48,20 @@ class InputCounts:
         self.not_selected = self.same_content = self.other_label = 0
         self._left_out: dict[int, str] = {}
 
-    def add_claims(self, readings: Iterable[Reading]) -> None:
-        for reading in readings:
+    def add_claims(self, claims: Iterable[ParsedClaim]) -> None:
+        for parsed in claims:
             self.claims += 1
-            claim = reading.claim
+            claim = parsed.claim
             if claim.gold is not None:
                 self._gold.add(claim.gold)
-            elif reading.label in ("", NO_LABEL):
+            elif parsed.label in ("", NO_LABEL):
                 self._unlabelled += 1
-                self._kept_back += reading.label == NO_LABEL
+                self._kept_back += parsed.label == NO_LABEL
             else:
-                self._unknown.add(reading.label)
-            self._partly += reading.partly and claim.evidence is not None
-            if claim.evidence is None and reading.without_evidence is not None:
-                self._without.add(reading.without_evidence.value)
+                self._unknown.add(parsed.label)
+            self._partly += parsed.partly and claim.evidence is not None
+            if claim.evidence is None and parsed.without_evidence is not None:
+                self._without.add(parsed.without_evidence.value)
             # An own id is a number of the file's and a mark.
             whole = claim.claim_id.partition("#")[0]
             self._numeric_ids = self._numeric_ids and whole.isdecimal() and whole == str(int(whole))

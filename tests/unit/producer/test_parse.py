@@ -421,7 +421,7 @@ def test_a_contradicted_claim_is_rejected_by_its_id() -> None:
     rejecting = Parser("claims.jsonl", PROMPT)
     claim = parse(rejecting, line)
     assert isinstance(claim, Claim)
-    rejection = rejecting.contradicted(line, Seen(Duplicate.OTHER_TEXT, claim, 4))
+    rejection = rejecting.contradiction(line, Seen(Duplicate.OTHER_TEXT, claim, 4))
     assert (rejection.line, rejection.field) == (1, "id")
     assert rejection.reason == "record 5 of the file has the id 'a' for another claim"
     assert rejection.next_step == "give it another id, or none"

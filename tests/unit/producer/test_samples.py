@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from services.contracts import Claim, PromptSpec
-from services.producer import Parser, Reading, Source, read_prompt
+from services.producer import ParsedClaim, Parser, Source, read_prompt
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def claims(repository: Path, prompt: PromptSpec) -> list[Claim]:
         assert source.summarize().records == 240
         parser = Parser(source.name, prompt)
         readings = [reading for line in source.records() for reading in parser.parse(line)]
-    assert all(isinstance(reading, Reading) for reading in readings)
+    assert all(isinstance(reading, ParsedClaim) for reading in readings)
     return [reading.claim for reading in readings]
 
 
