@@ -121,7 +121,7 @@ def _token_lengths(
     claims: ClaimsFile, compiled: CompiledPrompt, most: int, on_records: Callable[[int], None]
 ) -> dict[str, int]:
     lengths = array("I")
-    for read, chunk in claims.claims(claims.new_summary()):
+    for read, chunk in claims.claims(claims.new_counts()):
         lengths.extend(map(len, compiled.encode(chunk)))
         on_records(read)
     ordered = sorted(lengths)

@@ -22,10 +22,10 @@ from services.producer.dataset_formats import (
     recognized,
 )
 from services.producer.fields import NAMES, label_text, named_fields, normalized
+from services.producer.input_counts import InputCounts
 from services.producer.parse import NO_LABEL, ParsedClaim, Parser, Rejection, check_columns
 from services.producer.seen import Duplicate, SeenIds
 from services.producer.source import Record, Source, sample_records
-from services.producer.summary import InputCounts
 
 _CHUNK_RECORDS = 1_024
 # The flags by which parts of a file's identity are given.
@@ -143,9 +143,9 @@ class ClaimsFile:
 
         Raises InputError when no record has a named column.
         """
-        parser, summary = self._count(on_rejected, on_records)
+        parser, counts = self._count(on_rejected, on_records)
         if self._late_labels:  # their claims are counted without them
-            parser, summary = self._count(lambda _: None, on_records)
+            parser, counts = self._count(lambda _: None, on_records)
         for field_name, column in self.selection.columns.items():
             if column in parser.unseen_columns:
                 listed = ", ".join(repr(key) for key in list(parser.keys_seen)[:20]) or "none"
@@ -162,40 +162,40 @@ class ClaimsFile:
             for label in self.selection.label_map
             if normalized(label_text(label) or "") in parser.labels_unused
         )
-        self.not_selected = summary.not_selected
-        return summary.result()
+        self.not_selected = counts.not_selected
+        return counts.summary()
 
     def _count(
         self, on_rejected: Callable[[Rejection], None], on_records: Callable[[int], None]
     ) -> tuple[Parser, InputCounts]:
-        parser, summary = self._parser(self._corpus), self.new_summary()
+        parser, counts = self._parser(self._corpus), self.new_counts()
         with closing(SeenIds()) as seen:
-            for read, _ in self._chunks(parser, summary, on_rejected, seen):
+            for read, _ in self._chunks(parser, counts, on_rejected, seen):
                 on_records(read)
-            summary.same_content, summary.other_label = seen.same_contents()
-        return parser, summary
+            counts.same_content, counts.other_label = seen.same_contents()
+        return parser, counts
 
     def claims(
-        self, summary: InputCounts, on_rejected: Callable[[Rejection], None] = lambda _: None
+        self, counts: InputCounts, on_rejected: Callable[[Rejection], None] = lambda _: None
     ) -> Iterator[tuple[int, list[Claim]]]:
         """The claims in chunks, without duplicates and contradictions, each with the number of
-        records read so far. All records are counted in `summary`.
+        records read so far. All records are counted in `counts`.
         """
         with closing(SeenIds()) as seen:
-            yield from self._chunks(self._parser(self._corpus), summary, on_rejected, seen)
+            yield from self._chunks(self._parser(self._corpus), counts, on_rejected, seen)
 
     def __iter__(self) -> Iterator[Claim]:
         """The claims one by one."""
-        for _, claims in self.claims(self.new_summary()):
+        for _, claims in self.claims(self.new_counts()):
             yield from claims
 
-    def new_summary(self) -> InputCounts:
+    def new_counts(self) -> InputCounts:
         return InputCounts(self.format.title, self.source.container, self.records)
 
     def _chunks(
         self,
         parser: Parser,
-        summary: InputCounts,
+        counts: InputCounts,
         on_rejected: Callable[[Rejection], None],
         seen: SeenIds,
     ) -> Iterator[tuple[int, list[Claim]]]:
@@ -211,10 +211,10 @@ class ClaimsFile:
             for record, found in results:
                 if isinstance(found, Rejection):
                     if self.selection.only is None:
-                        summary.add_rejection(found.kind, record.position, parser.record_id(record))
+                        counts.add_rejection(found.kind, record.position, parser.record_id(record))
                         on_rejected(found)
                     else:
-                        summary.not_selected += 1
+                        counts.not_selected += 1
                     continue
                 selected = False
                 for each in found:
@@ -225,22 +225,22 @@ class ClaimsFile:
                     if duplicate is Duplicate.LABELLED and self._take_label(claim, each.label):
                         duplicate = Duplicate.REPEATED
                     if duplicate is Duplicate.REPEATED:
-                        summary.add_repeated(record.position, claim.claim_id)
+                        counts.add_repeated(record.position, claim.claim_id)
                     elif duplicate not in (Duplicate.NEW, Duplicate.OTHER_EVIDENCE):
                         rejection = parser.contradiction(record, known)
-                        summary.add_rejection(rejection.kind, record.position, claim.claim_id)
+                        counts.add_rejection(rejection.kind, record.position, claim.claim_id)
                         on_rejected(rejection)
                     else:
                         if duplicate is Duplicate.OTHER_EVIDENCE:
-                            summary.add_own_id()
+                            counts.add_own_id()
                             each = replace(each, claim=claim)
                         if claim.claim_id in self._late_labels:
                             label, gold = self._late_labels[claim.claim_id]
                             claim = claim.model_copy(update={"gold": gold})
                             each = replace(each, claim=claim, label=label)
                         fresh.append(each)
-                summary.not_selected += not selected
-            summary.add_claims(fresh)
+                counts.not_selected += not selected
+            counts.add_claims(fresh)
             yield read, [each.claim for each in fresh]
 
     def _records_to_read(self) -> Iterator[Record]:

@@ -21,10 +21,10 @@ from services.contracts.proofs import ClaimsDigest, Positions, new_key
 from services.contracts.runs import InputSummary
 from services.contracts.wire import PROOFS_VERSION
 from services.producer.claims_file import ClaimsFile
+from services.producer.input_counts import InputCounts
 from services.producer.metrics import LINES, PUBLISHED
 from services.producer.ordering import group_by_evidence
 from services.producer.rejected import RejectedFile
-from services.producer.summary import InputCounts
 
 # The size of a claim's field names, numbers and proof, without its texts.
 _CLAIM_OVERHEAD_BYTES = 130
@@ -102,7 +102,7 @@ class Submission:
         The run is announced before the first batch and again, with its totals, after the last.
         """
         self._announce(publisher, None)
-        summary = self.file.new_summary()
+        counts = self.file.new_counts()
         counted: Counter[str] = Counter()
         published = 0
         digest, positions = ClaimsDigest(), Positions()
@@ -110,8 +110,8 @@ class Submission:
 
         def unfinished() -> Iterator[Claim]:
             nonlocal published, digest
-            for read, claims in self.file.claims(summary):
-                _count_lines(summary, counted)
+            for read, claims in self.file.claims(counts):
+                _count_lines(counts, counted)
                 digest = digest.plus(ClaimsDigest.of((c.claim_id, c.position) for c in claims))
                 positions.add(claim.position for claim in claims)
                 done = finished(claims)
@@ -119,7 +119,7 @@ class Submission:
                     if claim.claim_id not in done:
                         published += 1
                         yield claim
-                on_progress(Progress(read, published, summary.rejected))
+                on_progress(Progress(read, published, counts.rejected))
 
         ordered = group_by_evidence(unfinished()) if order_by_evidence else unfinished()
         for number, claims in enumerate(_batches(ordered, batch_size)):
@@ -141,10 +141,10 @@ class Submission:
             )
             PUBLISHED.inc(len(claims))
         totals = Totals(
-            lines=summary.claims + summary.repeated + summary.rejected,
-            claims=summary.claims,
-            repeated=summary.repeated,
-            rejected=summary.rejected,
+            lines=counts.claims + counts.repeated + counts.rejected,
+            claims=counts.claims,
+            repeated=counts.repeated,
+            rejected=counts.rejected,
         )
         publisher.flush()
         self._announce(publisher, totals, str(digest), positions.as_text())
@@ -152,7 +152,7 @@ class Submission:
 
     def claims(self) -> Iterator[Sequence[Claim]]:
         """All claims of the file, in chunks, without sending them."""
-        for _, claims in self.file.claims(self.file.new_summary()):
+        for _, claims in self.file.claims(self.file.new_counts()):
             yield claims
 
     def _announce(
@@ -182,9 +182,9 @@ class Submission:
         publisher.flush()
 
 
-def _count_lines(summary: InputCounts, counted: Counter[str]) -> None:
+def _count_lines(counts: InputCounts, counted: Counter[str]) -> None:
     """Add the increase since the last call to the metric; `counted` has the counts so far."""
-    now = {"claim": summary.claims, "repeated": summary.repeated, "rejected": summary.rejected}
+    now = {"claim": counts.claims, "repeated": counts.repeated, "rejected": counts.rejected}
     for result, count in now.items():
         LINES.labels(result).inc(count - counted[result])
     counted.update({result: count - counted[result] for result, count in now.items()})

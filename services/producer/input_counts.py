@@ -1,4 +1,4 @@
-"""Counts of a file of claims, made while it is read."""
+"""Counts what is found in a file of claims while it is read."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -85,7 +85,7 @@ class InputCounts:
         if record_id.strip() and "\0" not in record_id and len(record_id) <= MAX_ID_CHARS:
             self._left_out[position] = record_id
 
-    def result(self) -> InputSummary:
+    def summary(self) -> InputSummary:
         return InputSummary(
             format=self._format,
             container=self._container,
