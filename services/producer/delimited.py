@@ -14,7 +14,7 @@ from typing import IO, Literal, NamedTuple
 
 from services.contracts.bounds import MAX_LINE_BYTES
 from services.contracts.errors import InputError
-from services.producer.lines import bounded_lines
+from services.producer.files import bounded_lines
 
 Quoting = Literal["doubled", "backslash", "none", "none-backslash"]
 """How a delimiter or a quote inside a field is written.

@@ -1,4 +1,4 @@
-"""The bytes of a file or of standard input: decompressed, as UTF-8, and readable twice."""
+"""The files that a path names, and their content: decompressed, as UTF-8, and readable twice."""
 
 import bz2
 import codecs
@@ -8,10 +8,11 @@ import re
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
+from services.contracts.bounds import MAX_LINE_BYTES
 from services.contracts.errors import InputError
 
 if sys.version_info >= (3, 14):
@@ -42,6 +43,15 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 
+_TABLE_SUFFIXES = (".parquet", ".arrow")
+# Where `datasets` and the hub put the files of splits; they use no deeper directories.
+_SPLIT_PATTERNS = ("*", "*/*", "*/*/*")
+# `train-00000-of-00002.parquet` and `data-00000-of-00001.arrow` are parts of one table.
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})")
+# So are all files of a directory that are called so by the hub, by Spark, Dask and pyarrow.
+_PART = re.compile(r"\d+|part[-.](?:[rm]-)?\d+.*")
+_TEXT_PART = re.compile(r"part-(?:[rm]-)?\d+[^.]*(\.c\d+)?(\.(json|jsonl|csv|tsv|txt))?(\.\w+)?")
+
 
 def open_file(path: str) -> tuple[IO[bytes], str]:
     """A file (`-`: standard input), seekable, and its name for messages.
@@ -67,6 +77,80 @@ def open_file(path: str) -> tuple[IO[bytes], str]:
         with file as stream:
             file = _spooled(_chunks(stream), name)
     return file, name
+
+
+def dataset_files(directory: Path, split: str | None) -> list[Path]:
+    """The files of one split of a dataset's directory, in order: Parquet or Arrow files, or the
+    parts that Spark wrote as text.
+
+    Raises InputError when there is none, when there are several splits and none is named, or when
+    a part of the split is missing.
+    """
+    files = sorted(
+        (
+            path
+            for pattern in _SPLIT_PATTERNS
+            for path in directory.glob(pattern)
+            if path.is_file()
+            and not path.name.startswith("cache-")  # `datasets` keeps results of map() there
+            and not any(part.startswith((".", "_")) for part in path.relative_to(directory).parts)
+        ),
+        key=_in_order,
+    )
+    found = [path for path in files if path.suffix in _TABLE_SUFFIXES]
+    found = found or [path for path in files if _TEXT_PART.fullmatch(path.name)]
+    if not found:
+        raise InputError(
+            f"{directory} is a directory without Parquet or Arrow files; name a file of claims in "
+            "it, or a directory that `datasets` or Spark saved"
+        )
+    splits: dict[str, list[Path]] = {}
+    for path in found:
+        splits.setdefault(_split_of(path, directory), []).append(path)
+    if split is None and len(splits) == 1:
+        (split,) = splits
+    if split not in splits:
+        listed = ", ".join(sorted(splits))
+        what = "has several splits" if split is None else f"has no split {split!r}"
+        raise InputError(f"{directory} {what}; name one of them with --split: {listed}")
+    _require_all_parts(splits[split], directory)
+    return splits[split]
+
+
+def _in_order(path: Path) -> list[str | int]:
+    """`part.2` is before `part.10`."""
+    return [int(n) if n.isdecimal() else n for n in re.split(r"(\d+)", str(path))]
+
+
+def _split_of(path: Path, directory: Path) -> str:
+    """`data/train-00000-of-00001.parquet` and `train/0000.parquet` -> train;
+    `test/data-00000-of-00001.arrow` -> test.
+    """
+    shard = _SHARD.match(path.stem)
+    name = shard[1] if shard else "" if _PART.fullmatch(path.stem) else path.stem
+    folders = path.relative_to(directory).parent.parts
+    parts = [part for part in (*folders, name) if part not in ("", "data")]
+    return "/".join(parts) or name or directory.name
+
+
+def _require_all_parts(files: Sequence[Path], directory: Path) -> None:
+    """Raises InputError where the names say that there are more parts than files."""
+    parts: dict[tuple[Path, str, int], set[int]] = {}
+    numbered: dict[Path, set[int]] = {}
+    for path in files:
+        if shard := _SHARD.fullmatch(path.stem):
+            table = (path.parent, shard[1], int(shard[3]))
+            parts.setdefault(table, set()).add(int(shard[2]))
+        elif path.stem.isdecimal():
+            numbered.setdefault(path.parent, set()).add(int(path.stem))
+    parts |= {(folder, "", max(found) + 1): found for folder, found in numbered.items()}
+    for (folder, name, total), found in parts.items():
+        if missing := sorted(set(range(total)) - found):
+            what = f"{folder.name}/{name}".rstrip("/")
+            raise InputError(
+                f"{directory}: of the {total:,} parts of {what} {len(missing):,} are missing, the "
+                f"first is number {missing[0]:05d}; download the directory again"
+            )
 
 
 def decompressed(file: IO[bytes], name: str) -> IO[bytes]:
@@ -116,6 +200,37 @@ def as_utf8(file: IO[bytes], name: str, encoding: str | None = None) -> IO[bytes
         file.close()
         return converted
     return file
+
+
+class TextLine(NamedTuple):
+    """A line of the file, numbered from 1. A line over the bound is cut, has a `fault`, and its
+    quotes are counted.
+    """
+
+    number: int
+    content: bytes
+    fault: str | None = None
+    quotes: int = 0
+
+
+def bounded_lines(file: IO[bytes]) -> Iterator[TextLine]:
+    """Lines with their numbers; a line over the bound is cut, and never completely in memory.
+
+    Byte order marks are left out, which spreadsheets and Windows write at the start of each file.
+    """
+    file.seek(0)
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) <= MAX_LINE_BYTES or line.endswith(b"\n"):
+            yield TextLine(number, line.removeprefix(codecs.BOM_UTF8))
+            continue
+        start, quotes = line[:1_000], line.count(b'"')
+        while line and not line.endswith(b"\n"):
+            line = file.readline(MAX_LINE_BYTES)
+            quotes += line.count(b'"')
+        fault = f"the line is longer than {MAX_LINE_BYTES:,} bytes"
+        yield TextLine(number, start, fault, quotes)
 
 
 class _Decompressed(io.RawIOBase):

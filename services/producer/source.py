@@ -17,15 +17,17 @@ from services.producer.delimited import Dialect, delimited_rows, find_dialect
 from services.producer.fields import CLAIM_NAMES, is_header, normalized
 from services.producer.files import (
     SAMPLE_BYTES,
+    STANDARD_INPUT,
     TABLE_MARKS,
     as_utf8,
+    bounded_lines,
+    dataset_files,
     decompressed,
     encoding_of,
     open_file,
 )
 from services.producer.json_values import json_values
-from services.producer.lines import bounded_lines
-from services.producer.tables import dataset_files, table_rows
+from services.producer.tables import table_rows
 
 Container = Literal["jsonl", "json", "csv", "parquet", "arrow"]
 """How records are kept in a file. `csv` is all delimited text; `json` is an array, or objects that
@@ -136,7 +138,7 @@ class Source:
         Raises InputError that names the file and the next step.
         """
         with ExitStack() as held:
-            if path != "-" and Path(path).is_dir():
+            if path != STANDARD_INPUT and Path(path).is_dir():
                 opened = [open_file(str(file)) for file in dataset_files(Path(path), split)]
                 name = path.encode(errors="replace").decode()
             else:

@@ -1,97 +1,13 @@
-"""Parquet files, Arrow files, and directories as Hugging Face's libraries and Spark write them."""
+"""The rows of Parquet and Arrow files."""
 
 import io
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import IO, Any
 
 from services.contracts.errors import InputError
 
 _BATCH_ROWS = 1_000
-_SUFFIXES = (".parquet", ".arrow")
-# Where `datasets` and the hub put the files of splits; they use no deeper directories.
-_PATTERNS = ("*", "*/*", "*/*/*")
-# `train-00000-of-00002.parquet` and `data-00000-of-00001.arrow` are parts of one table.
-_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})")
-# So are all files of a directory that are called so by the hub, by Spark, Dask and pyarrow.
-_PART = re.compile(r"\d+|part[-.](?:[rm]-)?\d+.*")
-_TEXT_PART = re.compile(r"part-(?:[rm]-)?\d+[^.]*(\.c\d+)?(\.(json|jsonl|csv|tsv|txt))?(\.\w+)?")
-
-
-def dataset_files(directory: Path, split: str | None) -> list[Path]:
-    """The files of one split of a dataset's directory, in order: Parquet or Arrow files, or the
-    parts that Spark wrote as text.
-
-    Raises InputError when there is none, when there are several splits and none is named, or when
-    a part of the split is missing.
-    """
-    files = sorted(
-        (
-            path
-            for pattern in _PATTERNS
-            for path in directory.glob(pattern)
-            if path.is_file()
-            and not path.name.startswith("cache-")  # `datasets` keeps results of map() there
-            and not any(part.startswith((".", "_")) for part in path.relative_to(directory).parts)
-        ),
-        key=_in_order,
-    )
-    found = [path for path in files if path.suffix in _SUFFIXES]
-    found = found or [path for path in files if _TEXT_PART.fullmatch(path.name)]
-    if not found:
-        raise InputError(
-            f"{directory} is a directory without Parquet or Arrow files; name a file of claims in "
-            "it, or a directory that `datasets` or Spark saved"
-        )
-    splits: dict[str, list[Path]] = {}
-    for path in found:
-        splits.setdefault(_split_of(path, directory), []).append(path)
-    if split is None and len(splits) == 1:
-        (split,) = splits
-    if split not in splits:
-        listed = ", ".join(sorted(splits))
-        what = "has several splits" if split is None else f"has no split {split!r}"
-        raise InputError(f"{directory} {what}; name one of them with --split: {listed}")
-    _require_all_parts(splits[split], directory)
-    return splits[split]
-
-
-def _in_order(path: Path) -> list[str | int]:
-    """`part.2` is before `part.10`."""
-    return [int(n) if n.isdecimal() else n for n in re.split(r"(\d+)", str(path))]
-
-
-def _split_of(path: Path, directory: Path) -> str:
-    """`data/train-00000-of-00001.parquet` and `train/0000.parquet` -> train;
-    `test/data-00000-of-00001.arrow` -> test.
-    """
-    shard = _SHARD.match(path.stem)
-    name = shard[1] if shard else "" if _PART.fullmatch(path.stem) else path.stem
-    folders = path.relative_to(directory).parent.parts
-    parts = [part for part in (*folders, name) if part not in ("", "data")]
-    return "/".join(parts) or name or directory.name
-
-
-def _require_all_parts(files: Sequence[Path], directory: Path) -> None:
-    """Raises InputError where the names say that there are more parts than files."""
-    parts: dict[tuple[Path, str, int], set[int]] = {}
-    numbered: dict[Path, set[int]] = {}
-    for path in files:
-        if shard := _SHARD.fullmatch(path.stem):
-            table = (path.parent, shard[1], int(shard[3]))
-            parts.setdefault(table, set()).add(int(shard[2]))
-        elif path.stem.isdecimal():
-            numbered.setdefault(path.parent, set()).add(int(path.stem))
-    parts |= {(folder, "", max(found) + 1): found for folder, found in numbered.items()}
-    for (folder, name, total), found in parts.items():
-        if missing := sorted(set(range(total)) - found):
-            what = f"{folder.name}/{name}".rstrip("/")
-            raise InputError(
-                f"{directory}: of the {total:,} parts of {what} {len(missing):,} are missing, the "
-                f"first is number {missing[0]:05d}; download the directory again"
-            )
 
 
 def table_rows(file: IO[bytes], name: str, kind: str) -> Iterator[dict[str, Any]]:
