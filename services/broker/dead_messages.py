@@ -24,7 +24,7 @@ from services.contracts.errors import BrokerUnreachable, MessageInvalid, Message
 from services.contracts.values import content_id
 from services.contracts.wire import Message
 
-_LULL_SECONDS = 1.0
+_IDLE_SECONDS = 1.0
 _FLUSH_SECONDS = 30.0
 # The exchange and queue to send a message of a kind back to; its headers are not trusted. Claims go
 # to the returns queue: the collector checks their producer's proofs. Nobody can check an
@@ -121,7 +121,7 @@ class DeadMessages:
         self._consumer.open(self._timeout_seconds)
         found: dict[str, Delivery] = {}
         while len(found) < MAX_SHOWN:
-            delivery = self._consumer.take(_LULL_SECONDS)
+            delivery = self._consumer.take(_IDLE_SECONDS)
             if delivery is None:
                 break
             found[short_id(delivery)] = delivery
@@ -152,7 +152,7 @@ class DeadMessages:
             count = self._count(publisher)
             self._consumer.open(self._timeout_seconds)
             for _ in range(count):
-                message = self._consumer.take(_LULL_SECONDS)
+                message = self._consumer.take(_IDLE_SECONDS)
                 if message is None:
                     break
                 action = action_for(message)

@@ -1,8 +1,7 @@
 """Delimited text (CSV, TSV and their relatives): its dialect, found by its header, and its records.
 
-The dialect is not guessed from shapes: of the ways to read a file, the one is taken whose header
-has the column of the claims and under which the fewest records are broken, over the whole file
-(docs/decisions/0027).
+The dialect is not guessed from shapes. It is the one whose header has the column of the claims and
+with which the fewest records of the whole file are broken (docs/decisions/0027).
 """
 
 import csv
@@ -33,7 +32,7 @@ _BINARY_SAMPLE_BYTES = 4096
 _CONTROL = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")
 _SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
 # The csv module would remove the backslash and leave an N.
-_NOTHING = re.compile(r"(?:(?<=[,;|\t])|^)\\N(?=[,;|\t\r\n]|$)")
+_NULL = re.compile(r"(?:(?<=[,;|\t])|^)\\N(?=[,;|\t\r\n]|$)")
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": ""}
 
 Columns = Callable[[Sequence[str]], Sequence[str] | None]
@@ -75,9 +74,8 @@ def find_dialect(
 ) -> Dialect:
     """The dialect of a file.
 
-    `names_claim` says whether one of these column names is that of the claims; where the first
-    record names none, `unnamed` may know the columns all the same. Raises InputError when neither
-    does.
+    `names_claim` says whether one of these column names is that of the claims. If the first record
+    names none, `unnamed` may know the columns. Raises InputError when neither does.
     """
     first = next(iter(bounded_lines(file)), None)
     line = "" if first is None else first.content.decode("utf-8", errors="replace")
@@ -111,7 +109,7 @@ def find_dialect(
         candidates = [d for d in headed if len(d.columns) == most]
     else:
         candidates.sort(key=lambda d: -len(d.columns))
-    return _with_quoting(file, min(candidates, key=lambda d: _fit(file, d, _SAMPLE_RECORDS)[0]))
+    return _with_quoting(file, min(candidates, key=lambda d: _misfit(file, d, _SAMPLE_RECORDS)[0]))
 
 
 def delimited_rows(file: IO[bytes], dialect: Dialect) -> Iterator[Row]:
@@ -173,7 +171,7 @@ def _with_quoting(file: IO[bytes], dialect: Dialect) -> Dialect:
         ways.append("backslash")
     candidates = [replace(dialect, quoting=way) for way in ways]
     # The first of those that are equally good.
-    best = min(candidates, key=lambda candidate: _fit(file, candidate, None))
+    best = min(candidates, key=lambda candidate: _misfit(file, candidate, None))
     if "none-backslash" in ways and any("\\N" in r.fields for r in _sample(file, best)):
         return candidates[-1]  # only a database writes a field like that
     return best
@@ -183,11 +181,12 @@ def _sample(file: IO[bytes], dialect: Dialect) -> Iterator[Row]:
     return islice(delimited_rows(file, dialect), _SAMPLE_RECORDS)
 
 
-def _fit(file: IO[bytes], dialect: Dialect, most: int | None) -> tuple[int, int]:
-    """How badly a dialect fits: the number of lines in broken records, and of records, negative: of
-    two that break nothing, the one that joins lines has taken a quote for more than it is.
+def _misfit(file: IO[bytes], dialect: Dialect, most: int | None) -> tuple[int, int]:
+    """How badly a dialect fits, to be minimised: the number of lines in broken records, then the
+    negative number of records. If two dialects break no record, the one with fewer records joins
+    lines at a stray quote.
 
-    A field with a line of many delimiters inside counts as broken: a stray quote has swallowed it.
+    A record counts as broken if a line inside a field has many delimiters: a stray quote opened it.
     """
     broken = before = count = 0
     delimiters = len(dialect.columns) - 1
@@ -222,7 +221,7 @@ _STRAY_QUOTE = (
 def _csv_rows(file: IO[bytes], dialect: Dialect) -> Iterator[Row]:
     """Records by Python's csv module, with the number of their last line.
 
-    A quote that has swallowed the records after it costs its own line alone: the lines after that
+    If a stray quote joins several records to one, only its own line is rejected: the lines after it
     are read again.
     """
     bad_lines: list[str] = []
@@ -250,7 +249,7 @@ def _csv_rows(file: IO[bytes], dialect: Dialect) -> Iterator[Row]:
                 # Bytes that are not UTF-8 become lone surrogates, which the claims parser rejects.
                 text = content.decode("utf-8", errors="surrogateescape")
                 if dialect.quoting == "backslash":
-                    text = _NOTHING.sub("", text)
+                    text = _NULL.sub("", text)
             read += 1
             lines.append(text)
             yield text
@@ -280,7 +279,7 @@ def _csv_rows(file: IO[bytes], dialect: Dialect) -> Iterator[Row]:
             return
         except csv.Error as found:
             error = found
-        if len(lines) > 1 and _has_swallowed(lines, dialect, error):
+        if len(lines) > 1 and _joins_records(lines, dialect, error):
             again += reversed(lines[1:])
             read -= len(lines) - 1
             reader = new_reader()
@@ -292,11 +291,11 @@ def _csv_rows(file: IO[bytes], dialect: Dialect) -> Iterator[Row]:
             yield Row(read, row, bad_lines[-1] if bad_lines else None)
 
 
-def _has_swallowed(lines: Sequence[str], dialect: Dialect, error: csv.Error | None) -> bool:
-    """Whether these lines, read as one record, look like records each.
+def _joins_records(lines: Sequence[str], dialect: Dialect, error: csv.Error | None) -> bool:
+    """Whether these lines, read as one record, are records of their own.
 
-    By the number of their fields, and no space after a delimiter, as a text would have it. Of a
-    record that is well formed all lines must, and they must be so many that chance is ruled out.
+    A line looks like a record if it has as many fields, and no space after a delimiter, as prose
+    would have. If the csv module found no error, all lines must, and enough to rule out chance.
     """
     width = len(dialect.columns)
     alike = sum(_looks_like_a_record(line, dialect.delimiter, width) for line in lines)

@@ -47,9 +47,9 @@ _NOT_LITERAL = re.compile(
     r"""(?P<gap>\s+(?=['"\[({\w<+.-]))?|\b(?:array|np\.\w+)(?=\()|,\s*dtype=[^)]*""",
     re.DOTALL,
 )
-_NOTHING = frozenset(("[]", "{}", "nan", "none", "null"))
+_BLANK = frozenset(("[]", "{}", "nan", "none", "null"))
 _LEFT_OUT = "\0"
-"""What stands for the middle of a long array, of which numpy writes the ends."""
+"""Noted as unused for the middle of a long array, which numpy writes as `...`. No text has it."""
 _MOST_DEPTH = 16
 # A page's title does not end in a full stop, and rarely has this many words.
 _SENTENCE = re.compile(r"[.!?…。][\"')\]\u201d\u2019]*\s*$")
@@ -168,16 +168,16 @@ class Evidence(NamedTuple):
     partly: bool = False
 
 
-def _says_nothing(text: str) -> bool:
+def _is_blank(text: str) -> bool:
     stripped = text.strip()
-    return len(stripped) <= 4 and (not stripped or stripped.casefold() in _NOTHING)
+    return len(stripped) <= 4 and (not stripped or stripped.casefold() in _BLANK)
 
 
 def evidence_text(value: Any) -> Evidence:
     """The text in evidence of any structure, joined by spaces; or why there is none."""
     value = structured(value)
     if isinstance(value, str):
-        if _says_nothing(value):
+        if _is_blank(value):
             return Evidence(None, WithoutEvidence.NONE)
         return (
             Evidence(None, WithoutEvidence.REFERENCES) if _is_url(value) else Evidence(value, None)
@@ -202,7 +202,7 @@ def _texts(value: Any, depth: int, unused: list[str]) -> Iterator[str]:
     if depth > _MOST_DEPTH:
         return
     if isinstance(value, str):
-        if not _says_nothing(value):
+        if not _is_blank(value):
             yield value.strip()
     elif isinstance(value, Mapping):
         for key in _TEXT_KEYS:
@@ -229,8 +229,9 @@ def _texts(value: Any, depth: int, unused: list[str]) -> Iterator[str]:
 
 
 def _texts_of_list(value: Sequence[Any], depth: int, unused: list[str]) -> Iterator[str]:
-    """Where the first text stands before a number, or the only one beside one, the list refers to
-    a page: such texts are titles, and no evidence, unless they are sentences. All others are.
+    """The texts of a list, without the titles of pages that it refers to. If its first text comes
+    before a number, or is its only text and comes after one, such texts are titles, except
+    sentences.
     """
     numbers = {n for n, part in enumerate(value) if _is_number(part)}
     if not numbers:

@@ -33,7 +33,7 @@ from services.producer.source import Record, as_object
 _SHOWN_CHARS = 500
 _SHOWN_LABEL_CHARS = 80
 NO_LABEL = "-1"
-"""What data sets write for a secret label."""
+"""What data sets write for a label that they withhold."""
 # The JSON parser sees one record and counts its lines from one.
 _WHERE_IN_LINE = re.compile(r"at line 1 column")
 
