@@ -12,7 +12,8 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 from services.broker.management_api import ManagementApi
-from services.broker.roles import LISTENER_POLICIES, ROLES, Role, user_limits, virtual_host_limits
+from services.broker.roles import ROLES, Role, user_limits, virtual_host_limits
+from services.contracts import topology
 from services.contracts.errors import BrokerError, UsageError
 
 _HASHING = "rabbit_password_hashing_sha256"
@@ -25,6 +26,11 @@ _LISTENER_BYTES = 64 * 1024 * 1024
 _LISTENER_MILLISECONDS = 10 * 60 * 1000
 # Higher than an administrator's policy for all queues: RabbitMQ applies one policy to a queue.
 _LISTENER_PRIORITY = 100
+_LISTENER_POLICIES = {
+    "keepwarm-notices": (topology.listener_queue(topology.CONTROL_EXCHANGE, ""), 100),
+    "keepwarm-presence": (topology.listener_queue(topology.HEARTBEATS_EXCHANGE, ""), 100_000),
+}
+"""By policy: the prefix of its queues' names, and the most messages in one of them."""
 
 SetupResult = Literal["made", "changed", "kept"]
 
@@ -73,7 +79,7 @@ def set_limits(api: ManagementApi, virtual_host: str, workers: int) -> None:
             api.put("user-limits", role.user(virtual_host), limit, body={"value": value})
     for limit, value in virtual_host_limits(workers).items():
         api.put("vhost-limits", virtual_host, limit, body={"value": value})
-    for policy, (prefix, messages) in LISTENER_POLICIES.items():
+    for policy, (prefix, messages) in _LISTENER_POLICIES.items():
         definition = {
             "max-length": messages,
             "max-length-bytes": _LISTENER_BYTES,

@@ -3,7 +3,6 @@
 import queue
 from collections import Counter
 from collections.abc import Callable
-from types import TracebackType
 from typing import Literal, Self
 
 from services.broker.address import BrokerAddress
@@ -111,9 +110,7 @@ class DeadMessages:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._consumer.close()
 
     def first(self) -> dict[str, Delivery]:

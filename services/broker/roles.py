@@ -171,13 +171,6 @@ def virtual_host_limits(workers: int) -> dict[str, int]:
     return {"max-connections": connections, "max-queues": _CLAIMS_QUEUES + 2 * workers}
 
 
-LISTENER_POLICIES = {
-    "keepwarm-notices": (topology.listener_queue(topology.CONTROL_EXCHANGE, ""), 100),
-    "keepwarm-presence": (topology.listener_queue(topology.HEARTBEATS_EXCHANGE, ""), 100_000),
-}
-"""By policy: the prefix of its queues' names, and the most messages in one of them."""
-
-
 def roles_that_fit(writable: Collection[str], *, declares_core: bool) -> list[Role]:
     """The roles whose permissions a user has who may publish to exactly these direct exchanges.
     `declares_core`: whether it may declare the core exchanges and queues.

@@ -141,7 +141,7 @@ class CompiledPrompt:
                 raise ModelError(
                     f"prompt {self.spec.name!r}: the label words {earlier.word!r} "
                     f"({earlier.name}) and {label.word!r} ({label.name}) start with the same token "
-                    f"{self._tokenizer.token_text(token)!r} under this model's tokenizer, so one "
+                    f"{self._tokenizer.text([token])!r} under this model's tokenizer, so one "
                     "token cannot tell them apart; choose words that begin differently"
                 )
             tokens.append(token)
@@ -165,7 +165,7 @@ class CompiledPrompt:
         encoded = [self._tokenizer.encode_trusted(label.word)[:1] for label in self.spec.labels]
         others = tuple(token for ids in encoded for token in ids)
         clashes = set(others) & set(first_tokens) or len(set(others)) < len(first_tokens)
-        blank = any(not self._tokenizer.token_text(token).strip() for token in others)
+        blank = any(not self._tokenizer.text([token]).strip() for token in others)
         return () if clashes or blank else others
 
 

@@ -177,9 +177,6 @@ class ModelTokenizer:
             if token not in self._special_ids
         ]
 
-    def token_text(self, token_id: int) -> str:
-        return self.text([token_id])
-
     def text(self, tokens: list[int]) -> str:
         """The text of tokens, special ones included."""
         return str(self._tokenizer.decode(tokens, skip_special_tokens=False))

@@ -165,8 +165,8 @@ def test_added_runs_of_white_space_stay_vocabulary(definitions: dict[str, bytes]
 def test_a_token_can_be_shown_to_a_person(
     tokenizer: ModelTokenizer, raw: dict[str, Tokenizer]
 ) -> None:
-    assert tokenizer.token_text(raw["byte-level"].token_to_id("\u0120True")) == " True"
-    assert tokenizer.token_text(raw["byte-level"].token_to_id("<|im_end|>")) == "<|im_end|>"
+    assert tokenizer.text([raw["byte-level"].token_to_id("\u0120True")]) == " True"
+    assert tokenizer.text([raw["byte-level"].token_to_id("<|im_end|>")]) == "<|im_end|>"
 
 
 # The chat template.
