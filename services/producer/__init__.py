@@ -1,7 +1,7 @@
 """Files -> claims -> batches -> broker."""
 
 from services.producer.claims_file import ClaimsFile, Selection
-from services.producer.parse import ParsedClaim, Parser, Rejection
+from services.producer.parse import Rejection
 from services.producer.prompt_file import read_prompt
 from services.producer.rejected import RejectedFile
 from services.producer.source import Container, Source
@@ -10,8 +10,6 @@ from services.producer.submission import Progress, Submission
 __all__ = [
     "ClaimsFile",
     "Container",
-    "ParsedClaim",
-    "Parser",
     "Progress",
     "RejectedFile",
     "Rejection",

@@ -55,7 +55,8 @@ from services.contracts.proofs import ClaimsDigest, Positions, verdict_proof
 from services.contracts.settings import check_broker_url
 from services.contracts.wire import CONTENT_TYPE, Message
 from services.gpu_worker.inference import read_verdict
-from services.producer import Parser, Rejection, Source, read_prompt
+from services.producer import Rejection, Source, read_prompt
+from services.producer.parse import Parser
 
 CLAIM_TEXT = "The zebra-crossing of Łódź is striped."
 EVIDENCE_TEXT = "A zebra-crossing has stripes, in Łódź too."

@@ -11,12 +11,12 @@ from services.contracts import Claim, Label, PromptSpec
 from services.contracts.errors import InputError
 from services.producer import (
     ClaimsFile,
-    Parser,
     Rejection,
     Selection,
     Source,
     read_prompt,
 )
+from services.producer.parse import Parser
 from services.producer.seen import Duplicate, Seen
 from services.producer.source import Record
 

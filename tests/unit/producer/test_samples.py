@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from services.contracts import Claim, PromptSpec
-from services.producer import ParsedClaim, Parser, Source, read_prompt
+from services.producer import Source, read_prompt
+from services.producer.parse import ParsedClaim, Parser
 
 
 @pytest.fixture(scope="module")
