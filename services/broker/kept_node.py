@@ -13,7 +13,7 @@ from pika.exceptions import AMQPError
 
 from services.broker.private_node import PrivateNode
 from services.contracts import topology
-from services.contracts.clock import awake
+from services.contracts.clock import awake_seconds
 from services.contracts.errors import BrokerError
 
 _ANSWER_SECONDS = 5.0
@@ -78,7 +78,7 @@ class KeptNode:
         """
         with self._lock:
             self._in_use = False
-            self._used_at = awake()
+            self._used_at = awake_seconds()
             node = self._node
             if node is None or claims_queue is None or _is_empty(node, claims_queue):
                 return
@@ -95,7 +95,7 @@ class KeptNode:
         if not self._lock.acquire(blocking=False):
             return
         try:
-            idle_seconds = awake() - self._used_at
+            idle_seconds = awake_seconds() - self._used_at
             if self._node is not None and not self._in_use and idle_seconds > self._idle_seconds:
                 self._discard()
         finally:

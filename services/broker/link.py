@@ -30,7 +30,7 @@ from services.broker.metrics import BLOCKED, CONNECTED, RECONNECTS
 from services.broker.queue_counts import Counts, count_queues
 from services.broker.tls import tls_fault
 from services.contracts.backoff import backoff_seconds
-from services.contracts.clock import awake
+from services.contracts.clock import awake_seconds
 from services.contracts.errors import (
     BrokerError,
     BrokerRefused,
@@ -95,9 +95,9 @@ class Link:
         after the time-out or when `stopped` returns True.
         """
         self._thread.start()
-        deadline = awake() + timeout_seconds
+        deadline = awake_seconds() + timeout_seconds
         while not self._opened_or_failed.wait(_OPEN_POLL_SECONDS):
-            if awake() > deadline or stopped():
+            if awake_seconds() > deadline or stopped():
                 break
         if not self._was_open:
             error = self._error or BrokerUnreachable(
@@ -425,7 +425,7 @@ class Link:
             return
         if _is_a_limit(str(error)):
             return  # lost connections count for a while, and other processes end
-        now = awake()
+        now = awake_seconds()
         self._refused_since = now if self._refused_since is None else self._refused_since
         if now - self._refused_since >= _REFUSED_SECONDS:
             self._give_up(error)

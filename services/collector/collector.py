@@ -42,7 +42,7 @@ from services.contracts import (
     topology,
 )
 from services.contracts.backoff import backoff_seconds
-from services.contracts.clock import awake
+from services.contracts.clock import awake_seconds
 from services.contracts.control import CONTROL_UPDATE_SECONDS
 from services.contracts.errors import (
     BrokerUnreachable,
@@ -197,7 +197,7 @@ class Collector:
         """End once the broker has no more messages for now. If the connection is lost, it waits up
         to 20 s for a new one.
         """
-        self._finish_by = awake() + _FINISH_SECONDS
+        self._finish_by = awake_seconds() + _FINISH_SECONDS
         self._finish.set()
 
     def run(
@@ -248,7 +248,7 @@ class Collector:
                 publisher.raise_if_dead()
                 if not consumer.consuming:
                     self._fleet.note_disconnected()
-                    disconnected_at = awake()
+                    disconnected_at = awake_seconds()
                 collected = self._collect_once(consumer, publisher, on_commit)
                 self._read_runs()
                 done = self._finish.is_set() and not collected and self._has_all(disconnected_at)
@@ -298,7 +298,7 @@ class Collector:
 
     def _has_all(self, disconnected_at: float) -> bool:
         """During a lull: whether nothing is left, or the time to wait for more is over."""
-        now = awake()
+        now = awake_seconds()
         return now - disconnected_at > _REDELIVERY_SECONDS or now > self._finish_by
 
     def _collect_once(
@@ -387,7 +387,7 @@ class Collector:
         except StoreRefused as error:
             if len(taken) == 1:
                 ((delivery, message),) = taken
-                self._refused_at = self._refused_at if self._refused else awake()
+                self._refused_at = self._refused_at if self._refused else awake_seconds()
                 self._refused.append((delivery, type(message), error))
                 return
             middle = len(taken) // 2
@@ -418,7 +418,7 @@ class Collector:
         kind. If it accepts none, wait for the store and try them again.
         """
         few = len(self._refused) < _MIN_REFUSED
-        expired = few and awake() - self._refused_at >= _KEEP_REFUSED_SECONDS
+        expired = few and awake_seconds() - self._refused_at >= _KEEP_REFUSED_SECONDS
         kept: list[tuple[Delivery, type[Message], StoreRefused]] = []
         for delivery, kind, error in self._refused:
             if expired or kind in self._accepted:

@@ -15,7 +15,7 @@ from services.contexts.engine_command import cores_of, engine_arguments, engine_
 from services.contexts.engine_log import Ending, Explanation, oom_kills
 from services.contexts.fork_server_client import EngineProcess, ForkServer
 from services.contexts.plan import EnginePlan
-from services.contracts.clock import awake
+from services.contracts.clock import awake_seconds
 from services.contracts.errors import EngineRequestError, EngineStartError
 from services.contracts.startup import StartupPhases
 from services.node.device import nvml
@@ -77,7 +77,7 @@ class Engine:
 
         Raises EngineStartError when it ends, or does not answer in time.
         """
-        started = reported = awake()
+        started = reported = awake_seconds()
         fork_server.ready(stop, timeout_seconds)
         self.log_file.unlink(missing_ok=True)
         self.socket.unlink(missing_ok=True)  # left by an engine that was killed
@@ -93,7 +93,7 @@ class Engine:
         )
         client = self._client()
         while not client.healthy():
-            now = awake()
+            now = awake_seconds()
             if stop.wait(_POLL_SECONDS):
                 self.stop()
                 return None

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from services.contexts import fork_server
 from services.contexts.engine_log import Ending, explanation
 from services.contexts.fork_server import ForkReply, ForkRequest
-from services.contracts.clock import awake
+from services.contracts.clock import awake_seconds
 from services.contracts.errors import EngineStartError
 from services.node.line_reader import LineReader
 from services.node.runtime_dir import open_log, quoted_tail, socket_path
@@ -36,7 +36,7 @@ class EngineProcess:
         """Raises EngineStartError, with the reason, when the fork server forks no engine."""
         self._connection = connection
         self._grace_seconds = grace_seconds
-        self._lines = LineReader(connection, awake)
+        self._lines = LineReader(connection, awake_seconds)
         self._code: int | None = None
         self._reading = threading.Lock()
         try:
@@ -129,7 +129,7 @@ class ForkServer:
         self._temporary = directory / f"{name}.tmp"
         shutil.rmtree(self._temporary, ignore_errors=True)  # left by one that was killed
         self._temporary.mkdir(mode=0o700)
-        self._started = awake()
+        self._started = awake_seconds()
         with open_log(self.log_file) as output:
             self._process = SupervisedProcess(
                 [python, str(Path(fork_server.__file__)), str(self._socket), module],
@@ -160,7 +160,7 @@ class ForkServer:
                     f"{self._module} cannot be imported (exit code {code}). "
                     f"{why}{' ' if why else ''}{self.log_excerpt()}"
                 )
-            if awake() > deadline:
+            if awake_seconds() > deadline:
                 raise EngineStartError(
                     f"the imports took more than {timeout_seconds:g} s "
                     f"(KEEPWARM_ENGINE_START_TIMEOUT_SECONDS). {self.log_excerpt()}"

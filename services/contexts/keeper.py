@@ -28,7 +28,7 @@ from services.contexts.managed_engine import SOCKET_REMOVED, ManagedEngine
 from services.contexts.plan import EnginePlan
 from services.contexts.protocol import ContextRecord, State
 from services.contracts import Settings
-from services.contracts.clock import awake
+from services.contracts.clock import awake_seconds
 from services.contracts.errors import EngineStartError, KeeperError
 from services.contracts.values import content_id
 from services.node.runtime_dir import (
@@ -163,7 +163,7 @@ class Keeper:
         lease. Raises KeeperError on a node that is draining, when `cancelled` becomes true, and
         when an engine that is stopping does not end.
         """
-        deadline = awake() + _STOPPING_SECONDS
+        deadline = awake_seconds() + _STOPPING_SECONDS
         while not cancelled():
             with self._changed:
                 if self._draining:
@@ -179,7 +179,7 @@ class Keeper:
             if engine.attach():
                 return engine, found
             engine.join(_POLL_SECONDS)  # it is stopping, or is being put to sleep
-            if awake() > deadline:
+            if awake_seconds() > deadline:
                 raise KeeperError(
                     f"the engine {plan.name} has been ending for {_STOPPING_SECONDS:g} s, and no "
                     f"other may start before it is gone; its log is {engine.record.log}. End this "
@@ -276,14 +276,14 @@ class Keeper:
         Raises EngineStartError when the memory does not become free in time.
         """
         limit = self.settings.engine_start_timeout_seconds
-        deadline = awake() + limit
+        deadline = awake_seconds() + limit
         with self._changed:
             start_lock = self._start_locks[_memory_of(engine)]
         while not start_lock.acquire(timeout=_POLL_SECONDS):
             if engine.abandoned:
                 yield False
                 return
-            if awake() > deadline:
+            if awake_seconds() > deadline:
                 raise EngineStartError(
                     f"its turn did not come within {limit:g} s "
                     "(KEEPWARM_ENGINE_START_TIMEOUT_SECONDS): engines start one after the other on "
@@ -314,7 +314,7 @@ class Keeper:
                 log.warning("memory.short", context=engine.plan.name, missing_bytes=missing)
                 return True
             if not to_free:
-                if awake() > deadline:
+                if awake_seconds() > deadline:
                     raise EngineStartError(
                         f"it needs {needed / _GIB:.1f} GiB, and engines that are in use hold them; "
                         "raise KEEPWARM_CONTEXT_MEMORY_GIB, or give fewer contexts to this node"

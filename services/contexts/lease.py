@@ -29,7 +29,7 @@ from services.contexts.protocol import (
 )
 from services.contexts.start_keeper import connected, open_keeper
 from services.contracts import Settings
-from services.contracts.clock import awake
+from services.contracts.clock import awake_seconds
 from services.contracts.errors import EngineStartError, KeeperError
 from services.contracts.heartbeats import RestartReason
 from services.contracts.startup import StartupPhases
@@ -81,7 +81,7 @@ class EngineLease:
         """Whether it, or its keeper, ended because memory ran out; False while it is warm."""
         self._stopped: Callable[[], bool] = lambda: False
         self._lock = threading.Lock()
-        self._last_reply_at = awake()
+        self._last_reply_at = awake_seconds()
         self._oom_kills = oom_kills()
         self.starts = 0
         """How often `start` has succeeded."""
@@ -150,7 +150,7 @@ class EngineLease:
         if channel is None:
             return False
         with self._lock:
-            self._channel, self._last_reply_at = channel, awake()
+            self._channel, self._last_reply_at = channel, awake_seconds()
             channel.send(Attach(plan=self.plan))
         while not self.alive:
             if stop.is_set():
@@ -158,7 +158,7 @@ class EngineLease:
             if self._channel is None:
                 ATTACHES.labels("failed").inc()
                 raise EngineStartError(self.ended_because or "its keeper ended")
-            if awake() - self._last_reply_at > _KEEPER_SILENCE_SECONDS:
+            if awake_seconds() - self._last_reply_at > _KEEPER_SILENCE_SECONDS:
                 self._check_keeper()
             with contextlib.suppress(OSError, ValueError):  # another thread has closed it
                 select.select([channel], [], [], _POLL_SECONDS)
@@ -235,7 +235,7 @@ class EngineLease:
                 reply = self._channel.reply(0) or self._keeper_ended()
             except TimeoutError:
                 return
-            self._last_reply_at = awake()
+            self._last_reply_at = awake_seconds()
             if reply.error is not None:
                 self.ended_because, self.ran_out_of_memory = reply.error, reply.out_of_memory
                 self._channel.close()
@@ -258,7 +258,7 @@ class EngineLease:
         except KeeperError:
             self._release()
             raise
-        self._last_reply_at = awake()
+        self._last_reply_at = awake_seconds()
 
     def _release(self) -> None:
         with self._lock:

@@ -21,7 +21,7 @@ from services.contexts.metrics import WRONG_ENGINES
 from services.contexts.plan import EnginePlan
 from services.contexts.protocol import ContextRecord, State
 from services.contracts import ContextSpec, Settings
-from services.contracts.clock import awake
+from services.contracts.clock import awake_seconds
 from services.contracts.errors import (
     EngineRequestError,
     EngineStartError,
@@ -86,7 +86,7 @@ class ManagedEngine:
         self._lock = threading.Lock()
         self._loading = threading.Lock()
         self._model_directory = Path(plan.spec.model) if is_local(plan.spec.model) else None
-        self._last_used = awake()
+        self._last_used = awake_seconds()
         self.contexts = frozenset({plan.spec.context_id})
         """The contexts that workers asked for: the plan's own, or one for each adapter."""
         self.ended_because: str | None = None
@@ -299,7 +299,7 @@ class ManagedEngine:
         fetch_seconds = self._fetch()
         # While memory is reserved nothing is fetched or waited for: it keeps others from starting.
         waiting_since = time.monotonic()
-        deadline = awake() + self._owner.settings.engine_start_timeout_seconds
+        deadline = awake_seconds() + self._owner.settings.engine_start_timeout_seconds
         while True:
             self._wait_for_other_keepers(deadline)
             with self._reserve_memory(), self._owner.caches.starting(self.plan.name) as cache:
@@ -369,7 +369,7 @@ class ManagedEngine:
             self.report_progress("waiting for another keeper that starts the same engine")
             if self._stop.wait(_POLL_SECONDS):
                 raise _StartCancelled
-            if awake() > deadline:
+            if awake_seconds() > deadline:
                 limit = self._owner.settings.engine_start_timeout_seconds
                 raise EngineStartError(
                     f"another keeper of this user starts the same engine, and has held "
@@ -406,7 +406,7 @@ class ManagedEngine:
             record = self.record
             if record.attached and record.state == "asleep":
                 self._wake()
-            elif not record.attached and awake() - self._last_used > idle_seconds:
+            elif not record.attached and awake_seconds() - self._last_used > idle_seconds:
                 self._stop_unused(f"no worker used it for {idle_seconds:g} s")
                 continue
             if record.attached or record.state != "warm":
@@ -468,7 +468,7 @@ class ManagedEngine:
         the context.
         """
         if "attached" in changes:
-            changes["last_used"], self._last_used = time.monotonic(), awake()
+            changes["last_used"], self._last_used = time.monotonic(), awake_seconds()
         self.record = self.record.model_copy(update=changes)
         self._owner.changed()
 
@@ -480,7 +480,9 @@ class HangDetector:
     that hangs while it is idle would be leased to the next worker as warm.
     """
 
-    def __init__(self, answers: Callable[[], bool], clock: Callable[[], float] = awake) -> None:
+    def __init__(
+        self, answers: Callable[[], bool], clock: Callable[[], float] = awake_seconds
+    ) -> None:
         self._answers = answers
         self._clock = clock
         self.reset()

@@ -24,7 +24,7 @@ from pydantic import (
 from services.contexts.plan import EnginePlan
 from services.contracts import ContextSpec
 from services.contracts.bounds import Identity, Name
-from services.contracts.clock import awake
+from services.contracts.clock import awake_seconds
 from services.contracts.errors import KeeperError
 from services.contracts.startup import StartupPhases
 from services.contracts.values import Value
@@ -183,7 +183,7 @@ class KeeperChannel:
     def __init__(self, connection: socket.socket) -> None:
         """Raises KeeperError when the other end belongs to another user."""
         self._connection = connection
-        self._lines = LineReader(connection, awake)
+        self._lines = LineReader(connection, awake_seconds)
         credentials = connection.getsockopt(
             socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
         )
@@ -257,9 +257,9 @@ class KeeperChannel:
             if self.is_closed:
                 return None
             raise
-        deadline = awake() + timeout_seconds
+        deadline = awake_seconds() + timeout_seconds
         while not stopped():
-            left = max(0.0, deadline - awake())
+            left = max(0.0, deadline - awake_seconds())
             try:
                 return self.reply(min(left, _ANSWER_POLL_SECONDS))
             except TimeoutError as error:

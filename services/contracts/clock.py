@@ -40,7 +40,7 @@ class _AwakeClock:
 _clock = _AwakeClock()
 
 
-def awake() -> float:
+def awake_seconds() -> float:
     """Seconds on a monotonic clock that does not advance while this process is stopped.
 
     For deadlines and idle times: a worker and its engine that were suspended together for an hour

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from services.contracts.clock import awake
+from services.contracts.clock import awake_seconds
 
 # The time constant of the rate's exponential average, in seconds of the engine's work.
 _RATE_AVERAGE_SECONDS = 30.0
@@ -65,7 +65,7 @@ class AdaptiveConcurrency:
         self,
         prefetch_seconds: float,
         max_batches: int,
-        clock: Callable[[], float] = awake,
+        clock: Callable[[], float] = awake_seconds,
     ) -> None:
         self._prefetch_seconds = prefetch_seconds
         self._max_batches = max_batches

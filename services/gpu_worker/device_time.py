@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 from typing import Literal
 
-from services.contracts.clock import awake
+from services.contracts.clock import awake_seconds
 from services.gpu_worker.metrics import DEVICE_SECONDS
 
 Use = Literal["loading", "idle", "batches"]
@@ -17,7 +17,7 @@ class DeviceTime:
     `AdaptiveConcurrency` measures: whether a batch's time was lost is known only at its end.
     """
 
-    def __init__(self, device: str, clock: Callable[[], float] = awake) -> None:
+    def __init__(self, device: str, clock: Callable[[], float] = awake_seconds) -> None:
         self._device = device
         self._clock = clock
         self._lock = threading.Lock()

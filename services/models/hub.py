@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 )
 
 from services.contracts import ContextSpec
-from services.contracts.clock import awake
+from services.contracts.clock import awake_seconds
 from services.contracts.errors import ModelError
 
 # For transfers that make no progress; a hub that does not answer is given up after seconds.
@@ -170,12 +170,12 @@ def _end_if_stalled(spec: ContextSpec) -> None:
     model while this one waits for it, so progress is measured by the files on disk.
     """
     files = Path(constants.HF_HUB_CACHE) / f"models--{spec.model.replace('/', '--')}" / "blobs"
-    size, since = -1, awake()
-    while awake() - since < _STALLED_SECONDS:
+    size, since = -1, awake_seconds()
+    while awake_seconds() - since < _STALLED_SECONDS:
         time.sleep(_PROGRESS_CHECK_SECONDS)
         now = _size(files)
         if now != size:
-            size, since = now, awake()
+            size, since = now, awake_seconds()
     _answer(
         "error",
         f"the download of {spec.model!r} makes no progress: nothing was written to {files} for "

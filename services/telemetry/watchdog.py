@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 
-from services.contracts.clock import awake
+from services.contracts.clock import awake_seconds
 
 STALLED_SECONDS = 120.0
 """Longer than any single wait of a loop, for a broker, a database or a hub."""
@@ -12,7 +12,7 @@ STALLED_SECONDS = 120.0
 class Watchdog:
     """`beat` is called by one thread; any thread may read `liveness_error`."""
 
-    def __init__(self, clock: Callable[[], float] = awake) -> None:
+    def __init__(self, clock: Callable[[], float] = awake_seconds) -> None:
         self._clock = clock
         self._last_beat = clock()
 
@@ -33,7 +33,7 @@ class TimedLock:
     not count.
     """
 
-    def __init__(self, clock: Callable[[], float] = awake) -> None:
+    def __init__(self, clock: Callable[[], float] = awake_seconds) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._held_since: float | None = None

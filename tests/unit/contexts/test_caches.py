@@ -74,7 +74,8 @@ def test_a_start_that_fails_leaves_nothing_compiled_and_is_remembered_all_the_sa
     assert grown.recall(NAME) is not None
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # awake() has a thread
+# The clock of awake_seconds() has a thread.
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_what_a_killed_keeper_left_is_thrown_away(tmp_path: Path) -> None:
     caches = EngineCaches(tmp_path / "cache")
     pid = os.fork()

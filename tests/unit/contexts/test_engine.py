@@ -275,7 +275,7 @@ def test_an_engine_that_stays_silent_is_stopped(
     def clock() -> float:
         return time.monotonic() + GENEROUS_SECONDS * heard.count("loading weights")
 
-    monkeypatch.setattr("services.contexts.engine.awake", clock)
+    monkeypatch.setattr("services.contexts.engine.awake_seconds", clock)
     with pytest.raises(EngineStartError) as failed:
         forge.start(silent, loading=heard.append)
     assert "did not answer within 60 s (KEEPWARM_ENGINE_START_TIMEOUT_SECONDS)" in str(failed.value)

@@ -7,16 +7,16 @@ import sys
 import time
 from pathlib import Path
 
-from services.contracts.clock import awake
+from services.contracts.clock import awake_seconds
 
 CHILD = """
 import sys, time
 from services.contracts import clock
 clock._MAX_LATE_SECONDS = 1.5
-begun, seen = clock.awake(), time.monotonic()
+begun, seen = clock.awake_seconds(), time.monotonic()
 print("ready", flush=True)
 sys.stdin.readline()
-print(clock.awake() - begun, time.monotonic() - seen, flush=True)
+print(clock.awake_seconds() - begun, time.monotonic() - seen, flush=True)
 """
 STOPPED_SECONDS = 4.0
 
@@ -42,6 +42,6 @@ def test_the_time_in_which_a_process_is_stopped_does_not_count(repository: Path)
 
 
 def test_it_goes_on_while_the_process_runs() -> None:
-    begun, seen = awake(), time.monotonic()
+    begun, seen = awake_seconds(), time.monotonic()
     time.sleep(0.3)
-    assert 0.3 <= awake() - begun <= time.monotonic() - seen + 0.1
+    assert 0.3 <= awake_seconds() - begun <= time.monotonic() - seen + 0.1
