@@ -60,7 +60,7 @@ class RecordingConnection:
         on_open_callback(OneChannel(self))
 
 
-def heard(connection: RecordingConnection, *queues: str) -> list[Counts]:
+def received(connection: RecordingConnection, *queues: str) -> list[Counts]:
     answers: list[Counts] = []
     count_queues(connection, queues, answers.append)
     return answers
@@ -68,29 +68,29 @@ def heard(connection: RecordingConnection, *queues: str) -> list[Counts]:
 
 def test_each_queue_is_counted_once() -> None:
     connection = RecordingConnection(a=5, b=0)
-    assert heard(connection, "a", "b") == [{"a": 5, "b": 0}]
+    assert received(connection, "a", "b") == [{"a": 5, "b": 0}]
     assert (connection.asked, connection.open_channels) == (["a", "b"], 0)
 
 
 @pytest.mark.parametrize("queues", [("x", "a", "b"), ("a", "x", "b"), ("a", "b", "x")])
 def test_a_queue_that_is_missing_is_left_out_and_hides_no_other(queues: tuple[str, ...]) -> None:
     connection = RecordingConnection(a=5, b=0)
-    assert heard(connection, *queues) == [{"a": 5, "b": 0}]
+    assert received(connection, *queues) == [{"a": 5, "b": 0}]
     assert (connection.asked, connection.open_channels) == (list(queues), 0)
 
 
 def test_to_ask_for_nothing_is_answered_too() -> None:
-    assert heard(RecordingConnection()) == [{}]
+    assert received(RecordingConnection()) == [{}]
 
 
 def test_a_lost_connection_gives_no_answer_and_asks_no_further() -> None:
     connection = RecordingConnection(lost_at="a", a=5, b=0)
-    assert heard(connection, "a", "b") == []
+    assert received(connection, "a", "b") == []
     assert connection.asked == ["a"]
 
 
 def test_nothing_more_is_asked_on_a_connection_that_is_being_closed() -> None:
     connection = RecordingConnection(closing_at="a", a=5, b=0)
-    assert heard(connection, "a", "b") == []
-    assert heard(connection, "b") == []
+    assert received(connection, "a", "b") == []
+    assert received(connection, "b") == []
     assert connection.asked == ["a"]

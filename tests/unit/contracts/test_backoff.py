@@ -11,7 +11,7 @@ SECONDS = st.floats(min_value=0.001, max_value=1_000)
 
 
 @pytest.fixture(autouse=True)
-def _known_dice() -> Iterator[None]:
+def _known_random_numbers() -> Iterator[None]:
     state = random.getstate()
     random.seed(7)
     yield

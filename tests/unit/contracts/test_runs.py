@@ -22,7 +22,7 @@ OTHERWISE = {
 }
 
 
-def but(**changes: object) -> Run:
+def changed_run(**changes: object) -> Run:
     """The same run with something changed."""
     fields = {name: getattr(RUN, name) for name in Run.model_fields}
     return Run.model_validate({**fields, **changes})
@@ -34,16 +34,16 @@ def test_a_run_id_is_what_it_was_when_the_first_results_were_stored() -> None:
 
 def test_everything_but_the_source_is_part_of_a_runs_identity() -> None:
     assert OTHERWISE.keys() | {"source"} == Run.model_fields.keys()
-    ids = {but(**{field: value}).run_id for field, value in OTHERWISE.items()}
+    ids = {changed_run(**{field: value}).run_id for field, value in OTHERWISE.items()}
     assert len(ids | {RUN.run_id}) == len(OTHERWISE) + 1
 
 
 def test_where_a_file_lies_does_not_change_its_run() -> None:
-    assert but(source="/mnt/other/name.jsonl").run_id == RUN.run_id
+    assert changed_run(source="/mnt/other/name.jsonl").run_id == RUN.run_id
 
 
 def test_a_seed_of_zero_is_a_seed() -> None:
-    assert but(seed=0).run_id != but(seed=None).run_id
+    assert changed_run(seed=0).run_id != changed_run(seed=None).run_id
 
 
 def test_the_order_in_which_fields_are_given_does_not_matter() -> None:
@@ -57,7 +57,7 @@ def test_a_run_id_survives_the_wire() -> None:
 
 def test_a_run_of_no_claims_is_refused() -> None:
     with pytest.raises(ValidationError, match="limit"):
-        but(limit=0)
+        changed_run(limit=0)
 
 
 COUNT = st.integers(min_value=0, max_value=10**12)

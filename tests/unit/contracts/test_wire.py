@@ -474,13 +474,13 @@ def test_a_message_with_damaged_bytes_is_taken_or_refused(
         assert isinstance(decode(KINDS[kind], bytes(body)), KINDS[kind])
 
 
-def places(value: Any) -> list[tuple[Any, Any]]:
+def keys_in(value: Any) -> list[tuple[Any, Any]]:
     """Every (container, key) in a tree of JSON."""
     keys = value if isinstance(value, dict) else range(len(value))
     found = [(value, key) for key in keys]
     for key in keys:
         if isinstance(value[key], dict | list):
-            found += places(value[key])
+            found += keys_in(value[key])
     return found
 
 
@@ -511,7 +511,7 @@ def test_a_message_with_a_changed_value_is_taken_or_refused_without_its_claims_t
     kind: str, data: st.DataObject, messages: dict[str, Message], secret_texts: tuple[str, ...]
 ) -> None:
     body = copy.deepcopy(messages[kind].model_dump(mode="json"))
-    container, key = data.draw(st.sampled_from(places(body)))
+    container, key = data.draw(st.sampled_from(keys_in(body)))
     match data.draw(st.sampled_from(["replace", "remove", "add", "misplace"])):
         case "replace":
             container[key] = data.draw(ODD_VALUES)
@@ -521,7 +521,7 @@ def test_a_message_with_a_changed_value_is_taken_or_refused_without_its_claims_t
             container["surprise"] = data.draw(ODD_VALUES)
         case _:
             # A claim's text in another field of the claim. (What a prompt holds is no claim's.)
-            of_the_run = [id(container) for container, _ in places(body.get("run", {}))]
+            of_the_run = [id(container) for container, _ in keys_in(body.get("run", {}))]
             if id(container) not in of_the_run:
                 container[key] = data.draw(st.sampled_from(secret_texts))
     try:

@@ -38,8 +38,8 @@ PREAMBLE = (
 CHAT = PLAIN.model_copy(update={"chat": True})
 
 
-class Listening(ModelTokenizer):
-    """The real tokenizer; it remembers which texts from claims it was given."""
+class RecordingTokenizer(ModelTokenizer):
+    """The real tokenizer; it records which texts from claims it was given."""
 
     texts: list[str]
 
@@ -160,7 +160,7 @@ def test_encoding_is_encoding_the_whole_when_the_claim_comes_first(
 def test_the_constant_part_is_encoded_once_where_the_cut_is_clean(
     family: str, definitions: dict[str, bytes]
 ) -> None:
-    tokenizer = Listening(definitions[family], {}, None)
+    tokenizer = RecordingTokenizer(definitions[family], {}, None)
     prompt = CompiledPrompt(PLAIN, tokenizer)
     prompt.encode([claim("One."), claim("Two.")])
     again = [PREAMBLE in text for text in tokenizer.texts]

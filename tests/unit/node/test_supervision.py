@@ -38,12 +38,12 @@ def daemon(path):
 """
 
 
-class Leash:
-    """Starts commands, each with its output in a file, and stops them after the test."""
+class Supervised:
+    """Starts supervised commands, each with its output in a file, and stops them after the test."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._held: list[tuple[SupervisedProcess, IO[bytes]]] = []
+        self._started: list[tuple[SupervisedProcess, IO[bytes]]] = []
 
     def start(
         self,
@@ -52,38 +52,38 @@ class Leash:
         grace_seconds: float = GENEROUS_SECONDS,
         directory: Path | None = None,
     ) -> SupervisedProcess:
-        output = (self._directory / f"output-{len(self._held)}").open("w+b")
-        leashed = SupervisedProcess(
+        output = (self._directory / f"output-{len(self._started)}").open("w+b")
+        process = SupervisedProcess(
             command,
             environment=dict(os.environ) if environment is None else environment,
             grace_seconds=grace_seconds,
             output=output,
             directory=directory,
         )
-        self._held.append((leashed, output))
-        return leashed
+        self._started.append((process, output))
+        return process
 
     def python(self, code: str, *arguments: str, **how: object) -> SupervisedProcess:
         return self.start(sys.executable, "-c", code, *arguments, **how)  # type: ignore[arg-type]
 
-    def said(self, leashed: SupervisedProcess) -> str:
-        """All that it said, after its end."""
-        assert leashed.wait(GENEROUS_SECONDS) is not None
-        output = next(output for held, output in self._held if held is leashed)
+    def output_of(self, process: SupervisedProcess) -> str:
+        """Its output, after its end."""
+        assert process.wait(GENEROUS_SECONDS) is not None
+        output = next(output for started, output in self._started if started is process)
         output.seek(0)
         return output.read().decode()
 
     def stop(self) -> None:
-        for leashed, output in self._held:
-            leashed.stop()
+        for process, output in self._started:
+            process.stop()
             output.close()
 
 
 @pytest.fixture
-def leash(tmp_path: Path) -> Iterator[Leash]:
-    held = Leash(tmp_path)
-    yield held
-    held.stop()
+def supervised(tmp_path: Path) -> Iterator[Supervised]:
+    started = Supervised(tmp_path)
+    yield started
+    started.stop()
 
 
 def wait_for(condition: Callable[[], object]) -> None:
@@ -109,42 +109,44 @@ def gone(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("code", [0, 3, 127, 200, 255])
-def test_the_commands_exit_code_is_passed_on(code: int, leash: Leash) -> None:
-    leashed = leash.python(f"import sys; sys.exit({code})")
-    assert leashed.wait(GENEROUS_SECONDS) == code
-    assert leashed.exit_code() == code
-    assert leashed.stop() == code
+def test_the_commands_exit_code_is_passed_on(code: int, supervised: Supervised) -> None:
+    process = supervised.python(f"import sys; sys.exit({code})")
+    assert process.wait(GENEROUS_SECONDS) == code
+    assert process.exit_code() == code
+    assert process.stop() == code
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_command_that_a_signal_ended_says_which(number: int, leash: Leash) -> None:
-    leashed = leash.python(f"import os; os.kill(os.getpid(), {number:d})")
-    assert leashed.wait(GENEROUS_SECONDS) == -number
+def test_a_command_that_a_signal_ended_says_which(number: int, supervised: Supervised) -> None:
+    process = supervised.python(f"import os; os.kill(os.getpid(), {number:d})")
+    assert process.wait(GENEROUS_SECONDS) == -number
 
 
-def test_standard_output_and_error_go_to_the_output(leash: Leash) -> None:
-    leashed = leash.python("import sys; print('out', flush=True); print('err', file=sys.stderr)")
-    assert leash.said(leashed) == "out\nerr\n"
+def test_standard_output_and_error_go_to_the_output(supervised: Supervised) -> None:
+    process = supervised.python(
+        "import sys; print('out', flush=True); print('err', file=sys.stderr)"
+    )
+    assert supervised.output_of(process) == "out\nerr\n"
 
 
 @pytest.mark.parametrize("missing", ["/no/such/command", "no-such-command"])
-def test_a_command_that_is_missing_is_127_and_named(missing: str, leash: Leash) -> None:
-    leashed = leash.start(missing)
-    assert leashed.wait(GENEROUS_SECONDS) == 127
-    assert leash.said(leashed).startswith(f"cannot start {missing}: ")
+def test_a_command_that_is_missing_is_127_and_named(missing: str, supervised: Supervised) -> None:
+    process = supervised.start(missing)
+    assert process.wait(GENEROUS_SECONDS) == 127
+    assert supervised.output_of(process).startswith(f"cannot start {missing}: ")
 
 
-def test_a_directory_that_is_missing_is_127(leash: Leash, tmp_path: Path) -> None:
-    leashed = leash.start("/bin/true", directory=tmp_path / "none")
-    assert leashed.wait(GENEROUS_SECONDS) == 127
-    assert str(tmp_path / "none") in leash.said(leashed)
+def test_a_directory_that_is_missing_is_127(supervised: Supervised, tmp_path: Path) -> None:
+    process = supervised.start("/bin/true", directory=tmp_path / "none")
+    assert process.wait(GENEROUS_SECONDS) == 127
+    assert str(tmp_path / "none") in supervised.output_of(process)
 
 
-def test_while_it_runs_there_is_no_exit_code(leash: Leash) -> None:
-    leashed = leash.start("sleep", "600")
-    assert leashed.exit_code() is None
-    assert leashed.wait(0.01) is None
-    assert psutil.pid_exists(leashed.pid)
+def test_while_it_runs_there_is_no_exit_code(supervised: Supervised) -> None:
+    process = supervised.start("sleep", "600")
+    assert process.exit_code() is None
+    assert process.wait(0.01) is None
+    assert psutil.pid_exists(process.pid)
 
 
 # What goes in.
@@ -156,11 +158,13 @@ def test_while_it_runs_there_is_no_exit_code(leash: Leash) -> None:
     ids=["nothing", "some", "odd"],
 )
 def test_the_environment_is_exactly_what_was_given(
-    environment: dict[str, str], leash: Leash
+    environment: dict[str, str], supervised: Supervised
 ) -> None:
     # Python adds to its own environment (PEP 538); `env` shows what it was given.
-    leashed = leash.start("/usr/bin/env", "-0", environment=environment)
-    shown = dict(entry.split("=", 1) for entry in leash.said(leashed).split("\0") if entry)
+    process = supervised.start("/usr/bin/env", "-0", environment=environment)
+    shown = dict(
+        entry.split("=", 1) for entry in supervised.output_of(process).split("\0") if entry
+    )
     assert shown == environment
 
 
@@ -174,38 +178,38 @@ def test_the_environment_is_exactly_what_was_given(
     ],
     ids=["the leash's own flags", "dashes", "odd", "help"],
 )
-def test_arguments_are_the_commands_own(arguments: list[str], leash: Leash) -> None:
-    leashed = leash.python("import json, sys; print(json.dumps(sys.argv[1:]))", *arguments)
-    assert json.loads(leash.said(leashed)) == arguments
+def test_arguments_are_the_commands_own(arguments: list[str], supervised: Supervised) -> None:
+    process = supervised.python("import json, sys; print(json.dumps(sys.argv[1:]))", *arguments)
+    assert json.loads(supervised.output_of(process)) == arguments
 
 
-def test_a_command_starts_in_the_given_directory(leash: Leash, tmp_path: Path) -> None:
+def test_a_command_starts_in_the_given_directory(supervised: Supervised, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
-    leashed = leash.start("/bin/pwd", directory=tmp_path / "there")
-    assert leash.said(leashed).strip() == str(tmp_path / "there")
+    process = supervised.start("/bin/pwd", directory=tmp_path / "there")
+    assert supervised.output_of(process).strip() == str(tmp_path / "there")
 
 
 def test_a_command_starts_in_its_owners_directory_by_default(
-    leash: Leash, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    supervised: Supervised, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Else relative paths in its arguments and environment would mean other files.
     monkeypatch.chdir(tmp_path)
-    assert leash.said(leash.start("/bin/pwd")).strip() == str(tmp_path)
+    assert supervised.output_of(supervised.start("/bin/pwd")).strip() == str(tmp_path)
 
 
-def test_standard_input_is_empty(leash: Leash) -> None:
-    leashed = leash.python("import sys; print(repr(sys.stdin.read()))")
-    assert leash.said(leashed) == "''\n"
+def test_standard_input_is_empty(supervised: Supervised) -> None:
+    process = supervised.python("import sys; print(repr(sys.stdin.read()))")
+    assert supervised.output_of(process) == "''\n"
 
 
-def test_what_it_makes_is_for_its_owner_alone(leash: Leash, tmp_path: Path) -> None:
-    leash.said(leash.start("touch", str(tmp_path / "made")))
+def test_what_it_makes_is_for_its_owner_alone(supervised: Supervised, tmp_path: Path) -> None:
+    supervised.output_of(supervised.start("touch", str(tmp_path / "made")))
     assert (tmp_path / "made").stat().st_mode & 0o077 == 0
 
 
-def test_a_command_has_a_session_of_its_own(leash: Leash) -> None:
-    leashed = leash.python("import os; print(os.getpid() == os.getsid(0))")
-    assert leash.said(leashed) == "True\n"
+def test_a_command_has_a_session_of_its_own(supervised: Supervised) -> None:
+    process = supervised.python("import os; print(os.getpid() == os.getsid(0))")
+    assert supervised.output_of(process) == "True\n"
 
 
 def test_a_supervisor_finds_its_library_on_pythonpath_and_hides_it_from_its_command(
@@ -250,80 +254,86 @@ time.sleep(600)
 """
 
 
-def wait_until_ready(leash: Leash, directory: Path) -> None:
+def wait_until_ready(supervised: Supervised, directory: Path) -> None:
     wait_for(lambda: b"ready" in (directory / "output-0").read_bytes())
 
 
-def test_sigterm_reaches_the_command_which_may_end_in_order(leash: Leash, tmp_path: Path) -> None:
-    leashed = leash.python(ORDERLY)
-    wait_until_ready(leash, tmp_path)
-    assert leashed.stop() == 7
-    assert leash.said(leashed) == "ready\ngoodbye\n"
+def test_sigterm_reaches_the_command_which_may_end_in_order(
+    supervised: Supervised, tmp_path: Path
+) -> None:
+    process = supervised.python(ORDERLY)
+    wait_until_ready(supervised, tmp_path)
+    assert process.stop() == 7
+    assert supervised.output_of(process) == "ready\ngoodbye\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_leash_ends_the_command_in_order(
-    number: signal.Signals, leash: Leash, tmp_path: Path
+    number: signal.Signals, supervised: Supervised, tmp_path: Path
 ) -> None:
-    leashed = leash.python(ORDERLY)
-    wait_until_ready(leash, tmp_path)
-    os.kill(leashed.pid, number)
-    assert leashed.wait(GENEROUS_SECONDS) == 7
+    process = supervised.python(ORDERLY)
+    wait_until_ready(supervised, tmp_path)
+    os.kill(process.pid, number)
+    assert process.wait(GENEROUS_SECONDS) == 7
 
 
-def test_terminate_returns_at_once_and_stop_then_waits(leash: Leash, tmp_path: Path) -> None:
-    leashed = leash.python(ORDERLY)
-    wait_until_ready(leash, tmp_path)
-    leashed.terminate()
-    leashed.terminate()
-    assert leashed.stop() == 7
-    leashed.terminate()
+def test_terminate_returns_at_once_and_stop_then_waits(
+    supervised: Supervised, tmp_path: Path
+) -> None:
+    process = supervised.python(ORDERLY)
+    wait_until_ready(supervised, tmp_path)
+    process.terminate()
+    process.terminate()
+    assert process.stop() == 7
+    process.terminate()
 
 
 def test_however_many_signals_come_the_exit_code_is_the_commands(
-    leash: Leash, tmp_path: Path
+    supervised: Supervised, tmp_path: Path
 ) -> None:
-    leashed = leash.python(ORDERLY)
-    wait_until_ready(leash, tmp_path)
-    while leashed.exit_code() is None:
-        leashed.terminate()
-    assert leashed.exit_code() == 7
+    process = supervised.python(ORDERLY)
+    wait_until_ready(supervised, tmp_path)
+    while process.exit_code() is None:
+        process.terminate()
+    assert process.exit_code() == 7
 
 
 def test_a_command_that_ignores_sigterm_is_killed_after_its_grace(
-    leash: Leash, tmp_path: Path
+    supervised: Supervised, tmp_path: Path
 ) -> None:
-    leashed = leash.python(STUBBORN, grace_seconds=0.2)
-    wait_until_ready(leash, tmp_path)
-    assert leashed.stop() == -signal.SIGKILL
+    process = supervised.python(STUBBORN, grace_seconds=0.2)
+    wait_until_ready(supervised, tmp_path)
+    assert process.stop() == -signal.SIGKILL
 
 
-def test_stopping_twice_is_as_good_as_once(leash: Leash) -> None:
-    leashed = leash.start("sleep", "600")
-    assert leashed.stop() == leashed.stop()
+def test_stopping_twice_is_as_good_as_once(supervised: Supervised) -> None:
+    process = supervised.start("sleep", "600")
+    assert process.stop() == process.stop()
 
 
-def test_kill_ends_the_command_and_what_it_started_at_once(leash: Leash, tmp_path: Path) -> None:
-    leashed = leash.python(
+def test_kill_ends_the_command_and_what_it_started_at_once(
+    supervised: Supervised, tmp_path: Path
+) -> None:
+    process = supervised.python(
         DAEMON + "daemon(sys.argv[1]); time.sleep(600)", str(tmp_path / "daemon")
     )
     daemon = pid_in(tmp_path / "daemon")
-    leashed.kill()
-    assert leashed.exit_code() == -signal.SIGKILL
+    process.kill()
+    assert process.exit_code() == -signal.SIGKILL
     wait_for(lambda: gone(daemon))
 
 
-def test_killing_what_has_ended_is_quiet(leash: Leash) -> None:
-    leashed = leash.start("/bin/true")
-    assert leashed.wait(GENEROUS_SECONDS) == 0
-    leashed.kill()
+def test_killing_what_has_ended_is_quiet(supervised: Supervised) -> None:
+    process = supervised.start("/bin/true")
+    assert process.wait(GENEROUS_SECONDS) == 0
+    process.kill()
 
 
 # Nothing stays behind.
 
 
 def test_daemons_that_left_the_session_end_with_a_command_that_ends(
-    leash: Leash, tmp_path: Path
+    supervised: Supervised, tmp_path: Path
 ) -> None:
     paths = [tmp_path / f"daemon-{number}" for number in range(3)]
     code = DAEMON + (
@@ -331,17 +341,17 @@ def test_daemons_that_left_the_session_end_with_a_command_that_ends(
         "for path in sys.argv[1:]: daemon(path)\n"
         "while not all(map(os.path.exists, sys.argv[1:])): time.sleep(0.01)\n"
     )
-    leashed = leash.python(code, *map(str, paths))
-    assert leashed.wait(GENEROUS_SECONDS) == 0
+    process = supervised.python(code, *map(str, paths))
+    assert process.wait(GENEROUS_SECONDS) == 0
     assert all(gone(pid_in(path)) for path in paths)
 
 
-def test_daemons_end_with_a_command_that_is_stopped(leash: Leash, tmp_path: Path) -> None:
-    leashed = leash.python(
+def test_daemons_end_with_a_command_that_is_stopped(supervised: Supervised, tmp_path: Path) -> None:
+    process = supervised.python(
         DAEMON + "daemon(sys.argv[1]); time.sleep(600)", str(tmp_path / "daemon")
     )
     daemon = pid_in(tmp_path / "daemon")
-    leashed.stop()
+    process.stop()
     assert gone(daemon)
 
 
@@ -359,17 +369,19 @@ sys.exit(7)
 """
 
 
-def test_orphans_that_ended_are_reaped_while_the_command_runs(leash: Leash, tmp_path: Path) -> None:
-    leashed = leash.python(ORPHANS, "600")
-    wait_until_ready(leash, tmp_path)
-    (supervisor,) = psutil.Process(leashed.pid).children()
+def test_orphans_that_ended_are_reaped_while_the_command_runs(
+    supervised: Supervised, tmp_path: Path
+) -> None:
+    process = supervised.python(ORPHANS, "600")
+    wait_until_ready(supervised, tmp_path)
+    (supervisor,) = psutil.Process(process.pid).children()
     wait_for(lambda: len(supervisor.children()) == 1)
-    assert leashed.exit_code() is None
+    assert process.exit_code() is None
 
 
-def test_reaping_orphans_loses_no_exit_code_of_the_command(leash: Leash) -> None:
+def test_reaping_orphans_loses_no_exit_code_of_the_command(supervised: Supervised) -> None:
     # The command and its orphans end at about the same time.
-    assert leash.python(ORPHANS, "0.05").wait(GENEROUS_SECONDS) == 7
+    assert supervised.python(ORPHANS, "0.05").wait(GENEROUS_SECONDS) == 7
 
 
 OWNER = """
@@ -405,18 +417,18 @@ def test_whichever_is_killed_the_command_and_its_daemons_are_gone(
 
 
 def test_an_early_warning_to_all_processes_of_a_job_ends_no_command_and_no_leash(
-    leash: Leash,
+    supervised: Supervised,
 ) -> None:
-    held = leash.python("import time; print('up', flush=True); time.sleep(600)")
+    running = supervised.python("import time; print('up', flush=True); time.sleep(600)")
     deadline = time.monotonic() + GENEROUS_SECONDS
-    while (command := held.command()) is None or "time.sleep(600)" not in str(command.cmdline()):
+    while (command := running.command()) is None or "time.sleep(600)" not in str(command.cmdline()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    family = [psutil.Process(held.pid), *psutil.Process(held.pid).children(recursive=True)]
+    family = [psutil.Process(running.pid), *psutil.Process(running.pid).children(recursive=True)]
     assert len(family) == 3
     for process in family:
         for number in (signal.SIGUSR1, signal.SIGUSR2):
             process.send_signal(number)
     time.sleep(0.5)
-    assert held.exit_code() is None
+    assert running.exit_code() is None
     assert all(process.is_running() for process in family)
