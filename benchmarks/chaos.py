@@ -39,7 +39,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from services.broker import PrivateNode  # noqa: E402
-from services.contexts.lease import drain, engines  # noqa: E402
+from services.contexts.keeper_client import drain, engines  # noqa: E402
 from services.contracts import load_settings, topology  # noqa: E402
 from services.contracts.errors import BrokerError, KeeperError  # noqa: E402
 from tests.interpreters import interpreter  # noqa: E402

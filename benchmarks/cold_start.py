@@ -34,7 +34,8 @@ from services.contexts.engine_command import (  # noqa: E402
     engine_arguments,
     engine_environment,
 )
-from services.contexts.lease import EngineLease, drain, evict  # noqa: E402
+from services.contexts.keeper_client import drain, evict  # noqa: E402
+from services.contexts.lease import EngineLease  # noqa: E402
 from services.contexts.plan import EnginePlan  # noqa: E402
 from services.contracts import ContextSpec, Settings, load_settings  # noqa: E402
 from services.models.files import pin_model  # noqa: E402

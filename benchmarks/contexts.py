@@ -38,7 +38,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.installation import KEEPWARM, Installation  # noqa: E402
-from services.contexts.lease import drain, engines  # noqa: E402
+from services.contexts.keeper_client import drain, engines  # noqa: E402
 
 SYMMETRIC = REPOSITORY.parent / "shared" / "data" / "fever_symmetric_dev.jsonl"
 SAMPLES = REPOSITORY / "samples" / "claims.jsonl"

@@ -204,7 +204,7 @@ class Keepwarm:
     @property
     def pids(self) -> list[int]:
         """Of the worker and of its engine."""
-        from services.contexts.lease import engines
+        from services.contexts.keeper_client import engines
 
         records = engines(self._installation.settings.runtime_dir)
         pids = [record.pid for record in records if record.pid is not None]

@@ -35,7 +35,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from services.contexts.engine_command import CPU_BLOCK_TOKENS  # noqa: E402
-from services.contexts.lease import EngineLease, drain  # noqa: E402
+from services.contexts.keeper_client import drain  # noqa: E402
+from services.contexts.lease import EngineLease  # noqa: E402
 from services.contexts.plan import EnginePlan  # noqa: E402
 from services.contracts import Claim, ContextSpec, PromptSpec, load_settings  # noqa: E402
 from services.models.compiled_prompt import CompiledPrompt  # noqa: E402

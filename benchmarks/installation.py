@@ -11,7 +11,7 @@ from typing import Any
 
 from services.broker import BrokerAddress, Declares, PrivateNode, Publisher
 from services.collector import Collector
-from services.contexts.lease import drain
+from services.contexts.keeper_client import drain
 from services.contracts import ContextSpec, PromptSpec, load_settings
 from services.producer import ClaimsFile, RejectedFile, Selection, Source, Submission
 from services.store import RunStatus, Store, run_status

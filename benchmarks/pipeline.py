@@ -34,7 +34,7 @@ from services.broker import (  # noqa: E402
     PrivateNode,
     Publisher,
 )
-from services.contexts.lease import drain  # noqa: E402
+from services.contexts.keeper_client import drain  # noqa: E402
 from services.contracts import (  # noqa: E402
     ClaimBatch,
     RunAnnouncement,

@@ -28,7 +28,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.installation import MODEL, Installation  # noqa: E402
-from services.contexts.lease import drain  # noqa: E402
+from services.contexts.keeper_client import drain  # noqa: E402
 from services.contracts import ContextSpec  # noqa: E402
 from services.contracts.contexts import DType  # noqa: E402
 from services.models.files import pin_model  # noqa: E402

@@ -26,11 +26,11 @@ from services.cli.logs import configure_logs
 from services.cli.printable import printable
 from services.contexts.borrowed_broker import warm_broker
 from services.contexts.caches import EngineCaches
-from services.contexts.lease import EngineLease, drain, engines
-from services.contexts.lease import evict as evict_engines
+from services.contexts.keeper_client import drain, engines, node_device
+from services.contexts.keeper_client import evict as evict_engines
+from services.contexts.lease import EngineLease
 from services.contexts.plan import EnginePlan
 from services.contexts.protocol import ContextRecord
-from services.contexts.start_keeper import node_device
 from services.contracts import Settings, load_settings
 from services.contracts.errors import KeeperError, UsageError
 from services.node.runtime_dir import engine_logs, open_runtime_dir

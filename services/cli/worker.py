@@ -22,7 +22,7 @@ from services.cli.logs import configure_logs
 from services.cli.options import (
     BrokerOption,
 )
-from services.contexts.start_keeper import node_device
+from services.contexts.keeper_client import node_device
 from services.contracts import load_settings
 from services.contracts.errors import UsageError
 from services.contracts.heartbeats import Ending

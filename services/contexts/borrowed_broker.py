@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import structlog
 
+from services.contexts.keeper_client import connect, open_keeper
 from services.contexts.protocol import Borrow, GiveBack, KeeperChannel, KeptBroker
-from services.contexts.start_keeper import connected, open_keeper
 from services.contracts import Settings
 from services.contracts.errors import KeeperError
 from services.node.runtime_dir import open_runtime_dir
@@ -57,7 +57,7 @@ def borrow_broker(
     """The broker of this node's keeper; None if there is no keeper, if it lends none, or if
     `stopped` becomes true while it starts one.
     """
-    channel = connected(open_runtime_dir(settings.runtime_dir))
+    channel = connect(open_runtime_dir(settings.runtime_dir))
     return None if channel is None else _borrowed(channel, stopped)
 
 

@@ -1,53 +1,39 @@
-"""A worker's lease on an engine of its node, and requests to the node's keeper."""
+"""A worker's lease on an engine of its node."""
 
 import contextlib
 import select
 import threading
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import structlog
 
 from services.contexts.engine import start_error
 from services.contexts.engine_client import CompletionClient
 from services.contexts.engine_log import OOM, Ending, explanation, oom_kills
+from services.contexts.keeper_client import check_keeper, evict, open_keeper
 from services.contexts.metrics import ATTACHES
 from services.contexts.plan import EnginePlan
 from services.contexts.protocol import (
-    OTHER_VERSION,
     Attach,
     ContextRecord,
     Demand,
-    DescribeDevice,
-    Drain,
-    Evict,
     KeeperChannel,
     KeeperReply,
     State,
-    Status,
 )
-from services.contexts.start_keeper import connected, open_keeper
 from services.contracts import Settings
 from services.contracts.clock import awake_seconds
 from services.contracts.errors import EngineStartError, KeeperError
 from services.contracts.heartbeats import RestartReason
 from services.contracts.startup import StartupPhases
-from services.node.runtime_dir import (
-    is_locked,
-    keeper_lock,
-    log_tail,
-    open_runtime_dir,
-    socket_path,
-)
+from services.node.runtime_dir import log_tail, open_runtime_dir, socket_path
 
 _POLL_SECONDS = 0.1
 _ENGINE_CHECK_SECONDS = 3.0
 _PROGRESS_LOG_SECONDS = 5.0
-_EVICT_SECONDS = 60.0
-_END_SECONDS = 10.0
 # A keeper reports once a second how a start proceeds, and nothing while the start waits its turn.
-_KEEPER_SILENCE_SECONDS, _ANSWER_SECONDS = 60.0, 10.0
+_KEEPER_SILENCE_SECONDS = 60.0
 
 log = structlog.get_logger(__name__)
 
@@ -254,7 +240,7 @@ class EngineLease:
     def _check_keeper(self) -> None:
         """After a long silence, check that the keeper still answers. Raises KeeperError."""
         try:
-            _request(self._settings, DescribeDevice(), _ANSWER_SECONDS, self._stopped)
+            check_keeper(self._settings, self._stopped)
         except KeeperError:
             self._release()
             raise
@@ -265,63 +251,3 @@ class EngineLease:
             if self._channel is not None:
                 self._channel.close()
             self._channel = self._record = None
-
-
-def engines(directory: Path, timeout_seconds: float = _ANSWER_SECONDS) -> Sequence[ContextRecord]:
-    """The engines of the keeper of this runtime directory, the oldest first; none without a keeper.
-
-    Raises KeeperError when it does not answer in time, or is of a version that cannot tell.
-    """
-    for _ in range(2):
-        channel = connected(directory)
-        if channel is None:
-            return ()
-        with contextlib.closing(channel):
-            reply = channel.ask(Status(), timeout_seconds)
-        if reply is not None:
-            return reply.engines
-        # It has ended meanwhile; or it does not know the request, and closed the connection.
-    raise KeeperError(OTHER_VERSION)
-
-
-def evict(
-    settings: Settings, wanted: tuple[str, ...], stopped: Callable[[], bool] = lambda: False
-) -> tuple[str, ...]:
-    """Stop engines, given by name or context id. Returns the names of those that ended; none if
-    there is no keeper, or if `stopped` becomes true before it has answered.
-
-    Raises KeeperError when it does not answer.
-    """
-    return _request(settings, Evict(wanted=wanted), _drain_seconds(settings), stopped).done
-
-
-def drain(settings: Settings) -> tuple[str, ...]:
-    """Stop every engine of this node, and then its keeper. Returns the names of the engines that
-    ended, when the keeper has ended.
-
-    Raises KeeperError when it does not answer.
-    """
-    ended = _request(settings, Drain(), _drain_seconds(settings)).done
-    lock = keeper_lock(open_runtime_dir(settings.runtime_dir))
-    deadline = time.monotonic() + _END_SECONDS
-    while is_locked(lock) and time.monotonic() < deadline:
-        time.sleep(_POLL_SECONDS)
-    return ended
-
-
-def _drain_seconds(settings: Settings) -> float:
-    """Workers have up to 60 % of the grace period to finish, and engines then all of it to end."""
-    return 2 * settings.grace_seconds + _EVICT_SECONDS
-
-
-def _request(
-    settings: Settings,
-    request: DescribeDevice | Evict | Drain,
-    seconds: float,
-    stopped: Callable[[], bool] = lambda: False,
-) -> KeeperReply:
-    channel = connected(open_runtime_dir(settings.runtime_dir))
-    if channel is None:
-        return KeeperReply()
-    with contextlib.closing(channel):
-        return channel.ask(request, seconds, stopped) or KeeperReply()

@@ -101,7 +101,7 @@ def engine(settings: Settings) -> Finding:
     """Raises EngineStartError when the engine's interpreter cannot import vLLM, or when the GPU's
     driver is too old for it.
     """
-    from services.contexts.start_keeper import without_secrets
+    from services.contexts.keeper_client import environment_without_passwords
     from services.node.device import find_device
 
     python = settings.engine_python
@@ -114,7 +114,7 @@ def engine(settings: Settings) -> Finding:
             check=False,
             timeout=_IMPORT_SECONDS,
             stdin=subprocess.DEVNULL,
-            env=without_secrets(),
+            env=environment_without_passwords(),
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise EngineStartError(
@@ -212,12 +212,11 @@ def caches(settings: Settings) -> Finding:
 
 
 def keeper(settings: Settings) -> Finding:
-    from services.contexts.lease import engines
-    from services.contexts.start_keeper import connected
+    from services.contexts.keeper_client import connect, engines
     from services.node.runtime_dir import open_runtime_dir
 
     directory = open_runtime_dir(settings.runtime_dir)
-    channel = connected(directory)
+    channel = connect(directory)
     if channel is None:
         return ok("not running; a worker starts it")
     channel.close()

@@ -13,7 +13,7 @@ import structlog
 
 from services.contexts.caches import EngineCaches
 from services.contexts.fork_server_client import has_fork_server
-from services.contexts.lease import engines
+from services.contexts.keeper_client import engines
 from services.contexts.plan import EnginePlan
 from services.contexts.protocol import ContextRecord
 from services.contracts import ContextDemand, ContextSpec, Settings

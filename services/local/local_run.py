@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from services.broker import BrokerAddress, Declares, PrivateNode, Publisher
 from services.collector import Collector
 from services.contexts.borrowed_broker import BorrowedBroker, borrow_broker
-from services.contexts.start_keeper import temporary_keeper
+from services.contexts.keeper_client import temporary_keeper
 from services.contracts import Settings, topology
 from services.contracts.errors import BrokerError, RunIncomplete
 from services.local.worker_processes import WorkerProcess, device_shares, worker_processes

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from services.contexts.lease import EngineLease, drain
+from services.contexts.keeper_client import drain
+from services.contexts.lease import EngineLease
 from services.contexts.plan import EnginePlan
 from services.contracts import Claim, ContextSpec, PromptSpec, load_settings
 from services.models.compiled_prompt import CompiledPrompt

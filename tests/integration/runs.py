@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 from sqlalchemy import create_engine, text
 
-from services.contexts.lease import engines
+from services.contexts.keeper_client import engines
 from services.contexts.protocol import ContextRecord
 from services.contracts import load_settings
 from services.store import RunStatus, Store, run_status

@@ -14,13 +14,13 @@ from typing import Any
 import psutil
 import pytest
 
-from services.contexts import start_keeper
+from services.contexts import keeper_client
 from services.contexts.caches import EngineCaches
 from services.contexts.engine import Engine
 from services.contexts.fork_server_client import has_fork_server
 from services.contexts.keeper import Keeper
+from services.contexts.keeper_client import engines
 from services.contexts.keeper_server import KeeperServer
-from services.contexts.lease import engines
 from services.contexts.managed_engine import ManagedEngine
 from services.contexts.metrics import WRONG_ENGINES
 from services.contexts.plan import EnginePlan
@@ -1138,7 +1138,7 @@ def test_a_keeper_that_a_worker_starts_leaves_the_workers_port_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("KEEPWARM_METRICS_ADDRESS", "127.0.0.1:9464")
-    assert start_keeper._environment(load_settings())["KEEPWARM_METRICS_ADDRESS"] == "off"
+    assert keeper_client._environment(load_settings())["KEEPWARM_METRICS_ADDRESS"] == "off"
 
 
 # A keeper that is a service of its own, perhaps in another container.
@@ -1162,7 +1162,7 @@ def test_a_keeper_that_drains_ends_though_nobody_waits_for_its_answer(
 ) -> None:
     left = threading.Event()
     monkeypatch.setattr(service._keeper, "drain", lambda: left.wait(GENEROUS_SECONDS) and ())
-    channel = start_keeper.open_keeper(load_settings())
+    channel = keeper_client.open_keeper(load_settings())
     assert channel is not None
     channel.send(Drain())
     channel.close()
@@ -1227,7 +1227,7 @@ def test_when_its_directory_is_removed_no_engine_stays_that_cannot_be_reached(
     remove_at_once(directory)
     assert listening.goes(engine) == "its socket was removed"
     wait_until(lambda: not process.is_running(), "the end of the engine's process")
-    wait_until(lambda: start_keeper.connected(directory), "an answer").close()
+    wait_until(lambda: keeper_client.connect(directory), "an answer").close()
     with pytest.raises(KeeperError, match="has a keeper already"):
         Keeper(load_settings())
     assert listening.warm("a").record.pid != process.pid
@@ -1244,7 +1244,7 @@ def test_a_socket_that_is_removed_is_made_again(listening: Node, pattern: str) -
     if pattern == "fork-server-*.sock":
         engine.stop("the test wants another")
         listening.goes(engine)
-    wait_until(lambda: start_keeper.connected(directory), "an answer").close()
+    wait_until(lambda: keeper_client.connect(directory), "an answer").close()
     assert listening.warm("a").record.pid is not None
     assert len(list(directory.glob(pattern))) == 1
 
@@ -1274,8 +1274,8 @@ def test_a_worker_has_the_device_that_its_keeper_sees(
     gpu: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert start_keeper.node_device(load_settings()) == gpu
-    assert start_keeper.node_device(load_settings(start_keeper=True)).kind == "cpu"
+    assert keeper_client.node_device(load_settings()) == gpu
+    assert keeper_client.node_device(load_settings(start_keeper=True)).kind == "cpu"
 
 
 @pytest.mark.usefixtures("service")
@@ -1285,7 +1285,7 @@ def test_a_keeper_reports_why_it_has_no_device(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr("services.contexts.keeper_server.find_device", missing)
     with pytest.raises(EngineStartError, match="there is no GPU '7' here"):
-        start_keeper.node_device(load_settings())
+        keeper_client.node_device(load_settings())
 
 
 @pytest.fixture
@@ -1293,16 +1293,16 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No keeper, and none to be started."""
     monkeypatch.setenv("KEEPWARM_RUNTIME_DIR", str(tmp_path / "run"))
     monkeypatch.setenv("KEEPWARM_START_KEEPER", "false")
-    monkeypatch.setattr(start_keeper, "_ANSWER_SECONDS", 0.1)
-    monkeypatch.setattr(start_keeper, "_start", lambda *_: pytest.fail("it was started"))
+    monkeypatch.setattr(keeper_client, "_ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(keeper_client, "_start", lambda *_: pytest.fail("it was started"))
 
 
 @pytest.mark.usefixtures("alone")
 def test_a_worker_that_may_start_no_keeper_reports_what_is_missing() -> None:
     with pytest.raises(KeeperError, match="KEEPWARM_START_KEEPER=false"):
-        start_keeper.open_keeper(load_settings())
+        keeper_client.open_keeper(load_settings())
 
 
 @pytest.mark.usefixtures("alone")
 def test_a_worker_that_is_stopped_waits_for_no_keeper() -> None:
-    assert start_keeper.open_keeper(load_settings(), lambda: True) is None
+    assert keeper_client.open_keeper(load_settings(), lambda: True) is None

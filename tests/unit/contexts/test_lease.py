@@ -4,11 +4,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from services.contexts import keeper_client
 from services.contexts import lease as module
 from services.contexts.lease import EngineLease
 from services.contexts.plan import EnginePlan
@@ -22,7 +23,6 @@ from services.contexts.protocol import (
 from services.contracts import ContextSpec, load_settings
 from services.contracts.errors import EngineStartError, KeeperError
 from services.node.device import Device
-from services.node.runtime_dir import keeper_socket, open_runtime_dir
 
 GENEROUS_SECONDS = 60.0
 
@@ -42,19 +42,19 @@ def lease(context: ContextSpec) -> EngineLease:
 def _died(monkeypatch: pytest.MonkeyPatch) -> None:
     """A keeper that took our connection, and died."""
 
-    def connected(*_: object) -> KeeperChannel:
+    def connect(*_: object) -> KeeperChannel:
         ours, its = socket.socketpair(socket.AF_UNIX)
         its.close()
         return KeeperChannel(ours)
 
-    monkeypatch.setattr(module, "connected", connected)
-    monkeypatch.setattr(module, "open_keeper", connected)
+    monkeypatch.setattr(keeper_client, "connect", connect)
+    monkeypatch.setattr(module, "open_keeper", connect)
 
 
 @pytest.mark.usefixtures("_died")
 def test_a_keeper_that_has_just_died_is_reported_in_words(lease: EngineLease) -> None:
-    assert module.evict(load_settings(), ("ctx-1",)) == ()
-    assert module.drain(load_settings()) == ()
+    assert keeper_client.evict(load_settings(), ("ctx-1",)) == ()
+    assert keeper_client.drain(load_settings()) == ()
     with pytest.raises(KeeperError, match="keeper's socket is gone"):
         lease.start(threading.Event())
     assert not lease.alive
@@ -77,9 +77,9 @@ def test_who_evicts_waits_for_as_long_as_a_drain_may_take(monkeypatch: pytest.Mo
         return KeeperReply()
 
     one, other = socket.socketpair(socket.AF_UNIX)
-    monkeypatch.setattr(module, "connected", lambda _: KeeperChannel(one))
+    monkeypatch.setattr(keeper_client, "connect", lambda _: KeeperChannel(one))
     monkeypatch.setattr(KeeperChannel, "ask", ask)
-    module.drain(load_settings(grace_seconds=600))
+    keeper_client.drain(load_settings(grace_seconds=600))
     # Workers have 60 % of it to finish, and the engines then all of it to end.
     assert waits[0] > 1.6 * 600
     other.close()
@@ -90,7 +90,7 @@ class Mute:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ends: list[KeeperChannel] = []
-        monkeypatch.setattr(module, "connected", lambda _: self.connect())
+        monkeypatch.setattr(keeper_client, "connect", lambda _: self.connect())
         monkeypatch.setattr(module, "open_keeper", lambda *_: self.connect())
 
     def connect(self) -> KeeperChannel:
@@ -198,7 +198,7 @@ def test_a_keeper_that_hangs_is_not_waited_for(
     lease: EngineLease, mute: Mute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_KEEPER_SILENCE_SECONDS", 0.2)
-    monkeypatch.setattr(module, "_ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(keeper_client, "_REQUEST_SECONDS", 0.2)
     with pytest.raises(KeeperError, match="did not answer within 0.2 s"):
         lease.start(threading.Event())
     assert isinstance(mute.ends[1].request(0), DescribeDevice)
@@ -231,70 +231,3 @@ def test_the_end_of_a_keeper_names_the_kernels_kill_for_memory(
         monkeypatch.setattr(KeeperChannel, "send", lambda *_: mute.ends[0].close())
         lease.start(threading.Event())
     assert lease.ran_out_of_memory
-
-
-# What a node's engines are.
-
-
-@pytest.fixture
-def directory() -> Path:
-    return open_runtime_dir(load_settings().runtime_dir)
-
-
-@contextmanager
-def listening(directory: Path, answers: Callable[[socket.socket], None]) -> Iterator[None]:
-    """A process at the keeper's socket that does `answers` with each connection."""
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(keeper_socket(directory)))
-        listener.listen()
-
-        def serve() -> None:
-            with suppress(OSError):
-                while True:
-                    connection, _ = listener.accept()
-                    with connection:
-                        answers(connection)
-
-        serving = threading.Thread(target=serve)
-        serving.start()
-        yield
-        listener.shutdown(socket.SHUT_RDWR)
-        serving.join(GENEROUS_SECONDS)
-
-
-def test_without_a_keeper_there_are_no_engines_and_none_is_started(directory: Path) -> None:
-    assert module.engines(directory) == ()
-    assert not list(directory.iterdir())
-
-
-def test_the_socket_of_a_killed_keeper_has_no_engines(directory: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as killed:
-        killed.bind(str(keeper_socket(directory)))
-    assert module.engines(directory) == ()
-
-
-def test_a_keeper_that_ends_while_it_is_asked_has_no_engines(directory: Path) -> None:
-    def end(connection: socket.socket) -> None:
-        keeper_socket(directory).unlink(missing_ok=True)
-
-    with listening(directory, end):
-        assert module.engines(directory) == ()
-
-
-def test_a_keeper_that_does_not_know_the_request_is_told_as_of_another_version(
-    directory: Path,
-) -> None:
-    # What keepers of the version before do: they close the connection.
-    with (
-        listening(directory, lambda connection: connection.recv(65_536) and None),
-        pytest.raises(KeeperError, match="another version of Keepwarm; .*evict --all"),
-    ):
-        module.engines(directory)
-
-
-def test_a_keeper_that_does_not_answer_is_an_error_with_the_next_step(directory: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as hung:
-        hung.bind(str(keeper_socket(directory)))
-        hung.listen()
-        with pytest.raises(KeeperError, match="did not answer within 0.1 s; see keeper.log"):
-            module.engines(directory, 0.1)

@@ -1,4 +1,6 @@
-"""Connects to this node's keeper, and starts one if there is none."""
+"""A client of this node's keeper: connects to it, starts it if there is none, and asks it for its
+engines, to stop some, or to end.
+"""
 
 import contextlib
 import os
@@ -6,12 +8,21 @@ import select
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 from keepwarm_start import python_command
-from services.contexts.protocol import DescribeDevice, KeeperChannel
+from services.contexts.protocol import (
+    OTHER_VERSION,
+    ContextRecord,
+    DescribeDevice,
+    Drain,
+    Evict,
+    KeeperChannel,
+    KeeperReply,
+    Status,
+)
 from services.contracts import Settings
 from services.contracts.errors import EngineStartError, KeeperError
 from services.contracts.settings import METRICS_OFF
@@ -28,9 +39,11 @@ from services.node.supervision import SupervisedProcess
 
 _POLL_SECONDS = 0.02
 _CONNECT_SECONDS = 2.0
-_ANSWER_SECONDS = 20.0
-# For a keeper that is starting: on a slow machine the imports alone may take long.
-_SLOW_START_SECONDS = 60.0
+# For a keeper that runs or starts; on a slow machine the imports alone may take long.
+_ANSWER_SECONDS, _SLOW_START_SECONDS = 20.0, 60.0
+_REQUEST_SECONDS = 10.0
+_EVICT_SECONDS = 60.0
+_END_SECONDS, _END_POLL_SECONDS = 10.0, 0.1
 _RETRY_SECONDS = 2.0
 # The settings that a keeper reads. They are passed on, because flags may have set them.
 _KEEPER_SETTINGS = {
@@ -41,7 +54,7 @@ _KEEPER_SETTINGS = {
 _COMMAND = python_command("services.cli.main", "keeper")
 
 
-def connected(directory: Path) -> KeeperChannel | None:
+def connect(directory: Path) -> KeeperChannel | None:
     """A connection to the keeper of this runtime directory; None if there is no keeper, or if it
     does not accept connections within two seconds.
     """
@@ -74,7 +87,9 @@ def open_keeper(
             # The keeper never writes to the pipe: readable means that it has ended.
             return lambda: not select.select([keeper_pipe], [], [], 0)[0]
 
-        return _wait(directory, log_file, start if settings.start_keeper else None, stopped)
+        return _wait_for_keeper(
+            directory, log_file, start if settings.start_keeper else None, stopped
+        )
 
 
 @contextlib.contextmanager
@@ -107,7 +122,7 @@ def temporary_keeper(
             started.callback(keeper.stop)
             return is_running
 
-        channel = _wait(directory, log_file, start, stopped)
+        channel = _wait_for_keeper(directory, log_file, start, stopped)
         if channel is not None:
             channel.close()
         yield is_running()
@@ -132,7 +147,72 @@ def node_device(settings: Settings) -> Device:
     return reply.device
 
 
-def _wait(
+def engines(directory: Path, timeout_seconds: float = _REQUEST_SECONDS) -> Sequence[ContextRecord]:
+    """The engines of the keeper of this runtime directory, the oldest first; none without a keeper.
+
+    Raises KeeperError when it does not answer in time, or is of a version that cannot tell.
+    """
+    for _ in range(2):
+        channel = connect(directory)
+        if channel is None:
+            return ()
+        with contextlib.closing(channel):
+            reply = channel.ask(Status(), timeout_seconds)
+        if reply is not None:
+            return reply.engines
+        # It has ended meanwhile; or it does not know the request, and closed the connection.
+    raise KeeperError(OTHER_VERSION)
+
+
+def evict(
+    settings: Settings, wanted: tuple[str, ...], stopped: Callable[[], bool] = lambda: False
+) -> tuple[str, ...]:
+    """Stop engines, given by name or context id. Returns the names of those that ended; none if
+    there is no keeper, or if `stopped` becomes true before it has answered.
+
+    Raises KeeperError when it does not answer.
+    """
+    return _request(settings, Evict(wanted=wanted), _drain_seconds(settings), stopped).done
+
+
+def drain(settings: Settings) -> tuple[str, ...]:
+    """Stop every engine of this node, and then its keeper. Returns the names of the engines that
+    ended, when the keeper has ended.
+
+    Raises KeeperError when it does not answer.
+    """
+    ended = _request(settings, Drain(), _drain_seconds(settings)).done
+    lock = keeper_lock(open_runtime_dir(settings.runtime_dir))
+    deadline = time.monotonic() + _END_SECONDS
+    while is_locked(lock) and time.monotonic() < deadline:
+        time.sleep(_END_POLL_SECONDS)
+    return ended
+
+
+def check_keeper(settings: Settings, stopped: Callable[[], bool]) -> None:
+    """Raises KeeperError when this node's keeper does not answer."""
+    _request(settings, DescribeDevice(), _REQUEST_SECONDS, stopped)
+
+
+def _drain_seconds(settings: Settings) -> float:
+    """Workers have up to 60 % of the grace period to finish, and engines then all of it to end."""
+    return 2 * settings.grace_seconds + _EVICT_SECONDS
+
+
+def _request(
+    settings: Settings,
+    request: DescribeDevice | Evict | Drain,
+    seconds: float,
+    stopped: Callable[[], bool] = lambda: False,
+) -> KeeperReply:
+    channel = connect(open_runtime_dir(settings.runtime_dir))
+    if channel is None:
+        return KeeperReply()
+    with contextlib.closing(channel):
+        return channel.ask(request, seconds, stopped) or KeeperReply()
+
+
+def _wait_for_keeper(
     directory: Path,
     log_file: Path,
     start: Callable[[], Callable[[], bool]] | None,
@@ -147,7 +227,7 @@ def _wait(
     def is_running() -> bool:
         return False
 
-    while (channel := connected(directory)) is None:
+    while (channel := connect(directory)) is None:
         if stopped():
             return None
         now = time.monotonic()
@@ -203,8 +283,8 @@ def _start(settings: Settings, log_file: Path) -> IO[bytes]:
     return os.fdopen(keeper_pipe, "rb")
 
 
-def without_secrets() -> dict[str, str]:
-    """Return the environment of this process without passwords, for processes that need none."""
+def environment_without_passwords() -> dict[str, str]:
+    """The environment of this process without passwords, for processes that need none."""
     return {name: value for name, value in os.environ.items() if "PASSWORD" not in name.upper()}
 
 
@@ -215,6 +295,6 @@ def _environment(settings: Settings) -> dict[str, str]:
     chosen = settings.model_dump(mode="json", include=_KEEPER_SETTINGS, exclude_none=True)
     chosen["metrics_address"] = METRICS_OFF
     return {
-        **without_secrets(),
+        **environment_without_passwords(),
         **{f"KEEPWARM_{name.upper()}": str(value) for name, value in chosen.items()},
     }

@@ -1,9 +1,11 @@
-"""How a keeper is started and waited for; what it then does is in test_keeper.py."""
+"""How a keeper is started, waited for and asked; what it then does is in test_keeper.py."""
 
 import os
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,10 @@ from typing import Any
 import psutil
 import pytest
 
-from services.contexts import start_keeper
+from services.contexts import keeper_client
 from services.contracts import load_settings
 from services.contracts.errors import KeeperError
-from services.node.runtime_dir import keeper_lock, take_lock
+from services.node.runtime_dir import keeper_lock, keeper_socket, take_lock
 
 GENEROUS_SECONDS = 60.0
 
@@ -26,8 +28,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     place = tmp_path / "run"
     place.mkdir()
     monkeypatch.setenv("KEEPWARM_RUNTIME_DIR", str(place))
-    monkeypatch.setattr(start_keeper, "_ANSWER_SECONDS", 0.0)
-    monkeypatch.setattr(start_keeper, "_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(keeper_client, "_ANSWER_SECONDS", 0.0)
+    monkeypatch.setattr(keeper_client, "_RETRY_SECONDS", 0.0)
     return place
 
 
@@ -37,16 +39,16 @@ def keepers(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Keepers]:
 
     def do(script: str) -> None:
         script = f"echo $$ >>{place / 'started'}; {script}"
-        monkeypatch.setattr(start_keeper, "_COMMAND", ("sh", "-c", script))
+        monkeypatch.setattr(keeper_client, "_COMMAND", ("sh", "-c", script))
 
     starts = count()
-    start = start_keeper._start
+    start = keeper_client._start
 
     def counted(*arguments: Any) -> Any:
         next(starts)
         return start(*arguments)
 
-    monkeypatch.setattr(start_keeper, "_start", counted)
+    monkeypatch.setattr(keeper_client, "_start", counted)
     yield do
     expected = next(starts)
     deadline = time.monotonic() + GENEROUS_SECONDS
@@ -68,34 +70,34 @@ def test_a_keeper_that_is_slow_to_come_is_waited_for_and_no_other_is_started(
 ) -> None:
     keepers("exec sleep 600")
     looks = count()
-    assert start_keeper.open_keeper(load_settings(), lambda: next(looks) > 50) is None
+    assert keeper_client.open_keeper(load_settings(), lambda: next(looks) > 50) is None
     assert len(started(place)) <= 1
 
 
 def test_one_that_never_answers_is_not_waited_for_without_end(
     keepers: Keepers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start_keeper, "_SLOW_START_SECONDS", 0.0)
+    monkeypatch.setattr(keeper_client, "_SLOW_START_SECONDS", 0.0)
     keepers("exec sleep 600")
     with pytest.raises(KeeperError, match="no keeper answers"):
-        start_keeper.open_keeper(load_settings())
+        keeper_client.open_keeper(load_settings())
 
 
 def test_one_that_ended_is_started_again(
     keepers: Keepers, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start_keeper, "_ANSWER_SECONDS", 60.0)
+    monkeypatch.setattr(keeper_client, "_ANSWER_SECONDS", 60.0)
     keepers("exit 1")
-    assert start_keeper.open_keeper(load_settings(), lambda: len(started(place)) > 2) is None
+    assert keeper_client.open_keeper(load_settings(), lambda: len(started(place)) > 2) is None
 
 
 def test_a_keeper_that_cannot_start_is_reported_with_its_last_output(
     keepers: Keepers, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start_keeper, "_RETRY_SECONDS", 60.0)
+    monkeypatch.setattr(keeper_client, "_RETRY_SECONDS", 60.0)
     keepers("echo no room >&2; exit 1")
     with pytest.raises(KeeperError, match="no room"):
-        start_keeper.open_keeper(load_settings())
+        keeper_client.open_keeper(load_settings())
     assert len(started(place)) == 1
 
 
@@ -110,11 +112,11 @@ def test_while_another_has_the_lock_none_is_started(
     def there() -> bool:
         if next(looks) == 20:
             assert not started(place)
-            monkeypatch.setattr(start_keeper, "_ANSWER_SECONDS", 60.0)
+            monkeypatch.setattr(keeper_client, "_ANSWER_SECONDS", 60.0)
             os.close(lock)
         return bool(started(place))
 
-    assert start_keeper.open_keeper(load_settings(), there) is None
+    assert keeper_client.open_keeper(load_settings(), there) is None
     assert next(looks) > 20
 
 
@@ -132,21 +134,21 @@ def test_a_run_waits_for_the_end_of_another_keeper_and_then_starts_its_own(
         return False
 
     log_file = tmp_path / "keeper.log"
-    with start_keeper.temporary_keeper(load_settings(), log_file, look):
+    with keeper_client.temporary_keeper(load_settings(), log_file, look):
         assert next(looks) > 200
-        channel = start_keeper.connected(place)
+        channel = keeper_client.connect(place)
         assert channel is not None
         channel.close()
-    assert start_keeper.connected(place) is None
+    assert keeper_client.connect(place) is None
     assert "has a keeper already" not in log_file.read_text()
 
 
 def test_a_run_starts_its_keeper_again_when_it_ended(
     keepers: Keepers, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start_keeper, "_ANSWER_SECONDS", 60.0)
+    monkeypatch.setattr(keeper_client, "_ANSWER_SECONDS", 60.0)
     keepers("exit 1")
-    with start_keeper.temporary_keeper(
+    with keeper_client.temporary_keeper(
         load_settings(), tmp_path / "keeper.log", lambda: len(started(place)) > 2
     ):
         assert len(started(place)) > 2
@@ -155,11 +157,11 @@ def test_a_run_starts_its_keeper_again_when_it_ended(
 def test_a_keeper_that_ends_without_an_answer_is_reported_with_its_last_line_alone(
     keepers: Keepers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start_keeper, "_RETRY_SECONDS", 60.0)
+    monkeypatch.setattr(keeper_client, "_RETRY_SECONDS", 60.0)
     keepers("echo first; echo no room >&2; exit 1")
     with (
         pytest.raises(KeeperError, match="no room") as raised,
-        start_keeper.temporary_keeper(load_settings(), tmp_path / "keeper.log"),
+        keeper_client.temporary_keeper(load_settings(), tmp_path / "keeper.log"),
     ):
         pass
     assert "first" not in str(raised.value)
@@ -168,14 +170,76 @@ def test_a_keeper_that_ends_without_an_answer_is_reported_with_its_last_line_alo
 def test_another_keeper_that_does_not_end_is_reported_as_such(
     keepers: Keepers, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start_keeper, "_SLOW_START_SECONDS", 0.2)
+    monkeypatch.setattr(keeper_client, "_SLOW_START_SECONDS", 0.2)
     keepers("exec sleep 600")
     lock = take_lock(keeper_lock(place))
     assert lock is not None
     with (
         pytest.raises(KeeperError, match="may still be stopping its engines"),
-        start_keeper.temporary_keeper(load_settings(), tmp_path / "keeper.log"),
+        keeper_client.temporary_keeper(load_settings(), tmp_path / "keeper.log"),
     ):
         pass
     os.close(lock)
     assert not started(place)
+
+
+# What a node's engines are.
+
+
+@contextmanager
+def listening(directory: Path, answers: Callable[[socket.socket], None]) -> Iterator[None]:
+    """A process at the keeper's socket that does `answers` with each connection."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(keeper_socket(directory)))
+        listener.listen()
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with connection:
+                        answers(connection)
+
+        serving = threading.Thread(target=serve)
+        serving.start()
+        yield
+        listener.shutdown(socket.SHUT_RDWR)
+        serving.join(GENEROUS_SECONDS)
+
+
+def test_without_a_keeper_there_are_no_engines_and_none_is_started(place: Path) -> None:
+    assert keeper_client.engines(place) == ()
+    assert not list(place.iterdir())
+
+
+def test_the_socket_of_a_killed_keeper_has_no_engines(place: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as killed:
+        killed.bind(str(keeper_socket(place)))
+    assert keeper_client.engines(place) == ()
+
+
+def test_a_keeper_that_ends_while_it_is_asked_has_no_engines(place: Path) -> None:
+    def end(connection: socket.socket) -> None:
+        keeper_socket(place).unlink(missing_ok=True)
+
+    with listening(place, end):
+        assert keeper_client.engines(place) == ()
+
+
+def test_a_keeper_that_does_not_know_the_request_is_reported_as_of_another_version(
+    place: Path,
+) -> None:
+    # What keepers of the version before do: they close the connection.
+    with (
+        listening(place, lambda connection: connection.recv(65_536) and None),
+        pytest.raises(KeeperError, match="another version of Keepwarm; .*evict --all"),
+    ):
+        keeper_client.engines(place)
+
+
+def test_a_keeper_that_does_not_answer_is_an_error_with_the_next_step(place: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as hung:
+        hung.bind(str(keeper_socket(place)))
+        hung.listen()
+        with pytest.raises(KeeperError, match="did not answer within 0.1 s; see keeper.log"):
+            keeper_client.engines(place, 0.1)
