@@ -48,7 +48,7 @@ from services.cli.options import (
 from services.cli.prepare import inspect_claims, prepared_submission
 from services.cli.printable import printable
 from services.cli.screen import Screen, line_progress, say
-from services.contexts.accepted import refusal
+from services.contexts.accepted_contexts import refusal
 from services.contracts import load_settings, topology
 from services.producer import Progress
 from services.producer.submission import Finished

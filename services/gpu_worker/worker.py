@@ -10,7 +10,7 @@ import structlog
 from prometheus_client import REGISTRY
 
 from services.broker import BrokerAddress, Consumer, Publisher
-from services.contexts.accepted import refusal
+from services.contexts.accepted_contexts import refusal
 from services.contexts.engine_client import CompletionClient
 from services.contexts.metrics import ContextStates, EngineMetrics
 from services.contexts.protocol import State

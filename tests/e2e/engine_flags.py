@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from services.contexts.accepted import ENGINE_ARGUMENTS, refusal
+from services.contexts.accepted_contexts import ACCEPTED_ARGUMENTS, refusal
 from services.contracts import ContextSpec, load_settings
 
 SETTINGS = load_settings()
 PARSER = make_arg_parser(FlexibleArgumentParser())
 FLAGS = {flag: action for action in PARSER._actions for flag in action.option_strings}
-ACCEPTED = {FLAGS[flag].dest for flag in ENGINE_ARGUMENTS}
+ACCEPTED = {FLAGS[flag].dest for flag in ACCEPTED_ARGUMENTS}
 
 
 def is_accepted(arguments: list[str]) -> bool:
@@ -67,8 +67,8 @@ TEXTS = st.sampled_from(
 @given(
     st.lists(
         st.one_of(
-            st.sampled_from(sorted(ENGINE_ARGUMENTS)),
-            st.sampled_from([f"{flag}=2" for flag in sorted(ENGINE_ARGUMENTS)]),
+            st.sampled_from(sorted(ACCEPTED_ARGUMENTS)),
+            st.sampled_from([f"{flag}=2" for flag in sorted(ACCEPTED_ARGUMENTS)]),
             TEXTS,
         ),
         max_size=4,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.contexts.accepted import ENGINE_ARGUMENTS, refusal
+from services.contexts.accepted_contexts import ACCEPTED_ARGUMENTS, refusal
 from services.contracts import ContextSpec, load_settings
 
 
@@ -84,7 +84,7 @@ _TEXTS = st.one_of(
         [
             *("--trust-remote-code", "--trust", "-tp", "-O", "--", "-", "--=", "--.", "8", "model"),
             *("--hf-overrides", "--hf_overrides.a.b", "{}", '{"a": 1}', "--config", "--config=x"),
-            *sorted(ENGINE_ARGUMENTS),
+            *sorted(ACCEPTED_ARGUMENTS),
         ]
     ),
     st.text(st.characters(categories=("L", "N", "P", "S", "Z")), min_size=1, max_size=20),
@@ -95,7 +95,7 @@ _TEXTS = st.one_of(
 def test_whatever_is_accepted_names_accepted_arguments_alone(arguments: list[str]) -> None:
     if refused(*arguments) is None:
         named = {each.partition("=")[0].partition(".")[0] for each in arguments if each[:1] == "-"}
-        assert {name.replace("_", "-") for name in named} <= ENGINE_ARGUMENTS
+        assert {name.replace("_", "-") for name in named} <= ACCEPTED_ARGUMENTS
         values = [each for each in arguments if each[:1] != "-"]
         assert len(values) <= len(arguments) - len(values)
 

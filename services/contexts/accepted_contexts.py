@@ -15,7 +15,7 @@ from pathlib import Path
 from services.contracts import ContextSpec, Settings
 from services.models.files import is_local
 
-ENGINE_ARGUMENTS = frozenset(
+ACCEPTED_ARGUMENTS = frozenset(
     {
         "--quantization",
         "--kv-cache-dtype",
@@ -63,7 +63,7 @@ def _refusals(spec: ContextSpec, settings: Settings) -> Iterator[str]:
         else:
             yield f"{argument!r} is not an engine argument written in full, like --name=value"
             return
-        if flag not in ENGINE_ARGUMENTS | widened:
+        if flag not in ACCEPTED_ARGUMENTS | widened:
             yield (
                 f"the engine argument {flag} is not accepted from runs; name it in "
                 "KEEPWARM_ACCEPTED_ENGINE_ARGUMENTS to accept it"
