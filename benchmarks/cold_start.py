@@ -28,7 +28,7 @@ from rich.table import Table
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from services.contexts.engine_client import CompletionClient  # noqa: E402
+from services.contexts.engine_client import EngineClient  # noqa: E402
 from services.contexts.engine_command import (  # noqa: E402
     ENGINE_MODULE,
     engine_arguments,
@@ -84,7 +84,7 @@ def server(plan: EnginePlan, directory: Path) -> float:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    client = CompletionClient(path, plan.spec.context_id, 60)
+    client = EngineClient(path, plan.spec.context_id, 60)
     try:
         while not client.healthy():
             assert process.poll() is None, "the server ended"

@@ -10,7 +10,7 @@ import psutil
 import pynvml
 import structlog
 
-from services.contexts.engine_client import Answer, CompletionClient
+from services.contexts.engine_client import Answer, EngineClient
 from services.contexts.engine_command import cores_of, engine_arguments, engine_environment
 from services.contexts.engine_log import Ending, Explanation, oom_kills
 from services.contexts.fork_server_client import EngineProcess, ForkServer
@@ -152,8 +152,8 @@ class Engine:
         """Load an adapter for requests with this model name. Raises EngineRequestError."""
         self._client().load_adapter(name, directory)
 
-    def _client(self) -> CompletionClient:
-        return CompletionClient(self.socket, self.plan.spec.base.context_id, _PROBE_SECONDS)
+    def _client(self) -> EngineClient:
+        return EngineClient(self.socket, self.plan.spec.base.context_id, _PROBE_SECONDS)
 
     def memory_bytes(self) -> int | None:
         """How much it holds now of its GPU or of the node; None when that cannot be measured."""
@@ -174,7 +174,7 @@ class Engine:
         """How it ended; the exit code is None while it runs."""
         return Ending(self.exit_code(), oom_kills() > self._oom_kills)
 
-    def _probe(self, client: CompletionClient) -> None:
+    def _probe(self, client: EngineClient) -> None:
         """Send the canary prompt: the engine must score exactly the tokens that it is asked for."""
         try:
             self._canary = self._answer_to_canary(client)
@@ -185,7 +185,7 @@ class Engine:
                 "it does not score given tokens; install a vLLM with `logprob_token_ids` (0.32)"
             )
 
-    def _answer_to_canary(self, client: CompletionClient) -> Answer | None:
+    def _answer_to_canary(self, client: EngineClient) -> Answer | None:
         """None when the engine returned no usable answer. Raises EngineRequestError."""
         answers = [answer for _, answer in client.score([_CANARY_PROMPT], _CANARY_TOKENS)]
         return answers[0] if answers else None

@@ -133,7 +133,7 @@ class _Connection(http.client.HTTPConnection):
         self.sock.settimeout(None)
 
 
-class CompletionClient:
+class EngineClient:
     """A client of one engine. Safe to use from several threads at once."""
 
     def __init__(self, socket_path: Path, model_name: str, timeout_seconds: float) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import structlog
 
 from services.contexts.engine import start_error
-from services.contexts.engine_client import CompletionClient
+from services.contexts.engine_client import EngineClient
 from services.contexts.engine_log import OOM, Ending, explanation, oom_kills
 from services.contexts.keeper_client import check_keeper, evict, open_keeper
 from services.contexts.metrics import ATTACHES
@@ -80,7 +80,7 @@ class EngineLease:
         operator's arguments set a smaller limit.
         """
         self.log_file = self._directory / f"{plan.name}.log"
-        self.client = CompletionClient(
+        self.client = EngineClient(
             socket_path(self._directory, plan.name),
             plan.spec.context_id,
             settings.engine_request_timeout_seconds,

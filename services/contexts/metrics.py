@@ -10,7 +10,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from services.contexts.engine_client import CompletionClient
+from services.contexts.engine_client import EngineClient
 from services.contexts.protocol import State
 from services.contracts.errors import EngineRequestError
 
@@ -61,7 +61,7 @@ class EngineMetrics(Collector):
     does not make ours unreadable.
     """
 
-    def __init__(self, client: Callable[[], CompletionClient | None]) -> None:
+    def __init__(self, client: Callable[[], EngineClient | None]) -> None:
         """`client` returns the current engine's client, or None without an engine."""
         self._client = client
 

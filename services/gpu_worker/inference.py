@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from services.contexts.engine_client import Answer, CompletionClient, EngineRefused
+from services.contexts.engine_client import Answer, EngineClient, EngineRefused
 from services.contracts import INVALID, Claim, DeadReason, PromptSpec, Verdict
 from services.contracts.bounds import MAX_RAW_TEXT_CHARS
 from services.contracts.errors import EngineRequestError, KeepwarmError, ModelError
@@ -97,7 +97,7 @@ class Inference:
     def __init__(
         self,
         tokenizer: ModelTokenizer,
-        client: CompletionClient,
+        client: EngineClient,
         *,
         max_model_tokens: int,
         engine_max_tokens: Callable[[], int | None] = lambda: None,

@@ -18,7 +18,7 @@ from itertools import groupby
 import structlog
 
 from services.broker import BrokerAddress, Consumer, Delivery, Outgoing, Publisher
-from services.contexts.engine_client import CompletionClient, Interrupted
+from services.contexts.engine_client import EngineClient, Interrupted
 from services.contexts.lease import EngineLease
 from services.contexts.plan import EnginePlan
 from services.contexts.protocol import State
@@ -422,7 +422,7 @@ class ContextSession:
         return self._engine.state
 
     @property
-    def client(self) -> CompletionClient:
+    def client(self) -> EngineClient:
         """The client of its engine."""
         return self._engine.client
 

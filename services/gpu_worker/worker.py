@@ -11,7 +11,7 @@ from prometheus_client import REGISTRY
 
 from services.broker import BrokerAddress, Consumer, Publisher
 from services.contexts.accepted_contexts import refusal
-from services.contexts.engine_client import CompletionClient
+from services.contexts.engine_client import EngineClient
 from services.contexts.metrics import ContextStates, EngineMetrics
 from services.contexts.protocol import State
 from services.contracts import ContextDemand, ContextSpec, Settings
@@ -168,7 +168,7 @@ class Worker:
         state = None if session is None else session.engine_state
         return () if state is None else (state,)
 
-    def _client(self) -> CompletionClient | None:
+    def _client(self) -> EngineClient | None:
         session = self._session
         return None if session is None or session.engine_state != "warm" else session.client
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from services.contexts.engine import Engine, start_error
-from services.contexts.engine_client import CompletionClient
+from services.contexts.engine_client import EngineClient
 from services.contexts.engine_command import ENGINE_MODULE, fork_server_environment
 from services.contexts.engine_log import Ending, explanation
 from services.contexts.fork_server_client import ForkServer
@@ -116,7 +116,7 @@ def test_an_engine_that_started_answers_behind_a_socket_of_its_owners(
     assert phases is not None and phases.total > 0 and phases.first_token is not None
     assert stat.S_IMODE(running.socket.stat().st_mode) == 0o600
     assert stat.S_IMODE(running.log_file.stat().st_mode) == 0o600
-    client = CompletionClient(running.socket, context.context_id, GENEROUS_SECONDS)
+    client = EngineClient(running.socket, context.context_id, GENEROUS_SECONDS)
     answers = client.score([[1, 2], [3]], [7, 8])
     assert sorted(index for index, _ in answers) == [0, 1]
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from services.contexts.engine_client import (
     Answer,
-    CompletionClient,
+    EngineClient,
     EngineRefused,
     EngineSilent,
     Interrupted,
@@ -141,7 +141,7 @@ class BreakOff(Exception):
 
 
 Reply = Callable[[str, dict[str, Any]], tuple[int, Iterable[bytes]]]
-Serve = Callable[..., CompletionClient]
+Serve = Callable[..., EngineClient]
 
 
 def streamed(*pieces: bytes) -> Reply:
@@ -162,7 +162,7 @@ def served(tmp_path: Path) -> Iterator[Serve]:
     """A client of a server on a unix socket that replies as it is told: 200 as a stream."""
     servers: list[SocketServer] = []
 
-    def serve(reply: Reply, timeout_seconds: float = GENEROUS_SECONDS) -> CompletionClient:
+    def serve(reply: Reply, timeout_seconds: float = GENEROUS_SECONDS) -> EngineClient:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
@@ -203,7 +203,7 @@ def served(tmp_path: Path) -> Iterator[Serve]:
         server = SocketServer(str(path), Handler)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
-        return CompletionClient(path, "ctx-1", timeout_seconds)
+        return EngineClient(path, "ctx-1", timeout_seconds)
 
     yield serve
     for server in servers:
@@ -212,7 +212,7 @@ def served(tmp_path: Path) -> Iterator[Serve]:
 
 
 @contextmanager
-def breaking_off(path: Path, says: bytes, asked_until: bytes) -> Iterator[CompletionClient]:
+def breaking_off(path: Path, says: bytes, asked_until: bytes) -> Iterator[EngineClient]:
     """A client of an engine that says this to one request, to the byte, and is gone."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
@@ -226,10 +226,10 @@ def breaking_off(path: Path, says: bytes, asked_until: bytes) -> Iterator[Comple
                 connection.sendall(says)
 
         threading.Thread(target=serve, daemon=True).start()
-        yield CompletionClient(path, "ctx-1", GENEROUS_SECONDS)
+        yield EngineClient(path, "ctx-1", GENEROUS_SECONDS)
 
 
-def ask(client: CompletionClient, prompts: int = 3) -> tuple[dict[int, Answer], Exception | None]:
+def ask(client: EngineClient, prompts: int = 3) -> tuple[dict[int, Answer], Exception | None]:
     """What was answered, and what ended it before its time."""
     found: dict[int, Answer] = {}
     try:
@@ -240,7 +240,7 @@ def ask(client: CompletionClient, prompts: int = 3) -> tuple[dict[int, Answer], 
     return found, None
 
 
-def failure_of(client: CompletionClient, prompts: list[list[int]]) -> Exception | None:
+def failure_of(client: EngineClient, prompts: list[list[int]]) -> Exception | None:
     try:
         list(client.score(prompts, TOKENS))
     except EngineRequestError as error:
@@ -485,9 +485,9 @@ def test_an_engine_that_falls_silent_hangs_and_what_came_before_is_good(
 ASKS = """
 import sys
 from pathlib import Path
-from services.contexts.engine_client import CompletionClient
+from services.contexts.engine_client import EngineClient
 
-client = CompletionClient(Path(sys.argv[1]), "ctx-1", float(sys.argv[2]))
+client = EngineClient(Path(sys.argv[1]), "ctx-1", float(sys.argv[2]))
 print(len(list(client.score([[1]], (11, 22)))), flush=True)
 """
 
@@ -525,7 +525,7 @@ def test_an_engine_that_takes_a_large_request_in_slowly_has_all_of_it(tmp_path: 
         listener.bind(str(path))
         listener.listen()
         failure: list[Exception | None] = []
-        client = CompletionClient(path, "ctx-1", GENEROUS_SECONDS)
+        client = EngineClient(path, "ctx-1", GENEROUS_SECONDS)
         asking = threading.Thread(target=lambda: failure.append(failure_of(client, prompts)))
         asking.start()
         connection, _ = listener.accept()
@@ -546,7 +546,7 @@ def test_an_engine_that_takes_no_request_in_is_silent(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
-        client = CompletionClient(path, "ctx-1", 0.5)
+        client = EngineClient(path, "ctx-1", 0.5)
         prompts = [list(range(10_000)) for _ in range(100)]
         assert isinstance(failure_of(client, prompts), EngineSilent)
 
@@ -564,7 +564,7 @@ def test_an_engine_that_is_slow_but_speaks_does_not_hang(served: Serve) -> None:
 
 
 def test_an_engine_that_is_not_there_failed(tmp_path: Path) -> None:
-    client = CompletionClient(tmp_path / "none.sock", "ctx-1", 5)
+    client = EngineClient(tmp_path / "none.sock", "ctx-1", 5)
     with pytest.raises(EngineRequestError, match="the engine broke off"):
         list(client.score([[1]], TOKENS))
     assert not client.healthy()
@@ -718,7 +718,7 @@ def test_the_engine_says_how_many_tokens_it_takes_or_that_is_not_known(
 
 
 def test_of_an_engine_that_is_gone_it_is_not_known(tmp_path: Path) -> None:
-    client = CompletionClient(tmp_path / "none.sock", "ctx-1", GENEROUS_SECONDS)
+    client = EngineClient(tmp_path / "none.sock", "ctx-1", GENEROUS_SECONDS)
     assert client.max_model_tokens() is None
 
 
@@ -768,6 +768,6 @@ def test_metrics_that_are_none_or_too_many_are_a_failure(
 
 
 def test_an_engine_that_is_not_there_tells_no_metrics(tmp_path: Path) -> None:
-    client = CompletionClient(tmp_path / "none.sock", "ctx-1", 5)
+    client = EngineClient(tmp_path / "none.sock", "ctx-1", 5)
     with pytest.raises(EngineRequestError, match="sent no metrics: FileNotFoundError"):
         client.metrics()
