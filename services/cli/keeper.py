@@ -38,7 +38,7 @@ def keeper(
     configure_logs(settings)
     with MetricsServer(settings) as metrics:
         keeper = Keeper(settings)
-        server = KeeperServer(keeper, for_ever=not until_idle, broker=_broker(settings))
+        server = KeeperServer(keeper, until_idle=until_idle, broker=_broker(settings))
         on_stop_signal(lambda _: server.stop())
         stop_before_walltime(settings, server.stop)
         REGISTRY.register(ContextStates(lambda: [record.state for record in keeper.records()]))

@@ -12,7 +12,7 @@ import structlog
 
 from services.contexts.engine_client import Answer, EngineClient
 from services.contexts.engine_command import cores_of, engine_arguments, engine_environment
-from services.contexts.engine_log import Ending, Explanation, oom_kills
+from services.contexts.engine_log import Explanation, ProcessExit, oom_kills
 from services.contexts.fork_server_client import EngineProcess, ForkServer
 from services.contexts.plan import EnginePlan
 from services.contracts.clock import awake_seconds
@@ -49,7 +49,7 @@ class Engine:
         self._oom_kills = 0
         self._canary: Answer | None = None
         """Its answer to the canary prompt at its start."""
-        self.failed: Ending | None = None
+        self.failed_start: ProcessExit | None = None
         """How it had ended when its start failed."""
         self._stopping = threading.Lock()
 
@@ -170,9 +170,9 @@ class Engine:
         process = self._process
         return None if process is None else process.exit_code()
 
-    def ending(self) -> Ending:
+    def process_exit(self) -> ProcessExit:
         """How it ended; the exit code is None while it runs."""
-        return Ending(self.exit_code(), oom_kills() > self._oom_kills)
+        return ProcessExit(self.exit_code(), oom_kills() > self._oom_kills)
 
     def _probe(self, client: EngineClient) -> None:
         """Send the canary prompt: the engine must score exactly the tokens that it is asked for."""
@@ -191,9 +191,9 @@ class Engine:
         return answers[0] if answers else None
 
     def _start_failed(self, what: str) -> EngineStartError:
-        self.failed = self.ending()
+        self.failed_start = self.process_exit()
         self.stop()
-        code = self.failed.exit_code
+        code = self.failed_start.exit_code
         return EngineStartError(what if code is None else f"{what} (exit code {code})")
 
     def _phases(self, imports: float, first_token: float, total: float) -> StartupPhases:

@@ -149,7 +149,7 @@ def engine_environment(plan: EnginePlan, cache: Path) -> dict[str, str]:
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(
             max(least, min(most, plan.device.memory_bytes // _GIB // 8))
         )
-    return {**environment, **_set_by_operator(plan, environment)}
+    return {name: plan.environment.get(name, value) for name, value in environment.items()}
 
 
 def cores_of(plan: EnginePlan) -> list[int]:
@@ -158,10 +158,6 @@ def cores_of(plan: EnginePlan) -> list[int]:
     if plan.device.kind == "cpu" and re.fullmatch(r"\d+(,\d+)*", bound):
         return [int(core) for core in bound.split(",")]
     return list(plan.device.cores)
-
-
-def _set_by_operator(plan: EnginePlan, chosen: dict[str, str]) -> dict[str, str]:
-    return {name: plan.environment[name] for name in chosen if name in plan.environment}
 
 
 def needed_bytes(plan: EnginePlan, known_bytes: int | None) -> int:

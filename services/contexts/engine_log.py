@@ -124,7 +124,7 @@ OOM = (
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
+class ProcessExit:
     """How an engine's process ended."""
 
     exit_code: int | None = None
@@ -156,18 +156,18 @@ def root_cause(log: str) -> str | None:
     return [text for process, text in found if process == first][-1]
 
 
-def explanation(log_file: Path, ending: Ending, device: str) -> Explanation:
+def explanation(log_file: Path, process_exit: ProcessExit, device: str) -> Explanation:
     """Why the engine with this log failed."""
     log = _end_of(log_file)
     cause = root_cause(log)
     remedy = None
     if cause is not None:
         remedy = next((text for pattern, text in _REMEDIES if pattern.search(cause)), None)
-    killed = ending.exit_code == -9 or _KILLED_CORE.search(log) is not None
-    if killed and ending.out_of_memory:
+    killed = process_exit.exit_code == -9 or _KILLED_CORE.search(log) is not None
+    if killed and process_exit.out_of_memory:
         remedy = OOM
     elif remedy is None:
-        remedy = _BY_SIGNAL.get(-9 if killed else ending.exit_code or 0)
+        remedy = _BY_SIGNAL.get(-9 if killed else process_exit.exit_code or 0)
     sentences = [] if cause is None else [f"The cause: {cause.rstrip('.')}."]
     if remedy is not None:
         sentences.append(f"{remedy.format(device=device)}.")

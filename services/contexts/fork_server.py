@@ -85,7 +85,7 @@ def encode(message: ForkRequest | ForkReply) -> bytes:
     return json.dumps(asdict(message)).encode() + b"\n"
 
 
-class Forked:
+class ForkedProcess:
     """A forked child with the interface of `subprocess.Popen` (`supervision.ChildProcess`)."""
 
     def __init__(self, work: Callable[[], None]) -> None:
@@ -177,8 +177,8 @@ def _guard_engine(
     short = base if len(os.fsencode(base)) <= _LONGEST_TEMPORARY_BYTES else "/tmp"  # noqa: S108
     temporary = tempfile.mkdtemp(prefix="kw-", dir=short)
 
-    def start() -> Forked:
-        engine = Forked(lambda: _become_engine(module, request, connection, temporary))
+    def start() -> ForkedProcess:
+        engine = ForkedProcess(lambda: _become_engine(module, request, connection, temporary))
         _send(connection, ForkReply(pid=engine.pid, imported_at=imported_at))
         return engine
 

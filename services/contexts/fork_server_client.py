@@ -12,7 +12,7 @@ import psutil
 from pydantic import TypeAdapter
 
 from services.contexts import fork_server
-from services.contexts.engine_log import Ending, explanation
+from services.contexts.engine_log import ProcessExit, explanation
 from services.contexts.fork_server import ForkReply, ForkRequest
 from services.contracts.clock import awake_seconds
 from services.contracts.errors import EngineStartError
@@ -155,7 +155,7 @@ class ForkServer:
         while not self._socket.exists():
             if not self.alive:
                 code = self._process.exit_code()
-                why = explanation(self.log_file, Ending(code), "this node").text
+                why = explanation(self.log_file, ProcessExit(code), "this node").text
                 raise EngineStartError(
                     f"{self._module} cannot be imported (exit code {code}). "
                     f"{why}{' ' if why else ''}{self.log_excerpt()}"

@@ -144,6 +144,7 @@ class Keeper:
 
     @property
     def empty(self) -> bool:
+        """Whether all engines have ended."""
         with self._changed:
             return all(engine.finished for engine in self._engines.values())
 

@@ -70,15 +70,15 @@ class Broker(Protocol):
 
 
 class KeeperServer:
-    """Serves until told to stop, or until it was of no use for 15 seconds."""
+    """Serves the keeper's socket until it is stopped."""
 
-    def __init__(self, keeper: Keeper, *, for_ever: bool, broker: Broker | None = None) -> None:
-        """With `for_ever` it never ends by itself, as a service should not. Without a `broker` it
-        lends none.
+    def __init__(self, keeper: Keeper, *, until_idle: bool, broker: Broker | None = None) -> None:
+        """With `until_idle` it ends when it has had nothing to keep for 15 seconds. Without a
+        `broker` it lends none.
         """
         self._keeper = keeper
         self._broker = broker
-        self._for_ever = for_ever
+        self._until_idle = until_idle
         self._stop = threading.Event()
         self._watchdog = Watchdog()
         self._connections = 0
@@ -141,7 +141,7 @@ class KeeperServer:
             if self._broker is not None:
                 self._broker.end_if_idle()
             kept = not self._keeper.empty or (self._broker is not None and self._broker.exists)
-            if self._connections or kept or self._for_ever:
+            if self._connections or kept or not self._until_idle:
                 needed = time.monotonic()
             elif time.monotonic() - needed > _LINGER_SECONDS:
                 return

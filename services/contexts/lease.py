@@ -10,7 +10,7 @@ import structlog
 
 from services.contexts.engine import start_error
 from services.contexts.engine_client import EngineClient
-from services.contexts.engine_log import OOM, Ending, explanation, oom_kills
+from services.contexts.engine_log import OOM, ProcessExit, explanation, oom_kills
 from services.contexts.keeper_client import check_keeper, evict, open_keeper
 from services.contexts.metrics import ATTACHES
 from services.contexts.plan import EnginePlan
@@ -211,7 +211,7 @@ class EngineLease:
 
     def start_error(self, what: str) -> EngineStartError:
         """The error to raise when the engine cannot be used, with the end of its log."""
-        why = explanation(self.log_file, Ending(), self.plan.device.name)
+        why = explanation(self.log_file, ProcessExit(), self.plan.device.name)
         return start_error(self.plan, self.log_file, what, why)
 
     def _read_replies(self) -> None:

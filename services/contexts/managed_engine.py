@@ -13,7 +13,7 @@ import structlog
 from services.contexts.caches import EngineCaches, PastStart
 from services.contexts.engine import Engine, start_error
 from services.contexts.engine_command import needed_bytes
-from services.contexts.engine_log import Ending, Explanation, explanation
+from services.contexts.engine_log import Explanation, ProcessExit, explanation
 from services.contexts.eviction import Candidate
 from services.contexts.fetching import fetch
 from services.contexts.fork_server_client import ForkServer
@@ -275,7 +275,7 @@ class ManagedEngine:
         except _StartCancelled:
             why = self._stop_reason
         except EngineStartError as error:
-            cause = self._explain(self._engine.failed or Ending())
+            cause = self._explain(self._engine.failed_start or ProcessExit())
             why = str(start_error(self.plan, self._engine.log_file, str(error), cause))
             log.error("context.failed", context=self.plan.name, reason=str(error))
         except (KeepwarmError, OSError, psutil.Error) as error:
@@ -418,12 +418,12 @@ class ManagedEngine:
         return self._stop_reason
 
     def _describe_end(self) -> str:
-        ending = self._engine.ending()
-        cause = self._explain(ending).text
-        return f"it ended (exit code {ending.exit_code})" + (f". {cause}" if cause else "")
+        process_exit = self._engine.process_exit()
+        cause = self._explain(process_exit).text
+        return f"it ended (exit code {process_exit.exit_code})" + (f". {cause}" if cause else "")
 
-    def _explain(self, ending: Ending) -> Explanation:
-        cause = explanation(self._engine.log_file, ending, self.plan.device.name)
+    def _explain(self, process_exit: ProcessExit) -> Explanation:
+        cause = explanation(self._engine.log_file, process_exit, self.plan.device.name)
         self.ran_out_of_memory = cause.out_of_memory
         return cause
 

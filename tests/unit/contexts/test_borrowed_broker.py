@@ -67,7 +67,7 @@ def serve(settings: Settings) -> Iterator[Callable[[Broker | None], None]]:
     started: list[tuple[KeeperServer, threading.Thread]] = []
 
     def start(broker: Broker | None) -> None:
-        server = KeeperServer(Keeper(settings), for_ever=True, broker=broker)
+        server = KeeperServer(Keeper(settings), until_idle=False, broker=broker)
         serving = threading.Thread(target=server.serve)
         serving.start()
         started.append((server, serving))
@@ -159,7 +159,7 @@ def test_who_finds_the_socket_of_a_keeper_can_connect_to_it(
 
 def test_the_broker_ends_with_its_keeper(settings: Settings) -> None:
     recorder = Recorder()
-    server = KeeperServer(Keeper(settings), for_ever=True, broker=recorder)
+    server = KeeperServer(Keeper(settings), until_idle=False, broker=recorder)
     server.stop()
     server.serve()
     assert recorder.done == ["closed"]

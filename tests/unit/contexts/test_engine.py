@@ -17,7 +17,7 @@ import pytest
 from services.contexts.engine import Engine, start_error
 from services.contexts.engine_client import EngineClient
 from services.contexts.engine_command import ENGINE_MODULE, fork_server_environment
-from services.contexts.engine_log import Ending, explanation
+from services.contexts.engine_log import ProcessExit, explanation
 from services.contexts.fork_server_client import ForkServer
 from services.contexts.plan import EnginePlan
 from services.contracts import ContextSpec, load_settings
@@ -226,7 +226,7 @@ def test_an_engine_that_dies_is_reported_with_its_exit_code_and_the_end_of_its_l
     failing = forge.engine()
     with pytest.raises(EngineStartError) as failed:
         forge.start(failing)
-    why = explanation(failing.log_file, Ending(), failing.plan.device.name)
+    why = explanation(failing.log_file, ProcessExit(), failing.plan.device.name)
     message = str(start_error(failing.plan, failing.log_file, str(failed.value), why))
     assert "no engine for models/small on Xeon: it ended (exit code 3)" in message
     assert f"its log, {failing.log_file}:" in message

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from services.contexts.engine_log import (
-    Ending,
+    ProcessExit,
     explanation,
     oom_kills,
     root_cause,
@@ -54,7 +54,7 @@ def explained(
 ) -> str:
     path = tmp_path / "engine.log"
     path.write_text(log)
-    return explanation(path, Ending(exit_code, out_of_memory), device).text
+    return explanation(path, ProcessExit(exit_code, out_of_memory), device).text
 
 
 OUT_OF_MEMORY = (
@@ -226,7 +226,7 @@ def test_other_signals_have_their_meaning(exit_code: int, says: str, tmp_path: P
 
 def test_where_nothing_is_known_nothing_is_said(tmp_path: Path) -> None:
     assert explained("INFO 11-29 20:20:05 [core.py:84] Loading weights\n", tmp_path) == ""
-    assert explanation(tmp_path / "none.log", Ending(1), "Xeon").text == ""
+    assert explanation(tmp_path / "none.log", ProcessExit(1), "Xeon").text == ""
 
 
 def test_the_kernels_count_of_killed_processes_is_read() -> None:
@@ -239,16 +239,20 @@ def test_the_kernels_count_of_killed_processes_is_read() -> None:
 @pytest.mark.parametrize(
     ("log", "ending", "memory"),
     [
-        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\n", Ending(1), True),
-        ("MemoryError\n", Ending(1), True),
-        ("", Ending(-9, out_of_memory=True), True),
-        ("", Ending(-9), False),  # somebody killed it
-        ("RuntimeError: an index is out of range\n", Ending(1), False),
-        ("", Ending(-11), False),
+        (
+            "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\n",
+            ProcessExit(1),
+            True,
+        ),
+        ("MemoryError\n", ProcessExit(1), True),
+        ("", ProcessExit(-9, out_of_memory=True), True),
+        ("", ProcessExit(-9), False),  # somebody killed it
+        ("RuntimeError: an index is out of range\n", ProcessExit(1), False),
+        ("", ProcessExit(-11), False),
     ],
 )
 def test_an_explanation_tells_of_memory_where_that_ran_out(
-    log: str, ending: Ending, memory: bool, tmp_path: Path
+    log: str, ending: ProcessExit, memory: bool, tmp_path: Path
 ) -> None:
     file = tmp_path / "engine.log"
     file.write_text(log)

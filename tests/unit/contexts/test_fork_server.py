@@ -7,7 +7,7 @@ from pathlib import Path
 # The pipe says that its owner is gone as soon as the child ignores SIGTERM.
 DEAF = """
 import os, signal, sys, time
-from services.contexts.fork_server import Forked
+from services.contexts.fork_server import ForkedProcess
 from services.node.supervision import supervise
 
 owner, other_end = os.pipe()
@@ -18,7 +18,7 @@ def deaf():
     os.write(other_end, b"deaf")
     time.sleep(600)
 
-sys.exit(supervise(lambda: Forked(deaf), owner, 0.2))
+sys.exit(supervise(lambda: ForkedProcess(deaf), owner, 0.2))
 """
 
 

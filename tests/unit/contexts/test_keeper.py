@@ -166,7 +166,7 @@ def adapter_plan(node: Node, directory: Path, name: str) -> EnginePlan:
 def lease(node: Node, plan: EnginePlan) -> tuple[ManagedEngine, KeeperReply]:
     """What a worker that attaches with this plan hears in the end."""
     ours, theirs = map(KeeperChannel, socket.socketpair())
-    server = KeeperServer(node.keeper, for_ever=True)
+    server = KeeperServer(node.keeper, until_idle=False)
     holding = threading.Thread(target=server._handle_request, args=(theirs,))
     holding.start()
     ours.send(Attach(plan=plan))
@@ -308,7 +308,7 @@ def test_a_worker_is_told_whether_its_engine_ran_out_of_memory(
     process_of(managed).kill()
     node.goes(managed)
     ours, theirs = map(KeeperChannel, socket.socketpair())
-    server = KeeperServer(node.keeper, for_ever=True)
+    server = KeeperServer(node.keeper, until_idle=False)
     assert server._serve_lease(theirs, managed, "warm", managed.plan.spec)
     reply = ours.reply(GENEROUS_SECONDS)
     assert reply is not None and reply.error == managed.ended_because
@@ -962,7 +962,7 @@ def test_a_lease_that_nobody_waits_for_any_more_is_not_waited_for(
     managed.stop("the test wants it")
     ours, theirs = map(KeeperChannel, socket.socketpair())
     attaching = threading.Thread(
-        target=lambda: KeeperServer(node.keeper, for_ever=True)._serve_connection(
+        target=lambda: KeeperServer(node.keeper, until_idle=False)._serve_connection(
             theirs._connection
         )
     )
@@ -1063,7 +1063,7 @@ def test_requests_that_come_at_once_are_all_heard(start: Callable[..., Node]) ->
     node = start()
     managed = node.warm("a")
     bare, theirs = socket.socketpair()
-    server = KeeperServer(node.keeper, for_ever=True)
+    server = KeeperServer(node.keeper, until_idle=False)
     holding = threading.Thread(
         target=server._serve_lease, args=(KeeperChannel(theirs), managed, "warm", managed.plan.spec)
     )
@@ -1080,7 +1080,7 @@ def test_requests_that_come_at_once_are_all_heard(start: Callable[..., Node]) ->
 def told(node: Node, managed: ManagedEngine, found: State | None) -> KeeperReply:
     """What a worker hears that came to the engine so."""
     ours, theirs = map(KeeperChannel, socket.socketpair())
-    server = KeeperServer(node.keeper, for_ever=True)
+    server = KeeperServer(node.keeper, until_idle=False)
     holding = threading.Thread(
         target=server._serve_lease, args=(theirs, managed, found, managed.plan.spec)
     )
@@ -1149,7 +1149,7 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KeeperS
     monkeypatch.setenv("KEEPWARM_RUNTIME_DIR", str(tmp_path / "run"))
     monkeypatch.setenv("KEEPWARM_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("KEEPWARM_START_KEEPER", "false")
-    server = KeeperServer(Keeper(load_settings()), for_ever=True)
+    server = KeeperServer(Keeper(load_settings()), until_idle=False)
     serving = threading.Thread(target=server.serve)
     serving.start()
     yield server
@@ -1174,7 +1174,7 @@ def test_a_keeper_that_drains_ends_though_nobody_waits_for_its_answer(
 def listening(start: Callable[..., Node]) -> Iterator[Node]:
     """A keeper that takes connections."""
     node = start()
-    server = KeeperServer(node.keeper, for_ever=True)
+    server = KeeperServer(node.keeper, until_idle=False)
 
     def serve() -> None:
         while server._listen() == "removed":
