@@ -19,10 +19,10 @@ from services.gpu_worker.crashes import Crash, CrashRecords, Key
 from services.gpu_worker.in_flight import InFlightBatch
 from services.gpu_worker.inference import (
     CANARY,
+    DeadCause,
     Declined,
     Inference,
-    Outcome,
-    Refusal,
+    InferenceResult,
     WorkerFailure,
 )
 
@@ -81,12 +81,12 @@ class FaultIsolation:
                 if len(batch.message.claims) > 1 or index not in batch.unresolved:
                     continue
             with self._crashes.recorded(batch.keys([index]), alone=True):
-                outcome = self._inference.infer(prompt, batch.claims([index]))
-            batch.record([index], outcome)
-            if index not in batch.unresolved or outcome.declined:
+                result = self._inference.infer(prompt, batch.claims([index]))
+            batch.record([index], result)
+            if index not in batch.unresolved or result.declined:
                 continue
             log_end = "\n".join(self._engine.log_tail())
-            self.handle_failure(outcome.failure)
+            self.handle_failure(result.failure)
             out_of_memory = self._engine.ran_out_of_memory
             if not self._recover(prompt):
                 return
@@ -99,7 +99,7 @@ class FaultIsolation:
                 waiting.append(index)
             else:
                 self._give_up(
-                    batch, index, _failure_reason(outcome, failures, log_end), out_of_memory
+                    batch, index, _failure_reason(result, failures, log_end), out_of_memory
                 )
 
     def _ask_all(self, batch: InFlightBatch) -> bool:
@@ -112,25 +112,25 @@ class FaultIsolation:
         if known or len(indexes) < 2:
             return True
         with self._crashes.recorded(batch.keys(indexes)):
-            outcome = self._inference.infer(batch.message.run.prompt, batch.claims(indexes))
-        batch.record(indexes, outcome)
-        if outcome.failure is None and all(index not in batch.unresolved for index in indexes):
+            result = self._inference.infer(batch.message.run.prompt, batch.claims(indexes))
+        batch.record(indexes, result)
+        if result.failure is None and all(index not in batch.unresolved for index in indexes):
             return True
-        self.handle_failure(outcome.failure)
+        self.handle_failure(result.failure)
         if not self._recover(batch.message.run.prompt):
             return False
         batch.record_failure(indexes)
         return True
 
     def _give_up(
-        self, batch: InFlightBatch, index: int, refusal: Refusal, out_of_memory: bool
+        self, batch: InFlightBatch, index: int, cause: DeadCause, out_of_memory: bool
     ) -> None:
         """Mark the claim dead, or decline it if memory ran out: another node may have more."""
         if out_of_memory:
-            declined = Declined(refusal, counts_against_claim=True, out_of_memory=True)
+            declined = Declined(cause, counts_against_claim=True, out_of_memory=True)
             batch.decline(index, declined)
         else:
-            batch.mark_dead(index, refusal)
+            batch.mark_dead(index, cause)
 
     def _prompt_is_usable(self, prompt: PromptSpec, batch: InFlightBatch) -> bool:
         """Whether a canary is answered with this prompt. If it is answered with another prompt
@@ -146,13 +146,13 @@ class FaultIsolation:
                 why = failure.trace
         # Raises, or crashes this process, if the prompt is not at fault.
         if self._recover(PromptSpec()):
-            refusal = Refusal(
+            cause = DeadCause(
                 DeadReason.PROMPT_UNUSABLE,
                 "the worker fails with this prompt for any claim, and not with another prompt. Its "
                 f"error:\n{why}",
             )
             for index in list(batch.unresolved):
-                batch.mark_dead(index, refusal)
+                batch.mark_dead(index, cause)
         return False
 
     def handle_failure(self, failure: EngineRequestError | WorkerFailure | None) -> None:
@@ -192,19 +192,19 @@ class FaultIsolation:
             if not self._engine.alive and not self.start_engine(attempts):
                 return False
             with self._crashes.recorded([key], alone=True):
-                outcome = self._inference.infer(prompt, [CANARY])
+                result = self._inference.infer(prompt, [CANARY])
             # If the prompt leaves no space for any claim, the engine is not at fault.
-            if outcome.verdicts or outcome.refused or outcome.declined:
+            if result.verdicts or result.dead or result.declined:
                 self._crashes.forget([key])
                 return True
-            if isinstance(outcome.failure, WorkerFailure):
-                log.error("worker.unable", prompt=prompt.prompt_id, trace=outcome.failure.trace)
-                raise outcome.failure
-            if isinstance(outcome.failure, Interrupted) or self._stop.is_set():
+            if isinstance(result.failure, WorkerFailure):
+                log.error("worker.unable", prompt=prompt.prompt_id, trace=result.failure.trace)
+                raise result.failure
+            if isinstance(result.failure, Interrupted) or self._stop.is_set():
                 return False
             self._engine.stop()
             why = (
-                f"it starts, but fails with a harmless claim: {outcome.failure or _UNUSABLE_ANSWER}"
+                f"it starts, but fails with a harmless claim: {result.failure or _UNUSABLE_ANSWER}"
             )
             if failures >= attempts:
                 raise self._engine.start_error(why)
@@ -225,22 +225,22 @@ def prompt_key(prompt: PromptSpec) -> Key:
     return (prompt.prompt_id, CANARY.claim_id)
 
 
-def _failure_reason(outcome: Outcome, failures: int, log_end: str) -> Refusal:
-    if isinstance(outcome.failure, WorkerFailure):
-        return Refusal(
+def _failure_reason(result: InferenceResult, failures: int, log_end: str) -> DeadCause:
+    if isinstance(result.failure, WorkerFailure):
+        return DeadCause(
             DeadReason.WORKER_FAILED,
             f"the worker failed {failures} times with this claim, {failures - 1} of them alone, "
-            f"and not with a harmless one:\n{outcome.failure.trace}",
+            f"and not with a harmless one:\n{result.failure.trace}",
         )
-    return Refusal(
+    return DeadCause(
         DeadReason.ENGINE_FAILED,
         f"an engine failed {failures} times with this claim, {failures - 1} of them alone, and not "
-        f"with a harmless one: {outcome.failure or _UNUSABLE_ANSWER}. Its log's end:\n{log_end}",
+        f"with a harmless one: {result.failure or _UNUSABLE_ANSWER}. Its log's end:\n{log_end}",
     )
 
 
-def _crash_reason(crash: Crash, failures: int) -> Refusal:
-    return Refusal(
+def _crash_reason(crash: Crash, failures: int) -> DeadCause:
+    return DeadCause(
         DeadReason.WORKER_FAILED,
         f"the worker's process crashed {failures} times with this claim, {failures - 1} of them "
         f"alone, and not with a harmless one. Evidence:\n{crash.evidence}",

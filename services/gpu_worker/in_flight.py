@@ -23,7 +23,7 @@ from services.contracts.bounds import MAX_DETAIL_CHARS
 from services.contracts.errors import MessageInvalid
 from services.contracts.proofs import verdict_proof
 from services.gpu_worker.crashes import Crash, Key
-from services.gpu_worker.inference import Declined, Outcome, Refusal
+from services.gpu_worker.inference import DeadCause, Declined, InferenceResult
 from services.gpu_worker.metrics import (
     BATCH_SECONDS,
     DEAD,
@@ -79,7 +79,7 @@ class InFlightBatch:
         """Crashes of this node's workers, by the index of the claim that they were asking about."""
         # Each with the index of its claim:
         self._verdicts: list[tuple[int, Verdict]] = []
-        self._dead: list[tuple[int, Refusal, int]] = []
+        self._dead: list[tuple[int, DeadCause, int]] = []
         self._engine_seconds = 0.0
         self._published = self._confirmed = 0
         self._settled = False
@@ -104,15 +104,15 @@ class InFlightBatch:
         """How long the requests to the engine took."""
         return self._engine_seconds
 
-    def record(self, indexes: Sequence[int], outcome: Outcome) -> None:
-        """Record the outcome of a request about the claims at `indexes`, in that order."""
-        self._engine_seconds += outcome.engine_seconds
-        for position, verdict in outcome.verdicts.items():
+    def record(self, indexes: Sequence[int], result: InferenceResult) -> None:
+        """Record the result of a request about the claims at `indexes`, in that order."""
+        self._engine_seconds += result.engine_seconds
+        for position, verdict in result.verdicts.items():
             del self.unresolved[indexes[position]]
             self._verdicts.append((indexes[position], verdict))
-        for position, refusal in outcome.refused.items():
-            self.mark_dead(indexes[position], refusal)
-        for position, declined in outcome.declined.items():
+        for position, cause in result.dead.items():
+            self.mark_dead(indexes[position], cause)
+        for position, declined in result.declined.items():
             self.decline(indexes[position], declined)
 
     def record_failure(self, indexes: Sequence[int], *, alone: bool = False) -> None:
@@ -139,7 +139,7 @@ class InFlightBatch:
         dead when `counts_against_claim` is set and a second engine declines it for the same reason,
         or a third node if that is memory; or when no other engine has answered it in time.
         """
-        kind = declined.refusal.reason.value if declined.counts_against_claim else _UNABLE
+        kind = declined.cause.reason.value if declined.counts_against_claim else _UNABLE
         agreeing = {
             _engine_of(entry) for entry in self._declined_before if entry.startswith(f"{kind} ")
         } | {self._engine}
@@ -162,8 +162,8 @@ class InFlightBatch:
             self._declined[index] = f"{kind} {self._engine}"
 
     def _mark_declined_dead(self, index: int, declined: Declined, more: str) -> None:
-        refusal = declined.refusal
-        self.mark_dead(index, Refusal(refusal.reason, f"{refusal.detail}\n{more}."))
+        cause = declined.cause
+        self.mark_dead(index, DeadCause(cause.reason, f"{cause.detail}\n{more}."))
 
     @property
     def declined(self) -> int:
@@ -175,8 +175,8 @@ class InFlightBatch:
         self.crashes[index] = crash
         self.unresolved[index] = max(1, self.unresolved[index]) + crash.alone
 
-    def mark_dead(self, index: int, refusal: Refusal) -> None:
-        self._dead.append((index, refusal, self.unresolved.pop(index)))
+    def mark_dead(self, index: int, cause: DeadCause) -> None:
+        self._dead.append((index, cause, self.unresolved.pop(index)))
 
     def trim(self, keep: int, consumer: Consumer, publisher: Publisher) -> None:
         """Keep the first `keep` unresolved claims, and return the others now. The returned ones
@@ -215,8 +215,8 @@ class InFlightBatch:
         for label, count in labels.items():
             VERDICTS.labels(_label(label)).inc(count)
         INVALID_VERDICTS.inc(labels[INVALID])
-        for _, refusal, _ in self._dead:
-            DEAD.labels(refusal.reason.value).inc()
+        for _, cause, _ in self._dead:
+            DEAD.labels(cause.reason.value).inc()
         RETURNED.labels("declined").inc(self.declined)
         RETURNED.labels("unfinished").inc(len(self.unresolved) - self.declined)
 
@@ -244,8 +244,8 @@ class InFlightBatch:
             )
 
     def _messages(self, identity: WorkerIdentity) -> Iterator[Outgoing]:
-        for index, refusal, failures in self._dead:
-            yield self._dead_claim(index, refusal, failures, identity)
+        for index, cause, failures in self._dead:
+            yield self._dead_claim(index, cause, failures, identity)
         yield from _fitting_messages(
             self._verdicts, lambda verdicts: self._verdict_batch(verdicts, identity)
         )
@@ -267,15 +267,15 @@ class InFlightBatch:
             )
 
     def _dead_claim(
-        self, index: int, refusal: Refusal, failures: int, identity: WorkerIdentity
+        self, index: int, cause: DeadCause, failures: int, identity: WorkerIdentity
     ) -> Outgoing:
         proofs = self.message.proofs
         dead = DeadClaim(
             schema_version=self.message.schema_version,
             run_id=self.message.run.run_id,
             claim=self.message.claims[index],
-            reason=refusal.reason,
-            detail=refusal.detail[:MAX_DETAIL_CHARS].replace("\0", ""),
+            reason=cause.reason,
+            detail=cause.detail[:MAX_DETAIL_CHARS].replace("\0", ""),
             worker_id=identity.worker_id,
             attempt=self.delivery.attempt,
             failures=failures,

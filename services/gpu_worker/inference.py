@@ -38,8 +38,8 @@ class WorkerFailure(KeepwarmError):
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
-    """Why a claim cannot have a verdict on this context, from any engine."""
+class DeadCause:
+    """Why a claim is dead: no engine of this context can give it a verdict."""
 
     reason: DeadReason
     detail: str
@@ -49,8 +49,8 @@ class Refusal:
 class Declined:
     """Why this engine cannot answer a claim that another engine may answer."""
 
-    refusal: Refusal
-    """The reason of the dead claim, if no other engine can answer it."""
+    cause: DeadCause
+    """The cause of the dead claim, if no other engine can answer it."""
     counts_against_claim: bool
     """Whether the claim is at fault once other engines decline it for the same reason. If false,
     the engine is at fault."""
@@ -59,27 +59,27 @@ class Declined:
 
 
 @dataclass(slots=True)
-class Outcome:
+class InferenceResult:
     """The results of a request, by the claim's index in the request.
 
-    A claim that is not in `verdicts`, `refused` or `declined` has no answer. `failure` is the error
+    A claim that is not in `verdicts`, `dead` or `declined` has no answer. `failure` is the error
     of the engine or the worker; it is None if the engine only gave an unusable answer.
     """
 
     verdicts: dict[int, Verdict] = field(default_factory=dict)
-    refused: dict[int, Refusal] = field(default_factory=dict)
+    dead: dict[int, DeadCause] = field(default_factory=dict)
     failure: EngineRequestError | WorkerFailure | None = None
     engine_seconds: float = 0.0
     declined: dict[int, Declined] = field(default_factory=dict)
 
-    def split(self, sizes: Sequence[int]) -> Iterator["Outcome"]:
-        """One outcome for each of the lists, of these sizes, that were joined into the request."""
+    def split(self, sizes: Sequence[int]) -> Iterator["InferenceResult"]:
+        """One result for each of the lists, of these sizes, that were joined into the request."""
         share = self.engine_seconds / max(1, sum(sizes))
         first = 0
         for size in sizes:
-            yield Outcome(
+            yield InferenceResult(
                 _part(self.verdicts, first, size),
-                _part(self.refused, first, size),
+                _part(self.dead, first, size),
                 self.failure,
                 share * size,
                 _part(self.declined, first, size),
@@ -120,24 +120,24 @@ class Inference:
         claims: Sequence[Claim],
         *,
         on_answer: Callable[[], None] = lambda: None,
-    ) -> Outcome:
+    ) -> InferenceResult:
         """Ask about all claims at once. `on_answer` is called at each answer.
 
-        A failure of the engine or of our own code is part of the outcome and is not raised: answers
+        A failure of the engine or of our own code is part of the result and is not raised: answers
         before it are valid.
         """
-        outcome = Outcome()
+        result = InferenceResult()
         try:
-            self._infer(spec, claims, outcome, on_answer)
+            self._infer(spec, claims, result, on_answer)
         except BaseException as error:  # a panic in the tokenizer is not an Exception
-            outcome.failure = WorkerFailure(error)
-        return outcome
+            result.failure = WorkerFailure(error)
+        return result
 
     def _infer(
         self,
         spec: PromptSpec,
         claims: Sequence[Claim],
-        outcome: Outcome,
+        result: InferenceResult,
         on_answer: Callable[[], None],
     ) -> None:
         try:
@@ -147,43 +147,43 @@ class Inference:
                 fits = prompt.least_tokens <= 2 * self._max_prompt_tokens
                 prompts = prompt.encode(claims) if fits else []
         except ModelError as error:
-            refusal = Refusal(DeadReason.PROMPT_UNUSABLE, str(error))
-            outcome.refused = dict.fromkeys(range(len(claims)), refusal)
+            cause = DeadCause(DeadReason.PROMPT_UNUSABLE, str(error))
+            result.dead = dict.fromkeys(range(len(claims)), cause)
             return
         if not fits:
-            refusal = self._too_long(prompt.least_tokens)
-            outcome.refused = dict.fromkeys(range(len(claims)), refusal)
+            cause = self._too_long(prompt.least_tokens)
+            result.dead = dict.fromkeys(range(len(claims)), cause)
             return
         engine_max_tokens = self._engine_max_tokens()
         for index, tokens in enumerate(prompts):
             if len(tokens) > self._max_prompt_tokens:
-                outcome.refused[index] = self._too_long(len(tokens))
+                result.dead[index] = self._too_long(len(tokens))
             elif engine_max_tokens is not None and len(tokens) > engine_max_tokens - 1:
-                outcome.declined[index] = _declined_too_long(len(tokens), engine_max_tokens - 1)
+                result.declined[index] = _declined_too_long(len(tokens), engine_max_tokens - 1)
         answers: dict[int, Answer] = {}
         started = time.monotonic()
         try:
             self._ask(
-                [n for n in range(len(prompts)) if n not in outcome.refused | outcome.declined],
+                [n for n in range(len(prompts)) if n not in result.dead | result.declined],
                 prompts,
                 prompt,
                 answers,
-                outcome.declined,
+                result.declined,
                 on_answer,
             )
         except EngineRequestError as error:
-            outcome.failure = error
-        outcome.engine_seconds = time.monotonic() - started
+            result.failure = error
+        result.engine_seconds = time.monotonic() - started
         for index, answer in sorted(answers.items()):
-            outcome.verdicts[index] = read_verdict(
+            result.verdicts[index] = read_verdict(
                 claims[index],
                 Answer(answer.text, prompt.scores(answer.logprobs)),
                 prompt.spec,
                 len(prompts[index]),
             )
 
-    def _too_long(self, tokens: int) -> Refusal:
-        return Refusal(
+    def _too_long(self, tokens: int) -> DeadCause:
+        return DeadCause(
             DeadReason.TOO_LONG,
             f"the prompt has {tokens:,} tokens; this context accepts {self._max_prompt_tokens:,}. "
             "Shorten the evidence, or use --max-model-tokens",
@@ -243,7 +243,7 @@ class Inference:
 
 def _declined_too_long(tokens: int, max_tokens: int) -> Declined:
     return Declined(
-        Refusal(
+        DeadCause(
             DeadReason.TOO_LONG,
             f"the prompt has {tokens:,} tokens. The context accepts them, but this engine accepts "
             f"only {max_tokens:,}: its node sets a smaller --max-model-len. Correct "
@@ -261,8 +261,8 @@ def _declined_refused(error: EngineRefused, tokens: int, *, canary_accepted: boo
         "settings are at fault: correct KEEPWARM_ENGINE_ARGUMENTS on its node, then `keepwarm dead "
         "retry`."
     )
-    refusal = Refusal(DeadReason.ENGINE_REFUSED, f"{error}. {conclusion}")
-    return Declined(refusal, counts_against_claim=canary_accepted)
+    cause = DeadCause(DeadReason.ENGINE_REFUSED, f"{error}. {conclusion}")
+    return Declined(cause, counts_against_claim=canary_accepted)
 
 
 def read_verdict(claim: Claim, answer: Answer, prompt: PromptSpec, prompt_tokens: int) -> Verdict:

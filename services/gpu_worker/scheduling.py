@@ -1,4 +1,5 @@
-"""Which context a worker serves next: a pure function of the demand and of the worker's state.
+"""Which context a worker serves next: a pure function of the demand and of the worker's state, and
+the estimates of start times that it needs.
 
 docs/scheduling.md has the formulas, the constants with their reasons, and a worked example.
 """
@@ -112,7 +113,7 @@ class _Candidate:
 
     @property
     def spread_updates(self) -> float:
-        """Over how many notices those who move are spread; see `_is_needed_elsewhere`."""
+        """Over how many control updates the workers that move are spread; see `_goes_now`."""
         spread = 2 * self.cost_seconds / CONTROL_UPDATE_SECONDS
         if self.workers == 0:
             spread = min(spread, FIRST_UPDATES * self.deficit)

@@ -38,7 +38,7 @@ from services.gpu_worker.device_time import DeviceTime, Use
 from services.gpu_worker.fault_isolation import FaultIsolation, prompt_key
 from services.gpu_worker.heartbeat import ControlState, HeartbeatSender
 from services.gpu_worker.in_flight import InFlightBatch, WorkerIdentity
-from services.gpu_worker.inference import Inference, Outcome, WorkerFailure
+from services.gpu_worker.inference import Inference, InferenceResult, WorkerFailure
 from services.gpu_worker.metrics import (
     BATCH_SECONDS,
     BATCHES_IN_FLIGHT,
@@ -247,7 +247,7 @@ class BatchProcessor:
             else:
                 self.settle(batch)
 
-    def _warn_of_low_mass(self, batch: InFlightBatch, outcome: Outcome) -> None:
+    def _warn_of_low_mass(self, batch: InFlightBatch, outcome: InferenceResult) -> None:
         """Log once a run that its label words hold almost none of the probability."""
         run_id = batch.message.run.run_id
         answers = [(verdict.mass, verdict.raw_text) for verdict in outcome.verdicts.values()]
@@ -257,7 +257,7 @@ class BatchProcessor:
             self.warned.add(run_id)
             log.warning("labels.unlikely", run=run_id, median_mass=found[0], model_says=found[1])
 
-    def _warn_of_declined(self, batch: InFlightBatch, outcome: Outcome) -> None:
+    def _warn_of_declined(self, batch: InFlightBatch, outcome: InferenceResult) -> None:
         """Log once a run that this engine cannot answer some of its claims."""
         run_id = batch.message.run.run_id
         if batch.declined and (key := f"declined {run_id}") not in self.warned:
@@ -267,8 +267,8 @@ class BatchProcessor:
                 "claims.declined",
                 run=run_id,
                 claims=batch.declined,
-                reason=example.refusal.reason.value,
-                detail=example.refusal.detail,
+                reason=example.cause.reason.value,
+                detail=example.cause.detail,
                 next_step="they are returned for another engine, and become dead claims if none "
                 f"answers them within {self.other_engine_seconds:g} s",
             )

@@ -32,7 +32,13 @@ from services.contracts.errors import (
 from services.gpu_worker.crashes import Crash, CrashRecords
 from services.gpu_worker.fault_isolation import FaultIsolation, prompt_key
 from services.gpu_worker.in_flight import InFlightBatch, WorkerIdentity
-from services.gpu_worker.inference import Declined, Outcome, Refusal, WorkerFailure, read_verdict
+from services.gpu_worker.inference import (
+    DeadCause,
+    Declined,
+    InferenceResult,
+    WorkerFailure,
+    read_verdict,
+)
 from tests.unit.gpu_worker.conftest import RecordingBroker, delivered
 
 ANSWER = Answer("True", (-1.0, -2.0, -3.0))
@@ -81,10 +87,10 @@ class Engine:
     def start_error(self, what: str) -> EngineStartError:
         return EngineStartError(f"no engine: {what}")
 
-    def infer(self, prompt: PromptSpec, claims: Sequence[Claim]) -> Outcome:
+    def infer(self, prompt: PromptSpec, claims: Sequence[Claim]) -> InferenceResult:
         self.before_asking()
         self.asked.append([claim.claim_id for claim in claims])
-        outcome = Outcome()
+        outcome = InferenceResult()
         for index, claim in enumerate(claims):
             if not self.alive:
                 outcome.failure = EngineRequestError("the engine broke off")
@@ -112,10 +118,10 @@ class Engine:
                     break
                 case "declined":
                     outcome.declined[index] = Declined(
-                        Refusal(DeadReason.ENGINE_REFUSED, "never"), counts_against_claim=True
+                        DeadCause(DeadReason.ENGINE_REFUSED, "never"), counts_against_claim=True
                     )
                 case "refused":
-                    outcome.refused[index] = Refusal(DeadReason.TOO_LONG, "long")
+                    outcome.dead[index] = DeadCause(DeadReason.TOO_LONG, "long")
                 case _:
                     outcome.verdicts[index] = read_verdict(claim, ANSWER, prompt, 3)
         return outcome
@@ -428,7 +434,9 @@ def test_a_failure_that_we_made_ourselves_is_nobodys_fault(
     batch: ClaimBatch, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Engine()
-    monkeypatch.setattr(engine, "infer", lambda *_: Outcome(failure=Interrupted("interrupted")))
+    monkeypatch.setattr(
+        engine, "infer", lambda *_: InferenceResult(failure=Interrupted("interrupted"))
+    )
     in_flight = quarantined(batch)
     isolation(engine).isolate(in_flight)
     found = became(in_flight)
@@ -470,7 +478,7 @@ def test_a_prompt_that_the_worker_fails_with_for_any_claim_makes_only_its_own_cl
     batch: ClaimBatch,
 ) -> None:
     class FailsWithThePrompt(Engine):
-        def infer(self, prompt: PromptSpec, claims: Sequence[Claim]) -> Outcome:
+        def infer(self, prompt: PromptSpec, claims: Sequence[Claim]) -> InferenceResult:
             self.fault = lambda _: "worker fails" if prompt.name == "cursed" else ""
             return super().infer(prompt, claims)
 

@@ -29,18 +29,20 @@ from services.contracts.errors import EngineRequestError, MessageInvalid
 from services.contracts.proofs import claim_proof, split_verdict_proof
 from services.gpu_worker.crashes import Crash
 from services.gpu_worker.in_flight import InFlightBatch, WorkerIdentity
-from services.gpu_worker.inference import Declined, Outcome, Refusal
+from services.gpu_worker.inference import DeadCause, Declined, InferenceResult
 from tests.unit.gpu_worker.conftest import PROOF_KEY, RecordingBroker, delivered, verdict
 
 IDENTITY = WorkerIdentity("node-1", "Tesla T4")
-REFUSAL = Refusal(DeadReason.ENGINE_REFUSED, "never")
+CAUSE = DeadCause(DeadReason.ENGINE_REFUSED, "never")
 
 
 def answered(in_flight: InFlightBatch, indexes: Sequence[int], seconds: float = 0.0) -> None:
     claims = in_flight.claims(indexes)
     in_flight.record(
         indexes,
-        Outcome({n: verdict(claim) for n, claim in enumerate(claims)}, engine_seconds=seconds),
+        InferenceResult(
+            {n: verdict(claim) for n, claim in enumerate(claims)}, engine_seconds=seconds
+        ),
     )
 
 
@@ -124,15 +126,13 @@ def test_every_claim_is_once_among_verdicts_dead_and_returned_whatever_happened(
         if happening == "record":
             claims = in_flight.claims(indexes)
             answers = {n: verdict(claim) for n, claim in enumerate(claims) if indexes[n] in others}
-            refused = {
-                n: REFUSAL for n in range(len(indexes)) if n not in answers and indexes[n] % 2
-            }
-            in_flight.record(indexes, Outcome(answers, refused, EngineRequestError("gone")))
+            refused = {n: CAUSE for n in range(len(indexes)) if n not in answers and indexes[n] % 2}
+            in_flight.record(indexes, InferenceResult(answers, refused, EngineRequestError("gone")))
             expected |= {indexes[n]: ("verdict", 0) for n in answers}
             expected |= {indexes[n]: ("dead", 0) for n in refused}
         elif happening == "dead":
             for index in indexes:
-                in_flight.mark_dead(index, REFUSAL)
+                in_flight.mark_dead(index, CAUSE)
                 expected[index] = ("dead", 0)
         else:
             alone = happening == "failure alone"
@@ -195,7 +195,7 @@ def test_a_batch_is_acknowledged_only_after_all_its_messages_are_confirmed_in_wh
 ) -> None:
     in_flight = InFlightBatch(delivered(batch))
     answered(in_flight, [0, 1])
-    in_flight.mark_dead(2, REFUSAL)
+    in_flight.mark_dead(2, CAUSE)
     settle(in_flight, broker)
     late = broker.messages.pop(last)
     assert len(broker.messages) == 2
@@ -260,8 +260,8 @@ def test_dead_claims_go_one_by_one_with_reason_detail_attempt_and_failures(
 ) -> None:
     in_flight = InFlightBatch(delivered(batch, earlier=4, failures=1))
     in_flight.record_failure([1], alone=True)
-    in_flight.mark_dead(1, Refusal(DeadReason.ENGINE_FAILED, "the engine died"))
-    in_flight.mark_dead(5, REFUSAL)
+    in_flight.mark_dead(1, DeadCause(DeadReason.ENGINE_FAILED, "the engine died"))
+    in_flight.mark_dead(5, CAUSE)
     settle(in_flight, broker)
     dead = [decode(DeadClaim, m.body) for m in broker.to(topology.DEAD_CLAIMS_QUEUE)]
     assert [each.claim for each in dead] == [batch.claims[1], batch.claims[5]]
@@ -277,7 +277,7 @@ def test_the_detail_of_a_death_is_cut_and_cleaned_to_fit_the_wire(
     detail: str, batch: ClaimBatch, broker: RecordingBroker
 ) -> None:
     in_flight = InFlightBatch(delivered(batch))
-    in_flight.mark_dead(0, Refusal(DeadReason.ENGINE_FAILED, detail))
+    in_flight.mark_dead(0, DeadCause(DeadReason.ENGINE_FAILED, detail))
     settle(in_flight, broker)
     (message,) = broker.to(topology.DEAD_CLAIMS_QUEUE)
     sent = decode(DeadClaim, message.body).detail
@@ -310,7 +310,7 @@ def test_a_trimmed_batch_is_acknowledged_only_after_its_rest_and_all_else_are_co
 ) -> None:
     in_flight = trimmed(batch, 3, broker)
     answered(in_flight, [0, 1])
-    in_flight.mark_dead(2, REFUSAL)
+    in_flight.mark_dead(2, CAUSE)
     settle(in_flight, broker)
     assert len({message.message_id for message in broker.messages}) == 3
     assert Account.of(broker.messages).all() == Counter(claim.claim_id for claim in batch.claims)
@@ -354,7 +354,7 @@ def test_verdicts_that_do_not_fit_into_one_message_go_in_several(
     in_flight = InFlightBatch(delivered(batch))
     in_flight.record(
         range(160),
-        Outcome(
+        InferenceResult(
             {
                 n: verdict(claim).model_copy(update={"raw_text": "\x01" * 1_024})
                 for n, claim in enumerate(claims)
@@ -403,7 +403,7 @@ def test_a_batch_whose_failed_claims_have_an_outcome_counts_as_not_failed(
 ) -> None:
     in_flight = InFlightBatch(delivered(batch))
     in_flight.record_failure([3], alone=True)
-    in_flight.mark_dead(3, REFUSAL)
+    in_flight.mark_dead(3, CAUSE)
     assert not in_flight.failed_before
 
 
@@ -447,8 +447,8 @@ def test_a_message_that_is_not_a_batch_of_claims_is_refused(
 
 # Claims that our engine declines.
 
-REFUSED = Declined(REFUSAL, counts_against_claim=True)
-TOO_LONG = Declined(Refusal(DeadReason.TOO_LONG, "long"), counts_against_claim=False)
+REFUSED = Declined(CAUSE, counts_against_claim=True)
+TOO_LONG = Declined(DeadCause(DeadReason.TOO_LONG, "long"), counts_against_claim=False)
 
 
 def at(
@@ -472,7 +472,7 @@ def test_claims_that_our_engine_cannot_answer_go_back_with_its_name_and_others_w
 ) -> None:
     in_flight = at("n1/a", batch)
     answered(in_flight, [0, 1])
-    in_flight.record([2, 3], Outcome(declined={0: REFUSED, 1: TOO_LONG}))
+    in_flight.record([2, 3], InferenceResult(declined={0: REFUSED, 1: TOO_LONG}))
     assert in_flight.declined == 2
     settle(in_flight, broker)
     assert returned(broker) == {
@@ -539,9 +539,9 @@ def test_a_claim_that_no_other_engine_answered_in_time_is_dead_with_that_reason(
     settle(in_flight, broker)
     (message,) = broker.to(topology.DEAD_CLAIMS_QUEUE)
     dead = decode(DeadClaim, message.body)
-    assert dead.reason is declined.refusal.reason
+    assert dead.reason is declined.cause.reason
     assert dead.detail == (
-        f"{declined.refusal.detail}\nNo other engine answered the claim, which waited 60 s for one "
+        f"{declined.cause.detail}\nNo other engine answered the claim, which waited 60 s for one "
         "(KEEPWARM_OTHER_ENGINE_SECONDS). Tried: n1/a, n2/b."
     )
 
@@ -578,7 +578,7 @@ def test_what_becomes_of_claims_carries_their_proofs_and_without_any_is_as_older
     for of, proven in ((batch, True), (older, False)):
         in_flight, broker = InFlightBatch(delivered(of)), RecordingBroker()
         answered(in_flight, [2, 0])
-        in_flight.mark_dead(1, REFUSAL)
+        in_flight.mark_dead(1, CAUSE)
         settle(in_flight, broker)
         assert Account.of(broker.messages).all().total() == 7
         assert all((b'"proof' in m.body) == proven for m in broker.messages)

@@ -9,10 +9,10 @@ from services.contexts.engine_client import Answer, EngineRefused, EngineSilent,
 from services.contracts import Claim, DeadReason, Label, PromptSpec, Verdict
 from services.contracts.errors import EngineRequestError
 from services.gpu_worker.inference import (
+    DeadCause,
     Declined,
     Inference,
-    Outcome,
-    Refusal,
+    InferenceResult,
     WorkerFailure,
 )
 from services.models.compiled_prompt import CompiledPrompt
@@ -60,7 +60,7 @@ def infer(
     *,
     prompt: PromptSpec = PROMPT,
     max_model_tokens: int = 1024,
-) -> Outcome:
+) -> InferenceResult:
     return inference(tokenizer, engine, max_model_tokens).infer(prompt, claims)
 
 
@@ -68,21 +68,21 @@ def encoded(claims: Sequence[Claim], tokenizer: ModelTokenizer) -> list[list[int
     return CompiledPrompt(PROMPT, tokenizer).encode(claims)
 
 
-def indexes_of(outcome: Outcome) -> tuple[list[int], list[int]]:
+def indexes_of(result: InferenceResult) -> tuple[list[int], list[int]]:
     """Of the claims with a verdict, and of those that are refused."""
-    return list(outcome.verdicts), sorted(outcome.refused)
+    return list(result.verdicts), sorted(result.dead)
 
 
 def test_every_claim_gets_its_own_verdict_whatever_order_the_answers_come_in(
     tokenizer: ModelTokenizer,
 ) -> None:
     engine = Engine()
-    outcome = infer(CLAIMS, tokenizer, engine)
-    assert indexes_of(outcome) == (list(range(7)), [])
+    result = infer(CLAIMS, tokenizer, engine)
+    assert indexes_of(result) == (list(range(7)), [])
     assert engine.requests == [encoded(CLAIMS, tokenizer)]
-    assert outcome.failure is None
-    assert outcome.engine_seconds >= 0
-    for index, one in outcome.verdicts.items():
+    assert result.failure is None
+    assert result.engine_seconds >= 0
+    for index, one in result.verdicts.items():
         tokens = len(engine.requests[0][index])
         assert (one.claim_id, one.position) == (f"c{index}", index)
         assert (one.prompt_tokens, one.raw_text) == (tokens, f"True {tokens}")
@@ -104,13 +104,13 @@ def claims_of(*texts: str) -> list[Claim]:
 def test_a_claim_that_is_too_long_is_refused_and_harms_no_other(tokenizer: ModelTokenizer) -> None:
     mixed = claims_of("Short.", "long " * 1_500, "Short too.")
     engine = Engine()
-    outcome = infer(mixed, tokenizer, engine)
-    assert indexes_of(outcome) == ([0, 2], [1])
-    refusal = outcome.refused[1]
+    result = infer(mixed, tokenizer, engine)
+    assert indexes_of(result) == ([0, 2], [1])
+    cause = result.dead[1]
     length = len(encoded(mixed, tokenizer)[1])
-    assert refusal.reason is DeadReason.TOO_LONG
-    assert f"the prompt has {length:,} tokens; this context accepts 1,023" in refusal.detail
-    assert "--max-model-tokens" in refusal.detail
+    assert cause.reason is DeadReason.TOO_LONG
+    assert f"the prompt has {length:,} tokens; this context accepts 1,023" in cause.detail
+    assert "--max-model-tokens" in cause.detail
     assert all(len(prompt) < 1_024 for request in engine.requests for prompt in request)
 
 
@@ -120,14 +120,14 @@ def test_the_longest_prompt_leaves_space_for_the_answers_one_token(
 ) -> None:
     one = claims_of("Short.")
     length = len(encoded(one, tokenizer)[0])
-    outcome = infer(one, tokenizer, Engine(), max_model_tokens=length + slack)
-    assert indexes_of(outcome)[1] == refused
+    result = infer(one, tokenizer, Engine(), max_model_tokens=length + slack)
+    assert indexes_of(result)[1] == refused
 
 
 def test_when_every_claim_is_too_long_the_engine_is_not_asked(tokenizer: ModelTokenizer) -> None:
     engine = Engine()
-    outcome = infer(CLAIMS, tokenizer, engine, max_model_tokens=16)
-    assert indexes_of(outcome) == ([], list(range(7)))
+    result = infer(CLAIMS, tokenizer, engine, max_model_tokens=16)
+    assert indexes_of(result) == ([], list(range(7)))
     assert engine.requests == []
 
 
@@ -138,20 +138,18 @@ def test_a_refused_request_is_halved_down_to_the_claims_that_poison_it(
     prompts = encoded(CLAIMS, tokenizer)
     poisoned = [prompts[index] for index in poison]
     engine = Engine(lambda prompt: prompt in poisoned)
-    outcome = infer(CLAIMS, tokenizer, engine)
-    assert indexes_of(outcome) == ([n for n in range(7) if n not in poison], [])
+    result = infer(CLAIMS, tokenizer, engine)
+    assert indexes_of(result) == ([n for n in range(7) if n not in poison], [])
     # No death yet: another engine may take them. This one takes others of the same length.
-    assert sorted(outcome.declined) == sorted(poison)
-    for declined in outcome.declined.values():
-        assert (
-            declined.counts_against_claim and declined.refusal.reason is DeadReason.ENGINE_REFUSED
-        )
-        assert "the engine refused the request: never" in declined.refusal.detail
-        assert "It accepts harmless text of the same length." in declined.refusal.detail
-    assert [verdict.claim_id for verdict in outcome.verdicts.values()] == [
+    assert sorted(result.declined) == sorted(poison)
+    for declined in result.declined.values():
+        assert declined.counts_against_claim and declined.cause.reason is DeadReason.ENGINE_REFUSED
+        assert "the engine refused the request: never" in declined.cause.detail
+        assert "It accepts harmless text of the same length." in declined.cause.detail
+    assert [verdict.claim_id for verdict in result.verdicts.values()] == [
         f"c{n}" for n in range(7) if n not in poison
     ]
-    assert outcome.failure is None
+    assert result.failure is None
     assert len(engine.requests) <= 2 * 7 - 1 + len(poison)
 
 
@@ -160,12 +158,12 @@ def test_a_refusal_by_an_engine_that_refuses_harmless_text_too_does_not_count(
 ) -> None:
     mixed = claims_of("Short.", "long " * 100, "Short too.")
     length = len(encoded(mixed, tokenizer)[1])
-    outcome = infer(mixed, tokenizer, Engine(lambda prompt: len(prompt) >= length))
-    assert indexes_of(outcome) == ([0, 2], [])
-    (declined,) = outcome.declined.values()
+    result = infer(mixed, tokenizer, Engine(lambda prompt: len(prompt) >= length))
+    assert indexes_of(result) == ([0, 2], [])
+    (declined,) = result.declined.values()
     assert not declined.counts_against_claim
-    assert "refuses harmless text of the same length" in declined.refusal.detail
-    assert "KEEPWARM_ENGINE_ARGUMENTS" in declined.refusal.detail
+    assert "refuses harmless text of the same length" in declined.cause.detail
+    assert "KEEPWARM_ENGINE_ARGUMENTS" in declined.cause.detail
 
 
 @pytest.mark.parametrize("engine_max_tokens", [None, 100, 1024])
@@ -180,16 +178,16 @@ def test_what_is_too_long_for_the_engine_alone_is_left_to_another_and_not_asked(
         max_model_tokens=1024,
         engine_max_tokens=lambda: engine_max_tokens,
     )
-    outcome = asked.infer(PROMPT, mixed)
+    result = asked.infer(PROMPT, mixed)
     if engine_max_tokens != 100:
-        assert (indexes_of(outcome), outcome.declined) == (([0, 1], [2]), {})
+        assert (indexes_of(result), result.declined) == (([0, 1], [2]), {})
         return
-    assert indexes_of(outcome) == ([0], [2])
-    (declined,) = outcome.declined.values()
+    assert indexes_of(result) == ([0], [2])
+    (declined,) = result.declined.values()
     length = len(encoded(mixed, tokenizer)[1])
-    assert not declined.counts_against_claim and declined.refusal.reason is DeadReason.TOO_LONG
+    assert not declined.counts_against_claim and declined.cause.reason is DeadReason.TOO_LONG
     assert f"{length:,} tokens. The context accepts them, but this engine accepts only 99" in (
-        declined.refusal.detail
+        declined.cause.detail
     )
     assert all(len(prompt) < 100 for request in engine.requests for prompt in request)
 
@@ -216,9 +214,9 @@ def test_a_prompt_that_is_far_too_long_by_itself_is_not_copied_for_each_claim(
     asked = inference(tokenizer, Engine())
     compiled = asked._compiled(long)
     compiled.encode = lambda _: pytest.fail("it was encoded")  # type: ignore[method-assign]
-    outcome = asked.infer(long, CLAIMS)
-    assert indexes_of(outcome) == ([], list(range(7)))
-    assert outcome.refused[0].reason is DeadReason.TOO_LONG
+    result = asked.infer(long, CLAIMS)
+    assert indexes_of(result) == ([], list(range(7)))
+    assert result.dead[0].reason is DeadReason.TOO_LONG
 
 
 def test_a_label_word_that_cannot_be_distinguished_refuses_the_claims_and_not_the_worker(
@@ -226,10 +224,10 @@ def test_a_label_word_that_cannot_be_distinguished_refuses_the_claims_and_not_th
 ) -> None:
     labels = (Label(name="A", word="Unknown"), Label(name="B", word="Unknown"))
     engine = Engine()
-    outcome = infer(CLAIMS, tokenizer, engine, prompt=PromptSpec(name="mine", labels=labels))
-    assert indexes_of(outcome) == ([], list(range(7)))
-    assert all(r.reason is DeadReason.PROMPT_UNUSABLE for r in outcome.refused.values())
-    assert all("'Unknown' (A) and 'Unknown' (B)" in r.detail for r in outcome.refused.values())
+    result = infer(CLAIMS, tokenizer, engine, prompt=PromptSpec(name="mine", labels=labels))
+    assert indexes_of(result) == ([], list(range(7)))
+    assert all(r.reason is DeadReason.PROMPT_UNUSABLE for r in result.dead.values())
+    assert all("'Unknown' (A) and 'Unknown' (B)" in r.detail for r in result.dead.values())
     assert engine.requests == []
 
 
@@ -260,18 +258,18 @@ def test_answers_before_the_engine_failed_are_kept_and_the_failure_is_in_the_out
     answers: int, kind: type[EngineRequestError], tokenizer: ModelTokenizer
 ) -> None:
     failure = kind("gone")
-    outcome = infer(CLAIMS, tokenizer, FailingAfter(answers, failure))
-    assert indexes_of(outcome) == (list(range(7 - answers, 7)), [])
-    assert outcome.failure is failure
+    result = infer(CLAIMS, tokenizer, FailingAfter(answers, failure))
+    assert indexes_of(result) == (list(range(7 - answers, 7)), [])
+    assert result.failure is failure
 
 
 def test_too_long_claims_are_refused_though_the_engine_fails_with_the_others(
     tokenizer: ModelTokenizer,
 ) -> None:
     mixed = claims_of("Short.", "long " * 1_500, "Short too.")
-    outcome = infer(mixed, tokenizer, FailingAfter(0, EngineSilent("hangs")))
-    assert indexes_of(outcome) == ([], [1])
-    assert isinstance(outcome.failure, EngineSilent)
+    result = infer(mixed, tokenizer, FailingAfter(0, EngineSilent("hangs")))
+    assert indexes_of(result) == ([], [1])
+    assert isinstance(result.failure, EngineSilent)
 
 
 def test_a_claim_with_an_unusable_answer_has_no_answer_and_nothing_failed(
@@ -283,9 +281,9 @@ def test_a_claim_with_an_unusable_answer_has_no_answer_and_nothing_failed(
         ) -> Iterator[tuple[int, Answer]]:
             yield from (found for found in super().score(prompts, tokens) if found[0] != 3)
 
-    outcome = infer(CLAIMS, tokenizer, Mumbling())
-    assert indexes_of(outcome) == ([0, 1, 2, 4, 5, 6], [])
-    assert outcome.failure is None
+    result = infer(CLAIMS, tokenizer, Mumbling())
+    assert indexes_of(result) == ([0, 1, 2, 4, 5, 6], [])
+    assert result.failure is None
 
 
 def test_of_two_answers_to_one_prompt_the_first_counts(tokenizer: ModelTokenizer) -> None:
@@ -297,8 +295,8 @@ def test_of_two_answers_to_one_prompt_the_first_counts(tokenizer: ModelTokenizer
                 for index, found in super().score(prompts, tokens):
                     yield index, Answer(text, found.logprobs)
 
-    outcome = infer(CLAIMS, tokenizer, Repeating())
-    assert {verdict.raw_text for verdict in outcome.verdicts.values()} == {"first"}
+    result = infer(CLAIMS, tokenizer, Repeating())
+    assert {verdict.raw_text for verdict in result.verdicts.values()} == {"first"}
 
 
 def test_an_engine_that_fails_while_a_request_is_halved_leaves_the_rest_unanswered(
@@ -316,9 +314,9 @@ def test_an_engine_that_fails_while_a_request_is_halved_leaves_the_rest_unanswer
                 raise EngineRequestError("the engine broke off")
             yield from super().score(prompts_, tokens)
 
-    outcome = infer(CLAIMS, tokenizer, DyingOfIt())
-    assert indexes_of(outcome) == ([0, 1, 2], [])
-    assert "broke off" in str(outcome.failure)
+    result = infer(CLAIMS, tokenizer, DyingOfIt())
+    assert indexes_of(result) == ([0, 1, 2], [])
+    assert "broke off" in str(result.failure)
 
 
 def test_a_prompt_is_compiled_once_for_all_its_batches(definitions: dict[str, bytes]) -> None:
@@ -358,11 +356,11 @@ def test_a_failure_of_our_own_is_in_the_outcome_with_its_traceback_and_is_not_ra
         raise error("a secret claim")
 
     monkeypatch.setattr(CompiledPrompt, "encode", encode)
-    outcome = infer(CLAIMS, tokenizer, Engine())
-    assert indexes_of(outcome) == ([], [])
-    assert isinstance(outcome.failure, WorkerFailure)
-    assert "a secret claim" in outcome.failure.trace and "in encode" in outcome.failure.trace
-    assert "secret" not in str(outcome.failure)  # which is logged
+    result = infer(CLAIMS, tokenizer, Engine())
+    assert indexes_of(result) == ([], [])
+    assert isinstance(result.failure, WorkerFailure)
+    assert "a secret claim" in result.failure.trace and "in encode" in result.failure.trace
+    assert "secret" not in str(result.failure)  # which is logged
 
 
 def test_an_answer_that_we_stumble_over_takes_no_verdict_away_that_was_read_before_it(
@@ -374,9 +372,9 @@ def test_an_answer_that_we_stumble_over_takes_no_verdict_away_that_was_read_befo
         return verdict(claim)
 
     monkeypatch.setattr("services.gpu_worker.inference.read_verdict", read)
-    outcome = infer(CLAIMS, tokenizer, Engine())
-    assert indexes_of(outcome) == ([0, 1, 2], [])
-    assert isinstance(outcome.failure, WorkerFailure)
+    result = infer(CLAIMS, tokenizer, Engine())
+    assert indexes_of(result) == ([0, 1, 2], [])
+    assert isinstance(result.failure, WorkerFailure)
 
 
 # Several lists that were asked about as one.
@@ -394,17 +392,17 @@ def test_an_outcome_is_split_as_the_claims_were_put_together(fates: list[list[st
         for part, some in enumerate(fates)
         for index, fate in enumerate(some)
     ]
-    whole = Outcome(
+    whole = InferenceResult(
         {n: verdict(claim) for n, (claim, fate) in enumerate(asked) if fate == "verdict"},
         {
-            n: Refusal(DeadReason.TOO_LONG, claim.claim_id)
+            n: DeadCause(DeadReason.TOO_LONG, claim.claim_id)
             for n, (claim, fate) in enumerate(asked)
             if fate == "refused"
         },
         EngineSilent("hangs"),
         8.0,
         {
-            n: Declined(Refusal(DeadReason.TOO_LONG, claim.claim_id), counts_against_claim=False)
+            n: Declined(DeadCause(DeadReason.TOO_LONG, claim.claim_id), counts_against_claim=False)
             for n, (claim, fate) in enumerate(asked)
             if fate == "declined"
         },
@@ -414,10 +412,10 @@ def test_an_outcome_is_split_as_the_claims_were_put_together(fates: list[list[st
         assert {index: given.claim_id for index, given in part.verdicts.items()} == {
             index: f"{number}/{index}" for index, fate in enumerate(some) if fate == "verdict"
         }
-        assert {index: given.detail for index, given in part.refused.items()} == {
+        assert {index: given.detail for index, given in part.dead.items()} == {
             index: f"{number}/{index}" for index, fate in enumerate(some) if fate == "refused"
         }
-        assert {index: given.refusal.detail for index, given in part.declined.items()} == {
+        assert {index: given.cause.detail for index, given in part.declined.items()} == {
             index: f"{number}/{index}" for index, fate in enumerate(some) if fate == "declined"
         }
         assert part.failure is whole.failure
