@@ -36,9 +36,9 @@ def broker_tables(snapshot: "BrokerSnapshot") -> Group:
 def _workers(workers: Sequence[WorkerHeartbeat]) -> Table:
     ordered = sorted(workers, key=lambda each: (each.context_id or "", each.worker_id))
     # Optional columns only where they are used: the table must fit in 80 columns.
-    contexts = len({report.context_id for report in workers}) > 1
-    jobs = any(report.job_id for report in workers)
-    walltimes = any(report.walltime_left_seconds is not None for report in workers)
+    contexts = len({worker.context_id for worker in workers}) > 1
+    jobs = any(worker.job_id for worker in workers)
+    walltimes = any(worker.walltime_left_seconds is not None for worker in workers)
     table = plain_table()
     if not ordered:
         table.add_row("no workers")
@@ -48,16 +48,16 @@ def _workers(workers: Sequence[WorkerHeartbeat]) -> Table:
     for name in ("state", *(["context"] if contexts else []), *(["job"] if jobs else [])):
         table.add_column(name, no_wrap=True)
     add_numbers(table, "claims/s", "in flight", *(["left"] if walltimes else []))
-    for report in ordered[:_MAX_ROWS]:
-        speed, left = report.claims_per_second, report.walltime_left_seconds
+    for worker in ordered[:_MAX_ROWS]:
+        speed, left = worker.claims_per_second, worker.walltime_left_seconds
         table.add_row(
-            report.worker_id,
-            report.device,
-            report.state,
-            *([(report.context_id or "")[:_CONTEXT_CHARS]] if contexts else []),
-            *([report.job_id or ""] if jobs else []),
+            worker.worker_id,
+            worker.device,
+            worker.state,
+            *([(worker.context_id or "")[:_CONTEXT_CHARS]] if contexts else []),
+            *([worker.job_id or ""] if jobs else []),
             "" if speed is None else f"{speed:,.1f}",
-            f"{report.claims_in_hand:,}",
+            f"{worker.claims_in_hand:,}",
             *(["" if left is None else duration(left)] if walltimes else []),
         )
     if len(ordered) > _MAX_ROWS:
@@ -73,13 +73,13 @@ def _contexts(contexts: Sequence[ContextDemand]) -> Table:
     table.add_column("context", no_wrap=True)
     table.add_column("model", overflow="fold")
     add_numbers(table, "ready", "in flight", "workers")
-    for line in contexts[:_MAX_ROWS]:
+    for entry in contexts[:_MAX_ROWS]:
         table.add_row(
-            line.context.context_id,
-            PurePath(line.context.model).name,
-            f"{line.claims_ready:,}",
-            f"{line.claims_in_flight:,}",
-            f"{line.workers_warm:,}",
+            entry.context.context_id,
+            PurePath(entry.context.model).name,
+            f"{entry.claims_ready:,}",
+            f"{entry.claims_in_flight:,}",
+            f"{entry.workers_warm:,}",
         )
     return table
 

@@ -1,4 +1,4 @@
-"""Verdicts to the store; returned claims; demand; the fleet."""
+"""Stores verdicts, publishes returned claims again, and tells workers the demand for contexts."""
 
 from services.collector.collector import Collector
 

@@ -25,7 +25,7 @@ from services.collector.metrics import (
     LAG_SECONDS,
     REFUSED,
     WAITING,
-    count_in,
+    count_commit,
 )
 from services.collector.missing_claims import MissingClaims
 from services.collector.submissions import NotAnnounced, Submissions
@@ -466,7 +466,7 @@ class Collector:
             else:
                 self.waiting_for = None
                 self._missing_claims.note(incoming.run_ids())
-                count_in(incoming, fresh)
+                count_commit(incoming, fresh)
                 return True
         return False
 

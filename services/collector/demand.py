@@ -189,11 +189,8 @@ class DemandEstimator:
         """
         batch_claims = open_claims.batch_claims or self._settings.batch_size
         ready = round(messages * batch_claims)
-        if not open_claims.all_sent:
-            return (
-                ready,
-                held,
-            )  # the number remaining is unknown until the producer sends its totals
+        if not open_claims.all_sent:  # the number remaining is not known yet
+            return ready, held
         ready = min(ready, open_claims.remaining)
         return ready, max(open_claims.remaining - ready, min(held, open_claims.remaining))
 

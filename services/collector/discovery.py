@@ -23,10 +23,10 @@ def targets(workers: Iterable[WorkerHeartbeat], own_host: str) -> list[dict[str,
     is another process.
     """
     reachable = {
-        report.metrics_address: report
-        for report in workers
-        if report.metrics_address is not None
-        and (report.host == own_host or not is_loopback(split_address(report.metrics_address)[0]))
+        worker.metrics_address: worker
+        for worker in workers
+        if worker.metrics_address is not None
+        and (worker.host == own_host or not is_loopback(split_address(worker.metrics_address)[0]))
     }
     UNLISTED.set(max(0, len(reachable) - MAX_TARGETS))
     return [
@@ -34,13 +34,13 @@ def targets(workers: Iterable[WorkerHeartbeat], own_host: str) -> list[dict[str,
             "targets": [address],
             "labels": {
                 "service": "worker",
-                "__meta_keepwarm_worker": report.worker_id,
-                "__meta_keepwarm_host": report.host or "",
-                "__meta_keepwarm_device": report.device,
-                "__meta_keepwarm_job_id": report.job_id or "",
-                "__meta_keepwarm_state": report.state,
-                "__meta_keepwarm_context": report.context_id or "",
+                "__meta_keepwarm_worker": worker.worker_id,
+                "__meta_keepwarm_host": worker.host or "",
+                "__meta_keepwarm_device": worker.device,
+                "__meta_keepwarm_job_id": worker.job_id or "",
+                "__meta_keepwarm_state": worker.state,
+                "__meta_keepwarm_context": worker.context_id or "",
             },
         }
-        for address, report in sorted(reachable.items())[:MAX_TARGETS]
+        for address, worker in sorted(reachable.items())[:MAX_TARGETS]
     ]

@@ -1,4 +1,4 @@
-"""The state of runs, contexts, workers and queues, read at each scrape."""
+"""Gauges of runs, contexts, workers and queues, read at each scrape."""
 
 import time
 from collections import Counter, defaultdict
@@ -155,29 +155,31 @@ def _verdicts(statuses: Sequence[RunStatus], label_label: BoundedLabels) -> Iter
     yield judged
 
 
-def _contexts(lines: Sequence[ContextDemand]) -> Iterator[Metric]:
+def _contexts(demand: Sequence[ContextDemand]) -> Iterator[Metric]:
     info = GaugeMetricFamily(
         "keepwarm_context_info", "Always 1: the context's model.", labels=["context_id", "model"]
     )
-    for line in lines:
-        model = line.context.model[-_MAX_INFO_CHARS:]
-        info.add_metric([line.context.context_id, model], 1)
+    for entry in demand:
+        model = entry.context.model[-_MAX_INFO_CHARS:]
+        info.add_metric([entry.context.context_id, model], 1)
     yield info
     for name, (meaning, field) in _CONTEXT_GAUGES.items():
         family = GaugeMetricFamily(name, meaning, labels=["context_id"])
-        for line in lines:
-            family.add_metric([line.context.context_id], getattr(line, field))
+        for entry in demand:
+            family.add_metric([entry.context.context_id], getattr(entry, field))
         yield family
 
 
-def _workers(reports: Sequence[WorkerHeartbeat], device_label: BoundedLabels) -> Iterator[Metric]:
+def _workers(
+    heartbeats: Sequence[WorkerHeartbeat], device_label: BoundedLabels
+) -> Iterator[Metric]:
     counts: Counter[tuple[str, str]] = Counter()
     speeds: defaultdict[str, float] = defaultdict(float)
-    for report in reports:
-        device = device_label(report.device)
-        counts[report.state, device] += 1
-        if report.state == "serving":
-            speeds[device] += report.claims_per_second or 0.0
+    for heartbeat in heartbeats:
+        device = device_label(heartbeat.device)
+        counts[heartbeat.state, device] += 1
+        if heartbeat.state == "serving":
+            speeds[device] += heartbeat.claims_per_second or 0.0
     workers = GaugeMetricFamily(
         "keepwarm_workers",
         "Live workers, by state and device, from their heartbeats.",

@@ -1,4 +1,4 @@
-"""The collector's counters. It sees every outcome, and its counters outlive the workers."""
+"""The collector's metrics of what it commits. It sees every outcome, and outlives the workers."""
 
 from collections import Counter as Counts
 from typing import get_args
@@ -94,8 +94,8 @@ for _phase in StartupPhases.model_fields:
     COLD_START_SECONDS.labels(_phase)
 
 
-def count_in(incoming: Incoming, fresh: int) -> None:
-    """Count what was committed; `fresh` of its verdicts were the first of their claims."""
+def count_commit(incoming: Incoming, fresh: int) -> None:
+    """Count a committed transaction; `fresh` of its verdicts were the first of their claims."""
     answered = 0
     for batch in incoming.verdicts:
         answered += len(batch.verdicts)

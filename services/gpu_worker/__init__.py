@@ -1,4 +1,4 @@
-"""Take claims, infer, publish verdicts, acknowledge, return.
+"""The worker: takes claims, asks an engine about them, and publishes verdicts.
 
 Importing this imports neither vLLM nor torch: the worker talks HTTP to an engine process.
 """

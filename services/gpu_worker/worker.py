@@ -207,7 +207,7 @@ class Worker:
             self._estimates.answered(session.spec.context_id)
         idle_seconds = session.idle_seconds
         here = session.spec.context_id
-        others = [spec for spec in self._contexts() if spec.context_id != here]
+        others = [spec for spec in self._accepted_contexts() if spec.context_id != here]
         return self._choose(
             self._estimates,
             Situation(
@@ -274,7 +274,7 @@ class Worker:
                     idle_seconds=time.monotonic() - idle_since,
                     since_ready_seconds=0.0,
                     claims_per_second=None,
-                    start_seconds=estimates.seconds(self._contexts()),
+                    start_seconds=estimates.seconds(self._accepted_contexts()),
                     random_draw=random.random(),
                 )
                 chosen = self._choose(estimates, situation)
@@ -296,10 +296,10 @@ class Worker:
             self._progress_logged_at = time.monotonic()
             log.info("model.reading", done_bytes=done_bytes, total_bytes=total_bytes)
 
-    def _contexts(self) -> Sequence[ContextSpec]:
-        return [entry.context for entry in self._accepted()]
+    def _accepted_contexts(self) -> Sequence[ContextSpec]:
+        return [entry.context for entry in self._accepted_demand()]
 
-    def _accepted(self) -> Sequence[ContextDemand]:
+    def _accepted_demand(self) -> Sequence[ContextDemand]:
         """The demand for contexts that may run on this node. Their specs come from producers, which
         are not trusted with what runs here.
         """
@@ -318,9 +318,8 @@ class Worker:
         return accepted
 
     def _choose(self, estimates: StartupEstimates, situation: Situation) -> ContextSpec | None:
-        usable: Sequence[ContextDemand] = [
-            entry for entry in self._accepted() if estimates.may_try(entry.context.context_id)
-        ]
+        accepted = self._accepted_demand()
+        usable = [entry for entry in accepted if estimates.may_try(entry.context.context_id)]
         decision = next_context(usable, situation)
         log.debug("context.considered", reason=decision.reason)
         if not isinstance(decision, Switch):

@@ -140,10 +140,10 @@ def _quality(pairs: Sequence[Row[tuple[object, ...]]], labels: Sequence[str]) ->
     if not pairs:
         return None
     gold = [pair.gold for pair in pairs]
-    said = [pair.label for pair in pairs]
+    given = [pair.label for pair in pairs]
     labelled = sum(pair.claims for pair in pairs)
     correct = sum(pair.claims for pair in pairs if pair.gold == pair.label)
-    columns = [*labels, *sorted({*said, *gold} - {*labels, INVALID}), INVALID]
+    columns = [*labels, *sorted({*given, *gold} - {*labels, INVALID}), INVALID]
     present = [label for label in columns if label in gold]
     confusion = {label: dict.fromkeys(columns, 0) for label in present}
     for pair in pairs:
@@ -174,8 +174,8 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 def _f1(label: str, confusion: Mapping[str, Mapping[str, int]]) -> float:
     """Harmonic mean of precision and recall of one label; 0 if it was never right."""
     right = confusion[label][label]
-    said = sum(row[label] for row in confusion.values())
-    return 2 * right / (said + sum(confusion[label].values()))
+    given = sum(row[label] for row in confusion.values())
+    return 2 * right / (given + sum(confusion[label].values()))
 
 
 def _speed(connection: Connection, run_key: int) -> Speed | None:

@@ -9,7 +9,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from services.collector.demand import DemandEstimator
 from services.collector.fleet import Fleet
 from services.collector.gauges import Gauges, RunsSnapshot
-from services.collector.metrics import count_in
+from services.collector.metrics import count_commit
 from services.contracts import Run, load_settings, topology
 from services.store import Store
 
@@ -169,7 +169,7 @@ def test_what_was_committed_is_counted(make: SimpleNamespace) -> None:
         ]
 
     before = all_values()
-    count_in(
+    count_commit(
         make.incoming(
             make.batch(
                 *(make.verdict(0), make.verdict(1, gold="A"), make.verdict(2, "INVALID", gold="A")),

@@ -95,7 +95,7 @@ def test_a_context_that_is_not_accepted_from_runs_is_never_chosen(
     assert event["context"] == hostile.context_id and "--worker-cls" in event["reason"]
     heard(hostile, spec)
     assert worker._choose(estimates, wanted) == spec
-    assert [each.context_id for each in worker._contexts()] == [spec.context_id]
+    assert [each.context_id for each in worker._accepted_contexts()] == [spec.context_id]
 
 
 def test_a_worker_that_is_stopped_reads_no_more_weights(
