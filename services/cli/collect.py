@@ -9,9 +9,9 @@ import structlog
 import typer
 
 from services.broker.policies import check_policies
-from services.cli.garbage import expect_many_small_objects
 from services.cli.logs import configure_logs
 from services.cli.options import BrokerOption, StoreOption
+from services.cli.process import expect_many_small_objects
 from services.collector import Collector
 from services.collector.collector import ContextStatus
 from services.contracts import Settings, load_settings

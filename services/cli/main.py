@@ -21,10 +21,8 @@ gc.disable()  # imports create no garbage, and collecting takes a tenth of the t
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from services.cli.imports import without
 from services.cli.printable import printable
-from services.cli.streams import make_robust
-from services.cli.user import name_the_user
+from services.cli.process import make_streams_robust, name_the_user, without
 from services.contracts import KeepwarmError
 from services.contracts.errors import UsageError
 
@@ -147,7 +145,7 @@ def _options(
 
 
 def main() -> None:
-    make_robust()
+    make_streams_robust()
     sys.argv[1:] = [_expand_home(argument) for argument in sys.argv[1:]]
     name_the_user()
     try:

@@ -38,7 +38,6 @@ from services.cli.context_options import (
 )
 from services.cli.finished import finished_in, remove_foreign, update_gold
 from services.cli.found_stores import STORE_FILE
-from services.cli.garbage import expect_many_small_objects
 from services.cli.label_mass import AllowLowMassOption, MassWatch
 from services.cli.live_view import RunView
 from services.cli.local_disk import working_dir
@@ -48,6 +47,7 @@ from services.cli.options import (
     StoreOption,
 )
 from services.cli.prepare import inspect_claims, prepared_submission
+from services.cli.process import expect_many_small_objects
 from services.cli.repeat import FromOption, OnlyOption, claims_to_repeat
 from services.cli.screen import Screen, print_report, say
 from services.contracts import load_settings

@@ -39,7 +39,6 @@ from services.cli.context_options import (
     context_from_flags,
 )
 from services.cli.finished import finished_in, nothing_finished, remove_foreign, update_gold
-from services.cli.garbage import expect_many_small_objects
 from services.cli.logs import configure_logs
 from services.cli.options import (
     BrokerOption,
@@ -47,6 +46,7 @@ from services.cli.options import (
 )
 from services.cli.prepare import inspect_claims, prepared_submission
 from services.cli.printable import printable
+from services.cli.process import expect_many_small_objects
 from services.cli.screen import Screen, line_progress, say
 from services.contexts.accepted_contexts import refusal
 from services.contracts import load_settings, topology

@@ -1,4 +1,6 @@
-"""Standard streams of a person whose locale is not UTF-8, or whose terminal is lost."""
+"""The process of a command: its streams where the locale is not UTF-8 or the terminal is lost, and
+modules that are left out of its imports.
+"""
 
 import os
 import pty
@@ -9,21 +11,22 @@ from pathlib import Path
 
 import pytest
 
+from services.cli.process import without
 from services.contracts import load_settings
 from services.store import Store
 
 SAYS = r"""
 import sys
-from services.cli.streams import make_robust
-make_robust()
+from services.cli.process import make_streams_robust
+make_streams_robust()
 for stream in (sys.stdout, sys.stderr):
     print("done \u2026 \udcff", file=stream)
 """
 GOES_ON = """
 import os, sys
 from pathlib import Path
-from services.cli.streams import make_robust
-make_robust()
+from services.cli.process import make_streams_robust
+make_streams_robust()
 print("ready")
 sys.stdin.readline()
 print("to nobody", flush=True)
@@ -124,3 +127,24 @@ def test_a_store_whose_path_is_in_no_utf_8_is_refused(
 ) -> None:
     assert keepwarm("status", "--store", "caf\udce9/store.sqlite") == 2
     assert r"path caf\udce9/store.sqlite is not valid UTF-8" in capsys.readouterr().err
+
+
+def test_what_is_left_out_is_as_if_not_installed_and_comes_back() -> None:
+    import email
+    import email.message
+
+    with without("email", "pstats"):
+        with pytest.raises(ModuleNotFoundError):
+            import pstats
+        with pytest.raises(ModuleNotFoundError):
+            import email.message
+    import pstats
+
+    assert (sys.modules["email"], sys.modules["email.message"]) == (email, email.message)
+    assert sys.modules["pstats"] is pstats
+
+
+def test_it_comes_back_after_an_error_too() -> None:
+    with pytest.raises(ZeroDivisionError), without("email"):
+        raise ZeroDivisionError
+    import email.policy  # noqa: F401
