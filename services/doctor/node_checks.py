@@ -29,7 +29,7 @@ _IMPORT_SECONDS = 300
 _EXTRAS = {
     "producer": ("tokenizers", "jinja2", "huggingface_hub", "pyarrow"),
     "gpu-worker": ("tokenizers", "jinja2", "huggingface_hub", "pynvml"),
-    "collector": ("sqlalchemy", "psycopg", "sklearn", "scipy", "pyarrow"),
+    "collector": ("sqlalchemy", "psycopg", "pyarrow"),
 }
 _ENGINE_VERSIONS = f"""
 import sys
