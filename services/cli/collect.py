@@ -12,11 +12,11 @@ from services.broker.policies import check_policies
 from services.cli.logs import configure_logs
 from services.cli.options import BrokerOption, StoreOption
 from services.cli.process import expect_many_small_objects
+from services.cli.stores import network_store_warning
 from services.collector import Collector
 from services.collector.collector import ContextStatus
 from services.contracts import Settings, load_settings
 from services.contracts.errors import RunIncomplete
-from services.doctor.network_store import network_store_warning
 from services.node.signals import on_stop_signal
 from services.store import Incoming, RunStatus, Store, run_status
 from services.store.inspection import require_writable

@@ -20,12 +20,12 @@ from services.broker.dead_messages import (
     retry_error,
     short_id,
 )
-from services.cli.found_stores import readable_stores, store_of_run
 from services.cli.logs import configure_logs
 from services.cli.options import BrokerOption, StoreOption
 from services.cli.printable import printable
 from services.cli.screen import Screen, add_numbers, plain_table
 from services.cli.screen import show as show_on
+from services.cli.stores import readable_stores, store_of_run
 from services.contracts import (
     ClaimBatch,
     Run,

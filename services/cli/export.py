@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from services.cli.found_stores import store_of_run
 from services.cli.options import StoreOption
 from services.cli.printable import printable
 from services.cli.report import RunArgument
+from services.cli.stores import store_of_run
 from services.contracts import load_settings
 from services.store import ExportFormat, export_run
 

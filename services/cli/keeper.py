@@ -12,7 +12,7 @@ from services.contexts.keeper_server import Broker, KeeperServer
 from services.contexts.metrics import ContextStates
 from services.contracts import Settings, load_settings
 from services.contracts.values import content_id
-from services.doctor.findings import shared_file_system
+from services.node.file_systems import network_file_system
 from services.node.signals import on_stop_signal
 from services.node.walltime import stop_before_walltime
 from services.telemetry import MetricsServer
@@ -53,7 +53,7 @@ def _broker(settings: Settings) -> Broker | None:
     """
     from services.broker.kept_node import KeptNode  # imports an AMQP client
 
-    if shared_file_system(settings.cache_dir):
+    if network_file_system(settings.cache_dir):
         return None
     here = [socket.gethostname(), str(settings.runtime_dir)]
     return KeptNode(

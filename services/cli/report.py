@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from services.cli.found_stores import store_of_run
 from services.cli.label_mass import print_low_mass
 from services.cli.options import StoreOption
 from services.cli.screen import Screen, print_report
+from services.cli.stores import store_of_run
 from services.contracts import load_settings
 from services.store import build_report
 

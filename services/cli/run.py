@@ -37,25 +37,38 @@ from services.cli.context_options import (
     context_from_flags,
 )
 from services.cli.finished import finished_in, remove_foreign, update_gold
-from services.cli.found_stores import STORE_FILE
 from services.cli.label_mass import AllowLowMassOption, MassWatch
 from services.cli.live_view import RunView
-from services.cli.local_disk import working_dir
 from services.cli.logs import configure_logs
 from services.cli.options import (
     BrokerOption,
     StoreOption,
 )
+from services.cli.output_dir import locked_output_dir, working_dir
 from services.cli.prepare import inspect_claims, prepared_submission
 from services.cli.process import expect_many_small_objects
-from services.cli.repeat import FromOption, OnlyOption, claims_to_repeat
 from services.cli.screen import Screen, print_report, say
-from services.contracts import load_settings
-from services.contracts.errors import StoreError
-from services.doctor.network_store import network_store_warning
+from services.cli.stores import RESULTS, STORE_FILE, network_store_warning, store_of_run
+from services.contracts import Settings, load_settings
+from services.contracts.errors import InputError, StoreError, UsageError
 from services.local.local_run import LocalRun
-from services.local.output_dir import locked_output_dir
-from services.store import Store, build_report, export_run, find_run
+from services.store import Store, build_report, export_run, find_run, unanswered_claims
+
+_KINDS = ("invalid", "dead")
+
+OnlyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--only",
+        help="With --from: only claims of that run whose verdict is INVALID (invalid), that are "
+        "dead (dead), or both (invalid,dead). Use another prompt or model for them.",
+        show_default=False,
+    ),
+]
+FromOption = Annotated[
+    str | None,
+    typer.Option("--from", help="The run that --only refers to.", show_default=False),
+]
 
 
 def run(
@@ -132,7 +145,7 @@ def run(
         )
         run_id = submission.run.run_id
         stem = "stdin" if file == "-" else Path(file).stem
-        output_dir = out or Path("results") / f"{stem}-{run_id.removeprefix('run-')}"
+        output_dir = out or RESULTS / f"{stem}-{run_id.removeprefix('run-')}"
         resources.enter_context(locked_output_dir(output_dir))
         data_dir = resources.enter_context(working_dir(output_dir, console))
         if settings.store_url is not None and (harm := network_store_warning(settings)):
@@ -163,6 +176,28 @@ def run(
         console.print("Stopped. Rerun the same command to resume the run.")
         sys.exit(128 + stopped_by)
     mass.raise_if_low()
+
+
+def claims_to_repeat(
+    settings: Settings, only: str | None, from_run: str | None
+) -> frozenset[str] | None:
+    """The ids of the selected claims; None for all claims.
+
+    Raises UsageError for an invalid combination of flags, StoreError when there is no such run,
+    InputError when no claim matches.
+    """
+    if only is None and from_run is None:
+        return None
+    kinds = [kind.strip() for kind in (only or "").split(",")]
+    if from_run is None or not set(kinds) <= set(_KINDS):
+        raise UsageError("--only and --from go together: --only invalid,dead --from RUN")
+    with store_of_run(settings, from_run) as (store, known):
+        found = unanswered_claims(store, known, kinds)
+    if not found:
+        raise InputError(
+            f"{known.run_id} has no {' or '.join(kinds)} claims, so there is nothing to repeat"
+        )
+    return found
 
 
 def write_results(console: Screen, store: Store, run_id: str, output_dir: Path) -> None:

@@ -15,11 +15,11 @@ from rich.text import Text
 
 from services.cli.broker_snapshot import open_broker_view
 from services.cli.fleet_screen import broker_tables
-from services.cli.found_stores import readable_stores
 from services.cli.label_mass import print_low_mass
 from services.cli.logs import configure_logs
 from services.cli.options import BrokerOption, StoreOption
 from services.cli.screen import Screen, say, show, status_table
+from services.cli.stores import readable_stores
 from services.contracts import Settings, load_settings
 from services.store import RunStatus, Store, missing_records, run_statuses
 

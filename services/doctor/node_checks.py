@@ -18,9 +18,9 @@ from services.doctor.findings import (
     RECOMMENDED_FREE_BYTES,
     Finding,
     ok,
-    shared_file_system,
     warning,
 )
+from services.node.file_systems import network_file_system
 
 _RECOMMENDED_FILES, _MIN_FILES = 4_096, 256
 # A CPU engine has hundreds of threads, and the limit counts all threads of the user.
@@ -185,7 +185,7 @@ def runtime_dir(settings: Settings) -> Finding:
     directory = open_runtime_dir(settings.runtime_dir)
     # An engine's name is a context's id and a digest.
     longest = socket_path(directory, f"ctx-{16 * 'f'}-{8 * 'f'}")
-    kind = shared_file_system(directory)
+    kind = network_file_system(directory)
     if kind:
         raise UsageError(
             f"KEEPWARM_RUNTIME_DIR: {directory} is on {kind}, but its sockets and locks belong to "
@@ -201,7 +201,7 @@ def caches(settings: Settings) -> Finding:
     directory = open_private_dir(settings.cache_dir, "KEEPWARM_CACHE_DIR")
     free = shutil.disk_usage(directory).free
     message = f"{directory}, {free / GIB:.1f} GiB free"
-    kind = shared_file_system(directory)
+    kind = network_file_system(directory)
     if kind:
         return warning(f"{message}, on {kind}; a directory on a local disk is faster")
     if free < RECOMMENDED_FREE_BYTES:

@@ -19,9 +19,9 @@ from services.doctor.findings import (
     RECOMMENDED_FREE_BYTES,
     Finding,
     ok,
-    shared_file_system,
     warning,
 )
+from services.node.file_systems import network_file_system
 
 _ANSWER_SECONDS = 10.0
 
@@ -144,7 +144,7 @@ def store(settings: Settings) -> Finding:
             f"{directory} cannot be written by user {os.geteuid()}, and SQLite writes files beside "
             f"{file.name}; fix its permissions, or name another store with KEEPWARM_STORE_URL"
         )
-    kind = shared_file_system(directory)
+    kind = network_file_system(directory)
     if kind:
         raise StoreError(
             f"{file} is on {kind}, where SQLite can lose data; name a file on a local disk of the "

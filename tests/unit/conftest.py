@@ -5,8 +5,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import hypothesis
+import psutil
 import pytest
 from tokenizers import Tokenizer
 
@@ -145,3 +147,19 @@ def tmp_path() -> Iterator[Path]:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
+
+
+class _Partition(NamedTuple):
+    mountpoint: str
+    fstype: str
+
+
+@pytest.fixture
+def mounted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, str], None]:
+    """`mounted(path, "nfs4")`: a file system of this type is mounted there."""
+
+    def mount(path: Path, kind: str) -> None:
+        mounts = [_Partition("/", "ext4"), _Partition(str(path), kind)]
+        monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
+
+    return mount

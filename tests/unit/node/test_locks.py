@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from services.cli.output_dir import locked_output_dir
 from services.contexts.caches import EngineCaches
 from services.contracts.errors import UsageError
-from services.local.output_dir import locked_output_dir
 from services.node.runtime_dir import lock_file, take_lock
 
 

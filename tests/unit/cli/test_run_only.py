@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from services.cli.input_summary import summary_lines
-from services.cli.repeat import claims_to_repeat
+from services.cli.run import claims_to_repeat
 from services.contracts import (
     INVALID,
     Claim,

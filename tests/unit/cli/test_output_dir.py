@@ -1,19 +1,22 @@
-"""A run whose output directory is on a network file system."""
+"""The output directory of `keepwarm run`, also on a network file system, and its lock."""
 
+import shutil
 import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import psutil
 import pytest
 
-from services.cli import local_disk
-from services.cli.found_stores import STORE_FILE
-from services.cli.local_disk import working_dir
+from services.cli import output_dir
+from services.cli.output_dir import locked_output_dir, working_dir
 from services.cli.screen import Screen
+from services.cli.stores import STORE_FILE, network_store_warning
 from services.contracts import Run, load_settings
 from services.contracts.errors import StoreError
-from services.doctor.network_store import network_store_warning
 from services.store import Incoming, Store, run_status
 
 
@@ -99,7 +102,7 @@ def test_without_space_on_a_local_disk_it_works_in_place_with_a_warning(
     if why == "shared":
         mounted(monkeypatch, tmp_path)
     else:
-        monkeypatch.setattr(local_disk, "_free_bytes", lambda _: 0)
+        monkeypatch.setattr(output_dir, "_free_bytes", lambda _: 0)
     with working_dir(out, screen) as place:
         assert place == out
     assert "Warning" in said(screen) and "Name a local directory in TMPDIR" in said(screen)
@@ -126,3 +129,63 @@ def test_a_store_that_was_put_on_a_network_file_system_is_warned_of(
     assert f"the store sqlite:///{out}/s.sqlite is on lustre" in (warning(out / "s.sqlite") or "")
     assert warning(tmp_path / "s.sqlite") is None
     assert warning("postgresql://u@localhost/d") is None
+
+
+# Its lock.
+
+
+def test_the_directory_is_created_and_locked(tmp_path: Path) -> None:
+    with locked_output_dir(tmp_path / "deep" / "er") as directory:
+        assert directory.is_dir()
+
+
+def test_a_second_run_in_the_same_directory_is_refused(tmp_path: Path) -> None:
+    with (
+        locked_output_dir(tmp_path),
+        pytest.raises(StoreError, match="another `keepwarm run` is using"),
+        locked_output_dir(tmp_path),
+    ):
+        pass
+
+
+def test_the_lock_ends_with_the_run(tmp_path: Path) -> None:
+    for _ in range(2):
+        with locked_output_dir(tmp_path):
+            pass
+    with pytest.raises(RuntimeError), locked_output_dir(tmp_path):
+        raise RuntimeError
+    with locked_output_dir(tmp_path):
+        pass
+
+
+def test_a_path_that_cannot_be_a_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(StoreError, match="cannot be used: .*--out"), locked_output_dir(path):
+            pass
+
+
+def test_a_directory_that_this_user_may_not_write_to_is_refused(
+    open_dir: Path, unprivileged: Callable[[], AbstractContextManager[None]]
+) -> None:
+    open_dir.chmod(0o555)
+    with (
+        unprivileged(),
+        pytest.raises(StoreError, match="cannot be used: Permission denied"),
+        locked_output_dir(open_dir),
+    ):
+        pass
+
+
+def test_a_full_disk_is_refused_before_the_run_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5 * 2**20))
+    with (
+        pytest.raises(StoreError, match="has 5 MiB free, and at least 512 MiB are needed"),
+        locked_output_dir(tmp_path),
+    ):
+        pass
+    monkeypatch.undo()
+    with locked_output_dir(tmp_path):
+        pass

@@ -1,19 +1,54 @@
-"""The directory for a run's store and its broker's data: on a local disk of this node."""
+"""The output directory of `keepwarm run`: locked while the run lasts. If it is on a network file
+system, the run works in a directory on a local disk.
+"""
 
+import os
 import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from services.cli.found_stores import STORE_FILE
 from services.cli.screen import Screen, say
+from services.cli.stores import STORE_FILE
 from services.contracts.errors import StoreError
 from services.contracts.settings import private_tmp
 from services.contracts.values import content_id
-from services.doctor.findings import shared_file_system
-from services.local.output_dir import MIN_FREE_BYTES
-from services.node.runtime_dir import open_private_dir
+from services.node.file_systems import network_file_system
+from services.node.runtime_dir import lock_file, open_private_dir
+
+# A private node blocks publishers when its disk has less than 256 MB left.
+_MIN_FREE_BYTES = 512 * 1024 * 1024
+
+
+@contextmanager
+def locked_output_dir(path: Path) -> Iterator[Path]:
+    """Create the directory if it does not exist, and lock it against a second `keepwarm run`.
+
+    Raises StoreError when it cannot be written, its disk is full, or another run has locked it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise StoreError(
+            f"the output directory {path} cannot be used: {error.strerror}; choose another --out"
+        ) from error
+    try:
+        if not lock_file(lock, path / ".lock", "--out"):
+            raise StoreError(
+                f"another `keepwarm run` is using {path}; wait for it or choose another --out"
+            )
+        free = _free_bytes(path)
+        if free < _MIN_FREE_BYTES:
+            raise StoreError(
+                f"the disk of {path} has {free // 2**20} MiB free, and at least "
+                f"{_MIN_FREE_BYTES // 2**20} MiB are needed; free some space or choose another "
+                "--out"
+            )
+        yield path
+    finally:
+        os.close(lock)
 
 
 @contextmanager
@@ -27,12 +62,12 @@ def working_dir(out: Path, console: Screen) -> Iterator[Path]:
 
     Raises StoreError when the store cannot be copied.
     """
-    kind = shared_file_system(out)
+    kind = network_file_system(out)
     if kind is None:
         yield out
         return
     base = private_tmp()
-    if shared_file_system(base.parent) or _free_bytes(base.parent) < MIN_FREE_BYTES:
+    if network_file_system(base.parent) or _free_bytes(base.parent) < _MIN_FREE_BYTES:
         say(
             console,
             f"Warning: {out} is on {kind}, where RabbitMQ and SQLite can lose data, and "

@@ -1,4 +1,4 @@
-"""The stores to read without --store: the default one, and those of `keepwarm run`."""
+"""The stores to read: that of --store, or else the default one and those of `keepwarm run`."""
 
 import sys
 from collections.abc import Iterator
@@ -8,7 +8,9 @@ from pathlib import Path
 from services.cli.printable import printable
 from services.contracts import Settings
 from services.contracts.errors import StoreError, UsageError
+from services.node.file_systems import network_file_system
 from services.store import KnownRun, Store, find_run
+from services.store.database import checked_url, redacted
 
 RESULTS = Path("results")
 """Where `keepwarm run` writes without --out, in the working directory."""
@@ -89,3 +91,15 @@ def store_of_run(settings: Settings, wanted: str) -> Iterator[tuple[Store, Known
     settings_of_run, known = having[0]
     with Store.open(settings_of_run, create=False) as store:
         yield store, known
+
+
+def network_store_warning(settings: Settings) -> str | None:
+    """A warning when the store is an SQLite file on a network file system; None otherwise."""
+    url = checked_url(settings)
+    if url.get_backend_name() != "sqlite":
+        return None
+    kind = network_file_system(Path(url.database or ""))
+    return kind and (
+        f"the store {redacted(url)} is on {kind}, where SQLite can lose data; name a file on a "
+        "local disk with --store, or use PostgreSQL"
+    )
