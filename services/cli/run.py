@@ -9,7 +9,6 @@ from typing import Annotated, TextIO
 
 import typer
 
-from services.cli.changed import refuse_changed_file
 from services.cli.claims_options import (
     BatchSizeOption,
     ClaimsOptions,
@@ -36,7 +35,6 @@ from services.cli.context_options import (
     RevisionOption,
     context_from_flags,
 )
-from services.cli.finished import finished_in, remove_foreign, update_gold
 from services.cli.label_mass import AllowLowMassOption, MassWatch
 from services.cli.live_view import RunView
 from services.cli.logs import configure_logs
@@ -45,7 +43,14 @@ from services.cli.options import (
     StoreOption,
 )
 from services.cli.output_dir import locked_output_dir, working_dir
-from services.cli.prepare import inspect_claims, prepared_submission
+from services.cli.prepare_submission import (
+    finished_in,
+    inspect_claims,
+    prepared_submission,
+    refuse_changed_file,
+    remove_foreign,
+    update_gold,
+)
 from services.cli.process import expect_many_small_objects
 from services.cli.screen import Screen, print_report, say
 from services.cli.stores import RESULTS, STORE_FILE, network_store_warning, store_of_run

@@ -11,7 +11,6 @@ import typer
 
 from services.broker import BrokerAddress, Declares, Publisher
 from services.broker.policies import check_policies
-from services.cli.changed import refuse_changed_file
 from services.cli.claims_options import (
     BatchSizeOption,
     ClaimsOptions,
@@ -38,20 +37,25 @@ from services.cli.context_options import (
     RevisionOption,
     context_from_flags,
 )
-from services.cli.finished import finished_in, nothing_finished, remove_foreign, update_gold
 from services.cli.logs import configure_logs
 from services.cli.options import (
     BrokerOption,
     StoreOption,
 )
-from services.cli.prepare import inspect_claims, prepared_submission
+from services.cli.prepare_submission import (
+    finished_in,
+    inspect_claims,
+    prepared_submission,
+    refuse_changed_file,
+    remove_foreign,
+    update_gold,
+)
 from services.cli.printable import printable
 from services.cli.process import expect_many_small_objects
 from services.cli.screen import Screen, line_progress, say
 from services.contexts.accepted_contexts import refusal
 from services.contracts import load_settings, topology
 from services.producer import Progress
-from services.producer.submission import Finished
 from services.telemetry import MetricsServer
 
 log = structlog.get_logger(__name__)
@@ -142,15 +146,15 @@ def submit(
         claims_queue = topology.claims_queue(submission.run.context.context_id)
         rejected_path = rejected or Path(f"rejected-{run_id}.jsonl")
         inspect_claims(console, submission, rejected_path)
-        finished: Finished = nothing_finished
+        finished = finished_in(None, run_id)
         if settings.store_url is not None:
             from services.store import Store  # an extra, needed only with a store
 
             database = resources.enter_context(Store.open(settings))
             refuse_changed_file(submission, database)
             remove_foreign(submission, database, console)
-            finished = finished_in(database, run_id)
             update_gold(submission, database)
+            finished = finished_in(database, run_id)
         with (
             Publisher(
                 BrokerAddress.from_settings(settings),

@@ -30,7 +30,7 @@ from services.cli.context_options import (
     context_from_flags,
 )
 from services.cli.input_summary import counted, kind_of, summary_lines, total
-from services.cli.prepare import open_source, read_claims
+from services.cli.prepare_submission import open_source, read_claims
 from services.cli.screen import Screen, line_progress, say
 from services.contracts import Claim, load_settings
 from services.contracts.errors import InputError, ModelError

@@ -11,9 +11,9 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from services.cli.finished import finished_in
 from services.cli.label_mass import MassWatch
 from services.cli.live_view import RunView
+from services.cli.prepare_submission import finished_in
 from services.cli.screen import Screen
 from services.contracts import (
     ContextSpec,

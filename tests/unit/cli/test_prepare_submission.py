@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from services.cli.claims_options import ClaimsOptions
 from services.cli.input_summary import counted
-from services.cli.prepare import inspect_claims, prepared_submission
+from services.cli.prepare_submission import inspect_claims, prepared_submission
 from services.cli.screen import Screen
 from services.contracts import ContextSpec, Label, PromptSpec
 from services.contracts.errors import InputError, ModelError, UsageError
