@@ -19,8 +19,7 @@ from rich.console import Console, RenderableType
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from services.cli.broker_snapshot import BrokerSnapshot  # noqa: E402
-from services.cli.fleet_screen import broker_tables  # noqa: E402
+from services.cli.broker_view import BrokerSnapshot, broker_tables  # noqa: E402
 from services.cli.live_view import LiveView  # noqa: E402
 from services.cli.screen import print_report, show, status_table  # noqa: E402
 from services.contracts import (  # noqa: E402

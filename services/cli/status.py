@@ -13,8 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from services.cli.broker_snapshot import open_broker_view
-from services.cli.fleet_screen import broker_tables
+from services.cli.broker_view import broker_tables, open_broker_view
 from services.cli.label_mass import print_low_mass
 from services.cli.logs import configure_logs
 from services.cli.options import BrokerOption, StoreOption
@@ -108,7 +107,7 @@ def _which(store: Store, run_id: str) -> str:
     return f" (records {', '.join(shown)}{more} of the file)"
 
 
-def watched(settings: Settings) -> Group:
+def latest_runs(settings: Settings) -> Group:
     """The latest runs of each store."""
     stores = [run_statuses(store, _MAX_WATCHED + 1) for store in readable_stores(settings)]
     parts: list[Table | Text] = [
@@ -129,7 +128,7 @@ def _watch(settings: Settings, every: float) -> None:
         with open_broker_view(settings) as broker:
 
             def view() -> Group:
-                return Group(watched(settings), broker_tables(broker()))
+                return Group(latest_runs(settings), broker_tables(broker()))
 
             if not console.is_terminal:
                 while True:

@@ -18,11 +18,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from services.broker import Delivery
-from services.cli.broker_snapshot import BrokerSnapshot
+from services.cli.broker_view import BrokerSnapshot, broker_tables
 from services.cli.contexts import _description
 from services.cli.dead import _list_messages
 from services.cli.doctor import _row
-from services.cli.fleet_screen import broker_tables
 from services.cli.live_view import LiveView
 from services.cli.logs import configure_logs
 from services.cli.printable import printable

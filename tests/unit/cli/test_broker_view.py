@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.broker_snapshot import BrokerListener, BrokerSnapshot, open_broker_view
-from services.cli.fleet_screen import broker_tables
+from services.cli.broker_view import BrokerListener, BrokerSnapshot, broker_tables, open_broker_view
 from services.cli.screen import Screen
-from services.cli.status import watched
+from services.cli.status import latest_runs
 from services.contracts import (
     ContextDemand,
     ContextSpec,
@@ -133,9 +132,9 @@ def test_with_many_runs_the_latest_are_watched(run: Run, tmp_path: Path, screen:
                 Incoming([RunAnnouncement(run=announced, submission_id=f"sub-{number}")], [], [])
             )
             if number == 49:
-                screen.print(watched(settings))
+                screen.print(latest_runs(settings))
                 assert "older runs" not in screen.file.getvalue()
-    screen.print(watched(settings))
+    screen.print(latest_runs(settings))
     last = screen.file.getvalue().rpartition("claims/s")[2]
     assert "f-50" in last and "f-1 " in last and "f-0 " not in last
     assert "older runs are not shown; `keepwarm status` lists more than 50" in last
