@@ -4,7 +4,6 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from typing import Annotated
 
 import typer
@@ -33,9 +32,9 @@ from services.contracts import (
     load_settings,
     topology,
 )
+from services.contracts.claims import split_claims
 from services.contracts.errors import StoreError, UsageError
 from services.contracts.proofs import new_key
-from services.contracts.wire import PROOFS_VERSION
 from services.store import DeadRow, KnownRun, Store, dead_claims, drop_dead, reopen_dead
 
 _MESSAGE = "msg-"
@@ -254,7 +253,7 @@ def _retry_messages(
 ) -> None:
     errors: Counter[str] = Counter()
 
-    def fate(message: Delivery) -> Action:
+    def action(message: Delivery) -> Action:
         if not selected(message):
             return "keep"
         error = retry_error(message)
@@ -264,7 +263,7 @@ def _retry_messages(
         return "retry"
 
     with _messages(settings) as messages:
-        settled = messages.settle(fate)
+        settled = messages.settle(action)
     for error, count in errors.items():
         if one is not None:
             raise UsageError(f"{one} is not sent again: {error}")
@@ -318,17 +317,10 @@ def _publish(
         window=settings.publish_window,
         declares=declares,
     ).open(settings.broker_connect_timeout_seconds) as publisher:
-        for index, some in groupby(
-            enumerate(rows), key=lambda indexed: indexed[0] // settings.batch_size
-        ):
-            claims = tuple(row.claim for _, row in some)
-            batch = ClaimBatch(
-                schema_version=PROOFS_VERSION,
-                run=run,
-                submission_id=submission_id,
-                batch_id=f"{submission_id}-{index}",
-                claims=claims,
-                proofs=tuple(claim.proof(proof_key) for claim in claims),
+        claims_of_rows = (row.claim for row in rows)
+        for index, claims in enumerate(split_claims(claims_of_rows, settings.batch_size)):
+            batch = ClaimBatch.with_proofs(
+                run, submission_id, f"{submission_id}-{index}", claims, proof_key
             )
             publisher.publish(
                 Outgoing.of(

@@ -1,11 +1,12 @@
 """Claims, and the message that carries them to a worker."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
 from services.contracts.bounds import (
+    MAX_BATCH_BYTES,
     MAX_BATCH_CLAIMS,
     BatchId,
     ClaimText,
@@ -18,7 +19,10 @@ from services.contracts.prompts import LabelName
 from services.contracts.proofs import Proofs, claim_proof, evidence_digest
 from services.contracts.runs import Run
 from services.contracts.values import Value
-from services.contracts.wire import Message
+from services.contracts.wire import PROOFS_VERSION, Message
+
+# The size of a claim's field names, numbers and proof, without its texts.
+_CLAIM_OVERHEAD_BYTES = 130
 
 
 class Claim(Value):
@@ -57,6 +61,21 @@ class ClaimBatch(Message):
             raise ValueError("there must be a proof for each claim, or none at all")
         return self
 
+    @classmethod
+    def with_proofs(
+        cls, run: Run, submission_id: str, batch_id: str, claims: Iterable[Claim], key: bytes
+    ) -> Self:
+        """A batch of a producer, which has the submission's `key`."""
+        claims = tuple(claims)
+        return cls(
+            schema_version=PROOFS_VERSION,
+            run=run,
+            submission_id=submission_id,
+            batch_id=batch_id,
+            claims=claims,
+            proofs=tuple(claim.proof(key) for claim in claims),
+        )
+
     def only(self, indexes: Sequence[int]) -> Self:
         """The same batch with only the claims at these indexes."""
         return self.model_copy(
@@ -65,3 +84,20 @@ class ClaimBatch(Message):
                 "proofs": tuple(self.proofs[index] for index in indexes) if self.proofs else (),
             }
         )
+
+
+def split_claims(claims: Iterable[Claim], batch_size: int) -> Iterator[list[Claim]]:
+    """Lists of at most `batch_size` claims and about `MAX_BATCH_BYTES`."""
+    batch: list[Claim] = []
+    size = 0
+    for claim in claims:
+        # An upper bound: JSON may write a character as six bytes.
+        longest = 6 * (len(claim.text) + len(claim.evidence or "") + len(claim.claim_id))
+        longest += _CLAIM_OVERHEAD_BYTES
+        if batch and (len(batch) == batch_size or size + longest > MAX_BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(claim)
+        size += longest
+    if batch:
+        yield batch

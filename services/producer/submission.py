@@ -2,7 +2,7 @@
 
 import secrets
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from services.broker import Outgoing, Publisher
@@ -15,7 +15,8 @@ from services.contracts import (
     Totals,
     topology,
 )
-from services.contracts.bounds import MAX_BATCH_BYTES, MAX_NAME_CHARS
+from services.contracts.bounds import MAX_NAME_CHARS
+from services.contracts.claims import split_claims
 from services.contracts.errors import InputError
 from services.contracts.proofs import ClaimsDigest, Positions, new_key
 from services.contracts.runs import InputSummary
@@ -25,9 +26,6 @@ from services.producer.input_counts import InputCounts
 from services.producer.metrics import LINES, PUBLISHED
 from services.producer.ordering import group_by_evidence
 from services.producer.rejected import RejectedFile
-
-# The size of a claim's field names, numbers and proof, without its texts.
-_CLAIM_OVERHEAD_BYTES = 130
 
 Finished = Callable[[Sequence[Claim]], Collection[str]]
 """Returns the ids of those claims that have an outcome."""
@@ -122,14 +120,9 @@ class Submission:
                 on_progress(Progress(read, published, counts.rejected))
 
         ordered = group_by_evidence(unfinished()) if order_by_evidence else unfinished()
-        for number, claims in enumerate(_batches(ordered, batch_size)):
-            batch = ClaimBatch(
-                schema_version=PROOFS_VERSION,
-                run=self.run,
-                submission_id=self.submission_id,
-                batch_id=f"{number:08d}-{claims[0].position}",
-                claims=tuple(claims),
-                proofs=tuple(claim.proof(key) for claim in claims),
+        for number, claims in enumerate(split_claims(ordered, batch_size)):
+            batch = ClaimBatch.with_proofs(
+                self.run, self.submission_id, f"{number:08d}-{claims[0].position}", claims, key
             )
             publisher.publish(
                 Outgoing.of(
@@ -188,20 +181,3 @@ def _count_lines(counts: InputCounts, counted: Counter[str]) -> None:
     for result, count in now.items():
         LINES.labels(result).inc(count - counted[result])
     counted.update({result: count - counted[result] for result, count in now.items()})
-
-
-def _batches(claims: Iterable[Claim], batch_size: int) -> Iterator[list[Claim]]:
-    """Lists of at most `batch_size` claims and about `MAX_BATCH_BYTES`."""
-    batch: list[Claim] = []
-    size = 0
-    for claim in claims:
-        # An upper bound: JSON may write a character as six bytes.
-        longest = 6 * (len(claim.text) + len(claim.evidence or "") + len(claim.claim_id))
-        longest += _CLAIM_OVERHEAD_BYTES
-        if batch and (len(batch) == batch_size or size + longest > MAX_BATCH_BYTES):
-            yield batch
-            batch, size = [], 0
-        batch.append(claim)
-        size += longest
-    if batch:
-        yield batch

@@ -1,11 +1,16 @@
 """Dead claims and cancelled runs, as far as no broker is needed."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar, Self
 
 import pytest
 
+from services.broker import Outgoing
+from services.cli import dead
 from services.contracts import Claim, DeadClaim, DeadReason, Run, load_settings
+from services.contracts.bounds import MAX_MESSAGE_BYTES
 from services.store import Incoming, Store, dead_claims, run_status
 
 Command = Callable[..., int]
@@ -140,6 +145,45 @@ def test_a_retry_that_reaches_no_broker_leaves_the_claims_dead(
     code, _ = say("dead", "retry", run.run_id, "--broker", "amqp://127.0.0.1:1/v")
     assert code == 5
     assert "c[2]" in listed(database)
+
+
+class RecordingPublisher:
+    sent: ClassVar[list[Outgoing]] = []
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.sent.clear()
+
+    @contextmanager
+    def open(self, *_: object) -> Iterator[Self]:
+        yield self
+
+    def publish(self, message: Outgoing) -> None:
+        self.sent.append(message)
+
+    def flush(self, *_: object) -> None: ...
+
+
+def test_a_retry_of_claims_with_long_evidence_fits_the_size_of_a_message(
+    say: Say, run: Run, database: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dead, "Publisher", RecordingPublisher)
+    long = [
+        DeadClaim(
+            run_id=run.run_id,
+            claim=Claim(claim_id=f"long-{n}", position=n, text="C.", evidence="漢" * 60_000),
+            reason=DeadReason.TOO_LONG,
+            detail="too long",
+            worker_id="node-1",
+            attempt=1,
+            failures=0,
+        )
+        for n in range(60)
+    ]
+    database.write(Incoming(dead=long))
+    code, shown = say("dead", "retry", run.run_id, "--broker", "amqp://localhost")
+    assert (code, shown) == (0, f"61 claims of {run.run_id} are sent again\n")
+    assert len(RecordingPublisher.sent) > 1
+    assert all(len(message.body) <= MAX_MESSAGE_BYTES for message in RecordingPublisher.sent)
 
 
 def test_where_nothing_is_dead_it_is_said(

@@ -19,6 +19,7 @@ from services.contracts import (
     topology,
 )
 from services.contracts.bounds import MAX_BATCH_BYTES, MAX_MESSAGE_BYTES
+from services.contracts.claims import split_claims
 from services.contracts.errors import InputError
 from services.contracts.proofs import ClaimsDigest, Positions
 from services.producer import (
@@ -457,8 +458,6 @@ TEXT = st.text(
 def test_no_claim_is_lost_doubled_or_moved_by_batching(
     texts: list[tuple[str, str | None, int]], batch_size: int
 ) -> None:
-    from services.producer.submission import _batches
-
     claims = [
         Claim(
             claim_id=str(n),
@@ -468,6 +467,6 @@ def test_no_claim_is_lost_doubled_or_moved_by_batching(
         )
         for n, (text, evidence, times) in enumerate(texts)
     ]
-    batches = list(_batches(claims, batch_size))
+    batches = list(split_claims(claims, batch_size))
     assert [claim for batch in batches for claim in batch] == claims
     assert all(1 <= len(batch) <= batch_size for batch in batches)
