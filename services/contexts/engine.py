@@ -12,13 +12,14 @@ import structlog
 
 from services.contexts.engine_client import Answer, EngineClient
 from services.contexts.engine_command import cores_of, engine_arguments, engine_environment
-from services.contexts.engine_log import Explanation, ProcessExit, oom_kills
+from services.contexts.engine_log import Explanation, ProcessExit
 from services.contexts.fork_server_client import EngineProcess, ForkServer
 from services.contexts.plan import EnginePlan
 from services.contracts.clock import awake_seconds
 from services.contracts.errors import EngineRequestError, EngineStartError
 from services.contracts.startup import StartupPhases
 from services.node.device import nvml
+from services.node.memory import oom_kills
 from services.node.runtime_dir import log_tail, quoted_tail, socket_path
 
 _POLL_SECONDS = 0.05
@@ -46,7 +47,7 @@ class Engine:
         self.socket = socket_path(directory, plan.name)
         self.log_file = directory / f"{plan.name}.log"
         self._process: EngineProcess | None = None
-        self._oom_kills = 0
+        self._oom_kills: int | None = None
         self._canary: Answer | None = None
         """Its answer to the canary prompt at its start."""
         self.failed_start: ProcessExit | None = None
@@ -172,7 +173,7 @@ class Engine:
 
     def process_exit(self) -> ProcessExit:
         """How it ended; the exit code is None while it runs."""
-        return ProcessExit(self.exit_code(), oom_kills() > self._oom_kills)
+        return ProcessExit(self.exit_code(), oom_kills() != self._oom_kills)
 
     def _probe(self, client: EngineClient) -> None:
         """Send the canary prompt: the engine must score exactly the tokens that it is asked for."""

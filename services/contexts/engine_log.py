@@ -174,16 +174,6 @@ def explanation(log_file: Path, process_exit: ProcessExit, device: str) -> Expla
     return Explanation(" ".join(sentences), out_of_memory=remedy in (_MEMORY, OOM))
 
 
-def oom_kills() -> int:
-    """How many processes the kernel's OOM killer has killed since boot; 0 if that is unknown."""
-    try:
-        counters = Path("/proc/vmstat").read_text(encoding="ascii")
-    except OSError:
-        return 0
-    found = re.search(r"^oom_kill (\d+)$", counters, re.MULTILINE)
-    return int(found[1]) if found else 0
-
-
 def _exceptions(log: str) -> Iterator[tuple[str, str]]:
     """Process and message of each exception, up to the first that only points at another."""
     lines = log.splitlines()

@@ -10,7 +10,7 @@ import structlog
 
 from services.contexts.engine import start_error
 from services.contexts.engine_client import EngineClient
-from services.contexts.engine_log import OOM, ProcessExit, explanation, oom_kills
+from services.contexts.engine_log import OOM, ProcessExit, explanation
 from services.contexts.keeper_client import check_keeper, evict, open_keeper
 from services.contexts.metrics import ATTACHES
 from services.contexts.plan import EnginePlan
@@ -27,6 +27,7 @@ from services.contracts.clock import awake_seconds
 from services.contracts.errors import EngineStartError, KeeperError
 from services.contracts.heartbeats import RestartReason
 from services.contracts.startup import StartupPhases
+from services.node.memory import oom_kills
 from services.node.runtime_dir import log_tail, open_runtime_dir, socket_path
 
 _POLL_SECONDS = 0.1

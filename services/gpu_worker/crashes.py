@@ -18,7 +18,6 @@ import faulthandler
 import hashlib
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,7 +28,7 @@ from typing import IO, Any, NoReturn
 
 import structlog
 
-from services.node.memory import cgroup_directories
+from services.node.memory import MACHINE_OOM_COUNTERS, cgroup_directories, oom_kills
 from services.node.runtime_dir import open_log, open_private_dir, take_lock
 
 _KEPT_SECONDS = 7 * 24 * 3600.0
@@ -39,7 +38,6 @@ _MAX_FIRST_CHARS, _MAX_LAST_CHARS = 1_000, 7_000
 # reused for this long.
 _KILL_COUNT_MAX_AGE_SECONDS = 1.0
 _KILLED = "the kernel killed it (SIGKILL) because memory ran out"
-_MACHINE_COUNTERS = Path("/proc/vmstat")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 Key = tuple[str, str]
@@ -226,7 +224,9 @@ def _read_evidence(path: Path) -> str:
 
 def _memory_kills() -> list[list[Any]]:
     return [
-        kills for path in (*_cgroup_counters(), _MACHINE_COUNTERS) if (kills := _kill_count(path))
+        kills
+        for path in (*_cgroup_counters(), MACHINE_OOM_COUNTERS)
+        if (kills := _kill_count(path))
     ]
 
 
@@ -237,12 +237,14 @@ def _cgroup_counters() -> list[Path]:
 
 
 def _kill_count(path: Path) -> list[Any] | None:
+    kills = oom_kills(path)
+    if kills is None:
+        return None
     try:
-        found = re.search(r"^oom_kill (\d+)$", path.read_text(encoding="ascii"), re.MULTILINE)
         counter = f"{path}:{path.stat().st_ino}:{_BOOT_ID.read_text(encoding='ascii').strip()}"
     except OSError:
         return None
-    return [counter, int(found[1])] if found else None
+    return [counter, kills]
 
 
 def _has_killed_since(kills: Sequence[Sequence[Any]]) -> bool:

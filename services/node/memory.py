@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 
+MACHINE_OOM_COUNTERS = Path("/proc/vmstat")
+
 _PROC = Path("/proc/self")
 _MIB = 1024**2
 _SLURM_LIMITS = (
@@ -61,6 +63,17 @@ def available_bytes() -> int:
 def total_bytes() -> int:
     """The whole memory within every limit, used or not."""
     return min([psutil.virtual_memory().total, *(limit.limit_bytes for limit in _limits())])
+
+
+def oom_kills(counters: Path = MACHINE_OOM_COUNTERS) -> int | None:
+    """How many processes the kernel has killed because memory ran out, by this file of counters: a
+    memory cgroup's, or the machine's since boot. None if the file does not have this number.
+    """
+    try:
+        found = re.search(r"^oom_kill (\d+)$", counters.read_text(encoding="ascii"), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) if found else None
 
 
 def cgroup_directories() -> list[Path]:

@@ -7,7 +7,6 @@ import pytest
 from services.contexts.engine_log import (
     ProcessExit,
     explanation,
-    oom_kills,
     root_cause,
 )
 
@@ -227,10 +226,6 @@ def test_other_signals_have_their_meaning(exit_code: int, says: str, tmp_path: P
 def test_where_nothing_is_known_nothing_is_said(tmp_path: Path) -> None:
     assert explained("INFO 11-29 20:20:05 [core.py:84] Loading weights\n", tmp_path) == ""
     assert explanation(tmp_path / "none.log", ProcessExit(1), "Xeon").text == ""
-
-
-def test_the_kernels_count_of_killed_processes_is_read() -> None:
-    assert oom_kills() >= 0
 
 
 # Whether another node may be able to do it.

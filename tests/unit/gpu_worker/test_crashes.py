@@ -194,7 +194,7 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int | N
 
     counts(0, 4)
     monkeypatch.setattr(module, "_cgroup_counters", lambda: [cgroup])
-    monkeypatch.setattr(module, "_MACHINE_COUNTERS", machine)
+    monkeypatch.setattr(module, "MACHINE_OOM_COUNTERS", machine)
     return counts
 
 

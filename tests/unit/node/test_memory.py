@@ -209,3 +209,11 @@ def test_a_real_limit_is_seen_from_within(real_cgroup: Path, repository: Path) -
     total, free = map(int, done.stdout.split())
     assert total == GIB < psutil.virtual_memory().total
     assert 0 < free < GIB - 300 * 1024**2
+
+
+def test_the_kernels_count_of_killed_processes_is_read(tmp_path: Path) -> None:
+    assert (memory.oom_kills() or 0) >= 0
+    events = tmp_path / "memory.events"
+    assert memory.oom_kills(events) is None
+    events.write_text("oom 3\noom_kill 2\noom_group_kill 0\n")
+    assert memory.oom_kills(events) == 2
