@@ -14,14 +14,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from services.cli.broker_view import BrokerSnapshot, broker_tables  # noqa: E402
 from services.cli.live_view import LiveView  # noqa: E402
-from services.cli.screen import print_report, show, status_table  # noqa: E402
+from services.cli.screen import Screen, print_report, show, status_table  # noqa: E402
 from services.contracts import (  # noqa: E402
     ContextDemand,
     ContextSpec,
@@ -167,7 +167,7 @@ def _live(*moments: tuple[float, int, tuple[_Worker, ...]], terminal: bool = Tru
     return _text(console)
 
 
-def _shown(draw: RenderableType | Callable[[Console], None], *, terminal: bool = True) -> str:
+def _shown(draw: RenderableType | Callable[[Screen], None], *, terminal: bool = True) -> str:
     console = _console(terminal=terminal)
     if callable(draw):
         draw(console)
@@ -176,8 +176,8 @@ def _shown(draw: RenderableType | Callable[[Console], None], *, terminal: bool =
     return _text(console)
 
 
-def _console(*, terminal: bool) -> Console:
-    return Console(
+def _console(*, terminal: bool) -> Screen:
+    return Screen(
         file=io.StringIO(),
         width=COLUMNS,
         force_terminal=terminal,
@@ -186,7 +186,7 @@ def _console(*, terminal: bool) -> Console:
     )
 
 
-def _text(console: Console) -> str:
+def _text(console: Screen) -> str:
     assert isinstance(console.file, io.StringIO)
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
     return "\n".join(line.rstrip() for line in plain.splitlines())

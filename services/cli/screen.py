@@ -81,7 +81,7 @@ def duration(seconds: float | None) -> str:
 def show(console: Screen, what: RenderableType) -> None:
     """Print a renderable. If the output is not a terminal, lines are neither wrapped nor padded."""
     if console.is_terminal:
-        console.print(what, highlight=False)
+        console.print(what)
         return
     options = console.options.update(width=_UNBOUNDED_WIDTH)
     for line in console.render_lines(what, options, pad=False):
@@ -90,8 +90,8 @@ def show(console: Screen, what: RenderableType) -> None:
 
 
 def say(console: Screen, text: str) -> None:
-    """Print text unchanged: without markup, and without wrapping."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    """Print text without wrapping it."""
+    console.print(text, soft_wrap=True)
 
 
 def plain_table(title: str | None = None) -> Table:

@@ -158,24 +158,18 @@ class LocalRun:
         finally:
             self._observer.phase(None)
         # The node has its own password and no certificate, whatever the environment says.
-        settings = self._settings.model_copy(
-            update={
-                "broker_url": node.url,
-                "broker_password": SecretStr(node.password),
-                "broker_password_file": None,
-                "broker_ca_file": None,
-                "broker_cert_file": None,
-                "broker_key_file": None,
-            }
-        )
-        return settings, {
-            "KEEPWARM_BROKER_URL": node.url,
-            "KEEPWARM_BROKER_PASSWORD": node.password,
-            "KEEPWARM_BROKER_PASSWORD_FILE": None,
-            "KEEPWARM_BROKER_CA_FILE": None,
-            "KEEPWARM_BROKER_CERT_FILE": None,
-            "KEEPWARM_BROKER_KEY_FILE": None,
+        own = {
+            "broker_url": node.url,
+            "broker_password": node.password,
+            "broker_password_file": None,
+            "broker_ca_file": None,
+            "broker_cert_file": None,
+            "broker_key_file": None,
         }
+        settings = self._settings.model_copy(
+            update={**own, "broker_password": SecretStr(node.password)}
+        )
+        return settings, {f"KEEPWARM_{name.upper()}": value for name, value in own.items()}
 
     def _check_broker(self) -> None:
         """Raises BrokerError when the user's broker cannot be used: before an engine is started."""
