@@ -140,7 +140,7 @@ def odd_words(directory: Path) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize(("flags", "says"), [(thinking_model, r"'\n'"), (odd_words, "' False'")])
-def test_a_run_whose_label_words_the_model_does_not_say_is_stopped_with_what_it_says(
+def test_a_run_whose_label_words_the_model_never_answers_is_stopped_and_its_answer_is_shown(
     command: Start, tmp_path: Path, flags: Callable[[Path], tuple[str, ...]], says: str
 ) -> None:
     out = tmp_path / "out"

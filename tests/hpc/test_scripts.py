@@ -77,7 +77,7 @@ def test_a_command_that_fails_in_the_midst_fails_the_section(
     assert ends.returncode != 0 and "went on" not in ends.stdout, ends
 
 
-def test_the_job_scripts_say_where_the_job_is() -> None:
+def test_the_job_scripts_name_the_path_of_job_sh() -> None:
     """Slurm runs a copy that is elsewhere; an image has it in a place of its own."""
     worker = read_definition(APPTAINER / "worker.def")
     assert (APPTAINER / "job.sh", "/opt/keepwarm/apptainer/job.sh") in worker.files

@@ -52,7 +52,7 @@ def job(tmp_path: Path) -> dict[str, str]:
         (["CANCELLED"], None, 0, "Slurm says that 7 is CANCELLED, so it is not put back"),
     ],
 )
-def test_a_drained_job_goes_on_unless_slurm_says_otherwise(
+def test_a_drained_job_continues_unless_slurm_ends_it(
     job: dict[str, str],
     tmp_path: Path,
     state: list[str],

@@ -195,7 +195,7 @@ def test_what_is_too_long_for_one_node_alone_is_answered_by_another(
     end_well(short, healthy)
 
 
-def test_a_run_whose_engines_are_all_too_short_ends_and_says_so(
+def test_a_run_whose_engines_are_all_too_short_ends_with_the_reason(
     command: Start, environment: dict[str, str], tmp_path: Path
 ) -> None:
     file = claims(tmp_path / "claims.jsonl", 32, {5: {"evidence": LONG}})

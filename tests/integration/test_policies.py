@@ -132,7 +132,7 @@ def test_doctor_reports_that_a_user_may_not_read_policies(
     assert "Policies were not checked: stranger may not" in found["message"]
 
 
-def test_claims_that_a_policy_gave_up_are_dead_messages_that_say_so(
+def test_claims_that_a_policy_dropped_are_dead_messages_with_that_reason(
     managed: Start, policy: Callable[..., None], node: PrivateNode, address: BrokerAddress
 ) -> None:
     policy('{"message-ttl": 100}', r"^claims\.")

@@ -488,7 +488,7 @@ def test_a_queue_over_the_limit_is_reported_with_the_limit(broker: Broker) -> No
         assert broker.setup()[0] == 0
 
 
-def test_doctor_says_where_limits_are_missing(broker: Broker) -> None:
+def test_doctor_reports_where_limits_are_missing(broker: Broker) -> None:
     """As on a broker that was set up before there were any."""
     broker.rabbitmqctl("clear_vhost_limits", "-p", VHOST)
     broker.rabbitmqctl("clear_user_limits", f"{VHOST}-worker", "all")

@@ -108,7 +108,7 @@ def test_bad_lines_are_rejected_with_reasons_and_the_good_ones_go_on(
     assert f"Rejected lines: {out}/rejected.jsonl" in running.output
 
 
-def test_a_run_whose_labels_the_model_does_not_say_stops_and_goes_on_with_leave(
+def test_a_run_whose_labels_the_model_never_answers_stops_and_resumes_with_allow_low_mass(
     command: Start, out: Path
 ) -> None:
     arguments = ("run", CLAIMS, "--out", str(out), "--batch-size", "16")
@@ -132,7 +132,7 @@ def test_a_run_whose_labels_the_model_does_not_say_stops_and_goes_on_with_leave(
 
 
 @pytest.mark.parametrize("limit", ["8", "64"])
-def test_a_run_of_one_batch_whose_labels_the_model_does_not_say_fails(
+def test_a_run_of_one_batch_whose_labels_the_model_never_answers_fails(
     limit: str, command: Start, out: Path
 ) -> None:
     running = command("run", CLAIMS, "--limit", limit, "--out", str(out), VLLM_TEST_FAULT="thinks")
@@ -272,7 +272,7 @@ def test_progress_moves_while_a_batch_is_answered(command: Start, out: Path) -> 
     assert len(between) >= 3 and counts == sorted(counts), running.output
 
 
-def test_a_run_says_that_its_model_loads_and_that_its_engine_is_restarted(
+def test_a_run_shows_that_its_model_loads_and_that_its_engine_is_restarted(
     command: Start, out: Path, environment: dict[str, str]
 ) -> None:
     running = command(
@@ -290,7 +290,7 @@ def test_a_run_says_that_its_model_loads_and_that_its_engine_is_restarted(
     assert_one_row_a_claim(out)
 
 
-def test_a_run_says_that_the_broker_has_an_alarm(
+def test_a_run_shows_that_the_broker_has_an_alarm(
     command: Start, out: Path, node: PrivateNode, broker
 ) -> None:
     running = command(

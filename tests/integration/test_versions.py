@@ -129,7 +129,7 @@ def _complete(environment: dict[str, str], run_id: str) -> bool:
     return status is not None and status.complete
 
 
-def test_what_version_1_left_in_the_queues_is_answered_and_said_to_be_unproven(
+def test_what_version_1_left_in_the_queues_is_answered_and_reported_as_unproven(
     command: Start, environment: dict[str, str], node: PrivateNode, address: BrokerAddress
 ) -> None:
     """Batches and announcements without proofs, and a worker that returns some of them."""

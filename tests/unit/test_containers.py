@@ -388,7 +388,7 @@ def health(repository: Path, address: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(("code", "expected"), [(200, 0), (503, 1)])
-def test_the_health_check_says_what_the_service_says(
+def test_the_health_check_returns_the_services_answer(
     repository: Path, answering: tuple[HTTPServer, list[int]], code: int, expected: int
 ) -> None:
     server, codes = answering

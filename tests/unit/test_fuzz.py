@@ -316,7 +316,7 @@ EVENT = {
 
 @often
 @given(data=st.text(max_size=200) | JSON.map(json.dumps) | changed(EVENT).map(json.dumps))
-def test_whatever_an_engine_says_is_a_verdict_or_no_answer_or_a_failed_request(data: str) -> None:
+def test_any_reply_of_an_engine_is_a_verdict_or_no_answer_or_a_failed_request(data: str) -> None:
     try:
         choices = _choices(data.encode())
     except EngineRequestError as error:

@@ -248,7 +248,7 @@ def test_the_help_teaches(keepwarm: Command, capsys: pytest.CaptureFixture[str])
         assert part in shown
 
 
-def test_without_its_packages_the_verb_says_so_and_the_others_are_there(repository: Path) -> None:
+def test_without_its_packages_a_verb_names_them_and_the_others_are_there(repository: Path) -> None:
     code = (
         "import sys; sys.modules['httpx'] = None\n"
         "from services.cli.main import main\n"

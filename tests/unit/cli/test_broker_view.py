@@ -76,7 +76,7 @@ def test_the_table_fits_eighty_columns_and_has_no_empty_columns() -> None:
     assert header == ["worker", "device", "state", "claims/s", "in", "flight"]
 
 
-def test_empty_tables_say_that_there_is_nothing() -> None:
+def test_empty_tables_have_a_row_that_there_is_nothing() -> None:
     text = shown(BrokerSnapshot((), (), {}))
     assert "no workers" in text and "no contexts" in text
 

@@ -97,7 +97,7 @@ def test_a_dead_claim_is_shown_whole(say: Say, run: Run) -> None:
     ]
 
 
-def test_which_claim_is_to_be_shown_has_to_be_said(say: Say, run: Run) -> None:
+def test_the_claim_to_show_has_to_be_named(say: Say, run: Run) -> None:
     code, shown = say("dead", "show", run.run_id)
     assert code == 2
     assert "name a claim of the run" in shown
@@ -186,7 +186,7 @@ def test_a_retry_of_claims_with_long_evidence_fits_the_size_of_a_message(
     assert all(len(message.body) <= MAX_MESSAGE_BYTES for message in RecordingPublisher.sent)
 
 
-def test_where_nothing_is_dead_it_is_said(
+def test_without_dead_claims_the_list_is_a_sentence(
     stored: Path, keepwarm: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert keepwarm("dead", "list", "--store", str(stored)) == 0

@@ -140,7 +140,7 @@ def test_the_report_of_a_hostile_run_is_text(bad: list[str]) -> None:
 
 
 @given(texts(4))
-def test_what_workers_and_collectors_say_is_text(bad: list[str]) -> None:
+def test_texts_of_workers_and_collectors_are_printed_as_text(bad: list[str]) -> None:
     device, host, model, fault = bad
     worker = WorkerHeartbeat(
         worker_id="node-1",

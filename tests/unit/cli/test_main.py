@@ -341,7 +341,7 @@ def test_an_error_has_its_exit_code_although_its_message_cannot_be_written(
 # What is not installed.
 
 
-def test_a_verb_whose_parts_are_not_installed_says_so_and_the_others_work(
+def test_a_verb_whose_packages_are_not_installed_names_them_and_the_others_work(
     repository: Path, stored: Path
 ) -> None:
     code = f"""

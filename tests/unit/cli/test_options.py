@@ -123,7 +123,7 @@ def test_a_flag_names_the_model_or_else_the_environment_or_else_it_is_the_demos(
     assert context("./a").model == str(models / "a")
 
 
-def test_outside_a_clone_the_default_model_says_that_it_is_one(
+def test_outside_a_clone_a_note_reports_that_the_default_model_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -57,7 +57,7 @@ def test_on_a_local_disk_a_run_works_in_its_output_directory(
     assert said(screen) == ""
 
 
-def test_on_a_network_file_system_it_works_on_a_local_disk_and_says_so(
+def test_on_a_network_file_system_it_works_on_a_local_disk_with_a_message(
     out: Path, tmp_path: Path, screen: Screen, incoming: Incoming, run: Run
 ) -> None:
     with working_dir(out, screen) as place:

@@ -86,7 +86,7 @@ def test_without_the_flags_all_claims_are_meant(settings: Settings) -> None:
 
 
 @pytest.mark.parametrize(("only", "from_run"), [("dead", None), (None, "run-1"), ("bad", "run-1")])
-def test_flags_that_say_nothing_are_refused(
+def test_only_and_from_are_refused_alone(
     only: str | None, from_run: str | None, settings: Settings
 ) -> None:
     with pytest.raises(UsageError, match="go together: --only invalid,dead --from RUN"):

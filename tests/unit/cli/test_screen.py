@@ -200,7 +200,7 @@ def test_the_report_leads_with_the_result_and_what_went_wrong(screen: Screen, se
     ]
 
 
-def test_the_report_says_what_was_wrong_with_the_file(screen: Screen, seen: Seen) -> None:
+def test_the_report_lists_what_was_wrong_with_the_file(screen: Screen, seen: Seen) -> None:
     found = {
         "rejected": {"no claim": 6, "no JSON": 2},
         "without_evidence": {"only references": 40},
@@ -251,7 +251,7 @@ def test_the_full_report_shows_what_starts_took_phase_by_phase(screen: Screen, s
     ]
 
 
-def test_a_report_without_starts_says_nothing_of_them(screen: Screen, seen: Seen) -> None:
+def test_a_report_without_starts_has_no_row_for_them(screen: Screen, seen: Seen) -> None:
     print_report(screen, reported(startups=None), full=True)
     assert "warm starts" not in seen()
     assert "cold starts" not in seen()
@@ -396,7 +396,7 @@ def test_what_others_answered_counts_once_it_is_stored(terminal: Screen, clock: 
         ([Worker(answered=240)], ["240 of 240 claims, storing the last verdicts"]),
     ],
 )
-def test_it_says_what_is_waited_for(
+def test_it_shows_what_is_waited_for(
     workers: list[Worker], lines: list[str], terminal: Screen, clock: Clock
 ) -> None:
     view = LiveView(terminal, claims=240, clock=clock)

@@ -454,7 +454,7 @@ def test_the_last_message_is_set_aside_after_a_while_if_the_store_refuses_it(
     assert refused(publisher) == [(topology.VERDICTS_QUEUE, encode(bad))]
 
 
-def test_told_to_finish_while_the_store_refuses_everything_it_leaves_the_messages_to_the_broker(
+def test_when_it_finishes_while_the_store_refuses_everything_the_messages_stay_at_the_broker(
     store: Store,
     make: SimpleNamespace,
     publisher: RecordingPublisher,

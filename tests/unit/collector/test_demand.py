@@ -238,7 +238,7 @@ def test_a_wanted_context_stays_when_its_workers_fall_silent(
     assert [(line.claims_ready, line.workers_warm) for line in demand.update()] == [(20, 0)]
 
 
-def test_nothing_is_said_before_every_worker_had_the_time_to_report(
+def test_there_is_no_demand_before_every_worker_had_time_for_a_heartbeat(
     store: Store, make: SimpleNamespace, run: Run, demand: DemandEstimator, broker: Broker
 ) -> None:
     store.write(make.incoming(make.announced(claims=30)))
@@ -263,7 +263,7 @@ def test_runs_on_one_context_are_one_line(
     assert [line.claims_in_flight for line in looked(demand, broker)] == [30]
 
 
-def test_nothing_is_said_of_a_context_before_the_broker_spoke_of_it(
+def test_a_context_has_no_demand_before_its_queue_was_counted(
     store: Store, make: SimpleNamespace, run: Run, demand: DemandEstimator, broker: Broker
 ) -> None:
     store.write(make.incoming(make.announced(claims=10)))

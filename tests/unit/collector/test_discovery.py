@@ -14,7 +14,7 @@ def addresses(*reports: WorkerHeartbeat, own_host: str = "here") -> list[str]:
     return [target for each in targets(reports, own_host) for target in each["targets"]]
 
 
-def test_a_worker_is_a_target_with_what_it_said(make: SimpleNamespace) -> None:
+def test_a_worker_is_a_target_with_labels_from_its_heartbeat(make: SimpleNamespace) -> None:
     report = make.report("node-7-1", host="node-7", job_id="71_3", metrics_address="node-7:9464")
     assert targets([report], "here") == [
         {

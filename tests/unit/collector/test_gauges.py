@@ -101,7 +101,7 @@ def test_runs_that_are_not_complete_come_first_and_the_oldest_complete_ones_are_
     assert shown == [run.run_id, *(other.run_id for other in others[:-20:-1])]
 
 
-def test_the_age_of_a_runs_gauges_is_told(store: Store, fleet: Fleet) -> None:
+def test_the_age_of_a_runs_gauges_is_a_gauge(store: Store, fleet: Fleet) -> None:
     registry = CollectorRegistry()
     demand = DemandEstimator(store, load_settings(), fleet)
     snapshot = RunsSnapshot(read_at=time.monotonic() - 60)
@@ -139,7 +139,7 @@ def test_only_core_queues_are_exported(registry: CollectorRegistry) -> None:
     assert scraped(registry, "keepwarm_queue_messages") == {("verdicts",): 3}
 
 
-def test_what_strangers_say_cannot_break_the_form(
+def test_texts_from_messages_cannot_break_the_format(
     registry: CollectorRegistry, fleet: Fleet, make: SimpleNamespace
 ) -> None:
     fleet.note(make.report("a", device='T4"} 1\nkeepwarm_workers{x="\\'))

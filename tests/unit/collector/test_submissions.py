@@ -126,7 +126,7 @@ def test_the_run_of_a_returned_batch_is_the_one_that_was_announced(
     assert submissions.checked(forged).run == run
 
 
-def test_a_verdict_cannot_be_said_to_be_of_another_run(
+def test_a_verdict_cannot_be_attributed_to_another_run(
     submissions: Submissions, verdicts: VerdictBatch, other_run: Run
 ) -> None:
     with pytest.raises(MessageInvalid, match="its submission is of run-"):

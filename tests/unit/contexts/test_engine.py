@@ -233,7 +233,7 @@ def test_an_engine_that_dies_is_reported_with_its_exit_code_and_the_end_of_its_l
     assert "  | RuntimeError: out of memory, says the test engine" in message
 
 
-def test_a_fork_server_that_cannot_import_the_engine_says_so_in_its_own_words(
+def test_a_fork_server_that_cannot_import_the_engine_is_reported_with_its_log(
     forge: Forge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server_of(tmp_path, "raise ImportError('libcudart.so.13 is missing')", monkeypatch)
@@ -243,7 +243,7 @@ def test_a_fork_server_that_cannot_import_the_engine_says_so_in_its_own_words(
     assert "  | ImportError: libcudart.so.13 is missing" in str(failed.value)
 
 
-def test_a_fork_server_that_has_several_threads_forks_nothing_and_says_why(
+def test_a_fork_server_that_has_several_threads_forks_nothing_and_replies_why(
     forge: Forge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = "import threading, time\nthreading.Thread(target=time.sleep, args=(600,)).start()\n"
@@ -319,7 +319,7 @@ def test_the_leftover_socket_of_an_earlier_engine_is_no_obstacle(forge: Forge) -
 
 
 @pytest.mark.parametrize(("known", "held"), [(True, 7), (False, None)])
-def test_what_nvml_says_of_other_processes_is_not_what_an_engine_holds(
+def test_memory_that_nvml_reports_for_other_processes_is_not_the_engines(
     context: ContextSpec,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

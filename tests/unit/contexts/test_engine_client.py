@@ -73,7 +73,9 @@ def test_an_answer_that_came_to_its_end_is_taken(finish_reason: str) -> None:
 
 
 @pytest.mark.parametrize("finish_reason", ["abort", "error", "tool_calls", "", None])
-def test_an_aborted_request_is_no_answer_though_http_says_200(finish_reason: str | None) -> None:
+def test_an_aborted_request_is_no_answer_though_its_status_is_200(
+    finish_reason: str | None,
+) -> None:
     assert answer(choice(0, -1.0, -2.0, finish_reason=finish_reason)) is None
 
 
@@ -357,7 +359,7 @@ def test_an_engine_that_lost_what_it_is_asked_for_did_not_refuse_the_prompts(
         (500, b"LoRA rank 128 is greater than max_lora_rank 64.", "LoRA rank 128 is greater"),
     ],
 )
-def test_an_adapter_is_loaded_or_the_engine_says_why_not(
+def test_an_adapter_is_loaded_or_the_error_has_the_engines_reason(
     status: int, body: bytes, says: str | None, served: Serve
 ) -> None:
     client = served(lambda *_: (status, [body]))
@@ -438,7 +440,7 @@ def test_a_stream_that_breaks_off_anywhere_is_the_engines_failure_or_our_interru
     assert interrupted or "the engine broke off" in str(failed.value)
 
 
-def test_an_engine_that_breaks_off_before_it_says_anything_failed(served: Serve) -> None:
+def test_an_engine_that_breaks_off_before_its_first_answer_failed(served: Serve) -> None:
     def reply(*_: object) -> tuple[int, Iterable[bytes]]:
         raise BreakOff
 
@@ -659,7 +661,7 @@ def test_whoever_loses_interest_leaves_nothing_open(served: Serve) -> None:
 
 
 @pytest.mark.parametrize(("status", "healthy"), [(200, True), (503, False), (404, False)])
-def test_health_is_what_the_engine_says(status: int, healthy: bool, served: Serve) -> None:
+def test_health_is_the_engines_status(status: int, healthy: bool, served: Serve) -> None:
     paths: list[str] = []
 
     def reply(path: str, _: dict[str, Any]) -> tuple[int, Iterable[bytes]]:
@@ -704,7 +706,7 @@ def test_several_threads_may_ask_at_once(served: Serve) -> None:
         (404, b"", None),  # another engine than vLLM, or an old one
     ],
 )
-def test_the_engine_says_how_many_tokens_it_takes_or_that_is_not_known(
+def test_the_engine_reports_how_many_tokens_it_takes_or_that_is_not_known(
     status: int, told: bytes, tokens: int | None, served: Serve
 ) -> None:
     paths: list[str] = []

@@ -161,7 +161,7 @@ def test_pydantics_errors_are_shortened_to_the_fault(tmp_path: Path) -> None:
     )
 
 
-def test_a_workers_failure_is_the_cause_and_not_what_its_core_says_of_it() -> None:
+def test_a_workers_failure_is_the_cause_and_not_what_its_core_reports_of_it() -> None:
     log = traceback(OUT_OF_MEMORY, prefix=WORKER) + failed_core(
         "Exception: WorkerProc initialization failed due to an exception in a background "
         "process. See stack trace for root cause."
@@ -223,7 +223,7 @@ def test_other_signals_have_their_meaning(exit_code: int, says: str, tmp_path: P
     assert says in explained("loading\n", tmp_path, exit_code=exit_code)
 
 
-def test_where_nothing_is_known_nothing_is_said(tmp_path: Path) -> None:
+def test_without_a_known_cause_the_explanation_is_empty(tmp_path: Path) -> None:
     assert explained("INFO 11-29 20:20:05 [core.py:84] Loading weights\n", tmp_path) == ""
     assert explanation(tmp_path / "none.log", ProcessExit(1), "Xeon").text == ""
 

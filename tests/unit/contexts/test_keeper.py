@@ -286,7 +286,7 @@ def test_a_full_disk_ends_no_engine_and_pins_none(
     assert node.goes(managed) == "no worker used it for 0.5 s"
 
 
-def test_an_engine_that_dies_is_said_to_and_the_next_one_is_new(
+def test_the_end_of_an_engine_is_reported_and_the_next_one_is_new(
     start: Callable[..., Node],
 ) -> None:
     node = start()
@@ -299,7 +299,7 @@ def test_an_engine_that_dies_is_said_to_and_the_next_one_is_new(
 @pytest.mark.parametrize(
     ("last_words", "memory"), [("torch.OutOfMemoryError: CUDA out of memory.", True), ("", False)]
 )
-def test_a_worker_is_told_whether_its_engine_ran_out_of_memory(
+def test_a_worker_learns_whether_its_engine_ran_out_of_memory(
     start: Callable[..., Node], last_words: str, memory: bool
 ) -> None:
     node = start()
@@ -986,7 +986,7 @@ def test_evicting_ends_what_is_named_by_itself_or_by_its_context_and_no_other(
     assert engines["c"].record.state == "warm"
 
 
-def test_what_does_not_end_in_time_is_not_said_to_be_gone(
+def test_an_engine_that_does_not_end_in_time_is_not_reported_as_ended(
     start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = start(KEEPWARM_GRACE_SECONDS="1")

@@ -204,7 +204,7 @@ def test_a_keeper_that_hangs_is_not_waited_for(
     assert isinstance(mute.ends[1].request(0), DescribeDevice)
 
 
-def test_a_keeper_that_has_nothing_to_say_and_answers_is_waited_for(
+def test_a_keeper_without_news_that_answers_is_waited_for(
     lease: EngineLease, mute: Mute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_KEEPER_SILENCE_SECONDS", 0.2)

@@ -178,7 +178,7 @@ def test_another_users_end_is_refused(ends: Ends, monkeypatch: pytest.MonkeyPatc
     other.close()
 
 
-def test_the_kernel_says_who_the_other_end_is(ends: Ends) -> None:
+def test_the_kernel_reports_the_user_of_the_other_end(ends: Ends) -> None:
     raw = ends.bare.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     assert struct.unpack("3i", raw)[:2] == (os.getpid(), os.geteuid())
 

@@ -208,7 +208,7 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int | N
         (None, 5, True),
     ],
 )
-def test_a_kill_counts_where_the_kernel_says_that_memory_ran_out(
+def test_a_kill_counts_if_the_kernels_count_of_memory_kills_grew(
     in_cgroup: int | None,
     on_machine: int,
     counts: bool,

@@ -240,7 +240,7 @@ def test_claims_go_back_with_the_failures_of_each(
     }
 
 
-def test_verdicts_say_who_answered_and_how_long_the_engine_took_in_all(
+def test_verdicts_name_the_worker_and_the_engines_time_in_all(
     batch: ClaimBatch, broker: RecordingBroker
 ) -> None:
     in_flight = InFlightBatch(delivered(batch, earlier=3))

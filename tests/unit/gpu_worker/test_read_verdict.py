@@ -61,7 +61,7 @@ def test_a_model_that_did_not_answer_the_question_is_invalid_but_its_scores_are_
 
 
 @pytest.mark.parametrize(("minimum", "label"), [(0.29, "SUPPORTS"), (0.31, INVALID)])
-def test_the_prompt_says_how_much_is_enough(minimum: float, label: str) -> None:
+def test_the_prompt_sets_the_least_mass(minimum: float, label: str) -> None:
     scores = (math.log(0.15), math.log(0.1), math.log(0.05))
     assert verdict(*scores, minimum_mass=minimum).label == label
 
@@ -70,7 +70,7 @@ def test_with_no_minimum_every_scored_answer_has_a_label() -> None:
     assert verdict(-9_999.0, -9_998.0, -9_999.0, minimum_mass=0).label == "REFUTES"
 
 
-def test_what_the_model_would_have_said_is_cut_and_cleaned() -> None:
+def test_the_models_own_answer_is_cut_and_cleaned() -> None:
     found = verdict(-1.0, -2.0, -3.0, text="a\0b" + "x" * 2_000)
     assert found.raw_text.startswith("abx")
     assert len(found.raw_text) == 1_024

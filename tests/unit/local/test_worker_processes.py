@@ -115,7 +115,7 @@ def test_the_time_of_a_restart_is_not_that_of_the_first_start(
     assert process.state == "loading the model, 0 s"
 
 
-def test_without_the_broker_no_heartbeat_comes_and_the_state_says_so(worker: Starter) -> None:
+def test_without_the_broker_the_state_is_why_no_heartbeat_comes(worker: Starter) -> None:
     process = worker()
     process.update(None, "no connection to the broker")
     assert process.state == "waiting: no connection to the broker"
@@ -153,7 +153,7 @@ def test_a_worker_that_replaces_a_lost_one_has_another_id(worker: Starter) -> No
     assert process.state == "starting" and process.worker_id not in ("", first)
 
 
-def test_a_worker_is_told_its_id(worker: Starter, tmp_path: Path) -> None:
+def test_a_worker_gets_its_id(worker: Starter, tmp_path: Path) -> None:
     process = worker("import sys; print(sys.argv[1:])")
     told = f"['--watched-as', '{process.worker_id}']"
     wait_for(lambda: told in (tmp_path / "worker.log").read_text())

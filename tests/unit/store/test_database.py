@@ -8,7 +8,7 @@ from services.store.database import open_engine
 
 
 @pytest.mark.parametrize(("query", "idle"), [("", 20), ("?keepalives_idle=5", "5")])
-def test_a_postgresql_that_is_gone_without_a_word_is_noticed_unless_its_url_says_otherwise(
+def test_a_postgresql_that_stops_answering_is_noticed_unless_its_url_sets_other_keepalives(
     query: str, idle: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, object] = {}

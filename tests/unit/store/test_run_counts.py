@@ -60,7 +60,7 @@ def test_verdicts_are_counted_by_label_and_by_whether_they_are_right(
     assert (status.judged, status.correct) == (4, 2)
 
 
-def test_they_say_what_the_report_says(store: Store, make: SimpleNamespace, run: Run) -> None:
+def test_they_equal_what_the_report_counts(store: Store, make: SimpleNamespace, run: Run) -> None:
     verdicts = [make.verdict(n, "ABC"[n % 3] if n % 3 != 1 else "B B", gold="A") for n in range(9)]
     store.write(make.incoming(make.announced(claims=9), make.batch(*verdicts)))
     report = build_report(store, find_run(store, run.run_id))
