@@ -73,7 +73,7 @@ class EngineCaches:
         """The file that is locked while a keeper starts the engine of this name."""
         return self._directory / f"{name}.lock"
 
-    def busy(self, name: str) -> bool:
+    def is_starting(self, name: str) -> bool:
         """Whether a keeper starts the engine of this name now."""
         try:
             lock = os.open(self.lock_path(name), os.O_RDWR)
@@ -120,7 +120,7 @@ class EngineCaches:
         finally:
             os.close(lock)
 
-    def remember(self, name: str, start: PastStart) -> None:
+    def save_start(self, name: str, start: PastStart) -> None:
         """Write the measurements of a start. On a full disk they are only logged as not written."""
         path = self._directory / name / _STARTUP
         new = path.with_suffix(".new")
@@ -130,10 +130,17 @@ class EngineCaches:
         except OSError as error:
             log.error("start.not_remembered", path=str(path), reason=str(error))
 
-    def recall_all(self) -> dict[str, PastStart]:
+    def last_start(self, name: str) -> PastStart | None:
+        """The measurements of this engine's last start; None without any."""
+        try:
+            return PastStart.model_validate_json((self._directory / name / _STARTUP).read_bytes())
+        except (OSError, ValidationError):
+            return None
+
+    def last_starts(self) -> dict[str, PastStart]:
         """The last start of every engine in the caches, by the engine's name."""
         names = [path.parent.name for path in self._directory.glob(f"*/{_STARTUP}")]
-        return {name: past for name in names if (past := self.recall(name)) is not None}
+        return {name: past for name in names if (past := self.last_start(name)) is not None}
 
     def find(self) -> list[Cache]:
         """All caches, the longest unused first."""
@@ -170,12 +177,6 @@ class EngineCaches:
             if cache.name not in in_use and self.remove(cache):
                 size -= cache.size_bytes
                 log.info("cache.removed", name=cache.name, bytes=cache.size_bytes)
-
-    def recall(self, name: str) -> PastStart | None:
-        try:
-            return PastStart.model_validate_json((self._directory / name / _STARTUP).read_bytes())
-        except (OSError, ValidationError):
-            return None
 
 
 def _measure(directory: Path) -> Cache:

@@ -122,7 +122,7 @@ class Engine:
                 self._process.stop()
             self.socket.unlink(missing_ok=True)
 
-    def answers(self) -> bool:
+    def healthy(self) -> bool:
         """Whether it reports within seconds that it is healthy."""
         return self._client().healthy()
 

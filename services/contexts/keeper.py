@@ -44,7 +44,7 @@ _POLL_SECONDS = 0.2
 # An engine takes less time to stop, unless it hangs in the kernel.
 _STOPPING_SECONDS = 300.0
 _LOCK_TRIES, _LOCK_PAUSE_SECONDS = 20, 0.05
-_TIDY_SECONDS = 10.0
+_LIMIT_LOGS_SECONDS = 10.0
 # The part of the grace period in which workers may finish; engines stop in the rest of it.
 _DRAIN_FRACTION = 0.6
 
@@ -69,7 +69,7 @@ class Keeper:
         for left in self.directory.glob("ctx-*.sock"):
             left.unlink(missing_ok=True)
         remove_fork_server_files(self.directory)
-        self._tidy_at = 0.0
+        self._limit_logs_at = 0.0
         self._engines: dict[str, ManagedEngine] = {}
         self._fork_servers: dict[str, ForkServer] = {}
         self._fork_servers_lock = threading.Lock()
@@ -221,10 +221,10 @@ class Keeper:
         for engine in engines:
             engine.update_demand(sum(claims.get(context_id, 0) for context_id in engine.contexts))
 
-    def tidy(self) -> None:
+    def limit_logs(self) -> None:
         """Limit the size of the logs in the runtime directory, at most every ten seconds."""
-        if time.monotonic() >= self._tidy_at:
-            self._tidy_at = time.monotonic() + _TIDY_SECONDS
+        if time.monotonic() >= self._limit_logs_at:
+            self._limit_logs_at = time.monotonic() + _LIMIT_LOGS_SECONDS
             with suppress(FileNotFoundError):  # the directory was removed; it is made again soon
                 bound_logs(self.directory, self._live_names())
 

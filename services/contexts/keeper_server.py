@@ -137,7 +137,7 @@ class KeeperServer:
         needed = time.monotonic()
         while not self._stop.is_set() and is_same_file(own, path):
             self._watchdog.beat()
-            self._keeper.tidy()
+            self._keeper.limit_logs()
             if self._broker is not None:
                 self._broker.end_if_idle()
             kept = not self._keeper.empty or (self._broker is not None and self._broker.exists)

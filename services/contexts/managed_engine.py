@@ -95,7 +95,7 @@ class ManagedEngine:
         """Whether it ended because memory ran out."""
         self.answers_changed = False
         """Whether its answers were found to differ from those at its start."""
-        past = owner.caches.recall(plan.name)
+        past = owner.caches.last_start(plan.name)
         self.known_bytes = past.memory_bytes if past else None
         self._start_seconds = past.restart_seconds if past else 0.0
         now = time.monotonic()
@@ -311,7 +311,7 @@ class ManagedEngine:
         memory = self._engine.memory_bytes()
         past = PastStart(phases=phases, memory_bytes=memory)
         self._start_seconds = past.restart_seconds
-        self._owner.caches.remember(self.plan.name, past)
+        self._owner.caches.save_start(self.plan.name, past)
         pid, held = self._engine.pid, memory or self._estimated_bytes()
         with self._lock:
             self._update_locked(
@@ -365,7 +365,7 @@ class ManagedEngine:
         Raises EngineStartError when that takes too long.
         """
         caches, name = self._owner.caches, self.plan.name
-        while caches.busy(name):
+        while caches.is_starting(name):
             self.report_progress("waiting for another keeper that starts the same engine")
             if self._stop.wait(_POLL_SECONDS):
                 raise _StartCancelled
@@ -397,7 +397,7 @@ class ManagedEngine:
     def _watch(self) -> str:
         """Watch the warm engine until it has ended or has to stop. Returns why."""
         idle_seconds = self._owner.settings.context_idle_seconds
-        hang_detector = HangDetector(self._engine.answers)
+        hang_detector = HangDetector(self._engine.healthy)
         while not self._stop.is_set():
             if not self._engine.alive:
                 return self._describe_end()

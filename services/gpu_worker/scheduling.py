@@ -309,7 +309,7 @@ class StartupEstimates:
         if not contexts:
             return {}
         live = {record.name: record for record in self._engines()}
-        starts = self._caches.recall_all()
+        starts = self._caches.last_starts()
         imports = max((start.phases.imports or 0.0 for start in starts.values()), default=0.0)
         if has_fork_server(self._directory):
             imports = 0.0

@@ -50,7 +50,7 @@ def grown(tmp_path: Path) -> EngineCaches:
         (directory / "vllm").mkdir()
         for name in ("kernel", "index"):
             (directory / "vllm" / name).write_text("whole")
-    caches.remember(NAME, PastStart(phases=StartupPhases(total=21.0), memory_bytes=2**31))
+    caches.save_start(NAME, PastStart(phases=StartupPhases(total=21.0), memory_bytes=2**31))
     time.sleep(0.05)  # the file system's clock is coarse
     return caches
 
@@ -58,11 +58,11 @@ def grown(tmp_path: Path) -> EngineCaches:
 def test_a_start_that_is_given_up_leaves_what_earlier_ones_compiled(grown: EngineCaches) -> None:
     for _ in range(2):
         broken_off(grown)
-    assert grown.recall(NAME) is not None
+    assert grown.last_start(NAME) is not None
     with grown.starting(NAME) as directory:
         assert sorted(path.name for path in (directory / "vllm").iterdir()) == ["kernel"]
         assert (directory / "vllm" / "kernel").read_text() == "whole"
-    assert grown.recall(NAME) is not None
+    assert grown.last_start(NAME) is not None
 
 
 def test_a_start_that_fails_leaves_nothing_compiled_and_is_remembered_all_the_same(
@@ -71,7 +71,7 @@ def test_a_start_that_fails_leaves_nothing_compiled_and_is_remembered_all_the_sa
     broken_off(grown, EngineStartError)
     with grown.starting(NAME) as directory:
         assert not (directory / "vllm").exists()
-    assert grown.recall(NAME) is not None
+    assert grown.last_start(NAME) is not None
 
 
 # The clock of awake_seconds() has a thread.
@@ -99,14 +99,14 @@ def test_a_directory_that_somebody_deleted_is_made_again(tmp_path: Path) -> None
 
 def test_of_two_starts_of_one_engine_the_second_gets_no_cache(tmp_path: Path) -> None:
     first, second = EngineCaches(tmp_path / "cache"), EngineCaches(tmp_path / "cache")
-    assert not second.busy(NAME)
+    assert not second.is_starting(NAME)
     with first.starting(NAME) as directory:
         assert directory is not None
-        assert second.busy(NAME)
+        assert second.is_starting(NAME)
         with second.starting(NAME) as other:
             assert other is None
         assert (directory / "unfinished").exists()  # whose start is not over
-    assert not second.busy(NAME)
+    assert not second.is_starting(NAME)
     with second.starting(NAME) as directory:
         assert directory is not None
 
@@ -137,10 +137,10 @@ def test_a_start_is_remembered_beyond_its_keeper(tmp_path: Path) -> None:
     caches = EngineCaches(tmp_path / "cache")
     with caches.starting(NAME):
         pass
-    caches.remember(NAME, past)
-    assert EngineCaches(tmp_path / "cache").recall(NAME) == past
+    caches.save_start(NAME, past)
+    assert EngineCaches(tmp_path / "cache").last_start(NAME) == past
     with caches.starting(NAME):
-        assert caches.recall(NAME) == past
+        assert caches.last_start(NAME) == past
 
 
 @pytest.mark.parametrize(
@@ -157,10 +157,10 @@ def test_bringing_an_engine_back_takes_neither_its_imports_nor_its_fetch(
 @pytest.mark.parametrize("nonsense", [b"", b"{", b"\xff\xfe", b'{"memory_bytes": "much"}', b"[]"])
 def test_a_memory_that_makes_no_sense_is_none(tmp_path: Path, nonsense: bytes) -> None:
     caches = EngineCaches(tmp_path / "cache")
-    assert caches.recall(NAME) is None
+    assert caches.last_start(NAME) is None
     with caches.starting(NAME) as directory:
         (directory / "startup.json").write_bytes(nonsense)
-    assert caches.recall(NAME) is None
+    assert caches.last_start(NAME) is None
 
 
 # What is old, and what is too much.
@@ -204,7 +204,7 @@ def test_a_start_makes_a_cache_used_again(tmp_path: Path) -> None:
     filled(caches, tmp_path, NAME, 10, unused_days=90)
     with caches.starting(NAME):
         pass
-    caches.remember(NAME, PastStart(phases=StartupPhases(total=2.0)))
+    caches.save_start(NAME, PastStart(phases=StartupPhases(total=2.0)))
     (found,) = caches.find()
     assert found.unused_seconds < DAY
 

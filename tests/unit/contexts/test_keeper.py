@@ -333,7 +333,7 @@ def test_an_engine_that_could_not_be_measured_counts_as_what_it_needs_and_that_i
     managed = node.idle("a")
     candidate = managed.candidate()
     assert candidate is not None and candidate.memory_bytes == 7
-    past = node.keeper.caches.recall(managed.plan.name)
+    past = node.keeper.caches.last_start(managed.plan.name)
     assert past is not None and past.memory_bytes is None and past.phases.total
 
 
@@ -367,8 +367,8 @@ def test_old_caches_make_way_after_a_start_and_old_logs_are_bounded(
     node = start(KEEPWARM_CACHE_GIB="0.000005")  # some 5,000 bytes
     managed = node.warm("a")
     wait_until(lambda: not old.exists(), "disk space for its cache")
-    assert node.keeper.caches.recall(managed.plan.name) is not None
-    node.keeper.tidy()
+    assert node.keeper.caches.last_start(managed.plan.name) is not None
+    node.keeper.limit_logs()
     logs = list((tmp_path / "run").glob("ctx-*.log"))
     assert len(logs) == 33 and tmp_path / "run" / f"{managed.plan.name}.log" in logs
 
@@ -540,7 +540,7 @@ def test_an_engine_that_hangs_unused_is_ended_and_the_next_one_is_new(
 @pytest.mark.usefixtures("hasty")
 def test_an_engine_that_answers_stays(start: Callable[..., Node]) -> None:
     managed = start().idle("a")
-    assert managed._engine.answers()
+    assert managed._engine.healthy()
     time.sleep(1)
     assert managed.record.state == "warm"
 

@@ -74,7 +74,7 @@ def started(directory: Path, spec: ContextSpec, **phases: float) -> None:
     with caches.starting(name_of(spec)):
         pass
     past = PastStart(phases=StartupPhases(**phases), memory_bytes=2**30)
-    caches.remember(name_of(spec), past)
+    caches.save_start(name_of(spec), past)
 
 
 def seconds_of(estimates: StartupEstimates) -> list[float | None]:
