@@ -14,7 +14,7 @@ _DELIMITERS = {",": "CSV", "\t": "TSV", ";": "semicolon-separated", "|": "pipe-s
 
 def summary_lines(file: ClaimsFile, summary: InputSummary) -> list[str]:
     """Two lines: format and counts, then labels and evidence. Warnings follow."""
-    lines = [_read(file, summary), f"{_labels(summary)}; {_evidence(file, summary)}"]
+    lines = [_counts_line(file, summary), f"{_labels(summary)}; {_evidence(file, summary)}"]
     if summary.other_label:
         without = total(summary.without_evidence) == summary.claims
         lines.append(
@@ -27,7 +27,7 @@ def summary_lines(file: ClaimsFile, summary: InputSummary) -> list[str]:
     return lines
 
 
-def _read(file: ClaimsFile, summary: InputSummary) -> str:
+def _counts_line(file: ClaimsFile, summary: InputSummary) -> str:
     rejected = total(summary.rejected)
     not_selected = f", {file.not_selected:,} not selected" if file.not_selected else ""
     limited = "" if file.records_to_read == file.records else f"{file.records_to_read:,} of "

@@ -32,7 +32,7 @@ from services.cli.context_options import (
 from services.cli.input_summary import counted, kind_of, summary_lines, total
 from services.cli.prepare_submission import open_source, read_claims
 from services.cli.screen import Screen, line_progress, say
-from services.contracts import Claim, load_settings
+from services.contracts import load_settings
 from services.contracts.errors import InputError, ModelError
 from services.contracts.runs import InputSummary
 from services.models.compiled_prompt import CompiledPrompt
@@ -105,7 +105,8 @@ def validate(
             if summary.claims:
                 with line_progress(console, "counting tokens", claims.records_to_read) as counting:
                     tokens = _token_lengths(claims, compiled, max_model_tokens, counting)
-                examples = [tokenizer.text(ids) for ids in compiled.encode(_first(claims))]
+                first = list(islice(claims, _EXAMPLES))
+                examples = [tokenizer.text(ids) for ids in compiled.encode(first)]
     if as_json:
         print(json.dumps(_as_json(claims, summary, tokens, no_tokenizer)))
     else:
@@ -132,10 +133,6 @@ def _token_lengths(
         "limit": most - 1,
         "too_long": sum(length > most - 1 for length in lengths),
     }
-
-
-def _first(claims: ClaimsFile) -> Sequence[Claim]:
-    return list(islice(claims, _EXAMPLES))
 
 
 def _as_json(
