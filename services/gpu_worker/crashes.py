@@ -128,15 +128,17 @@ class CrashRecords:
 
     def collect(self) -> None:
         """Collect the crashes of workers that died since the last call."""
-        with contextlib.suppress(OSError):
-            for directory in self._workers_dir.iterdir():
-                if directory != self._own_dir and not directory.name.startswith("."):
+        # Other workers of the node do the same, so each entry may be gone when it is opened.
+        for directory in _entries(self._workers_dir):
+            if directory != self._own_dir and not directory.name.startswith("."):
+                with contextlib.suppress(OSError):
                     self._collect_from(directory)
-            oldest = time.time() - _KEPT_SECONDS
-            for path in self._crashed_dir.iterdir():
+        oldest = time.time() - _KEPT_SECONDS
+        for path in _entries(self._crashed_dir):
+            with contextlib.suppress(OSError):
                 if path.stat().st_mtime < oldest:
-                    path.unlink(missing_ok=True)
-            self._crashed_names = frozenset(path.name for path in self._crashed_dir.iterdir())
+                    path.unlink()
+        self._crashed_names = frozenset(path.name for path in _entries(self._crashed_dir))
 
     @property
     def any(self) -> bool:
@@ -199,6 +201,13 @@ class CrashRecords:
             new = path.with_suffix(".new")
             new.write_text(json.dumps(crash), encoding="utf-8")
             new.replace(path)
+
+
+def _entries(directory: Path) -> list[Path]:
+    try:
+        return list(directory.iterdir())
+    except OSError:
+        return []
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

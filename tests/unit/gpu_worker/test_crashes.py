@@ -1,6 +1,7 @@
 """The records of a dead worker, and what counts as evidence of a crash."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from services.gpu_worker import crashes as module
 from services.gpu_worker.crashes import Crash, CrashRecords
+from services.node import runtime_dir
 from tests.conftest import REPOSITORY
 from tests.unit.gpu_worker.conftest import died_asking
 
@@ -115,6 +117,24 @@ def test_crashes_alone_are_counted_and_crashes_with_other_claims_are_not(
         dies(node, SEGFAULT, alone=alone)
     crash = worker("next").get(KEY)
     assert crash is not None and crash.alone == 2
+
+
+def test_a_dead_worker_that_another_worker_collects_meanwhile_hides_no_other_crash(
+    node: Path, worker: Callable[[str], CrashRecords], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = worker("waiting")
+    dies(node, SEGFAULT)
+    worker("other")  # collects the crash
+    died_asking(node, "gone", [OTHER])
+
+    def take_lock(path: Path) -> int | None:
+        if path.parent.name == "gone":
+            shutil.rmtree(path.parent)
+        return runtime_dir.take_lock(path)
+
+    monkeypatch.setattr(module, "take_lock", take_lock)
+    waiting.collect()
+    assert waiting.get(KEY) is not None
 
 
 def test_a_claim_that_has_an_outcome_is_forgotten(
