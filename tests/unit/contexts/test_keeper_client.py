@@ -24,21 +24,21 @@ Keepers = Callable[[str], None]
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    place = tmp_path / "run"
-    place.mkdir()
-    monkeypatch.setenv("KEEPWARM_RUNTIME_DIR", str(place))
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    directory = tmp_path / "run"
+    directory.mkdir()
+    monkeypatch.setenv("KEEPWARM_RUNTIME_DIR", str(directory))
     monkeypatch.setattr(keeper_client, "_ANSWER_SECONDS", 0.0)
     monkeypatch.setattr(keeper_client, "_RETRY_SECONDS", 0.0)
-    return place
+    return directory
 
 
 @pytest.fixture
-def keepers(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Keepers]:
+def keepers(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Keepers]:
     """`keepers("sleep 600")`: what those that are started do instead of keeping."""
 
     def do(script: str) -> None:
-        script = f"echo $$ >>{place / 'started'}; {script}"
+        script = f"echo $$ >>{directory / 'started'}; {script}"
         monkeypatch.setattr(keeper_client, "_COMMAND", ("sh", "-c", script))
 
     starts = count()
@@ -52,26 +52,26 @@ def keepers(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Keepers]:
     yield do
     expected = next(starts)
     deadline = time.monotonic() + GENEROUS_SECONDS
-    while len(started(place)) < expected:  # one may not even have begun
+    while len(started(directory)) < expected:  # one may not even have begun
         assert time.monotonic() < deadline, "what was started never began"
         time.sleep(0.01)
-    for pid in started(place):
+    for pid in started(directory):
         with suppress(psutil.NoSuchProcess):
             psutil.Process(pid).kill()
 
 
-def started(place: Path) -> list[int]:
-    file = place / "started"
+def started(directory: Path) -> list[int]:
+    file = directory / "started"
     return list(map(int, file.read_text().split())) if file.exists() else []
 
 
 def test_a_keeper_that_is_slow_to_come_is_waited_for_and_no_other_is_started(
-    keepers: Keepers, place: Path
+    keepers: Keepers, directory: Path
 ) -> None:
     keepers("exec sleep 600")
     looks = count()
     assert keeper_client.open_keeper(load_settings(), lambda: next(looks) > 50) is None
-    assert len(started(place)) <= 1
+    assert len(started(directory)) <= 1
 
 
 def test_one_that_never_answers_is_not_waited_for_without_end(
@@ -84,47 +84,47 @@ def test_one_that_never_answers_is_not_waited_for_without_end(
 
 
 def test_one_that_ended_is_started_again(
-    keepers: Keepers, place: Path, monkeypatch: pytest.MonkeyPatch
+    keepers: Keepers, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keeper_client, "_ANSWER_SECONDS", 60.0)
     keepers("exit 1")
-    assert keeper_client.open_keeper(load_settings(), lambda: len(started(place)) > 2) is None
+    assert keeper_client.open_keeper(load_settings(), lambda: len(started(directory)) > 2) is None
 
 
 def test_a_keeper_that_cannot_start_is_reported_with_its_last_output(
-    keepers: Keepers, place: Path, monkeypatch: pytest.MonkeyPatch
+    keepers: Keepers, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keeper_client, "_RETRY_SECONDS", 60.0)
     keepers("echo no room >&2; exit 1")
     with pytest.raises(KeeperError, match="no room"):
         keeper_client.open_keeper(load_settings())
-    assert len(started(place)) == 1
+    assert len(started(directory)) == 1
 
 
 def test_while_another_has_the_lock_none_is_started(
-    keepers: Keepers, place: Path, monkeypatch: pytest.MonkeyPatch
+    keepers: Keepers, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keepers("exec sleep 600")
-    lock = take_lock(keeper_lock(place))
+    lock = take_lock(keeper_lock(directory))
     assert lock is not None
     looks = count()
 
     def there() -> bool:
         if next(looks) == 20:
-            assert not started(place)
+            assert not started(directory)
             monkeypatch.setattr(keeper_client, "_ANSWER_SECONDS", 60.0)
             os.close(lock)
-        return bool(started(place))
+        return bool(started(directory))
 
     assert keeper_client.open_keeper(load_settings(), there) is None
     assert next(looks) > 20
 
 
 def test_a_run_waits_for_the_end_of_another_keeper_and_then_starts_its_own(
-    place: Path, tmp_path: Path
+    directory: Path, tmp_path: Path
 ) -> None:
     # As right after `kill -9` of a run: its keeper still stops its engine.
-    lock = take_lock(keeper_lock(place))
+    lock = take_lock(keeper_lock(directory))
     assert lock is not None
     looks = count()
 
@@ -136,22 +136,22 @@ def test_a_run_waits_for_the_end_of_another_keeper_and_then_starts_its_own(
     log_file = tmp_path / "keeper.log"
     with keeper_client.temporary_keeper(load_settings(), log_file, look):
         assert next(looks) > 200
-        channel = keeper_client.connect(place)
+        channel = keeper_client.connect(directory)
         assert channel is not None
         channel.close()
-    assert keeper_client.connect(place) is None
+    assert keeper_client.connect(directory) is None
     assert "has a keeper already" not in log_file.read_text()
 
 
 def test_a_run_starts_its_keeper_again_when_it_ended(
-    keepers: Keepers, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    keepers: Keepers, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keeper_client, "_ANSWER_SECONDS", 60.0)
     keepers("exit 1")
     with keeper_client.temporary_keeper(
-        load_settings(), tmp_path / "keeper.log", lambda: len(started(place)) > 2
+        load_settings(), tmp_path / "keeper.log", lambda: len(started(directory)) > 2
     ):
-        assert len(started(place)) > 2
+        assert len(started(directory)) > 2
 
 
 def test_a_keeper_that_ends_without_an_answer_is_reported_with_its_last_line_alone(
@@ -168,11 +168,11 @@ def test_a_keeper_that_ends_without_an_answer_is_reported_with_its_last_line_alo
 
 
 def test_another_keeper_that_does_not_end_is_reported_as_such(
-    keepers: Keepers, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    keepers: Keepers, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keeper_client, "_SLOW_START_SECONDS", 0.2)
     keepers("exec sleep 600")
-    lock = take_lock(keeper_lock(place))
+    lock = take_lock(keeper_lock(directory))
     assert lock is not None
     with (
         pytest.raises(KeeperError, match="may still be stopping its engines"),
@@ -180,7 +180,7 @@ def test_another_keeper_that_does_not_end_is_reported_as_such(
     ):
         pass
     os.close(lock)
-    assert not started(place)
+    assert not started(directory)
 
 
 # What a node's engines are.
@@ -207,39 +207,39 @@ def listening(directory: Path, answers: Callable[[socket.socket], None]) -> Iter
         serving.join(GENEROUS_SECONDS)
 
 
-def test_without_a_keeper_there_are_no_engines_and_none_is_started(place: Path) -> None:
-    assert keeper_client.engines(place) == ()
-    assert not list(place.iterdir())
+def test_without_a_keeper_there_are_no_engines_and_none_is_started(directory: Path) -> None:
+    assert keeper_client.engines(directory) == ()
+    assert not list(directory.iterdir())
 
 
-def test_the_socket_of_a_killed_keeper_has_no_engines(place: Path) -> None:
+def test_the_socket_of_a_killed_keeper_has_no_engines(directory: Path) -> None:
     with socket.socket(socket.AF_UNIX) as killed:
-        killed.bind(str(keeper_socket(place)))
-    assert keeper_client.engines(place) == ()
+        killed.bind(str(keeper_socket(directory)))
+    assert keeper_client.engines(directory) == ()
 
 
-def test_a_keeper_that_ends_while_it_is_asked_has_no_engines(place: Path) -> None:
+def test_a_keeper_that_ends_while_it_is_asked_has_no_engines(directory: Path) -> None:
     def end(connection: socket.socket) -> None:
-        keeper_socket(place).unlink(missing_ok=True)
+        keeper_socket(directory).unlink(missing_ok=True)
 
-    with listening(place, end):
-        assert keeper_client.engines(place) == ()
+    with listening(directory, end):
+        assert keeper_client.engines(directory) == ()
 
 
 def test_a_keeper_that_does_not_know_the_request_is_reported_as_of_another_version(
-    place: Path,
+    directory: Path,
 ) -> None:
     # What keepers of the version before do: they close the connection.
     with (
-        listening(place, lambda connection: connection.recv(65_536) and None),
+        listening(directory, lambda connection: connection.recv(65_536) and None),
         pytest.raises(KeeperError, match="another version of Keepwarm; .*evict --all"),
     ):
-        keeper_client.engines(place)
+        keeper_client.engines(directory)
 
 
-def test_a_keeper_that_does_not_answer_is_an_error_with_the_next_step(place: Path) -> None:
+def test_a_keeper_that_does_not_answer_is_an_error_with_the_next_step(directory: Path) -> None:
     with socket.socket(socket.AF_UNIX) as hung:
-        hung.bind(str(keeper_socket(place)))
+        hung.bind(str(keeper_socket(directory)))
         hung.listen()
         with pytest.raises(KeeperError, match="did not answer within 0.1 s; see keeper.log"):
-            keeper_client.engines(place, 0.1)
+            keeper_client.engines(directory, 0.1)

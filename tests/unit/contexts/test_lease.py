@@ -86,7 +86,7 @@ def test_who_evicts_waits_for_as_long_as_a_drain_may_take(monkeypatch: pytest.Mo
 
 
 class Mute:
-    """A keeper that takes connections and says what the test says."""
+    """A keeper that accepts connections and sends only what the test sends."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ends: list[KeeperChannel] = []
@@ -98,7 +98,7 @@ class Mute:
         self.ends.append(its)
         return ours
 
-    def says(self, record: ContextRecord) -> None:
+    def send_record(self, record: ContextRecord) -> None:
         self.ends[0].send(KeeperReply(record=record))
 
 
@@ -152,7 +152,7 @@ def test_who_asks_whether_it_is_alive_does_not_wait_for_its_start(
         wait_for(lambda: mute.ends)
         for state in ("starting", "warm"):
             assert not lease.alive
-            mute.says(record_of(lease, state))
+            mute.send_record(record_of(lease, state))
         wait_for(lambda: lease.alive)
 
 
@@ -163,9 +163,9 @@ def test_why_an_engine_starts_again_is_known_until_it_is_warm(
     assert lease.restart_reason is None
     with starting(lease):
         wait_for(lambda: mute.ends)
-        mute.says(record_of(lease, "starting"))
+        mute.send_record(record_of(lease, "starting"))
         assert not lease.alive and lease.restart_reason is None  # it is the first start
-        mute.says(record_of(lease, "warm"))
+        mute.send_record(record_of(lease, "warm"))
         wait_for(lambda: lease.starts)
         mute.ends[0].send(KeeperReply(error="it ended", out_of_memory=memory))
         assert not lease.alive and lease.restart_reason == reason
