@@ -139,6 +139,7 @@ class Deployment:
     producer: Service = field(init=False)
     run_id: str | None = None
     started_again: int = 0
+    broker_start_seconds: float = 0.0
 
     @property
     def store(self) -> Path:
@@ -197,7 +198,9 @@ class Deployment:
     def look_after(self) -> None:
         """Start again whatever has ended and is still needed."""
         if not self.node.alive:
+            began = time.monotonic()
             self.node.start()
+            self.broker_start_seconds += time.monotonic() - began
             self.started_again += 1
         for part in self.parts():
             if part.alive or (part is self.producer and part.process.returncode == 0):
@@ -406,6 +409,7 @@ class Result:
     dead: frozenset[str]
     faults: Counter[str]
     started_again: int
+    broker_start_seconds: float
 
 
 def run(
@@ -471,6 +475,7 @@ def run(
         frozenset(claim for claim, label, _ in rows if label is None),
         faults.count,
         deployment.started_again,
+        deployment.broker_start_seconds,
     )
 
 
@@ -572,6 +577,7 @@ def figures_of(seed: int, result: Result, calm: Result, poison: frozenset[str]) 
         "computed again, at most": result.lost_work,
         "returned": result.returned,
         "started again": result.started_again,
+        "seconds in which the broker started": round(result.broker_start_seconds, 1),
         "seconds": round(result.seconds, 1),
         "seconds without faults": round(calm.seconds, 1),
         "ratio": round(result.seconds / calm.seconds, 2),

@@ -48,14 +48,18 @@ _ACCESS_REFUSED, _NOT_FOUND, _PRECONDITION_FAILED, _NOT_ALLOWED = 403, 404, 406,
 
 log = structlog.get_logger(__name__)
 
+# The links of this process that wait before their next attempt.
+_waiting: set["Link"] = set()
+
 
 class Link:
     """What `Publisher` and `Consumer` share: a connection, its channel, and their one thread.
 
     Only the owning thread touches pika; other threads reach it through `_call_soon`. A lost
-    connection or channel is reopened with exponential backoff and jitter, without a limit,
-    once the first one was opened. A broker that refuses us for a minute (for example because the
-    password was changed) ends the link. The `_on_…` hooks run on the owning thread.
+    connection or channel is reopened with exponential backoff, without a limit, once the first one
+    was opened. When one link of a process reaches the broker, the others wait no longer. A broker
+    that refuses us for a minute (for example because the password was changed) ends the link. The
+    `_on_…` hooks run on the owning thread.
     """
 
     def __init__(self, address: BrokerAddress, name: str, declares: Declares) -> None:
@@ -70,6 +74,7 @@ class Link:
         self._connection: pika.SelectConnection | None = None
         self._channel: Channel | None = None
         self._failures = 0
+        self._retry: Any = None  # the loop's timer for the next attempt
         self._lost_because = ""
         self._routinely = False
         self._was_open = self._was_in_service = False
@@ -185,6 +190,7 @@ class Link:
             self._channel = None
             self._connected_metric.set(0)
             self._blocked_metric.set(0)
+            _waiting.discard(self)
             # Other threads may still call `_call_soon`; on a closed loop it does nothing.
             self._loop.close()
             self._opened_or_failed.set()
@@ -256,6 +262,10 @@ class Link:
         self._on_channel_ready(channel)
 
     def _in_service(self) -> None:
+        if self._failures:
+            for link in tuple(_waiting):
+                if link._address == self._address:
+                    link._call_soon(link._retry_now)
         self._failures, self._refused_since = 0, None
         self._connected_metric.set(1)
         if self._was_in_service:
@@ -384,7 +394,8 @@ class Link:
             again_in_seconds=round(delay, 2),
         )
         self._lost_because = ""
-        self._loop.call_later(delay, self._reconnect)
+        self._retry = self._loop.call_later(delay, self._reconnect)
+        _waiting.add(self)
 
     def _loss_log_method(self) -> Callable[..., None]:
         """Connections are lost now and then, and queues may be declared after their consumers
@@ -394,7 +405,15 @@ class Link:
         later: Callable[..., None] = log.info if self._core_is_missing else log.warning
         return first if self._failures == 1 else later
 
+    def _retry_now(self) -> None:
+        """Another link of this process has found the broker: do not wait any longer."""
+        if self._retry is not None:
+            self._loop.remove_timeout(self._retry)
+            self._reconnect()
+
     def _reconnect(self) -> None:
+        self._retry = None
+        _waiting.discard(self)
         if self._closing:
             self._loop.stop()
         else:

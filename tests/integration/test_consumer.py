@@ -18,6 +18,7 @@ from services.broker import (
     Outgoing,
     PrivateNode,
     Publisher,
+    link,
 )
 from services.contracts import load_settings, topology
 from tests.integration.conftest import (
@@ -309,6 +310,20 @@ def test_an_acknowledgement_from_before_a_lost_connection_is_void(
     consumer.acknowledge([before])  # has the same tag as `after`: must not acknowledge it
     consumer.give_back([after])
     assert consumer.take(PATIENCE)
+
+
+def test_a_link_that_finds_the_broker_ends_the_wait_of_the_others(
+    address: BrokerAddress, consumer: Consumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Publisher(address, "test", window=1, declares=DECLARES).open(PATIENCE) as publisher:
+        monkeypatch.setattr(link, "_FIRST_DELAY_SECONDS", 600.0)
+        monkeypatch.setattr(link, "_LONGEST_DELAY_SECONDS", 600.0)
+        cut(consumer)
+        wait_until(lambda: consumer in link._waiting, "the consumer, waiting")
+        monkeypatch.setattr(link, "_FIRST_DELAY_SECONDS", 0.1)
+        cut(publisher)
+        wait_until(lambda: publisher.connected and consumer.connected, "both, connected")
+        assert not link._waiting
 
 
 def test_a_deleted_queue_is_declared_again(
