@@ -40,6 +40,7 @@ import keepwarm_start
 if __name__ == "__main__":
     keepwarm_start.isolate()  # also from this script's own directory
 
+from services.contexts import cpu_lora
 from services.node.line_reader import LineReader
 from services.node.supervision import adopt_orphans, die_with_parent, supervise
 
@@ -210,6 +211,7 @@ def _prefer_fork() -> None:
     platform.check_and_update_config = staticmethod(check_and_fork)
     if hasattr(registry, "_run_in_subprocess"):
         registry._run_in_subprocess = lambda function: function()
+    cpu_lora.install()
 
 
 def _why_not_forkable() -> str | None:
