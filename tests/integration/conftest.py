@@ -14,6 +14,7 @@ from pathlib import Path
 import pika
 import psutil
 import pytest
+from pika.adapters.blocking_connection import BlockingChannel
 
 from services.broker import BrokerAddress, Declares, PrivateNode, Publisher
 from services.broker.link import Link
@@ -73,10 +74,10 @@ class Command:
 
     def said(self, text: str, times: int = 1) -> None:
         def has_said() -> bool:
-            if self.output.count(text) >= times:
-                return True
-            assert self.process.poll() is None, self.output
-            return False
+            if self.process.poll() is not None:
+                self._reader.join(10)  # with all that it said
+                assert self.output.count(text) >= times, self.output
+            return self.output.count(text) >= times
 
         wait_until(has_said, f"{text!r} in the output")
 
@@ -114,7 +115,7 @@ class Command:
             self.process.kill()
             self.process.wait(10)
             for process in left:
-                if process.is_running():
+                with suppress(psutil.NoSuchProcess):  # most go by themselves just now
                     process.kill()
         self._reader.join(10)
 
@@ -200,25 +201,29 @@ def cut(link: Link) -> None:
 
 def wait_for_messages(node: PrivateNode, queue: str, count: int, what: str) -> None:
     """Wait until as many wait in a queue, unacknowledged ones not counted."""
-    seen = {}
+    seen = -1
+    with plain_connection(node) as connection:
+        channel = connection.channel()
 
-    def as_many() -> bool:
-        seen["last"] = messages_in(node, queue)
-        return seen["last"] == count
+        def as_many() -> bool:
+            nonlocal seen
+            seen = _waiting(channel, queue)
+            return seen == count
 
-    try:
-        wait_until(as_many, what)
-    except AssertionError as late:
-        raise AssertionError(f"{late}: {seen['last']} in {queue}, not {count}") from None
+        try:
+            wait_until(as_many, what)
+        except AssertionError as late:
+            raise AssertionError(f"{late}: {seen} in {queue}, not {count}") from None
 
 
 def messages_in(node: PrivateNode, queue: str) -> int:
     """How many messages wait in a queue, unacknowledged ones not counted."""
-    connection = plain_connection(node)
-    try:
-        return connection.channel().queue_declare(queue, passive=True).method.message_count
-    finally:
-        connection.close()
+    with plain_connection(node) as connection:
+        return _waiting(connection.channel(), queue)
+
+
+def _waiting(channel: BlockingChannel, queue: str) -> int:
+    return channel.queue_declare(queue, passive=True).method.message_count
 
 
 @pytest.fixture(scope="module")
