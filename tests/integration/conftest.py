@@ -269,6 +269,7 @@ def environment(
         "KEEPWARM_GRACE_SECONDS": "6",
         "KEEPWARM_BATCHES_IN_FLIGHT": "3",
         "KEEPWARM_LOG_FORMAT": "json",
+        "VLLM_TEST_HURRY": str(tmp_path / "hurry"),
     }
 
 

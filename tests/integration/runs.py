@@ -20,7 +20,8 @@ from tests.integration.conftest import PATIENCE, Command, wait_until
 
 Start = Callable[..., Command]
 CLAIMS = str(REPOSITORY / "samples" / "claims.jsonl")
-SLOWLY = {"VLLM_TEST_CLAIM_SECONDS": "0.02"}
+# Twelve seconds for the samples, or until `hurry`: time to do something in the midst of a run.
+SLOWLY = {"VLLM_TEST_CLAIM_SECONDS": "0.05"}
 
 
 def keepers(environment: dict[str, str]) -> list[psutil.Process]:
@@ -99,6 +100,11 @@ def held(environment: dict[str, str]) -> Iterator[None]:
         engine.resume()
 
 
+def hurry(environment: dict[str, str]) -> None:
+    """From now on no claim takes time: what was to be done in the midst of the run is done."""
+    Path(environment["VLLM_TEST_HURRY"]).touch()
+
+
 def wait_for_the_first_verdicts(collecting: Command, environment: dict[str, str]) -> None:
     collecting.said("broker.connected")  # by then it has made the store's tables
     wait_until(lambda: outcomes(environment), "the first verdicts")
@@ -141,6 +147,7 @@ class UnderWay:
 
     def completes(self, ids: list[str] | None = None) -> None:
         """It does, with each claim once, and the worker that lived through it all ends well."""
+        hurry(self.environment)
         assert self.collecting.wait() == 0, self.collecting.output
         assert_complete(self.environment, self.run_id, ids)
         end_well(self.worker)

@@ -21,6 +21,7 @@ from tests.integration.conftest import (
 )
 from tests.integration.runs import (
     CLAIMS,
+    SLOWLY,
     assert_complete,
     end_well,
     outcomes,
@@ -115,7 +116,7 @@ def test_a_kill_costs_at_most_what_was_in_hand_and_never_changes_the_store(
 ) -> None:
     run_id = submit(command)
     collecting = command("collect", "--until", run_id)
-    worker = command("worker", VLLM_TEST_CLAIM_SECONDS="0.02")
+    worker = command("worker", **SLOWLY)
     wait_for_the_first_verdicts(collecting, environment)
     before = {claim: (label, reason) for claim, label, reason in outcomes(environment)}
     os.killpg(worker.process.pid, signal.SIGKILL)

@@ -33,6 +33,7 @@ from tests.integration.runs import (
     end_well,
     go_on,
     held,
+    hurry,
     outcomes,
     status_of,
     submit,
@@ -153,6 +154,7 @@ def test_a_cancelled_run_is_dropped_by_its_workers_and_completed_when_sent_again
     assert 0 < status["done"] < 240
     # Sent again it is wanted again, while what was sent before it stays unwanted.
     assert submit(command) == run_id
+    hurry(environment)
     wait_until(lambda: _complete(environment, run_id), "the run's end")
     assert_complete(environment, run_id)
     last = status_of(environment, run_id)

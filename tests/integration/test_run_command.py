@@ -22,7 +22,7 @@ import pytest
 from services.broker import PrivateNode
 from tests.conftest import REPOSITORY, SHARED_DATA, remove_at_once, sample_lines
 from tests.integration.conftest import PATIENCE, Command, is_worker, wait_until
-from tests.integration.runs import keepers, wait_for_the_first_of, warm_here
+from tests.integration.runs import held, hurry, keepers, wait_for_the_first_of, warm_here
 from tests.safetensors_files import write_safetensors
 
 Start = Callable[..., Command]
@@ -220,11 +220,12 @@ def test_a_run_whose_runtime_directory_is_removed_completes_and_leaves_nothing(
     command: Start, out: Path, environment: dict[str, str]
 ) -> None:
     running = command(
-        *("run", CLAIMS, "--out", str(out), "--batch-size", "8"), VLLM_TEST_CLAIM_SECONDS="0.05"
+        *("run", CLAIMS, "--out", str(out), "--batch-size", "8"), VLLM_TEST_CLAIM_SECONDS="0.1"
     )
     wait_for_the_first_of(out)
     left = running.descendants()
     remove_at_once(Path(environment["KEEPWARM_RUNTIME_DIR"]))
+    hurry(environment)
     assert running.wait() == 0, running.output
     assert_one_row_a_claim(out)
     wait_until(lambda: not any(process.is_running() for process in left), "all of it gone")
@@ -248,12 +249,15 @@ def test_sigkill_leaves_no_process_behind_and_the_same_command_completes(
     assert_one_row_a_claim(out)
 
 
-def test_a_worker_that_is_killed_is_replaced(command: Start, out: Path) -> None:
+def test_a_worker_that_is_killed_is_replaced(
+    command: Start, out: Path, environment: dict[str, str]
+) -> None:
     running = command(
-        "run", CLAIMS, "--out", str(out), "--batch-size", "8", VLLM_TEST_CLAIM_SECONDS="0.04"
+        "run", CLAIMS, "--out", str(out), "--batch-size", "8", VLLM_TEST_CLAIM_SECONDS="0.1"
     )
     wait_for_the_first_of(out)
     running.descendant(is_worker).kill()
+    hurry(environment)
     assert running.wait() == 0, running.output
     assert_one_row_a_claim(out)
     report = json.loads((out / "report.json").read_text())
@@ -264,7 +268,7 @@ def test_progress_moves_while_a_batch_is_answered(command: Start, out: Path) -> 
     """All claims are one batch: the store has none of them before all are answered."""
     running = command(
         *("run", CLAIMS, "--out", str(out), "--batch-size", "256"),
-        VLLM_TEST_CLAIM_SECONDS="0.1",
+        VLLM_TEST_CLAIM_SECONDS="0.08",
     )
     assert running.wait() == 0, running.output
     counts = [int(count) for count in re.findall(r"(\d+) of 240 claims", running.output)]
@@ -277,7 +281,7 @@ def test_a_run_shows_that_its_model_loads_and_that_its_engine_is_restarted(
 ) -> None:
     running = command(
         *("run", CLAIMS, "--out", str(out), "--batch-size", "8"),
-        VLLM_TEST_CLAIM_SECONDS="0.05",
+        VLLM_TEST_CLAIM_SECONDS="0.1",
         VLLM_TEST_START_SECONDS="8",
     )
     running.said("0 of 240 claims: loading the model, ")
@@ -286,21 +290,24 @@ def test_a_run_shows_that_its_model_loads_and_that_its_engine_is_restarted(
     psutil.Process(engine.pid).kill()
     # The kernel counts a lack of memory for the whole machine, so another test may be named for it.
     running.said("restarting it, ")
+    hurry(environment)
     assert running.wait() == 0, running.output
     assert_one_row_a_claim(out)
 
 
 def test_a_run_shows_that_the_broker_has_an_alarm(
-    command: Start, out: Path, node: PrivateNode, broker
+    command: Start, out: Path, environment: dict[str, str], node: PrivateNode, broker
 ) -> None:
     running = command(
         *("run", CLAIMS, "--out", str(out), "--batch-size", "8"),
         KEEPWARM_BROKER_URL=node.url,
         KEEPWARM_BROKER_PASSWORD=node.password,
-        VLLM_TEST_CLAIM_SECONDS="0.05",
+        VLLM_TEST_CLAIM_SECONDS="0.1",
     )
     wait_for_the_first_of(out)
-    node.control("set_vm_memory_high_watermark", "absolute", "1000000")
+    with held(environment):
+        node.control("set_vm_memory_high_watermark", "absolute", "1000000")
+    hurry(environment)
     try:
         running.said(": waiting: the broker blocks publishing: low on memory")
     finally:

@@ -30,10 +30,12 @@ from tests.integration.conftest import (
 )
 from tests.integration.runs import (
     CLAIMS,
+    SLOWLY,
     Start,
     assert_complete,
     context_of,
     held,
+    hurry,
     outcomes,
     submit,
     wait_for_the_first_verdicts,
@@ -126,7 +128,7 @@ def test_sigterm_drains_and_another_worker_completes_the_run(
 ) -> None:
     run_id = submit(command)
     collecting = collect(command, run_id)
-    worker = command("worker", VLLM_TEST_CLAIM_SECONDS="0.02")
+    worker = command("worker", **SLOWLY)
     wait_for_the_first_verdicts(collecting, environment)
     (before,) = warm_here(environment)
     with held(environment):
@@ -134,7 +136,8 @@ def test_sigterm_drains_and_another_worker_completes_the_run(
         worker.said("worker.draining")
     assert worker.wait() == 0, worker.output
     assert 0 < len(outcomes(environment)) < 240
-    other = command("worker", VLLM_TEST_CLAIM_SECONDS="0.02")
+    hurry(environment)
+    other = command("worker", **SLOWLY)  # as the first, so that it has the same engine
     other.said("worker.taking")
     assert collecting.wait() == 0
     (after,) = warm_here(environment)
@@ -174,12 +177,13 @@ def test_sigkill_loses_nothing_doubles_nothing_and_leaves_the_engine_to_the_heir
 ) -> None:
     run_id = submit(command)
     collecting = collect(command, run_id)
-    worker = command("worker", VLLM_TEST_CLAIM_SECONDS="0.02")
+    worker = command("worker", **SLOWLY)
     wait_for_the_first_verdicts(collecting, environment)
     (before,) = warm_here(environment)
     os.killpg(worker.process.pid, signal.SIGKILL)
     worker.wait()
-    other = command("worker", VLLM_TEST_CLAIM_SECONDS="0.02")
+    hurry(environment)
+    other = command("worker", **SLOWLY)
     other.said("worker.taking")
     assert collecting.wait() == 0
     (after,) = warm_here(environment)
@@ -370,7 +374,7 @@ def test_a_worker_outlives_the_end_of_its_connections(
     command: Start, environment: dict[str, str], node: PrivateNode
 ) -> None:
     run_id = submit(command)
-    worker = command("worker", VLLM_TEST_CLAIM_SECONDS="0.02")
+    worker = command("worker", **SLOWLY)
     worker.said("worker.taking")
     for connection in psutil.Process(worker.process.pid).net_connections(kind="tcp"):
         os.system(

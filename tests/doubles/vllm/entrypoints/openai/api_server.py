@@ -22,6 +22,8 @@ from pydantic_core import from_json
 
 START_SECONDS = float(os.environ.get("VLLM_TEST_START_SECONDS", "0"))
 CLAIM_SECONDS = float(os.environ.get("VLLM_TEST_CLAIM_SECONDS", "0"))
+HURRY = os.environ.get("VLLM_TEST_HURRY", "")
+"""A file: once it is there, a claim takes no time any more."""
 FAULT = os.environ.get("VLLM_TEST_FAULT", "")
 """`no-start`: end with an error; `abort`: say that requests were aborted; `unscored`: leave label
 scores out where several prompts come at once; `refuse-long`: refuse requests that hold a prompt of
@@ -167,7 +169,7 @@ async def events(arguments: argparse.Namespace, request: dict, turn: asyncio.Loc
                 if FAULT == "crash-once":
                     os._exit(9)
                 time.sleep(3600)
-        if CLAIM_SECONDS and not is_probe:
+        if CLAIM_SECONDS and not is_probe and not (HURRY and Path(HURRY).exists()):
             async with turn:
                 await asyncio.sleep(CLAIM_SECONDS)
         pieces.append(f"data: {json.dumps({'choices': [choice(request, index)]})}\n\n".encode())
