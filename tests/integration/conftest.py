@@ -27,6 +27,7 @@ from tests.integration.postgres import PostgreSQL
 PATIENCE = 240.0
 # RabbitMQ 3.10.8 loses a quorum queue when its node is killed within seconds of its creation.
 _YOUNG_QUEUE_SECONDS = 7.0
+_QUICKER = str(REPOSITORY / "tests" / "doubles" / "quicker_keepwarm.py")
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE):
@@ -48,8 +49,9 @@ class Command:
     def __init__(
         self, environment: dict[str, str], *arguments: str, python: str | Path = sys.executable
     ) -> None:
+        program = (_QUICKER,) if "TEST_WAITS" in environment else self.program
         self.process = subprocess.Popen(
-            [python, *self.program, *arguments],
+            [python, *program, *arguments],
             env={**environment, "PYTHONFAULTHANDLER": "1"},
             cwd=REPOSITORY,
             stdin=subprocess.DEVNULL,

@@ -41,8 +41,12 @@ from tests.integration.runs import (
 )
 from tests.proxy import Proxy
 
-# A consumer that hears nothing for a minute connects anew.
-IDLE_SECONDS = 150.0
+# Else a link waits up to 15 s before it tries again,
+SOON = {"TEST_WAITS": "services.broker.link._LONGEST_DELAY_SECONDS=2"}
+# bears a broker that refuses it for a minute,
+AT_ONCE = {"TEST_WAITS": "services.broker.link._REFUSED_SECONDS=5"}
+# and looks every 15 s, four times, whether it hears nothing where there is something.
+LOOKS_OFTEN = {"TEST_WAITS": "services.broker.consumer._IDLE_CHECK_SECONDS=2"}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +89,7 @@ def is_complete(environment: dict[str, str], run_id: str) -> bool:
 def test_services_whose_password_was_changed_end_and_give_their_engine_back(
     command: Start, environment: dict[str, str], node: PrivateNode
 ) -> None:
-    run = begin(command, environment)
+    run = begin(command, environment, **AT_ONCE)
     try:
         with held(environment):
             node.control("change_password", "keepwarm", "another one")
@@ -158,7 +162,7 @@ def test_a_node_that_ends_in_the_midst_of_a_run_is_waited_for_and_nothing_is_los
 ) -> None:
     run_id = submit(command)
     old_queues()
-    run = go_on(command, environment, run_id)
+    run = go_on(command, environment, run_id, **SOON)
     with held(environment):
         end(node.process())
         ended(node)
@@ -177,9 +181,9 @@ def test_a_node_that_is_away_while_an_engine_starts_is_waited_for(
 ) -> None:
     run_id = submit(command)
     old_queues()
-    collecting = command("collect", "--until", run_id)
+    collecting = command("collect", "--until", run_id, **SOON)
     worker = command(
-        "worker", VLLM_TEST_START_SECONDS="8", KEEPWARM_BROKER_CONNECT_TIMEOUT_SECONDS="2"
+        "worker", VLLM_TEST_START_SECONDS="8", KEEPWARM_BROKER_CONNECT_TIMEOUT_SECONDS="2", **SOON
     )
     worker.said("engine.starting")
     collecting.said("broker.connected", times=2)
@@ -197,7 +201,7 @@ def test_a_node_that_is_away_while_an_engine_starts_is_waited_for(
 def test_connections_that_are_reset_again_and_again_lose_nothing(
     command: Start, environment: dict[str, str], proxy: Proxy
 ) -> None:
-    run = begin(command, environment, **through(proxy), VLLM_TEST_CLAIM_SECONDS="0.05")
+    run = begin(command, environment, **through(proxy), **SOON)
     for _ in range(4):
         wait_until(lambda: proxy.connections, "a connection")
         proxy.cut()
@@ -210,7 +214,7 @@ def test_connections_that_are_reset_again_and_again_lose_nothing(
 def test_a_network_that_swallows_everything_for_a_while_loses_nothing(
     command: Start, environment: dict[str, str], proxy: Proxy
 ) -> None:
-    run = begin(command, environment, **through(proxy), VLLM_TEST_CLAIM_SECONDS="0.05")
+    run = begin(command, environment, **through(proxy), **SOON)
     proxy.black_hole()
     for service in run.services:
         service.said("broker.waiting")  # the heartbeats are missed
@@ -298,7 +302,7 @@ def make_again(node: PrivateNode, queue: str, exchange: str) -> None:
 def test_a_worker_whose_queue_was_deleted_and_made_again_at_once_is_served_again(
     command: Start, environment: dict[str, str], node: PrivateNode, claims_queue: str
 ) -> None:
-    worker = command("worker", **SLOWLY)
+    worker = command("worker", **SLOWLY, **LOOKS_OFTEN)
     worker.said("worker.taking")
     make_again(node, claims_queue, topology.CLAIMS_EXCHANGE)
     run_id = submit(command)
@@ -309,12 +313,12 @@ def test_a_worker_whose_queue_was_deleted_and_made_again_at_once_is_served_again
 def test_a_collector_whose_queue_was_deleted_and_made_again_at_once_is_served_again(
     command: Start, environment: dict[str, str], node: PrivateNode
 ) -> None:
-    collecting = command("collect")
+    collecting = command("collect", **LOOKS_OFTEN)
     collecting.said("broker.connected", times=2)
     make_again(node, topology.VERDICTS_QUEUE, topology.VERDICTS_EXCHANGE)
     run_id = submit(command)
     worker = command("worker")
-    wait_until(lambda: is_complete(environment, run_id), "the run's end", IDLE_SECONDS)
+    wait_until(lambda: is_complete(environment, run_id), "the run's end")
     assert_complete(environment, run_id)
     end_well(worker, collecting)
 

@@ -16,6 +16,8 @@ from tests.integration.test_worker import collect, dead_of
 from tests.interpreters import interpreter
 
 LONG = "many different words " * 60  # some 240 tokens
+# A worker keeps claims that it has declined before for 5 s otherwise.
+SOON = {"TEST_WAITS": "services.gpu_worker.session._DECLINED_DELAY_SECONDS=1"}
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +112,9 @@ def test_all_other_claims_are_answered_if_workers_that_a_claim_ends_leave_no_evi
     faulty_python: Path,
     address: BrokerAddress,
     small_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("services.broker.link._FIRST_DELAY_SECONDS", 0.01)  # of the victim's
     submit(command, claims(tmp_path / "claims.jsonl", 48, {5: {"claim": "PLEASE CRASH"}}))
     queue = topology.claims_queue(pin_model(ContextSpec(model=str(small_model))).context_id)
     # The first workers, without the time that they take.
@@ -186,7 +190,7 @@ def test_what_is_too_long_for_one_node_alone_is_answered_by_another(
     odd = {number: {"evidence": LONG} for number in range(0, 64, 4)}
     file = claims(tmp_path / "claims.jsonl", 64, odd)
     collecting = collect(command, submit(command, file))
-    short = command("worker", KEEPWARM_ENGINE_ARGUMENTS="--max-model-len 200")
+    short = command("worker", KEEPWARM_ENGINE_ARGUMENTS="--max-model-len 200", **SOON)
     short.said("claims.declined")
     assert "engine.shorter_than_context" in short.output
     healthy = command("worker", VLLM_TEST_CLAIM_SECONDS="0.01")
@@ -221,7 +225,7 @@ def test_what_one_engine_refuses_or_has_no_memory_for_is_answered_by_another(
 ) -> None:
     file = claims(tmp_path / "claims.jsonl", 32, {5: {"evidence": LONG}})
     collecting = collect(command, submit(command, file))
-    bad = command("worker", VLLM_TEST_FAULT=fault)
+    bad = command("worker", VLLM_TEST_FAULT=fault, **SOON)
     # It has returned the claim before there is another worker.
     bad.said("claims.declined" if fault != "oom-long" else "claim.failed")
     good = command("worker")
@@ -241,6 +245,7 @@ def test_a_claim_that_two_engines_refuse_that_take_others_of_its_length_is_dead(
             VLLM_TEST_FAULT="refuse-repeats",
             KEEPWARM_ENGINE_ARGUMENTS=f"--seed {seed}",
             KEEPWARM_OTHER_ENGINE_SECONDS="600",
+            **SOON,
         )
         for seed in (1, 2)
     ]

@@ -63,7 +63,8 @@ def test_a_context_that_cannot_be_had_here_is_left_to_other_nodes_until_it_can(
     elsewhere = other_model.rename(other_model.with_name("elsewhere"))  # not where it should be
     here = submit(command)
     collecting = command("collect")
-    worker = command("worker", **roaming)
+    soon = {"TEST_WAITS": "services.gpu_worker.scheduling._FIRST_PAUSE_SECONDS=2"}
+    worker = command("worker", **roaming, **soon)
     wait_until(
         lambda: (status := status_of(environment, here)) is not None and status.complete,
         "the run that can be answered here",
@@ -75,7 +76,6 @@ def test_a_context_that_cannot_be_had_here_is_left_to_other_nodes_until_it_can(
     wait_until(
         lambda: (status := status_of(environment, away)) is not None and status.complete,
         "the other run as well",
-        seconds=120,
     )
     end_well(worker, collecting)
 

@@ -551,7 +551,9 @@ def test_with_a_workers_password_nobody_can_make_work_change_claims_or_forge_run
     submitting = as_role("producer", "submit", str(claims), "--batch-size", "16")
     assert submitting.wait() == 0, submitting.output
     run_id = submitting.lines[-1].strip()
-    collecting = as_role("collector", "collect")
+    # What has not been announced by then, is refused: after 30 s otherwise.
+    soon = {"TEST_WAITS": "services.collector.collector._ANNOUNCEMENT_SECONDS=5"}
+    collecting = as_role("collector", "collect", **soon)
     collecting.said("store.committed")
     # Announcements of earlier tests may be committed before this run's are taken.
     wait_until(lambda: counts(broker)[topology.RUNS_QUEUE] == 0, "all announcements, taken")
