@@ -90,7 +90,10 @@ def test_a_wrong_password_and_a_wrong_address_are_errors(command: Start) -> None
     code, finding = diagnosis(command, KEEPWARM_BROKER_PASSWORD="wrong")
     assert code == 5
     assert "refused us" in finding and "wrong" not in finding
-    code, finding = diagnosis(command, "--broker", "amqp://keepwarm@127.0.0.1:1/")
+    code, finding = diagnosis(
+        *(command, "--broker", "amqp://keepwarm@127.0.0.1:1/"),
+        KEEPWARM_BROKER_CONNECT_TIMEOUT_SECONDS="2",
+    )
     assert code == 5
     assert "Check that it is running and that the address is right" in finding
 

@@ -61,8 +61,8 @@ def test_a_drain_publishes_what_is_answered_and_returns_only_the_rest(
 ) -> None:
     run_id = submit(command)
     collecting = command("collect", "--until", run_id)
-    # 48 claims in hand take 34 s, and the drain has half of 30 s.
-    worker = command("worker", VLLM_TEST_CLAIM_SECONDS="0.7", KEEPWARM_GRACE_SECONDS="30")
+    # 48 claims in hand take 24 s, and the drain has half of 20 s.
+    worker = command("worker", VLLM_TEST_CLAIM_SECONDS="0.5", KEEPWARM_GRACE_SECONDS="20")
     wait_until(lambda: sum(journal().values()) > 3, "some answers in the midst of batches")
     worker.signal(number)
     assert worker.wait() == 0, worker.output
@@ -133,8 +133,13 @@ def test_a_kill_costs_at_most_what_was_in_hand_and_never_changes_the_store(
 
 
 def test_a_batch_that_was_preempted_a_hundred_times_is_answered_like_any_other(
-    command: Start, environment: dict[str, str], node: PrivateNode, address: BrokerAddress
+    command: Start,
+    environment: dict[str, str],
+    node: PrivateNode,
+    address: BrokerAddress,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("services.broker.link._FIRST_DELAY_SECONDS", 0.01)  # of the victim's
     run_id = submit(command, CLAIMS, "--limit", "16")
     worker = command("worker", VLLM_TEST_START_SECONDS="600")  # only to hear the queue's name
     queue = claims_queue(node, worker)

@@ -85,6 +85,7 @@ def test_a_connection_that_is_reset_before_its_first_use_is_opened_again(
 
     monkeypatch.setattr(io_services_utils._AsyncStreamConnector, "__init__", reset)
     monkeypatch.setattr(Publisher, "_on_connection_lost", note)
+    monkeypatch.setattr("pika.connection.Parameters.DEFAULT_STACK_TIMEOUT", 4)  # not 15 s
     two_ways = replace(address, host="localhost")  # pika tries the other address when it gives up
     confirmed: list[int] = []
     with Publisher(two_ways, "test", window=7, declares=DECLARES).open(PATIENCE) as publisher:
@@ -95,7 +96,7 @@ def test_a_connection_that_is_reset_before_its_first_use_is_opened_again(
         publisher.flush(PATIENCE)
         assert "reset right after it was opened" in lost
         connection, before = publisher._connection, next(opened)
-        time.sleep(17)  # pika's time-out for what it began is over, and it begins nothing more
+        time.sleep(6)  # pika's time-out for what it began is over, and it begins nothing more
         assert (publisher._connection, next(opened)) == (connection, before + 1)
         publisher.publish(outgoing(2, confirmed))
         publisher.flush(PATIENCE)
