@@ -4,6 +4,7 @@ Everything is real but the model: a RabbitMQ node of this module's own, the comm
 and a proxy where the network fails.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -326,14 +327,18 @@ def test_a_collector_whose_queue_was_deleted_and_made_again_at_once_is_served_ag
 @pytest.fixture
 def impatient(node: PrivateNode) -> Iterator[None]:
     """A broker that closes channels whose messages are not acknowledged within three seconds."""
-    keys = {"consumer_timeout": 3_000, "channel_tick_interval": 500}
-    was = {key: node.control("eval", f"application:get_env(rabbit, {key}).") for key in keys}
-    for key, value in keys.items():
-        node.control("eval", f"application:set_env(rabbit, {key}, {value}).")
+
+    def set_both(timeout: int, interval: int) -> list[int]:
+        """What they were."""
+        values = f"[{{consumer_timeout, {timeout}}}, {{channel_tick_interval, {interval}}}]"
+        change = "{ok, Was} = application:get_env(rabbit, Key), application:set_env(rabbit, Key, V)"
+        return json.loads(
+            node.control("eval", f"[begin {change}, Was end || {{Key, V}} <- {values}].")
+        )
+
+    was = set_both(3_000, 500)
     yield
-    for key, value in was.items():
-        number = value.strip().removeprefix("{ok,").removesuffix("}")
-        node.control("eval", f"application:set_env(rabbit, {key}, {number}).")
+    set_both(*was)
 
 
 @pytest.mark.usefixtures("impatient")

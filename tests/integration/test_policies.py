@@ -6,6 +6,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
+import httpx
 import pika
 import pytest
 
@@ -13,7 +14,6 @@ from services.broker import BrokerAddress, PrivateNode
 from services.broker.dead_messages import DeadMessages, reason
 from services.broker.declarations import quorum_arguments
 from services.contracts import ContextSpec, topology
-from services.contracts.errors import BrokerError
 from services.models.files import pin_model
 from tests.integration.conftest import (
     PATIENCE,
@@ -60,9 +60,15 @@ def managed(environment: dict[str, str], node: PrivateNode) -> Iterator[Start]:
 @pytest.fixture
 def policy(node: PrivateNode) -> Iterator[Callable[..., None]]:
     """Sets the policy `site` on all queues, unless told otherwise."""
-    yield lambda definition, pattern=".*": node.control("set_policy", "site", pattern, definition)
-    with suppress(BrokerError):  # the test was skipped before it set one
-        node.control("clear_policy", "site")
+    url = f"{management(node)}/api/policies/%2F/site"
+    with httpx.Client(auth=("keepwarm", node.password)) as api:
+
+        def set_policy(definition: str, pattern: str = ".*") -> None:
+            body = {"pattern": pattern, "definition": json.loads(definition)}
+            api.put(url, json=body).raise_for_status()
+
+        yield set_policy
+        api.delete(url)  # a test that was skipped has set none
 
 
 def doctor(start: Start) -> tuple[dict[str, str], int]:
