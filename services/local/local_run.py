@@ -302,6 +302,7 @@ class LocalRun:
                 self._observer.message("RabbitMQ lost claims; sending them again.")
                 publishing = self._start_thread("producer", lambda: self._publish(settings))
             if self._borrowed is not None and self._borrowed.ended:
+                collector.stop()  # it would wait for this broker, which does not return
                 raise BrokerError(
                     "this node's keeper ended, and with it the RabbitMQ node that this run used; "
                     "rerun the command to resume the run"

@@ -25,7 +25,7 @@ from services.contracts import (
     VerdictBatch,
     load_settings,
 )
-from services.contracts.errors import LabelsUnlikely, RunIncomplete, UsageError
+from services.contracts.errors import BrokerError, LabelsUnlikely, RunIncomplete, UsageError
 from services.local.local_run import LocalRun
 from services.node.device import Device
 from services.producer import ClaimsFile, Source, Submission
@@ -213,6 +213,18 @@ def test_claims_that_the_broker_lost_are_sent_again(
     collector = SimpleNamespace(waiting_for=None)
     local_run._watch([], sent_all, collector, load_settings())  # type: ignore[arg-type]
     assert "RabbitMQ lost claims; sending them again." in printed(screen)
+
+
+def test_a_run_whose_keeper_ended_does_not_wait_for_its_broker(
+    make_run: MakeRun, database: Store, submission: Submission
+) -> None:
+    store_outcomes(database, submission, 1)
+    local_run = make_run()
+    local_run._borrowed = SimpleNamespace(ended=True)  # type: ignore[assignment]
+    collector = MagicMock(waiting_for=None)
+    with pytest.raises(BrokerError, match="keeper ended.* rerun the command to resume"):
+        local_run._watch([], threading.Thread(), collector, load_settings())
+    collector.stop.assert_called_once()
 
 
 def test_a_run_with_outcomes_of_other_claims_ends_with_what_to_do(
