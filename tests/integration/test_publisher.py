@@ -22,6 +22,7 @@ from tests.integration.conftest import (
     PATIENCE,
     cut,
     delete_queues,
+    let_queues_age,
     messages_in,
     plain_connection,
     wait_until,
@@ -229,9 +230,7 @@ def test_messages_outlive_the_node(tmp_path, broker: Settings) -> None:
             for number in range(20):
                 publisher.publish(outgoing(number))
             publisher.flush(PATIENCE)
-            # RabbitMQ 3.10 writes a new queue's cluster metadata within seconds, not at once; a
-            # queue that is killed before never finds its leader again.
-            time.sleep(6)
+            let_queues_age(time.monotonic())
             own._node.kill()
             publisher.publish(outgoing(20))
             own.start()
@@ -265,7 +264,10 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateNode]:
 def test_a_broker_that_refuses_us_for_long_ends_the_link_and_one_that_is_away_does_not(
     guarded: PrivateNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.broker.link._REFUSED_SECONDS", 3.0)
+    def bear_refusals(seconds: float) -> None:
+        monkeypatch.setattr("services.broker.link._REFUSED_SECONDS", seconds)
+
+    bear_refusals(3.0)
     settings = load_settings(broker_url=guarded.url, broker_password=guarded.password)
     address = BrokerAddress.from_settings(settings)
 
@@ -283,10 +285,12 @@ def test_a_broker_that_refuses_us_for_long_ends_the_link_and_one_that_is_away_do
         time.sleep(5)  # for longer than a refusal is borne
         guarded.start()
         wait_until(lambda: publisher.connected and consumer.connected, "both connected again")
+        bear_refusals(PATIENCE)  # the commands that end it take seconds
         change_password("for a moment")
         wait_until(lambda: publisher._refused_since, "a refusal")
         change_password(guarded.password)
         wait_until(lambda: publisher.connected and consumer.connected, "both connected again")
+        bear_refusals(3.0)
         change_password("for good")
 
         def refused() -> bool:
