@@ -65,12 +65,13 @@ def test_after_a_run_the_metrics_agree_with_the_store(
     wait_until(lambda: len(outcomes(environment)) == len(ids), "an outcome for every claim")
     labels = Counter(label for _, label, _ in outcomes(environment))
 
-    def told_with_the_engines() -> dict | None:
+    def told_of_all() -> dict | None:
+        """The engine's are among them, and the last verdict, which is counted once confirmed."""
         looked = samples(worker)
-        return looked if total(looked, "keepwarm_engine_metrics_up") else None
+        counted = {own["label"]: value for own, value in looked["keepwarm_verdicts_total"]}
+        return looked if total(looked, "keepwarm_engine_metrics_up") and counted == labels else None
 
-    told = wait_until(told_with_the_engines, "its metrics, and its engine's among them")
-    assert {own["label"]: value for own, value in told["keepwarm_verdicts_total"]} == labels
+    told = wait_until(told_of_all, f"its metrics, and its engine's, with {labels}")
     assert total(told, "keepwarm_claims_dead_total") == 0
     assert total(told, "keepwarm_contexts", state="warm") == 1
     assert total(told, "keepwarm_broker_connected") == 2

@@ -151,6 +151,7 @@ def test_claims_that_a_policy_dropped_are_dead_messages_with_that_reason(
         assert {reason(message) for message in found} == {
             "the broker removed it: it waited longer than a policy's message-ttl"
         }
+    wait_for_messages(node, topology.DEAD_MESSAGES_QUEUE, 15, "all of them back")
     with DeadMessages(address, PATIENCE) as messages:
         assert messages.settle(lambda _: "drop") == {"drop": 15}
 
