@@ -86,7 +86,7 @@ def end_keeper(directory: Path) -> None:
             keeper.terminate()
         except psutil.NoSuchProcess:  # it ended meanwhile, and all that it started with it
             continue
-        _, alive = psutil.wait_procs(left, timeout=20)
+        _, alive = psutil.wait_procs(left, timeout=60)
         for process in alive:
             process.kill()
         assert not alive, f"a keeper did not end what it started: {alive}"

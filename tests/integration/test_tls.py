@@ -138,7 +138,7 @@ def test_amqp_without_tls_to_a_port_with_tls_is_reported(listen: Listen, broker:
         broker.model_copy(update={"broker_url": f"amqp://keepwarm@localhost:{listen()}/"})
     )
     with pytest.raises(BrokerUnreachable, match="If that port expects TLS, write amqps://"):
-        Publisher(address, "test", window=1).open(2)
+        Publisher(address, "test", window=1).open(5)
 
 
 def test_a_missing_client_certificate_is_reported(listen: Listen, secure: Secure) -> None:

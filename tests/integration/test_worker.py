@@ -315,7 +315,7 @@ def test_an_engine_that_hangs_is_started_again_and_its_claims_answered(
     run_id = submit(command)
     collecting = collect(command, run_id)
     worker = command(
-        "worker", VLLM_TEST_FAULT="hang-once", KEEPWARM_ENGINE_REQUEST_TIMEOUT_SECONDS="2"
+        "worker", VLLM_TEST_FAULT="hang-once", KEEPWARM_ENGINE_REQUEST_TIMEOUT_SECONDS="5"
     )
     assert collecting.wait() == 0
     assert_complete(environment, run_id)

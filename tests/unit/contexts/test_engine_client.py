@@ -507,14 +507,14 @@ def test_the_time_in_which_we_were_stopped_is_no_silence_of_the_engines(
 
     socket_path = served(reply)._socket_path
     with subprocess.Popen(
-        [sys.executable, "-c", ASKS, str(socket_path), "2"],
+        [sys.executable, "-c", ASKS, str(socket_path), "4"],
         cwd=repository,
         stdout=subprocess.PIPE,
         text=True,
     ) as worker:
         assert asked.wait(GENEROUS_SECONDS)
         worker.send_signal(signal.SIGSTOP)
-        time.sleep(4)  # longer than the silence that is allowed
+        time.sleep(5)  # longer than the silence that is allowed
         worker.send_signal(signal.SIGCONT)
         resumed.set()
         assert worker.communicate(timeout=GENEROUS_SECONDS)[0] == "1\n"
@@ -750,7 +750,10 @@ def test_metrics_that_do_not_come_are_a_failure(served: Serve) -> None:
     over.set()
 
 
-def test_metrics_that_break_off_are_a_failure(tmp_path: Path) -> None:
+def test_metrics_that_break_off_are_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.contexts.engine_client._METRICS_SECONDS", GENEROUS_SECONDS)
     says = b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\nvllm:x 1\n"
     with (
         breaking_off(tmp_path / "e.sock", says, asked_until=b"\r\n\r\n") as client,

@@ -989,7 +989,7 @@ def test_evicting_ends_what_is_named_by_itself_or_by_its_context_and_no_other(
 def test_an_engine_that_does_not_end_in_time_is_not_reported_as_ended(
     start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    node = start(KEEPWARM_GRACE_SECONDS="1")
+    node = start(KEEPWARM_GRACE_SECONDS="3")
     monkeypatch.setattr("services.contexts.keeper.free_bytes", lambda _: ALL_BYTES)
     engines = {name: node.warm(name) for name in ("a", "b", "c")}
     stop, over = Engine.stop, threading.Event()
@@ -1001,7 +1001,7 @@ def test_an_engine_that_does_not_end_in_time_is_not_reported_as_ended(
     monkeypatch.setattr(Engine, "stop", slowly)
     started = time.monotonic()
     assert node.keeper.evict(None) == (engines["b"].plan.name,)
-    assert time.monotonic() - started < 2  # the grace period is for all of them together
+    assert time.monotonic() - started < 6  # the grace period is for all of them together
     over.set()
     assert node.goes(engines["a"]) == "it was evicted"
 
