@@ -15,7 +15,7 @@ from pathlib import Path
 
 from services.node.supervision import SupervisedProcess
 
-_PATIENCE_SECONDS = 60.0
+_PATIENCE_SECONDS = 240.0
 _NAMESPACES = ("unshare", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc")
 
 

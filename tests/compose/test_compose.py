@@ -78,7 +78,7 @@ def test_the_engine_stays_warm_while_its_worker_is_replaced(stack: Stack) -> Non
 
 def test_workers_are_scaled_and_share_the_engine(stack: Stack) -> None:
     stack.compose("up", "-d", "--no-recreate", "--scale", "gpu-worker=3")
-    wait_until(lambda: stack.engines()[0]["attached"] == 3, "three workers at one engine", 120)
+    wait_until(lambda: stack.engines()[0]["attached"] == 3, "three workers at one engine")
     run = stack.submit("/data/claims.jsonl", "--limit", "60")
     assert len(stack.complete(run)["workers"]) >= 1
     listed = json.loads(stack.inside("collector", "python3", "-c", _GET.format("/sd")))
@@ -175,7 +175,7 @@ def test_services_are_well(stack: Stack) -> None:
         health = {s: stack.containers(s)[0]["State"]["Health"]["Status"] for s in SERVICES}
         return set(health.values()) == {"healthy"}
 
-    wait_until(all_well, "all healthy", 120)
+    wait_until(all_well, "all healthy")
 
 
 def test_pages_are_on_loopback(stack: Stack) -> None:
@@ -191,7 +191,7 @@ def test_prometheus_sees_every_service(stack: Stack) -> None:
         jobs = {each["metric"]["job"]: each["value"][1] for each in said["data"]["result"]}
         return wanted <= {job for job, value in jobs.items() if value == "1"}
 
-    wait_until(up, f"{wanted} up", 60)
+    wait_until(up, f"{wanted} up")
 
 
 def test_postgresql_is_a_store_as_well(stack: Stack) -> None:

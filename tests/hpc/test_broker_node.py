@@ -42,7 +42,7 @@ def test_a_node_of_ones_own_takes_the_roles_and_ends_in_order(
         [str(NODE), str(directory)], environment=environment, grace_seconds=20, output=output
     )
     try:
-        wait_until(lambda: listens(amqp) and listens(management), "a node that listens", 120)
+        wait_until(lambda: listens(amqp) and listens(management), "a node that listens")
         for secret in ("admin.password", "rabbitmq.conf"):
             assert (directory / secret).stat().st_mode & 0o777 == 0o600, secret
         for_setup = (

@@ -17,7 +17,7 @@ from tests.conftest import REPOSITORY
 
 FILES = REPOSITORY / "prometheus"
 CONFIGURATION, RULES = FILES / "prometheus.yml", FILES / "alerts.yml"
-_START_SECONDS, _STOP_SECONDS = 30.0, 10.0
+_START_SECONDS, _STOP_SECONDS = 120.0, 10.0
 _MINUTES = re.compile(r"\b(\d+)m\b")
 _FOR = re.compile(r"\bfor: (\d+)m\b")
 # Scrapes time out after a second here: a busy machine's stall of some seconds is to fire nothing.

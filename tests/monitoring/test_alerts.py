@@ -21,8 +21,8 @@ FIRED: set[str] = set()
 """What has fired so far; the last test looks at it."""
 
 
-def fires(system: System, *alerts: str, seconds: float = 90) -> None:
-    wait_until(lambda: system.prometheus.firing() >= set(alerts), f"{alerts} firing", seconds)
+def fires(system: System, *alerts: str) -> None:
+    wait_until(lambda: system.prometheus.firing() >= set(alerts), f"{alerts} firing")
     FIRED.update(alerts)
 
 
@@ -65,7 +65,7 @@ def test_while_all_is_well_nothing_fires(system: System) -> None:
     # They share an engine, which does 50 a second: that is longer than the longest `for`, and than
     # the 20 minutes after which a run stands still. The second one waits its turn.
     before = verdicts(system)
-    wait_until(lambda: verdicts(system) > before + 1_200, "more of them", 90)
+    wait_until(lambda: verdicts(system) > before + 1_200, "more of them")
     assert system.prometheus.value(f'keepwarm_run_done_claims{{run_id="{waiting}"}}') == 0
     assert system.prometheus.firing() == set()
     end_well(*workers)
