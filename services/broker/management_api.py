@@ -1,6 +1,6 @@
 """A client of RabbitMQ's management HTTP API whose errors name the next step."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 from urllib.parse import quote, urlsplit
 
@@ -29,13 +29,12 @@ class ManagementApi:
         tls: TlsFiles,
         timeout_seconds: float,
         named_by: str = "--management",
-        clear_text: bool = False,
+        may_be_plaintext: Callable[[str], bool] = is_loopback,
     ) -> None:
         """Raises UsageError for an invalid URL, or one that would send the password unencrypted:
-        plain HTTP is for loopback only, unless AMQP sends the password that way too
-        (`clear_text`).
+        plain HTTP is only for hosts that `may_be_plaintext` allows.
         """
-        self.host = _checked_host(url, named_by, clear_text)
+        self.host = _checked_host(url, named_by, may_be_plaintext)
         self._url = url.rstrip("/")
         self._user = user
         self._shows_certificate = tls.cert_file is not None
@@ -136,7 +135,7 @@ class ManagementApi:
         )
 
 
-def _checked_host(url: str, named_by: str, clear_text: bool) -> str:
+def _checked_host(url: str, named_by: str, may_be_plaintext: Callable[[str], bool]) -> str:
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
@@ -151,7 +150,7 @@ def _checked_host(url: str, named_by: str, clear_text: bool) -> str:
             "machine can read command lines; pass the user with --admin, and the password in "
             "KEEPWARM_BROKER_ADMIN_PASSWORD or …_PASSWORD_FILE"
         )
-    if parts.scheme == "http" and not clear_text and not is_loopback(host):
+    if parts.scheme == "http" and not may_be_plaintext(host):
         raise UsageError(
             f"{named_by}: http to {host} sends the password unencrypted; use https, or a "
             f"tunnel, `ssh -N -L 15672:127.0.0.1:15672 {host}`, with {named_by} http://127.0.0.1:15672"

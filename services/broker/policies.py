@@ -117,7 +117,7 @@ def check_policies(
     `unknown` has the reason instead.
 
     Raises UsageError if KEEPWARM_BROKER_MANAGEMENT_URL is not a URL, or would send the password
-    unencrypted although the broker's URL does not.
+    unencrypted to a host that KEEPWARM_PLAINTEXT_HOSTS does not name.
     """
     address = BrokerAddress.from_settings(settings)
     url = settings.broker_management_url or address.management_url
@@ -132,7 +132,7 @@ def check_policies(
         tls=TlsFiles.of(settings) if url.startswith("https") else TlsFiles(),
         timeout_seconds=_ANSWER_SECONDS,
         named_by="KEEPWARM_BROKER_MANAGEMENT_URL",
-        clear_text=address.tls is None,
+        may_be_plaintext=settings.may_be_plaintext,
     ) as api:
         try:
             host = address.virtual_host

@@ -115,8 +115,8 @@ class Settings(BaseSettings):
     file."""
     plaintext_hosts: str = ""
     """Hosts or patterns, separated by spaces, to which passwords and claims may be sent
-    unencrypted: brokers by `amqp://`, PostgreSQL without `sslmode=verify-full`. Connections within
-    this machine are always allowed."""
+    unencrypted: brokers by `amqp://`, their management API by `http://`, PostgreSQL without
+    `sslmode=verify-full`. Connections within this machine are always allowed."""
     broker_connect_timeout_seconds: Seconds = 30
     """How long a command waits for an unreachable broker before it fails."""
     broker_heartbeat_seconds: Annotated[int, Field(ge=5, le=600)] = 30

@@ -143,10 +143,20 @@ def test_an_api_that_does_not_answer_is_reported(settings: Settings) -> None:
     assert "http://127.0.0.1:1 does not answer" in unknown
 
 
-def test_the_password_is_not_sent_where_the_brokers_own_connection_would_not_send_it() -> None:
+@pytest.mark.parametrize(
+    "url",
+    [
+        "amqps://u@broker.example.org/",
+        "amqp://u@127.0.0.1/",  # a tunnel for AMQP, and none for the API
+        "amqp://u@trusted.example.org/",
+    ],
+)
+def test_the_password_is_sent_unencrypted_only_where_the_operator_allows_it(url: str) -> None:
     settings = load_settings(
-        broker_url="amqps://u@broker.example.org/",
+        broker_url=url,
+        broker_password="secret",
         broker_management_url="http://broker.example.org",
+        plaintext_hosts="trusted.example.org",
     )
     with pytest.raises(UsageError, match="KEEPWARM_BROKER_MANAGEMENT_URL: http to"):
         check_policies(settings)
