@@ -167,10 +167,13 @@ def _refuse_plaintext(url: URL, settings: Settings) -> None:
     """Raises UsageError for a PostgreSQL server on another machine whose certificate is not
     verified. For what the URL does not set, libpq reads its environment variables.
     """
-    mode = str(url.query.get("sslmode") or os.environ.get("PGSSLMODE") or "prefer")
+    # A service of libpq may name any host, and overrides PGSSLMODE.
+    service = url.query.get("service") or os.environ.get("PGSERVICE") or ""
+    mode = url.query.get("sslmode") or (not service and os.environ.get("PGSSLMODE")) or "prefer"
     if mode in _VERIFIED:
         return
     named = (
+        service,
         url.query.get("host") or url.host or os.environ.get("PGHOST") or "",
         url.query.get("hostaddr") or os.environ.get("PGHOSTADDR") or "",
     )
