@@ -26,7 +26,7 @@ _LISTENER_BYTES = 64 * 1024 * 1024
 _LISTENER_MILLISECONDS = 10 * 60 * 1000
 # Higher than an administrator's policy for all queues: RabbitMQ applies one policy to a queue.
 _LISTENER_PRIORITY = 100
-_LISTENER_POLICIES = {
+LISTENER_POLICIES = {
     "keepwarm-notices": (topology.listener_queue(topology.CONTROL_EXCHANGE, ""), 100),
     "keepwarm-presence": (topology.listener_queue(topology.HEARTBEATS_EXCHANGE, ""), 100_000),
 }
@@ -79,7 +79,7 @@ def set_limits(api: ManagementApi, virtual_host: str, workers: int) -> None:
             api.put("user-limits", role.user(virtual_host), limit, body={"value": value})
     for limit, value in virtual_host_limits(workers).items():
         api.put("vhost-limits", virtual_host, limit, body={"value": value})
-    for policy, (prefix, messages) in _LISTENER_POLICIES.items():
+    for policy, (prefix, messages) in LISTENER_POLICIES.items():
         definition = {
             "max-length": messages,
             "max-length-bytes": _LISTENER_BYTES,

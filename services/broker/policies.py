@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from services.broker.address import BrokerAddress
+from services.broker.administration import LISTENER_POLICIES
 from services.broker.management_api import ManagementApi
 from services.broker.roles import ROLES
 from services.broker.tls import TlsFiles
@@ -73,7 +74,8 @@ class PolicyReport:
     delivery_unlimited: frozenset[str] = frozenset()
     """Queues whose delivery limit a policy lifts."""
     unlimited: tuple[str, ...] = ()
-    """The virtual host and its roles' users, if they have no limits (`keepwarm broker setup`)."""
+    """What `keepwarm broker setup` limits, and what has no limits: the virtual host, its roles'
+    users, and the queues of control updates and heartbeats."""
     unknown: str | None = None
     """Why the policies could not be read; None if they were."""
 
@@ -137,11 +139,11 @@ def check_policies(
         try:
             host = address.virtual_host
             existing = api.get("queues", host, columns="name", disable_stats="true") or ()
-            policies = _Policy.all_of("policy", api.get("policies", host) or ())
+            policies = [*_Policy.all_of("policy", api.get("policies", host) or ())]
             operator_policies = _Policy.all_of(
                 "operator policy", api.get("operator-policies", host) or ()
             )
-            unlimited = tuple(_unlimited(api, host)) if limits else ()
+            unlimited = tuple(_unlimited(api, host, policies)) if limits else ()
         except BrokerError as error:
             return PolicyReport(unknown=_why(error, address.user, url))
     prefix = topology.claims_queue("")
@@ -152,16 +154,22 @@ def check_policies(
     return replace(report, unlimited=unlimited)
 
 
-def _unlimited(api: ManagementApi, virtual_host: str) -> Iterator[str]:
-    """The virtual host and users that have no limits, if it has users of our roles.
+def _unlimited(api: ManagementApi, virtual_host: str, policies: Sequence[_Policy]) -> Iterator[str]:
+    """What has no limits in the virtual host, if it has users of our roles.
 
     The API answers an empty list if there are no limits, and 404 if there is no such user.
     """
     users = (role.user(virtual_host) for role in ROLES)
     limits = {user: found for user in users if (found := api.get("user-limits", user)) is not None}
-    if limits and api.get("vhost-limits", virtual_host) == []:
+    if not limits:
+        return
+    if api.get("vhost-limits", virtual_host) == []:
         yield f"the virtual host {virtual_host}"
     yield from (f"the user {user}" for user, found in limits.items() if not found)
+    known = {policy.name for policy in policies}
+    for name, (prefix, _) in LISTENER_POLICIES.items():
+        if f"policy {name}" not in known:
+            yield f"the queues {prefix}*"
 
 
 def _has_same_owner(url: str, address: BrokerAddress) -> bool:

@@ -495,6 +495,7 @@ def test_doctor_reports_where_limits_are_missing(broker: Broker) -> None:
     """As on a broker that was set up before there were any."""
     broker.rabbitmqctl("clear_vhost_limits", "-p", VHOST)
     broker.rabbitmqctl("clear_user_limits", f"{VHOST}-worker", "all")
+    broker.rabbitmqctl("clear_policy", "-p", VHOST, "keepwarm-notices")
     try:
         url = f"amqp://{VHOST}-operator@127.0.0.1:{broker.node.port}/{VHOST}"
         asked = check_policies(
@@ -506,7 +507,11 @@ def test_doctor_reports_where_limits_are_missing(broker: Broker) -> None:
             limits=True,
         )
         assert asked.unknown is None
-        assert asked.unlimited == (f"the virtual host {VHOST}", f"the user {VHOST}-worker")
+        assert asked.unlimited == (
+            f"the virtual host {VHOST}",
+            f"the user {VHOST}-worker",
+            "the queues notices.*",
+        )
     finally:
         assert broker.setup()[0] == 0
 
