@@ -24,6 +24,7 @@ import yaml
 from services.broker.roles import ROLES
 from services.cli.secrets_dir import SecretsDir
 from services.contracts import load_settings
+from services.contracts.bounds import MAX_MESSAGE_BYTES
 from services.store import Store
 
 OWN = ("collector", "producer", "gpu-worker", "engine-cpu", "engine-cuda")
@@ -80,6 +81,38 @@ def test_every_image_is_pinned(
             assert service["image"].endswith(f":{project['version']}"), name
             assert service["build"]["target"] in TARGETS, name
     assert all(BASE.fullmatch(stage.partition("\n")[0]) for stage in stages.values())
+
+
+def test_the_broker_forgets_no_unsettled_message(services: dict[str, dict[str, Any]]) -> None:
+    """As versions before 4.1.1 may: docs/decisions/0026."""
+    version = re.search(r":(\d+)\.(\d+)\.(\d+)", services["rabbitmq"]["image"])
+    assert version is not None and tuple(map(int, version.groups())) >= (4, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["rabbitmq/rabbitmq.conf", "apptainer/broker.sh"])
+def test_a_broker_takes_our_largest_message_and_none_that_is_much_larger(
+    name: str, repository: Path
+) -> None:
+    found = re.search(r"^max_message_size *= *(\d+)$", (repository / name).read_text(), re.M)
+    assert found is not None and MAX_MESSAGE_BYTES < int(found[1]) <= 2 * MAX_MESSAGE_BYTES
+
+
+def test_what_prometheus_reads_is_bounded_and_so_is_where_workers_may_send_it(
+    repository: Path,
+) -> None:
+    text = (repository / "prometheus" / "prometheus.yml").read_text()
+    jobs = {job["job_name"]: job for job in yaml.safe_load(text)["scrape_configs"]}
+    for name, job in jobs.items():
+        limited = job.keys() >= {"sample_limit", "body_size_limit"}
+        assert limited or name == "prometheus", name
+    (kept,) = (
+        rule["regex"]
+        for rule in jobs["keepwarm-workers"]["relabel_configs"]
+        if rule.get("action") == "keep" and rule["source_labels"] == ["__address__"]
+    )
+    assert re.fullmatch(kept, "gpu-worker-2:9464")
+    for address in ("169.254.169.254:80", "rabbitmq:15672", "evil.example.org:9464"):
+        assert not re.fullmatch(kept, address), address
 
 
 def test_ports_are_published_on_loopback_alone(services: dict[str, dict[str, Any]]) -> None:
