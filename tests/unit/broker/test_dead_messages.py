@@ -1,16 +1,21 @@
-"""Which dead messages may be sent back."""
+"""Which dead messages may be sent back, and how people select them."""
+
+import re
+from pathlib import Path
 
 import pytest
 
 from services.broker import Delivery
-from services.broker.dead_messages import retry_error
+from services.broker.dead_messages import reason, retry_error
 from services.contracts import (
     ClaimBatch,
     ContextReady,
     DeadClaim,
     RunAnnouncement,
     VerdictBatch,
+    decode,
 )
+from services.contracts.errors import MessageInvalid
 
 
 def dead(kind: str, body: bytes) -> Delivery:
@@ -43,3 +48,17 @@ def test_what_nobody_can_check_or_no_queue_accepts_is_not_sent_back(
     kind: str, body: bytes, error: str
 ) -> None:
     assert error in str(retry_error(dead(kind, body)))
+
+
+def test_the_reasons_by_which_the_pages_select_messages_are_those_that_there_are(
+    repository: Path,
+) -> None:
+    with pytest.raises(MessageInvalid) as refused:
+        decode(ClaimBatch, b"{}")
+    removed = {"x-death": [{"reason": "expired", "queue": "claims.ctx-1"}]}
+    reasons = str(refused.value), reason(Delivery("dead-messages", b"", removed, "m", False, 1, 1))
+    text = "\n".join(page.read_text() for page in sorted((repository / "docs").glob("*.md")))
+    selected = re.findall(r'--reason\s+"([^"]+)"', text)
+    assert len(selected) >= 2
+    for each in selected:
+        assert any(each in found for found in reasons), each
