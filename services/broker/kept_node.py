@@ -56,7 +56,7 @@ class KeptNode:
                 if self._node is None or not self._node.alive:
                     self._discard()
                     self._node = PrivateNode(self._directory, self._log_file)
-                    self._node.start()
+                    self._node.start(self._is_closed)
             except BaseException:
                 self._discard()
                 self._in_use = False
@@ -68,7 +68,7 @@ class KeptNode:
         with self._lock:
             if self._in_use and self._node is not None and not self._node.alive:
                 try:
-                    self._node.start()
+                    self._node.start(self._is_closed)
                 except BrokerError as error:  # tried again at the next call
                     log.error("node.not_started", reason=str(error))
 
@@ -102,10 +102,13 @@ class KeptNode:
             self._lock.release()
 
     def close(self) -> None:
-        """Stop it, even while it is in use."""
+        """Stop it, even while it is in use or starts."""
+        self._closed = True  # ends a start, which holds the lock
         with self._lock:
-            self._closed = True
             self._discard()
+
+    def _is_closed(self) -> bool:
+        return self._closed
 
     def _discard(self) -> None:
         if self._node is not None:

@@ -325,7 +325,11 @@ class LocalRun:
                 f"{node.log_file}, and rerun the command to resume the run"
             )
         self._observer.message("RabbitMQ ended; starting it again.")
-        node.start()
+        try:
+            node.start(self._is_stopped)
+        except BrokerError:
+            if not self._is_stopped():
+                raise
 
     def _drain(self, workers: list[WorkerProcess]) -> None:
         self._observer.workers_stopping(interrupted=self._stopped_by is not None)

@@ -238,6 +238,22 @@ def test_a_run_with_outcomes_of_other_claims_ends_with_what_to_do(
         make_run()._watch([], threading.Thread(), collector, load_settings())  # type: ignore[arg-type]
 
 
+def test_a_run_can_be_stopped_while_its_broker_starts_again(make_run: MakeRun) -> None:
+    run = make_run()
+
+    class Node:
+        alive = False
+
+        def start(self, stopped: Callable[[], bool] = lambda: False) -> None:
+            run._stop(signal.SIGINT)
+            assert stopped()
+            raise BrokerError("stopped before the private RabbitMQ node was ready")
+
+    run._private_node = Node()  # type: ignore[assignment]
+    collector = SimpleNamespace(waiting_for=None)
+    run._watch([], threading.Thread(), collector, load_settings())  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("settings", "lent", "temporary", "shown"),
     [
