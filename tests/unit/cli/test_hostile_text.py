@@ -7,7 +7,7 @@ import json
 import re
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +278,26 @@ def test_an_export_for_spreadsheets_has_no_formula(
     assert raw[0]["claim_id"] == bad[0] and raw[0]["claim"] == bad[1]
     for line in (directory / "jsonl").read_text(encoding="utf-8").split("\n"):
         assert not line or json.loads(line)["claim"] == bad[1]
+
+
+def test_dead_claims_are_text(
+    run: Run, tmp_path: Path, keepwarm: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = ("--store", str(tmp_path / "s.sqlite"))
+    dead = []
+    with Store.open(load_settings(store_url=store[1])) as database:
+        for bad in HOSTILE:
+            with suppress(ValidationError):  # blank
+                incoming = hostile_run([bad] * 7, run)
+                database.write(incoming)
+                dead.append((incoming.dead[0].run_id, incoming.dead[0].claim.claim_id))
+    assert len(dead) > 20
+    assert keepwarm("dead", "list", *store) == 0
+    for run_id, claim_id in dead:
+        assert keepwarm("dead", "show", *store, "--", run_id, claim_id) == 0
+    seen = capsys.readouterr().out
+    assert not OBEYED.search(seen), repr(seen)
+    assert seen.count("too-long") == 2 * len(dead)
 
 
 @pytest.mark.parametrize("flags", [(), ("--json",)])
