@@ -130,21 +130,21 @@ def test_a_pattern_that_python_cannot_read_is_reported(
 def test_what_set_up_limits_is_checked_where_it_was_set_up(
     broker: ManagementDouble, settings: Settings
 ) -> None:
-    assert ask_policies(settings, limits=True).unlimited == ()  # a broker of another kind
+    assert check_policies(settings, limits=True).unlimited == ()  # a broker of another kind
     limits = [{"value": {"max-connections": 6}}]
     broker.things["/api/user-limits/keepwarm-worker"] = limits
     broker.things["/api/vhost-limits/keepwarm"] = limits
     unlimited = ("the queues notices.*", "the queues presence.*")
-    assert ask_policies(settings, limits=True).unlimited == unlimited
+    assert check_policies(settings, limits=True).unlimited == unlimited
     broker.things["/api/policies/keepwarm"] = [
         policy("keepwarm-notices", r"^notices\.", expires=1),
         policy("keepwarm-presence", r"^presence\.", expires=1),
     ]
-    assert ask_policies(settings, limits=True).unlimited == ()
+    assert check_policies(settings, limits=True).unlimited == ()
     broker.things["/api/user-limits/keepwarm-worker"] = []
     broker.things["/api/vhost-limits/keepwarm"] = []
     unlimited = ("the virtual host keepwarm", "the user keepwarm-worker")
-    assert ask_policies(settings, limits=True).unlimited == unlimited
+    assert check_policies(settings, limits=True).unlimited == unlimited
 
 
 def test_a_user_without_the_tag_is_shown_how_to_get_it(
