@@ -526,7 +526,7 @@ def test_an_engine_that_hangs_unused_is_ended_and_the_next_one_is_new(
 ) -> None:
     node = start()
     with monkeypatch.context() as silent:
-        silent.setattr(Engine, "answers", lambda _: False)
+        silent.setattr(Engine, "healthy", lambda _: False)
         managed = node.warm("a")
         process = process_of(managed)
         time.sleep(1)
