@@ -261,7 +261,6 @@ def _csv_rows(file: IO[bytes], dialect: Dialect) -> Iterator[Row]:
             texts(),
             delimiter=dialect.delimiter,
             quoting=csv.QUOTE_NONE if dialect.quoting == "none" else csv.QUOTE_MINIMAL,
-            doublequote=dialect.quoting == "doubled",
             escapechar="\\" if dialect.quoting == "backslash" else None,
             skipinitialspace=True,  # as written by hand: 1, "two, three"
             strict=True,

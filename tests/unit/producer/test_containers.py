@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from backports import zstd
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from services.contracts import Claim, PromptSpec
@@ -227,6 +227,7 @@ def test_a_field_with_line_ends_and_tabs_is_read_where_it_is_quoted(tmp_path: Pa
     ),
     st.sampled_from([",", ";", "|"]),
 )
+@example([('";\n\\', "SUPPORTS")], ";")
 def test_what_the_csv_module_wrote_is_read_or_rejected_and_never_half_a_record(
     rows: list[tuple[str, str]], delimiter: str
 ) -> None:
@@ -235,8 +236,8 @@ def test_what_the_csv_module_wrote_is_read_or_rejected_and_never_half_a_record(
     writer.writerow(["claim", "label"])
     writer.writerows(rows)
     with Source([io.BytesIO(out.getvalue().encode())], "claims.csv", "csv") as source:
-        lines = list(source.records())
-    assert [tuple(line.content.values()) for line in lines if line.fault is None] == rows  # type: ignore[union-attr]
+        records = [record for record in source.records() if record.fault is None]
+    assert [tuple(record.content.values()) for record in records] == rows  # type: ignore[union-attr]
 
 
 # JSON.
