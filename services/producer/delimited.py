@@ -85,6 +85,8 @@ def find_dialect(
     for delimiter in (separator[1],) if separator else _DELIMITERS:
         dialect = Dialect(delimiter, first_line=2 if separator else 1)
         fields = next(_rows(file, dialect), _NO_ROW).fields
+        if not fields:  # it may have a quote after a backslash
+            fields = next(_rows(file, replace(dialect, quoting="backslash")), _NO_ROW).fields
         header = [column.strip() for column in fields]
         while header and not header[-1]:
             header.pop()

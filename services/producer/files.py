@@ -84,8 +84,13 @@ def dataset_files(directory: Path, split: str | None) -> list[Path]:
     parts that Spark wrote as text.
 
     Raises InputError when there is none, when there are several splits and none is named, or when
-    a part of the split is missing.
+    parts of the split are missing or cannot all belong to it.
     """
+    if (directory / "_temporary").exists() and not (directory / "_SUCCESS").exists():
+        raise InputError(
+            f"{directory} is not complete: it has Spark's directory _temporary and no _SUCCESS; "
+            "wait for the job that writes it, or run that again"
+        )
     files = sorted(
         (
             path
@@ -98,12 +103,24 @@ def dataset_files(directory: Path, split: str | None) -> list[Path]:
         key=_in_order,
     )
     found = [path for path in files if path.suffix in _TABLE_SUFFIXES]
-    found = found or [path for path in files if _TEXT_PART.fullmatch(path.name)]
+    texts = [p for p in files if _TEXT_PART.fullmatch(p.name) and p.suffix not in _TABLE_SUFFIXES]
+    if found and texts:
+        raise InputError(
+            f"{directory} has files of several kinds ({found[0].name}, {texts[0].name}); name one "
+            "of them, or keep those of one kind in it"
+        )
+    found = found or texts
     if not found:
         raise InputError(
             f"{directory} is a directory without Parquet or Arrow files; name a file of claims in "
             "it, or a directory that `datasets` or Spark saved"
         )
+    for folder in found[0].relative_to(directory).parent.parts:
+        if "=" in folder:
+            raise InputError(
+                f"{directory} is partitioned: the values of {folder.partition('=')[0]!r} are in "
+                "the names of its directories, which are not read; write it without partitionBy"
+            )
     splits: dict[str, list[Path]] = {}
     for path in found:
         splits.setdefault(_split_of(path, directory), []).append(path)
@@ -134,7 +151,9 @@ def _split_of(path: Path, directory: Path) -> str:
 
 
 def _require_all_parts(files: Sequence[Path], directory: Path) -> None:
-    """Raises InputError where the names say that there are more parts than files."""
+    """Raises InputError where the names say that there are more parts than files, or that there
+    are parts of two tables.
+    """
     parts: dict[tuple[Path, str, int], set[int]] = {}
     numbered: dict[Path, set[int]] = {}
     for path in files:
@@ -144,7 +163,14 @@ def _require_all_parts(files: Sequence[Path], directory: Path) -> None:
         elif path.stem.isdecimal():
             numbered.setdefault(path.parent, set()).add(int(path.stem))
     parts |= {(folder, "", max(found) + 1): found for folder, found in numbered.items()}
+    totals: dict[tuple[Path, str], int] = {}
     for (folder, name, total), found in parts.items():
+        other = totals.setdefault((folder, name), total)
+        if other != total:
+            raise InputError(
+                f"{directory} has parts of two tables, {name}-*-of-{other:05d} and "
+                f"{name}-*-of-{total:05d}; remove those of the older one"
+            )
         if missing := sorted(set(range(total)) - found):
             what = f"{folder.name}/{name}".rstrip("/")
             raise InputError(

@@ -41,7 +41,7 @@ _WHERE_IN_LINE = re.compile(r"at line 1 column")
 _FIELDS = {"claim_id": "id", "text": "claim", "evidence": "evidence", "gold": "label"}
 
 _NEXT_STEPS = {
-    "string_type": "put the text in quotes",
+    "string_type": "write it as text: in JSON in quotes, in a table as a column of text",
     "string_too_long": "shorten it, or split the claim",
     "string_too_short": "give it some text, or leave the line out",
     "string_pattern_mismatch": "remove NUL characters, and give it more than white space",
@@ -303,7 +303,18 @@ class Parser:
                 f"every line needs a `claim`; the keys are {listed}. If one of them is the claim, "
                 "name it with --column claim=NAME"
             )
+            for key, value in fields.items():
+                of_list = isinstance(value, list) and value
+                inner = value[0] if of_list else value
+                if isinstance(inner, dict) and not CLAIM_NAMES.isdisjoint(map(normalized, inner)):
+                    path = f".{key}[]" if of_list else ".[]"
+                    next_step = (
+                        f"the records are inside {key!r}; write each of them as a line, with "
+                        f"`jq -c '{path}' FILE`"
+                    )
             return self._reject(record, field, "no claim", "Field required", next_step)
+        if field == "claim" and isinstance(raw.claim, dict):
+            next_step = "if it is a column, write the file by records: to_json(orient='records')"
         if fault["type"] == "string_pattern_mismatch":
             blank = "\0" not in str(fault.get("input", ""))
             message = "it is blank" if blank else "it contains a NUL character"

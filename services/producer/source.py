@@ -287,8 +287,12 @@ class Source:
                 )
 
     def _names_claim(self, header: Collection[str]) -> bool:
-        if self._claim_column is not None:
-            return normalized(self._claim_column) in map(normalized, header)
+        column = self._claim_column
+        if column is not None:
+            # A number may be a value of the first record too; pandas writes a header of numbers.
+            if column.isdecimal() and not is_header([*header]):
+                return column in header and all(map(str.isdecimal, header))
+            return normalized(column) in map(normalized, header)
         return any(normalized(column) in CLAIM_NAMES for column in header)
 
     def _columns_by_number(self, fields: Sequence[str]) -> Sequence[str] | None:

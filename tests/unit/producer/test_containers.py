@@ -148,6 +148,21 @@ def test_lines_of_plain_text_are_claims_when_their_column_is_numbered(tmp_path: 
     assert texts(path, claim="1") == ["The harbour froze, they say.", "It is deep."]
 
 
+def test_a_number_in_the_first_record_is_no_header_but_a_record_of_numbers_is(
+    tmp_path: Path,
+) -> None:
+    assert texts(write(tmp_path, f"2,{FROZE},SUPPORTS\n3,It is deep.,\n"), claim="2") == [
+        FROZE,
+        "It is deep.",
+    ]
+    assert texts(write(tmp_path, f"0,1,2\na,{FROZE},SUPPORTS\n"), claim="1") == [FROZE]
+
+
+def test_a_first_record_without_a_header_may_have_an_escaped_quote(tmp_path: Path) -> None:
+    path = write(tmp_path, '1,"It \\"froze\\", they say.",SUPPORTS\n2,It is deep.,\n')
+    assert texts(path, claim="2") == ['It "froze", they say.', "It is deep."]
+
+
 SPARK = (
     'claim,label\n"He said \\"the harbour froze\\" twice",SUPPORTS\n'
     '"He said \\"no\\" and\nthen left",SUPPORTS\nPlain.,REFUTES\n'
@@ -530,6 +545,28 @@ def test_a_directory_with_a_missing_part_is_refused_and_names_it(tmp_path: Path)
             tmp_path / "data" / f"train-0000{number}-of-00004.parquet",
         )
     with pytest.raises(InputError, match="of the 4 parts of data/train 2 are missing, .* 00001"):
+        texts(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("others", "why"),
+    [
+        (["data-00000-of-00001.parquet"], r"parts of two tables, data-\*-of-00001 and .*of-00002"),
+        (["part-00000-0d1e.json"], r"several kinds \(data-00000-of-00002.parquet, part-00000-0d1e"),
+        (["_temporary/0/part-00000-0d1e.parquet"], "is not complete: it has Spark's .*_temporary"),
+        (["label=SUPPORTS/part-00000-0d1e.parquet"], "is partitioned: the values of 'label' are"),
+    ],
+)
+def test_a_directory_whose_files_cannot_all_be_one_table_is_refused(
+    tmp_path: Path, others: list[str], why: str
+) -> None:
+    parts = ["data-00000-of-00002.parquet", "data-00001-of-00002.parquet"]
+    if "=" in others[0]:
+        parts = []
+    for name in parts + others:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"claim": ["Ice is cold."]}), tmp_path / name)
+    with pytest.raises(InputError, match=why):
         texts(tmp_path)
 
 

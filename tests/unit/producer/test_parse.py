@@ -1,5 +1,6 @@
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def one(row: object, columns: dict[str, str] | None = None, **how: Any) -> Claim
 
 # The file of bad lines.
 
-QUOTES = "put the text in quotes"
+QUOTES = "write it as text: in JSON in quotes, in a table as a column of text"
 LEAVE_OUT = "give it some text, or leave the line out"
 BLANK = "remove NUL characters, and give it more than white space"
 BAD_LINES: dict[int, tuple[str | None, str, str]] = {
@@ -81,6 +82,22 @@ GOOD_LINES = {
     16: "bad-01",
     18: "bad-16",
 }
+
+
+@pytest.mark.parametrize(
+    ("row", "next_step"),
+    [
+        ({"version": 1, "data": [{"claim": "Ice is cold."}]}, "inside 'data'.*jq -c '.data\\[\\]'"),
+        ({"0": {"claim": "Ice is cold."}}, "inside '0'.*jq -c '.\\[\\]' FILE"),
+        ({"claim": {"0": "Ice is cold."}}, "orient='records'"),
+    ],
+)
+def test_an_object_around_the_records_is_rejected_with_the_way_to_unpack_it(
+    row: object, next_step: str
+) -> None:
+    rejection = one(row)
+    assert isinstance(rejection, Rejection)
+    assert re.search(next_step, rejection.next_step)
 
 
 @pytest.fixture(scope="module")
