@@ -2,7 +2,7 @@
 
 import queue
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, Self
 
 from services.broker.address import BrokerAddress
@@ -23,7 +23,6 @@ from services.contracts.errors import BrokerUnreachable, MessageInvalid, Message
 from services.contracts.values import content_id
 from services.contracts.wire import Message
 
-_IDLE_SECONDS = 1.0
 _FLUSH_SECONDS = 30.0
 # The exchange and queue to send a message of a kind back to; its headers are not trusted. Claims go
 # to the returns queue: the collector checks their producer's proofs. Nobody can check an
@@ -115,14 +114,10 @@ class DeadMessages:
 
     def first(self) -> dict[str, Delivery]:
         """The first `MAX_SHOWN` messages, by their `short_id`."""
+        with Publisher(self._address, "dead-count", window=1).open(self._timeout_seconds) as link:
+            count = min(self._count(link), MAX_SHOWN)
         self._consumer.open(self._timeout_seconds)
-        found: dict[str, Delivery] = {}
-        while len(found) < MAX_SHOWN:
-            delivery = self._consumer.take(_IDLE_SECONDS)
-            if delivery is None:
-                break
-            found[short_id(delivery)] = delivery
-        return found
+        return {short_id(message): message for message in self._take(count)}
 
     def settle(self, action_for: Callable[[Delivery], Action]) -> Counter[Action]:
         """Send back, drop or keep each message that is in the queue now, as `action_for` decides.
@@ -148,10 +143,7 @@ class DeadMessages:
             # Messages that are dead-lettered again meanwhile are behind these.
             count = self._count(publisher)
             self._consumer.open(self._timeout_seconds)
-            for _ in range(count):
-                message = self._consumer.take(_IDLE_SECONDS)
-                if message is None:
-                    break
+            for message in self._take(count):
                 action = action_for(message)
                 if action == "retry" and retry_error(message) is not None:
                     action = "keep"
@@ -165,6 +157,14 @@ class DeadMessages:
                         keep(message)
             publisher.flush(_FLUSH_SECONDS)
         return settled
+
+    def _take(self, count: int) -> Iterator[Delivery]:
+        """So many messages; fewer if another process has taken some of them meanwhile."""
+        for _ in range(count):
+            message = self._consumer.take(self._timeout_seconds)
+            if message is None:
+                return
+            yield message
 
     def _count(self, link: Publisher) -> int:
         """How many messages there are."""
