@@ -159,9 +159,11 @@ def _write_jsonl(file: IO[bytes], rows: Rows, _: Sequence[str]) -> int:
 
 def _write_fever(file: IO[bytes], rows: Rows, known: KnownRun) -> int:
     # The scorer joins by position and counts any label but the gold one as wrong. A record without
-    # a verdict (a dead claim, a rejected line) has the row INVALID.
+    # a verdict (a dead claim, a rejected line) has the row INVALID; a repeated one has the verdict
+    # of the first, which is before it.
     numeric = known.input is not None and known.input.numeric_ids
     left_out = dict(known.input.left_out) if known.input is not None else {}
+    labels: dict[str | None, str | None] = dict.fromkeys(left_out.values())
 
     def line(claim_id: str | None, label: str | None) -> bytes:
         number = numeric and claim_id is not None and claim_id.isdecimal()
@@ -172,6 +174,10 @@ def _write_fever(file: IO[bytes], rows: Rows, known: KnownRun) -> int:
         }
         return json.dumps(prediction, ensure_ascii=False).encode() + b"\n"
 
+    def left_out_line(position: int) -> bytes:
+        claim_id = left_out.get(position)
+        return line(claim_id, labels.get(claim_id))
+
     count = 0
     for row in rows:
         if row["position"] < count:
@@ -180,11 +186,13 @@ def _write_fever(file: IO[bytes], rows: Rows, known: KnownRun) -> int:
                 "but FEVER's scorer needs one row per record; use --format jsonl"
             )
         for gap in range(count, row["position"]):
-            file.write(line(left_out.get(gap), None))
+            file.write(left_out_line(gap))
         file.write(line(row["claim_id"], row["label"]))
+        if row["claim_id"] in labels:
+            labels[row["claim_id"]] = row["label"]
         count = row["position"] + 1
     for gap in range(count, _records(known)):
-        file.write(line(left_out.get(gap), None))
+        file.write(left_out_line(gap))
     return max(count, _records(known))
 
 

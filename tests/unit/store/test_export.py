@@ -140,7 +140,7 @@ def test_fever_has_a_prediction_for_every_line_up_to_the_last_claim(
     ]
 
 
-def test_fever_has_the_ids_of_records_without_a_claim(
+def test_fever_has_the_ids_of_records_without_a_claim_and_the_verdicts_of_repeated_ones(
     store: Store, run: Run, make: SimpleNamespace, tmp_path: Path
 ) -> None:
     found = InputSummary(
@@ -164,7 +164,7 @@ def test_fever_has_the_ids_of_records_without_a_claim(
     store.write(make.incoming(announced, make.batch(*verdicts)))
     assert export(store, run, "fever", tmp_path / "out.jsonl") == 4
     ids = [(row["id"], row["predicted_label"]) for row in json_rows(tmp_path / "out.jsonl")]
-    assert ids == [(70, "A"), (70, "INVALID"), (72, "A"), (73, "INVALID")]
+    assert ids == [(70, "A"), (70, "A"), (72, "A"), (73, "INVALID")]
 
 
 @pytest.mark.parametrize("format", FORMATS)
