@@ -194,8 +194,10 @@ def claims_to_repeat(
     if only is None and from_run is None:
         return None
     kinds = [kind.strip() for kind in (only or "").split(",")]
-    if from_run is None or not set(kinds) <= set(_KINDS):
+    if from_run is None or only is None:
         raise UsageError("--only and --from go together: --only invalid,dead --from RUN")
+    if unknown := set(kinds) - set(_KINDS):
+        raise UsageError(f"--only takes {' and '.join(_KINDS)}, not {', '.join(sorted(unknown))!r}")
     with store_of_run(settings, from_run) as (store, known):
         found = unanswered_claims(store, known, kinds)
     if not found:

@@ -47,7 +47,8 @@ _NOT_LITERAL = re.compile(
     r"""(?P<gap>\s+(?=['"\[({\w<+.-]))?|\b(?:array|np\.\w+)(?=\()|,\s*dtype=[^)]*""",
     re.DOTALL,
 )
-_BLANK = frozenset(("[]", "{}", "nan", "none", "null"))
+# What programs write for a missing value: Python, pandas, R, MySQL, people.
+_BLANK = frozenset(("[]", "{}", "nan", "none", "null", "<na>", "na", "n/a", "\\n", "-"))
 _LEFT_OUT = "\0"
 """Noted as unused for the middle of a long array, which numpy writes as `...`. No text has it."""
 _MOST_DEPTH = 16

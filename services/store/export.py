@@ -20,6 +20,8 @@ from services.store.progress import KnownRun
 from services.store.schema import deliveries, outcomes
 from services.store.store import Store
 
+# What the producer adds to the id of a claim that another claim has too.
+_OWN_ID = re.compile(r"#[0-9a-f]{8}$")
 ExportFormat = Literal["jsonl", "csv", "parquet", "fever"]
 
 _CHUNK_ROWS = 10_000
@@ -162,10 +164,13 @@ def _write_fever(file: IO[bytes], rows: Rows, known: KnownRun) -> int:
     # a verdict (a dead claim, a rejected line) has the row INVALID; a repeated one has the verdict
     # of the first, which is before it.
     numeric = known.input is not None and known.input.numeric_ids
+    own_ids = known.input is not None and known.input.own_ids > 0
     left_out = dict(known.input.left_out) if known.input is not None else {}
     labels: dict[str | None, str | None] = dict.fromkeys(left_out.values())
 
     def line(claim_id: str | None, label: str | None) -> bytes:
+        if own_ids and claim_id is not None:
+            claim_id = _OWN_ID.sub("", claim_id)
         number = numeric and claim_id is not None and claim_id.isdecimal()
         prediction: dict[str, Any] = {
             "id": int(claim_id) if claim_id is not None and number else claim_id,

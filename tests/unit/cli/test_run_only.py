@@ -85,12 +85,17 @@ def test_without_the_flags_all_claims_are_meant(settings: Settings) -> None:
     assert claims_to_repeat(settings, None, None) is None
 
 
-@pytest.mark.parametrize(("only", "from_run"), [("dead", None), (None, "run-1"), ("bad", "run-1")])
+@pytest.mark.parametrize(("only", "from_run"), [("dead", None), (None, "run-1")])
 def test_only_and_from_are_refused_alone(
     only: str | None, from_run: str | None, settings: Settings
 ) -> None:
     with pytest.raises(UsageError, match="go together: --only invalid,dead --from RUN"):
         claims_to_repeat(settings, only, from_run)
+
+
+def test_another_kind_of_claims_is_refused_by_name(settings: Settings) -> None:
+    with pytest.raises(UsageError, match="--only takes invalid and dead, not 'bad'"):
+        claims_to_repeat(settings, "dead,bad", "run-1")
 
 
 def test_a_run_that_is_not_there_is_reported(settings: Settings, run: Run) -> None:

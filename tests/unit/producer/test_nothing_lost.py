@@ -183,7 +183,13 @@ def test_references_to_pages_are_no_evidence(value: Any) -> None:
     assert evidence_text(value) == (None, WithoutEvidence.REFERENCES, False)
 
 
-@pytest.mark.parametrize("value", ["[]", "{}", "nan", "NaN", "None", "null", " ", ["nan", "None"]])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("[]", "{}", "nan", "NaN", "None", "null", " ", ["nan", "None"]),
+        *("NA", "<NA>", "N/A", "\\N", "-"),
+    ],
+)
 def test_text_without_content_is_no_evidence(value: Any) -> None:
     text, without, _ = evidence_text(value)
     assert text is None

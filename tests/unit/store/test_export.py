@@ -155,16 +155,16 @@ def test_fever_has_the_ids_of_records_without_a_claim_and_the_verdicts_of_repeat
         unlabelled=2,
         kept_back=0,
         unknown_labels=(),
-        own_ids=0,
+        own_ids=1,
         numeric_ids=True,
         left_out=((1, "70"), (3, "73")),
     )
     announced = make.announced(claims=2, rejected=2).model_copy(update={"input": found})
-    verdicts = (make.verdict(0, claim_id="70"), make.verdict(2, claim_id="72"))
+    verdicts = (make.verdict(0, claim_id="70"), make.verdict(2, claim_id="70#c8947dfe"))
     store.write(make.incoming(announced, make.batch(*verdicts)))
     assert export(store, run, "fever", tmp_path / "out.jsonl") == 4
     ids = [(row["id"], row["predicted_label"]) for row in json_rows(tmp_path / "out.jsonl")]
-    assert ids == [(70, "A"), (70, "A"), (72, "A"), (73, "INVALID")]
+    assert ids == [(70, "A"), (70, "A"), (70, "A"), (73, "INVALID")]
 
 
 @pytest.mark.parametrize("format", FORMATS)
