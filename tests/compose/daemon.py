@@ -2,7 +2,7 @@
 
 It lives in namespaces of its own: processes, mounts and, but for builds, networks. So its bridges
 and packet filters are none of this machine's; when the first of its processes goes, the kernel
-takes all others and every mount along. A leash sees to it that this one goes with the test, even
+takes all others and every mount along. It is supervised, so that it ends with the test, even
 with one that is killed.
 """
 

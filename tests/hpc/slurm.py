@@ -19,7 +19,7 @@ _STOP_SECONDS = 10.0
 class OneNodeSlurm:
     """Partition `preemptible`, from which a job in `urgent` takes the node away; one pretended GPU.
 
-    Daemons are on leashes: with them goes whatever they started, jobs that left their session too.
+    Daemons are supervised: with them ends whatever they started, jobs that left their session too.
     """
 
     def __init__(self, directory: Path, warning: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""An engine on its leash, as its keeper sees it."""
+"""A supervised engine, as its keeper sees it."""
 
 import socket
 import subprocess
@@ -14,10 +14,10 @@ def test_an_engine_whose_supervisor_reports_nothing_is_killed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(fork_server_client, "_SUPERVISOR_SECONDS", 0.1)
-    ours, leash = socket.socketpair()
+    ours, supervisor = socket.socketpair()
     sleeping = [sys.executable, "-c", "import time; time.sleep(600)"]
-    with leash, subprocess.Popen(sleeping, start_new_session=True) as engine:
-        leash.sendall(b'{"pid": %d, "imported_at": 0.0}\n' % engine.pid)
+    with supervisor, subprocess.Popen(sleeping, start_new_session=True) as engine:
+        supervisor.sendall(b'{"pid": %d, "imported_at": 0.0}\n' % engine.pid)
         process = EngineProcess(ours, grace_seconds=0.0)
         assert process.exit_code() is None
         process.stop()
