@@ -5,7 +5,6 @@ import queue
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import count
 from types import MappingProxyType
 from typing import Any
@@ -24,22 +23,18 @@ _IDLE_CHECK_SECONDS = 15.0
 # After this many checks without a message it reconnects; the number doubles each time.
 _FIRST_IDLE_CHECKS, _MAX_IDLE_CHECKS = 4, 64
 _TAG_SEPARATOR = "#"
+# Per queue and channel. When a channel is lost, RabbitMQ requeues its messages consumer by
+# consumer. With more than 32 consumers, the order may differ when it replays its log after a crash,
+# and then it loses messages that were not settled (docs/decisions/0026). The limit is lower because
+# the broker may be a few settlements behind us and still count consumers that we have cancelled.
+_MAX_CONSUMERS = 24
 
 log = structlog.get_logger(__name__)
 
 
-@dataclass(slots=True)
-class _QueueConsumer:
-    """The AMQP consumer of one queue. A quorum queue fixes its prefetch when it starts."""
-
-    tag: str
-    prefetch: int
-    cancelled: bool = False
-
-
 class Consumer(Link):
     """Consumes `queues` with at most `prefetch` unsettled messages of each (`prefetch_of` overrides
-    it for a queue). `set_prefetch` changes the number for the others.
+    it for a queue), or more after `set_prefetch`.
 
     AMQP limits messages, not bytes. So `max_bytes` limits the unsettled bytes of a queue: the body
     of a message beyond it is discarded, and the message is returned to the broker once half of the
@@ -68,7 +63,7 @@ class Consumer(Link):
     ) -> None:
         super().__init__(address, name, declares)
         self._queues = tuple(queues)
-        self._prefetch = prefetch
+        self._prefetch = self._target_prefetch = prefetch
         self._prefetch_of = prefetch_of
         self._max_bytes = math.inf if max_bytes is None else max_bytes
         self._on_fanout_message = on_fanout_message
@@ -89,7 +84,8 @@ class Consumer(Link):
         # By queue: the unsettled bytes, and the messages to return once there is room.
         self._unsettled_bytes: Counter[str] = Counter()
         self._over_byte_limit: defaultdict[str, list[Delivery]] = defaultdict(list)
-        self._consumers: dict[str, _QueueConsumer] = {}  # by queue
+        # By queue: the prefetch of each consumer beside the first, by its tag.
+        self._extra: dict[str, dict[str, int]] = {name: {} for name in queues}
         self._numbers = count(1)
         self._consuming = self._changing = False
 
@@ -120,12 +116,12 @@ class Consumer(Link):
         self._settle(list(deliveries), lambda channel, tag: channel.basic_nack(tag, requeue=True))
 
     def set_prefetch(self, prefetch: int) -> None:
-        """Set the most unsettled messages of each queue. Messages that were delivered already are
-        kept, so during the change up to twice as many are unsettled. Any thread may call it.
+        """Set the most unsettled messages of each queue, no fewer than the initial prefetch.
+        Messages that were delivered already are kept. Any thread may call it.
         """
 
         def set_target() -> None:
-            self._prefetch = prefetch
+            self._target_prefetch = prefetch
             self._adjust_prefetch()
 
         self._call_soon(set_target)
@@ -162,7 +158,7 @@ class Consumer(Link):
         self._unsettled_bytes.clear()
         self._over_byte_limit.clear()
         self._idle_checks = 0
-        self._consumers.clear()
+        self._extra = {name: {} for name in self._queues}
         if not self._taking:
             self._in_service()
             return
@@ -183,30 +179,42 @@ class Consumer(Link):
         self._adjust_prefetch()
 
     def _adjust_prefetch(self) -> None:
-        """Replace a consumer whose prefetch is not the wanted one by another.
+        """Add or cancel one consumer, to approach the target prefetch.
 
-        It is cancelled only while its prefetch is used up: then no message can be on its way to it,
-        which pika would reject and the broker would count as an attempt. Until its messages are
-        settled the broker keeps it, and its successor is not replaced: so a queue never has more
-        than two (docs/decisions/0026).
+        A quorum queue fixes a consumer's prefetch when it starts, so the number of consumers
+        changes. A consumer is cancelled only while its prefetch is used up: then no message can be
+        on its way to it, which pika would reject and the broker would count as an attempt.
         """
         channel = self._channel
         # One at a time: pika delays a request while another is open, but not a settlement.
         if channel is None or self._changing or not self._consuming or not self._taking:
             return
-        for name, consumer in self._consumers.items():
-            wanted = self._prefetch_of.get(name, self._prefetch)
-            unsettled = sum(held for tag, held in self._unsettled.items() if _queue_of(tag) == name)
-            if consumer.cancelled:
-                if unsettled < wanted:
-                    self._changing = True
-                    self._consume(name)(channel, self._on_changed)
-                    return
-            elif consumer.prefetch != wanted and (
-                unsettled == self._unsettled[consumer.tag] == consumer.prefetch
-            ):
-                self._changing = consumer.cancelled = True
-                channel.basic_cancel(consumer.tag, callback=self._on_changed)
+        for name, extra in self._extra.items():
+            # The broker keeps a cancelled consumer until all of its messages are settled.
+            cancelled = [
+                held
+                for tag, held in self._unsettled.items()
+                if held and tag not in extra and tag.startswith(f"{name}{_TAG_SEPARATOR}")
+            ]
+            missing = self._target_prefetch - self._prefetch - sum(extra.values())
+            room = missing - sum(cancelled)
+            consumers_left = _MAX_CONSUMERS - 1 - len(extra) - len(cancelled)
+            if room > 0 and consumers_left > 0:
+                self._changing = True
+                tag = f"{name}{_TAG_SEPARATOR}{next(self._numbers)}"
+                extra[tag] = math.ceil(room / consumers_left)
+                channel.basic_qos(prefetch_count=extra[tag])
+                channel.basic_consume(
+                    name, self._on_message, consumer_tag=tag, callback=self._on_changed
+                )
+                return
+            # Cancel one if there is too much prefetch, or to replace it with a larger one.
+            full = [tag for tag, prefetch in extra.items() if self._unsettled[tag] >= prefetch]
+            if full and (missing < 0 or (room > 0 and not cancelled)):
+                self._changing = True
+                tag = _consumer_to_cancel([(extra[each], each) for each in full], -missing)
+                del extra[tag]
+                channel.basic_cancel(tag, callback=self._on_changed)
                 return
 
     def _on_changed(self, _: Any) -> None:
@@ -216,16 +224,9 @@ class Consumer(Link):
 
     def _consume(self, name: str) -> Any:
         def consume(channel: Channel, done: Callable[[Any], None]) -> None:
-            if not self._taking:  # it was stopped while the connection was being set up
-                done(None)
-                return
-            # RabbitMQ 3.10 breaks the connection if a tag is used again while it has unsettled
-            # messages. The queue's name in it shows where a delivery comes from.
-            tag = f"{name}{_TAG_SEPARATOR}{next(self._numbers)}"
-            prefetch = self._prefetch_of.get(name, self._prefetch)
-            self._consumers[name] = _QueueConsumer(tag, prefetch)
-            channel.basic_qos(prefetch_count=prefetch)
-            channel.basic_consume(name, self._on_message, consumer_tag=tag, callback=done)
+            channel.basic_qos(prefetch_count=self._prefetch_of.get(name, self._prefetch))
+            # The tag starts with the queue's name, so that a delivery shows its queue.
+            channel.basic_consume(name, self._on_message, consumer_tag=name, callback=done)
 
         return consume
 
@@ -282,7 +283,7 @@ class Consumer(Link):
         self._unsettled[method.consumer_tag] += 1
         if method.redelivered:
             self._redelivered_metric.inc()
-        queue = _queue_of(method.consumer_tag)
+        queue = method.consumer_tag.partition(_TAG_SEPARATOR)[0]
         held = self._unsettled_bytes[queue]
         keep = not held or held + len(body) <= self._max_bytes
         delivery = Delivery(
@@ -306,7 +307,7 @@ class Consumer(Link):
 
     def _on_cancelled_by_broker(self, frame: Any) -> None:
         # After a queue is deleted, its connection stays open and nothing is delivered.
-        log.warning("broker.cancelled", link=self._name, queue=_queue_of(frame.method.consumer_tag))
+        log.warning("broker.cancelled", link=self._name, queue=frame.method.consumer_tag)
         self._lost_because = "the broker cancelled our consumer: its queue was deleted"
         self._restart_connection()
 
@@ -319,7 +320,7 @@ class Consumer(Link):
             return
         for name in list(self._over_byte_limit):
             self.give_back(self._over_byte_limit.pop(name))
-        tags = [each.tag for each in self._consumers.values() if not each.cancelled]
+        tags = [*self._queues, *(tag for extra in self._extra.values() for tag in extra)]
         consuming = set(tags)
 
         def cancelled(tag: str) -> None:
@@ -329,9 +330,9 @@ class Consumer(Link):
 
         for tag in tags:
             self._channel.basic_cancel(tag, callback=lambda _, tag=tag: cancelled(tag))
-        if not tags:
-            self._stopped_taking.set()
 
 
-def _queue_of(tag: str) -> str:
-    return tag.partition(_TAG_SEPARATOR)[0]
+def _consumer_to_cancel(full: Sequence[tuple[int, str]], too_many: int) -> str:
+    """The largest consumer that is not too large to lose, else the smallest."""
+    small_enough = [one for one in full if one[0] <= too_many]
+    return (max(small_enough) if small_enough else min(full))[1]

@@ -149,7 +149,7 @@ class Settings(BaseSettings):
 
     batches_in_flight: Annotated[int, Field(ge=1, le=256)] = 64
     """The maximum number of batches in flight in a worker; all of them are sent to its engine.
-    `KEEPWARM_PREFETCH_SECONDS` may lower it. While it changes, fewer than twice as many."""
+    `KEEPWARM_PREFETCH_SECONDS` may lower it."""
     prefetch_seconds: Seconds = 4
     """A worker measures its claims/s, and keeps no more claims in flight than it can finish in this
     time: it takes fewer batches, and returns a part of one that is too large."""

@@ -116,25 +116,28 @@ def take_all(consumer: Consumer, least: int = 0) -> list[Delivery]:
 def test_the_prefetch_can_grow_and_shrink_and_nothing_is_lost_or_comes_twice(
     address: BrokerAddress,
 ) -> None:
-    publish(address, 60)
+    publish(address, 40)
     with new_consumer(address, 1) as consumer:
-        held = 1
-        hand = take_all(consumer, held)
+        hand = take_all(consumer, 1)
         seen = list(hand)
         for prefetch in (3, 5, 1, 2, 4, 1):
             consumer.set_prefetch(prefetch)
-            # What is in hand stays there; a larger prefetch starts beside it, a smaller one waits.
-            came = take_all(consumer, prefetch if prefetch > held else 0)
-            assert len(came) == (prefetch if prefetch > held else 0)
-            consumer.acknowledge(hand + came)
-            hand = take_all(consumer, prefetch)
-            assert len(hand) == prefetch
-            held, seen = prefetch, seen + came + hand
+            came = take_all(consumer, max(0, prefetch - len(hand)))
+            # What is in hand already stays there: only what is settled makes room.
+            assert len(hand + came) == max(len(hand), prefetch)
+            hand, seen = hand + came, seen + came
+            while hand:  # until all that was taken under another number is settled
+                consumer.acknowledge(hand)
+                hand = take_all(consumer, min(prefetch, 40 - len(seen)))
+                seen += hand
+                if len(hand) == prefetch:
+                    break
+            assert len(hand) == min(prefetch, 40 - len(seen) + len(hand))
         while hand:
             consumer.acknowledge(hand)
-            hand = take_all(consumer, min(1, 60 - len(seen)))
+            hand = take_all(consumer, min(prefetch, 40 - len(seen)))
             seen += hand
-        assert sorted(int(delivery.body) for delivery in seen) == list(range(60))
+        assert sorted(int(delivery.body) for delivery in seen) == list(range(40))
         assert {(delivery.attempt, delivery.redelivered) for delivery in seen} == {(1, False)}
         assert {delivery.queue for delivery in seen} == {QUEUE}
 
@@ -204,13 +207,14 @@ def test_nothing_is_forgotten_when_the_node_is_killed_however_much_was_in_hand(
         publish(address, 400)
         made = time.monotonic()
         settled: list[Delivery] = []
-        with new_consumer(address, 200) as consumer:
+        with new_consumer(address, 1) as consumer:
+            consumer.set_prefetch(200)
             for lost_before in (False, True):
                 if lost_before:
                     cut(consumer)
                 hand = take_all(consumer, 200)
                 assert len(hand) == 200
-                for prefetch in (150, 200, 100, 200):  # the cancelled one holds what it held
+                for prefetch in (150, 200, 100, 200):  # those that are ended hold what they held
                     consumer.set_prefetch(prefetch)
                     assert take_all(consumer) == []
                 settled += hand[::4]

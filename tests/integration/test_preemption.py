@@ -87,7 +87,7 @@ def test_sigterm_after_an_early_warning_is_the_first_of_its_kind(
 ) -> None:
     submit(command)
     worker = command("worker", VLLM_TEST_CLAIM_SECONDS="1", KEEPWARM_GRACE_SECONDS="6")
-    wait_for_messages(node, claims_queue(node, worker), 11, "one taken, and three more")
+    wait_for_messages(node, claims_queue(node, worker), 12, "three taken")
     worker.signal(signal.SIGUSR1)
     worker.said("worker.draining")
     worker.signal(signal.SIGTERM)
@@ -108,7 +108,7 @@ def test_a_worker_drains_by_itself_before_its_walltime_ends(
     assert worker.wait() == 0, worker.output
     assert "walltime.ending" in worker.output
     waiting = messages_in(node, claims_queue(node, worker))
-    assert waiting + messages_in(node, topology.RETURNS_QUEUE) >= 11
+    assert waiting + messages_in(node, topology.RETURNS_QUEUE) >= 12
 
 
 def test_a_kill_costs_at_most_what_was_in_hand_and_never_changes_the_store(

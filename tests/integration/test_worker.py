@@ -164,7 +164,7 @@ def test_what_cannot_be_finished_in_the_grace_period_is_returned(
     worker = command("worker", VLLM_TEST_CLAIM_SECONDS="60", KEEPWARM_GRACE_SECONDS="3")
     worker.said("worker.taking")
     queue = context_of(worker)
-    wait_for_messages(node, topology.claims_queue(queue), 11, "one taken, and three more")
+    wait_for_messages(node, topology.claims_queue(queue), 12, "three taken")
     worker.signal(signal.SIGTERM)
     assert worker.wait() == 0, worker.output
     wait_for_messages(node, topology.claims_queue(queue), 15, "all given back")
