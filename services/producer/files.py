@@ -44,6 +44,8 @@ _MARKS = (
 )
 
 _TABLE_SUFFIXES = (".parquet", ".arrow")
+# Not .json, which metadata have as well.
+_TEXT_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv")
 # Where `datasets` and the hub put the files of splits; they use no deeper directories.
 _SPLIT_PATTERNS = ("*", "*/*", "*/*/*")
 # `train-00000-of-00002.parquet` and `data-00000-of-00001.arrow` are parts of one table.
@@ -104,9 +106,10 @@ def dataset_files(directory: Path, split: str | None) -> list[Path]:
     )
     found = [path for path in files if path.suffix in _TABLE_SUFFIXES]
     texts = [p for p in files if _TEXT_PART.fullmatch(p.name) and p.suffix not in _TABLE_SUFFIXES]
-    if found and texts:
+    others = texts or [p for p in files if p.suffix in _TEXT_SUFFIXES]
+    if found and others:
         raise InputError(
-            f"{directory} has files of several kinds ({found[0].name}, {texts[0].name}); name one "
+            f"{directory} has files of several kinds ({found[0].name}, {others[0].name}); name one "
             "of them, or keep those of one kind in it"
         )
     found = found or texts

@@ -553,6 +553,7 @@ def test_a_directory_with_a_missing_part_is_refused_and_names_it(tmp_path: Path)
     [
         (["data-00000-of-00001.parquet"], r"parts of two tables, data-\*-of-00001 and .*of-00002"),
         (["part-00000-0d1e.json"], r"several kinds \(data-00000-of-00002.parquet, part-00000-0d1e"),
+        (["more.jsonl"], r"several kinds \(data-00000-of-00002.parquet, more.jsonl\)"),
         (["_temporary/0/part-00000-0d1e.parquet"], "is not complete: it has Spark's .*_temporary"),
         (["label=SUPPORTS/part-00000-0d1e.parquet"], "is partitioned: the values of 'label' are"),
     ],
