@@ -3,7 +3,7 @@
 import os
 import socket
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import unquote
 
 import pika
@@ -25,7 +25,8 @@ class BrokerAddress:
     user: str
     password: str | None
     """None if the client certificate is the login."""
-    tls: ssl.SSLContext | None
+    # Each address has a context of its own, which is equal to no other.
+    tls: ssl.SSLContext | None = field(compare=False)
     shows_certificate: bool
     heartbeat_seconds: int
 

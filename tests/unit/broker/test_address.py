@@ -158,6 +158,13 @@ def test_a_directory_is_no_bundle(tmp_path: Path) -> None:
         address("amqps://h", broker_ca_file=tmp_path)
 
 
+def test_addresses_of_the_same_settings_are_equal() -> None:
+    """By that a link finds those of its process that wait for the same broker."""
+    one, other = (address("amqps://keepwarm@broker.lab/") for _ in range(2))
+    assert one.tls is not other.tls and one == other
+    assert one != address("amqps://keepwarm@other.lab/")
+
+
 def test_a_bundle_without_tls_is_refused_for_it_would_protect_nothing() -> None:
     with pytest.raises(UsageError, match="use amqps:// or unset it"):
         address("amqp://h", broker_ca_file=Path(certifi.where()))
