@@ -193,9 +193,9 @@ def claims_to_repeat(
     """
     if only is None and from_run is None:
         return None
-    kinds = [kind.strip() for kind in (only or "").split(",")]
     if from_run is None or only is None:
         raise UsageError("--only and --from go together: --only invalid,dead --from RUN")
+    kinds = [kind.strip() for kind in only.split(",")]
     if unknown := set(kinds) - set(_KINDS):
         raise UsageError(f"--only takes {' and '.join(_KINDS)}, not {', '.join(sorted(unknown))!r}")
     with store_of_run(settings, from_run) as (store, known):

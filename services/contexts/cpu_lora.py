@@ -13,7 +13,9 @@ CALLER = "vllm.lora.punica_wrapper.punica_cpu"
 
 
 def install() -> None:
-    """Replace vLLM's functions in this process; nothing where this vLLM does not have them."""
+    """Replace vLLM's functions, which it calls on processors only, in this process; nothing where
+    this vLLM does not have them.
+    """
     try:
         modules = [importlib.import_module(OPS), importlib.import_module(CALLER)]
     except ImportError:

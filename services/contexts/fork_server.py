@@ -211,7 +211,6 @@ def _prefer_fork() -> None:
     platform.check_and_update_config = staticmethod(check_and_fork)
     if hasattr(registry, "_run_in_subprocess"):
         registry._run_in_subprocess = lambda function: function()
-    cpu_lora.install()
 
 
 def _why_not_forkable() -> str | None:
@@ -270,6 +269,7 @@ def main() -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module(later)
     _prefer_fork()
+    cpu_lora.install()
     gc.collect()
     gc.freeze()  # otherwise a collection in a child would touch all pages, and so copy them
     listener = socket.socket(socket.AF_UNIX)

@@ -1,5 +1,7 @@
 """Claims, and the message that carries them to a worker."""
 
+import hashlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Self
 
@@ -21,6 +23,7 @@ from services.contracts.runs import Run
 from services.contracts.values import Value
 from services.contracts.wire import PROOFS_VERSION, Message
 
+_OWN_ID_SUFFIX = re.compile(r"#[0-9a-f]{8}$")
 # The size of a claim's field names, numbers and proof, without its texts.
 _CLAIM_OVERHEAD_BYTES = 130
 
@@ -84,6 +87,18 @@ class ClaimBatch(Message):
                 "proofs": tuple(self.proofs[index] for index in indexes) if self.proofs else (),
             }
         )
+
+
+def own_id_suffix(evidence: str) -> str:
+    """What the producer adds to the id of a claim that another claim of the file has, with other
+    evidence. From the content, so that the id does not depend on the records that `--limit` takes.
+    """
+    return "#" + hashlib.blake2b(evidence.encode(), digest_size=4).hexdigest()
+
+
+def id_in_file(claim_id: str) -> str:
+    """A claim's id without `own_id_suffix`."""
+    return _OWN_ID_SUFFIX.sub("", claim_id)
 
 
 def split_claims(claims: Iterable[Claim], batch_size: int) -> Iterator[list[Claim]]:

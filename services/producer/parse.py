@@ -303,15 +303,12 @@ class Parser:
                 f"every line needs a `claim`; the keys are {listed}. If one of them is the claim, "
                 "name it with --column claim=NAME"
             )
-            for key, value in fields.items():
-                of_list = isinstance(value, list) and value
-                inner = value[0] if of_list else value
-                if isinstance(inner, dict) and not CLAIM_NAMES.isdisjoint(map(normalized, inner)):
-                    path = f".{key}[]" if of_list else ".[]"
-                    next_step = (
-                        f"the records are inside {key!r}; write each of them as a line, with "
-                        f"`jq -c '{path}' FILE`"
-                    )
+            if (inside := _key_of_records(fields)) is not None:
+                path = f".{inside}[]" if isinstance(fields[inside], list) else ".[]"
+                next_step = (
+                    f"the records are inside {inside!r}; write each of them as a line, with "
+                    f"`jq -c '{path}' FILE`"
+                )
             return self._reject(record, field, "no claim", "Field required", next_step)
         if field == "claim" and isinstance(raw.claim, dict):
             next_step = "if it is a column, write the file by records: to_json(orient='records')"
@@ -384,3 +381,12 @@ def _id_by_content(claim: str, evidence: str | None) -> str:
     digest.update(b"\0")
     digest.update((evidence or "").encode(errors="surrogateescape"))
     return f"c-{digest.hexdigest()}"
+
+
+def _key_of_records(fields: Mapping[str, Any]) -> str | None:
+    """The first key whose value is a record with a claim, or a list of such records."""
+    for key, value in fields.items():
+        first = value[0] if isinstance(value, list) and value else value
+        if isinstance(first, dict) and not CLAIM_NAMES.isdisjoint(map(normalized, first)):
+            return key
+    return None

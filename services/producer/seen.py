@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from services.contracts import Claim
 from services.contracts.bounds import MAX_ID_CHARS
+from services.contracts.claims import own_id_suffix
 
 _CACHE_KIB = 8_192
 
@@ -90,8 +91,7 @@ class SeenIds:
             return Seen(Duplicate.LABELLED, claim, earlier)
         if before[1] != text:
             return Seen(Duplicate.OTHER_TEXT, claim, earlier)
-        # From the content, so that the id does not depend on the records that `--limit` takes.
-        suffix = "#" + hashlib.blake2b(evidence.encode(), digest_size=4).hexdigest()
+        suffix = own_id_suffix(evidence)
         if before[2] == body or claim.claim_id.endswith(suffix):
             return Seen(Duplicate.OTHER_LABEL, claim, earlier)
         own = claim.claim_id[: MAX_ID_CHARS - len(suffix)] + suffix

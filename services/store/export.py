@@ -15,13 +15,12 @@ from typing import IO, Any, Literal
 from sqlalchemy import select
 
 from services.contracts import INVALID
+from services.contracts.claims import id_in_file
 from services.contracts.errors import StoreError
 from services.store.progress import KnownRun
 from services.store.schema import deliveries, outcomes
 from services.store.store import Store
 
-# What the producer adds to the id of a claim that another claim has too.
-_OWN_ID = re.compile(r"#[0-9a-f]{8}$")
 ExportFormat = Literal["jsonl", "csv", "parquet", "fever"]
 
 _CHUNK_ROWS = 10_000
@@ -170,7 +169,7 @@ def _write_fever(file: IO[bytes], rows: Rows, known: KnownRun) -> int:
 
     def line(claim_id: str | None, label: str | None) -> bytes:
         if own_ids and claim_id is not None:
-            claim_id = _OWN_ID.sub("", claim_id)
+            claim_id = id_in_file(claim_id)
         number = numeric and claim_id is not None and claim_id.isdecimal()
         prediction: dict[str, Any] = {
             "id": int(claim_id) if claim_id is not None and number else claim_id,
