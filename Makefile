@@ -32,7 +32,7 @@ test: ## all tests but those of clusters, containers and monitoring, with a real
 	@setup/system.sh --with-tests
 	@setup/python.sh $(ENGINE)
 	@.venv/bin/python setup/demo_model.py
-	.venv/bin/pytest $(TESTS) -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	.venv/bin/pytest $(TESTS) -n 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-debian13: ## make test in a Debian 13, made by debootstrap in .debian/trixie; as root
 	@setup/system.sh --with-debootstrap
