@@ -40,7 +40,9 @@ from services.contracts.errors import (
 )
 
 _FIRST_DELAY_SECONDS = 0.25
-_LONGEST_DELAY_SECONDS = 15.0
+# A broker that starts again is out for 5 to 10 s. With a longer wait than this the links would be
+# idle for as long again; a refused attempt costs next to nothing.
+_LONGEST_DELAY_SECONDS = 5.0
 _OPEN_POLL_SECONDS = 0.2
 # A broker that is starting refuses logins until it has loaded its users.
 _REFUSED_SECONDS = 60.0
