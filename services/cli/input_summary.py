@@ -5,7 +5,7 @@ import shlex
 from services.cli.screen import plural
 from services.contracts.runs import Counts, InputSummary
 from services.producer import ClaimsFile
-from services.producer.fields import WithoutEvidence
+from services.producer.fields import WithoutEvidence, field_of
 
 _SHOWN = 6
 _CONTAINERS = {"jsonl": "JSONL", "json": "JSON", "parquet": "Parquet", "arrow": "Arrow"}
@@ -21,6 +21,11 @@ def summary_lines(file: ClaimsFile, summary: InputSummary) -> list[str]:
             f"Warning: {plural(summary.other_label, 'claim')} repeated with "
             f"{'' if without else 'the same evidence, '}another id and another label"
         )
+    for (used, other), count in file.disagreements.items():
+        lines.append(
+            f"Warning: {used!r} and {other!r} differ in {plural(count, 'record')}; {used!r} is "
+            f"used (the other one: --column {field_of(used)}={other})"
+        )
     if file.unused_labels:
         listed = ", ".join(map(repr, file.unused_labels))
         lines.append(f"Warning: no record has the label {listed} of --label-map")
@@ -30,9 +35,10 @@ def summary_lines(file: ClaimsFile, summary: InputSummary) -> list[str]:
 def _counts_line(file: ClaimsFile, summary: InputSummary) -> str:
     rejected = total(summary.rejected)
     not_selected = f", {file.not_selected:,} not selected" if file.not_selected else ""
+    rows = "" if file.rows == file.records else f"{plural(file.rows, 'row')} merged into "
     limited = "" if file.records_to_read == file.records else f"{file.records_to_read:,} of "
     return (
-        f"{file.name}: {summary.format} ({kind_of(file)}), {limited}"
+        f"{file.name}: {summary.format} ({kind_of(file)}), {rows}{limited}"
         f"{plural(file.records, 'record')}: {plural(summary.claims, 'claim')}, "
         f"{summary.repeated:,} repeated, {rejected:,} rejected"
         f"{not_selected}"

@@ -142,6 +142,7 @@ def _as_json(
         "format": file.format.name,
         "container": kind_of(file),
         "lines": file.records_to_read,
+        "rows": file.rows,
         "records": summary.records,
         "claims": summary.claims,
         "rejected": dict(summary.rejected),
@@ -156,6 +157,10 @@ def _as_json(
         "other_label": summary.other_label,
         "own_ids": summary.own_ids,
         "ignored": list(file.ignored_keys),
+        "disagreements": [
+            {"used": used, "other": other, "records": count}
+            for (used, other), count in file.disagreements.items()
+        ],
         "tokens": tokens or None,
         "tokenizer_error": no_tokenizer,
     }

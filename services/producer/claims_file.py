@@ -61,8 +61,8 @@ class Selection:
 class ClaimsFile:
     """The claims of one file for one prompt.
 
-    `records` is the number of records in the file, `records_to_read` the number within the
-    selection's limit.
+    `records` is the number of records in the file, `rows` their number before rows of one claim are
+    merged, `records_to_read` the number within the selection's limit.
     """
 
     def __init__(
@@ -100,6 +100,7 @@ class ClaimsFile:
         if self.format.merged:
             source.same_claim = self._parser(None).same_claim
         file_summary = source.summarize(on_records)
+        self.rows = file_summary.rows
         self.records = file_summary.records
         self.records_to_read = self.records
         if selection.limit is not None:
@@ -112,6 +113,8 @@ class ClaimsFile:
         """After `inspect`: labels in `label_map` that no record has."""
         self.ignored_keys: tuple[str, ...] = ()
         """After `inspect`, for the plain format: columns or keys that are not a claim's field."""
+        self.disagreements: Mapping[tuple[str, str], int] = {}
+        """After `inspect`: as `Parser.disagreements`, with the names as the file spells them."""
         self.not_selected = 0
         """After `inspect`: records with no claim that is in `only`."""
         if selection.corpus is not None:
@@ -162,6 +165,11 @@ class ClaimsFile:
             for label in self.selection.label_map
             if normalized(label_text(label) or "") in parser.labels_unused
         )
+        spelled = {normalized(key): key for key in parser.keys_seen}
+        self.disagreements = {
+            (spelled[used], spelled[other]): count
+            for (used, other), count in parser.disagreements.items()
+        }
         self.not_selected = counts.not_selected
         return counts.summary()
 

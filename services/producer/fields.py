@@ -6,6 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -73,6 +74,11 @@ def normalized(name: str) -> str:
     return re.sub(r"[\s-]+", "_", name.strip().casefold())
 
 
+def field_of(name: str) -> str:
+    """The field that has this name: `verdict` -> label."""
+    return next(field for field, names in NAMES.items() if normalized(name) in names)
+
+
 def is_header(fields: Sequence[str]) -> bool:
     """Whether a record has the names of columns: a known one, and no sentence."""
     known = any(normalized(field) in names for field in fields for names in NAMES.values())
@@ -113,13 +119,14 @@ def first_of(fields: Mapping[str, Any], names: tuple[str, ...]) -> Any:
 
 
 def id_text(value: Any) -> Any:
-    """An id as text: 7, 7.0, "7" and "7.0" are the same. Pandas writes 7.0 where ids are missing.
+    """An id as text: 7, 7.0, "7" and "7.0" are the same. Pandas writes 7.0 where ids are missing,
+    databases write decimals.
 
     Any other value is returned unchanged, and rejected later.
     """
     if is_missing(value):
         return None
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float | Decimal) and value == value // 1:
         value = int(value)
     if isinstance(value, str) and value.endswith(".0") and value[:-2].isdecimal():
         value = value[:-2]

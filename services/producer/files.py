@@ -50,8 +50,11 @@ _TEXT_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv")
 _SPLIT_PATTERNS = ("*", "*/*", "*/*/*")
 # `train-00000-of-00002.parquet` and `data-00000-of-00001.arrow` are parts of one table.
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})")
-# So are all files of a directory that are called so by the hub, by Spark, Dask and pyarrow.
-_PART = re.compile(r"\d+|part[-.](?:[rm]-)?\d+.*")
+# So are `claims-000000000000.parquet` and its followers, which BigQuery writes.
+_NUMBERED = re.compile(r"(.*)-(\d{12})|()(\d+)")
+# So are all files of a directory that are called so by the hub, by Spark, Dask and pyarrow, or by
+# DuckDB and Snowflake (`data_0.parquet`, `data_0_1_0.snappy.parquet`).
+_PART = re.compile(r"part[-.](?:[rm]-)?\d+.*|data(?:_\d+)+(?:\..*)?")
 _TEXT_PART = re.compile(r"part-(?:[rm]-)?\d+[^.]*(\.c\d+)?(\.(json|jsonl|csv|tsv|txt))?(\.\w+)?")
 
 
@@ -146,8 +149,8 @@ def _split_of(path: Path, directory: Path) -> str:
     """`data/train-00000-of-00001.parquet` and `train/0000.parquet` -> train;
     `test/data-00000-of-00001.arrow` -> test.
     """
-    shard = _SHARD.match(path.stem)
-    name = shard[1] if shard else "" if _PART.fullmatch(path.stem) else path.stem
+    shard = _SHARD.match(path.stem) or _NUMBERED.fullmatch(path.stem)
+    name = shard[1] or "" if shard else "" if _PART.fullmatch(path.stem) else path.stem
     folders = path.relative_to(directory).parent.parts
     parts = [part for part in (*folders, name) if part not in ("", "data")]
     return "/".join(parts) or name or directory.name
@@ -158,14 +161,17 @@ def _require_all_parts(files: Sequence[Path], directory: Path) -> None:
     are parts of two tables.
     """
     parts: dict[tuple[Path, str, int], set[int]] = {}
-    numbered: dict[Path, set[int]] = {}
+    numbered: dict[tuple[Path, str], list[str]] = {}
     for path in files:
         if shard := _SHARD.fullmatch(path.stem):
             table = (path.parent, shard[1], int(shard[3]))
             parts.setdefault(table, set()).add(int(shard[2]))
-        elif path.stem.isdecimal():
-            numbered.setdefault(path.parent, set()).add(int(path.stem))
-    parts |= {(folder, "", max(found) + 1): found for folder, found in numbered.items()}
+        elif part := _NUMBERED.fullmatch(path.stem):
+            numbered.setdefault((path.parent, part[1] or ""), []).append(part[2] or part[4])
+    for table_of, numbers in numbered.items():
+        if min(numbers, key=int).startswith("0"):  # others are dates, or counted from 1
+            found = set(map(int, numbers))
+            parts[*table_of, max(found) + 1] = found
     totals: dict[tuple[Path, str], int] = {}
     for (folder, name, total), found in parts.items():
         other = totals.setdefault((folder, name), total)
@@ -174,11 +180,12 @@ def _require_all_parts(files: Sequence[Path], directory: Path) -> None:
                 f"{directory} has parts of two tables, {name}-*-of-{other:05d} and "
                 f"{name}-*-of-{total:05d}; remove those of the older one"
             )
-        if missing := sorted(set(range(total)) - found):
+        if missing := total - len(found):
+            first = next(number for number in range(total) if number not in found)
             what = f"{folder.name}/{name}".rstrip("/")
             raise InputError(
-                f"{directory}: of the {total:,} parts of {what} {len(missing):,} are missing, the "
-                f"first is number {missing[0]:05d}; download the directory again"
+                f"{directory}: of the {total:,} parts of {what} {missing:,} are missing, the "
+                f"first is number {first:05d}; download the directory again"
             )
 
 

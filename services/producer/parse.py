@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,9 @@ _WHERE_IN_LINE = re.compile(r"at line 1 column")
 
 # The names of a Claim's fields in files.
 _FIELDS = {"claim_id": "id", "text": "claim", "evidence": "evidence", "gold": "label"}
+
+# Not the id: a record's and its claim's may differ. Unused evidence is counted where it is read.
+_COMPARED = ("claim", "label")
 
 _NEXT_STEPS = {
     "string_type": "write it as text: in JSON in quotes, in a table as a column of text",
@@ -117,6 +121,10 @@ class Parser:
         """Columns that were named and that no record had so far."""
         self.keys_seen: dict[str, None] = {}
         """Names of columns or keys in order of appearance; a bounded number."""
+        self._rivals: tuple[tuple[str, ...], ...] = ()
+        self.disagreements: Counter[tuple[str, str]] = Counter()
+        """In the plain format, where a record has two names of a field: the one that is used and
+        the other one, with the number of records in which their values differ."""
 
     def parse(self, record: Record) -> Sequence[ParsedClaim] | Rejection:
         """The claims of this record, or a rejection."""
@@ -210,6 +218,11 @@ class Parser:
             raw_claims = list(self._format.pieces(named))
         else:
             raw_claims = [self._format.read(named)]
+        for names in self._rivals:
+            used, *others = [name for name in names if not is_missing(named.get(name))] or [""]
+            self.disagreements.update(
+                (used, other) for other in others if named[other] != named[used]
+            )
         if "evidence" in self._columns and self._format.read is not read_plain:
             value = fields.get(self._columns["evidence"])
             text, why, partly = (value, None, False) if _is_scalar(value) else evidence_text(value)
@@ -272,8 +285,12 @@ class Parser:
     def _note_keys(self, fields: Mapping[str, Any]) -> None:
         if self.unseen_columns:
             self.unseen_columns.difference_update(fields)
-        if len(self.keys_seen) < 100:
+        if len(self.keys_seen) < 100 and not self.keys_seen.keys() >= fields.keys():
             self.keys_seen.update(dict.fromkeys(fields))
+            if self._format.read is read_plain:
+                known = set(map(normalized, self.keys_seen))
+                found = ([n for n in NAMES[f] if n in known] for f in _COMPARED)
+                self._rivals = tuple(tuple(names) for names in found if len(names) > 1)
 
     def _not_json(self, record: Record, error: ValueError) -> Rejection:
         assert isinstance(record.content, bytes)

@@ -58,8 +58,11 @@ class Record:
 
 @dataclass(frozen=True)
 class FileSummary:
-    """The number of records in a file, and its digest (BLAKE2b over all bytes)."""
+    """The number of records in a file, before merging (`rows`) and after, and its digest (BLAKE2b
+    over all bytes).
+    """
 
+    rows: int
     records: int
     digest: str
 
@@ -203,14 +206,16 @@ class Source:
             file.seek(0)
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
-        count = 0
-        for count, _ in enumerate(self.records(), 1):
+        count = rows = 0
+        for count, record in enumerate(self.records(), 1):
+            fields = record.content if self.same_claim is not None else b""
+            rows += len(fields["rows"]) if isinstance(fields, Mapping) else 1
             if count % _PROGRESS_RECORDS == 0:
                 on_records(count)
         if not count:
             raise InputError(f"{self.name} is empty; it must have one claim per line")
         on_records(count)
-        return FileSummary(count, digest.hexdigest())
+        return FileSummary(rows, count, digest.hexdigest())
 
     def records(self) -> Iterator[Record]:
         """Every record, in order. Blank lines are not records."""

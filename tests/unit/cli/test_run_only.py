@@ -2,7 +2,6 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.input_summary import summary_lines
 from services.cli.run import claims_to_repeat
 from services.contracts import (
     INVALID,
@@ -135,12 +134,3 @@ def test_a_file_with_none_of_the_wanted_claims_is_refused(tmp_path: Path) -> Non
             pytest.raises(InputError, match="none of the claims that --only selects .* is in"),
         ):
             submission.inspect(rejections)
-
-
-def test_the_summary_counts_the_records_that_are_not_selected(tmp_path: Path) -> None:
-    path = tmp_path / "claims.jsonl"
-    path.write_text('{"id": "a", "claim": "A."}\nnonsense\n{"id": "b", "claim": "B."}\n')
-    with Source.open(str(path)) as source:
-        file = ClaimsFile(source, PROMPT, Selection(only=frozenset("b")))
-        counts, _ = summary_lines(file, file.inspect())
-    assert counts.endswith("3 records: 1 claim, 0 repeated, 0 rejected, 2 not selected")

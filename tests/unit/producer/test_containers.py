@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -522,6 +523,14 @@ def test_classes_deep_in_a_table_are_named_too() -> None:
     assert _named([{"evidence_label": 0}], [feature["feature"]]) == [{"evidence_label": "A"}]
 
 
+def test_ids_that_are_decimals_are_read_as_numbers(tmp_path: Path) -> None:
+    ids = pa.array([Decimal("12"), Decimal("13.00")], pa.decimal128(10, 2))
+    pq.write_table(pa.table({"id": ids, "claim": ["A.", "B."]}), tmp_path / "claims")
+    summary, claims, rejections = judged(tmp_path / "claims")
+    assert [claim.claim_id for claim in claims] == ["12", "13"]
+    assert (summary.numeric_ids, rejections) == (True, [])
+
+
 def test_a_damaged_table_is_reported(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a damaged parquet file"):
         read(write(tmp_path, b"PAR1" + bytes(100)))
@@ -636,6 +645,39 @@ def test_parts_that_spark_wrote_are_one_table(tmp_path: Path) -> None:
     (tmp_path / "_temporary").mkdir()
     (tmp_path / "_temporary" / "0.parquet").write_bytes(b"x")
     assert texts(tmp_path) == ["Part 0.", "Part 1."]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "000{}.parquet",  # the hub
+        "part.{}.parquet",  # Dask
+        "claims-00000000000{}.parquet",  # BigQuery
+        "data_{}.parquet",  # DuckDB
+        "data_0_{}_0.snappy.parquet",  # Snowflake
+        "2024010{}.parquet",
+    ],
+)
+def test_numbered_files_are_one_table(name: str, tmp_path: Path) -> None:
+    for number in range(2):
+        pq.write_table(pa.table({"claim": [f"Part {number}."]}), tmp_path / name.format(number))
+    assert texts(tmp_path) == ["Part 0.", "Part 1."]
+
+
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        (["0001.parquet"], "2 parts of .* 1 are missing, the first is number 00000"),
+        (["c-000000000000.parquet", "c-000000000002.parquet"], "3 parts of .*/c 1 are missing"),
+    ],
+)
+def test_a_gap_between_numbered_files_is_a_missing_part(
+    names: list[str], missing: str, tmp_path: Path
+) -> None:
+    for name in names:
+        pq.write_table(TABLE, tmp_path / name)
+    with pytest.raises(InputError, match=missing):
+        texts(tmp_path)
 
 
 @pytest.mark.parametrize("packed", [False, True])
