@@ -11,7 +11,7 @@ BROKER_TESTS := $(wildcard $(addprefix tests/integration/test_,broker_faults.py 
     consumer.py policies.py private_node.py producer_faults.py publisher.py roles.py tls.py worker.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo secrets test test-debian13 test-broker broker-tests test-hpc test-compose test-monitoring check docs dashboards previews lock clean
+.PHONY: help setup demo secrets test test-debian13 test-ubuntu test-broker broker-tests test-hpc test-compose test-monitoring check docs dashboards previews lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,10 @@ test: ## all tests but those of clusters, containers and monitoring, with a real
 test-debian13: ## make test in a Debian 13, made by debootstrap in .debian/trixie; as root
 	@setup/system.sh --with-debootstrap
 	$(PYTHON) -m tests.in_debian trixie make test
+
+test-ubuntu: ## make test in an Ubuntu 24.04, made by debootstrap in .debian/noble; as root
+	@setup/system.sh --with-debootstrap
+	$(PYTHON) -m tests.in_debian noble make test
 
 test-broker: ## the broker's tests on RabbitMQ 3.10 (Debian 12) and 4.0 (Debian 13); as root
 	@setup/system.sh --with-debootstrap

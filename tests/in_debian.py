@@ -1,4 +1,4 @@
-"""Run a command on a copy of this checkout in another release of Debian, as root:
+"""Run a command on a copy of this checkout in another release of Debian or Ubuntu, as root:
 
     python3 -m tests.in_debian trixie make test
 
@@ -41,7 +41,7 @@ exec chroot . /bin/sh -c 'cd "$0"; "$@"; exit $?' "/$2" "${@:3}"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("release", help="as debootstrap knows it: bookworm, trixie")
+    parser.add_argument("release", help="as debootstrap knows it: bookworm, trixie, noble")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
     if os.geteuid() != 0:
