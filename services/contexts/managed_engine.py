@@ -288,7 +288,7 @@ class ManagedEngine:
                 with self._lock:
                     self.ended_because = why
                 self._owner.changed()
-                log.info("context.gone", context=self.plan.name, why=why.partition("\n")[0])
+                log.info("context.ended", context=self.plan.name, why=why.partition("\n")[0])
 
     def _fetch_and_start(self) -> None:
         # The log of an earlier engine of this name explains nothing of this start.

@@ -35,7 +35,7 @@ QUARANTINED_BATCHES = Counter(
     "Batches quarantined because an engine failed with them, here or elsewhere.",
 )
 BATCHES_IN_FLIGHT = Gauge(
-    "keepwarm_batches_in_hand",
+    "keepwarm_batches_in_flight",
     "Batches in flight: taken and not settled yet.",
 )
 BATCH_SECONDS = Histogram(

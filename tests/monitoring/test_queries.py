@@ -55,7 +55,7 @@ def lose_one(system: System, start: Callable[[], Command], run: str) -> Command:
     rises(system, f'keepwarm_run_done_claims{{run_id="{run}"}}')
     for worker in (killed, left):
         worker.said("worker.taking")
-    busy = "count(keepwarm_batches_in_hand > 0) == count(keepwarm_batches_in_hand) > 1"
+    busy = "count(keepwarm_batches_in_flight > 0) == count(keepwarm_batches_in_flight) > 1"
     rises(system, busy)
     killed.signal(signal.SIGKILL)
     system.publish_nonsense()

@@ -26,7 +26,7 @@ LABELS = {
 OF_THE_COLLECTOR = {"run_id", "context_id", "source", "model", "prompt"}
 UNITS = ("_seconds", "_claims", "_lines", "_verdicts", "_messages", "_batches", "_per_second")
 UNITLESS = {
-    *("keepwarm_broker_connected", "keepwarm_broker_blocked", "keepwarm_batches_in_hand"),
+    *("keepwarm_broker_connected", "keepwarm_broker_blocked", "keepwarm_batches_in_flight"),
     *("keepwarm_contexts", "keepwarm_workers", "keepwarm_context_workers"),
     *("keepwarm_engine_metrics_up", "keepwarm_run_complete", "keepwarm_run_cancelled"),
     *("keepwarm_store_waiting", "keepwarm_unlisted_workers"),
