@@ -32,7 +32,8 @@ gc.freeze()  # nor are they searched later
 gc.enable()
 
 _VERBS = {
-    "keepwarm": "run validate submit worker collect status report export cancel keeper doctor",
+    "keepwarm": "run validate submit worker collect status report compare export cancel keeper "
+    "doctor",
     "broker": "setup",
     "dead": "list show retry drop",
     "contexts": "list warm evict logs prune",
@@ -101,10 +102,10 @@ app = typer.Typer(
         "[bold]keepwarm run FILE[/bold] verifies a file on one machine; "
         "[bold]validate FILE[/bold] checks the file first. On several machines, "
         "[bold]submit[/bold] publishes claims, [bold]worker[/bold] answers them, and "
-        "[bold]collect[/bold] stores the verdicts. [bold]status[/bold], [bold]report[/bold] and "
-        "[bold]export[/bold] read the store. [bold]contexts[/bold] lists, starts and stops the "
-        "engines of this node. [bold]broker setup[/bold] prepares a broker. [bold]doctor[/bold] "
-        "checks a machine and reports how to fix problems.\n\n"
+        "[bold]collect[/bold] stores the verdicts. [bold]status[/bold], [bold]report[/bold], "
+        "[bold]compare[/bold] and [bold]export[/bold] read the store. [bold]contexts[/bold] lists, "
+        "starts and stops the engines of this node. [bold]broker setup[/bold] prepares a broker. "
+        "[bold]doctor[/bold] checks a machine and reports how to fix problems.\n\n"
         "Settings are KEEPWARM_… environment variables (docs/settings.md); flags override them. "
         "Exit codes: 0 success, 1 a bug, 2 a bad flag or setting, 3 a bad file of claims or "
         "prompt, 4 no engine, 5 no broker, 6 no store or output, 7 some claims have no outcome "

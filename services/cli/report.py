@@ -12,7 +12,10 @@ from services.cli.stores import store_of_run
 from services.contracts import load_settings
 from services.store import build_report
 
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's id, or its beginning.")]
+RunArgument = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="A run's id, its beginning, or its directory in results/."),
+]
 
 
 def report(

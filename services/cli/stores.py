@@ -1,5 +1,6 @@
 """The stores to read: that of --store, or else the default one and those of `keepwarm run`."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from services.cli.printable import printable
 from services.contracts import Settings
 from services.contracts.errors import StoreError, UsageError
 from services.node.file_systems import network_file_system
-from services.store import KnownRun, Store, find_run
+from services.store import KnownRun, Store, find_run, known_runs
 from services.store.database import checked_url, redacted
 
 RESULTS = Path("results")
@@ -66,10 +67,17 @@ def readable_stores(settings: Settings) -> Iterator[Store]:
 
 @contextmanager
 def store_of_run(settings: Settings, wanted: str) -> Iterator[tuple[Store, KnownRun]]:
-    """The run whose id is, or begins with, `wanted`, and its store.
+    """The run whose id is, or begins with, `wanted`, or which is the only one in an output
+    directory of `keepwarm run`, and its store.
 
     Raises StoreError when no store, or more than one, has such a run.
     """
+    in_directory = Path(wanted) / STORE_FILE
+    if os.path.isfile(in_directory):  # noqa: PTH113  (Path.is_file raises for what is no path)
+        only = settings.model_copy(update={"store_url": str(in_directory)})
+        with Store.open(only, create=False) as store:
+            yield store, _only_run(store, in_directory)
+        return
     having: list[tuple[Settings, KnownRun]] = []
     refusals: list[StoreError] = []
     for each in found_stores(settings):
@@ -91,6 +99,17 @@ def store_of_run(settings: Settings, wanted: str) -> Iterator[tuple[Store, Known
     settings_of_run, known = having[0]
     with Store.open(settings_of_run, create=False) as store:
         yield store, known
+
+
+def _only_run(store: Store, path: Path) -> KnownRun:
+    known = known_runs(store)
+    if len(known) != 1:
+        listed = ", ".join(run.run_id for run in known) or "none"
+        raise StoreError(
+            f"{path.parent} must have one run to be named by its directory, and has {listed}; name "
+            f"the run, and the store with --store {path}"
+        )
+    return known[0]
 
 
 def network_store_warning(settings: Settings) -> str | None:

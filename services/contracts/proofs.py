@@ -27,7 +27,9 @@ _MAX_POSITIONS_CHARS = 6 * 1024 * 1024
 _MAX_POSITIONS_BYTES = 128 * 1024 * 1024
 
 ProofKey = Annotated[str, StringConstraints(pattern=rf"^[0-9a-f]{{{2 * _KEY_BYTES}}}$")]
-Proof = Annotated[str, StringConstraints(max_length=_PROOF_CHARS + 2 * _EVIDENCE_BYTES)]
+Proof = Annotated[
+    str, StringConstraints(pattern=rf"^[0-9a-f]{{0,{_PROOF_CHARS + 2 * _EVIDENCE_BYTES}}}$")
+]
 Proofs = Annotated[
     tuple[Proof, ...],
     Field(max_length=MAX_BATCH_CLAIMS, exclude_if=lambda proofs: not proofs),
@@ -67,6 +69,11 @@ def verdict_proof(proof: str, evidence: str | None) -> str:
 def split_verdict_proof(proof: str) -> tuple[str, str]:
     """The claim's proof, and the digest of its evidence."""
     return proof[:_PROOF_CHARS], proof[_PROOF_CHARS:]
+
+
+def evidence_number(digest: str) -> int | None:
+    """An `evidence_digest` as a signed 64-bit number, for a column; None without evidence."""
+    return int(digest, 16) - 2**63 if digest else None
 
 
 def all_equal(proofs: Iterable[str], expected: Iterable[str]) -> bool:

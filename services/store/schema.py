@@ -15,7 +15,7 @@ from sqlalchemy import (
     false,
 )
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 
 metadata = MetaData()
 
@@ -102,6 +102,9 @@ outcomes = Table(
     Column("reason", String(64)),
     Column("detail", Text),
     Column("evidence", Text),
+    # Of a verdict, the `evidence_number`. NULL without evidence, if the verdict had no proof, and
+    # if it is from before version 8.
+    Column("evidence_number", BigInteger),
     # For a dead claim: how often an engine failed with it, and whether a person dropped it.
     Column("failures", Integer),
     Column("dropped", Boolean, nullable=False, server_default=false()),

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import chain, groupby, repeat
 from typing import Any, Self
 
 from pydantic_core import to_json
@@ -38,6 +38,7 @@ from services.contracts import (
 )
 from services.contracts.control import MAX_CANCELLED
 from services.contracts.errors import StoreError, StoreRefused
+from services.contracts.proofs import evidence_number, split_verdict_proof
 from services.contracts.runs import InputSummary
 from services.contracts.wire import Message
 from services.store.database import (
@@ -170,6 +171,11 @@ class Store:
             store.close()
             raise
         return store
+
+    @property
+    def name(self) -> str:
+        """The database's URL, without a password."""
+        return redacted(self._engine.url)
 
     def close(self) -> None:
         """Close the connections to the database of all threads."""
@@ -433,6 +439,7 @@ class Store:
         self, connection: Connection, key: int, batch: VerdictBatch, now: float, counts: RunCounts
     ) -> dict[str, Any]:
         delivery = secrets.randbits(62)
+        evidence = (evidence_number(split_verdict_proof(proof)[1]) for proof in batch.proofs)
         rows = [
             {
                 "run_key": key,
@@ -449,10 +456,11 @@ class Store:
                 "reason": None,
                 "detail": None,
                 "evidence": None,
+                "evidence_number": number,
                 "failures": None,
                 "dropped": False,
             }
-            for verdict in batch.verdicts
+            for verdict, number in zip(batch.verdicts, chain(evidence, repeat(None)), strict=False)
         ]
         fresh = self._write_outcomes(connection, key, rows, counts)
         counts.change(

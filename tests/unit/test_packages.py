@@ -15,6 +15,7 @@ PACKAGES = {
     "node": {"contracts"},
     "models": {"contracts", "node"},
     "store": {"contracts"},
+    "analysis": {"contracts", "store"},
     "broker": {"contracts", "node"},
     "producer": {"contracts", "broker"},
     "contexts": {"contracts", "models", "node", "telemetry"},
@@ -122,6 +123,12 @@ def test_a_command_loads_only_the_verbs_that_it_runs_or_lists(
     )
     files = {"run", "submit", "worker", "status", "contexts", "broker", "dead"}
     assert {verb for verb in files if f"services.cli.{verb}" in loaded} == verbs
+
+
+def test_no_verb_loads_the_libraries_of_statistics_before_it_is_run(repository: Path) -> None:
+    verbs = "run, services.cli.report, services.cli.compare"
+    loaded = modules_after(f"import services.cli.main, services.cli.{verbs}", repository)
+    assert not loaded & {"numpy", "scipy", "services.analysis"}
 
 
 def test_the_contracts_load_no_service(repository: Path) -> None:

@@ -14,6 +14,7 @@ from services.contracts.errors import KeepwarmError
 
 VERBS = (
     *("run", "submit", "worker", "collect", "status", "report", "export", "cancel"),
+    "compare",
     *("contexts list", "contexts warm", "contexts evict", "contexts logs", "keeper"),
     "contexts prune",
     *("dead list", "dead show", "dead retry", "dead drop", "broker setup", "doctor"),
@@ -34,6 +35,7 @@ FLAGS = {
     "collect": ("--broker", "--store", "--until"),
     "status": ("--json", "--watch", "--store"),
     "report": ("RUN", "--json", "--store"),
+    "compare": ("RUN...", "--json", "--markdown", "--latex", "--correction", "--store"),
     "export": ("RUN", "--format", "--out", "--store"),
     "cancel": ("RUN", "--store"),
     "contexts list": ("--json",),

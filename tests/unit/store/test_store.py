@@ -18,6 +18,7 @@ from sqlalchemy.dialects import sqlite
 from services.contracts import DeadReason, Run, StartupPhases, Verdict, VerdictBatch, load_settings
 from services.contracts.control import MAX_CANCELLED
 from services.contracts.errors import StoreError, StoreRefused, UsageError
+from services.contracts.proofs import verdict_proof
 from services.store import Incoming, Store, build_report, find_run, run_status
 from services.store.database import checked_url, failure
 from services.store.schema import SCHEMA_VERSION, is_dead, metadata, outcomes, runs
@@ -55,6 +56,20 @@ def test_a_verdict_is_stored_with_all_its_fields(store: Store, make: SimpleNames
     assert (row["gold"], row["label"]) == ("A", "B B")
     assert (row["mass"], row["raw_text"], row["prompt_tokens"]) == (0.75, " one", 10)
     assert row["reason"] is None
+
+
+def test_verdicts_on_the_same_evidence_have_the_same_number(
+    store: Store, make: SimpleNamespace
+) -> None:
+    evidence = ["One.", "Two.", "One.", None]
+    proofs = tuple(verdict_proof("0" * 24, text) for text in evidence)
+    verdicts = [make.verdict(number) for number in range(4)]
+    store.write(make.incoming(make.batch(*verdicts, proofs=proofs), make.batch(make.verdict(4))))
+    query = select(outcomes.c.evidence_number).order_by(outcomes.c.position)
+    with store.transaction() as connection:
+        one, two, again, none, without_proof = connection.execute(query).scalars()
+    assert one == again != two
+    assert none is without_proof is None
 
 
 def test_a_dead_claim_is_stored_with_its_reason_and_its_evidence(
