@@ -364,6 +364,29 @@ def test_a_worker_that_cannot_serve_fails_the_runs_of_its_context_that_are_not_c
     assert local_run.failures == {open_run.run.run_id: no_engine}
 
 
+@pytest.mark.parametrize(
+    ("contexts", "done", "given_back"),
+    [(1, 2, True), (1, 1, False), (2, 2, False)],
+    ids=["complete", "not complete", "several contexts"],
+)
+def test_a_lent_broker_is_given_back_after_complete_runs_of_one_context(
+    contexts: int,
+    done: int,
+    given_back: bool,
+    make_runs: Callable[..., LocalRun],
+    submissions: Callable[..., Submission],
+    database: Store,
+) -> None:
+    given = [submissions(ContextSpec(model=f"m{n % contexts}"), f"p{n}") for n in range(2)]
+    local_run = make_runs(*given)
+    for submission in given:
+        store_outcomes(database, submission, done)
+        local_run._is_finished(submission)
+    borrowed = MagicMock()
+    local_run._give_back(borrowed)
+    assert borrowed.give_back.called == given_back
+
+
 def test_a_run_that_should_stop_is_cancelled_and_the_others_go_on(
     make_runs: Callable[..., LocalRun],
     submissions: Callable[..., Submission],
