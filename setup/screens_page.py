@@ -20,6 +20,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from services.cli.broker_view import BrokerSnapshot, broker_tables  # noqa: E402
+from services.cli.leaderboard import LeaderboardRow, print_leaderboard  # noqa: E402
 from services.cli.live_view import LiveView  # noqa: E402
 from services.cli.screen import Screen, print_report, show, status_table  # noqa: E402
 from services.contracts import (  # noqa: E402
@@ -29,7 +30,7 @@ from services.contracts import (  # noqa: E402
     WorkerHeartbeat,
 )
 from services.store import Report, RunStatus  # noqa: E402
-from services.store.report import Quality, Speed, WorkerShare  # noqa: E402
+from services.store.report import Quality, Speed, WorkerShare, wilson_interval  # noqa: E402
 from services.store.startups import ColdStarts, Startups  # noqa: E402
 
 COLUMNS = 80
@@ -146,6 +147,47 @@ _SNAPSHOT = BrokerSnapshot(
 )
 
 
+def _quality(correct: int, labelled: int) -> Quality:
+    return Quality(
+        labelled=labelled,
+        correct=correct,
+        accuracy=correct / labelled,
+        accuracy_interval=wilson_interval(correct, labelled),
+        macro_f1=0.0,
+        confusion={},
+    )
+
+
+def _row(
+    prompt: str, model: str, correct: tuple[int, int], error: str | None = None
+) -> LeaderboardRow:
+    return LeaderboardRow(
+        name=f"{prompt}, {model}",
+        prompt=prompt,
+        model=model,
+        run_id="run-a581a8940b873600",
+        context_id="ctx-8776d42cb8c35c4c",
+        directory="fever-3way-a581a8940b873600",
+        claims=2_000,
+        done=2_000 if error is None else 1_304,
+        dead=0,
+        complete=error is None,
+        error=error,
+        selected=_quality(correct[0], 1_000),
+        quality=_quality(correct[1], 1_000),
+    )
+
+
+_ROWS = [
+    _row("few-shot", "Qwen3-1.7B", (712, 698)),
+    _row("few-shot-without-evidence", "SmolLM2-1.7B-Instruct+fever-lora", (655, 660)),
+    _row(
+        *("zero-shot", "SmolLM2-1.7B-Instruct+fever-lora", (640, 622)),
+        error="run-0c77e15d2f9a4b31 was cancelled; rerun the command to resume it",
+    ),
+]
+
+
 @dataclass(frozen=True)
 class _Worker:
     state: str
@@ -153,14 +195,16 @@ class _Worker:
     losses: int = 0
 
 
-def _live(*moments: tuple[float, int, tuple[_Worker, ...]], terminal: bool = True) -> str:
+def _live(
+    *moments: tuple[float, int, tuple[_Worker, ...]], terminal: bool = True, note: str = ""
+) -> str:
     """The progress after these moments: seconds, claims in the store, and the workers."""
     now = 0.0
     console = _console(terminal=terminal)
     view = LiveView(console, claims=240, clock=lambda: now)
     for now, stored, workers in moments:  # noqa: B007  (the clock reads it)
         status = _RUN.model_copy(update={"done": stored})
-        view.show(status, workers)
+        view.show(status, workers, note=note)
     if terminal:
         for line in console.render_lines(view.renderable(), pad=False):
             console.file.write("".join(segment.text for segment in line) + "\n")
@@ -214,6 +258,10 @@ def screens() -> Mapping[str, str]:
             *((20.0, 64, _working(71)), (25.0, 128, _working(131))),
             terminal=False,
         ),
+        "sweep working": _live(
+            *begun, (15.0, 128, _working(131)), note="zero-shot, SmolLM2-1.7B-Instruct: 8 of 120"
+        ),
+        "sweep": _shown(lambda console: print_leaderboard(console, _ROWS)),
         "report": _shown(lambda console: print_report(console, _REPORT)),
         "full report": _shown(lambda console: print_report(console, _REPORT, full=True)),
         "status": _shown(status_table([_RUN, _OLDER])),

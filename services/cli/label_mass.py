@@ -35,10 +35,11 @@ def print_low_mass(console: Screen, runs: "Sequence[RunStatus]") -> None:
 class MassWatch:
     """Warns once when the label words have nearly no probability, and decides when to stop."""
 
-    def __init__(self, console: Screen, *, allowed: bool) -> None:
-        """`allowed`: warn, but do not stop."""
+    def __init__(self, console: Screen, *, allowed: bool, name: str = "") -> None:
+        """`allowed`: warn, but do not stop. `name`: of the run, if there are several."""
         self._console = console
         self._allowed = allowed
+        self._of = f"{name}: " if name else ""
         self._warned = False
         self._stopped: RunStatus | None = None
 
@@ -50,7 +51,7 @@ class MassWatch:
             return False
         if not self._warned:
             self._warned = True
-            say(self._console, f"Warning: {status.low_mass}.")
+            say(self._console, f"Warning: {self._of}{status.low_mass}.")
         if self._allowed or not (status.complete or status.low_mass.claims >= ENOUGH_VERDICTS):
             return False
         self._stopped = status

@@ -1,8 +1,11 @@
-"""What `keepwarm run` shows: a progress bar on a terminal, a line every few seconds elsewhere."""
+"""What `keepwarm run` and `sweep` show: a progress bar on a terminal, a line every few seconds
+elsewhere.
+"""
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol, Self
 
 from rich.console import RenderableType
@@ -12,7 +15,7 @@ from rich.status import Status
 from rich.text import Text
 
 from services.cli.label_mass import MassWatch
-from services.cli.screen import Screen, duration, say
+from services.cli.screen import Screen, duration, plural, say
 from services.local.worker_processes import WORKING
 from services.store import RunStatus
 
@@ -30,8 +33,38 @@ class ShownWorker(Protocol):
     def answered(self) -> int: ...
 
 
+class ShownCounts(Protocol):
+    """The part of a `RunStatus` that is shown."""
+
+    @property
+    def done(self) -> int: ...
+    @property
+    def dead(self) -> int: ...
+    @property
+    def total(self) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """The counts of several runs. The total is None until each of them has one."""
+
+    done: int
+    dead: int
+    total: int | None
+
+    @classmethod
+    def of(cls, statuses: Collection[RunStatus | None]) -> Self:
+        known = [status for status in statuses if status is not None]
+        totals = [None if status is None else status.total for status in statuses]
+        return cls(
+            done=sum(status.done for status in known),
+            dead=sum(status.dead for status in known),
+            total=None if None in totals else sum(filter(None, totals)),
+        )
+
+
 class _Bar(Progress):
-    """The bar, and below it a note where there is one."""
+    """The bar, and below it notes where there are some."""
 
     note = ""
 
@@ -84,12 +117,13 @@ class LiveView:
 
     def show(
         self,
-        status: RunStatus | None,
+        status: ShownCounts | None,
         workers: Sequence[ShownWorker],
         *,
         waiting_for: str | None = None,
+        note: str = "",
     ) -> None:
-        """Show the present state. A new `waiting_for` is printed once."""
+        """Show the present state, and the `note`. A new `waiting_for` is printed once."""
         if waiting_for is not None and waiting_for != self._waiting_for:
             say(self._console, f"waiting: {waiting_for}")
         self._waiting_for = waiting_for
@@ -104,9 +138,10 @@ class LiveView:
             text = f"{text}, storing the last verdicts"
         elif not any(worker.state == WORKING for worker in workers):
             text, states = f"{text}: {states}", ""
-        self._bar.note = states
+        notes = [each for each in (states, note) if each]
+        self._bar.note = "\n".join(notes)
         self._bar.update(task.id, description=escape(text))
-        self._line = f"{task.percentage:.0f} %: {text}" + (states and f"; {states}")
+        self._line = "; ".join([f"{task.percentage:.0f} %: {text}", *notes])
         if self._clock() - self._printed_at >= _LINE_SECONDS:
             self._print_line()
 
@@ -157,12 +192,26 @@ def _states(workers: Sequence[ShownWorker]) -> str:
 
 
 class RunView:
-    """Shows a run to its user: messages, its progress, and what it waits for before and after."""
+    """Shows runs to their user: messages, their progress, and what they wait for before and after.
 
-    def __init__(self, console: Screen, claims: int, mass: MassWatch) -> None:
+    Of several runs, the progress is that of all together, with a line for each that is complete.
+    """
+
+    def __init__(
+        self,
+        console: Screen,
+        claims: int,
+        masses: Mapping[str, MassWatch],
+        names: Mapping[str, str] | None = None,
+    ) -> None:
+        """`claims` of all runs together. `masses` by run id. `names` of runs, if there are
+        several, by run id.
+        """
         self._console = console
         self._claims = claims
-        self._mass = mass
+        self._masses = masses
+        self._names = names or {}
+        self._complete: Mapping[str, RunStatus] | None = None
         self._live: LiveView | None = None
         self._spinner: Status | None = None
 
@@ -182,14 +231,22 @@ class RunView:
 
     def progress(
         self,
-        status: RunStatus | None,
+        statuses: Mapping[str, RunStatus | None],
         workers: Sequence[ShownWorker],
         *,
+        current: str | None,
         waiting_for: str | None,
     ) -> None:
         if self._live is None:
+            self.phase(None)
             self._live = LiveView(self._console, self._claims).__enter__()
-        self._live.show(status, workers, waiting_for=waiting_for)
+        self._say_complete(statuses)
+        self._live.show(
+            _Sum.of(statuses.values()),
+            workers,
+            waiting_for=waiting_for,
+            note=self._note(statuses.get(current or "")),
+        )
 
     def workers_stopping(self, *, interrupted: bool) -> None:
         self._close_live()
@@ -200,9 +257,39 @@ class RunView:
         self.phase("waiting for the workers to stop")
 
     def should_stop(self, status: RunStatus | None) -> bool:
-        return self._mass.should_stop(status)
+        return status is not None and self._masses[status.run_id].should_stop(status)
+
+    def _say_complete(self, statuses: Mapping[str, RunStatus | None]) -> None:
+        """A line for each named run that has become complete since the first call."""
+        complete = {
+            run_id: status
+            for run_id, status in statuses.items()
+            if status is not None and status.complete
+        }
+        before = complete if self._complete is None else self._complete
+        for run_id, name in self._names.items():
+            if run_id in complete and run_id not in before:
+                self.message(f"{name}: {_result(complete[run_id])}")
+        self._complete = complete
+
+    def _note(self, status: RunStatus | None) -> str:
+        """The progress of one run of several."""
+        if status is None or status.run_id not in self._names:
+            return ""
+        of_total = "" if status.total is None else f" of {status.total:,}"
+        return f"{self._names[status.run_id]}: {status.done + status.dead:,}{of_total}"
 
     def _close_live(self) -> None:
         if self._live is not None:
             self._live.__exit__()
             self._live = None
+
+
+def _result(status: RunStatus) -> str:
+    """`240 claims, accuracy 0.367`, and how many claims failed."""
+    parts = [plural(status.done + status.dead, "claim")]
+    if status.judged:
+        parts.append(f"accuracy {status.correct / status.judged:.3f}")
+    if status.dead:
+        parts.append(f"{status.dead:,} failed")
+    return ", ".join(parts)

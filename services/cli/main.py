@@ -32,8 +32,8 @@ gc.freeze()  # nor are they searched later
 gc.enable()
 
 _VERBS = {
-    "keepwarm": "run validate submit worker collect status report compare export cancel keeper "
-    "doctor",
+    "keepwarm": "run sweep validate submit worker collect status report compare export cancel "
+    "keeper doctor",
     "broker": "setup",
     "dead": "list show retry drop",
     "contexts": "list warm evict logs prune",
@@ -100,7 +100,8 @@ app = typer.Typer(
     help=(
         "Verify claims with language models on GPUs that come and go.\n\n"
         "[bold]keepwarm run FILE[/bold] verifies a file on one machine; "
-        "[bold]validate FILE[/bold] checks the file first. On several machines, "
+        "[bold]validate FILE[/bold] checks the file first, and [bold]sweep FILE[/bold] tries "
+        "several prompts and models. On several machines, "
         "[bold]submit[/bold] publishes claims, [bold]worker[/bold] answers them, and "
         "[bold]collect[/bold] stores the verdicts. [bold]status[/bold], [bold]report[/bold], "
         "[bold]compare[/bold] and [bold]export[/bold] read the store. [bold]contexts[/bold] lists, "
@@ -110,7 +111,8 @@ app = typer.Typer(
         "Exit codes: 0 success, 1 a bug, 2 a bad flag or setting, 3 a bad file of claims or "
         "prompt, 4 no engine, 5 no broker, 6 no store or output, 7 some claims have no outcome "
         "yet, 8 the model hardly ever answers with a label word, 9 a message from a newer "
-        "Keepwarm; [bold]run[/bold] ends with 130 or 143 when Ctrl-C or SIGTERM interrupts it."
+        "Keepwarm; [bold]run[/bold] and [bold]sweep[/bold] end with 130 or 143 when Ctrl-C or "
+        "SIGTERM interrupts them."
     ),
 )
 for _name, _help in (

@@ -4,6 +4,7 @@ it with its run in the store.
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,21 +63,46 @@ def prepared_submission(
     prompt: PromptSpec,
     options: ClaimsOptions,
 ) -> Iterator[Submission]:
-    """The file as a run of this prompt on this context.
+    """The file as a run of this prompt on this context; see `prepared_submissions`."""
+    with prepared_submissions(
+        console, file, contexts=lambda: [context()], prompts=[prompt], options=options
+    ) as (submission,):
+        yield submission
 
-    Raises InputError for the file, and ModelError when the model's tokenizer cannot distinguish the
+
+@contextmanager
+def prepared_submissions(
+    console: Screen,
+    file: str,
+    *,
+    contexts: Callable[[], Sequence[ContextSpec]],
+    prompts: Sequence[PromptSpec],
+    options: ClaimsOptions,
+) -> Iterator[list[Submission]]:
+    """The file as runs of these prompts on each of these contexts, by context.
+
+    Raises InputError for the file, and ModelError when a model's tokenizer cannot distinguish a
     prompt's label words: before a model is loaded.
     """
     with open_source(console, file, options) as source:
         # After the file is open: a missing file is reported at once, a hub lookup takes time.
-        pinned = context()
-        CompiledPrompt(prompt, ModelTokenizer.load(pinned))
-        claims = read_claims(console, source, prompt, options)
-        yield Submission(claims, pinned)
+        pinned = contexts()
+        for context in pinned:
+            tokenizer = ModelTokenizer.load(context)
+            for prompt in prompts:
+                CompiledPrompt(prompt, tokenizer)
+        claims = [read_claims(console, source, prompt, options) for prompt in prompts]
+        yield [Submission(each, context) for context in pinned for each in claims]
 
 
-def inspect_claims(console: Screen, submission: Submission, rejected: Path) -> InputSummary:
-    """Print and return a summary of the file, and write its rejected lines to `rejected`.
+def inspect_claims(
+    console: Screen,
+    submission: Submission,
+    rejected: Path,
+    show: Callable[[str], None] | None = None,
+) -> InputSummary:
+    """Return a summary of the file, `show` its lines (otherwise they are printed), and write the
+    file's rejected lines to `rejected`.
 
     Raises InputError when no line is a claim.
     """
@@ -85,10 +111,11 @@ def inspect_claims(console: Screen, submission: Submission, rejected: Path) -> I
         line_progress(console, "checking", submission.file.records_to_read) as checking,
     ):
         summary = submission.inspect(rejections, checking)
+    show = show or partial(say, console)
     for line in summary_lines(submission.file, summary):
-        say(console, line)
+        show(line)
     if summary.rejected:
-        say(console, f"Rejected lines: {rejected}")
+        show(f"Rejected lines: {rejected}")
     return summary
 
 

@@ -57,10 +57,16 @@ from services.cli.stores import RESULTS, STORE_FILE, network_store_warning, stor
 from services.contracts import Settings, load_settings
 from services.contracts.errors import InputError, StoreError, UsageError
 from services.local.local_run import LocalRun
-from services.store import Store, build_report, export_run, find_run, unanswered_claims
+from services.store import Report, Store, build_report, export_run, find_run, unanswered_claims
 
 _KINDS = ("invalid", "dead")
 
+WorkersOption = Annotated[
+    int,
+    typer.Option(
+        "--workers", min=1, max=64, help="Workers, each with a GPU or a share of the cores."
+    ),
+]
 OnlyOption = Annotated[
     str | None,
     typer.Option(
@@ -83,9 +89,7 @@ def run(
     limit: LimitOption = None,
     seed: SeedOption = None,
     batch_size: BatchSizeOption = None,
-    workers: Annotated[
-        int, typer.Option(min=1, max=64, help="Workers, each with a GPU or a share of the cores.")
-    ] = 1,
+    workers: WorkersOption = 1,
     out: Annotated[
         Path | None,
         typer.Option(help="Where results go; results/FILE-RUN otherwise.", show_default=False),
@@ -151,6 +155,45 @@ def run(
         run_id = submission.run.run_id
         stem = "stdin" if file == "-" else Path(file).stem
         output_dir = out or RESULTS / f"{stem}-{run_id.removeprefix('run-')}"
+        settings, data_dir, database = resources.enter_context(
+            opened_results(output_dir, settings, console)
+        )
+        refuse_changed_file(submission, database)
+        summary = inspect_claims(console, submission, output_dir / "rejected.jsonl")
+        remove_foreign(submission, database, console)
+        update_gold(submission, database)
+        mass = MassWatch(console, allowed=allow_low_mass)
+        local_run = LocalRun(
+            [submission],
+            settings,
+            database,
+            RunView(console, summary.claims, {run_id: mass}),
+            partial(finished_in, database),
+            output_dir=output_dir,
+            data_dir=data_dir,
+            workers=workers,
+        )
+        stopped_by = local_run.run()
+        for error in local_run.failures.values():
+            raise error
+        write_results(console, database, run_id, output_dir)
+    if stopped_by is not None:
+        console.print("Stopped. Rerun the same command to resume the run.")
+        sys.exit(128 + stopped_by)
+    mass.raise_if_low()
+
+
+@contextmanager
+def opened_results(
+    output_dir: Path, settings: Settings, console: Screen
+) -> Iterator[tuple[Settings, Path, Store]]:
+    """Lock the directory of the results, log to it, and open the store, which is in it unless the
+    settings name one. Yields the settings with the store's URL, a directory on a local disk for
+    data, and the store.
+
+    Raises StoreError when the directory or the store cannot be used.
+    """
+    with ExitStack() as resources:
         resources.enter_context(locked_output_dir(output_dir))
         data_dir = resources.enter_context(working_dir(output_dir, console))
         if settings.store_url is not None and (harm := network_store_warning(settings)):
@@ -159,28 +202,7 @@ def run(
             update={"store_url": settings.store_url or str(data_dir / STORE_FILE)}
         )
         configure_logs(settings, resources.enter_context(_log_file(output_dir)))
-        database = Store.open(settings)
-        resources.callback(database.close)
-        refuse_changed_file(submission, database)
-        summary = inspect_claims(console, submission, output_dir / "rejected.jsonl")
-        remove_foreign(submission, database, console)
-        update_gold(submission, database)
-        mass = MassWatch(console, allowed=allow_low_mass)
-        stopped_by = LocalRun(
-            submission,
-            settings,
-            database,
-            RunView(console, summary.claims, mass),
-            finished_in(database, run_id),
-            output_dir=output_dir,
-            data_dir=data_dir,
-            workers=workers,
-        ).run()
-        write_results(console, database, run_id, output_dir)
-    if stopped_by is not None:
-        console.print("Stopped. Rerun the same command to resume the run.")
-        sys.exit(128 + stopped_by)
-    mass.raise_if_low()
+        yield settings, data_dir, resources.enter_context(Store.open(settings))
 
 
 def claims_to_repeat(
@@ -208,25 +230,40 @@ def claims_to_repeat(
 
 
 def write_results(console: Screen, store: Store, run_id: str, output_dir: Path) -> None:
-    """Write `verdicts.jsonl` and `report.json`, and print the report.
+    """Write the run's files, and print the report.
+
+    Raises StoreError when a file cannot be written.
+    """
+    report = write_files(store, run_id, output_dir)
+    if report is not None:
+        print_report(Screen(), report)
+        say(console, f"Results are in {output_dir}/")
+
+
+def write_files(store: Store, run_id: str, output_dir: Path) -> Report | None:
+    """Write `verdicts.jsonl` and `report.json`. Returns the report; None if the run was stopped
+    before it was announced.
 
     Raises StoreError when a file cannot be written.
     """
     try:
         known = find_run(store, run_id)
     except StoreError:
-        return  # the run was stopped before it was announced
+        return None
     report = build_report(store, known)
     export_run(store, known, "jsonl", output_dir / "verdicts.jsonl")
-    path = output_dir / "report.json"
+    write_text(output_dir / "report.json", report.model_dump_json(indent=2) + "\n")
+    return report
+
+
+def write_text(path: Path, text: str) -> None:
+    """Raises StoreError when the file cannot be written."""
     try:
-        path.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise StoreError(
             f"{path} cannot be written: {error.strerror}; free some space and rerun the command"
         ) from error
-    print_report(Screen(), report)
-    say(console, f"Results are in {output_dir}/")
 
 
 @contextmanager

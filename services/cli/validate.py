@@ -104,7 +104,7 @@ def validate(
         else:
             if summary.claims:
                 with line_progress(console, "counting tokens", claims.records_to_read) as counting:
-                    tokens = _token_lengths(claims, compiled, max_model_tokens, counting)
+                    tokens = token_lengths(claims, compiled, max_model_tokens, counting)
                 first = list(islice(claims, _EXAMPLES))
                 examples = [tokenizer.text(ids) for ids in compiled.encode(first)]
     if as_json:
@@ -118,9 +118,13 @@ def validate(
         )
 
 
-def _token_lengths(
+def token_lengths(
     claims: ClaimsFile, compiled: CompiledPrompt, most: int, on_records: Callable[[int], None]
 ) -> dict[str, int]:
+    """The lengths of a file's prompts, which must be one at least: `median`, `percentile_95`,
+    `longest` and `total`; and `too_long`, how many are over the `limit` that a model with `most`
+    tokens sets.
+    """
     lengths = array("I")
     for read, chunk in claims.claims(claims.new_counts()):
         lengths.extend(map(len, compiled.encode(chunk)))
@@ -130,6 +134,7 @@ def _token_lengths(
         "median": ordered[len(ordered) // 2],
         "percentile_95": ordered[len(ordered) * 95 // 100],
         "longest": ordered[-1],
+        "total": sum(ordered),
         "limit": most - 1,
         "too_long": sum(length > most - 1 for length in lengths),
     }

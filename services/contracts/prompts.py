@@ -86,15 +86,16 @@ def _key(spelling: str) -> str:
     return number or " ".join(spelling.replace("_", " ").replace("-", " ").upper().split())
 
 
-_WrittenLabel = Annotated[LabelName, BeforeValidator(_label_as_text)]
+WrittenLabel = Annotated[LabelName, BeforeValidator(_label_as_text)]
+"""A label in a YAML file."""
 
 
 class Label(Value):
     """One answer: its name in results, the word that the model writes, other spellings in files."""
 
-    name: _WrittenLabel
-    word: _WrittenLabel
-    aliases: Annotated[tuple[_WrittenLabel, ...], Field(max_length=16)] = ()
+    name: WrittenLabel
+    word: WrittenLabel
+    aliases: Annotated[tuple[WrittenLabel, ...], Field(max_length=16)] = ()
 
 
 class Example(Value):

@@ -1,9 +1,9 @@
-"""One run on one machine: its services are started, watched, and stopped in order."""
+"""Runs on one machine: their services are started, watched, and stopped in order."""
 
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,13 +16,13 @@ from services.collector import Collector
 from services.contexts.borrowed_broker import BorrowedBroker, borrow_broker
 from services.contexts.keeper_client import temporary_keeper
 from services.contracts import Settings, topology
-from services.contracts.errors import BrokerError, RunIncomplete
+from services.contracts.errors import BrokerError, KeepwarmError, RunIncomplete
 from services.local.worker_processes import WorkerProcess, device_shares, worker_processes
 from services.node.device import find_device
 from services.node.signals import on_stop_signal
 from services.producer import Submission
 from services.producer.submission import Finished
-from services.store import Incoming, RunStatus, Store, run_status
+from services.store import Incoming, RunStatus, Store, find_run, run_status
 from services.telemetry import MetricsServer
 
 _MIN_POLL_SECONDS, _POLL_SECONDS = 0.05, 0.2
@@ -31,50 +31,61 @@ _MAX_NODE_RESTARTS = 5
 
 
 class RunObserver(Protocol):
-    """Shows a run to its user. All calls come from the thread that called `LocalRun.run`."""
+    """Shows runs to their user. All calls come from the thread that called `LocalRun.run`."""
 
     def message(self, text: str) -> None:
         """A sentence for the user."""
 
     def phase(self, text: str | None) -> None:
-        """What the run waits for, before and after it computes; None when the wait is over."""
+        """What the runs wait for, before and after they compute; None when the wait is over."""
 
     def progress(
         self,
-        status: RunStatus | None,
+        statuses: Mapping[str, RunStatus | None],
         workers: Sequence[WorkerProcess],
         *,
+        current: str | None,
         waiting_for: str | None,
     ) -> None:
-        """The state of the run, several times a second while it computes."""
+        """The state of all runs, by run id, about once a second or more often while they compute.
+        None for a run that is not announced yet. `current`: the run that is computed now.
+        """
 
     def workers_stopping(self, *, interrupted: bool) -> None:
         """The workers are asked to stop; `interrupted`: because of a signal."""
 
     def should_stop(self, status: RunStatus | None) -> bool:
-        """Whether the verdicts so far are a reason to stop the run."""
+        """Whether the verdicts so far are a reason to stop this run."""
 
 
 class LocalRun:
-    """All services of one run on one machine."""
+    """All services of some runs on one machine: one broker, collector, store and keeper.
+
+    Runs on one context are computed by the same workers, one run after the other. Contexts follow
+    each other, those of one engine without another between them, so that no engine is started
+    twice.
+    """
 
     def __init__(
         self,
-        submission: Submission,
+        submissions: Sequence[Submission],
         settings: Settings,
         store: Store,
         observer: RunObserver,
-        finished: Finished,
+        finished: Callable[[str], Finished],
         *,
         output_dir: Path,
         data_dir: Path,
         workers: int,
     ) -> None:
         """Logs go to `output_dir`. `data_dir`, on a local disk, has the private node's data.
-        `finished` gives the claims that need not be sent.
+        `finished` gives, for a run id, the claims that need not be sent.
         """
-        self._submission = submission
-        self._run_id = submission.run.run_id
+        self._submissions = submissions
+        self._statuses: dict[str, RunStatus | None] = {}
+        self.failures: dict[str, KeepwarmError] = {}
+        """After `run`: why a run ended before its claims had outcomes, by run id. Other runs went
+        on."""
         self._settings = settings
         self._store = store
         self._observer = observer
@@ -90,22 +101,20 @@ class LocalRun:
         self._node_restarts = 0
         self._committed = threading.Event()
         self._borrowed: BorrowedBroker | None = None
-        self._complete = False
         self._publisher: Publisher | None = None
+        self._sent: set[str] = set()
 
     def run(self) -> int | None:
-        """Work until every claim has an outcome. Returns the signal that ended the run sooner, or
-        None.
+        """Work until every claim has an outcome. Returns the signal that ended it sooner, or None.
 
-        Raises the error of a service that the run needs.
+        Raises the error of a service that all runs need; errors of one run or of its context are in
+        `failures`.
         """
         on_stop_signal(self._stop)
-        status = run_status(self._store, self._run_id)
-        if status is not None and status.complete and status.total:
-            self._observer.message("Every claim has an outcome already.")
-            self._observer.should_stop(status)
-            return None
-        if self._observer.should_stop(status):
+        unfinished = [each for each in self._submissions if not self._is_finished(each)]
+        if not unfinished:
+            if self._all_complete():
+                self._observer.message("Every claim has an outcome already.")
             return None
         shares = device_shares(self._workers, find_device())
         with ExitStack() as services:
@@ -126,19 +135,28 @@ class LocalRun:
             services.callback(collecting.join, _COLLECT_SECONDS)
             services.callback(collector.finish)
             services.callback(self._observer.phase, "storing the last verdicts")
-            publishing = self._start_thread("producer", lambda: self._publish(settings))
-            workers = worker_processes(
-                shares, self._submission.run.context, settings, self._logs, environment
-            )
-            services.callback(self._drain, workers)
-            for worker in workers:
-                worker.start()
-            self._watch(workers, publishing, collector, settings)
+            for group in by_context(unfinished):
+                if self._failure is None and self._stopped_by is None:
+                    workers = worker_processes(
+                        shares, group[0].run.context, settings, self._logs, environment
+                    )
+                    self._compute(group, workers, collector, settings)
         # Once more for the last verdicts: a small run may be complete before the first check.
-        self._observer.should_stop(run_status(self._store, self._run_id))
+        for submission in self._submissions:
+            self._observer.should_stop(run_status(self._store, submission.run.run_id))
         if self._failure is not None:
             raise self._failure
         return self._stopped_by
+
+    def _is_finished(self, submission: Submission) -> bool:
+        """Note the run's status. Whether nothing is left to compute, or the user has to decide."""
+        run_id = submission.run.run_id
+        status = self._statuses[run_id] = run_status(self._store, run_id)
+        should_stop = self._observer.should_stop(status)
+        return should_stop or (status is not None and status.complete and bool(status.total))
+
+    def _all_complete(self) -> bool:
+        return all(status is not None and status.complete for status in self._statuses.values())
 
     def _stop(self, signal_number: int) -> None:
         self._stopped_by = signal_number
@@ -183,8 +201,7 @@ class LocalRun:
         )
         from services.broker.policies import check_policies  # imports an HTTP client
 
-        context_id = self._submission.run.context.context_id
-        policies = check_policies(self._settings, [topology.claims_queue(context_id)])
+        policies = check_policies(self._settings, self._claims_queues())
         for harm in policies.problems:
             self._observer.message(f"Warning: {harm}")
 
@@ -198,9 +215,16 @@ class LocalRun:
         return borrowed
 
     def _give_back(self, borrowed: BorrowedBroker) -> None:
-        """After all services of the run have closed their connections to it."""
-        if self._complete and self._failure is None:
-            borrowed.give_back(topology.claims_queue(self._submission.run.context.context_id))
+        """After all services of the run have closed their connections to it. A broker with queues
+        of several contexts is not given back, because the keeper would check only one of them.
+        """
+        queues = self._claims_queues()
+        if self._all_complete() and self._failure is None and len(queues) == 1:
+            borrowed.give_back(queues[0])
+
+    def _claims_queues(self) -> list[str]:
+        contexts = dict.fromkeys(each.run.context.context_id for each in self._submissions)
+        return [topology.claims_queue(context_id) for context_id in contexts]
 
     def _start_private_node(self, services: ExitStack) -> PrivateNode:
         """A broker for this run alone. The keeper, if there is none, starts at the same time."""
@@ -242,22 +266,28 @@ class LocalRun:
         thread.start()
         return thread
 
-    def _publish(self, settings: Settings) -> None:
+    def _publish(self, submissions: Sequence[Submission], settings: Settings) -> None:
+        """Send runs of one context. Without interruption, so that a worker has a run's prompt in
+        its engine's prefix cache, and then the next one's.
+        """
+        context_id = submissions[0].run.context.context_id
         with (
             Publisher(
                 BrokerAddress.from_settings(settings),
                 "producer",
                 window=settings.publish_window,
-                declares=Declares("if-missing", (self._submission.run.context.context_id,)),
+                declares=Declares("if-missing", (context_id,)),
             ).open(settings.broker_connect_timeout_seconds) as publisher,
         ):
             self._publisher = publisher
-            self._submission.publish(
-                publisher,
-                batch_size=settings.batch_size,
-                order_by_evidence=settings.order_by_evidence,
-                finished=self._finished,
-            )
+            for submission in submissions:
+                submission.publish(
+                    publisher,
+                    batch_size=settings.batch_size,
+                    order_by_evidence=settings.order_by_evidence,
+                    finished=self._finished(submission.run.run_id),
+                )
+                self._sent.add(submission.run.run_id)
 
     def _note_commit(self, _: Incoming) -> None:
         self._committed.set()
@@ -269,38 +299,49 @@ class LocalRun:
             return None
         return f"the broker accepts no claims at the moment: {self._publisher.blocked_by}"
 
-    def _watch(
+    def _compute(
         self,
-        workers: list[WorkerProcess],
-        publishing: threading.Thread,
+        submissions: Sequence[Submission],
+        workers: Sequence[WorkerProcess],
         collector: Collector,
         settings: Settings,
     ) -> None:
+        """Send runs of one context and have them answered. Errors of the context are in `failures`
+        afterwards.
+        """
+        try:
+            for worker in workers:
+                worker.start()
+            self._watch(submissions, workers, collector, settings)
+        finally:
+            self._drain(workers)
+
+    def _watch(
+        self,
+        submissions: Sequence[Submission],
+        workers: Sequence[WorkerProcess],
+        collector: Collector,
+        settings: Settings,
+    ) -> None:
+        """Until each of these runs is complete, has failed or should stop."""
+        unfinished = [*submissions]
+        publishing = self._start_publishing(submissions, settings)
         while self._failure is None and self._stopped_by is None:
-            status = run_status(self._store, self._run_id)
+            unfinished = [each for each in unfinished if not self._has_ended(each)]
             for worker in workers:
                 worker.update(collector.worker(worker.worker_id), collector.broker_error)
-            self._observer.progress(status, workers, waiting_for=self._waiting_for(collector))
-            if self._store.is_active(self._submission.submission_id) is False:
-                raise RunIncomplete(f"{self._run_id} was cancelled; rerun the command to resume it")
-            if status is not None and not publishing.is_alive():
-                if status.complete:
-                    self._complete = True
-                    return
-                if status.proven is False:
-                    raise RunIncomplete(
-                        f"{self._run_id} has outcomes of claims that are not in the file; rerun "
-                        "the command to remove them and to resume the run"
-                    )
-            if self._observer.should_stop(status):
+            self._observer.progress(
+                self._statuses,
+                workers,
+                current=unfinished[0].run.run_id if unfinished else None,
+                waiting_for=self._waiting_for(collector),
+            )
+            if not unfinished:
                 return
-            if (
-                status is not None
-                and status.nowhere_since is not None
-                and not publishing.is_alive()
-            ):
+            lost = [each for each in unfinished if self._is_nowhere(each)]
+            if lost and not publishing.is_alive():
                 self._observer.message("RabbitMQ lost claims; sending them again.")
-                publishing = self._start_thread("producer", lambda: self._publish(settings))
+                publishing = self._start_publishing(lost, settings)
             if self._borrowed is not None and self._borrowed.ended:
                 collector.stop()  # it would wait for this broker, which does not return
                 raise BrokerError(
@@ -309,12 +350,50 @@ class LocalRun:
                 )
             if self._private_node is not None and not self._private_node.alive:
                 self._restart(self._private_node)
-            for worker in workers:
-                worker.replace_if_lost()
-            # The pause ends when verdicts are committed.
-            time.sleep(_MIN_POLL_SECONDS)
+            try:
+                for worker in workers:
+                    worker.replace_if_lost()
+            except KeepwarmError as error:
+                self.failures |= {each.run.run_id: error for each in unfinished}
+                return
+            # The pause ends when verdicts are committed. Each check reads each unfinished run.
+            time.sleep(_MIN_POLL_SECONDS * len(unfinished))
             self._committed.wait(_POLL_SECONDS)
             self._committed.clear()
+
+    def _has_ended(self, submission: Submission) -> bool:
+        """Note the run's status. Whether it is complete, has failed, or should stop."""
+        run_id = submission.run.run_id
+        status = self._statuses[run_id] = run_status(self._store, run_id)
+        if self._store.is_active(submission.submission_id) is False:
+            self.failures[run_id] = RunIncomplete(
+                f"{run_id} was cancelled; rerun the command to resume it"
+            )
+            return True
+        if status is not None and run_id in self._sent:
+            if status.complete:
+                return True
+            if status.proven is False:
+                self.failures[run_id] = RunIncomplete(
+                    f"{run_id} has outcomes of claims that are not in the file; rerun the command "
+                    "to remove them and to resume the run"
+                )
+                return True
+        if not self._observer.should_stop(status):
+            return False
+        if len(self._submissions) > 1:  # workers discard its claims, and go on with other runs
+            self._store.cancel(find_run(self._store, run_id).run_key)
+        return True
+
+    def _is_nowhere(self, submission: Submission) -> bool:
+        status = self._statuses[submission.run.run_id]
+        return status is not None and status.nowhere_since is not None
+
+    def _start_publishing(
+        self, submissions: Sequence[Submission], settings: Settings
+    ) -> threading.Thread:
+        self._sent -= {each.run.run_id for each in submissions}
+        return self._start_thread("producer", lambda: self._publish(submissions, settings))
 
     def _restart(self, node: PrivateNode) -> None:
         """Start a node that was killed. Its queues are on its disk, and all clients reconnect."""
@@ -331,9 +410,21 @@ class LocalRun:
             if not self._is_stopped():
                 raise
 
-    def _drain(self, workers: list[WorkerProcess]) -> None:
+    def _drain(self, workers: Sequence[WorkerProcess]) -> None:
         self._observer.workers_stopping(interrupted=self._stopped_by is not None)
         for worker in workers:
             worker.terminate()
         for worker in workers:
             worker.stop()
+
+
+def by_context(submissions: Iterable[Submission]) -> list[list[Submission]]:
+    """The runs of each context, in their order. Contexts that share an engine, which are adapters
+    of one model, follow each other.
+    """
+    engines: dict[tuple[str, bool], dict[str, list[Submission]]] = {}
+    for submission in submissions:
+        context = submission.run.context
+        of_engine = engines.setdefault((context.base.context_id, context.adapter is None), {})
+        of_engine.setdefault(context.context_id, []).append(submission)
+    return [group for of_engine in engines.values() for group in of_engine.values()]

@@ -18,26 +18,31 @@ from services.store.progress import (
     run_status,
     run_statuses,
 )
-from services.store.report import Report, build_report
+from services.store.rates import DeviceRate, device_rates
+from services.store.report import Quality, Report, build_report, quality_of
 from services.store.store import Incoming, Store
 
 __all__ = [
     "ENOUGH_VERDICTS",
     "DeadRow",
+    "DeviceRate",
     "ExportFormat",
     "Incoming",
     "KnownRun",
     "LowMass",
+    "Quality",
     "Report",
     "RunStatus",
     "Store",
     "build_report",
     "dead_claims",
+    "device_rates",
     "drop_dead",
     "export_run",
     "find_run",
     "known_runs",
     "missing_records",
+    "quality_of",
     "reopen_dead",
     "run_status",
     "run_statuses",

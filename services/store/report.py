@@ -1,12 +1,13 @@
 """The report of a run: quality, speed, workers and startups."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from math import sqrt
 from statistics import NormalDist, fmean
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import Connection, Row, func, select
+from sqlalchemy import Connection, func, select
 
 from services.contracts import INVALID, Run
 from services.contracts.errors import StoreError
@@ -16,6 +17,7 @@ from services.store.startups import Startups, startups_of
 from services.store.store import Store
 
 _CONFIDENCE = 0.95
+_CHUNK_ROWS = 10_000
 
 
 class Quality(BaseModel):
@@ -126,7 +128,10 @@ def build_report(store: Store, known: KnownRun) -> Report:
             mean_mass=sum(pair.mass for pair in pairs) / answered if answered else None,
             dead=dict(dead),
             redelivered_batches=redelivered,
-            quality=_quality([pair for pair in pairs if pair.gold is not None], labels),
+            quality=_quality(
+                {(pair.gold, pair.label): pair.claims for pair in pairs if pair.gold is not None},
+                labels,
+            ),
             speed=_speed(connection, key),
             workers=_workers(connection, key),
             startups=known.run
@@ -136,18 +141,40 @@ def build_report(store: Store, known: KnownRun) -> Report:
         )
 
 
-def _quality(pairs: Sequence[Row[tuple[object, ...]]], labels: Sequence[str]) -> Quality | None:
+def quality_of(store: Store, known: KnownRun, among: Callable[[str], bool]) -> Quality | None:
+    """The quality over the claims whose ids are `among` those wanted; None if none of them has a
+    verdict and a gold label. Reads every verdict of the run.
+    """
+    query = (
+        select(outcomes.c.claim_id, outcomes.c.gold, outcomes.c.label)
+        .where(outcomes.c.run_key == known.run_key, outcomes.c.label.is_not(None))
+        .where(outcomes.c.gold.is_not(None))
+        .execution_options(yield_per=_CHUNK_ROWS)
+    )
+    pairs: Counter[tuple[str, str]] = Counter()
+    with store.transaction() as connection:
+        for row in connection.execute(query):
+            if among(row.claim_id):
+                pairs[row.gold, row.label] += 1
+    return _quality(pairs, known.run.prompt.label_names if known.run else ())
+
+
+def _quality(pairs: Mapping[tuple[str, str], int], labels: Sequence[str]) -> Quality | None:
+    """`pairs`: the number of claims by gold label and verdict."""
     if not pairs:
         return None
-    gold = [pair.gold for pair in pairs]
-    given = [pair.label for pair in pairs]
-    labelled = sum(pair.claims for pair in pairs)
-    correct = sum(pair.claims for pair in pairs if pair.gold == pair.label)
-    columns = [*labels, *sorted({*given, *gold} - {*labels, INVALID}), INVALID]
-    present = [label for label in columns if label in gold]
+    labelled = sum(pairs.values())
+    correct = sum(claims for (gold, given), claims in pairs.items() if gold == given)
+    golds = {gold for gold, _ in pairs}
+    columns = [
+        *labels,
+        *sorted({label for pair in pairs for label in pair} - {*labels, INVALID}),
+        INVALID,
+    ]
+    present = [label for label in columns if label in golds]
     confusion = {label: dict.fromkeys(columns, 0) for label in present}
-    for pair in pairs:
-        confusion[pair.gold][pair.label] = pair.claims
+    for (gold, given), claims in pairs.items():
+        confusion[gold][given] = claims
     return Quality(
         labelled=labelled,
         correct=correct,

@@ -121,7 +121,7 @@ def test_a_command_loads_only_the_verbs_that_it_runs_or_lists(
     loaded = modules_after(
         f"from typer.testing import CliRunner; from services.cli.main import app; {run}", repository
     )
-    files = {"run", "submit", "worker", "status", "contexts", "broker", "dead"}
+    files = {"run", "sweep", "submit", "worker", "status", "contexts", "broker", "dead"}
     assert {verb for verb in files if f"services.cli.{verb}" in loaded} == verbs
 
 

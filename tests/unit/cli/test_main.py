@@ -13,7 +13,7 @@ from services.contracts import Run, errors
 from services.contracts.errors import KeepwarmError
 
 VERBS = (
-    *("run", "submit", "worker", "collect", "status", "report", "export", "cancel"),
+    *("run", "sweep", "submit", "worker", "collect", "status", "report", "export", "cancel"),
     "compare",
     *("contexts list", "contexts warm", "contexts evict", "contexts logs", "keeper"),
     "contexts prune",
@@ -30,6 +30,7 @@ FLAGS = {
         "--out",
         "--broker",
     ),
+    "sweep": ("FILE", "--plan", "--json", "--workers", "--out", "--broker", "--store"),
     "submit": ("FILE", "--model", "--prompt", "--limit", "--batch-size", "--broker", "--column"),
     "worker": ("--model", "--broker", "--max-model-tokens", "--engine-argument"),
     "collect": ("--broker", "--store", "--until"),

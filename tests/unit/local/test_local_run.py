@@ -2,9 +2,9 @@
 
 import io
 import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -20,16 +20,23 @@ from services.contracts import (
     PromptSpec,
     Run,
     RunAnnouncement,
+    Settings,
     Totals,
     Verdict,
     VerdictBatch,
     load_settings,
 )
-from services.contracts.errors import BrokerError, LabelsUnlikely, RunIncomplete, UsageError
-from services.local.local_run import LocalRun
+from services.contracts.errors import (
+    BrokerError,
+    EngineError,
+    LabelsUnlikely,
+    RunIncomplete,
+    UsageError,
+)
+from services.local.local_run import LocalRun, by_context
 from services.node.device import Device
 from services.producer import ClaimsFile, Source, Submission
-from services.store import Incoming, Store
+from services.store import Incoming, Store, run_status
 
 MakeRun = Callable[..., LocalRun]
 
@@ -70,14 +77,13 @@ def screen() -> Screen:
 @pytest.fixture
 def make_run(submission: Submission, database: Store, output_dir: Path, screen: Screen) -> MakeRun:
     def make(*, workers: int = 1, mass: MassWatch | None = None, **settings: object) -> LocalRun:
+        watch = mass or MassWatch(screen, allowed=False)
         return LocalRun(
-            submission,
+            [submission],
             load_settings(**settings),
             database,
-            RunView(
-                screen, submission.file.records_to_read, mass or MassWatch(screen, allowed=False)
-            ),
-            finished_in(database, submission.run.run_id),
+            RunView(screen, submission.file.records_to_read, {submission.run.run_id: watch}),
+            partial(finished_in, database),
             output_dir=output_dir,
             data_dir=output_dir,
             workers=workers,
@@ -94,7 +100,7 @@ def output_dir(tmp_path: Path) -> Path:
 
 
 def announced(run: Run, totals: Totals) -> RunAnnouncement:
-    return RunAnnouncement(run=run, submission_id="sub-1", totals=totals)
+    return RunAnnouncement(run=run, submission_id=f"sub-{run.run_id}", totals=totals)
 
 
 def store_outcomes(
@@ -198,6 +204,33 @@ def test_more_workers_than_gpus_are_refused_before_anything_is_started(
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def collector(**attributes: object) -> MagicMock:
+    """One that waits for nothing and has had no heartbeat."""
+    return MagicMock(
+        **{"waiting_for": None, "broker_error": None, "worker": lambda _: None} | attributes
+    )
+
+
+def sends(
+    local_run: LocalRun, monkeypatch: pytest.MonkeyPatch, *publish: Callable[[], None]
+) -> list[str]:
+    """Let each sending of runs be one of these functions; the ids of the runs that were sent."""
+    times = iter(publish)
+    sent: list[str] = []
+
+    def send(submissions: Sequence[Submission], _: Settings) -> None:
+        next(times)()
+        sent.extend(each.run.run_id for each in submissions)
+        local_run._sent |= {each.run.run_id for each in submissions}
+
+    monkeypatch.setattr(local_run, "_publish", send)
+    return sent
+
+
+def nothing() -> None:
+    pass
+
+
 def test_claims_that_the_broker_lost_are_sent_again(
     make_run: MakeRun,
     database: Store,
@@ -208,38 +241,51 @@ def test_claims_that_the_broker_lost_are_sent_again(
     store_outcomes(database, submission, 1)
     database.note_missing_claims([submission.run.run_id])
     local_run = make_run()
-    monkeypatch.setattr(local_run, "_publish", lambda _: store_outcomes(database, submission, 2))
-    sent_all = threading.Thread()
-    collector = SimpleNamespace(waiting_for=None)
-    local_run._watch([], sent_all, collector, load_settings())  # type: ignore[arg-type]
+    sent = sends(local_run, monkeypatch, nothing, lambda: store_outcomes(database, submission, 2))
+    local_run._watch([submission], [], collector(), load_settings())
+    assert sent == [submission.run.run_id] * 2
     assert "RabbitMQ lost claims; sending them again." in printed(screen)
+    assert not local_run.failures
 
 
 def test_a_run_whose_keeper_ended_does_not_wait_for_its_broker(
-    make_run: MakeRun, database: Store, submission: Submission
+    make_run: MakeRun,
+    database: Store,
+    submission: Submission,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store_outcomes(database, submission, 1)
     local_run = make_run()
+    sends(local_run, monkeypatch, nothing)
     local_run._borrowed = SimpleNamespace(ended=True)  # type: ignore[assignment]
-    collector = MagicMock(waiting_for=None)
+    collects = collector()
     with pytest.raises(BrokerError, match="keeper ended.* rerun the command to resume"):
-        local_run._watch([], threading.Thread(), collector, load_settings())
-    collector.stop.assert_called_once()
+        local_run._watch([submission], [], collects, load_settings())
+    collects.stop.assert_called_once()
 
 
 def test_a_run_with_outcomes_of_other_claims_ends_with_what_to_do(
-    make_run: MakeRun, database: Store, submission: Submission
+    make_run: MakeRun,
+    database: Store,
+    submission: Submission,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store_outcomes(database, submission, 2)
     other = announced(submission.run, Totals(lines=2, claims=2, repeated=0, rejected=0))
     database.write(Incoming([other.model_copy(update={"digest": "0" * 32})]))
-    collector = SimpleNamespace(waiting_for=None)
-    with pytest.raises(RunIncomplete, match="rerun the command to remove them"):
-        make_run()._watch([], threading.Thread(), collector, load_settings())  # type: ignore[arg-type]
+    local_run = make_run()
+    sends(local_run, monkeypatch, nothing)
+    local_run._watch([submission], [], collector(), load_settings())
+    error = local_run.failures[submission.run.run_id]
+    assert isinstance(error, RunIncomplete)
+    assert "rerun the command to remove them" in str(error)
 
 
-def test_a_run_can_be_stopped_while_its_broker_starts_again(make_run: MakeRun) -> None:
+def test_a_run_can_be_stopped_while_its_broker_starts_again(
+    make_run: MakeRun, submission: Submission, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = make_run()
+    sends(run, monkeypatch, nothing)
 
     class Node:
         alive = False
@@ -250,8 +296,115 @@ def test_a_run_can_be_stopped_while_its_broker_starts_again(make_run: MakeRun) -
             raise BrokerError("stopped before the private RabbitMQ node was ready")
 
     run._private_node = Node()  # type: ignore[assignment]
-    collector = SimpleNamespace(waiting_for=None)
-    run._watch([], threading.Thread(), collector, load_settings())  # type: ignore[arg-type]
+    run._watch([submission], [], collector(), load_settings())
+
+
+@pytest.fixture
+def submissions(tmp_path: Path, prompt: PromptSpec) -> Iterator[Callable[..., Submission]]:
+    """`submissions(context, "name")` is a run of the same two claims with a prompt of this name."""
+    path = tmp_path / "claims.jsonl"
+    path.write_text('{"id": "a", "claim": "One."}\n{"id": "b", "claim": "Two."}\n')
+    with Source.open(str(path)) as source:
+
+        def of(context: ContextSpec, name: str) -> Submission:
+            return Submission(ClaimsFile(source, prompt.model_copy(update={"name": name})), context)
+
+        yield of
+
+
+def test_contexts_of_one_engine_follow_each_other_and_so_do_their_runs(
+    submissions: Callable[..., Submission],
+) -> None:
+    plain, other = ContextSpec(model="m"), ContextSpec(model="other")
+    first, second = (ContextSpec(model="m", adapter=name) for name in ("first", "second"))
+    given = [
+        submissions(context, name)
+        for name in ("a", "b")
+        for context in (first, other, second, plain)
+    ]
+    groups = by_context(given)
+    assert [group[0].run.context for group in groups] == [first, second, other, plain]
+    assert all([each.run.prompt.name for each in group] == ["a", "b"] for group in groups)
+
+
+@pytest.fixture
+def make_runs(database: Store, output_dir: Path, screen: Screen) -> Callable[..., LocalRun]:
+    def make(*given: Submission) -> LocalRun:
+        watches = {each.run.run_id: MassWatch(screen, allowed=False) for each in given}
+        return LocalRun(
+            given,
+            load_settings(),
+            database,
+            RunView(screen, 2 * len(given), watches, {each: each for each in watches}),
+            partial(finished_in, database),
+            output_dir=output_dir,
+            data_dir=output_dir,
+            workers=1,
+        )
+
+    return make
+
+
+def test_a_worker_that_cannot_serve_fails_the_runs_of_its_context_that_are_not_complete(
+    make_runs: Callable[..., LocalRun],
+    submissions: Callable[..., Submission],
+    database: Store,
+    context: ContextSpec,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done, open_run = submissions(context, "done"), submissions(context, "open")
+    store_outcomes(database, done, 2)
+    store_outcomes(database, open_run, 1)
+    local_run = make_runs(done, open_run)
+    sends(local_run, monkeypatch, nothing)
+    no_engine = EngineError("no engine")
+    worker = MagicMock(state="working", answered=0, losses=0)
+    worker.replace_if_lost.side_effect = no_engine
+    local_run._watch([done, open_run], [worker], collector(), load_settings())
+    assert local_run.failures == {open_run.run.run_id: no_engine}
+
+
+@pytest.mark.parametrize(
+    ("contexts", "done", "given_back"),
+    [(1, 2, True), (1, 1, False), (2, 2, False)],
+    ids=["complete", "not complete", "several contexts"],
+)
+def test_a_lent_broker_is_given_back_after_complete_runs_of_one_context(
+    contexts: int,
+    done: int,
+    given_back: bool,
+    make_runs: Callable[..., LocalRun],
+    submissions: Callable[..., Submission],
+    database: Store,
+) -> None:
+    given = [submissions(ContextSpec(model=f"m{n % contexts}"), f"p{n}") for n in range(2)]
+    local_run = make_runs(*given)
+    for submission in given:
+        store_outcomes(database, submission, done)
+        local_run._is_finished(submission)
+    borrowed = MagicMock()
+    local_run._give_back(borrowed)
+    assert borrowed.give_back.called == given_back
+
+
+def test_a_run_that_should_stop_is_cancelled_and_the_others_go_on(
+    make_runs: Callable[..., LocalRun],
+    submissions: Callable[..., Submission],
+    database: Store,
+    context: ContextSpec,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    low, good = submissions(context, "low"), submissions(context, "good")
+    store_outcomes(database, low, 64, mass=0.0006, of=1_000)
+    store_outcomes(database, good, 2)
+    local_run = make_runs(low, good)
+    sends(local_run, monkeypatch, nothing)
+    local_run._watch([low, good], [], collector(), load_settings())
+    assert not local_run.failures
+    status = run_status(database, low.run.run_id)
+    assert status is not None and status.cancelled
+    status = run_status(database, good.run.run_id)
+    assert status is not None and not status.cancelled
 
 
 @pytest.mark.parametrize(

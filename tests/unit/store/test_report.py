@@ -9,7 +9,7 @@ from sklearn.metrics import f1_score
 
 from services.contracts import DeadReason, Run
 from services.contracts.errors import StoreError
-from services.store import Report, Store, build_report, find_run
+from services.store import Report, Store, build_report, find_run, quality_of
 
 # Gold label -> verdict -> claims. Two verdicts could not be read; gold C never occurs.
 CONFUSION = {
@@ -250,3 +250,16 @@ def test_a_run_that_is_not_in_the_store_cannot_be_reported(
         database.execute("DELETE FROM runs")
     with pytest.raises(StoreError, match=f"the store has no run {run.run_id}"):
         build_report(store, known)
+
+
+def test_the_quality_over_some_claims_is_that_of_these_claims(
+    store: Store, make: SimpleNamespace, run: Run
+) -> None:
+    write(store, make, CONFUSION, unlabelled=2)
+    known = find_run(store, run.run_id)
+    # The first twelve claims have the gold label A, the others B B.
+    first = quality_of(store, known, lambda claim_id: int(claim_id.removeprefix("c")) < 12)
+    assert first is not None and first.confusion == {"A": CONFUSION["A"]}
+    assert (first.labelled, first.correct) == (12, 7)
+    assert quality_of(store, known, lambda _: True) == build_report(store, known).quality
+    assert quality_of(store, known, lambda _: False) is None
