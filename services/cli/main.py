@@ -33,6 +33,7 @@ gc.enable()
 
 _VERBS = {
     "keepwarm": "run validate submit worker collect status report export cancel keeper doctor",
+    "prompt": "show",
     "broker": "setup",
     "dead": "list show retry drop",
     "contexts": "list warm evict logs prune",
@@ -99,7 +100,8 @@ app = typer.Typer(
     help=(
         "Verify claims with language models on GPUs that come and go.\n\n"
         "[bold]keepwarm run FILE[/bold] verifies a file on one machine; "
-        "[bold]validate FILE[/bold] checks the file first. On several machines, "
+        "[bold]validate FILE[/bold] checks the file first, [bold]prompt show[/bold] shows "
+        "a claim as the model gets it. On several machines, "
         "[bold]submit[/bold] publishes claims, [bold]worker[/bold] answers them, and "
         "[bold]collect[/bold] stores the verdicts. [bold]status[/bold], [bold]report[/bold] and "
         "[bold]export[/bold] read the store. [bold]contexts[/bold] lists, starts and stops the "
@@ -113,6 +115,7 @@ app = typer.Typer(
     ),
 )
 for _name, _help in (
+    ("prompt", "What a model gets from a prompt file."),
     ("broker", "Prepare a broker for a team."),
     ("dead", "Dead claims, and messages that no service could use."),
     ("contexts", "The engines of this node, which stay warm between workers and runs."),

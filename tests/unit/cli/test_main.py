@@ -15,7 +15,7 @@ from services.contracts.errors import KeepwarmError
 VERBS = (
     *("run", "submit", "worker", "collect", "status", "report", "export", "cancel"),
     *("contexts list", "contexts warm", "contexts evict", "contexts logs", "keeper"),
-    "contexts prune",
+    *("contexts prune", "prompt show"),
     *("dead list", "dead show", "dead retry", "dead drop", "broker setup", "doctor"),
 )
 FLAGS = {
@@ -42,6 +42,7 @@ FLAGS = {
     "contexts logs": ("NAME",),
     "contexts prune": ("--older-than", "--dry-run"),
     "keeper": (),
+    "prompt show": ("PROMPT", "--model", "--claim", "--evidence", "--file", "--json"),
     "dead list": ("RUN", "--broker", "--store"),
     "dead show": ("RUN|MESSAGE", "--broker", "--store"),
     "dead retry": ("RUN|MESSAGE", "CLAIM", "--broker", "--store"),
@@ -119,6 +120,7 @@ def test_without_a_verb_the_help_is_shown() -> None:
         ["export", "run-1"],
         ["cancel"],
         ["dead", "fly"],
+        ["prompt", "show"],
         ["dead", "show"],
         ["dead", "retry"],
         ["dead", "drop"],
