@@ -34,6 +34,7 @@ gc.enable()
 _VERBS = {
     "keepwarm": "run sweep validate submit worker collect status report compare export cancel "
     "keeper doctor",
+    "prompt": "show",
     "broker": "setup",
     "dead": "list show retry drop",
     "contexts": "list warm evict logs prune",
@@ -100,8 +101,9 @@ app = typer.Typer(
     help=(
         "Verify claims with language models on GPUs that come and go.\n\n"
         "[bold]keepwarm run FILE[/bold] verifies a file on one machine; "
-        "[bold]validate FILE[/bold] checks the file first, and [bold]sweep FILE[/bold] tries "
-        "several prompts and models. On several machines, "
+        "[bold]validate FILE[/bold] checks the file first, [bold]prompt show[/bold] shows a claim "
+        "as the model gets it, and [bold]sweep FILE[/bold] tries several prompts and models. On "
+        "several machines, "
         "[bold]submit[/bold] publishes claims, [bold]worker[/bold] answers them, and "
         "[bold]collect[/bold] stores the verdicts. [bold]status[/bold], [bold]report[/bold], "
         "[bold]compare[/bold] and [bold]export[/bold] read the store. [bold]contexts[/bold] lists, "
@@ -116,6 +118,7 @@ app = typer.Typer(
     ),
 )
 for _name, _help in (
+    ("prompt", "What a model gets from a prompt file."),
     ("broker", "Prepare a broker for a team."),
     ("dead", "Dead claims, and messages that no service could use."),
     ("contexts", "The engines of this node, which stay warm between workers and runs."),

@@ -95,18 +95,17 @@ def validate(
         examples: list[str] = []
         no_tokenizer: str | None = None
         try:
-            tokenizer = ModelTokenizer.load(
-                context_from_flags(settings, model, revision, "bfloat16", max_model_tokens, None)
+            context = context_from_flags(
+                settings, model, revision, "bfloat16", max_model_tokens, None
             )
-            compiled = CompiledPrompt(prompt_spec, tokenizer)
+            compiled = CompiledPrompt(prompt_spec, ModelTokenizer.load(context))
         except ModelError as error:
             no_tokenizer = str(error)  # the file is checked anyway
         else:
             if summary.claims:
                 with line_progress(console, "counting tokens", claims.records_to_read) as counting:
                     tokens = token_lengths(claims, compiled, max_model_tokens, counting)
-                first = list(islice(claims, _EXAMPLES))
-                examples = [tokenizer.text(ids) for ids in compiled.encode(first)]
+                examples = [compiled.render(claim).text for claim in islice(claims, _EXAMPLES)]
     if as_json:
         print(json.dumps(_as_json(claims, summary, tokens, no_tokenizer)))
     else:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from string import Formatter
 
 from services.contracts import Claim, PromptSpec
@@ -9,6 +10,25 @@ from services.contracts.errors import ModelError
 from services.models.tokenizer import ModelTokenizer
 
 _SHORTEST = Claim(claim_id="shortest", position=0, text="x", evidence="x")
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token, and the text that it adds to the text before it."""
+
+    id: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedPrompt:
+    """The prompt of one claim as the engine gets it."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    label_tokens: tuple[tuple[Token, ...], ...]
+    """For each label of the prompt, in order: the tokens that are scored for it, one for each of
+    its spellings."""
 
 
 class CompiledPrompt:
@@ -27,6 +47,8 @@ class CompiledPrompt:
         frame = tokenizer.chat_frame(dict(spec.chat_template_kwargs)) if spec.chat else None
         before, turn = frame or ("", "")
         self._plain = not turn
+        self.in_chat = frame is not None
+        """Whether the text is a turn in the model's chat template."""
         # Prompt files are corrected when they are read; a prompt in a message may not be.
         template = spec.template.rstrip() if self._plain else spec.template
         preamble, lead, template = _split(spec.model_copy(update={"template": template}))
@@ -71,6 +93,20 @@ class CompiledPrompt:
         if self._encode_whole:
             return self._tokenizer.encode_between(self._before, texts, self._after)
         return [self._head + middle + self._tail for middle in self._tokenizer.encode_plain(texts)]
+
+    def render(self, claim: Claim) -> RenderedPrompt:
+        """The claim's prompt in text and tokens, for people."""
+        (ids,) = self.encode([claim])
+        texts = self._tokenizer.pieces(ids)
+        scored = [
+            Token(token, self._tokenizer.pieces([*ids, token])[-1]) for token in self.label_tokens
+        ]
+        labels = len(self.spec.labels)
+        return RenderedPrompt(
+            text=self._tokenizer.text(ids),
+            tokens=tuple(map(Token, ids, texts)),
+            label_tokens=tuple(tuple(scored[label::labels]) for label in range(labels)),
+        )
 
     def scores(self, logprobs: Sequence[float]) -> tuple[float, ...]:
         """The log probability of each label, from those of `label_tokens`."""

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any
@@ -12,6 +12,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BaseModel
 from tokenizers import AddedToken, Encoding, Tokenizer, models
+from tokenizers.decoders import DecodeStream
 
 from services.contracts import ContextSpec
 from services.contracts.errors import ModelError
@@ -180,6 +181,13 @@ class ModelTokenizer:
     def text(self, tokens: list[int]) -> str:
         """The text of tokens, special ones included."""
         return str(self._tokenizer.decode(tokens, skip_special_tokens=False))
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """The text that each token adds to the text before it, special ones included. A token that
+        is only a part of a character adds "", and the last of its tokens the whole character.
+        """
+        stream = DecodeStream(skip_special_tokens=False)
+        return [stream.step(self._tokenizer, token) or "" for token in tokens]
 
     def chat_frame(self, variables: Mapping[str, Any] | None = None) -> tuple[str, str] | None:
         """The text that the model's chat template puts before and after a user's message, up to the

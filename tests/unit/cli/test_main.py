@@ -16,7 +16,7 @@ VERBS = (
     *("run", "sweep", "submit", "worker", "collect", "status", "report", "export", "cancel"),
     "compare",
     *("contexts list", "contexts warm", "contexts evict", "contexts logs", "keeper"),
-    "contexts prune",
+    *("contexts prune", "prompt show"),
     *("dead list", "dead show", "dead retry", "dead drop", "broker setup", "doctor"),
 )
 FLAGS = {
@@ -45,6 +45,7 @@ FLAGS = {
     "contexts logs": ("NAME",),
     "contexts prune": ("--older-than", "--dry-run"),
     "keeper": (),
+    "prompt show": ("PROMPT", "--model", "--claim", "--evidence", "--file", "--json"),
     "dead list": ("RUN", "--broker", "--store"),
     "dead show": ("RUN|MESSAGE", "--broker", "--store"),
     "dead retry": ("RUN|MESSAGE", "CLAIM", "--broker", "--store"),
@@ -122,6 +123,7 @@ def test_without_a_verb_the_help_is_shown() -> None:
         ["export", "run-1"],
         ["cancel"],
         ["dead", "fly"],
+        ["prompt", "show"],
         ["dead", "show"],
         ["dead", "retry"],
         ["dead", "drop"],
