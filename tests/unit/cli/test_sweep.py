@@ -206,8 +206,10 @@ def test_the_plan_says_what_is_known_and_shows_prompts_tokens_and_label_tokens(
     assert [cell["known"] for cell in later["cells"]] == [12, 6]
     (model,) = later["models"]
     assert model["tokens_left"] == round(tokens[1] / 2)
-    # The stored runs took two seconds for 180 tokens.
-    assert model["hours"] == {"Tesla T4": pytest.approx(model["tokens_left"] / 90 / 3600, rel=1e-2)}
+    (rate,) = model["rates"]
+    assert (rate["device"], rate["claims"], rate["prompt_tokens"]) == ("Tesla T4", 18, 180)
+    hours = model["tokens_left"] * rate["seconds"] / rate["prompt_tokens"] / 3600
+    assert model["hours"] == {"Tesla T4": pytest.approx(hours)}
 
 
 def test_the_plan_fits_eighty_columns_and_says_what_is_not_known(
