@@ -103,8 +103,9 @@ def validate(
             no_tokenizer = str(error)  # the file is checked anyway
         else:
             if summary.claims:
+                limit = max_model_tokens - compiled.reserved_tokens
                 with line_progress(console, "counting tokens", claims.records_to_read) as counting:
-                    tokens = _token_lengths(claims, compiled, max_model_tokens, counting)
+                    tokens = _token_lengths(claims, compiled, limit, counting)
                 examples = [compiled.render(claim).text for claim in islice(claims, _EXAMPLES)]
     if as_json:
         print(json.dumps(_as_json(claims, summary, tokens, no_tokenizer)))
@@ -118,7 +119,7 @@ def validate(
 
 
 def _token_lengths(
-    claims: ClaimsFile, compiled: CompiledPrompt, most: int, on_records: Callable[[int], None]
+    claims: ClaimsFile, compiled: CompiledPrompt, limit: int, on_records: Callable[[int], None]
 ) -> dict[str, int]:
     lengths = array("I")
     for read, chunk in claims.claims(claims.new_counts()):
@@ -129,8 +130,8 @@ def _token_lengths(
         "median": ordered[len(ordered) // 2],
         "percentile_95": ordered[len(ordered) * 95 // 100],
         "longest": ordered[-1],
-        "limit": most - 1,
-        "too_long": sum(length > most - 1 for length in lengths),
+        "limit": limit,
+        "too_long": sum(length > limit for length in lengths),
     }
 
 

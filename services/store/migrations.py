@@ -9,12 +9,12 @@ from services.store.database import redacted
 from services.store.run_counts import digest_of, set_digest
 from services.store.schema import SCHEMA_VERSION, is_dead, metadata, schema_info
 
-UPGRADABLE = (None, 2, 3, 4, 5, 6)
+UPGRADABLE = (None, 2, 3, 4, 5, 6, 7)
 """Versions (None: no tables) that can be upgraded.
 
 3 added `startups` and `outcomes_dead`, 4 `verdict_counts`, 5 the column `runs.input`, 6
 `verdict_digests` and the columns for proofs. 7 has `run_counts` in place of `verdict_digests` and
-the column `runs.returned`, and other indexes of `deliveries`.
+the column `runs.returned`, and other indexes of `deliveries`. 8 added the columns for reasoning.
 """
 _COUNT_LABELS = """
 INSERT INTO verdict_counts (run_key, label, verdicts, judged, correct)
@@ -64,8 +64,9 @@ def upgrade(connection: Connection) -> int | None:
     if version is not None:
         if "verdict_counts" not in existing:
             connection.exec_driver_sql(_COUNT_LABELS)
-        connection.exec_driver_sql("DROP INDEX IF EXISTS ix_deliveries_run_key")
-        connection.exec_driver_sql(_COUNT_RUNS)
+        if "run_counts" not in existing:
+            connection.exec_driver_sql("DROP INDEX IF EXISTS ix_deliveries_run_key")
+            connection.exec_driver_sql(_COUNT_RUNS)
     if "verdict_digests" in existing:
         _add_digests(connection)
     connection.execute(delete(schema_info))

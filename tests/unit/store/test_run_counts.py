@@ -122,7 +122,7 @@ def test_collectors_that_share_a_store_count_together(
     assert sorted(row[1:] for row in counts(open_store())) == [("A", 150, 0, 0), ("C", 10, 0, 0)]
 
 
-@pytest.mark.parametrize("version", [2, 3, 5, 6])
+@pytest.mark.parametrize("version", [2, 3, 5, 6, 7])
 def test_a_store_of_before_is_counted_once_when_it_is_opened(
     version: int, open_store: Opener, make: SimpleNamespace
 ) -> None:
