@@ -7,7 +7,12 @@ from services.store.run_counts import digest_of
 from services.store.schema import outcomes
 
 _STEPS = {
-    7: "ALTER TABLE outcomes DROP COLUMN evidence_number",
+    7: """
+        ALTER TABLE deliveries DROP COLUMN reasoning_tokens;
+        ALTER TABLE outcomes DROP COLUMN reasoning;
+        ALTER TABLE outcomes DROP COLUMN reasoning_tokens;
+        ALTER TABLE outcomes DROP COLUMN evidence_number
+    """,
     6: """
         ALTER TABLE runs ADD COLUMN returned BIGINT DEFAULT 0 NOT NULL;
         UPDATE runs SET returned =

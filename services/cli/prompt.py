@@ -69,7 +69,7 @@ def show(
     context = context_from_flags(settings, model, revision, "bfloat16", max_model_tokens, None)
     compiled = CompiledPrompt(spec, ModelTokenizer.load(context))
     rendered = compiled.render(shown)
-    limit = max_model_tokens - 1
+    limit = max_model_tokens - compiled.reserved_tokens
     if spec.chat and not compiled.in_chat:
         notes.append("the model has no chat template, so the text is not a turn of a chat")
     if len(rendered.tokens) > limit:
@@ -128,6 +128,7 @@ def _as_json(
             }
             for label, tokens in zip(spec.labels, rendered.label_tokens, strict=True)
         ],
+        "reasoning": None if spec.reasoning is None else spec.reasoning.model_dump(),
         "notes": notes,
     }
 
@@ -153,6 +154,12 @@ def _print(
     )
     for line in _wrapped(entries, console.width):
         say(console, line)
+    if spec.reasoning is not None:
+        say(
+            console,
+            f"\n--- then the model writes up to {plural(spec.reasoning.max_tokens, 'token')}, and "
+            f"{spec.reasoning.until!r} ---",
+        )
     say(console, "\n--- scored as the next token ---")
     table = plain_table()
     for name in ("label", "word"):

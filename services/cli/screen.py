@@ -252,6 +252,8 @@ def _details(report: "Report") -> Iterator[tuple[str, str]]:
         yield "label words", f"{report.mean_mass:.1%} of the probability (mean)"
     if report.speed is not None:
         yield "tokens", f"{report.speed.tokens_per_second:,.0f} prompt tokens/s"
+        if report.speed.reasoning_tokens:
+            yield "reasoning", f"{report.speed.reasoning_tokens:,} tokens, before the answers"
     yield (
         "delivered twice",
         f"{status.duplicates:,} verdicts (the first one counts), "

@@ -144,8 +144,9 @@ def _cell(
 ) -> CellPlan:
     file, run = cell.submission.file, cell.submission.run
     compiled = CompiledPrompt(run.prompt, tokenizer)
+    limit = run.context.max_model_tokens - compiled.reserved_tokens
     with line_progress(console, "counting tokens", file.records_to_read) as counting:
-        tokens = token_lengths(file, compiled, run.context.max_model_tokens, counting)
+        tokens = token_lengths(file, compiled, limit, counting)
     status = None if store is None else run_status(store, run.run_id)
     words = [tokenizer.text([token]) for token in compiled.label_tokens]
     labels = run.prompt.label_names
@@ -160,9 +161,7 @@ def _cell(
         label_tokens={
             label: tuple(words[number :: len(labels)]) for number, label in enumerate(labels)
         },
-        examples=tuple(
-            tokenizer.text(ids) for ids in compiled.encode(list(islice(file, _EXAMPLES)))
-        ),
+        examples=tuple(compiled.render(claim).text for claim in islice(file, _EXAMPLES)),
     )
 
 

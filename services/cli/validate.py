@@ -103,8 +103,9 @@ def validate(
             no_tokenizer = str(error)  # the file is checked anyway
         else:
             if summary.claims:
+                limit = max_model_tokens - compiled.reserved_tokens
                 with line_progress(console, "counting tokens", claims.records_to_read) as counting:
-                    tokens = token_lengths(claims, compiled, max_model_tokens, counting)
+                    tokens = token_lengths(claims, compiled, limit, counting)
                 examples = [compiled.render(claim).text for claim in islice(claims, _EXAMPLES)]
     if as_json:
         print(json.dumps(_as_json(claims, summary, tokens, no_tokenizer)))
@@ -118,11 +119,10 @@ def validate(
 
 
 def token_lengths(
-    claims: ClaimsFile, compiled: CompiledPrompt, most: int, on_records: Callable[[int], None]
+    claims: ClaimsFile, compiled: CompiledPrompt, limit: int, on_records: Callable[[int], None]
 ) -> dict[str, int]:
     """The lengths of a file's prompts, which must be one at least: `median`, `percentile_95`,
-    `longest` and `total`; and `too_long`, how many are over the `limit` that a model with `most`
-    tokens sets.
+    `longest` and `total`; and `too_long`, how many are over the `limit`.
     """
     lengths = array("I")
     for read, chunk in claims.claims(claims.new_counts()):
@@ -134,8 +134,8 @@ def token_lengths(
         "percentile_95": ordered[len(ordered) * 95 // 100],
         "longest": ordered[-1],
         "total": sum(ordered),
-        "limit": most - 1,
-        "too_long": sum(length > most - 1 for length in lengths),
+        "limit": limit,
+        "too_long": sum(length > limit for length in lengths),
     }
 
 

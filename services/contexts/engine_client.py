@@ -20,6 +20,7 @@ from services.contracts.errors import EngineRequestError
 from services.contracts.wire import first_fault
 
 _TOKEN = "token_id:"  # noqa: S105  (how vLLM spells a token id)
+_FINISHED = ("stop", "length")
 _DATA_PREFIX, _LAST_EVENT = b"data:", b"[DONE]"
 # Errors of a connection that fails or breaks off; a time-out is an OSError as well.
 _BROKEN = (OSError, http.client.HTTPException)
@@ -56,7 +57,9 @@ class _Choice(BaseModel):
     index: int
     text: str
     finish_reason: str | None
-    logprobs: _Logprobs | None
+    logprobs: _Logprobs | None = None
+    stop_reason: int | str | None = None
+    token_ids: list[int] | None = None
 
 
 class _Event(BaseModel):
@@ -146,8 +149,8 @@ class EngineClient:
         self._lock = threading.Lock()
 
     def interrupt(self) -> None:
-        """End every call of `score`, now and later. Answers that came before are kept. The engine
-        drops the rest when the connection closes.
+        """End every call of `score` and `write`, now and later. Answers that came before are kept.
+        The engine drops the rest when the connection closes.
         """
         with self._lock:
             self._interrupted = True
@@ -247,16 +250,56 @@ class EngineClient:
             "stream": True,
         }
         keys = [f"{_TOKEN}{token}" for token in tokens]
+        for choice in self._complete(request):
+            answer = _answer(choice, keys)
+            if answer is not None and 0 <= choice.index < len(prompts):
+                yield choice.index, answer
+
+    def write(
+        self, prompts: Sequence[Sequence[int]], *, max_tokens: int, until: str
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Yield the index of a prompt and the tokens that the model writes after it, each as soon
+        as the engine has them: the likeliest ones, at most `max_tokens`, up to the token that
+        completes the text `until` or before the one that ends the model's turn.
+
+        A prompt without a usable answer is left out. Raises as `score` does.
+        """
+        request = {
+            "model": self._model_name,
+            "prompt": prompts,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "stop": [until],
+            # `until` may be markup, such as the end of a model's thoughts.
+            "skip_special_tokens": False,
+            "return_token_ids": True,
+            "stream": True,
+        }
+        written: dict[int, list[int]] = {index: [] for index in range(len(prompts))}
+        for choice in self._complete(request):
+            if choice.token_ids is None:
+                raise EngineRequestError(
+                    "the engine does not return token ids, which a prompt with `reasoning` needs; "
+                    "use vLLM 0.32"
+                )
+            if choice.index not in written:
+                continue
+            tokens = written[choice.index]
+            tokens += choice.token_ids
+            if choice.finish_reason == "stop" and not isinstance(choice.stop_reason, str):
+                del tokens[-1:]  # it ends the turn, and is no part of the text
+            if choice.finish_reason in _FINISHED:
+                yield choice.index, tokens
+
+    def _complete(self, request: dict[str, Any]) -> Iterator[_Choice]:
+        """The parts of a streamed completion. Raises as `score` does."""
         try:
             # `to_json` is the fastest encoder at hand: a batch holds thousands of token ids.
             with self._stream(to_json(request)) as response:
                 for data in _events(response):
                     if data == _LAST_EVENT:
                         return
-                    for choice in _choices(data):
-                        answer = _answer(choice, keys)
-                        if answer is not None and 0 <= choice.index < len(prompts):
-                            yield choice.index, answer
+                    yield from _choices(data)
             # The library does not distinguish a stream that is cut off from one that has ended.
             raise http.client.IncompleteRead(b"")
         except _BROKEN as error:
@@ -348,7 +391,7 @@ def _choices(data: bytes) -> list[_Choice]:
 
 def _answer(choice: _Choice, keys: Sequence[str]) -> Answer | None:
     # An aborted request can come back as HTTP 200.
-    if choice.finish_reason not in ("stop", "length"):
+    if choice.finish_reason not in _FINISHED:
         return None
     if choice.logprobs is None or not choice.logprobs.top_logprobs:
         return None

@@ -10,6 +10,9 @@ MAX_ID_CHARS = 256
 MAX_NAME_CHARS = 512
 MAX_PROMPT_CHARS = 65_536
 MAX_RAW_TEXT_CHARS = 1_024
+MAX_REASONING_TOKENS = 4_096
+MAX_REASONING_CHARS = 16_384
+"""What is kept of a verdict's reasoning; the engine scores after all of it."""
 MAX_DETAIL_CHARS = 16_384
 MAX_LABELS = 32
 MAX_COUNTED_KINDS = 101
@@ -58,4 +61,5 @@ ClaimText = Annotated[
 EvidenceText = Annotated[str, StringConstraints(max_length=MAX_EVIDENCE_CHARS, pattern=_NO_NUL)]
 PromptText = Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARS, pattern=_NO_NUL)]
 RawText = Annotated[str, StringConstraints(max_length=MAX_RAW_TEXT_CHARS, pattern=_NO_NUL)]
+ReasoningText = Annotated[str, StringConstraints(max_length=MAX_REASONING_CHARS, pattern=_NO_NUL)]
 Detail = Annotated[str, StringConstraints(max_length=MAX_DETAIL_CHARS, pattern=_NO_NUL)]

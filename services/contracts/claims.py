@@ -21,7 +21,7 @@ from services.contracts.prompts import LabelName
 from services.contracts.proofs import Proofs, claim_proof, evidence_digest
 from services.contracts.runs import Run
 from services.contracts.values import Value
-from services.contracts.wire import PROOFS_VERSION, Message
+from services.contracts.wire import Message
 
 _OWN_ID_SUFFIX = re.compile(r"#[0-9a-f]{8}$")
 # The size of a claim's field names, numbers and proof, without its texts.
@@ -71,7 +71,7 @@ class ClaimBatch(Message):
         """A batch of a producer, which has the submission's `key`."""
         claims = tuple(claims)
         return cls(
-            schema_version=PROOFS_VERSION,
+            schema_version=run.message_version,
             run=run,
             submission_id=submission_id,
             batch_id=batch_id,

@@ -19,6 +19,7 @@ from services.contracts.bounds import (
     MAX_EXAMPLES,
     MAX_FIELD_USES,
     MAX_LABELS,
+    MAX_REASONING_TOKENS,
     ClaimText,
     EvidenceText,
     Name,
@@ -106,6 +107,28 @@ class Example(Value):
     label: LabelName
 
 
+class Reasoning(Value):
+    """What the engine writes before the label words are scored.
+
+    It writes at most `max_tokens` tokens, the likeliest one each time, and stops at `until`. The
+    label words are scored after `until`, which is added if the engine did not write it.
+    """
+
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_REASONING_TOKENS)]
+    until: Annotated[str, StringConstraints(max_length=64, pattern=r"^[^\x00]*$")] = "Answer:"
+
+    @field_validator("until")
+    @classmethod
+    def _a_label_word_may_follow(cls, until: str) -> str:
+        end = until.rstrip("\n")
+        if not end or end[-1].isspace():
+            raise ValueError(
+                "it must be a text that ends in no white space but line ends, because a label word "
+                "hardly ever follows a space"
+            )
+        return until
+
+
 FEVER_LABELS = (
     Label(name="SUPPORTS", word="True", aliases=("SUPPORT", "SUPPORTED", "ENTAILMENT")),
     Label(
@@ -126,7 +149,7 @@ class PromptSpec(Value):
 
     The verdict is the label whose word's first token is the likeliest of all label words. It is
     INVALID when all label words together have less than `minimum_mass` of the probability: then the
-    model did not answer the question.
+    model did not answer the question. With `reasoning` the model writes a text first.
     """
 
     name: Name = "fever"
@@ -145,6 +168,8 @@ class PromptSpec(Value):
         TemplateVariables, Field(max_length=32, exclude_if=lambda variables: not variables)
     ] = ()
     """Variables for the model's chat template, named as in vLLM and transformers."""
+    # Excluded if None, for the same reason.
+    reasoning: Annotated[Reasoning | None, Field(exclude_if=lambda value: value is None)] = None
 
     @field_validator("template")
     @classmethod
@@ -202,6 +227,23 @@ class PromptSpec(Value):
                 raise ValueError(
                     f"an example has the label {example.label!r}, which is not declared"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _reasoning_can_be_written(self) -> Self:
+        if self.reasoning is None:
+            return self
+        if self.examples:
+            raise ValueError(
+                "examples cannot be used with reasoning, because they would show answers without "
+                "it; leave out one of the two"
+            )
+        until = self.reasoning.until.rstrip()
+        if self.template.rstrip().endswith(until):
+            raise ValueError(
+                f"the template ends in {until!r}, the end of the reasoning, so none would be "
+                "written; end the template otherwise, or choose another `until`"
+            )
         return self
 
     @model_validator(mode="after")

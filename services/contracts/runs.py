@@ -17,7 +17,7 @@ from services.contracts.contexts import ContextSpec
 from services.contracts.prompts import PromptSpec
 from services.contracts.proofs import DigestText, PositionsText, ProofKey
 from services.contracts.values import Value, content_id
-from services.contracts.wire import Message
+from services.contracts.wire import PROOFS_VERSION, REASONING_VERSION, Message
 
 _LEFT_OUT = Field(exclude_if=lambda value: value is None)
 Counts = Annotated[tuple[tuple[Name, Int63], ...], Field(max_length=MAX_COUNTED_KINDS)]
@@ -52,6 +52,11 @@ class Run(Value):
                 "seed": self.seed,
             },
         )
+
+    @property
+    def message_version(self) -> int:
+        """The lowest version whose readers handle messages about its claims correctly."""
+        return PROOFS_VERSION if self.prompt.reasoning is None else REASONING_VERSION
 
 
 class Totals(Value):

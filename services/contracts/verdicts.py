@@ -17,6 +17,7 @@ from services.contracts.bounds import (
     Int63,
     Name,
     RawText,
+    ReasoningText,
 )
 from services.contracts.claims import Claim
 from services.contracts.prompts import LabelName
@@ -46,6 +47,10 @@ class Verdict(Value):
     mass: Probability
     raw_text: RawText
     prompt_tokens: Int31
+    reasoning: Annotated[ReasoningText | None, Field(exclude_if=lambda text: text is None)] = None
+    """What the model wrote first, cut to its bound; None if the prompt asks for no reasoning."""
+    reasoning_tokens: Annotated[Int31, Field(exclude_if=lambda count: not count)] = 0
+    """The tokens that the model wrote first."""
 
 
 _Submission = Annotated[Identity | None, Field(exclude_if=lambda value: value is None)]

@@ -14,7 +14,9 @@ from services.contracts.values import Value
 
 PROOFS_VERSION = 2
 """The version of messages about claims that have proofs."""
-VERSION = PROOFS_VERSION
+REASONING_VERSION = 3
+"""The version of messages about claims whose prompt reasons first."""
+VERSION = REASONING_VERSION
 """The newest version of messages that this Keepwarm reads."""
 
 _SHOWN_CHARS = 120

@@ -5,12 +5,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from services.contexts.engine_client import Answer, EngineClient, EngineRefused
 from services.contracts import INVALID, Claim, DeadReason, PromptSpec, Verdict
-from services.contracts.bounds import MAX_RAW_TEXT_CHARS
+from services.contracts.bounds import MAX_RAW_TEXT_CHARS, MAX_REASONING_CHARS
 from services.contracts.errors import EngineRequestError, KeepwarmError, ModelError
+from services.contracts.prompts import Reasoning
 from services.models.compiled_prompt import CompiledPrompt
 from services.models.tokenizer import ModelTokenizer
 from services.telemetry import TimedLock
@@ -91,6 +93,15 @@ def _part(whole: Mapping[int, T], first: int, size: int) -> dict[int, T]:
     return {n: whole[first + n] for n in range(size) if first + n in whole}
 
 
+@dataclass(slots=True)
+class _Request:
+    """What the engine is asked about, by the claim's index; refused claims go to `declined`."""
+
+    prompt: CompiledPrompt
+    prompts: list[list[int]]
+    declined: dict[int, Declined]
+
+
 class Inference:
     """Asks an engine about claims. Safe to use from several threads at once."""
 
@@ -109,7 +120,7 @@ class Inference:
         """
         self._tokenizer = tokenizer
         self._client = client
-        self._max_prompt_tokens = max_model_tokens - 1  # one token is for the answer
+        self._max_model_tokens = max_model_tokens
         self._engine_max_tokens = engine_max_tokens
         self._tokenizing = tokenizing or TimedLock()
         self._prompts: dict[str, CompiledPrompt] = {}
@@ -143,34 +154,49 @@ class Inference:
         try:
             with self._tokenizing:
                 prompt = self._compiled(spec)
+                max_tokens = max(0, self._max_model_tokens - prompt.reserved_tokens)
                 # Else it is refused before it is encoded for each claim: it may have megabytes.
-                fits = prompt.least_tokens <= 2 * self._max_prompt_tokens
+                fits = prompt.least_tokens <= 2 * max_tokens
                 prompts = prompt.encode(claims) if fits else []
         except ModelError as error:
             cause = DeadCause(DeadReason.PROMPT_UNUSABLE, str(error))
             result.dead = dict.fromkeys(range(len(claims)), cause)
             return
         if not fits:
-            cause = self._too_long(prompt.least_tokens)
+            cause = _too_long(prompt.least_tokens, max_tokens, spec.reasoning)
             result.dead = dict.fromkeys(range(len(claims)), cause)
             return
         engine_max_tokens = self._engine_max_tokens()
         for index, tokens in enumerate(prompts):
-            if len(tokens) > self._max_prompt_tokens:
-                result.dead[index] = self._too_long(len(tokens))
-            elif engine_max_tokens is not None and len(tokens) > engine_max_tokens - 1:
-                result.declined[index] = _declined_too_long(len(tokens), engine_max_tokens - 1)
+            if len(tokens) > max_tokens:
+                result.dead[index] = _too_long(len(tokens), max_tokens, spec.reasoning)
+            elif engine_max_tokens is not None:
+                accepted = engine_max_tokens - prompt.reserved_tokens
+                if len(tokens) > accepted:
+                    result.declined[index] = _declined_too_long(len(tokens), accepted)
+        request = _Request(prompt, prompts, result.declined)
+        indexes = [n for n in range(len(prompts)) if n not in result.dead | result.declined]
         answers: dict[int, Answer] = {}
+        written: dict[int, list[int]] = {}
+        reasoning: dict[int, str] = {}
         started = time.monotonic()
         try:
-            self._ask(
-                [n for n in range(len(prompts)) if n not in result.dead | result.declined],
-                prompts,
-                prompt,
-                answers,
-                result.declined,
-                on_answer,
-            )
+            if spec.reasoning is not None:
+                write = partial(
+                    self._client.write,
+                    max_tokens=spec.reasoning.max_tokens,
+                    until=spec.reasoning.until,
+                )
+                self._ask(indexes, request, write, written, lambda: None)
+                indexes = sorted(written)
+                request.prompts = list(prompts)
+                with self._tokenizing:
+                    for index in indexes:
+                        request.prompts[index], reasoning[index] = prompt.after_reasoning(
+                            prompts[index], written[index]
+                        )
+            score = partial(self._client.score, tokens=prompt.label_tokens)
+            self._ask(indexes, request, score, answers, on_answer)
         except EngineRequestError as error:
             result.failure = error
         result.engine_seconds = time.monotonic() - started
@@ -180,22 +206,16 @@ class Inference:
                 Answer(answer.text, prompt.scores(answer.logprobs)),
                 prompt.spec,
                 len(prompts[index]),
+                reasoning.get(index),
+                len(written.get(index, ())),
             )
-
-    def _too_long(self, tokens: int) -> DeadCause:
-        return DeadCause(
-            DeadReason.TOO_LONG,
-            f"the prompt has {tokens:,} tokens; this context accepts {self._max_prompt_tokens:,}. "
-            "Shorten the evidence, or use --max-model-tokens",
-        )
 
     def _ask(
         self,
         indexes: Sequence[int],
-        prompts: Sequence[Sequence[int]],
-        prompt: CompiledPrompt,
-        answers: dict[int, Answer],
-        declined: dict[int, Declined],
+        request: _Request,
+        ask: Callable[[Sequence[Sequence[int]]], Iterator[tuple[int, T]]],
+        answers: dict[int, T],
         on_answer: Callable[[], None],
     ) -> None:
         """Ask the engine about the prompts at `indexes`. A refused request is halved until the
@@ -204,29 +224,33 @@ class Inference:
         if not indexes:
             return
         try:
-            request = [prompts[index] for index in indexes]
-            for position, answer in self._client.score(request, prompt.label_tokens):
+            for position, answer in ask([request.prompts[index] for index in indexes]):
                 if indexes[position] not in answers:
                     answers[indexes[position]] = answer
                     on_answer()
         except EngineRefused as error:
             if len(indexes) == 1:
-                tokens = len(prompts[indexes[0]])
-                declined[indexes[0]] = _declined_refused(
-                    error, tokens, canary_accepted=self._accepts_canary(prompt, tokens)
+                tokens = len(request.prompts[indexes[0]])
+                request.declined[indexes[0]] = _declined_refused(
+                    error, tokens, canary_accepted=self._accepts_canary(request.prompt, tokens, ask)
                 )
                 return
             middle = len(indexes) // 2
             for half in (indexes[:middle], indexes[middle:]):
-                self._ask(half, prompts, prompt, answers, declined, on_answer)
+                self._ask(half, request, ask, answers, on_answer)
 
-    def _accepts_canary(self, prompt: CompiledPrompt, tokens: int) -> bool:
-        """Whether the engine accepts a canary prompt of this many tokens, with the same labels."""
+    def _accepts_canary(
+        self,
+        prompt: CompiledPrompt,
+        tokens: int,
+        ask: Callable[[Sequence[Sequence[int]]], Iterator[tuple[int, T]]],
+    ) -> bool:
+        """Whether the engine accepts a canary prompt of this many tokens, asked in the same way."""
         with self._tokenizing:
             (encoded,) = prompt.encode([CANARY])
         canary = (encoded * (tokens // len(encoded) + 1))[:tokens]
         try:
-            for _ in self._client.score([canary], prompt.label_tokens):
+            for _ in ask([canary]):
                 pass
         except EngineRefused:
             return False
@@ -239,6 +263,15 @@ class Inference:
                 self._prompts.clear()
             prompt = self._prompts[spec.prompt_id] = CompiledPrompt(spec, self._tokenizer)
         return prompt
+
+
+def _too_long(tokens: int, max_tokens: int, reasoning: Reasoning | None) -> DeadCause:
+    after = "" if reasoning is None else f" before up to {reasoning.max_tokens:,} of reasoning"
+    return DeadCause(
+        DeadReason.TOO_LONG,
+        f"the prompt has {tokens:,} tokens; this context accepts {max_tokens:,}{after}. "
+        "Shorten the evidence, or use --max-model-tokens",
+    )
 
 
 def _declined_too_long(tokens: int, max_tokens: int) -> Declined:
@@ -265,7 +298,14 @@ def _declined_refused(error: EngineRefused, tokens: int, *, canary_accepted: boo
     return Declined(cause, counts_against_claim=canary_accepted)
 
 
-def read_verdict(claim: Claim, answer: Answer, prompt: PromptSpec, prompt_tokens: int) -> Verdict:
+def read_verdict(
+    claim: Claim,
+    answer: Answer,
+    prompt: PromptSpec,
+    prompt_tokens: int,
+    reasoning: str | None = None,
+    reasoning_tokens: int = 0,
+) -> Verdict:
     """The verdict on `claim`: the likeliest label, or INVALID.
 
     `probabilities` are the softmax over the label tokens' log probabilities; `mass` is the sum of
@@ -293,4 +333,6 @@ def read_verdict(claim: Claim, answer: Answer, prompt: PromptSpec, prompt_tokens
         mass=round(mass, _DECIMALS),
         raw_text=answer.text.replace("\0", "")[:MAX_RAW_TEXT_CHARS],
         prompt_tokens=prompt_tokens,
+        reasoning=None if reasoning is None else reasoning.replace("\0", "")[:MAX_REASONING_CHARS],
+        reasoning_tokens=reasoning_tokens,
     )

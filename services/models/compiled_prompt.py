@@ -37,7 +37,8 @@ class CompiledPrompt:
     The constant part is encoded once and comes first, so that the engine's prefix cache holds it.
     `label_tokens` are the tokens whose probabilities are requested from the engine: the first token
     of each label word, in the order of `spec.labels`. In a chat each label may have a second
-    spelling; those tokens follow in the same order, and `scores` adds the two probabilities.
+    spelling; those tokens follow in the same order, and `scores` adds the two probabilities. If
+    the prompt reasons first, the engine gets a second prompt, `after_reasoning`, to score them.
     """
 
     def __init__(self, spec: PromptSpec, tokenizer: ModelTokenizer) -> None:
@@ -53,7 +54,13 @@ class CompiledPrompt:
         template = spec.template.rstrip() if self._plain else spec.template
         preamble, lead, template = _split(spec.model_copy(update={"template": template}))
         others: tuple[int, ...] = ()
-        if self._plain:
+        self._until = "" if spec.reasoning is None else spec.reasoning.until
+        self._until_tokens = tokenizer.encode_trusted(self._until) if self._until else []
+        if self._until:
+            # The model begins its turn itself: the space before an answer is its own.
+            after = turn.rstrip(" ")
+            first_tokens = self._first_tokens(self._until, "" if self._until[-1] == "\n" else " ")
+        elif self._plain:
             after = ""
             # The end of a claim must not decide how a label word is tokenized, so a full stop
             # stands for it.
@@ -75,6 +82,10 @@ class CompiledPrompt:
         (shortest,) = self.encode([_SHORTEST])
         self.least_tokens = len(shortest)
         """The tokens of the shortest possible prompt: those of its instructions and examples."""
+        self.reserved_tokens = 1 + len(self._until_tokens)
+        """The most tokens that may follow a prompt: those of the reasoning, and the answer's."""
+        if spec.reasoning is not None:
+            self.reserved_tokens += spec.reasoning.max_tokens
 
     def _encode_constant(self, text: str, template: str) -> None:
         """Move the constant start of all prompts into `_head`."""
@@ -98,8 +109,10 @@ class CompiledPrompt:
         """The claim's prompt in text and tokens, for people."""
         (ids,) = self.encode([claim])
         texts = self._tokenizer.pieces(ids)
+        before = [*ids, *self._until_tokens]
         scored = [
-            Token(token, self._tokenizer.pieces([*ids, token])[-1]) for token in self.label_tokens
+            Token(token, self._tokenizer.pieces([*before, token])[-1])
+            for token in self.label_tokens
         ]
         labels = len(self.spec.labels)
         return RenderedPrompt(
@@ -107,6 +120,33 @@ class CompiledPrompt:
             tokens=tuple(map(Token, ids, texts)),
             label_tokens=tuple(tuple(scored[label::labels]) for label in range(labels)),
         )
+
+    def after_reasoning(
+        self, prompt: Sequence[int], written: Sequence[int]
+    ) -> tuple[list[int], str]:
+        """The prompt after which the label words are scored, at most `reserved_tokens` - 1 longer
+        than `prompt`, and the text of the reasoning, which ends before `until`. `written` are the
+        tokens that the model wrote after `prompt`.
+        """
+        pieces = self._tokenizer.pieces(written)
+        text = "".join(pieces)
+        found = text.find(self._until)
+        if found < 0:
+            return [*prompt, *written, *self._until_tokens], text
+        kept = length = 0
+        for count, piece in enumerate(pieces, 1):
+            if length + len(piece) > found:
+                break
+            length += len(piece)
+            if piece:  # else it is a part of the next character
+                kept = count
+        # A token may hold the end of the reasoning and the start of `until`: it is divided.
+        end = self._until_tokens
+        if length < found:
+            (divided,) = self._tokenizer.encode_between("", [text[length:found]], self._until)
+            if kept + len(divided) <= len(written) + len(end):
+                end = divided
+        return [*prompt, *written[:kept], *end], text[:found]
 
     def scores(self, logprobs: Sequence[float]) -> tuple[float, ...]:
         """The log probability of each label, from those of `label_tokens`."""

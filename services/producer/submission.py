@@ -20,7 +20,6 @@ from services.contracts.claims import split_claims
 from services.contracts.errors import InputError
 from services.contracts.proofs import ClaimsDigest, Positions, new_key
 from services.contracts.runs import InputSummary
-from services.contracts.wire import PROOFS_VERSION
 from services.producer.claims_file import ClaimsFile
 from services.producer.input_counts import InputCounts
 from services.producer.metrics import LINES, PUBLISHED
@@ -158,7 +157,7 @@ class Submission:
         publisher.publish(
             Outgoing.of(
                 RunAnnouncement(
-                    schema_version=PROOFS_VERSION,
+                    schema_version=self.run.message_version,
                     run=self.run,
                     submission_id=self.submission_id,
                     totals=totals,

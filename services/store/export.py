@@ -42,7 +42,8 @@ COLUMNS = (
     "attempt",
     "engine_seconds",
 )
-
+_REASONING_COLUMNS = ("reasoning", "reasoning_tokens")
+# Of runs whose prompt reasons first; the others' exports have no such columns.
 
 _STEPS = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free disk space, or "),
@@ -65,20 +66,24 @@ def export_run(
     standard output if it is None.
 
     One row per claim, in input order. `probabilities` are by label (columns `p:LABEL` in CSV); a
-    dead claim has no label but a `dead_reason`. `fever` is the FEVER scorer's format:
+    dead claim has no label but a `dead_reason`. A run whose prompt reasons first has columns for
+    that. `fever` is the FEVER scorer's format:
     `predicted_label` and an empty `predicted_evidence`, one row for each record of the input,
     because the scorer joins by position. Ids are numbers if all of the file's are. In CSV, a text
     that a spreadsheet would read as a formula is prefixed with `'`, unless `formulas` is True.
     Raises StoreError if the file cannot be written.
     """
-    labels = known.run.prompt.label_names if known.run else ()
-    rows = _rows(store, known.run_key)
+    prompt = known.run.prompt if known.run else None
+    reasoning = _REASONING_COLUMNS if prompt and prompt.reasoning else ()
+    rows = _rows(store, known.run_key, reasoning)
+    names = [name for name in (*COLUMNS, *reasoning) if name != "probabilities"]
+    names += [f"p:{label}" for label in (prompt.label_names if prompt else ())]
 
     def fever(file: IO[bytes], rows: Rows, _: Sequence[str]) -> int:
         return _write_fever(file, rows, known)
 
-    def csv_file(file: IO[bytes], rows: Rows, labels: Sequence[str]) -> int:
-        return _write_csv(file, rows, labels, formulas=formulas)
+    def csv_file(file: IO[bytes], rows: Rows, names: Sequence[str]) -> int:
+        return _write_csv(file, rows, names, formulas=formulas)
 
     write: Callable[[IO[bytes], Rows, Sequence[str]], int] = {
         "jsonl": _write_jsonl,
@@ -88,7 +93,7 @@ def export_run(
     }[format]
     try:
         with nullcontext(sys.stdout.buffer) if path is None else _replacing(path) as file:
-            return write(file, rows, labels)
+            return write(file, rows, names)
     except OSError as error:
         step = _STEPS.get(error.errno or 0, "")
         raise StoreError(
@@ -97,7 +102,7 @@ def export_run(
         ) from error
 
 
-def _rows(store: Store, run_key: int) -> Iterator[dict[str, Any]]:
+def _rows(store: Store, run_key: int, reasoning: Sequence[str]) -> Iterator[dict[str, Any]]:
     query = (
         select(
             outcomes,
@@ -129,6 +134,7 @@ def _rows(store: Store, run_key: int) -> Iterator[dict[str, Any]]:
                 "device": row.device,
                 "attempt": row.attempt,
                 "engine_seconds": row.engine_seconds,
+                **{name: row._mapping[name] for name in reasoning},
             }
 
 
@@ -208,11 +214,10 @@ def _records(known: KnownRun) -> int:
     return min(known.input.records, known.run.limit or 0) if first_only else known.input.records
 
 
-def _flat(row: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-    """The row with a column for each label's probability."""
-    scores = row["probabilities"] or {}
-    flat = {name: row[name] for name in COLUMNS if name != "probabilities"}
-    return flat | {f"p:{label}": scores.get(label) for label in labels}
+def _flat(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The columns of these names, one for each label's probability among them."""
+    scores = {f"p:{label}": score for label, score in (row["probabilities"] or {}).items()}
+    return {name: row[name] if name in row else scores.get(name) for name in names}
 
 
 def _no_formula(value: Any) -> Any:
@@ -222,14 +227,13 @@ def _no_formula(value: Any) -> Any:
     return f"'{value}"
 
 
-def _write_csv(file: IO[bytes], rows: Rows, labels: Sequence[str], *, formulas: bool) -> int:
-    names = [name for name in COLUMNS if name != "probabilities"]
+def _write_csv(file: IO[bytes], rows: Rows, names: Sequence[str], *, formulas: bool) -> int:
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-    writer = csv.DictWriter(text, [*names, *(f"p:{label}" for label in labels)])
+    writer = csv.DictWriter(text, names)
     writer.writeheader()
     count = 0
     for row in rows:
-        flat = _flat(row, labels)
+        flat = _flat(row, names)
         if not formulas:
             flat = {name: _no_formula(value) for name, value in flat.items()}
         writer.writerow(flat)
@@ -239,7 +243,7 @@ def _write_csv(file: IO[bytes], rows: Rows, labels: Sequence[str], *, formulas: 
     return count
 
 
-def _write_parquet(file: IO[bytes], rows: Rows, labels: Sequence[str]) -> int:
+def _write_parquet(file: IO[bytes], rows: Rows, names: Sequence[str]) -> int:
     # Importing takes a third of a second, and only this function needs it.
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -248,20 +252,21 @@ def _write_parquet(file: IO[bytes], rows: Rows, labels: Sequence[str]) -> int:
         "position": pa.int64(),
         "mass": pa.float64(),
         "prompt_tokens": pa.int32(),
+        "reasoning_tokens": pa.int32(),
         "attempt": pa.int32(),
         "engine_seconds": pa.float64(),
     }
     schema = pa.schema(
         [
-            *((name, types.get(name, pa.string())) for name in COLUMNS if name != "probabilities"),
-            *((f"p:{label}", pa.float64()) for label in labels),
+            (name, types.get(name, pa.float64() if name.startswith("p:") else pa.string()))
+            for name in names
         ]
     )
     count = 0
     with pq.ParquetWriter(file, schema) as writer:
         chunk: list[dict[str, Any]] = []
         for row in rows:
-            chunk.append(_flat(row, labels))
+            chunk.append(_flat(row, names))
             count += 1
             if len(chunk) == _CHUNK_ROWS:
                 writer.write_table(pa.Table.from_pylist(chunk, schema))

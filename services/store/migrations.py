@@ -14,7 +14,8 @@ UPGRADABLE = (None, 2, 3, 4, 5, 6, 7)
 
 3 added `startups` and `outcomes_dead`, 4 `verdict_counts`, 5 the column `runs.input`, 6
 `verdict_digests` and the columns for proofs. 7 has `run_counts` in place of `verdict_digests` and
-the column `runs.returned`, and other indexes of `deliveries`. 8 added `outcomes.evidence_number`.
+the column `runs.returned`, and other indexes of `deliveries`. 8 added
+`outcomes.evidence_number` and the columns for reasoning.
 """
 _COUNT_LABELS = """
 INSERT INTO verdict_counts (run_key, label, verdicts, judged, correct)
@@ -64,8 +65,8 @@ def upgrade(connection: Connection) -> int | None:
     if version is not None:
         if "verdict_counts" not in existing:
             connection.exec_driver_sql(_COUNT_LABELS)
-        connection.exec_driver_sql("DROP INDEX IF EXISTS ix_deliveries_run_key")
         if "run_counts" not in existing:
+            connection.exec_driver_sql("DROP INDEX IF EXISTS ix_deliveries_run_key")
             connection.exec_driver_sql(_COUNT_RUNS)
     if "verdict_digests" in existing:
         _add_digests(connection)

@@ -47,6 +47,8 @@ class Speed(BaseModel):
     claims_per_second: float
     prompt_tokens: int
     tokens_per_second: float
+    reasoning_tokens: int = 0
+    """Written by the model before its answers; `tokens_per_second` is of the prompts alone."""
 
 
 class WorkerShare(BaseModel):
@@ -206,12 +208,13 @@ def _f1(label: str, confusion: Mapping[str, Mapping[str, int]]) -> float:
 
 
 def _speed(connection: Connection, run_key: int) -> Speed | None:
-    start, end, fresh, tokens = connection.execute(
+    start, end, fresh, tokens, written = connection.execute(
         select(
             func.min(deliveries.c.received_at - deliveries.c.engine_seconds),
             func.max(deliveries.c.received_at),
             func.sum(deliveries.c.fresh),
             func.sum(deliveries.c.prompt_tokens),
+            func.coalesce(func.sum(deliveries.c.reasoning_tokens), 0),
         ).where(deliveries.c.run_key == run_key)
     ).one()
     if start is None:
@@ -222,6 +225,7 @@ def _speed(connection: Connection, run_key: int) -> Speed | None:
         claims_per_second=float(fresh) / seconds if seconds > 0 else 0.0,
         prompt_tokens=int(tokens),
         tokens_per_second=float(tokens) / seconds if seconds > 0 else 0.0,
+        reasoning_tokens=int(written),
     )
 
 

@@ -74,6 +74,8 @@ deliveries = Table(
     Column("fresh", Integer, nullable=False),
     Column("duplicates", Integer, nullable=False),
     Column("prompt_tokens", BigInteger, nullable=False),
+    # Tokens that the model wrote before it answered; NULL if an older version stored it.
+    Column("reasoning_tokens", BigInteger),
     Column("received_at", Float, nullable=False),
 )
 
@@ -98,6 +100,9 @@ outcomes = Table(
     Column("mass", Float),
     Column("raw_text", Text),
     Column("prompt_tokens", Integer),
+    # What the model wrote before it answered; NULL if the prompt asks for no reasoning.
+    Column("reasoning", Text),
+    Column("reasoning_tokens", Integer),
     Column("delivery_key", BigInteger),
     Column("reason", String(64)),
     Column("detail", Text),

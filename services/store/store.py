@@ -452,6 +452,10 @@ class Store:
                 "mass": verdict.mass,
                 "raw_text": verdict.raw_text,
                 "prompt_tokens": verdict.prompt_tokens,
+                "reasoning": verdict.reasoning,
+                "reasoning_tokens": (
+                    None if verdict.reasoning is None else verdict.reasoning_tokens
+                ),
                 "delivery_key": delivery,
                 "reason": None,
                 "detail": None,
@@ -480,6 +484,7 @@ class Store:
             "fresh": fresh,
             "duplicates": len(rows) - fresh,
             "prompt_tokens": sum(verdict.prompt_tokens for verdict in batch.verdicts),
+            "reasoning_tokens": sum(verdict.reasoning_tokens for verdict in batch.verdicts),
             "received_at": now,
         }
 

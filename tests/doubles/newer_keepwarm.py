@@ -15,8 +15,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 WIRE = "services.contracts.wire"
 FILE = str(REPOSITORY / "services" / "contracts" / "wire.py")
 CHANGES = {
-    "PROOFS_VERSION = 2\n": f"PROOFS_VERSION = {3 if os.environ.get('NEWER_NEEDS') else 2}\n",
-    "VERSION = PROOFS_VERSION\n": "VERSION = 3\n",
+    "PROOFS_VERSION = 2\n": f"PROOFS_VERSION = {4 if os.environ.get('NEWER_NEEDS') else 2}\n",
+    "\nVERSION = REASONING_VERSION\n": "\nVERSION = 4\n",
     "le=VERSION)] = 1\n": 'le=VERSION)] = 1\n    hue: str = "blue"\n',
 }
 

@@ -280,3 +280,45 @@ def test_a_bad_engine_argument_is_explained_with_the_engines_own_words(
     assert running.wait(ENGINE_SECONDS) == 4
     assert "no-such-argument" in running.output
     assert ".log" in running.output
+
+
+def test_a_prompt_that_reasons_first_is_scored_after_what_the_model_wrote(
+    command: Start, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    running = command(
+        *("run", CLAIMS, "--limit", "16", "--out", str(out), "--model", str(DEMO_MODEL)),
+        *("--prompt", str(REPOSITORY / "samples" / "prompts" / "reasoning.yaml")),
+        "--allow-low-mass",
+    )
+    assert running.wait(ENGINE_SECONDS) == 0, running.output
+    assert_whole(out, 16)
+    found = rows(out / "verdicts.jsonl")
+    assert all(0 < row["reasoning_tokens"] <= 96 for row in found)
+    assert all(row["reasoning"] and "Answer:" not in row["reasoning"] for row in found)
+    assert len({row["reasoning"] for row in found}) > 8
+    report = json.loads((out / "report.json").read_text())
+    assert report["speed"]["reasoning_tokens"] == sum(row["reasoning_tokens"] for row in found)
+
+
+def test_writing_first_is_one_continuous_text_to_the_model(
+    engine: tuple[EngineLease, ContextSpec],
+) -> None:
+    """Scoring after what it wrote is scoring after the same text in one prompt."""
+    running, spec = engine
+    tokenizer = ModelTokenizer.load(spec)
+    reasoning = read_prompt(REPOSITORY / "samples" / "prompts" / "reasoning.yaml")
+    prompt = CompiledPrompt(reasoning, tokenizer)
+    (asked,) = prompt.encode([claim("Ice is hot.", "Ice is cold.")])
+    ((_, written),) = running.client.write([asked], max_tokens=8, until="Answer:")
+    assert 0 < len(written) <= 8
+    ((_, again),) = running.client.write([asked], max_tokens=8, until="Answer:")
+    assert written == again
+    second, text = prompt.after_reasoning(asked, written)
+    assert tokenizer.text(second) == f"{tokenizer.text(asked)}{text}Answer:"
+    ((_, answer),) = running.client.score([second], prompt.label_tokens)
+    assert len(answer.logprobs) == 3
+    # A text that ends at `until` ends there.
+    word = tokenizer.pieces(written)[2].strip()
+    ((_, ended),) = running.client.write([asked], max_tokens=8, until=word)
+    assert len(ended) <= 3 and tokenizer.text(ended).rstrip().endswith(word)

@@ -9,7 +9,7 @@ import pytest
 
 from services.broker import BrokerAddress, Outgoing, PrivateNode, Publisher
 from services.contracts import ClaimBatch, RunAnnouncement, decode, encode, topology
-from services.contracts.wire import PROOFS_VERSION
+from services.contracts.wire import VERSION
 from tests.integration.conftest import (
     PATIENCE,
     Command,
@@ -90,10 +90,7 @@ def test_who_is_too_old_for_a_message_leaves_it_to_newer_ones_and_ends(
     for service in (collecting, working):
         assert service.wait() == 9, service.output
         said = " ".join(service.output.split())
-        assert (
-            f"of version {PROOFS_VERSION + 1} came, and this Keepwarm reads up to {PROOFS_VERSION}"
-            in said
-        )
+        assert f"of version {VERSION + 1} came, and this Keepwarm reads up to {VERSION}" in said
     # All of it is where it was.
     wait_for_messages(node, topology.RUNS_QUEUE, 2, "both announcements")
     wait_for_messages(node, topology.claims_queue(context_of(working)), 15, "all batches")

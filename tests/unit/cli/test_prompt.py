@@ -93,6 +93,20 @@ def test_the_screen_has_text_tokens_and_labels_within_80_columns(
     )
 
 
+def test_a_prompt_that_reasons_first_shows_what_the_answer_is_scored_after(
+    show: Show, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = (
+        "template: '{claim} Reasoning:'\nchat: false\nreasoning: {max_tokens: 7, until: 'So:'}\n"
+    )
+    found = as_json(show, capsys, "--claim", "C.", prompt=prompt)
+    assert found["text"].endswith("C. Reasoning:")
+    assert found["labels"][0]["scored"][0]["text"] == " True"
+    assert found["limit"] < 1023 - 7
+    assert show("--claim", "C.", prompt=prompt) == 0
+    assert "then the model writes up to 7 tokens, and 'So:'" in capsys.readouterr().out
+
+
 def test_a_corrected_prompt_is_shown_as_it_is_used_with_a_note(
     show: Show, capsys: pytest.CaptureFixture[str]
 ) -> None:

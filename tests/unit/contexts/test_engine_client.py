@@ -776,3 +776,66 @@ def test_an_engine_that_is_not_there_tells_no_metrics(tmp_path: Path) -> None:
     client = EngineClient(tmp_path / "none.sock", "ctx-1", 5)
     with pytest.raises(EngineRequestError, match="sent no metrics: FileNotFoundError"):
         client.metrics()
+
+
+# Text before an answer.
+
+
+def tokens(index: int, *ids: int, **changes: Any) -> dict[str, Any]:
+    part = {"index": index, "text": "x", "token_ids": ids, "finish_reason": None}
+    return {**part, "logprobs": None, "stop_reason": None, **changes}
+
+
+def write(client: EngineClient, prompts: int = 2) -> dict[int, list[int]]:
+    return dict(client.write([[1]] * prompts, max_tokens=9, until="Answer:"))
+
+
+def test_what_is_written_is_collected_until_each_text_ends(served: Serve) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def reply(_: str, request: dict[str, Any]) -> tuple[int, Iterable[bytes]]:
+        asked.append(request)
+        return 200, [
+            event(tokens(0, 5), tokens(1, 7, 8)),
+            event(tokens(1, 9, finish_reason="length")),
+            event(tokens(0, 6, finish_reason="stop", stop_reason="Answer:")),
+            DONE,
+        ]
+
+    assert write(served(reply)) == {0: [5, 6], 1: [7, 8, 9]}
+    (request,) = asked
+    assert (request["max_tokens"], request["stop"], request["temperature"]) == (9, ["Answer:"], 0)
+    assert request["return_token_ids"] is True and request["skip_special_tokens"] is False
+    assert "logprobs" not in request
+
+
+@pytest.mark.parametrize("stop_reason", [None, 2])
+def test_the_token_that_ends_the_models_turn_is_no_part_of_the_text(
+    stop_reason: int | None, served: Serve
+) -> None:
+    last = tokens(0, 5, 2, finish_reason="stop", stop_reason=stop_reason)
+    assert write(served(streamed(event(last), DONE)), 1) == {0: [5]}
+
+
+def test_a_text_that_was_aborted_is_left_out(served: Serve) -> None:
+    parts = (
+        tokens(0, 5, finish_reason="abort"),
+        tokens(1, 6, finish_reason="length"),
+        tokens(7, 6, finish_reason="length"),
+    )
+    assert write(served(streamed(event(*parts), DONE))) == {1: [6]}
+
+
+def test_an_engine_that_names_no_tokens_is_a_failure(served: Serve) -> None:
+    part = tokens(0, token_ids=None, finish_reason="length")
+    with pytest.raises(EngineRequestError, match="does not return token ids"):
+        write(served(streamed(event(part), DONE)))
+
+
+def test_a_text_that_breaks_off_is_a_failure_and_those_before_it_stay(served: Serve) -> None:
+    written: dict[int, list[int]] = {}
+    client = served(streamed(event(tokens(0, 5, finish_reason="length")), event(tokens(1, 6))))
+    with pytest.raises(EngineRequestError, match="broke off"):
+        for index, ids in client.write([[1], [2]], max_tokens=9, until="x"):
+            written[index] = ids
+    assert written == {0: [5]}

@@ -28,6 +28,7 @@ OTHERWISE = {
     "chat": False,
     "minimum_mass": 0.25,
     "chat_template_kwargs": {"enable_thinking": False},
+    "reasoning": {"max_tokens": 8},
 }
 
 
@@ -38,7 +39,11 @@ def test_a_prompt_id_is_what_it_was_when_the_first_results_were_stored() -> None
 def test_every_field_of_a_prompt_is_part_of_its_identity() -> None:
     assert OTHERWISE.keys() == PromptSpec.model_fields.keys()
     ids = {
-        PromptSpec.model_validate({**PROMPT.model_dump(), field: value}).prompt_id
+        PromptSpec.model_validate(
+            {**PROMPT.model_dump(), field: value}
+            # Reasoning excludes examples.
+            | ({"examples": (), "name": "r"} if field == "reasoning" else {})
+        ).prompt_id
         for field, value in OTHERWISE.items()
     }
     assert len(ids | {PROMPT.prompt_id}) == len(OTHERWISE) + 1
@@ -234,3 +239,50 @@ def test_variables_that_can_have_no_effect_are_refused(
     with pytest.raises(ValidationError) as refused:
         PromptSpec.model_validate({"chat_template_kwargs": variables, "chat": chat})
     assert says in str(refused.value)
+
+
+REASONS = {"template": "{claim}\nReasoning:", "reasoning": {"max_tokens": 8}}
+
+
+def test_each_part_of_the_reasoning_is_part_of_the_identity() -> None:
+    without = {"template": REASONS["template"]}
+    ids = {
+        PromptSpec.model_validate(fields).prompt_id
+        for fields in (
+            without,
+            REASONS,
+            {**REASONS, "reasoning": {"max_tokens": 9}},
+            {**REASONS, "reasoning": {"max_tokens": 8, "until": "Verdict:"}},
+        )
+    }
+    assert len(ids) == 4
+    assert "reasoning" not in PromptSpec.model_validate(without).model_dump(mode="json")
+
+
+@pytest.mark.parametrize("until", ["Answer:", "</think>", "</think>\n\n", "a b", "."])
+def test_reasoning_may_end_in_a_text_or_a_line_end(until: str) -> None:
+    prompt = PromptSpec.model_validate({**REASONS, "reasoning": {"max_tokens": 1, "until": until}})
+    assert prompt.reasoning is not None and prompt.reasoning.until == until
+
+
+@pytest.mark.parametrize("until", ["", "\n", "Answer: ", "Answer: \n", "Answer:\t", "\0"])
+def test_reasoning_that_ends_where_no_label_word_can_follow_is_refused(until: str) -> None:
+    with pytest.raises(ValidationError, match="until"):
+        PromptSpec.model_validate({**REASONS, "reasoning": {"max_tokens": 1, "until": until}})
+
+
+@pytest.mark.parametrize("max_tokens", [0, -1, 4_097, "many"])
+def test_the_length_of_reasoning_is_bounded(max_tokens: object) -> None:
+    with pytest.raises(ValidationError, match="max_tokens"):
+        PromptSpec.model_validate({**REASONS, "reasoning": {"max_tokens": max_tokens}})
+
+
+def test_a_template_after_which_no_reasoning_could_come_is_refused() -> None:
+    with pytest.raises(ValidationError, match="the template ends in 'Answer:'"):
+        PromptSpec.model_validate({"reasoning": {"max_tokens": 8}})
+
+
+def test_examples_without_reasoning_are_refused_with_it() -> None:
+    example = {"claim": "c", "label": "SUPPORTS"}
+    with pytest.raises(ValidationError, match="examples cannot be used with reasoning"):
+        PromptSpec.model_validate({**REASONS, "examples": [example]})

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 import services.contracts  # so that every contract model is known below
+from services.contracts.prompts import Reasoning
 from services.contracts.values import Value, content_id
 from services.contracts.wire import Message
 
@@ -38,7 +39,8 @@ def all_kinds(parent: type[Value] = Value) -> set[type[Value]]:
 
 @pytest.fixture(scope="session")
 def one_of_each(messages: dict[str, Message]) -> dict[type, BaseModel]:
-    return {type(m): m for message in messages.values() for m in models_in(message)}
+    found = {type(m): m for message in messages.values() for m in models_in(message)}
+    return {**found, Reasoning: Reasoning(max_tokens=8)}  # a prompt has examples or reasoning
 
 
 def test_the_examples_cover_every_contract_model(one_of_each: dict[type, BaseModel]) -> None:

@@ -1,7 +1,8 @@
 """Messages of older and newer versions: read, or refused by name, and never half understood.
 
-`version_1` holds the bytes that version 1 wrote, `version_2` those with proofs, so that whoever
-changes a message sees what is in queues already.
+`version_1` holds the bytes that version 1 wrote, `version_2` those with proofs, `version_3` those
+about claims whose prompt reasons first, so that whoever changes a message sees what is in queues
+already.
 """
 
 import json
@@ -15,6 +16,7 @@ from services.contracts import (
     ContextReady,
     ControlUpdate,
     DeadClaim,
+    PromptSpec,
     RunAnnouncement,
     VerdictBatch,
     WorkerHeartbeat,
@@ -22,7 +24,8 @@ from services.contracts import (
     encode,
 )
 from services.contracts.errors import MessageInvalid, MessageTooNew
-from services.contracts.wire import VERSION, Message
+from services.contracts.prompts import Reasoning
+from services.contracts.wire import PROOFS_VERSION, REASONING_VERSION, VERSION, Message
 
 HERE = Path(__file__).parent
 KINDS: dict[str, type[Message]] = {
@@ -77,7 +80,7 @@ def test_a_message_that_one_has_to_be_newer_for_says_so(kind: str) -> None:
         )
 
 
-@pytest.mark.parametrize("version", [0, -1, "3", None, [3], 2.5, True])
+@pytest.mark.parametrize("version", [0, -1, str(VERSION + 1), None, [3], 2.5, True])
 def test_a_version_that_is_none_is_refused(version: object) -> None:
     if version is True:  # JSON's true is Python's 1
         return
@@ -93,6 +96,19 @@ def test_nothing_unknown_is_left_out_of_an_identity(part: str) -> None:
     (run if part == "run" else run[part])["hue"] = 1
     with pytest.raises(MessageInvalid, match=r"not a ClaimBatch: run\..*hue"):
         decode(ClaimBatch, json.dumps(body).encode())
+
+
+def test_a_batch_whose_prompt_reasons_needs_a_reader_that_lets_the_model_reason() -> None:
+    """An older reader leaves it in its queue and ends; it never answers without the reasoning."""
+    read = decode(ClaimBatch, (HERE / "version_2" / "ClaimBatch.json").read_bytes())
+    plain = PromptSpec(template="{claim}\nReasoning:")
+    reasoning = plain.model_copy(update={"reasoning": Reasoning(max_tokens=8)})
+    for prompt, version in ((plain, PROOFS_VERSION), (reasoning, REASONING_VERSION)):
+        run = read.run.model_copy(update={"prompt": prompt})
+        batch = ClaimBatch.with_proofs(run, "sub-1", "0-0", read.claims, bytes(16))
+        assert batch.schema_version == version
+        assert (b"reasoning" in encode(batch)) == (version == REASONING_VERSION)
+        assert decode(ClaimBatch, encode(batch)).run.run_id == run.run_id
 
 
 def test_an_unknown_field_excuses_no_other_fault() -> None:

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from services.contexts.engine_client import Answer, EngineRefused, EngineSilent, Interrupted
 from services.contracts import Claim, DeadReason, Label, PromptSpec, Verdict
+from services.contracts.bounds import MAX_REASONING_CHARS
 from services.contracts.errors import EngineRequestError
+from services.contracts.prompts import Reasoning
 from services.gpu_worker.inference import (
     DeadCause,
     Declined,
@@ -420,3 +422,118 @@ def test_an_outcome_is_split_as_the_claims_were_put_together(fates: list[list[st
         }
         assert part.failure is whole.failure
         assert part.engine_seconds * len(asked) == pytest.approx(8 * len(some))
+
+
+# Prompts that reason first.
+
+REASONING = PromptSpec(
+    template="Evidence: {evidence}\nClaim: {claim}\nReasoning:",
+    chat=False,
+    reasoning=Reasoning(max_tokens=60),
+)
+
+
+class WritingEngine(Engine):
+    """Writes a text after each prompt; `fails` says at which requests it fails, counted from 0."""
+
+    def __init__(
+        self,
+        tokenizer: ModelTokenizer,
+        text: str = " It says so.\nAnswer: True",
+        refuses: Callable[[Prompt], bool] = lambda _: False,
+        fails: int = -1,
+    ) -> None:
+        super().__init__(refuses)
+        (self.written,) = tokenizer.encode_plain([text])
+        self.fails = fails
+
+    def write(
+        self, prompts: Sequence[Prompt], *, max_tokens: int, until: str
+    ) -> Iterator[tuple[int, list[int]]]:
+        assert (max_tokens, until) == (60, "Answer:")
+        self.requests.append(list(prompts))
+        if any(self._refuses(prompt) for prompt in prompts):
+            raise EngineRefused("the engine refused the request: never")
+        for index in reversed(range(len(prompts))):
+            if self.fails == 0 and index == 2:
+                raise EngineRequestError("the engine broke off")
+            yield index, list(self.written)
+
+    def score(
+        self, prompts: Sequence[Prompt], tokens: Sequence[int]
+    ) -> Iterator[tuple[int, Answer]]:
+        for index, answer in super().score(prompts, tokens):
+            if self.fails == 1 and index == 2:
+                raise EngineRequestError("the engine broke off")
+            yield index, answer
+
+
+def test_the_engine_writes_first_and_the_labels_are_scored_after_it(
+    tokenizer: ModelTokenizer,
+) -> None:
+    engine = WritingEngine(tokenizer)
+    answered: list[None] = []
+    result = inference(tokenizer, engine).infer(
+        REASONING, CLAIMS, on_answer=lambda: answered.append(None)
+    )
+    first, second = engine.requests
+    compiled = CompiledPrompt(REASONING, tokenizer)
+    assert first == compiled.encode(CLAIMS)
+    assert second == [compiled.after_reasoning(ids, engine.written)[0] for ids in first]
+    assert engine.tokens == {compiled.label_tokens}
+    assert result.failure is None and len(answered) == len(CLAIMS) == len(result.verdicts)
+    for index, one in result.verdicts.items():
+        assert one.prompt_tokens == len(first[index])
+        assert (one.reasoning, one.reasoning_tokens) == (" It says so.\n", len(engine.written))
+
+
+def test_a_verdict_without_reasoning_has_no_field_for_it(tokenizer: ModelTokenizer) -> None:
+    (one,) = infer(CLAIMS[:1], tokenizer, Engine()).verdicts.values()
+    assert not {"reasoning", "reasoning_tokens"} & one.model_dump(mode="json").keys()
+
+
+@pytest.mark.parametrize("fails", [0, 1])
+def test_a_failure_in_either_request_is_the_claims_failure(
+    fails: int, tokenizer: ModelTokenizer
+) -> None:
+    engine = WritingEngine(tokenizer, fails=fails)
+    result = infer(CLAIMS, tokenizer, engine, prompt=REASONING)
+    assert str(result.failure) == "the engine broke off"
+    # What was only written is lost; what was scored is an answer.
+    assert sorted(result.verdicts) == ([] if fails == 0 else [3, 4, 5, 6])
+    assert len(engine.requests) == fails + 1
+    assert not result.dead and not result.declined
+
+
+def test_an_engine_that_refuses_a_claim_is_asked_to_write_for_the_others(
+    tokenizer: ModelTokenizer,
+) -> None:
+    compiled = CompiledPrompt(REASONING, tokenizer)
+    refused = compiled.encode(CLAIMS[3:4])[0]
+    engine = WritingEngine(tokenizer, refuses=lambda prompt: list(prompt) == refused)
+    result = infer(CLAIMS, tokenizer, engine, prompt=REASONING)
+    assert (sorted(result.verdicts), list(result.declined)) == ([0, 1, 2, 4, 5, 6], [3])
+    assert result.declined[3].counts_against_claim
+
+
+@pytest.mark.parametrize(("slack", "dead"), [(0, [0]), (1, [])])
+def test_a_prompt_leaves_space_for_the_reasoning(
+    slack: int, dead: list[int], tokenizer: ModelTokenizer
+) -> None:
+    compiled = CompiledPrompt(REASONING, tokenizer)
+    length = len(compiled.encode(CLAIMS[:1])[0])
+    most = length + compiled.reserved_tokens - 1 + slack
+    engine = WritingEngine(tokenizer, text="x" * 60)
+    result = infer(CLAIMS[:1], tokenizer, engine, prompt=REASONING, max_model_tokens=most)
+    assert sorted(result.dead) == dead
+    if dead:
+        assert "before up to 60 of reasoning" in result.dead[0].detail
+    else:
+        assert max(len(prompt) for asked in engine.requests for prompt in asked) < most
+
+
+def test_long_reasoning_is_cut_and_cleaned_to_fit_the_wire(tokenizer: ModelTokenizer) -> None:
+    engine = WritingEngine(tokenizer, text="\0long " * MAX_REASONING_CHARS)
+    (one,) = infer(CLAIMS[:1], tokenizer, engine, prompt=REASONING).verdicts.values()
+    assert one.reasoning is not None and len(one.reasoning) == MAX_REASONING_CHARS
+    assert "\0" not in one.reasoning

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, trainers
 
 from services.contracts import Claim, Label, PromptSpec
 from services.contracts.errors import ModelError
-from services.contracts.prompts import Example
+from services.contracts.prompts import Example, Reasoning
 from services.models.compiled_prompt import CompiledPrompt
 from services.models.tokenizer import ModelTokenizer
 from tests.unit.tokenizers_of_models import (
@@ -438,3 +438,103 @@ def test_a_chat_template_without_an_assistants_turn_is_answered_as_plain_text(
     assert prompt.label_tokens == CompiledPrompt(PLAIN, tokenizer).label_tokens
     (ids,) = prompt.encode([claim()])
     assert shown(ids, raw["byte-level"]).startswith(f"<|im_start|>{PREAMBLE}")
+
+
+# Prompts that reason first.
+
+REASONING = PromptSpec(
+    instructions="Judge by the evidence.",
+    template="Evidence: {evidence}\nClaim: {claim}\nReasoning:",
+    chat=False,
+    reasoning=Reasoning(max_tokens=40),
+)
+THINKING = REASONING.model_copy(
+    update={"chat": True, "reasoning": Reasoning(max_tokens=40, until="</think>\n\n")}
+)
+FAMILIES = ["byte-level", "llama-3", "metaspace"]
+
+
+def continued(
+    spec: PromptSpec, tokenizer: ModelTokenizer, text: str, *, markup: bool = False
+) -> tuple[str, str]:
+    """What follows the prompt in the second request, and the text of the reasoning."""
+    compiled = CompiledPrompt(spec, tokenizer)
+    (ids,) = compiled.encode([claim()])
+    encode = tokenizer.encode_trusted if markup else lambda text: tokenizer.encode_plain([text])[0]
+    second, reasoning = compiled.after_reasoning(ids, encode(text))
+    assert second[: len(ids)] == ids
+    assert len(second) < len(ids) + compiled.reserved_tokens
+    return "".join(tokenizer.pieces(second)[len(ids) :]), reasoning
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_reasoning_begins_where_the_prompt_ends(
+    family: str, tokenizers: dict[str, ModelTokenizer]
+) -> None:
+    plain = REASONING.model_copy(update={"reasoning": None})
+    tokenizer = tokenizers[family]
+    assert encoded(REASONING, tokenizer, claim()) == encoded(plain, tokenizer, claim())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("written", "reasoning"),
+    [
+        (" It is a fox.\nAnswer: True", " It is a fox.\n"),
+        (" It is a fox. Answer: True", " It is a fox. "),
+        (" It is a fox.\nAnswer:", " It is a fox.\n"),
+        (" It is a fox", " It is a fox"),
+        (" It is.Answer:Answer:", " It is."),
+        ("Answer:", ""),
+        ("", ""),
+    ],
+)
+def test_the_answer_is_scored_after_the_reasoning_and_its_end_and_nothing_else(
+    family: str, written: str, reasoning: str, tokenizers: dict[str, ModelTokenizer]
+) -> None:
+    tokenizer = tokenizers[family]
+    text, kept = continued(REASONING, tokenizer, written)
+    assert kept.strip() == reasoning.strip()
+    # Some tokenizers put a space before each text.
+    assert text.replace(" ", "") == f"{reasoning}Answer:".replace(" ", "")
+
+
+@given(before=st.text(max_size=12).filter(lambda text: "Answer:" not in text), after=st.text())
+def test_byte_level_reasoning_is_kept_to_the_last_character(
+    before: str, after: str, tokenizers: dict[str, ModelTokenizer]
+) -> None:
+    before = before.encode(errors="replace").decode()
+    text, reasoning = continued(REASONING, tokenizers["byte-level"], f"{before}Answer:{after[:5]}")
+    assert reasoning == before and text == f"{before}Answer:"
+
+
+def test_the_end_of_a_thought_is_markup_and_the_label_words_stand_after_it(
+    tokenizer: ModelTokenizer, raw: dict[str, Tokenizer]
+) -> None:
+    compiled = CompiledPrompt(THINKING, tokenizer)
+    end = raw["byte-level"].token_to_id("</think>")
+    (ids,) = compiled.encode([claim()])
+    for written in ("So it is.</think>\n\nTrue", "So it is", "So it is.</think>"):
+        second, reasoning = compiled.after_reasoning(ids, tokenizer.encode_trusted(written))
+        assert second.count(end) >= 1 and reasoning.startswith("So it is")
+        assert tokenizer.text(second).endswith("</think>\n\n")
+    rendered = compiled.render(claim())
+    assert [token.text for (token,) in rendered.label_tokens] == [
+        tokenizer.pieces([token])[0] for token in compiled.label_tokens
+    ]
+    assert rendered.text.endswith("<|im_start|>assistant\n")
+
+
+def test_label_words_follow_a_space_after_a_text_and_none_after_a_line_end(
+    tokenizer: ModelTokenizer,
+) -> None:
+    for spec, space in ((REASONING, " "), (THINKING, "")):
+        compiled = CompiledPrompt(spec, tokenizer)
+        first = [tokenizer.encode_trusted(f"{space}{label.word}")[0] for label in spec.labels]
+        assert list(compiled.label_tokens) == first
+
+
+def test_without_reasoning_one_token_is_reserved(tokenizer: ModelTokenizer) -> None:
+    assert CompiledPrompt(PLAIN, tokenizer).reserved_tokens == 1
+    until = len(tokenizer.encode_trusted("Answer:"))
+    assert CompiledPrompt(REASONING, tokenizer).reserved_tokens == 40 + until + 1

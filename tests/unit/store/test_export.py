@@ -12,8 +12,9 @@ import pytest
 
 from services.contracts import Run
 from services.contracts.errors import StoreError
+from services.contracts.prompts import Reasoning
 from services.contracts.runs import InputSummary
-from services.store import Store, export_run, find_run
+from services.store import Store, build_report, export_run, find_run
 
 FORMATS = ("jsonl", "csv", "parquet", "fever")
 
@@ -295,3 +296,40 @@ def test_fever_refuses_several_claims_of_one_record(
     with pytest.raises(StoreError, match="several claims for one record .* use --format jsonl"):
         export(store, run, "fever", path)
     assert not path.exists()
+
+
+def test_a_run_whose_prompt_reasons_first_has_columns_for_it_and_no_other_has(
+    store: Store, make: SimpleNamespace, run: Run, tmp_path: Path
+) -> None:
+    prompt = run.prompt.model_copy(
+        update={"template": "{claim}\nReasoning:", "reasoning": Reasoning(max_tokens=8)}
+    )
+    reasons = run.model_copy(update={"prompt": prompt})
+    thought = make.verdict(0, reasoning=" It says so.", reasoning_tokens=4)
+    store.write(
+        make.incoming(
+            make.announced(claims=2, of=reasons),
+            make.batch(thought, make.verdict(1, reasoning=""), of=reasons),
+            make.announced(claims=1),
+            make.batch(make.verdict(0)),
+        )
+    )
+    for each, names in ((run, set()), (reasons, {"reasoning", "reasoning_tokens"})):
+        for format in FORMATS[:3]:
+            export(store, each, format, tmp_path / format)
+        table = pq.read_table(tmp_path / "parquet")
+        with (tmp_path / "csv").open(newline="", encoding="utf-8") as file:
+            header, *_ = csv.reader(file)
+        first, *_ = json_rows(tmp_path / "jsonl")
+        for columns in (table.column_names, header, first):
+            assert {name for name in columns if "reasoning" in name} == names
+    assert [
+        (row["reasoning"], row["reasoning_tokens"]) for row in json_rows(tmp_path / "jsonl")
+    ] == [
+        (" It says so.", 4),
+        ("", 0),
+    ]
+    assert table.column("reasoning_tokens").to_pylist() == [4, 0]
+    known = find_run(store, reasons.run_id)
+    speed = build_report(store, known).speed
+    assert speed is not None and speed.reasoning_tokens == 4

@@ -62,7 +62,21 @@ def is_refused(arguments: argparse.Namespace, prompt: list[int]) -> str:
     return "a prompt repeats itself" if FAULT == "refuse-repeats" and repeats(prompt) else ""
 
 
+def written(request: dict, index: int) -> dict:
+    """A text before an answer: the prompt's own first tokens."""
+    prompt = request["prompt"][index]
+    return {
+        "index": index,
+        "text": "",
+        "finish_reason": "abort" if FAULT == "abort" else "length",
+        "stop_reason": None,
+        "token_ids": prompt[: request["max_tokens"]],
+    }
+
+
 def choice(request: dict, index: int) -> dict:
+    if "stop" in request:
+        return written(request, index)
     tokens, prompt = request["logprob_token_ids"], request["prompt"][index]
     # An adapter answers otherwise than its model.
     chosen = (sum(prompt) + len(adapters.get(request["model"], ""))) % len(tokens)
