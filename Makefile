@@ -31,7 +31,8 @@ adapter: setup ## train samples/adapter anew, in about an hour on two cores
 	.venv/bin/python training/train_adapter.py results/adapter/train.jsonl \
 	    --development results/adapter/development.jsonl \
 	    --development results/adapter/validation.jsonl \
-	    --model $(MODEL) --prompt samples/prompt.yaml --out samples/adapter
+	    --model $(MODEL) --prompt samples/prompt.yaml --out samples/adapter \
+	    --first-layer 15 --epochs 1
 
 secrets: ## passwords and .env for docker compose; what is there is kept
 	@$(PYTHON) setup/compose_secrets.py

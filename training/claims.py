@@ -33,15 +33,14 @@ def read_written(path: Path) -> Iterator[Passage]:
 
 
 def training_passages(seed: int) -> list[Passage]:
-    """What is written, but for the development file, and as many generated passages again and
-    half."""
+    """What is written, but for the development file, and as many generated passages."""
     written = [
         passage
         for path in sorted(WRITTEN.glob("*.txt"))
         if path != DEVELOPMENT
         for passage in read_written(path)
     ]
-    return [*written, *generate(seed, len(written) * 3 // 2)]
+    return [*written, *generate(seed, len(written))]
 
 
 def validation_passages(seed: int) -> list[Passage]:
