@@ -23,7 +23,7 @@ setup: ## system packages, .venv with an engine (ENGINE=cpu|cuda|auto), the demo
 
 demo: setup ## verify the sample claims with a real broker and a real engine
 	@rm -rf results/demo # a finished run would only be reported again
-	.venv/bin/keepwarm run samples/claims.jsonl --model $(MODEL) --prompt samples/prompt.yaml --out results/demo
+	.venv/bin/keepwarm run samples/claims.jsonl --model $(MODEL) --adapter samples/adapter --prompt samples/prompt.yaml --out results/demo
 
 adapter: setup ## train samples/adapter anew, in about an hour on two cores
 	.venv/bin/python -m pip install -qq --editable '.[training]'

@@ -118,7 +118,9 @@ def save(model: PeftModel, directory: Path) -> None:
         name: weight.to(torch.bfloat16).contiguous()
         for name, weight in get_peft_model_state_dict(model, save_embedding_layers=False).items()
     }
-    save_file(weights, directory / "adapter_model.safetensors")
+    path = directory / "adapter_model.safetensors"
+    save_file(weights, path)
+    path.chmod(0o644)  # safetensors writes 0600; a container runs as another user
     model.peft_config["default"].save_pretrained(str(directory))
 
 

@@ -1,5 +1,6 @@
 """What the demo's adapter is trained on, and that it holds nothing of what it is measured on."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -7,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import sample_lines
+from services.models.files import check_adapter_weights
+from tests.conftest import DEMO_MODEL, sample_lines
 from training.claims import (
     DEVELOPMENT,
     WRITTEN,
@@ -147,3 +149,11 @@ def test_every_written_passage_has_all_three_labels() -> None:
     for path in WRITTEN.glob("*.txt"):
         for passage in read_written(path):
             assert len({label for label, _ in passage.claims}) == 3, passage
+
+
+def test_the_demos_adapter_is_small_and_fits_its_model(repository: Path) -> None:
+    adapter = repository / "samples" / "adapter"
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["peft_type"] == "LORA" and 4 <= config["r"] <= 8
+    assert (adapter / "adapter_model.safetensors").stat().st_size <= 5_000_000
+    check_adapter_weights(adapter, DEMO_MODEL if DEMO_MODEL.is_dir() else None)
