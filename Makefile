@@ -11,7 +11,7 @@ BROKER_TESTS := $(wildcard $(addprefix tests/integration/test_,broker_faults.py 
     consumer.py policies.py private_node.py producer_faults.py publisher.py roles.py tls.py worker.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo secrets test test-debian13 test-ubuntu test-broker broker-tests test-hpc test-compose test-monitoring check docs dashboards previews lock clean
+.PHONY: help setup demo adapter secrets test test-debian13 test-ubuntu test-broker broker-tests test-hpc test-compose test-monitoring check docs dashboards previews lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,7 +23,16 @@ setup: ## system packages, .venv with an engine (ENGINE=cpu|cuda|auto), the demo
 
 demo: setup ## verify the sample claims with a real broker and a real engine
 	@rm -rf results/demo # a finished run would only be reported again
-	.venv/bin/keepwarm run samples/claims.jsonl --model $(MODEL) --prompt samples/prompt.yaml --out results/demo
+	.venv/bin/keepwarm run samples/claims.jsonl --model $(MODEL) --adapter samples/adapter --prompt samples/prompt.yaml --out results/demo
+
+adapter: setup ## train samples/adapter anew, in about an hour on two cores
+	.venv/bin/python -m pip install -qq --editable '.[training]'
+	.venv/bin/python training/claims.py --out results/adapter
+	.venv/bin/python training/train_adapter.py results/adapter/train.jsonl \
+	    --development results/adapter/development.jsonl \
+	    --development results/adapter/validation.jsonl \
+	    --model $(MODEL) --prompt samples/prompt.yaml --out samples/adapter \
+	    --first-layer 15 --epochs 1
 
 secrets: ## passwords and .env for docker compose; what is there is kept
 	@$(PYTHON) setup/compose_secrets.py
