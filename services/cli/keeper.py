@@ -26,6 +26,13 @@ def keeper(
             help="End when no engine is left; workers start the keeper with this flag.",
         ),
     ] = False,
+    no_broker: Annotated[
+        bool,
+        typer.Option(
+            "--no-broker",
+            help="Lend no RabbitMQ node to runs; a run starts its own keeper with this flag.",
+        ),
+    ] = False,
 ) -> None:
     """Keep this node's engines warm while workers start and stop.
 
@@ -38,7 +45,8 @@ def keeper(
     configure_logs(settings)
     with MetricsServer(settings) as metrics:
         keeper = Keeper(settings)
-        server = KeeperServer(keeper, until_idle=until_idle, broker=_broker(settings))
+        broker = None if no_broker else _broker(settings)
+        server = KeeperServer(keeper, until_idle=until_idle, broker=broker)
         on_stop_signal(lambda _: server.stop())
         stop_before_walltime(settings, server.stop)
         REGISTRY.register(ContextStates(lambda: [record.state for record in keeper.records()]))

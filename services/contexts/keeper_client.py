@@ -96,8 +96,9 @@ def open_keeper(
 def temporary_keeper(
     settings: Settings, log_file: Path, stopped: Callable[[], bool] = lambda: False
 ) -> Iterator[bool]:
-    """If this node has no keeper, start one that ends with the block, and its engines with it. A
-    keeper that is there already is used, and stays. Yields whether one was started. Stops waiting
+    """If this node has no keeper, start one that ends with the block, and its engines with it. It
+    lends no broker, which another run would lose then. A keeper that is there already is used, and
+    stays. Yields whether one was started. Stops waiting
     for it when `stopped` becomes true.
 
     Raises KeeperError when no keeper answers.
@@ -113,7 +114,7 @@ def temporary_keeper(
             nonlocal keeper
             with open_log(log_file) as output:
                 keeper = SupervisedProcess(
-                    _COMMAND,
+                    [*_COMMAND, "--no-broker"],
                     environment=_environment(settings),
                     # The keeper drains within its own grace period; the supervisor's ends later.
                     grace_seconds=settings.grace_seconds + 10,

@@ -171,6 +171,20 @@ def test_two_runs_at_once_have_a_broker_each(
         assert_one_row_a_claim(out)
 
 
+def test_a_run_goes_on_when_the_run_whose_keeper_it_used_has_ended(
+    command: Start, environment: dict[str, str], tmp_path: Path
+) -> None:
+    slow = {"VLLM_TEST_CLAIM_SECONDS": "0.05"}
+    outs = [tmp_path / "out-1", tmp_path / "out-2"]
+    first = command("run", CLAIMS, "--out", str(outs[0]), "--batch-size", "8", **slow)
+    wait_for_the_first_of(outs[0])
+    second = command("run", CLAIMS, "--out", str(outs[1]), "--batch-size", "8", **slow)
+    wait_for_the_first_of(outs[1])
+    for running, out in ((first, outs[0]), (second, outs[1])):
+        assert running.wait() == 0, running.output
+        assert_one_row_a_claim(out)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_that_is_broken_off_leaves_nothing_to_the_next(
     number: int, command: Start, environment: dict[str, str], tmp_path: Path
