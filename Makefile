@@ -25,7 +25,7 @@ demo: setup ## verify the sample claims with a real broker and a real engine
 	@rm -rf results/demo # a finished run would only be reported again
 	.venv/bin/keepwarm run samples/claims.jsonl --model $(MODEL) --adapter samples/adapter --prompt samples/prompt.yaml --out results/demo
 
-adapter: setup ## train samples/adapter anew, in about an hour on two cores
+adapter: setup ## train samples/adapter anew, in under an hour on two cores
 	.venv/bin/python -m pip install -qq --editable '.[training]'
 	.venv/bin/python training/claims.py --out results/adapter
 	.venv/bin/python training/train_adapter.py results/adapter/train.jsonl \

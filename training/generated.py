@@ -455,7 +455,7 @@ def a_lifespan(random: Random) -> Passage:
         evidence,
         [f"{who} lived for more than {below} years", f"{who} died before the age of {above}"],
         [f"{who} died before the age of {below}", f"{who} lived to be over {above}"],
-        [f"{who} was left-handed", f"{who} died in the same year as {other}"],
+        [f"{who} was left-handed", f"{who} was buried beside {other}"],
     )
 
 
