@@ -68,7 +68,7 @@ def readable_stores(settings: Settings) -> Iterator[Store]:
 @contextmanager
 def store_of_run(settings: Settings, wanted: str) -> Iterator[tuple[Store, KnownRun]]:
     """The run whose id is, or begins with, `wanted`, or which is the only one in an output
-    directory of `keepwarm run`, and its store.
+    directory of `keepwarm run`, or that of a cell's directory of `keepwarm sweep`, and its store.
 
     Raises StoreError when no store, or more than one, has such a run.
     """
@@ -77,6 +77,13 @@ def store_of_run(settings: Settings, wanted: str) -> Iterator[tuple[Store, Known
         only = settings.model_copy(update={"store_url": str(in_directory)})
         with Store.open(only, create=False) as store:
             yield store, _only_run(store, in_directory)
+        return
+    of_sweep = Path(wanted).parent / STORE_FILE
+    if os.path.isdir(wanted) and os.path.isfile(of_sweep):  # noqa: PTH112, PTH113
+        with Store.open(
+            settings.model_copy(update={"store_url": str(of_sweep)}), create=False
+        ) as store:
+            yield store, find_run(store, f"run-{Path(wanted).name.rpartition('-')[2]}")
         return
     having: list[tuple[Settings, KnownRun]] = []
     refusals: list[StoreError] = []

@@ -87,3 +87,14 @@ def test_a_store_that_is_named_is_the_only_one(
 ) -> None:
     assert in_results.exists()
     assert keepwarm("status", "--store", str(tmp_path / "other.sqlite")) == 6
+
+
+def test_a_cell_of_a_sweep_is_named_by_its_directory(
+    in_results: Path, run: Run, keepwarm: Command, capsys: Capture
+) -> None:
+    cell = in_results.parent / f"few-shot-my-model-{run.run_id.removeprefix('run-')}"
+    cell.mkdir()
+    assert keepwarm("report", str(cell), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["status"]["run_id"] == run.run_id
+    (in_results.parent / "logs").mkdir()
+    assert keepwarm("report", str(in_results.parent / "logs")) == 6
