@@ -145,4 +145,4 @@ def _notes(rows: Sequence[LeaderboardRow]) -> Iterator[str]:
         )
     if len({quality.labelled for quality in scored}) > 1:
         yield "Cells are scored on different claims, so their accuracies are not comparable."
-    yield "Intervals are Wilson's, for each cell alone; `keepwarm compare` says which differ."
+    yield "Intervals are Wilson's, for each cell; `keepwarm compare` says which differ."
