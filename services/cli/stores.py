@@ -72,19 +72,16 @@ def store_of_run(settings: Settings, wanted: str) -> Iterator[tuple[Store, Known
 
     Raises StoreError when no store, or more than one, has such a run.
     """
-    in_directory = Path(wanted) / STORE_FILE
-    if os.path.isfile(in_directory):  # noqa: PTH113  (Path.is_file raises for what is no path)
-        only = settings.model_copy(update={"store_url": str(in_directory)})
-        with Store.open(only, create=False) as store:
-            yield store, _only_run(store, in_directory)
-        return
-    of_sweep = Path(wanted).parent / STORE_FILE
-    if os.path.isdir(wanted) and os.path.isfile(of_sweep):  # noqa: PTH112, PTH113
-        with Store.open(
-            settings.model_copy(update={"store_url": str(of_sweep)}), create=False
-        ) as store:
-            yield store, find_run(store, f"run-{Path(wanted).name.rpartition('-')[2]}")
-        return
+    directory = Path(wanted)
+    if os.path.isdir(directory):  # noqa: PTH112  (Path.is_dir raises for what is no path)
+        own, of_sweep = directory / STORE_FILE, directory.parent / STORE_FILE
+        path = own if own.is_file() else of_sweep
+        if path.is_file():
+            in_path = settings.model_copy(update={"store_url": str(path)})
+            with Store.open(in_path, create=False) as store:
+                run_id = f"run-{directory.name.rpartition('-')[2]}"  # of a sweep's cell
+                yield store, _only_run(store, own) if path == own else find_run(store, run_id)
+            return
     having: list[tuple[Settings, KnownRun]] = []
     refusals: list[StoreError] = []
     for each in found_stores(settings):

@@ -32,7 +32,7 @@ from services.contracts import Settings, load_settings
 from services.contracts.errors import KeepwarmError, LabelsUnlikely
 from services.contracts.values import Value
 from services.local.local_run import LocalRun
-from services.producer.selection import selected_claims
+from services.producer.selected_claims import selected_claims
 from services.store import Store
 
 

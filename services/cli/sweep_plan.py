@@ -148,8 +148,7 @@ def _cell(
     with line_progress(console, "counting tokens", file.records_to_read) as counting:
         tokens = token_lengths(file, compiled, limit, counting)
     status = None if store is None else run_status(store, run.run_id)
-    words = [tokenizer.text([token]) for token in compiled.label_tokens]
-    labels = run.prompt.label_names
+    examples = [compiled.render(claim) for claim in islice(file, _EXAMPLES)]
     return CellPlan(
         name=cell.name,
         prompt=cell.prompt,
@@ -159,9 +158,10 @@ def _cell(
         known=0 if status is None else min(claims, status.done + status.dead),
         tokens=tokens,
         label_tokens={
-            label: tuple(words[number :: len(labels)]) for number, label in enumerate(labels)
+            label: tuple(token.text for token in scored)
+            for label, scored in zip(run.prompt.label_names, examples[0].label_tokens, strict=True)
         },
-        examples=tuple(compiled.render(claim).text for claim in islice(file, _EXAMPLES)),
+        examples=tuple(example.text for example in examples),
     )
 
 

@@ -51,7 +51,7 @@ _SPLIT_PATTERNS = ("*", "*/*", "*/*/*")
 # `train-00000-of-00002.parquet` and `data-00000-of-00001.arrow` are parts of one table.
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})")
 # So are `claims-000000000000.parquet` and its followers, which BigQuery writes.
-_NUMBERED = re.compile(r"(.*)-(\d{12})|()(\d+)")
+_NUMBERED = re.compile(r"(?:(.*)-(?=\d{12}$))?(\d+)")
 # So are all files of a directory that are called so by the hub, by Spark, Dask and pyarrow, or by
 # DuckDB and Snowflake (`data_0.parquet`, `data_0_1_0.snappy.parquet`).
 _PART = re.compile(r"part[-.](?:[rm]-)?\d+.*|data(?:_\d+)+(?:\..*)?")
@@ -167,7 +167,7 @@ def _require_all_parts(files: Sequence[Path], directory: Path) -> None:
             table = (path.parent, shard[1], int(shard[3]))
             parts.setdefault(table, set()).add(int(shard[2]))
         elif part := _NUMBERED.fullmatch(path.stem):
-            numbered.setdefault((path.parent, part[1] or ""), []).append(part[2] or part[4])
+            numbered.setdefault((path.parent, part[1] or ""), []).append(part[2])
     for table_of, numbers in numbered.items():
         if min(numbers, key=int).startswith("0"):  # others are dates, or counted from 1
             found = set(map(int, numbers))

@@ -219,9 +219,9 @@ class Parser:
         else:
             raw_claims = [self._format.read(named)]
         for names in self._rivals:
-            used, *others = [name for name in names if not is_missing(named.get(name))] or [""]
+            present = [name for name in names if not is_missing(named.get(name))]
             self.disagreements.update(
-                (used, other) for other in others if named[other] != named[used]
+                (present[0], other) for other in present[1:] if named[other] != named[present[0]]
             )
         if "evidence" in self._columns and self._format.read is not read_plain:
             value = fields.get(self._columns["evidence"])

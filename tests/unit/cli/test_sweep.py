@@ -150,7 +150,7 @@ def test_with_a_selection_one_part_orders_the_cells_and_the_other_is_reported(
     assert json.loads(capsys.readouterr().out)["selected"] == 6
     # `long` is right on the selected claims only, `short` on the others only.
     with cells_of(study) as cells:
-        from services.producer.selection import selected_claims
+        from services.producer.selected_claims import selected_claims
 
         selected = selected_claims(cells[0].submission.file, 0.5, 0)
     wrong = {"SUPPORTS": "REFUTES", "REFUTES": "SUPPORTS", "NOT ENOUGH INFO": "SUPPORTS"}

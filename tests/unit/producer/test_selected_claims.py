@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from services.contracts import Claim
 from services.contracts.claims import own_id_suffix
 from services.contracts.errors import InputError
-from services.producer.selection import selected_claims
+from services.producer.selected_claims import selected_claims
 
 
 def claim(number: int, evidence: str | None = None, **fields: object) -> Claim:
